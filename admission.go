@@ -1,0 +1,187 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+
+	"github.com/google/uuid"
+	admissionv1 "k8s.io/api/admission/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+)
+
+// admissionReview is what is needed of the API server's request. The pod is never decoded whole and marshalled
+// again: fields that this program has not heard of must stay as they are.
+type admissionReview struct {
+	APIVersion string            `json:"apiVersion"`
+	Kind       string            `json:"kind"`
+	Request    *admissionRequest `json:"request"`
+}
+
+type admissionRequest struct {
+	UID         types.UID               `json:"uid"`
+	Kind        metav1.GroupVersionKind `json:"kind"`
+	SubResource string                  `json:"subResource"`
+	Namespace   string                  `json:"namespace"`
+	Operation   admissionv1.Operation   `json:"operation"`
+	DryRun      bool                    `json:"dryRun"`
+	Object      json.RawMessage         `json:"object"`
+}
+
+type pod struct {
+	Metadata struct {
+		Name         string            `json:"name"`
+		GenerateName string            `json:"generateName"`
+		Annotations  map[string]string `json:"annotations"`
+	} `json:"metadata"`
+	Spec struct {
+		InitContainers []container `json:"initContainers"`
+		Containers     []container `json:"containers"`
+	} `json:"spec"`
+}
+
+type container struct {
+	Name string `json:"name"`
+}
+
+// name is the pod's name, or what the API server will make one of.
+func (p *pod) name() string {
+	if p.Metadata.Name == "" {
+		return p.Metadata.GenerateName
+	}
+	return p.Metadata.Name
+}
+
+// badRequest is an error that is the sender's fault.
+type badRequest struct {
+	status int
+	text   string
+}
+
+func (e *badRequest) Error() string { return e.text }
+
+func bad(format string, args ...any) *badRequest {
+	return &badRequest{http.StatusBadRequest, fmt.Sprintf(format, args...)}
+}
+
+// decodeReview reads an AdmissionReview; its errors are *badRequest.
+func decodeReview(body []byte) (*admissionRequest, error) {
+	if len(body) == 0 {
+		return nil, bad("empty body: an AdmissionReview is expected")
+	}
+	var review admissionReview
+	if err := json.Unmarshal(body, &review); err != nil {
+		return nil, bad("decode AdmissionReview: %v", err)
+	}
+	if v := admissionv1.SchemeGroupVersion.String(); review.APIVersion != v || review.Kind != "AdmissionReview" {
+		return nil, bad("got %s of %s: only AdmissionReview of %s is served", quoteShort(review.Kind), quoteShort(review.APIVersion), v)
+	}
+	switch r := review.Request; {
+	case r == nil:
+		return nil, bad("AdmissionReview without a request")
+	case r.UID == "":
+		return nil, bad("AdmissionReview without request.uid")
+	default:
+		return r, nil
+	}
+}
+
+// decodePod reads the pod of a request to create one; its errors are *badRequest.
+func decodePod(r *admissionRequest) (*pod, error) {
+	if r.Namespace == "" {
+		return nil, bad("AdmissionReview of a pod without request.namespace")
+	}
+	if len(r.Object) == 0 || string(r.Object) == "null" {
+		return nil, bad("AdmissionReview of a pod without request.object")
+	}
+	p := new(pod)
+	if err := json.Unmarshal(r.Object, p); err != nil {
+		return nil, bad("decode request.object: %v", err)
+	}
+	return p, nil
+}
+
+// Verdicts on annotated pods, as they are logged.
+const (
+	verdictAdmitted      = "admitted"
+	verdictFull          = "full"
+	verdictInvalid       = "invalid"
+	verdictDryRun        = "dry-run"
+	verdictFailed        = "failed"        // no decision: Redis or the lock servers were out of reach
+	verdictUndeliverable = "undeliverable" // admitted, but nobody was there to hear it
+)
+
+// decision is the answer to a request, and what there is to log and to undo of it.
+type decision struct {
+	response  *admissionv1.AdmissionResponse
+	verdict   string // empty for what is none of our business
+	pod       string
+	semaphore semaphoreID
+	token     string // taken for this pod; to be given back if the pod does not get it
+}
+
+// admitter decides on admission requests.
+type admitter struct {
+	config     webhookConfig
+	semaphores *semaphores
+}
+
+// decide answers one request. An error is *badRequest, or that no decision could be made; what the decision
+// holds then is for the log, and a token to be given back.
+func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, error) {
+	d := decision{response: &admissionv1.AdmissionResponse{UID: r.UID, Allowed: true}}
+	if r.Operation != admissionv1.Create || r.Kind.Group != "" || r.Kind.Kind != "Pod" || r.SubResource != "" {
+		return d, nil
+	}
+	p, err := decodePod(r)
+	if err != nil {
+		return d, err
+	}
+	if p.Metadata.Annotations[annotationEnabled] != "true" {
+		return d, nil
+	}
+	d.pod = p.name()
+	asked, problems := parseAnnotations(p.Metadata.Annotations)
+	d.semaphore = semaphoreID{r.Namespace, asked.key}
+	if len(problems) > 0 {
+		d.verdict = verdictInvalid
+		d.deny(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "invalid annotations: "+strings.Join(problems, "; "))
+		return d, nil
+	}
+	if r.DryRun {
+		d.verdict = verdictDryRun
+		return d, d.admit(a.config, p, uuid.Nil.String())
+	}
+	d.token, err = a.semaphores.acquire(ctx, d.semaphore, asked.length, asked.expiration)
+	var full *fullError
+	if errors.As(err, &full) {
+		d.verdict = verdictFull
+		d.deny(http.StatusTooManyRequests, metav1.StatusReasonTooManyRequests, full.Error())
+		return d, nil
+	}
+	if err != nil {
+		d.verdict = verdictFailed
+		return d, err
+	}
+	d.verdict = verdictAdmitted
+	return d, d.admit(a.config, p, d.token)
+}
+
+// admit puts the patch for a token into the response.
+func (d *decision) admit(c webhookConfig, p *pod, token string) (err error) {
+	d.response.Patch, err = sidecarPatch(c, p, d.semaphore, token)
+	d.response.PatchType = new(admissionv1.PatchTypeJSONPatch)
+	return err
+}
+
+// deny turns the response into a denial.
+func (d *decision) deny(code int32, reason metav1.StatusReason, message string) {
+	d.response = &admissionv1.AdmissionResponse{
+		UID:    d.response.UID,
+		Result: &metav1.Status{Status: metav1.StatusFailure, Code: code, Reason: reason, Message: message},
+	}
+}

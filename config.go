@@ -1,0 +1,256 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+)
+
+const imageRepository = "ghcr.io/kaidotio/at-least-semaphore-pod-hook"
+
+// sharedConfig are the settings that both modes have.
+type sharedConfig struct {
+	lockMode          string
+	redisAddresses    []string
+	etcdAddresses     []string
+	queueRedisAddress string
+	heartbeatInterval time.Duration
+	staleThreshold    time.Duration
+	redis             redisCredentials
+}
+
+// webhookConfig are the settings of the webhook mode.
+type webhookConfig struct {
+	sharedConfig
+	host                    string
+	port                    int
+	certDir                 string
+	sidecarImage            string
+	enableSidecarContainers bool
+	metricsBindAddress      string
+}
+
+// sidecarConfig are the settings of the sidecar mode.
+type sidecarConfig struct {
+	sharedConfig
+	terminationGracePeriod time.Duration
+	semaphore              semaphoreID
+	token                  string
+}
+
+// usageError says what is wrong with the command line, all of it at once.
+type usageError struct {
+	problems []string
+	help     string // printed below the problems, if not empty
+}
+
+func (e *usageError) Error() string {
+	if len(e.problems) == 1 {
+		return e.problems[0]
+	}
+	return fmt.Sprintf("%d wrong settings:\n  %s", len(e.problems), strings.Join(e.problems, "\n  "))
+}
+
+// helpRequest is the error for --help.
+type helpRequest struct{ text string }
+
+func (*helpRequest) Error() string { return "help requested" }
+
+// flags is a flag set that collects wrong values instead of stopping at the first: all flags are read as
+// text, and the typed readers below note what is wrong.
+type flags struct {
+	*flag.FlagSet
+	synopsis string
+	problems []string
+}
+
+func newFlags(mode, synopsis string) *flags {
+	f := &flags{FlagSet: flag.NewFlagSet(mode, flag.ContinueOnError), synopsis: synopsis}
+	f.SetOutput(io.Discard)
+	return f
+}
+
+func (f *flags) parse(args []string) error {
+	err := f.Parse(args)
+	if errors.Is(err, flag.ErrHelp) {
+		return &helpRequest{f.help()}
+	}
+	if err != nil {
+		return &usageError{problems: []string{f.Name() + ": " + err.Error()}, help: f.help()}
+	}
+	return nil
+}
+
+func (f *flags) help() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "Usage: at-least-semaphore-pod-hook %s\n\nFlags:\n", f.synopsis)
+	f.VisitAll(func(fl *flag.Flag) {
+		name, text := flag.UnquoteUsage(fl)
+		fmt.Fprintf(&b, "  --%s %s\n        %s (default %s)\n", fl.Name, name, text, fl.DefValue)
+	})
+	b.WriteString("\nEnvironment:\n" +
+		"  REDIS_USERNAME  user of all Redis servers; empty for the default user\n" +
+		"  REDIS_PASSWORD  password of all Redis servers; empty for none\n")
+	return b.String()
+}
+
+// result is nil, or an error that names all problems.
+func (f *flags) result() error {
+	if len(f.problems) == 0 {
+		return nil
+	}
+	return &usageError{problems: f.problems}
+}
+
+func (f *flags) problem(name, format string, args ...any) {
+	f.problems = append(f.problems, "--"+name+": "+fmt.Sprintf(format, args...))
+}
+
+// boolText is a flag that may stand without a value, and is only judged after parsing.
+type boolText string
+
+func (b *boolText) String() string     { return string(*b) }
+func (b *boolText) Set(s string) error { *b = boolText(s); return nil }
+func (b *boolText) IsBoolFlag() bool   { return true }
+
+func (f *flags) number(name, text string, least, most int) int {
+	n, err := strconv.Atoi(text)
+	if err != nil || n < least || n > most {
+		f.problem(name, "%q is not a whole number from %d to %d", text, least, most)
+	}
+	return n
+}
+
+func (f *flags) seconds(name, text string, least, most int) time.Duration {
+	return time.Duration(f.number(name, text, least, most)) * time.Second
+}
+
+func (f *flags) address(name, text string) string {
+	if _, port, err := net.SplitHostPort(text); err != nil || !isPort(port) {
+		f.problem(name, "%q is not HOST:PORT", text)
+	}
+	return text
+}
+
+// addresses reads a list without repetitions: a server that is named twice would count twice in a quorum.
+func (f *flags) addresses(name, text string) []string {
+	var list []string
+	for a := range strings.SplitSeq(text, ",") {
+		a = f.address(name, strings.TrimSpace(a))
+		if slices.Contains(list, a) {
+			f.problem(name, "%q is named twice", a)
+		}
+		list = append(list, a)
+	}
+	return list
+}
+
+func isPort(s string) bool {
+	n, err := strconv.ParseUint(s, 10, 16)
+	return err == nil && n > 0
+}
+
+// sharedFlags defines the flags that both modes have; the function it returns reads them after parsing.
+func sharedFlags(f *flags, getenv func(string) string) func() sharedConfig {
+	lockMode := f.String("lock-mode", "redlock", "`LOCK` that guards repairs: redlock")
+	redisAddresses := f.String("redis-addresses", "127.0.0.1:6379", "Redis servers of the redlock, as `HOST:PORT,...`")
+	etcdAddresses := f.String("etcd-addresses", "127.0.0.1:2379", "etcd servers of the etcd lock, as `HOST:PORT,...`")
+	queueRedis := f.String("queue-redis-address", "127.0.0.1:6379", "Redis server that holds the tokens, as `HOST:PORT`")
+	interval := f.String("heartbeat-interval-seconds", "30", "`SECONDS` between two heartbeats of a sidecar")
+	stale := f.String("stale-threshold-seconds", "120", "`SECONDS` without a heartbeat after which a token is reclaimed; at least twice the interval")
+	return func() sharedConfig {
+		c := sharedConfig{
+			lockMode:          *lockMode,
+			redisAddresses:    f.addresses("redis-addresses", *redisAddresses),
+			etcdAddresses:     f.addresses("etcd-addresses", *etcdAddresses),
+			queueRedisAddress: f.address("queue-redis-address", *queueRedis),
+			heartbeatInterval: f.seconds("heartbeat-interval-seconds", *interval, 1, 3600),
+			staleThreshold:    f.seconds("stale-threshold-seconds", *stale, 2, 86400),
+			redis:             redisCredentials{getenv("REDIS_USERNAME"), getenv("REDIS_PASSWORD")},
+		}
+		if c.lockMode != "redlock" {
+			f.problem("lock-mode", "%q is not redlock", c.lockMode)
+		}
+		if c.staleThreshold < 2*c.heartbeatInterval {
+			f.problem("stale-threshold-seconds", "%s is less than twice --heartbeat-interval-seconds %s: one late heartbeat would cost a running pod its token", *stale, *interval)
+		}
+		if c.redis.username != "" && c.redis.password == "" {
+			f.problems = append(f.problems, "REDIS_USERNAME is set and REDIS_PASSWORD is not")
+		}
+		return c
+	}
+}
+
+// parseWebhookConfig reads the webhook's command line. Its errors are *usageError and *helpRequest.
+func parseWebhookConfig(args []string, getenv func(string) string) (webhookConfig, error) {
+	f := newFlags("webhook", "webhook [flags]")
+	shared := sharedFlags(f, getenv)
+	host := f.String("host", "0.0.0.0", "`ADDRESS` to serve /mutate on, over TLS")
+	port := f.String("port", "9443", "TCP `PORT` to serve /mutate on")
+	certDir := f.String("certDir", "/var/k8s-webhook-server/serving-certs", "`DIRECTORY` of tls.crt and tls.key; reread when they change")
+	sidecarImage := f.String("sidecar-image", imageRepository+":"+version, "`IMAGE` of the injected sidecar")
+	metrics := f.String("metrics-bind-address", "0.0.0.0:8080", "`HOST:PORT` to serve /healthz and /readyz on, over plain HTTP")
+	native := boolText("true")
+	f.Var(&native, "enable-sidecar-containers", "`true|false`: inject a native sidecar (Kubernetes 1.29 or later), or a classic container")
+	if err := f.parse(args); err != nil {
+		return webhookConfig{}, err
+	}
+	c := webhookConfig{
+		sharedConfig:       shared(),
+		host:               *host,
+		port:               f.number("port", *port, 1, 65535),
+		certDir:            *certDir,
+		sidecarImage:       *sidecarImage,
+		metricsBindAddress: f.address("metrics-bind-address", *metrics),
+	}
+	var err error
+	if c.enableSidecarContainers, err = strconv.ParseBool(string(native)); err != nil {
+		f.problem("enable-sidecar-containers", "%q is not true or false", string(native))
+	}
+	if c.certDir == "" {
+		f.problem("certDir", "is empty")
+	}
+	if c.sidecarImage == "" || strings.ContainsAny(c.sidecarImage, " \t\n") {
+		f.problem("sidecar-image", "%q is not an image", c.sidecarImage)
+	}
+	if f.NArg() > 0 {
+		f.problems = append(f.problems, fmt.Sprintf("unexpected argument %q: the webhook takes flags only", f.Arg(0)))
+	}
+	return c, f.result()
+}
+
+// parseSidecarConfig reads the sidecar's command line. Its errors are *usageError and *helpRequest.
+func parseSidecarConfig(args []string, getenv func(string) string) (sidecarConfig, error) {
+	f := newFlags("sidecar", "sidecar [flags] NAMESPACE/KEY TOKEN")
+	shared := sharedFlags(f, getenv)
+	grace := f.String("termination-grace-period-seconds", "10", "`SECONDS` to go on trying to give the token back after SIGTERM")
+	if err := f.parse(args); err != nil {
+		return sidecarConfig{}, err
+	}
+	c := sidecarConfig{
+		sharedConfig:           shared(),
+		terminationGracePeriod: f.seconds("termination-grace-period-seconds", *grace, 1, 3600),
+		token:                  f.Arg(1),
+	}
+	if f.NArg() != 2 {
+		f.problems = append(f.problems, fmt.Sprintf("%d arguments after the flags; they are NAMESPACE/KEY TOKEN", f.NArg()))
+		return c, f.result()
+	}
+	namespace, key, _ := strings.Cut(f.Arg(0), "/")
+	c.semaphore = semaphoreID{namespace, key}
+	if problem := checkKey(key); namespace == "" || problem != "" {
+		f.problems = append(f.problems, fmt.Sprintf("NAMESPACE/KEY: %q is not a namespace, a slash and a key", f.Arg(0)))
+	}
+	if uuid.Validate(c.token) != nil {
+		f.problems = append(f.problems, fmt.Sprintf("TOKEN: %q is not a UUID", c.token))
+	}
+	return c, f.result()
+}

@@ -1,0 +1,177 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+// redisServer is a real redis-server.
+type redisServer struct {
+	address string
+	args    []string
+	cmd     *exec.Cmd
+	control redis.Conn // a connection of the test's own
+}
+
+// startRedis starts a redis-server of the test's own, with an append-only file so that it can be restarted.
+func startRedis(t *testing.T) *redisServer {
+	t.Helper()
+	s, err := launchRedis(t.TempDir())
+	must(t, err)
+	t.Cleanup(s.stop)
+	return s
+}
+
+func launchRedis(dir string) (*redisServer, error) {
+	var last error
+	for range 5 { // another process may take the port before redis-server does
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return nil, err
+		}
+		s := &redisServer{address: l.Addr().String()}
+		l.Close()
+		_, port, _ := net.SplitHostPort(s.address)
+		s.args = []string{"--port", port, "--bind", "127.0.0.1", "--dir", dir, "--save", "", "--appendonly", "yes", "--appendfsync", "always"}
+		if last = s.start(); last == nil {
+			return s, nil
+		}
+	}
+	return nil, last
+}
+
+func (s *redisServer) start() error {
+	s.cmd = exec.Command("redis-server", s.args...)
+	var out bytes.Buffer
+	s.cmd.Stdout, s.cmd.Stderr = &out, &out
+	if err := s.cmd.Start(); err != nil {
+		return fmt.Errorf("redis-server is needed (apt-get install redis-server): %w", err)
+	}
+	for range 1000 {
+		c, err := redis.Dial("tcp", s.address, redis.DialReadTimeout(5*time.Second))
+		if err == nil {
+			if _, err = c.Do("PING"); err == nil {
+				s.control = c
+				return nil
+			}
+			c.Close()
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	s.stop()
+	return fmt.Errorf("redis-server did not answer at %s: %s", s.address, out.String())
+}
+
+// stop ends the server as an orderly shutdown does.
+func (s *redisServer) stop() {
+	if s.control != nil {
+		s.control.Close()
+	}
+	_ = s.cmd.Process.Signal(syscall.SIGCONT)
+	_ = s.cmd.Process.Signal(syscall.SIGTERM)
+	_ = s.cmd.Wait()
+}
+
+// pause stops the process, so that connections hang; resume lets it go on.
+func (s *redisServer) pause(t *testing.T) {
+	t.Helper()
+	must(t, s.cmd.Process.Signal(syscall.SIGSTOP))
+	t.Cleanup(func() { _ = s.cmd.Process.Signal(syscall.SIGCONT) })
+	waitState(t, s.cmd.Process.Pid, "T")
+}
+
+func (s *redisServer) resume(t *testing.T) {
+	t.Helper()
+	must(t, s.cmd.Process.Signal(syscall.SIGCONT))
+}
+
+// waitState waits until a process is in a state of /proc/PID/stat.
+func waitState(t *testing.T, pid int, want string) {
+	t.Helper()
+	eventually(t, 10*time.Second, func() error {
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if err != nil {
+			return err
+		}
+		fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+		if fields[0] != want {
+			return fmt.Errorf("process %d is in state %s, not %s", pid, fields[0], want)
+		}
+		return nil
+	})
+}
+
+var (
+	sharedRedis     *redisServer
+	sharedRedisErr  error
+	sharedRedisOnce sync.Once
+	lastKey         atomic.Int64
+)
+
+// commonRedis is one server for all tests that do not disturb it.
+func commonRedis(t *testing.T) *redisServer {
+	t.Helper()
+	sharedRedisOnce.Do(func() { sharedRedis, sharedRedisErr = launchRedis(filepath.Dir(binary)) })
+	must(t, sharedRedisErr)
+	c, err := redis.Dial("tcp", sharedRedis.address)
+	must(t, err)
+	t.Cleanup(func() { c.Close() })
+	return &redisServer{address: sharedRedis.address, cmd: sharedRedis.cmd, control: c}
+}
+
+// freshID is a semaphore that no other test uses.
+func freshID() semaphoreID {
+	return semaphoreID{"shop", fmt.Sprintf("web-%d", lastKey.Add(1))}
+}
+
+func (s *redisServer) do(t *testing.T, command string, args ...any) any {
+	t.Helper()
+	reply, err := s.control.Do(command, args...)
+	must(t, err)
+	return reply
+}
+
+// counts are the numbers of free and of used tokens.
+func (s *redisServer) counts(id semaphoreID) (queue, inflight int, err error) {
+	if queue, err = redis.Int(s.control.Do("LLEN", id.queueKey())); err == nil {
+		inflight, err = redis.Int(s.control.Do("ZCARD", id.inflightKey()))
+	}
+	return queue, inflight, err
+}
+
+// wantCounts waits until the semaphore has so many tokens free and in use.
+func (s *redisServer) wantCounts(t *testing.T, id semaphoreID, queue, inflight int) {
+	t.Helper()
+	eventually(t, 20*time.Second, func() error {
+		q, i, err := s.counts(id)
+		if err == nil && (q != queue || i != inflight) {
+			err = fmt.Errorf("%s: queue %d, inflight %d; want %d, %d", id, q, i, queue, inflight)
+		}
+		return err
+	})
+}
+
+func (s *redisServer) inflight(t *testing.T, id semaphoreID) []string {
+	t.Helper()
+	tokens, err := redis.Strings(s.control.Do("ZRANGE", id.inflightKey(), 0, -1))
+	must(t, err)
+	return tokens
+}
+
+// makeStale gives a token a heartbeat of long ago.
+func (s *redisServer) makeStale(t *testing.T, id semaphoreID, token string) {
+	t.Helper()
+	s.do(t, "ZADD", id.inflightKey(), "XX", 1, token)
+}

@@ -1,0 +1,318 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	admissionv1 "k8s.io/api/admission/v1"
+)
+
+// binary is this program, built by TestMain for the tests that need processes.
+var binary string
+
+func TestMain(m *testing.M) {
+	dir, err := os.MkdirTemp("", "at-least-semaphore-pod-hook")
+	if err == nil {
+		binary = filepath.Join(dir, "at-least-semaphore-pod-hook")
+		var out []byte
+		if out, err = exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+			err = fmt.Errorf("%w: %s", err, out)
+		}
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "build the program:", err)
+		os.Exit(1)
+	}
+	code := m.Run()
+	if sharedRedis != nil {
+		sharedRedis.stop()
+	}
+	os.RemoveAll(dir)
+	os.Exit(code)
+}
+
+// eventually polls until check returns nil, and fails with its last error.
+func eventually(t *testing.T, within time.Duration, check func() error) {
+	t.Helper()
+	deadline := time.Now().Add(within)
+	for {
+		err := check()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("not within %s: %v", within, err)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// freeAddress is an address on which nothing listens.
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// syncBuffer is a bytes.Buffer for several goroutines.
+type syncBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
+
+// lines are the JSON lines of a log with that message.
+func (b *syncBuffer) lines(t *testing.T, message string) []map[string]any {
+	t.Helper()
+	var found []map[string]any
+	for line := range strings.Lines(b.String()) {
+		var m map[string]any
+		if err := json.Unmarshal([]byte(line), &m); err != nil {
+			t.Fatalf("not a JSON line: %q", line)
+		}
+		if m["msg"] == message {
+			found = append(found, m)
+		}
+	}
+	return found
+}
+
+func testConfig(address string) webhookConfig {
+	return webhookConfig{
+		sharedConfig: sharedConfig{
+			lockMode:          "redlock",
+			redisAddresses:    []string{address},
+			queueRedisAddress: address,
+			heartbeatInterval: 30 * time.Second,
+			staleThreshold:    120 * time.Second,
+		},
+		sidecarImage:            "example.org/sidecar:v1",
+		enableSidecarContainers: true,
+	}
+}
+
+// testWebhook is the webhook behind a real TLS and HTTP/2 server.
+type testWebhook struct {
+	*webhook
+	server *httptest.Server
+	log    *syncBuffer
+}
+
+func startWebhook(t *testing.T, c webhookConfig) *testWebhook {
+	t.Helper()
+	var b syncBuffer
+	log := slog.New(slog.NewJSONHandler(&b, nil))
+	locks := newRedlock(c.redisAddresses, c.redis)
+	w := &webhook{admitter: admitter{c, newSemaphores(c.sharedConfig, locks, idleConnections, log)}, log: log}
+	server := httptest.NewUnstartedServer(w.routes())
+	server.EnableHTTP2 = true
+	server.StartTLS()
+	tw := &testWebhook{webhook: w, server: server, log: &b}
+	t.Cleanup(tw.close)
+	return tw
+}
+
+func (w *testWebhook) close() {
+	w.server.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	_ = w.semaphores.close(ctx)
+}
+
+// review makes the AdmissionReview of a Deployment's pod, out of one that a real API server sent.
+func review(t *testing.T, id semaphoreID, length int, change ...func(request map[string]any)) []byte {
+	t.Helper()
+	r := readFixture(t, "deployment-pod.json")
+	request := r["request"].(map[string]any)
+	request["namespace"] = id.namespace
+	annotations := request["object"].(map[string]any)["metadata"].(map[string]any)["annotations"].(map[string]any)
+	maps.Copy(annotations, map[string]any{annotationKey: id.key, annotationLength: strconv.Itoa(length), annotationExpiration: "10"})
+	for _, c := range change {
+		c(request)
+	}
+	body, err := json.Marshal(r)
+	must(t, err)
+	return body
+}
+
+func readFixture(t *testing.T, name string) map[string]any {
+	t.Helper()
+	body, err := os.ReadFile(filepath.Join("testdata", "admission-reviews", name))
+	must(t, err)
+	var r map[string]any
+	must(t, json.Unmarshal(body, &r))
+	return r
+}
+
+// post sends a body to /mutate and returns status and text.
+func (w *testWebhook) post(ctx context.Context, body []byte, timeout string) (int, string, error) {
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, w.server.URL+"/mutate?timeout="+timeout, bytes.NewReader(body))
+	if err != nil {
+		return 0, "", err
+	}
+	request.Header.Set("Content-Type", "application/json")
+	response, err := w.server.Client().Do(request)
+	if err != nil {
+		return 0, "", err
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	if response.ProtoMajor != 2 {
+		err = fmt.Errorf("served by %s, not HTTP/2", response.Proto)
+	}
+	return response.StatusCode, string(text), err
+}
+
+// admission is an answer of the webhook.
+type admission struct {
+	allowed bool
+	code    int32
+	message string
+	token   string
+	patch   []byte
+}
+
+// admit sends a review that must be answered with a decision.
+func (w *testWebhook) admit(t *testing.T, body []byte) admission {
+	t.Helper()
+	a, err := w.tryAdmit(body)
+	must(t, err)
+	return a
+}
+
+func (w *testWebhook) tryAdmit(body []byte) (admission, error) {
+	status, text, err := w.post(context.Background(), body, "10s")
+	if err != nil {
+		return admission{}, err
+	}
+	if status != http.StatusOK {
+		return admission{}, fmt.Errorf("status %d: %s", status, text)
+	}
+	var answer admissionv1.AdmissionReview
+	if err := json.Unmarshal([]byte(text), &answer); err != nil {
+		return admission{}, err
+	}
+	a := admission{allowed: answer.Response.Allowed, patch: answer.Response.Patch}
+	if r := answer.Response.Result; r != nil {
+		a.code, a.message = r.Code, r.Message
+	}
+	var patch []patchOperation
+	if a.patch != nil {
+		if err := json.Unmarshal(a.patch, &patch); err != nil {
+			return admission{}, err
+		}
+	}
+	for _, o := range patch {
+		if o.Path == jsonPointer("metadata", "annotations", annotationToken) {
+			a.token = o.Value.(string)
+		}
+	}
+	return a, nil
+}
+
+// wantAdmitted is admit for a pod that must get a token; it returns the token.
+func (w *testWebhook) wantAdmitted(t *testing.T, id semaphoreID, length int) string {
+	t.Helper()
+	a := w.admit(t, review(t, id, length))
+	if !a.allowed || a.token == "" {
+		t.Fatalf("%s: not admitted: %d %s", id, a.code, a.message)
+	}
+	return a.token
+}
+
+// wantFull is admit for a pod that must be refused, with so many in use.
+func (w *testWebhook) wantFull(t *testing.T, id semaphoreID, length, inUse int) {
+	t.Helper()
+	a := w.admit(t, review(t, id, length))
+	want := fmt.Sprintf("no semaphore available: %s has %d of %d tokens in use", id, inUse, length)
+	if a.allowed || a.code != http.StatusTooManyRequests || a.message != want || a.patch != nil {
+		t.Fatalf("got %+v, want 429 %q", a, want)
+	}
+}
+
+// process is this program as a process.
+type process struct {
+	*exec.Cmd
+	log  syncBuffer
+	done chan struct{} // closed when it has ended
+}
+
+func startProcess(t *testing.T, args ...string) *process {
+	t.Helper()
+	p := &process{Cmd: exec.Command(binary, args...), done: make(chan struct{})}
+	p.Stderr = &p.log
+	must(t, p.Start())
+	go func() {
+		_ = p.Wait()
+		close(p.done)
+	}()
+	t.Cleanup(func() {
+		_ = p.Process.Kill()
+		<-p.done
+		if t.Failed() {
+			t.Logf("log of %v:\n%s", args, p.log.String())
+		}
+	})
+	return p
+}
+
+func startSidecar(t *testing.T, address string, id semaphoreID, token string, flags ...string) *process {
+	t.Helper()
+	args := append([]string{"sidecar", "--queue-redis-address=" + address, "--heartbeat-interval-seconds=1", "--stale-threshold-seconds=120"}, flags...)
+	return startProcess(t, append(args, id.String(), token)...)
+}
+
+// wantExit waits for the end of a process.
+func (p *process) wantExit(t *testing.T, code int) {
+	t.Helper()
+	select {
+	case <-p.done:
+	case <-time.After(20 * time.Second):
+		t.Fatal("the process did not end")
+	}
+	if got := p.ProcessState.ExitCode(); got != code {
+		t.Fatalf("exit code %d, want %d", got, code)
+	}
+}
+
+func (p *process) signal(t *testing.T, s syscall.Signal) {
+	t.Helper()
+	must(t, p.Process.Signal(s))
+}

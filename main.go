@@ -1,0 +1,120 @@
+// at-least-semaphore-pod-hook gives annotated Kubernetes pods a counting semaphore: pods that share a key
+// share N tokens, and a pod is admitted with a token or not at all.
+//
+// It is one binary with two modes. As "webhook" it answers the API server's AdmissionReviews: it takes a
+// token in Redis for each annotated pod and injects a sidecar. As "sidecar" it runs beside the pod's
+// containers, keeps the token alive by heartbeats, and gives it back on SIGTERM or SIGINT.
+//
+// Settings are flags (see config.go, or run a mode with --help), all but the secrets, which come from the
+// environment:
+//
+//	REDIS_USERNAME  user of all Redis servers; empty for the default user
+//	REDIS_PASSWORD  password of all Redis servers; empty for none
+//
+// Exit codes: 0 done, 1 failed, 2 wrong mode, flag or value.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"runtime"
+	"runtime/debug"
+	"syscall"
+)
+
+// version is the release, set by the linker: -ldflags "-X main.version=v1.2.3".
+var version = "dev"
+
+const usage = `Usage: at-least-semaphore-pod-hook MODE [flags]
+
+Gives annotated Kubernetes pods a counting semaphore.
+
+Modes:
+  webhook   answer the API server's AdmissionReviews: take tokens, inject sidecars
+  sidecar   keep a pod's token alive and give it back on SIGTERM
+  version   print the version
+  help      print this text
+
+Run a mode with --help for its flags.
+`
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr)
+	os.Exit(exitCode(err, os.Stderr))
+}
+
+// run is the program without its process: it returns when ctx is done and what was begun is finished.
+func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
+	if len(args) == 0 {
+		return &usageError{problems: []string{"no mode given"}, help: usage}
+	}
+	log := slog.New(slog.NewJSONHandler(stderr, nil))
+	switch mode := args[0]; mode {
+	case "webhook":
+		c, err := parseWebhookConfig(args[1:], getenv)
+		if err != nil {
+			return printHelp(err, stdout)
+		}
+		return runWebhook(ctx, c, log)
+	case "sidecar":
+		c, err := parseSidecarConfig(args[1:], getenv)
+		if err != nil {
+			return printHelp(err, stdout)
+		}
+		return runSidecar(ctx, c, log)
+	case "version", "--version", "-version":
+		fmt.Fprintln(stdout, versionText())
+		return nil
+	case "help", "--help", "-help", "-h":
+		fmt.Fprint(stdout, usage)
+		return nil
+	default:
+		return &usageError{problems: []string{fmt.Sprintf("unknown mode %q", mode)}, help: usage}
+	}
+}
+
+// printHelp writes the help that was asked for and passes on any other error.
+func printHelp(err error, stdout io.Writer) error {
+	var help *helpRequest
+	if errors.As(err, &help) {
+		fmt.Fprint(stdout, help.text)
+		return nil
+	}
+	return err
+}
+
+// exitCode reports err to stderr and maps it to the process's exit code.
+func exitCode(err error, stderr io.Writer) int {
+	if err == nil {
+		return 0
+	}
+	var wrong *usageError
+	if errors.As(err, &wrong) {
+		fmt.Fprintf(stderr, "at-least-semaphore-pod-hook: %v\n", wrong)
+		if wrong.help != "" {
+			fmt.Fprintf(stderr, "\n%s", wrong.help)
+		}
+		return 2
+	}
+	slog.New(slog.NewJSONHandler(stderr, nil)).Error("failed", "error", err.Error())
+	return 1
+}
+
+func versionText() string {
+	commit := "unknown commit"
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				commit = "commit " + s.Value
+			}
+		}
+	}
+	return fmt.Sprintf("at-least-semaphore-pod-hook %s (%s, %s)", version, commit, runtime.Version())
+}

@@ -1,0 +1,213 @@
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"testing"
+
+	jsonpatch "gopkg.in/evanphx/json-patch.v4"
+	corev1 "k8s.io/api/core/v1"
+)
+
+var testID = semaphoreID{"shop", "web"}
+
+const testToken = "b7a1f0de-8a0e-4b0c-9d52-0a3c1a7de001"
+
+// patched applies the patch for a token to the JSON of a pod.
+func patched(t *testing.T, c webhookConfig, object []byte, token string) map[string]any {
+	t.Helper()
+	p := new(pod)
+	must(t, json.Unmarshal(object, p))
+	encoded, err := sidecarPatch(c, p, testID, token)
+	must(t, err)
+	patch, err := jsonpatch.DecodePatch(encoded)
+	must(t, err)
+	result, err := patch.Apply(object)
+	must(t, err)
+	var m map[string]any
+	must(t, json.Unmarshal(result, &m))
+	return m
+}
+
+func containers(p map[string]any, list string) []any {
+	l, _ := p["spec"].(map[string]any)[list].([]any)
+	return l
+}
+
+// fixtures are the pods of real admission reviews, as JSON.
+func fixtures(t *testing.T) map[string][]byte {
+	t.Helper()
+	files, err := filepath.Glob("testdata/admission-reviews/*.json")
+	must(t, err)
+	if len(files) < 6 {
+		t.Fatalf("only %d admission reviews", len(files))
+	}
+	pods := map[string][]byte{}
+	for _, f := range files {
+		body, err := os.ReadFile(f)
+		must(t, err)
+		r, err := decodeReview(body)
+		must(t, err)
+		pods[filepath.Base(f)] = r.Object
+	}
+	return pods
+}
+
+// wantSidecar says what exactly the patch adds, in full.
+func wantSidecar(native bool, token string) map[string]any {
+	c := map[string]any{
+		"name":            "at-least-semaphore-pod-sidecar",
+		"image":           "example.org/sidecar:v1",
+		"imagePullPolicy": "IfNotPresent",
+		"args": []any{"sidecar", "--queue-redis-address=redis:6379", "--heartbeat-interval-seconds=30",
+			"--stale-threshold-seconds=120", "shop/web", token},
+		"resources": map[string]any{
+			"requests": map[string]any{"cpu": "5m", "memory": "24Mi"},
+			"limits":   map[string]any{"cpu": "100m", "memory": "64Mi"},
+		},
+		"terminationMessagePolicy": "FallbackToLogsOnError",
+		"securityContext": map[string]any{
+			"allowPrivilegeEscalation": false,
+			"capabilities":             map[string]any{"drop": []any{"ALL"}},
+			"readOnlyRootFilesystem":   true,
+			"runAsGroup":               65532.0,
+			"runAsNonRoot":             true,
+			"runAsUser":                65532.0,
+			"seccompProfile":           map[string]any{"type": "RuntimeDefault"},
+		},
+	}
+	if native {
+		c["restartPolicy"] = "Always"
+	}
+	return c
+}
+
+// withUnknownFields adds what this program cannot know, everywhere in the pod.
+func withUnknownFields(t *testing.T, object []byte) []byte {
+	t.Helper()
+	var p map[string]any
+	must(t, json.Unmarshal(object, &p))
+	spec := p["spec"].(map[string]any)
+	spec["ofTheFuture"] = map[string]any{"exact": 12345678901234.0, "null": nil, "list": []any{1.0, "a", map[string]any{}}}
+	for _, list := range []string{"containers", "initContainers"} {
+		for _, c := range containers(p, list) {
+			c.(map[string]any)["ofTheFuture"] = []any{true}
+		}
+	}
+	p["metadata"].(map[string]any)["ofTheFuture"] = "x"
+	out, err := json.Marshal(p)
+	must(t, err)
+	return out
+}
+
+// The patched pod is the original plus exactly what the patch promises, for each fixture and both kinds of sidecar;
+// patched again, as a pod that is made from the YAML of another, it has one sidecar with the new token.
+func TestPatchApplied(t *testing.T) {
+	const secondToken = "b7a1f0de-8a0e-4b0c-9d52-0a3c1a7de002"
+	for name, object := range fixtures(t) {
+		for _, native := range []bool{true, false} {
+			c := testConfig("redis:6379")
+			c.enableSidecarContainers = native
+			list := "containers"
+			if native {
+				list = "initContainers"
+			}
+			object := withUnknownFields(t, object)
+			for _, token := range []string{testToken, secondToken} {
+				got := patched(t, c, object, token)
+				object, _ = json.Marshal(got)
+
+				sidecars := containers(got, list)
+				at := len(sidecars) - 1
+				if native {
+					at = 0
+				}
+				if !reflect.DeepEqual(sidecars[at], wantSidecar(native, token)) {
+					t.Errorf("%s, native %t: the sidecar is\n%v, want\n%v", name, native, sidecars[at], wantSidecar(native, token))
+				}
+				annotations := got["metadata"].(map[string]any)["annotations"].(map[string]any)
+				if annotations[annotationToken] != token {
+					t.Errorf("%s, native %t: the token annotation is %v", name, native, annotations[annotationToken])
+				}
+				// Without what was added, it is the original again.
+				delete(annotations, annotationToken)
+				rest := slices.Delete(sidecars, at, at+1)
+				got["spec"].(map[string]any)[list] = rest
+				if len(rest) == 0 {
+					delete(got["spec"].(map[string]any), list)
+				}
+				var original map[string]any
+				must(t, json.Unmarshal(withUnknownFields(t, fixtures(t)[name]), &original))
+				if !reflect.DeepEqual(got, original) {
+					t.Errorf("%s, native %t: the rest is\n%v, want\n%v", name, native, got, original)
+				}
+			}
+		}
+	}
+}
+
+func TestPatchReplacesSidecarsAnywhere(t *testing.T) {
+	for name, spec := range map[string]string{
+		"none":              `{"containers":[{"name":"app"}]}`,
+		"null":              `{"containers":[{"name":"app"}],"initContainers":null}`,
+		"empty":             `{"containers":[{"name":"app"}],"initContainers":[]}`,
+		"native first":      `{"containers":[{"name":"app"}],"initContainers":[{"name":"at-least-semaphore-pod-sidecar"},{"name":"i"}]}`,
+		"native last":       `{"containers":[{"name":"app"}],"initContainers":[{"name":"i"},{"name":"at-least-semaphore-pod-sidecar"}]}`,
+		"only native":       `{"containers":[{"name":"app"}],"initContainers":[{"name":"at-least-semaphore-pod-sidecar"}]}`,
+		"classic":           `{"containers":[{"name":"at-least-semaphore-pod-sidecar"},{"name":"app"}]}`,
+		"both, several":     `{"containers":[{"name":"at-least-semaphore-pod-sidecar"},{"name":"app"},{"name":"at-least-semaphore-pod-sidecar"}],"initContainers":[{"name":"at-least-semaphore-pod-sidecar"},{"name":"at-least-semaphore-pod-sidecar"}]}`,
+		"nothing else left": `{"containers":[{"name":"at-least-semaphore-pod-sidecar"}]}`,
+	} {
+		for _, native := range []bool{true, false} {
+			c := testConfig("redis:6379")
+			c.enableSidecarContainers = native
+			got := patched(t, c, []byte(`{"metadata":{"annotations":{"a/b~c":"d"}},"spec":`+spec+`}`), testToken)
+			if annotations := got["metadata"].(map[string]any)["annotations"]; !reflect.DeepEqual(annotations, map[string]any{"a/b~c": "d", annotationToken: testToken}) {
+				t.Errorf("%s: annotations %v", name, annotations)
+			}
+			var names []string
+			for _, list := range []string{"initContainers", "containers"} {
+				for _, c := range containers(got, list) {
+					names = append(names, list+":"+c.(map[string]any)["name"].(string))
+				}
+			}
+			sidecars := slices.DeleteFunc(slices.Clone(names), func(n string) bool { return n == "containers:app" || n == "initContainers:i" })
+			want := []string{"containers:" + sidecarName}
+			if native {
+				want = []string{"initContainers:" + sidecarName}
+			}
+			if !slices.Equal(sidecars, want) {
+				t.Errorf("%s, native %t: %v", name, native, names)
+			}
+			if native && names[0] != want[0] || !native && names[len(names)-1] != want[0] {
+				t.Errorf("%s, native %t: out of place: %v", name, native, names)
+			}
+		}
+	}
+}
+
+// The sidecar runs beside every pod: its container must decode as Kubernetes has it, with nothing unknown.
+func TestSidecarContainerIsValid(t *testing.T) {
+	encoded, err := json.Marshal(sidecarContainer(testConfig("redis:6379"), testID, testToken))
+	must(t, err)
+	var c corev1.Container
+	must(t, json.Unmarshal(encoded, &c))
+	args := c.Args
+	if args[0] != "sidecar" {
+		t.Fatalf("args %v", args)
+	}
+	parsed, err := parseSidecarConfig(args[1:], func(string) string { return "" })
+	must(t, err)
+	if parsed.semaphore != testID || parsed.token != testToken || parsed.queueRedisAddress != "redis:6379" {
+		t.Errorf("the sidecar reads its own args as %+v", parsed)
+	}
+}
+
+func TestJSONPointer(t *testing.T) {
+	if got := jsonPointer("a/b", "~c", "0"); got != "/a~1b/~0c/0" {
+		t.Errorf("got %s", got)
+	}
+}

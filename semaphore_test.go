@@ -1,0 +1,322 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
+)
+
+// testSemaphores is the semaphores of one webhook.
+func testSemaphores(t *testing.T, address string) *semaphores {
+	t.Helper()
+	c := testConfig(address)
+	s := newSemaphores(c.sharedConfig, newRedlock(c.redisAddresses, c.redis), idleConnections, slog.New(slog.DiscardHandler))
+	t.Cleanup(func() { must(t, s.close(context.Background())) })
+	return s
+}
+
+func acquire(t *testing.T, s *semaphores, id semaphoreID, length int) string {
+	t.Helper()
+	token, err := s.acquire(context.Background(), id, length, 10*time.Second)
+	must(t, err)
+	return token
+}
+
+func wantFullError(t *testing.T, s *semaphores, id semaphoreID, length, inUse int) {
+	t.Helper()
+	_, err := s.acquire(context.Background(), id, length, 10*time.Second)
+	var full *fullError
+	if !errors.As(err, &full) || full.inUse != inUse || full.length != length {
+		t.Fatalf("got %v, want %d of %d in use", err, inUse, length)
+	}
+}
+
+func TestAcquireUntilFull(t *testing.T) {
+	r := commonRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	var tokens []string
+	for range 3 {
+		tokens = append(tokens, acquire(t, s, id, 3))
+	}
+	r.wantCounts(t, id, 0, 3)
+	got := r.inflight(t, id)
+	slices.Sort(got)
+	slices.Sort(tokens)
+	if !slices.Equal(got, tokens) {
+		t.Errorf("in flight are %v, handed out were %v", got, tokens)
+	}
+	wantFullError(t, s, id, 3, 3)
+}
+
+func TestReleaseReturnsFreshTokenOnce(t *testing.T) {
+	r := commonRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	token := acquire(t, s, id, 2)
+	before, err := redis.Strings(r.do(t, "LRANGE", id.queueKey(), 0, -1), nil)
+	must(t, err)
+	fresh := uuid.NewString()
+	for attempt, want := range []bool{true, false, false} {
+		released, err := s.release(context.Background(), id, token, fresh)
+		must(t, err)
+		if released != want {
+			t.Errorf("attempt %d: released is %t", attempt, released)
+		}
+	}
+	queue, err := redis.Strings(r.do(t, "LRANGE", id.queueKey(), 0, -1), nil)
+	must(t, err)
+	if want := append(before, fresh); !slices.Equal(queue, want) {
+		t.Errorf("queue is %v, want %v", queue, want)
+	}
+	r.wantCounts(t, id, 2, 0)
+}
+
+func TestHeartbeatScoresByServerClock(t *testing.T) {
+	r := commonRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	token := acquire(t, s, id, 1)
+	r.makeStale(t, id, token)
+	rejoined, err := s.heartbeat(context.Background(), id, token)
+	must(t, err)
+	if rejoined {
+		t.Error("a token in flight is said to have rejoined")
+	}
+	now, err := redis.Ints(r.do(t, "TIME"), nil)
+	must(t, err)
+	score, err := redis.Int(r.do(t, "ZSCORE", id.inflightKey(), token), nil)
+	must(t, err)
+	if now[0]-score > 5 || score > now[0] {
+		t.Errorf("score is %d, the server's time %d", score, now[0])
+	}
+}
+
+// A token that was reclaimed while its pod was paused has become a fresh one: neither the late heartbeat nor the
+// late release of the first pod touches the second pod's.
+func TestLateHeartbeatAndRelease(t *testing.T) {
+	r := commonRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	ctx := context.Background()
+	first := acquire(t, s, id, 1)
+	r.makeStale(t, id, first)
+	second := acquire(t, s, id, 1)
+	if first == second {
+		t.Fatalf("token %s was handed out twice", first)
+	}
+	rejoined, err := s.heartbeat(ctx, id, first)
+	must(t, err)
+	if !rejoined {
+		t.Error("the late heartbeat did not rejoin")
+	}
+	r.wantCounts(t, id, 0, 2)
+	wantFullError(t, s, id, 1, 2)
+
+	_, err = s.release(ctx, id, first, uuid.NewString())
+	must(t, err)
+	wantFullError(t, s, id, 1, 1)
+	r.wantCounts(t, id, 0, 1)
+	if got := r.inflight(t, id); !slices.Equal(got, []string{second}) {
+		t.Errorf("in flight is %v, want %s", got, second)
+	}
+	released, err := s.release(ctx, id, first, uuid.NewString())
+	must(t, err)
+	if released {
+		t.Error("the late release released")
+	}
+	if _, err = s.release(ctx, id, second, uuid.NewString()); err != nil {
+		t.Fatal(err)
+	}
+	acquire(t, s, id, 1)
+	wantFullError(t, s, id, 1, 1)
+}
+
+// A rejoining token takes a free one out of the queue: what runs is counted.
+func TestHeartbeatTakesFreeToken(t *testing.T) {
+	r := commonRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	token := acquire(t, s, id, 3)
+	r.do(t, "DEL", id.queueKey(), id.inflightKey())
+	must(t, s.maintain(context.Background(), id, 3, 3))
+	r.wantCounts(t, id, 3, 0)
+	if _, err := s.heartbeat(context.Background(), id, token); err != nil {
+		t.Fatal(err)
+	}
+	r.wantCounts(t, id, 2, 1)
+}
+
+// Length lowered and raised: never more than the length of the admission at hand.
+func TestLengthChanges(t *testing.T) {
+	r := commonRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	tokens := []string{acquire(t, s, id, 5), acquire(t, s, id, 5), acquire(t, s, id, 5)}
+	r.wantCounts(t, id, 2, 3)
+
+	wantFullError(t, s, id, 2, 3)
+	r.wantCounts(t, id, 0, 3)
+
+	acquire(t, s, id, 4)
+	wantFullError(t, s, id, 4, 4)
+	wantFullError(t, s, id, 2, 4)
+
+	for _, token := range tokens { // one is left
+		_, err := s.release(context.Background(), id, token, uuid.NewString())
+		must(t, err)
+	}
+	acquire(t, s, id, 2)
+	wantFullError(t, s, id, 2, 2)
+	r.wantCounts(t, id, 0, 2)
+}
+
+// Pods of one key that disagree about the length make progress all the same.
+func TestDisagreementOnLength(t *testing.T) {
+	r := commonRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	var wg sync.WaitGroup
+	errs := make(chan error, 20)
+	for i := range 20 {
+		wg.Go(func() {
+			for range 10 {
+				token, err := s.acquire(ctx, id, 20+i, 10*time.Second)
+				if err == nil {
+					_, err = s.release(ctx, id, token, uuid.NewString())
+				}
+				if err != nil {
+					errs <- err
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	close(errs)
+	for err := range errs {
+		t.Error(err)
+	}
+	if _, inflight, err := r.counts(id); err != nil || inflight != 0 {
+		t.Errorf("%d in flight, %v", inflight, err)
+	}
+}
+
+func TestMaintainIsIdempotent(t *testing.T) {
+	r := commonRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	for _, token := range []string{acquire(t, s, id, 5), acquire(t, s, id, 5)} {
+		r.makeStale(t, id, token)
+	}
+	acquire(t, s, id, 5) // reclaims
+	r.wantCounts(t, id, 4, 1)
+	var wg sync.WaitGroup
+	for range 10 {
+		wg.Go(func() {
+			if err := s.maintain(context.Background(), id, 5, 5); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	r.wantCounts(t, id, 4, 1)
+}
+
+func TestLargestLength(t *testing.T) {
+	r := commonRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	acquire(t, s, id, maxLength)
+	r.wantCounts(t, id, maxLength-1, 1)
+	queue, err := redis.Strings(r.do(t, "LRANGE", id.queueKey(), 0, -1), nil)
+	must(t, err)
+	slices.Sort(queue)
+	if n := len(slices.Compact(queue)); n != maxLength-1 {
+		t.Errorf("%d different tokens in the queue", n)
+	}
+}
+
+// Any use renews the expiry of both keys, so that nothing stays for ever.
+func TestKeysExpire(t *testing.T) {
+	r := commonRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	ctx := context.Background()
+	var token string
+	wantRenewed := func(use string) {
+		t.Helper()
+		for _, key := range []string{id.queueKey(), id.inflightKey()} {
+			ttl, err := redis.Int(r.do(t, "TTL", key), nil)
+			must(t, err)
+			if ttl < 86400-60 || ttl > 86400 {
+				t.Errorf("%s: %s has a time to live of %d", use, key, ttl)
+			}
+			r.do(t, "EXPIRE", key, 100)
+		}
+	}
+	acquire(t, s, id, 4)
+	token = acquire(t, s, id, 4)
+	wantRenewed("acquire")
+	_, err := s.heartbeat(ctx, id, token)
+	must(t, err)
+	wantRenewed("heartbeat")
+	_, err = s.release(ctx, id, token, uuid.NewString())
+	must(t, err)
+	wantRenewed("release")
+	must(t, s.maintain(ctx, id, 4, 0))
+	wantRenewed("maintain")
+
+	s.staleThreshold = 4 * 24 * time.Hour
+	if got := s.timeToLive(); got != 40*86400 {
+		t.Errorf("time to live with a stale threshold of four days is %d s", got)
+	}
+}
+
+// Once the lock is free and nothing is wrong, no lock is taken.
+func TestLockOnlyForRepair(t *testing.T) {
+	r := commonRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	acquire(t, s, id, 3)
+	s.locks.(*redlock).pools[0].Close() // from here on, locking fails
+	acquire(t, s, id, 3)
+	token := acquire(t, s, id, 3)
+	wantFullError(t, s, id, 3, 3)
+
+	r.makeStale(t, id, token)
+	_, err := s.acquire(context.Background(), id, 3, 10*time.Second)
+	if err == nil || !strings.Contains(err.Error(), "lock Redis "+r.address) {
+		t.Errorf("got %v, want the lock server out of reach", err)
+	}
+}
+
+// While another maintains, an admission waits; it is never refused for it.
+func TestWaitsForAnothersMaintenance(t *testing.T) {
+	r := commonRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	unlock, err := s.locks.tryLock(context.Background(), id.lockKey(), 10*time.Second)
+	must(t, err)
+
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
+	_, err = s.acquire(ctx, id, 1, 10*time.Second)
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("got %v, want the deadline exceeded", err)
+	}
+	done := make(chan error)
+	go func() {
+		_, err := s.acquire(context.Background(), id, 1, 10*time.Second)
+		done <- err
+	}()
+	must(t, unlock(context.Background()))
+	must(t, <-done)
+	r.wantCounts(t, id, 0, 1)
+}
+
+func TestWrongAnswersOfScripts(t *testing.T) {
+	for _, reply := range []any{nil, int64(1), []any{}, []any{int64(7)}, []any{int64(0)}, []any{int64(1)}, []any{int64(2)}, []any{"x", "y"}} {
+		if a, err := parseAcquired(reply, nil); err == nil {
+			t.Errorf("%v was taken for %+v", reply, a)
+		}
+	}
+}

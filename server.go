@@ -1,0 +1,264 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"mime"
+	"net"
+	"net/http"
+	"strconv"
+	"time"
+
+	admissionv1 "k8s.io/api/admission/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+const (
+	// maxBody is more than any AdmissionReview: etcd refuses objects over 1.5 MiB, and a review may hold two.
+	maxBody = 4 << 20
+
+	// defaultTimeout and maxTimeout are the API server's for webhooks.
+	defaultTimeout = 10 * time.Second
+	maxTimeout     = 30 * time.Second
+
+	// shutdownTimeout bounds what is still to be done after SIGTERM: Kubernetes kills after 30 seconds.
+	shutdownTimeout = 25 * time.Second
+
+	idleConnections = 64
+)
+
+// runWebhook serves until ctx is done, and then finishes what it has begun.
+func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
+	cert, err := loadCertificate(c.certDir, log)
+	if err != nil {
+		return err
+	}
+	webhookListener, err := listen("--host and --port", net.JoinHostPort(c.host, strconv.Itoa(c.port)))
+	if err != nil {
+		return err
+	}
+	defer webhookListener.Close()
+	healthListener, err := listen("--metrics-bind-address", c.metricsBindAddress)
+	if err != nil {
+		return err
+	}
+	defer healthListener.Close()
+
+	locks := newRedlock(c.redisAddresses, c.redis)
+	s := newSemaphores(c.sharedConfig, locks, idleConnections, log)
+	w := &webhook{admitter: admitter{c, s}, log: log, stopping: ctx.Done()}
+	errorLog := slog.NewLogLogger(log.Handler(), slog.LevelWarn)
+	webhookServer := &http.Server{
+		Handler:           w.routes(),
+		TLSConfig:         &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: cert.get},
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      maxTimeout + 5*time.Second,
+		IdleTimeout:       2 * time.Minute,
+		ErrorLog:          errorLog,
+	}
+	healthServer := &http.Server{
+		Handler:           w.healthRoutes(),
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       5 * time.Second,
+		WriteTimeout:      5 * time.Second,
+		IdleTimeout:       time.Minute,
+		ErrorLog:          errorLog,
+	}
+
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	go cert.watch(ctx, certificatePollInterval)
+	go func() { fail(webhookServer.ServeTLS(webhookListener, "", "")) }()
+	go func() { fail(healthServer.Serve(healthListener)) }()
+	log.Info("serving", "address", webhookListener.Addr().String(), "healthAddress", healthListener.Addr().String(),
+		"version", version, "lockMode", c.lockMode, "queueRedis", c.queueRedisAddress)
+
+	<-ctx.Done()
+	cause := context.Cause(ctx)
+	log.Info("stopping", "reason", cause.Error())
+	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
+	defer cancel()
+	err = errors.Join(webhookServer.Shutdown(ending), s.close(ending), healthServer.Shutdown(ending))
+	if !errors.Is(cause, context.Canceled) {
+		err = errors.Join(cause, err)
+	}
+	if err == nil {
+		log.Info("stopped")
+	}
+	return err
+}
+
+func listen(flag, address string) (net.Listener, error) {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", flag, err)
+	}
+	return l, nil
+}
+
+// webhook is the HTTP side of the admitter.
+type webhook struct {
+	admitter
+	log      *slog.Logger
+	stopping <-chan struct{}
+}
+
+func (w *webhook) routes() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("/mutate", w.mutate)
+	mux.HandleFunc("/", func(rw http.ResponseWriter, r *http.Request) {
+		http.Error(rw, "not found: admission reviews are served at /mutate", http.StatusNotFound)
+	})
+	return mux
+}
+
+func (w *webhook) healthRoutes() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(rw http.ResponseWriter, _ *http.Request) { fmt.Fprintln(rw, "ok") })
+	mux.HandleFunc("GET /readyz", w.ready)
+	return mux
+}
+
+// ready tells whether this webhook can decide: the queue Redis answers, and it is not stopping.
+func (w *webhook) ready(rw http.ResponseWriter, r *http.Request) {
+	select {
+	case <-w.stopping:
+		http.Error(rw, "stopping", http.StatusServiceUnavailable)
+		return
+	default:
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), 900*time.Millisecond) // kubelet's probes give up after 1 s
+	defer cancel()
+	if err := w.semaphores.ping(ctx); err != nil {
+		http.Error(rw, err.Error(), http.StatusServiceUnavailable)
+		return
+	}
+	fmt.Fprintln(rw, "ok")
+}
+
+// mutate speaks HTTP with the API server: an AdmissionReview with a decision and status 200, or another status
+// with the reason as text, on which the failurePolicy of the cluster's administrator decides.
+func (w *webhook) mutate(rw http.ResponseWriter, r *http.Request) {
+	start := time.Now()
+	ctx, cancel := context.WithTimeout(r.Context(), answerWithin(r.URL.Query().Get("timeout")))
+	defer cancel()
+
+	var d decision
+	request, err := readReview(rw, r)
+	if err == nil {
+		d, err = w.decide(ctx, request)
+	}
+	if err == nil {
+		err = deliver(ctx, rw, d.response)
+		if err != nil && d.token != "" {
+			d.verdict = verdictUndeliverable
+		}
+	} else {
+		refuse(rw, err)
+	}
+	if err != nil && d.token != "" {
+		w.semaphores.giveBackLater(d.semaphore, d.token)
+	}
+	w.logAdmission(r, d, err, time.Since(start))
+}
+
+// refuse answers a request on which nothing was decided.
+func refuse(rw http.ResponseWriter, err error) {
+	status := http.StatusInternalServerError
+	var wrong *badRequest
+	if errors.As(err, &wrong) {
+		status = wrong.status
+	}
+	if status == http.StatusMethodNotAllowed {
+		rw.Header().Set("Allow", http.MethodPost)
+	}
+	http.Error(rw, err.Error(), status)
+}
+
+// logAdmission writes the one line of an annotated pod, or of a request that made no sense.
+func (w *webhook) logAdmission(r *http.Request, d decision, err error, took time.Duration) {
+	level := slog.LevelInfo
+	if err != nil {
+		level = slog.LevelError
+	}
+	attrs := []slog.Attr{slog.Float64("durationMs", float64(took.Microseconds())/1000)}
+	switch {
+	case d.verdict != "":
+		attrs = append(attrs, slog.String("namespace", d.semaphore.namespace), slog.String("key", d.semaphore.key),
+			slog.String("pod", d.pod), slog.String("verdict", d.verdict), slog.String("token", d.token))
+		if d.response.Result != nil {
+			attrs = append(attrs, slog.String("message", d.response.Result.Message))
+		}
+	case err != nil:
+		level = slog.LevelWarn
+		attrs = append(attrs, slog.String("remote", r.RemoteAddr), slog.String("verdict", "bad request"))
+	default:
+		return
+	}
+	if err != nil {
+		attrs = append(attrs, slog.String("error", err.Error()))
+	}
+	w.log.LogAttrs(context.WithoutCancel(r.Context()), level, "admission", attrs...)
+}
+
+// answerWithin is how long an answer may take for an API server that gives up after its ?timeout=, less a margin
+// for the way back.
+func answerWithin(timeout string) time.Duration {
+	d, err := time.ParseDuration(timeout)
+	if err != nil || d <= 0 {
+		d = defaultTimeout
+	}
+	d = min(d, maxTimeout)
+	return d - min(d/10, 500*time.Millisecond)
+}
+
+// readReview checks the request and reads its body; its errors are *badRequest.
+func readReview(rw http.ResponseWriter, r *http.Request) (*admissionRequest, error) {
+	if r.Method != http.MethodPost {
+		return nil, &badRequest{http.StatusMethodNotAllowed, fmt.Sprintf("method %s is not allowed: POST an AdmissionReview", r.Method)}
+	}
+	contentType := r.Header.Get("Content-Type")
+	if media, _, err := mime.ParseMediaType(contentType); err != nil || media != "application/json" {
+		return nil, &badRequest{http.StatusUnsupportedMediaType, fmt.Sprintf("Content-Type is %s: it must be application/json", quoteShort(contentType))}
+	}
+	body, err := io.ReadAll(http.MaxBytesReader(rw, r.Body, maxBody))
+	var tooLarge *http.MaxBytesError
+	if errors.As(err, &tooLarge) {
+		return nil, &badRequest{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is larger than %d bytes", maxBody)}
+	}
+	if err != nil {
+		return nil, bad("read the body: %v", err)
+	}
+	return decodeReview(body)
+}
+
+// deliver sends an answer, as far as can be told from here: an error says that the API server did not get it.
+func deliver(ctx context.Context, rw http.ResponseWriter, response *admissionv1.AdmissionResponse) error {
+	body, err := json.Marshal(admissionv1.AdmissionReview{
+		TypeMeta: metav1.TypeMeta{APIVersion: admissionv1.SchemeGroupVersion.String(), Kind: "AdmissionReview"},
+		Response: response,
+	})
+	if err != nil {
+		http.Error(rw, err.Error(), http.StatusInternalServerError)
+		return fmt.Errorf("encode the answer: %w", err)
+	}
+	if err := ctx.Err(); err != nil {
+		http.Error(rw, "too late to answer", http.StatusInternalServerError)
+		return fmt.Errorf("deliver the answer: %w", err)
+	}
+	rw.Header().Set("Content-Type", "application/json")
+	rw.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	if _, err := rw.Write(body); err != nil {
+		return fmt.Errorf("deliver the answer: %w", err)
+	}
+	if err := http.NewResponseController(rw).Flush(); err != nil {
+		return fmt.Errorf("deliver the answer: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,255 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// writeCertificate puts a new self-signed pair with that serial number into dir.
+func writeCertificate(t *testing.T, dir string, serial int64) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	must(t, err)
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(serial),
+		NotBefore:    time.Now().Add(-time.Hour),
+		NotAfter:     time.Now().Add(time.Hour),
+		IPAddresses:  []net.IP{net.IPv4(127, 0, 0, 1)},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	must(t, err)
+	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	must(t, err)
+	must(t, os.WriteFile(filepath.Join(dir, "tls.crt"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600))
+	must(t, os.WriteFile(filepath.Join(dir, "tls.key"), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), 0o600))
+}
+
+func TestCertificateFollowsItsFiles(t *testing.T) {
+	dir := t.TempDir()
+	var b syncBuffer
+	log := slog.New(slog.NewJSONHandler(&b, nil))
+	if _, err := loadCertificate(dir, log); err == nil || !strings.Contains(err.Error(), "--certDir: open "+dir) {
+		t.Errorf("without files: %v", err)
+	}
+	writeCertificate(t, dir, 1)
+	c, err := loadCertificate(dir, log)
+	must(t, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go c.watch(ctx, time.Millisecond)
+	wantSerial := func(want int64) {
+		t.Helper()
+		eventually(t, 5*time.Second, func() error {
+			pair, err := c.get(nil)
+			if err == nil && pair.Leaf.SerialNumber.Int64() != want {
+				err = fmt.Errorf("serial number %d, want %d", pair.Leaf.SerialNumber, want)
+			}
+			return err
+		})
+	}
+	wantLines := func(message string, n int) {
+		t.Helper()
+		eventually(t, 5*time.Second, func() error {
+			if got := len(b.lines(t, message)); got < n {
+				return fmt.Errorf("%d times %q", got, message)
+			}
+			return nil
+		})
+	}
+	wantSerial(1)
+	writeCertificate(t, dir, 2)
+	wantSerial(2)
+	wantLines("new certificate taken", 1)
+
+	must(t, os.WriteFile(c.keyFile, []byte("not a key"), 0o600))
+	wantLines("new certificate not taken, the old one stays", 1)
+	wantSerial(2)
+	must(t, os.Remove(c.keyFile))
+	wantLines("new certificate not taken, the old one stays", 2)
+	wantSerial(2)
+	writeCertificate(t, dir, 3)
+	wantSerial(3)
+}
+
+// A bad pair is logged once, not at every look.
+func TestBadCertificateIsReportedOnce(t *testing.T) {
+	dir := t.TempDir()
+	writeCertificate(t, dir, 1)
+	c, err := loadCertificate(dir, slog.New(slog.DiscardHandler))
+	must(t, err)
+	must(t, os.WriteFile(c.certFile, []byte("not a certificate"), 0o600))
+	for i, want := range []bool{true, false, false} {
+		if changed, _ := c.reload(); changed != want {
+			t.Errorf("look %d: changed is %t", i, changed)
+		}
+	}
+	must(t, os.Remove(c.certFile))
+	for i, want := range []bool{true, false} {
+		changed, err := c.reload()
+		if changed != want || !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("removed, look %d: changed is %t, %v", i, changed, err)
+		}
+	}
+}
+
+// webhookProcess is the webhook as its users run it.
+type webhookProcess struct {
+	*process
+	url, healthURL string
+	certDir        string
+	client         *http.Client
+}
+
+func startWebhookProcess(t *testing.T, redisAddress string) *webhookProcess {
+	t.Helper()
+	w := &webhookProcess{certDir: t.TempDir()}
+	writeCertificate(t, w.certDir, 1)
+	address, health := freeAddress(t), freeAddress(t)
+	host, port, _ := net.SplitHostPort(address)
+	w.url, w.healthURL = "https://"+address, "http://"+health
+	w.process = startProcess(t, "webhook", "--host="+host, "--port="+port, "--metrics-bind-address="+health, "--certDir="+w.certDir,
+		"--queue-redis-address="+redisAddress, "--redis-addresses="+redisAddress)
+	w.client = &http.Client{Transport: &http.Transport{
+		ForceAttemptHTTP2: true,
+		TLSClientConfig:   &tls.Config{InsecureSkipVerify: true}, // the certificate changes; what matters is its serial number
+	}}
+	t.Cleanup(w.client.CloseIdleConnections)
+	eventually(t, 20*time.Second, func() error {
+		response, err := http.Get(w.healthURL + "/readyz")
+		if err != nil {
+			return err
+		}
+		defer response.Body.Close()
+		if response.StatusCode != http.StatusOK {
+			return errors.New(response.Status)
+		}
+		return nil
+	})
+	return w
+}
+
+func (w *webhookProcess) post(body []byte) (status int, text string, serial int64, err error) {
+	response, err := w.client.Post(w.url+"/mutate?timeout=10s", "application/json", bytes.NewReader(body))
+	if err != nil {
+		return 0, "", 0, err
+	}
+	defer response.Body.Close()
+	b, err := io.ReadAll(response.Body)
+	return response.StatusCode, string(b), response.TLS.PeerCertificates[0].SerialNumber.Int64(), err
+}
+
+func TestCertificateIsRereadWithoutRestart(t *testing.T) {
+	r := commonRedis(t)
+	w := startWebhookProcess(t, r.address)
+	body := review(t, freshID(), 1, func(r map[string]any) { r["dryRun"] = true })
+	for serial := int64(1); serial <= 3; serial++ {
+		writeCertificate(t, w.certDir, serial)
+		eventually(t, 20*time.Second, func() error {
+			w.client.CloseIdleConnections()
+			status, _, got, err := w.post(body)
+			if err == nil && (status != 200 || got != serial) {
+				err = fmt.Errorf("status %d, serial number %d, want %d", status, got, serial)
+			}
+			return err
+		})
+	}
+}
+
+// SIGTERM in the middle of an admission: the admission is finished first.
+func TestShutdownFinishesWhatItHasBegun(t *testing.T) {
+	r := startRedis(t)
+	w := startWebhookProcess(t, r.address)
+	id := freshID()
+	if status, text, _, err := w.post(review(t, id, 2)); err != nil || status != 200 {
+		t.Fatal(status, text, err)
+	}
+	r.pause(t)
+	type answer struct {
+		status int
+		text   string
+		err    error
+	}
+	answered := make(chan answer, 1)
+	go func() {
+		status, text, _, err := w.post(review(t, id, 2))
+		answered <- answer{status, text, err}
+	}()
+	// The acquire is on its way when its bytes wait to be read by the paused server.
+	waitForUnreadBytes(t, r.address)
+	w.signal(t, syscall.SIGTERM)
+	w.wantLog(t, "stopping")
+	r.resume(t)
+	a := <-answered
+	if a.err != nil || a.status != 200 || !strings.Contains(a.text, `"allowed":true`) {
+		t.Errorf("answered %+v", a)
+	}
+	w.wantExit(t, 0)
+	w.wantLog(t, "stopped")
+	r.wantCounts(t, id, 0, 2)
+}
+
+// waitForUnreadBytes waits until some connection of a server has received what the server has not read.
+func waitForUnreadBytes(t *testing.T, address string) {
+	t.Helper()
+	_, port, _ := net.SplitHostPort(address)
+	var portNumber int
+	_, err := fmt.Sscan(port, &portNumber)
+	must(t, err)
+	local := fmt.Sprintf(":%04X", portNumber)
+	eventually(t, 20*time.Second, func() error {
+		table, err := os.ReadFile("/proc/net/tcp")
+		if err != nil {
+			return err
+		}
+		for line := range strings.Lines(string(table)) {
+			f := strings.Fields(line) // sl local remote state tx:rx ...
+			if len(f) > 4 && strings.HasSuffix(f[1], local) && f[3] == "01" && !strings.HasSuffix(f[4], ":00000000") {
+				return nil
+			}
+		}
+		return errors.New("nothing has been sent to " + address)
+	})
+}
+
+func TestWebhookDoesNotStart(t *testing.T) {
+	certs := t.TempDir()
+	writeCertificate(t, certs, 1)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	defer l.Close()
+	_, taken, _ := net.SplitHostPort(l.Addr().String())
+	for want, args := range map[string][]string{
+		"--certDir: open ":                          {"--certDir=" + t.TempDir()},
+		"--host and --port: listen tcp 127.0.0.1:":  {"--certDir=" + certs, "--host=127.0.0.1", "--port=" + taken},
+		"--metrics-bind-address: listen tcp 127.0.": {"--certDir=" + certs, "--host=127.0.0.1", "--port=" + portOf(freeAddress(t)), "--metrics-bind-address=127.0.0.1:" + taken},
+	} {
+		code, _, stderr := runArgs(nil, append([]string{"webhook"}, args...)...)
+		if code != 1 || !strings.Contains(stderr, want) {
+			t.Errorf("%v: exit code %d, %s", args, code, stderr)
+		}
+	}
+}
+
+func portOf(address string) string {
+	_, port, _ := net.SplitHostPort(address)
+	return port
+}
