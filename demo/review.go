@@ -1,0 +1,89 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+)
+
+const annotationPrefix = "at-least-semaphore-pod-hook.kaidotio.github.io/"
+
+// newReview makes the AdmissionReview of a pod of shop/web, length 3, out of one that a real API server sent.
+func newReview(pod string) ([]byte, error) {
+	body, err := os.ReadFile(reviewFile)
+	if err != nil {
+		return nil, fmt.Errorf("run this from the project's folder: %w", err)
+	}
+	var review struct {
+		Kind       string         `json:"kind"`
+		APIVersion string         `json:"apiVersion"`
+		Request    map[string]any `json:"request"`
+	}
+	if err := json.Unmarshal(body, &review); err != nil {
+		return nil, err
+	}
+	metadata := review.Request["object"].(map[string]any)["metadata"].(map[string]any)
+	metadata["name"] = pod
+	annotations := metadata["annotations"].(map[string]any)
+	annotations[annotationPrefix+"key"] = "web"
+	annotations[annotationPrefix+"length"] = "3"
+	return json.Marshal(review)
+}
+
+// answer is what the API server needs of the webhook's AdmissionReview.
+type answer struct {
+	Allowed bool   `json:"allowed"`
+	Patch   []byte `json:"patch"`
+	Status  struct {
+		Code    int    `json:"code"`
+		Message string `json:"message"`
+	} `json:"status"`
+}
+
+// patchOperation is one step of a JSON patch; a value that is a container, or a list of one, has the sidecar's args.
+type patchOperation struct {
+	Op    string          `json:"op"`
+	Path  string          `json:"path"`
+	Value json.RawMessage `json:"value"`
+}
+
+// create asks the webhook as the API server does when a pod is created.
+func (s *setup) create(pod string) (*answer, error) {
+	body, err := newReview(pod)
+	if err != nil {
+		return nil, err
+	}
+	response, err := s.client.Post(s.webhookURL, "application/json", bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	if err != nil {
+		return nil, err
+	}
+	if response.StatusCode != http.StatusOK || response.ProtoMajor != 2 {
+		return nil, fmt.Errorf("the webhook answered %s %s: %s", response.Proto, response.Status, text)
+	}
+	var review struct {
+		Response answer `json:"response"`
+	}
+	return &review.Response, json.Unmarshal(text, &review)
+}
+
+// sidecarArgs finds the args of the injected container in a patch.
+func sidecarArgs(patch []patchOperation) ([]string, error) {
+	for _, o := range patch {
+		var list []struct {
+			Name string   `json:"name"`
+			Args []string `json:"args"`
+		}
+		if json.Unmarshal(o.Value, &list) == nil && len(list) == 1 {
+			return list[0].Args, nil
+		}
+	}
+	return nil, fmt.Errorf("no sidecar in the patch %s", patch)
+}

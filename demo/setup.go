@@ -1,0 +1,251 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/alicebob/miniredis/v2"
+)
+
+const (
+	reviewFile  = "testdata/admission-reviews/deployment-pod.json"
+	stepTimeout = 10 * time.Second
+)
+
+type setupOptions struct {
+	program                        string // the program's file
+	heartbeatSeconds, staleSeconds int
+	verbose                        bool // show the logs of the processes as they come
+}
+
+// setup is everything that a semaphore needs: Redis, a certificate and the webhook.
+type setup struct {
+	redis      *miniredis.Miniredis
+	webhook    *process
+	webhookURL string
+	caFile     string
+	dir        string
+	client     *http.Client
+	options    setupOptions
+	processes  []*process
+}
+
+// withSetup calls use with a set-up that is ready, and takes everything down after it.
+func withSetup(ctx context.Context, o setupOptions, use func(context.Context, *setup) error) (err error) {
+	dir, err := os.MkdirTemp("", "at-least-semaphore-pod-hook-demo")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	s := &setup{dir: dir, caFile: filepath.Join(dir, "tls.crt"), options: o}
+	defer func() {
+		s.stopAll()
+		if err != nil && ctx.Err() != nil {
+			err = errors.New("interrupted; everything is stopped")
+		}
+	}()
+	if s.redis, err = miniredis.Run(); err != nil {
+		return fmt.Errorf("start the embedded Redis: %w", err)
+	}
+	defer s.redis.Close()
+	if err := s.startWebhook(ctx); err != nil {
+		return err
+	}
+	return use(ctx, s)
+}
+
+func (s *setup) startWebhook(ctx context.Context) error {
+	ca, err := writeCertificate(s.dir)
+	if err != nil {
+		return err
+	}
+	s.client = &http.Client{Transport: &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{RootCAs: ca}}}
+	webhook, err := freeAddress()
+	if err != nil {
+		return err
+	}
+	health, err := freeAddress()
+	if err != nil {
+		return err
+	}
+	host, port, err := net.SplitHostPort(webhook)
+	if err != nil {
+		return err
+	}
+	s.webhookURL = "https://" + webhook + "/mutate?timeout=10s"
+	s.webhook, err = s.start("webhook",
+		"--host="+host, "--port="+port, "--metrics-bind-address="+health, "--certDir="+s.dir,
+		"--queue-redis-address="+s.redis.Addr(), "--redis-addresses="+s.redis.Addr(),
+		"--heartbeat-interval-seconds="+strconv.Itoa(s.options.heartbeatSeconds),
+		"--stale-threshold-seconds="+strconv.Itoa(s.options.staleSeconds))
+	if err != nil {
+		return err
+	}
+	return poll(ctx, "the webhook is not ready", func() error {
+		response, err := http.Get("http://" + health + "/readyz")
+		if err != nil {
+			return err
+		}
+		defer response.Body.Close()
+		if response.StatusCode != http.StatusOK {
+			return errors.New(response.Status)
+		}
+		return nil
+	})
+}
+
+// process is the program in one of its modes.
+type process struct {
+	cmd  *exec.Cmd
+	log  logBuffer
+	done chan struct{} // closed when it has ended
+}
+
+// start starts the program in a process group of its own, so that Ctrl-C in a terminal reaches only the demo, which
+// stops everything in order.
+func (s *setup) start(args ...string) (*process, error) {
+	p := &process{cmd: exec.Command(s.options.program, args...), done: make(chan struct{})}
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	p.cmd.Stderr = &p.log
+	if s.options.verbose {
+		p.cmd.Stderr = io.MultiWriter(&p.log, os.Stderr)
+	}
+	if err := p.cmd.Start(); err != nil {
+		return nil, err
+	}
+	s.processes = append(s.processes, p)
+	go func() {
+		_ = p.cmd.Wait()
+		close(p.done)
+	}()
+	return p, nil
+}
+
+// end sends a signal and waits for the end of the process; the exit code is -1 after SIGKILL.
+func (p *process) end(signal syscall.Signal) (exitCode int, err error) {
+	if err := p.cmd.Process.Signal(signal); err != nil {
+		return 0, err
+	}
+	select {
+	case <-p.done:
+		return p.cmd.ProcessState.ExitCode(), nil
+	case <-time.After(stepTimeout):
+		return 0, fmt.Errorf("process %d did not end after %s:\n%s", p.cmd.Process.Pid, signal, p.log.String())
+	}
+}
+
+// stopAll ends what still runs, the sidecars before the webhook and Redis, by force where asking does not help.
+func (s *setup) stopAll() {
+	for _, p := range s.processes {
+		if p != s.webhook {
+			_ = p.cmd.Process.Signal(syscall.SIGTERM)
+		}
+	}
+	ask := time.After(3 * time.Second)
+	for i := len(s.processes) - 1; i >= 0; i-- {
+		p := s.processes[i]
+		_ = p.cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-p.done:
+		case <-ask:
+			_ = p.cmd.Process.Kill()
+			<-p.done
+		}
+	}
+}
+
+// poll calls check until it returns nil, and reports its last error after stepTimeout.
+func poll(ctx context.Context, what string, check func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, stepTimeout)
+	defer cancel()
+	for {
+		err := check()
+		if err == nil {
+			return ctx.Err() // an interrupted story ends at its next look
+		}
+		select {
+		case <-time.After(20 * time.Millisecond):
+		case <-ctx.Done():
+			return fmt.Errorf("%s: %w", what, err)
+		}
+	}
+}
+
+// writeCertificate writes a throw-away certificate of 127.0.0.1, which is its own authority.
+func writeCertificate(dir string) (*x509.CertPool, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	template := &x509.Certificate{
+		SerialNumber:          big.NewInt(1),
+		Subject:               pkix.Name{CommonName: "at-least-semaphore-pod-hook demo"},
+		NotBefore:             time.Now().Add(-time.Minute),
+		NotAfter:              time.Now().Add(24 * time.Hour),
+		IPAddresses:           []net.IP{net.IPv4(127, 0, 0, 1)},
+		IsCA:                  true,
+		BasicConstraintsValid: true,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		return nil, err
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, err
+	}
+	certPEM := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	keyPEM := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(certPEM)
+	return pool, errors.Join(
+		os.WriteFile(filepath.Join(dir, "tls.crt"), certPEM, 0o644),
+		os.WriteFile(filepath.Join(dir, "tls.key"), keyPEM, 0o600))
+}
+
+func freeAddress() (string, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	defer l.Close()
+	return l.Addr().String(), nil
+}
+
+// logBuffer keeps what a process says, for when it goes wrong.
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
