@@ -39,12 +39,14 @@ type pod struct {
 		Annotations  map[string]string `json:"annotations"`
 	} `json:"metadata"`
 	Spec struct {
-		InitContainers []container `json:"initContainers"`
-		Containers     []container `json:"containers"`
+		InitContainers []named `json:"initContainers"`
+		Containers     []named `json:"containers"`
+		Volumes        []named `json:"volumes"`
 	} `json:"spec"`
 }
 
-type container struct {
+// named is a container or a volume.
+type named struct {
 	Name string `json:"name"`
 }
 
@@ -144,9 +146,9 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 	if p.Metadata.Annotations[annotationEnabled] != "true" {
 		return d, nil
 	}
-	d.pod = p.name()
+	d.pod = truncate(p.name(), maxKey)
 	asked, problems := parseAnnotations(p.Metadata.Annotations)
-	d.semaphore = semaphoreID{r.Namespace, asked.key}
+	d.semaphore = semaphoreID{r.Namespace, truncate(asked.key, maxKey)}
 	if len(problems) > 0 {
 		d.verdict = verdictInvalid
 		d.deny(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "invalid annotations: "+strings.Join(problems, "; "))

@@ -83,6 +83,9 @@ func parseDigits(s string) (int, bool) {
 	return n, err == nil
 }
 
+// truncate cuts what a user wrote to at most so many bytes.
+func truncate(s string, most int) string { return s[:min(len(s), most)] }
+
 // quoteShort quotes the beginning of a value that a user wrote, on one line.
 func quoteShort(s string) string {
 	const most = 40

@@ -6,12 +6,20 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/google/uuid"
+)
+
+// The locks to choose from.
+const (
+	lockModeRedlock = "redlock"
+	lockModeEtcd    = "etcd"
 )
 
 const imageRepository = "ghcr.io/kaidotio/at-least-semaphore-pod-hook"
@@ -24,7 +32,8 @@ type sharedConfig struct {
 	queueRedisAddress string
 	heartbeatInterval time.Duration
 	staleThreshold    time.Duration
-	redis             redisCredentials
+	redis             redisSettings
+	etcd              etcdSettings
 }
 
 // webhookConfig are the settings of the webhook mode.
@@ -35,8 +44,13 @@ type webhookConfig struct {
 	certDir                 string
 	sidecarImage            string
 	enableSidecarContainers bool
+	sidecarRedisSecret      string
+	sidecarRedisCA          objectReference
 	metricsBindAddress      string
 }
+
+// objectReference names a Secret or a ConfigMap; empty for none.
+type objectReference struct{ kind, name string }
 
 // sidecarConfig are the settings of the sidecar mode.
 type sidecarConfig struct {
@@ -94,11 +108,15 @@ func (f *flags) help() string {
 	fmt.Fprintf(&b, "Usage: at-least-semaphore-pod-hook %s\n\nFlags:\n", f.synopsis)
 	f.VisitAll(func(fl *flag.Flag) {
 		name, text := flag.UnquoteUsage(fl)
-		fmt.Fprintf(&b, "  --%s %s\n        %s (default %s)\n", fl.Name, name, text, fl.DefValue)
+		fmt.Fprintf(&b, "  --%s %s\n        %s", fl.Name, name, text)
+		if fl.DefValue != "" {
+			fmt.Fprintf(&b, " (default %s)", fl.DefValue)
+		}
+		b.WriteByte('\n')
 	})
 	b.WriteString("\nEnvironment:\n" +
-		"  REDIS_USERNAME  user of all Redis servers; empty for the default user\n" +
-		"  REDIS_PASSWORD  password of all Redis servers; empty for none\n")
+		"  REDIS_USERNAME, REDIS_PASSWORD  credentials of all Redis servers; no user name for the default user\n" +
+		"  ETCD_USERNAME, ETCD_PASSWORD    credentials of the etcd servers\n")
 	return b.String()
 }
 
@@ -133,24 +151,76 @@ func (f *flags) seconds(name, text string, least, most int) time.Duration {
 	return time.Duration(f.number(name, text, least, most)) * time.Second
 }
 
-func (f *flags) address(name, text string) string {
-	if _, port, err := net.SplitHostPort(text); err != nil || !isPort(port) {
-		f.problem(name, "%q is not HOST:PORT", text)
+// address reads HOST:PORT, with or without one of the schemes before it. What is wrong is not repeated where it might
+// hold a password.
+func (f *flags) address(name, text string, schemes ...string) string {
+	hostPort := text
+	for _, s := range schemes {
+		hostPort = strings.TrimPrefix(hostPort, s)
+	}
+	_, port, err := net.SplitHostPort(hostPort)
+	switch {
+	case strings.Contains(text, "@"):
+		f.problem(name, "an address has no credentials in it: they come from the environment, see --help")
+	case err != nil || !isPort(port):
+		want := "HOST:PORT"
+		for _, s := range schemes {
+			want += " or " + s + "HOST:PORT"
+		}
+		f.problem(name, "%q is not %s", text, want)
 	}
 	return text
 }
 
 // addresses reads a list without repetitions: a server that is named twice would count twice in a quorum.
-func (f *flags) addresses(name, text string) []string {
+func (f *flags) addresses(name, text string, schemes ...string) []string {
 	var list []string
 	for a := range strings.SplitSeq(text, ",") {
-		a = f.address(name, strings.TrimSpace(a))
+		a = f.address(name, strings.TrimSpace(a), schemes...)
 		if slices.Contains(list, a) {
 			f.problem(name, "%q is named twice", a)
 		}
 		list = append(list, a)
 	}
 	return list
+}
+
+// file reads the name of a file that must be readable; empty for none.
+func (f *flags) file(name, path string) string {
+	if path != "" {
+		if _, err := os.ReadFile(path); err != nil {
+			f.problem(name, "%v", err)
+		}
+	}
+	return path
+}
+
+// certificates reads the name of a file of PEM certificates; empty for none.
+func (f *flags) certificates(name, path string) string {
+	if _, err := readCA(path); err != nil {
+		f.problem(name, "%v", err)
+	}
+	return path
+}
+
+var objectNamePattern = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$`)
+
+func (f *flags) objectName(name, text string) string {
+	if text != "" && (len(text) > 253 || !objectNamePattern.MatchString(text)) {
+		f.problem(name, "%q is not the name of an object", text)
+	}
+	return text
+}
+
+func (f *flags) object(name, text string) objectReference {
+	if text == "" {
+		return objectReference{}
+	}
+	kind, object, _ := strings.Cut(text, "/")
+	if kind != "secret" && kind != "configmap" || object == "" {
+		f.problem(name, "%q is not secret/NAME or configmap/NAME", text)
+	}
+	return objectReference{kind, f.objectName(name, object)}
 }
 
 func isPort(s string) bool {
@@ -160,30 +230,47 @@ func isPort(s string) bool {
 
 // sharedFlags defines the flags that both modes have; the function it returns reads them after parsing.
 func sharedFlags(f *flags, getenv func(string) string) func() sharedConfig {
-	lockMode := f.String("lock-mode", "redlock", "`LOCK` that guards repairs: redlock")
-	redisAddresses := f.String("redis-addresses", "127.0.0.1:6379", "Redis servers of the redlock, as `HOST:PORT,...`")
-	etcdAddresses := f.String("etcd-addresses", "127.0.0.1:2379", "etcd servers of the etcd lock, as `HOST:PORT,...`")
-	queueRedis := f.String("queue-redis-address", "127.0.0.1:6379", "Redis server that holds the tokens, as `HOST:PORT`")
+	lockMode := f.String("lock-mode", lockModeRedlock, "lock that guards repairs: `redlock|etcd`")
+	redisAddresses := f.String("redis-addresses", "127.0.0.1:6379", "Redis servers of the redlock, as `HOST:PORT,...`; rediss://HOST:PORT for TLS")
+	etcdAddresses := f.String("etcd-addresses", "127.0.0.1:2379", "etcd servers of the etcd lock, as `HOST:PORT,...`; https://HOST:PORT, or one of the --etcd files, for TLS")
+	queueRedis := f.String("queue-redis-address", "127.0.0.1:6379", "Redis server that holds the tokens, as `HOST:PORT`; rediss://HOST:PORT for TLS")
+	redisCA := f.String("redis-ca-file", "", "`FILE` of the PEM certificates to trust for rediss://; none for those of the system")
+	etcdCA := f.String("etcd-ca-file", "", "`FILE` of the PEM certificates to trust for etcd; none for those of the system")
+	etcdCert := f.String("etcd-cert-file", "", "`FILE` of the PEM client certificate for etcd")
+	etcdKey := f.String("etcd-key-file", "", "`FILE` of the PEM key of --etcd-cert-file")
 	interval := f.String("heartbeat-interval-seconds", "30", "`SECONDS` between two heartbeats of a sidecar")
 	stale := f.String("stale-threshold-seconds", "120", "`SECONDS` without a heartbeat after which a token is reclaimed; at least twice the interval")
 	return func() sharedConfig {
 		c := sharedConfig{
 			lockMode:          *lockMode,
-			redisAddresses:    f.addresses("redis-addresses", *redisAddresses),
-			etcdAddresses:     f.addresses("etcd-addresses", *etcdAddresses),
-			queueRedisAddress: f.address("queue-redis-address", *queueRedis),
+			redisAddresses:    f.addresses("redis-addresses", *redisAddresses, "redis://", "rediss://"),
+			etcdAddresses:     f.addresses("etcd-addresses", *etcdAddresses, "http://", "https://"),
+			queueRedisAddress: f.address("queue-redis-address", *queueRedis, "redis://", "rediss://"),
 			heartbeatInterval: f.seconds("heartbeat-interval-seconds", *interval, 1, 3600),
 			staleThreshold:    f.seconds("stale-threshold-seconds", *stale, 2, 86400),
-			redis:             redisCredentials{getenv("REDIS_USERNAME"), getenv("REDIS_PASSWORD")},
+			redis: redisSettings{
+				username: getenv("REDIS_USERNAME"), password: getenv("REDIS_PASSWORD"),
+				caFile: f.certificates("redis-ca-file", *redisCA),
+			},
+			etcd: etcdSettings{
+				username: getenv("ETCD_USERNAME"), password: getenv("ETCD_PASSWORD"),
+				caFile: f.certificates("etcd-ca-file", *etcdCA), certFile: f.file("etcd-cert-file", *etcdCert), keyFile: f.file("etcd-key-file", *etcdKey),
+			},
 		}
-		if c.lockMode != "redlock" {
-			f.problem("lock-mode", "%q is not redlock", c.lockMode)
+		if c.lockMode != lockModeRedlock && c.lockMode != lockModeEtcd {
+			f.problem("lock-mode", "%q is not redlock or etcd", c.lockMode)
 		}
-		if c.staleThreshold < 2*c.heartbeatInterval {
+		if (*etcdCert == "") != (*etcdKey == "") {
+			f.problems = append(f.problems, "--etcd-cert-file and --etcd-key-file go together")
+		}
+		if len(f.problems) == 0 && c.staleThreshold < 2*c.heartbeatInterval {
 			f.problem("stale-threshold-seconds", "%s is less than twice --heartbeat-interval-seconds %s: one late heartbeat would cost a running pod its token", *stale, *interval)
 		}
 		if c.redis.username != "" && c.redis.password == "" {
 			f.problems = append(f.problems, "REDIS_USERNAME is set and REDIS_PASSWORD is not")
+		}
+		if (c.etcd.username == "") != (c.etcd.password == "") {
+			f.problems = append(f.problems, "ETCD_USERNAME and ETCD_PASSWORD go together")
 		}
 		return c
 	}
@@ -197,6 +284,8 @@ func parseWebhookConfig(args []string, getenv func(string) string) (webhookConfi
 	port := f.String("port", "9443", "TCP `PORT` to serve /mutate on")
 	certDir := f.String("certDir", "/var/k8s-webhook-server/serving-certs", "`DIRECTORY` of tls.crt and tls.key; reread when they change")
 	sidecarImage := f.String("sidecar-image", imageRepository+":"+version, "`IMAGE` of the injected sidecar")
+	sidecarSecret := f.String("sidecar-redis-secret", "", "`NAME` of a Secret in the pod's namespace whose keys username (optional) and password are the sidecar's credentials for Redis")
+	sidecarCA := f.String("sidecar-redis-ca", "", "`secret/NAME|configmap/NAME` in the pod's namespace whose key ca.crt holds the certificates that the sidecar trusts for rediss://")
 	metrics := f.String("metrics-bind-address", "0.0.0.0:8080", "`HOST:PORT` to serve /healthz and /readyz on, over plain HTTP")
 	native := boolText("true")
 	f.Var(&native, "enable-sidecar-containers", "`true|false`: inject a native sidecar (Kubernetes 1.29 or later), or a classic container")
@@ -209,11 +298,16 @@ func parseWebhookConfig(args []string, getenv func(string) string) (webhookConfi
 		port:               f.number("port", *port, 1, 65535),
 		certDir:            *certDir,
 		sidecarImage:       *sidecarImage,
+		sidecarRedisSecret: f.objectName("sidecar-redis-secret", *sidecarSecret),
+		sidecarRedisCA:     f.object("sidecar-redis-ca", *sidecarCA),
 		metricsBindAddress: f.address("metrics-bind-address", *metrics),
 	}
 	var err error
 	if c.enableSidecarContainers, err = strconv.ParseBool(string(native)); err != nil {
 		f.problem("enable-sidecar-containers", "%q is not true or false", string(native))
+	}
+	if c.redis.password != "" && c.sidecarRedisSecret == "" {
+		f.problem("sidecar-redis-secret", "is needed where REDIS_PASSWORD is set: the sidecars would have no credentials")
 	}
 	if c.certDir == "" {
 		f.problem("certDir", "is empty")

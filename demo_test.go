@@ -97,7 +97,11 @@ func TestDemoInterrupted(t *testing.T) {
 				return nil
 			})
 			must(t, cmd.Process.Signal(signal))
+			start := time.Now()
 			_ = cmd.Wait()
+			if took := time.Since(start); took > 3*time.Second {
+				t.Errorf("%s, %s: took %s: something had to be killed", mode, signal, took)
+			}
 			if code := cmd.ProcessState.ExitCode(); code != wantCode {
 				t.Errorf("%s, %s: exit code %d\n%s", mode, signal, code, out.String())
 			}

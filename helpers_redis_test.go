@@ -4,10 +4,8 @@ import (
 	"bytes"
 	"fmt"
 	"net"
-	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -21,7 +19,7 @@ import (
 type redisServer struct {
 	address string
 	args    []string
-	cmd     *exec.Cmd
+	child
 	control redis.Conn // a connection of the test's own
 }
 
@@ -84,35 +82,6 @@ func (s *redisServer) stop() {
 	_ = s.cmd.Wait()
 }
 
-// pause stops the process, so that connections hang; resume lets it go on.
-func (s *redisServer) pause(t *testing.T) {
-	t.Helper()
-	must(t, s.cmd.Process.Signal(syscall.SIGSTOP))
-	t.Cleanup(func() { _ = s.cmd.Process.Signal(syscall.SIGCONT) })
-	waitState(t, s.cmd.Process.Pid, "T")
-}
-
-func (s *redisServer) resume(t *testing.T) {
-	t.Helper()
-	must(t, s.cmd.Process.Signal(syscall.SIGCONT))
-}
-
-// waitState waits until a process is in a state of /proc/PID/stat.
-func waitState(t *testing.T, pid int, want string) {
-	t.Helper()
-	eventually(t, 10*time.Second, func() error {
-		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		if err != nil {
-			return err
-		}
-		fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
-		if fields[0] != want {
-			return fmt.Errorf("process %d is in state %s, not %s", pid, fields[0], want)
-		}
-		return nil
-	})
-}
-
 var (
 	sharedRedis     *redisServer
 	sharedRedisErr  error
@@ -128,7 +97,7 @@ func commonRedis(t *testing.T) *redisServer {
 	c, err := redis.Dial("tcp", sharedRedis.address)
 	must(t, err)
 	t.Cleanup(func() { c.Close() })
-	return &redisServer{address: sharedRedis.address, cmd: sharedRedis.cmd, control: c}
+	return &redisServer{address: sharedRedis.address, child: sharedRedis.child, control: c}
 }
 
 // freshID is a semaphore that no other test uses.

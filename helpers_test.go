@@ -80,6 +80,38 @@ func freeAddress(t *testing.T) string {
 	return l.Addr().String()
 }
 
+// child is a server that a test has started.
+type child struct{ cmd *exec.Cmd }
+
+// pause stops the process, so that connections hang; resume lets it go on.
+func (c *child) pause(t *testing.T) {
+	t.Helper()
+	must(t, c.cmd.Process.Signal(syscall.SIGSTOP))
+	t.Cleanup(func() { _ = c.cmd.Process.Signal(syscall.SIGCONT) })
+	waitState(t, c.cmd.Process.Pid, "T")
+}
+
+func (c *child) resume(t *testing.T) {
+	t.Helper()
+	must(t, c.cmd.Process.Signal(syscall.SIGCONT))
+}
+
+// waitState waits until a process is in a state of /proc/PID/stat.
+func waitState(t *testing.T, pid int, want string) {
+	t.Helper()
+	eventually(t, 10*time.Second, func() error {
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if err != nil {
+			return err
+		}
+		fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+		if fields[0] != want {
+			return fmt.Errorf("process %d is in state %s, not %s", pid, fields[0], want)
+		}
+		return nil
+	})
+}
+
 // syncBuffer is a bytes.Buffer for several goroutines.
 type syncBuffer struct {
 	mu sync.Mutex
@@ -119,6 +151,7 @@ func testConfig(address string) webhookConfig {
 		sharedConfig: sharedConfig{
 			lockMode:          "redlock",
 			redisAddresses:    []string{address},
+			etcdAddresses:     []string{"127.0.0.1:2379"},
 			queueRedisAddress: address,
 			heartbeatInterval: 30 * time.Second,
 			staleThreshold:    120 * time.Second,
@@ -139,8 +172,7 @@ func startWebhook(t *testing.T, c webhookConfig) *testWebhook {
 	t.Helper()
 	var b syncBuffer
 	log := slog.New(slog.NewJSONHandler(&b, nil))
-	locks := newRedlock(c.redisAddresses, c.redis)
-	w := &webhook{admitter: admitter{c, newSemaphores(c.sharedConfig, locks, idleConnections, log)}, log: log}
+	w := &webhook{admitter: admitter{c, newSemaphores(c.sharedConfig, newLocker(c.sharedConfig), idleConnections, log)}, log: log}
 	server := httptest.NewUnstartedServer(w.routes())
 	server.EnableHTTP2 = true
 	server.StartTLS()

@@ -14,7 +14,7 @@ import (
 )
 
 // redlockTimeout bounds a command to one lock server.
-const redlockTimeout = 300 * time.Millisecond
+const redlockTimeout = 500 * time.Millisecond
 
 // redlock is the Redlock algorithm over independent Redis servers: whoever has set the key on most of them
 // holds the lock. With one server it is a plain lock there.
@@ -25,16 +25,47 @@ type redlock struct {
 	attempts  sync.WaitGroup
 }
 
-func newRedlock(addresses []string, credentials redisCredentials) *redlock {
+func newRedlock(addresses []string, settings redisSettings) *redlock {
 	l := &redlock{addresses: addresses}
 	var pools []redsyncredis.Pool
 	for _, a := range addresses {
-		p := newRedisPool(a, credentials, 4, redlockTimeout)
+		p := newRedisPool(a, settings, 16, redlockTimeout)
 		l.pools = append(l.pools, p)
-		pools = append(pools, redigo.NewPool(p))
+		pools = append(pools, lockPool{p})
 	}
 	l.sync = redsync.New(pools...)
 	return l
+}
+
+// lockPool is a pool for redsync.
+type lockPool struct{ pool *redis.Pool }
+
+// Get implements redsync's Pool.
+func (p lockPool) Get(ctx context.Context) (redsyncredis.Conn, error) {
+	conn, err := p.pool.GetContext(ctx)
+	if err != nil {
+		return nil, err
+	}
+	adapted, err := redigo.NewPool(connection{conn}).Get(ctx)
+	return lockConn{adapted, conn}, err
+}
+
+// connection is a pool of one, for redsync's adapter.
+type connection struct{ redis.Conn }
+
+func (c connection) Get() redis.Conn                                { return c.Conn }
+func (c connection) GetContext(context.Context) (redis.Conn, error) { return c.Conn, nil }
+
+// lockConn sends scripts whole. redsync's own EVALSHA needs a second command where the server does not know the script,
+// and if the answer to the first is late, nobody sends it: the script that frees a lock would not be run at all.
+type lockConn struct {
+	redsyncredis.Conn
+	conn redis.Conn
+}
+
+// Eval implements redsync's Conn.
+func (c lockConn) Eval(script *redsyncredis.Script, keysAndArgs ...any) (any, error) {
+	return c.conn.Do("EVAL", append([]any{script.Src, script.KeyCount}, keysAndArgs...)...)
 }
 
 // tryLock implements locker. The attempt itself is not bound to ctx, but to redlockTimeout: one that was cut
@@ -46,7 +77,10 @@ func (l *redlock) tryLock(ctx context.Context, name string, expiration time.Dura
 	unlock := func(ctx context.Context) error {
 		// A lock that has expired, or is another's by now, is as good as unlocked.
 		_, err := mutex.UnlockContext(ctx)
-		return errors.Join(l.failures(err)...)
+		if failures := l.failures(err); len(failures) > 0 {
+			return serverErrors(failures)
+		}
+		return nil
 	}
 	done := make(chan error, 1)
 	l.attempts.Go(func() { done <- mutex.TryLockContext(context.WithoutCancel(ctx)) })
@@ -57,7 +91,7 @@ func (l *redlock) tryLock(ctx context.Context, name string, expiration time.Dura
 		}
 		// Taken, unless too few servers answered for anybody to take it.
 		if failures := l.failures(err); len(l.addresses)-len(failures) < len(l.addresses)/2+1 {
-			return nil, errors.Join(failures...)
+			return nil, serverErrors(failures)
 		}
 		return nil, errLockTaken
 	case <-ctx.Done():
@@ -70,19 +104,19 @@ func (l *redlock) tryLock(ctx context.Context, name string, expiration time.Dura
 	}
 }
 
-// failures are the servers that did not answer, one error for each, out of an error of redsync's, which
-// numbers them and joins them with those that answered that the lock is taken.
+// failures are the servers that did not answer, one error for each, out of an error of redsync's, which numbers them and
+// joins them, one in the other, with those that answered that the lock is taken.
 func (l *redlock) failures(err error) []error {
-	errs := []error{err}
-	if joined, ok := err.(interface{ Unwrap() []error }); ok {
-		errs = joined.Unwrap()
-	}
 	var failures []error
-	for _, err := range errs {
-		var failed *redsync.RedisError
-		if errors.As(err, &failed) {
-			failures = append(failures, fmt.Errorf("lock Redis %s: %w", l.addresses[failed.Node], failed.Err))
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		for _, err := range joined.Unwrap() {
+			failures = append(failures, l.failures(err)...)
 		}
+		return failures
+	}
+	var failed *redsync.RedisError
+	if errors.As(err, &failed) {
+		failures = append(failures, fmt.Errorf("lock Redis %s: %w", l.addresses[failed.Node], failed.Err))
 	}
 	return failures
 }

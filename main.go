@@ -8,8 +8,8 @@
 // Settings are flags (see config.go, or run a mode with --help), all but the secrets, which come from the
 // environment:
 //
-//	REDIS_USERNAME  user of all Redis servers; empty for the default user
-//	REDIS_PASSWORD  password of all Redis servers; empty for none
+//	REDIS_USERNAME, REDIS_PASSWORD  credentials of all Redis servers; no user name for the default user
+//	ETCD_USERNAME, ETCD_PASSWORD    credentials of the etcd servers
 //
 // Exit codes: 0 done, 1 failed, 2 wrong mode, flag or value.
 package main
@@ -45,7 +45,8 @@ Run a mode with --help for its flags.
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	defer stop()
+	context.AfterFunc(ctx, func() { signal.Reset(syscall.SIGINT) }) // a second Ctrl-C ends the process at once
 	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr)
 	os.Exit(exitCode(err, os.Stderr))
 }

@@ -63,14 +63,14 @@ func TestWrongUsage(t *testing.T) {
 			`--redis-addresses: "b" is not HOST:PORT`,
 			`--redis-addresses: "a:1" is named twice`,
 			`--etcd-addresses: "" is not HOST:PORT`,
-			`--lock-mode: "file" is not redlock`,
+			`--lock-mode: "file" is not redlock or etcd`,
 			`--enable-sidecar-containers: "maybe" is not true or false`,
 			`--metrics-bind-address: ":0" is not HOST:PORT`,
 			`--sidecar-image: "" is not an image`,
 			`--certDir: is empty`,
 		},
 		"webhook --heartbeat-interval-seconds=30 --stale-threshold-seconds=59":                  {"--stale-threshold-seconds: 59 is less than twice --heartbeat-interval-seconds 30"},
-		"sidecar --termination-grace-period-seconds=0 --stale-threshold-seconds=1 a/b " + token: {"3 wrong settings", "--termination-grace-period-seconds", "--stale-threshold-seconds"},
+		"sidecar --termination-grace-period-seconds=0 --stale-threshold-seconds=1 a/b " + token: {"2 wrong settings", "--termination-grace-period-seconds", "--stale-threshold-seconds"},
 	} {
 		code, stdout, stderr := runArgs(nil, strings.Fields(args)...)
 		if code != 2 || stdout != "" {
@@ -90,14 +90,19 @@ func TestSecretsComeFromTheEnvironment(t *testing.T) {
 	if code != 2 || !strings.Contains(stderr, "REDIS_USERNAME is set and REDIS_PASSWORD is not") {
 		t.Errorf("exit code %d, %q", code, stderr)
 	}
-	env["REDIS_PASSWORD"] = "secret"
-	c, err := parseWebhookConfig(nil, func(k string) string { return env[k] })
+	env["REDIS_PASSWORD"] = "pa55word"
+	getenv := func(k string) string { return env[k] }
+	_, err := parseWebhookConfig(nil, getenv)
+	if err == nil || err.Error() != "--sidecar-redis-secret: is needed where REDIS_PASSWORD is set: the sidecars would have no credentials" {
+		t.Errorf("without a Secret for the sidecars: %v", err)
+	}
+	c, err := parseWebhookConfig([]string{"--sidecar-redis-secret=redis"}, getenv)
 	must(t, err)
-	if c.redis != (redisCredentials{"hook", "secret"}) {
+	if c.redis != (redisSettings{username: "hook", password: "pa55word"}) {
 		t.Errorf("credentials %v", c.redis)
 	}
 	_, stdout, _ := runArgs(env, "webhook", "--help")
-	if strings.Contains(stdout, "secret") {
+	if strings.Contains(stdout, "pa55word") {
 		t.Error("the help shows the password")
 	}
 }

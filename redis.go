@@ -2,8 +2,13 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
+	"fmt"
 	"net"
+	"os"
+	"strings"
 	"syscall"
 	"time"
 
@@ -16,20 +21,23 @@ const (
 	redisWriteTimeout   = 2 * time.Second
 )
 
-// redisCredentials are those of all Redis servers; empty for none.
-type redisCredentials struct{ username, password string }
+// redisSettings is what all Redis servers have in common.
+type redisSettings struct {
+	username, password string // empty for none
+	caFile             string // PEM certificates to trust for rediss://; empty for those of the system
+}
 
 // newRedisPool makes a pool that keeps up to maxIdle connections for minutes. Commands that are not given
 // a shorter time by their context fail after readTimeout.
 //
 // There is no limit to the connections in use: a hung server must not make admissions queue up behind
 // connections that will never answer when its successor is there already.
-func newRedisPool(address string, credentials redisCredentials, maxIdle int, readTimeout time.Duration) *redis.Pool {
+func newRedisPool(address string, settings redisSettings, maxIdle int, readTimeout time.Duration) *redis.Pool {
 	return &redis.Pool{
 		MaxIdle:     maxIdle,
 		IdleTimeout: 4 * time.Minute,
 		DialContext: func(ctx context.Context) (redis.Conn, error) {
-			return dialRedis(ctx, address, credentials, readTimeout)
+			return dialRedis(ctx, address, settings, readTimeout)
 		},
 		TestOnBorrow: func(c redis.Conn, _ time.Time) error {
 			return c.(*redisConn).idleError()
@@ -37,10 +45,27 @@ func newRedisPool(address string, credentials redisCredentials, maxIdle int, rea
 	}
 }
 
+// readCA reads a file of PEM certificates; nil, for those of the system, if there is no file.
+func readCA(file string) (*x509.CertPool, error) {
+	if file == "" {
+		return nil, nil
+	}
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(text) {
+		return nil, fmt.Errorf("no PEM certificate in %s", file)
+	}
+	return pool, nil
+}
+
 // redisConn is a connection that can tell for nothing whether it is still good.
 type redisConn struct {
 	contextConn
-	tcp syscall.Conn
+	tcp     syscall.Conn
+	refused error // what the server answered, if that is a reason not to ask it again
 }
 
 type contextConn interface {
@@ -48,26 +73,75 @@ type contextConn interface {
 	redis.ConnWithTimeout
 }
 
-func dialRedis(ctx context.Context, address string, credentials redisCredentials, readTimeout time.Duration) (redis.Conn, error) {
+func dialRedis(ctx context.Context, address string, settings redisSettings, readTimeout time.Duration) (redis.Conn, error) {
 	var tcp syscall.Conn
 	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
-		dialer := net.Dialer{Timeout: redisConnectTimeout}
+		dialer := net.Dialer{
+			Timeout:         redisConnectTimeout,
+			KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3},
+		}
 		c, err := dialer.DialContext(ctx, network, address)
 		if err == nil {
 			tcp = c.(syscall.Conn)
 		}
 		return c, err
 	}
-	c, err := redis.DialContext(ctx, "tcp", address,
+	hostPort, secure := strings.CutPrefix(address, "rediss://")
+	hostPort = strings.TrimPrefix(hostPort, "redis://")
+	options := []redis.DialOption{
 		redis.DialContextFunc(dial),
 		redis.DialReadTimeout(readTimeout),
 		redis.DialWriteTimeout(redisWriteTimeout),
-		redis.DialUsername(credentials.username),
-		redis.DialPassword(credentials.password))
+		redis.DialUsername(settings.username),
+		redis.DialPassword(settings.password),
+	}
+	if secure {
+		host, _, err := net.SplitHostPort(hostPort)
+		if err != nil {
+			return nil, err
+		}
+		roots, err := readCA(settings.caFile) // at each dial, so that a new authority needs no restart
+		if err != nil {
+			return nil, err
+		}
+		options = append(options, redis.DialUseTLS(true), redis.DialTLSHandshakeTimeout(redisConnectTimeout),
+			redis.DialTLSConfig(&tls.Config{MinVersion: tls.VersionTLS12, ServerName: host, RootCAs: roots}))
+	}
+	c, err := redis.DialContext(ctx, "tcp", hostPort, options...)
 	if err != nil {
 		return nil, err
 	}
 	return &redisConn{contextConn: c.(contextConn), tcp: tcp}, nil
+}
+
+// Do implements redis.Conn.
+func (c *redisConn) Do(command string, args ...any) (any, error) {
+	reply, err := c.contextConn.Do(command, args...)
+	return reply, c.note(err)
+}
+
+// DoContext implements redis.ConnWithContext.
+func (c *redisConn) DoContext(ctx context.Context, command string, args ...any) (any, error) {
+	reply, err := c.contextConn.DoContext(ctx, command, args...)
+	return reply, c.note(err)
+}
+
+// note keeps an error that the server answered. Such as READONLY or LOADING mean that this server is not, or no longer,
+// the one to talk to; behind the same address there may be another by now.
+func (c *redisConn) note(err error) error {
+	var answered redis.Error
+	if errors.As(err, &answered) && !strings.HasPrefix(answered.Error(), "NOSCRIPT ") {
+		c.refused = err
+	}
+	return err
+}
+
+// Err implements redis.Conn: the pool drops a connection that has one.
+func (c *redisConn) Err() error {
+	if c.refused != nil {
+		return c.refused
+	}
+	return c.contextConn.Err()
 }
 
 // idleError is the reason why an idle connection cannot be used again. It asks the kernel and not the

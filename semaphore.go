@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"time"
 
@@ -49,6 +50,12 @@ const (
 	// not even to give the token back. It is the longest time-out that the API server has for a webhook.
 	abandonAfter = 30 * time.Second
 
+	// unlockTimeout bounds the freeing of a lock, which nobody waits for.
+	unlockTimeout = 3 * time.Second
+
+	// lockPatience is for how long lock servers that do not answer are tried again.
+	lockPatience = 2 * time.Second
+
 	// lockRetryLeast and lockRetryMost bound the wait for somebody else's maintenance.
 	lockRetryLeast = 5 * time.Millisecond
 	lockRetryMost  = 25 * time.Millisecond
@@ -76,6 +83,27 @@ type locker interface {
 	close() error
 }
 
+// serverErrors are the errors of several servers, on one line.
+type serverErrors []error
+
+func (e serverErrors) Unwrap() []error { return e }
+
+func (e serverErrors) Error() string {
+	var texts []string
+	for _, err := range e {
+		texts = append(texts, err.Error())
+	}
+	return strings.Join(texts, "; ")
+}
+
+// newLocker makes the lock of the chosen mode.
+func newLocker(c sharedConfig) locker {
+	if c.lockMode == lockModeEtcd {
+		return newEtcdLock(c.etcdAddresses, c.etcd)
+	}
+	return newRedlock(c.redisAddresses, c.redis)
+}
+
 // fullError says that all tokens are in use.
 type fullError struct {
 	id            semaphoreID
@@ -94,6 +122,10 @@ type semaphores struct {
 	staleThreshold time.Duration
 	log            *slog.Logger
 
+	// repairs are the semaphores that this process is repairing; the channel is closed when it is done.
+	mu      sync.Mutex
+	repairs map[semaphoreID]chan struct{}
+
 	// background are acquires that nobody waits for and the releases of what they took.
 	background sync.WaitGroup
 }
@@ -105,6 +137,7 @@ func newSemaphores(c sharedConfig, locks locker, maxIdle int, log *slog.Logger) 
 		locks:          locks,
 		staleThreshold: c.staleThreshold,
 		log:            log,
+		repairs:        map[semaphoreID]chan struct{}{},
 	}
 }
 
@@ -153,21 +186,32 @@ func (s *semaphores) do(ctx context.Context, command func(redis.Conn) (any, erro
 	return reply, nil
 }
 
-// acquire takes a token of a semaphore of that length, and repairs the semaphore before, where needed,
-// under a lock that may be held for expiration. Its errors are *fullError, or that Redis or the lock servers are
-// out of reach, or ctx's; with an error, no token is held, or is given back in the background.
+// acquire takes a token of a semaphore of that length, and repairs the semaphore before, where needed, under a lock that
+// may be held for expiration. Its errors are *fullError, or that Redis or the lock servers are out of reach, or ctx's;
+// with an error, no token is held, or is given back in the background.
 func (s *semaphores) acquire(ctx context.Context, id semaphoreID, length int, expiration time.Duration) (string, error) {
+	var lockFailing time.Time // since when
+	retry := newBackoff(50*time.Millisecond, 500*time.Millisecond)
 	for {
+		start := time.Now()
 		a, err := s.take(ctx, id, length)
 		if err == nil && a.missing != nil {
-			a, err = s.repair(ctx, id, length, *a.missing, expiration)
+			a, err = s.repairOrWait(ctx, id, length, *a.missing, expiration)
 		}
+		var wait time.Duration
+		var unlocked *lockError
 		switch {
-		case errors.Is(err, errLockTaken):
-			// Somebody else is doing our work.
-			if err := sleep(ctx, lockRetryLeast+rand.N(lockRetryMost-lockRetryLeast)); err != nil {
-				return "", fmt.Errorf("wait for the maintenance of %s by another: %w", id, err)
+		case errors.Is(err, errLockTaken): // somebody else is doing our work
+			err = fmt.Errorf("%s is held by another; it frees itself %s after it was taken: %w", id.lockKey(), expiration, err)
+			wait = lockRetryLeast + rand.N(lockRetryMost-lockRetryLeast)
+		case errors.As(err, &unlocked): // the lock servers may be back in a moment
+			if lockFailing.IsZero() {
+				lockFailing = start
 			}
+			if time.Since(lockFailing) > lockPatience {
+				return "", err
+			}
+			wait = retry.next()
 		case err != nil:
 			return "", err
 		case a.token != "":
@@ -175,7 +219,49 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, length int, ex
 		case a.missing == nil:
 			return "", &fullError{id, a.inUse, length}
 		}
+		if sleep(ctx, wait) != nil {
+			if err == nil {
+				err = fmt.Errorf("acquire %s: it is being repaired all the time", id)
+			}
+			return "", fmt.Errorf("%w (%w)", err, context.Cause(ctx))
+		}
 	}
+}
+
+// lockError says that a lock could not be tried.
+type lockError struct {
+	id  semaphoreID
+	err error
+}
+
+func (e *lockError) Error() string { return fmt.Sprintf("lock %s: %v", e.id, e.err) }
+func (e *lockError) Unwrap() error { return e.err }
+
+// repairOrWait repairs, unless this process is doing so already: then it waits for the end of that. It answers that
+// there is something to be repaired in that case, so that the caller asks again.
+func (s *semaphores) repairOrWait(ctx context.Context, id semaphoreID, length, missing int, expiration time.Duration) (acquired, error) {
+	s.mu.Lock()
+	done, other := s.repairs[id]
+	if !other {
+		done = make(chan struct{})
+		s.repairs[id] = done
+	}
+	s.mu.Unlock()
+	if other {
+		select {
+		case <-done:
+			return acquired{missing: &missing}, nil
+		case <-ctx.Done():
+			return acquired{}, fmt.Errorf("acquire %s: wait for its repair: %w", id, context.Cause(ctx))
+		}
+	}
+	defer func() {
+		s.mu.Lock()
+		delete(s.repairs, id)
+		s.mu.Unlock()
+		close(done)
+	}()
+	return s.repair(ctx, id, length, missing, expiration)
 }
 
 // acquired is the answer of the acquire script: a token, or how many are missing before one can be taken,
@@ -248,16 +334,19 @@ func parseAcquired(reply any, err error) (acquired, error) {
 // length, each would otherwise undo the repair of the others before they could use it.
 func (s *semaphores) repair(ctx context.Context, id semaphoreID, length, missing int, expiration time.Duration) (acquired, error) {
 	unlock, err := s.locks.tryLock(ctx, id.lockKey(), expiration)
-	if err != nil {
-		return acquired{}, fmt.Errorf("lock %s: %w", id, err)
+	if errors.Is(err, errLockTaken) {
+		return acquired{}, err
 	}
-	defer func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+	if err != nil {
+		return acquired{}, &lockError{id, err}
+	}
+	defer s.background.Go(func() { // the pod need not wait for it
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), unlockTimeout)
 		defer cancel()
 		if err := unlock(ctx); err != nil {
 			s.log.Warn("lock left to expire", "namespace", id.namespace, "key", id.key, "error", err.Error())
 		}
-	}()
+	})
 	if err := s.maintain(ctx, id, length, missing); err != nil {
 		return acquired{}, err
 	}
@@ -313,9 +402,13 @@ func (s *semaphores) releaseWithin(ctx context.Context, id semaphoreID, token st
 		attempt, cancel := context.WithTimeout(ctx, 2*time.Second)
 		released, err = s.release(attempt, id, token, fresh)
 		cancel()
-		if err == nil || sleep(ctx, retry.next()) != nil {
-			return released, err
+		if err == nil {
+			return released, nil
 		}
+		if sleep(ctx, retry.next()) != nil {
+			return false, err
+		}
+		s.log.Warn("release failed, to be retried", "namespace", id.namespace, "key", id.key, "token", token, "error", err.Error())
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -18,7 +19,7 @@ import (
 func testSemaphores(t *testing.T, address string) *semaphores {
 	t.Helper()
 	c := testConfig(address)
-	s := newSemaphores(c.sharedConfig, newRedlock(c.redisAddresses, c.redis), idleConnections, slog.New(slog.DiscardHandler))
+	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig), idleConnections, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() { must(t, s.close(context.Background())) })
 	return s
 }
@@ -319,4 +320,40 @@ func TestWrongAnswersOfScripts(t *testing.T) {
 			t.Errorf("%v was taken for %+v", reply, a)
 		}
 	}
+}
+
+// Many admissions of one process that find the same to be repaired take the lock once.
+func TestOneRepairPerProcess(t *testing.T) {
+	r := commonRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	counted := &countingLocker{locker: s.locks}
+	s.locks = counted
+	var wg sync.WaitGroup
+	for range 100 {
+		wg.Go(func() {
+			if _, err := s.acquire(context.Background(), id, 100, 10*time.Second); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	r.wantCounts(t, id, 0, 100)
+	if n := counted.tried.Load(); n > 5 {
+		t.Errorf("the lock was tried %d times", n)
+	}
+}
+
+// countingLocker counts what is asked of a locker.
+type countingLocker struct {
+	locker
+	tried, locked atomic.Int32
+}
+
+func (l *countingLocker) tryLock(ctx context.Context, name string, expiration time.Duration) (func(context.Context) error, error) {
+	l.tried.Add(1)
+	unlock, err := l.locker.tryLock(ctx, name, expiration)
+	if err == nil {
+		l.locked.Add(1)
+	}
+	return unlock, err
 }

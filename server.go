@@ -26,8 +26,10 @@ const (
 	defaultTimeout = 10 * time.Second
 	maxTimeout     = 30 * time.Second
 
-	// shutdownTimeout bounds what is still to be done after SIGTERM: Kubernetes kills after 30 seconds.
-	shutdownTimeout = 25 * time.Second
+	// After SIGTERM, admissions that have begun get admissionGrace to be finished, and then an error; what they took is
+	// given back within giveBackGrace after that. Kubernetes kills after 30 seconds.
+	admissionGrace = 20 * time.Second
+	giveBackGrace  = 5 * time.Second
 
 	idleConnections = 64
 )
@@ -49,12 +51,14 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	}
 	defer healthListener.Close()
 
-	locks := newRedlock(c.redisAddresses, c.redis)
-	s := newSemaphores(c.sharedConfig, locks, idleConnections, log)
+	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig), idleConnections, log)
 	w := &webhook{admitter: admitter{c, s}, log: log, stopping: ctx.Done()}
+	admissions, endAdmissions := context.WithCancelCause(context.Background())
+	defer endAdmissions(nil)
 	errorLog := slog.NewLogLogger(log.Handler(), slog.LevelWarn)
 	webhookServer := &http.Server{
 		Handler:           w.routes(),
+		BaseContext:       func(net.Listener) context.Context { return admissions },
 		TLSConfig:         &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: cert.get},
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,
@@ -82,9 +86,15 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	<-ctx.Done()
 	cause := context.Cause(ctx)
 	log.Info("stopping", "reason", cause.Error())
-	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
+	time.AfterFunc(admissionGrace, func() { endAdmissions(errors.New("this webhook is stopping")) })
+	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), admissionGrace+giveBackGrace/2)
 	defer cancel()
-	err = errors.Join(webhookServer.Shutdown(ending), s.close(ending), healthServer.Shutdown(ending))
+	if err = webhookServer.Shutdown(ending); err != nil {
+		err = fmt.Errorf("finish admissions: %w", err)
+	}
+	ending, cancel = context.WithTimeout(context.WithoutCancel(ctx), giveBackGrace)
+	defer cancel()
+	err = errors.Join(err, s.close(ending), healthServer.Close())
 	if !errors.Is(cause, context.Canceled) {
 		err = errors.Join(cause, err)
 	}

@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -119,15 +120,15 @@ type webhookProcess struct {
 	client         *http.Client
 }
 
-func startWebhookProcess(t *testing.T, redisAddress string) *webhookProcess {
+func startWebhookProcess(t *testing.T, redisAddress string, flags ...string) *webhookProcess {
 	t.Helper()
 	w := &webhookProcess{certDir: t.TempDir()}
 	writeCertificate(t, w.certDir, 1)
 	address, health := freeAddress(t), freeAddress(t)
 	host, port, _ := net.SplitHostPort(address)
 	w.url, w.healthURL = "https://"+address, "http://"+health
-	w.process = startProcess(t, "webhook", "--host="+host, "--port="+port, "--metrics-bind-address="+health, "--certDir="+w.certDir,
-		"--queue-redis-address="+redisAddress, "--redis-addresses="+redisAddress)
+	w.process = startProcess(t, append([]string{"webhook", "--host=" + host, "--port=" + port, "--metrics-bind-address=" + health,
+		"--certDir=" + w.certDir, "--queue-redis-address=" + redisAddress, "--redis-addresses=" + redisAddress}, flags...)...)
 	w.client = &http.Client{Transport: &http.Transport{
 		ForceAttemptHTTP2: true,
 		TLSClientConfig:   &tls.Config{InsecureSkipVerify: true}, // the certificate changes; what matters is its serial number
@@ -210,11 +211,7 @@ func TestShutdownFinishesWhatItHasBegun(t *testing.T) {
 // waitForUnreadBytes waits until some connection of a server has received what the server has not read.
 func waitForUnreadBytes(t *testing.T, address string) {
 	t.Helper()
-	_, port, _ := net.SplitHostPort(address)
-	var portNumber int
-	_, err := fmt.Sscan(port, &portNumber)
-	must(t, err)
-	local := fmt.Sprintf(":%04X", portNumber)
+	local := tableAddress(t, address)
 	eventually(t, 20*time.Second, func() error {
 		table, err := os.ReadFile("/proc/net/tcp")
 		if err != nil {
@@ -228,6 +225,14 @@ func waitForUnreadBytes(t *testing.T, address string) {
 		}
 		return errors.New("nothing has been sent to " + address)
 	})
+}
+
+// tableAddress is how an address ends in /proc/net/tcp.
+func tableAddress(t *testing.T, address string) string {
+	t.Helper()
+	port, err := strconv.Atoi(portOf(address))
+	must(t, err)
+	return fmt.Sprintf(":%04X", port)
 }
 
 func TestWebhookDoesNotStart(t *testing.T) {
@@ -247,9 +252,4 @@ func TestWebhookDoesNotStart(t *testing.T) {
 			t.Errorf("%v: exit code %d, %s", args, code, stderr)
 		}
 	}
-}
-
-func portOf(address string) string {
-	_, port, _ := net.SplitHostPort(address)
-	return port
 }

@@ -8,7 +8,7 @@ import (
 )
 
 // beatTimeout bounds one heartbeat.
-const beatTimeout = 5 * time.Second
+const beatTimeout = 3 * time.Second
 
 // sidecar keeps one token alive.
 type sidecar struct {
@@ -27,9 +27,14 @@ func runSidecar(ctx context.Context, c sidecarConfig, log *slog.Logger) error {
 	defer semaphores.pool.Close()
 	s := &sidecar{semaphores: semaphores, id: c.semaphore, token: c.token, interval: c.heartbeatInterval, log: log}
 	log.Info("holding the token", "heartbeatInterval", c.heartbeatInterval.String(), "queueRedis", c.queueRedisAddress)
+	grace, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	context.AfterFunc(ctx, func() {
+		log.Info("giving the token back")
+		time.AfterFunc(c.terminationGracePeriod, end)
+	})
 	s.loop(ctx)
-	log.Info("giving the token back")
-	return s.giveBack(context.WithoutCancel(ctx), c.terminationGracePeriod)
+	return s.giveBack(grace)
 }
 
 // loop sends a heartbeat at once and then every interval, and retries sooner while they fail.
@@ -52,14 +57,13 @@ func (s *sidecar) newBackoff() *backoff {
 	return newBackoff(min(time.Second, s.interval/4), s.interval)
 }
 
-// beat sends one heartbeat.
+// beat sends one heartbeat. It is not cut off by the end of ctx: one that is still on its way when the token is released
+// would count it again.
 func (s *sidecar) beat(ctx context.Context) error {
-	attempt, cancel := context.WithTimeout(ctx, min(beatTimeout, s.interval))
+	attempt, cancel := context.WithTimeout(context.WithoutCancel(ctx), min(beatTimeout, s.interval))
 	defer cancel()
 	rejoined, err := s.semaphores.heartbeat(attempt, s.id, s.token)
 	switch {
-	case err != nil && ctx.Err() != nil:
-		return err // stopped in the middle: nothing to report
 	case err != nil:
 		s.log.Warn("heartbeat failed, to be retried", "error", err.Error())
 	case rejoined:
@@ -71,14 +75,12 @@ func (s *sidecar) beat(ctx context.Context) error {
 	return err
 }
 
-// giveBack releases the token, retrying for the grace period.
-func (s *sidecar) giveBack(ctx context.Context, gracePeriod time.Duration) error {
-	ctx, cancel := context.WithTimeout(ctx, gracePeriod)
-	defer cancel()
+// giveBack releases the token, retrying until ctx is done.
+func (s *sidecar) giveBack(ctx context.Context) error {
 	released, err := s.semaphores.releaseWithin(ctx, s.id, s.token)
 	if err != nil {
-		return fmt.Errorf("token %s of %s not given back within %s, it will be reclaimed %s after its last heartbeat: %w",
-			s.token, s.id, gracePeriod, s.semaphores.staleThreshold, err)
+		return fmt.Errorf("token %s of %s not given back within the grace period, it will be reclaimed %s after its last heartbeat: %w",
+			s.token, s.id, s.semaphores.staleThreshold, err)
 	}
 	if released {
 		s.log.Info("token given back")

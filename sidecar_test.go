@@ -128,6 +128,8 @@ func TestSidecarOutlivesRedis(t *testing.T) {
 	r.stop()
 	p.signal(t, syscall.SIGTERM)
 	p.wantLog(t, "giving the token back")
+	p.wantLog(t, "release failed, to be retried")
+	p.signal(t, syscall.SIGTERM) // once is enough: it goes on trying
 	must(t, r.start())
 	p.wantExit(t, 0)
 	r.wantCounts(t, id, 1, 0)
@@ -141,10 +143,29 @@ func TestSidecarThatCannotGiveBack(t *testing.T) {
 	p.signal(t, syscall.SIGTERM)
 	p.wantExit(t, 1)
 	line := p.wantLog(t, "failed")
-	want := "token " + token + " of shop/web not given back within 1s, it will be reclaimed 2m0s after its last heartbeat: release shop/web: connect to queue Redis " + address
+	want := "token " + token + " of shop/web not given back within the grace period, it will be reclaimed 2m0s after its last heartbeat: release shop/web: connect to queue Redis " + address
 	if got := line["error"].(string); !strings.HasPrefix(got, want) {
 		t.Errorf("logged %q, want %q", got, want)
 	}
+}
+
+// A server that has become a read-only replica is left for whoever is behind the address now.
+func TestRefusingServerIsDropped(t *testing.T) {
+	r := startRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	token := acquire(t, s, id, 1)
+	r.do(t, "REPLICAOF", "127.0.0.1", portOf(freeAddress(t)))
+	for range 3 {
+		if _, err := s.heartbeat(context.Background(), id, token); err == nil || !strings.Contains(err.Error(), "READONLY") {
+			t.Errorf("got %v, want READONLY", err)
+		}
+		if n := s.pool.ActiveCount(); n != 0 {
+			t.Errorf("%d connections to the read-only server are kept", n)
+		}
+	}
+	r.do(t, "REPLICAOF", "NO", "ONE")
+	_, err := s.heartbeat(context.Background(), id, token)
+	must(t, err)
 }
 
 // One connection is all that a sidecar needs.
@@ -157,7 +178,7 @@ func TestSidecarUsesOneConnection(t *testing.T) {
 	for range 10 {
 		must(t, s.beat(context.Background()))
 	}
-	must(t, s.giveBack(context.Background(), time.Second))
+	must(t, s.giveBack(context.Background()))
 	clients := string(r.do(t, "CLIENT", "LIST").([]byte))
 	if n := strings.Count(clients, "\n"); n != 2 { // one is the test's
 		t.Errorf("connections:\n%s", clients)

@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"syscall"
@@ -58,16 +59,16 @@ func withSetup(ctx context.Context, o setupOptions, use func(context.Context, *s
 	}
 	defer os.RemoveAll(dir)
 	s := &setup{dir: dir, caFile: filepath.Join(dir, "tls.crt"), options: o}
+	if s.redis, err = miniredis.Run(); err != nil {
+		return fmt.Errorf("start the embedded Redis: %w", err)
+	}
+	defer s.redis.Close()
 	defer func() {
 		s.stopAll()
 		if err != nil && ctx.Err() != nil {
 			err = errors.New("interrupted; everything is stopped")
 		}
 	}()
-	if s.redis, err = miniredis.Run(); err != nil {
-		return fmt.Errorf("start the embedded Redis: %w", err)
-	}
-	defer s.redis.Close()
 	if err := s.startWebhook(ctx); err != nil {
 		return err
 	}
@@ -154,21 +155,18 @@ func (p *process) end(signal syscall.Signal) (exitCode int, err error) {
 	}
 }
 
-// stopAll ends what still runs, the sidecars before the webhook and Redis, by force where asking does not help.
+// stopAll ends what still runs, last started first, so that the sidecars end before the webhook; by force where asking
+// does not help.
 func (s *setup) stopAll() {
-	for _, p := range s.processes {
-		if p != s.webhook {
-			_ = p.cmd.Process.Signal(syscall.SIGTERM)
-		}
-	}
-	ask := time.After(3 * time.Second)
-	for i := len(s.processes) - 1; i >= 0; i-- {
-		p := s.processes[i]
+	late := time.After(3 * time.Second)
+	for _, p := range slices.Backward(s.processes) {
 		_ = p.cmd.Process.Signal(syscall.SIGTERM)
 		select {
 		case <-p.done:
-		case <-ask:
-			_ = p.cmd.Process.Kill()
+		case <-late:
+			for _, p := range s.processes {
+				_ = p.cmd.Process.Kill()
+			}
 			<-p.done
 		}
 	}

@@ -1,0 +1,258 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	grpcbackoff "google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/connectivity"
+)
+
+// etcdTimeout bounds an attempt. It is long enough for the election of a new leader, which takes one to two seconds
+// with etcd's defaults.
+const etcdTimeout = 3 * time.Second
+
+// etcdSettings is what all etcd servers have in common.
+type etcdSettings struct {
+	username, password        string // empty for none
+	caFile, certFile, keyFile string // PEM; empty for none
+}
+
+// etcdLock is a lock in an etcd cluster: a key that is attached to a lease of the expiration's length. etcd has leases
+// of whole seconds, and none below one and a half times its election timeout (2 s with its defaults).
+type etcdLock struct {
+	servers  []*etcdServer
+	attempts sync.WaitGroup
+}
+
+func newEtcdLock(addresses []string, settings etcdSettings) *etcdLock {
+	l := new(etcdLock)
+	for _, a := range addresses {
+		l.servers = append(l.servers, &etcdServer{address: a, settings: settings})
+	}
+	return l
+}
+
+// tryLock implements locker. The attempt itself is not bound to ctx, but to etcdTimeout: one that was cut off would not
+// know what to revoke.
+func (l *etcdLock) tryLock(ctx context.Context, name string, expiration time.Duration) (func(context.Context) error, error) {
+	type outcome struct {
+		unlock func(context.Context) error
+		err    error
+	}
+	done := make(chan outcome, 1)
+	l.attempts.Go(func() {
+		attempt, cancel := context.WithTimeout(context.WithoutCancel(ctx), etcdTimeout)
+		defer cancel()
+		unlock, err := l.attempt(attempt, name, expiration)
+		done <- outcome{unlock, err}
+	})
+	select {
+	case o := <-done:
+		return o.unlock, o.err
+	case <-ctx.Done():
+		l.attempts.Go(func() {
+			if o := <-done; o.err == nil {
+				_ = o.unlock(context.WithoutCancel(ctx)) // what cannot be freed expires
+			}
+		})
+		return nil, context.Cause(ctx)
+	}
+}
+
+// attempt looks whether the key is there, and if not, grants a lease and creates the key with it.
+func (l *etcdLock) attempt(ctx context.Context, name string, expiration time.Duration) (func(context.Context) error, error) {
+	server, taken, err := l.look(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	if taken {
+		return nil, errLockTaken
+	}
+	lease, err := server.client.Grant(ctx, int64(seconds(expiration)))
+	if err != nil {
+		return nil, server.failure("grant a lease", server.client, err)
+	}
+	created, err := server.client.Txn(ctx).
+		If(clientv3.Compare(clientv3.CreateRevision(name), "=", 0)).
+		Then(clientv3.OpPut(name, "", clientv3.WithLease(lease.ID))).
+		Commit()
+	if err == nil && created.Succeeded {
+		return func(ctx context.Context) error { return l.revoke(ctx, lease.ID) }, nil
+	}
+	// Also after an error, as the key may have been created all the same. What cannot be revoked expires.
+	_ = l.revoke(context.WithoutCancel(ctx), lease.ID)
+	if err != nil {
+		return nil, server.failure("create the key", server.client, err)
+	}
+	return nil, errLockTaken
+}
+
+// look asks all servers at once whether the key is there, so that one that hangs costs no time. The first that answers
+// is the one to go on with: it is up, and its cluster has a leader.
+func (l *etcdLock) look(ctx context.Context, name string) (server *etcdServer, taken bool, err error) {
+	type answer struct {
+		server *etcdServer
+		taken  bool
+		err    error
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	answers := make(chan answer, len(l.servers))
+	for _, s := range l.servers {
+		l.attempts.Go(func() {
+			a := answer{server: s}
+			client, err := s.connect(ctx)
+			if err == nil {
+				var got *clientv3.GetResponse
+				if got, err = client.Get(ctx, name, clientv3.WithCountOnly()); err == nil {
+					a.taken = got.Count > 0
+				}
+			}
+			if err != nil {
+				a.err = s.failure("look for the key", client, err)
+			}
+			answers <- a
+		})
+	}
+	var errs []error
+	for range l.servers {
+		a := <-answers
+		if a.err == nil {
+			return a.server, a.taken, nil
+		}
+		errs = append(errs, a.err)
+	}
+	return nil, false, serverErrors(errs)
+}
+
+// revoke ends a lease, and with it the key, by whichever server can. One that has expired is as good as revoked.
+func (l *etcdLock) revoke(ctx context.Context, lease clientv3.LeaseID) error {
+	ctx, cancel := context.WithTimeout(ctx, etcdTimeout)
+	defer cancel()
+	errs := make(chan error, len(l.servers))
+	for _, s := range l.servers {
+		l.attempts.Go(func() {
+			client, err := s.connect(ctx)
+			if err == nil {
+				_, err = client.Revoke(ctx, lease)
+			}
+			if errors.Is(err, rpctypes.ErrLeaseNotFound) {
+				err = nil
+			}
+			if err != nil {
+				err = s.failure("revoke the lease", client, err)
+			}
+			errs <- err
+		})
+	}
+	var failed []error
+	for range l.servers {
+		err := <-errs
+		if err == nil {
+			return nil
+		}
+		failed = append(failed, err)
+	}
+	return serverErrors(failed)
+}
+
+func (l *etcdLock) close() error {
+	l.attempts.Wait()
+	var errs []error
+	for _, s := range l.servers {
+		errs = append(errs, s.close())
+	}
+	return errors.Join(errs...)
+}
+
+// etcdServer is one member of the cluster, with a client of its own: a client of several would go on sending every n-th
+// call to one that hangs.
+type etcdServer struct {
+	address  string
+	settings etcdSettings
+
+	mu     sync.Mutex
+	client *clientv3.Client // set by connect; it connects by itself again
+}
+
+// connect makes the client at the first call that finds the server up: with a user name, making one means to log in.
+func (s *etcdServer) connect(ctx context.Context) (*clientv3.Client, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.client != nil {
+		return s.client, nil
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	config := clientv3.Config{
+		Endpoints:            []string{s.address},
+		DialTimeout:          etcdTimeout,
+		DialKeepAliveTime:    10 * time.Second,
+		DialKeepAliveTimeout: 3 * time.Second,
+		// By default, a server that was away for minutes is tried again after minutes.
+		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           grpcbackoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 2, Jitter: 0.2, MaxDelay: time.Second},
+			MinConnectTimeout: etcdTimeout,
+		})},
+		MaxUnaryRetries: 2, // the second after a new log-in, when the token has expired
+		Username:        s.settings.username,
+		Password:        s.settings.password,
+		Logger:          zap.NewNop(), // all errors are reported by us
+	}
+	var err error
+	if config.TLS, err = s.settings.tls(); err != nil {
+		return nil, err
+	}
+	s.client, err = clientv3.New(config)
+	return s.client, err
+}
+
+// tls is nil for plain connections.
+func (s etcdSettings) tls() (*tls.Config, error) {
+	if s.caFile == "" && s.certFile == "" {
+		return nil, nil
+	}
+	c := &tls.Config{MinVersion: tls.VersionTLS12}
+	var err error
+	if c.RootCAs, err = readCA(s.caFile); err != nil {
+		return nil, err
+	}
+	if s.certFile != "" {
+		c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			pair, err := tls.LoadX509KeyPair(s.certFile, s.keyFile)
+			return &pair, err
+		}
+	}
+	return c, nil
+}
+
+// failure names the server in an error, and tells one that is not there from one that does not answer.
+func (s *etcdServer) failure(what string, client *clientv3.Client, err error) error {
+	if errors.Is(err, context.DeadlineExceeded) {
+		if client != nil && client.ActiveConnection().GetState() != connectivity.Ready {
+			err = fmt.Errorf("no connection: %w", err)
+		} else {
+			err = fmt.Errorf("no answer, or no leader: %w", err)
+		}
+	}
+	return fmt.Errorf("lock etcd %s: %s: %w", s.address, what, err)
+}
+
+func (s *etcdServer) close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.client == nil {
+		return nil
+	}
+	return s.client.Close()
+}

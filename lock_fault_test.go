@@ -1,0 +1,307 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// startLockedWebhook starts a webhook whose queue is on the common Redis and whose lock is on s.
+func startLockedWebhook(t *testing.T, s lockServers) (*testWebhook, *redisServer) {
+	t.Helper()
+	queue := commonRedis(t)
+	c := testConfig(queue.address)
+	s.configure(&c)
+	return startWebhook(t, c), queue
+}
+
+// One lock server of three is down, whichever, killed or hanging: admissions that need the lock go on, within a second.
+func TestOneLockServerDown(t *testing.T) {
+	for _, hangs := range []bool{true, false} {
+		t.Run(fmt.Sprintf("hangs=%t", hangs), func(t *testing.T) {
+			forEachLock(t, 3, func(t *testing.T, s lockServers) {
+				w, queue := startLockedWebhook(t, s)
+				wantQuick := func(what string) {
+					t.Helper()
+					id := freshID()
+					start := time.Now()
+					w.wantAdmitted(t, id, 3)
+					if took := time.Since(start); took > time.Second {
+						t.Errorf("%s: took %s", what, took)
+					} else {
+						t.Logf("%s: took %s", what, took)
+					}
+					queue.wantCounts(t, id, 2, 1)
+				}
+				wantQuick("all up")
+				for i := range s.addresses() { // of etcd, the first is the leader
+					if !hangs && i > 0 {
+						break
+					}
+					if hangs {
+						s.pause(t, i)
+					} else {
+						s.kill(i)
+					}
+					for range 3 {
+						wantQuick(fmt.Sprintf("server %d down", i))
+					}
+					if hangs {
+						s.resume(t, i)
+						eventually(t, 20*time.Second, func() error { return s.healthy() })
+					}
+				}
+			})
+		})
+	}
+}
+
+// Two of three are down: what needs the lock fails, naming the servers, well before the API server gives up; what needs
+// no repair goes on.
+func TestTwoLockServersDown(t *testing.T) {
+	for _, hangs := range []bool{true, false} {
+		t.Run(fmt.Sprintf("hangs=%t", hangs), func(t *testing.T) {
+			forEachLock(t, 3, func(t *testing.T, s lockServers) {
+				w, queue := startLockedWebhook(t, s)
+				steady, fresh := freshID(), freshID()
+				w.wantAdmitted(t, steady, 3)
+				for i := range 2 {
+					if hangs {
+						s.pause(t, i)
+					} else {
+						s.kill(i)
+					}
+				}
+				start := time.Now()
+				status, text, err := w.post(context.Background(), review(t, fresh, 3), "10s")
+				must(t, err)
+				took := time.Since(start)
+				t.Logf("%s: %s", took, text)
+				if status != http.StatusInternalServerError || took > 7*time.Second {
+					t.Errorf("answered %d after %s: %s", status, took, text)
+				}
+				wantNamed(t, strings.TrimSpace(text), s.addresses()[:2]...)
+				queue.wantCounts(t, fresh, 0, 0)
+
+				w.wantAdmitted(t, steady, 3)
+				w.wantAdmitted(t, steady, 3)
+				w.wantFull(t, steady, 3, 3)
+			})
+		})
+	}
+}
+
+// A lock server that stalls for a moment costs a moment, not the admission; and nothing of the attempt that timed out
+// stays behind, though the server has seen none of our scripts before.
+func TestStallingLockServer(t *testing.T) {
+	lock := startRedis(t)
+	w, queue := startLockedWebhook(t, redlockServers{lock})
+	id := freshID()
+	lock.pause(t)
+	answered := make(chan error, 1)
+	go func() {
+		a, err := w.tryAdmit(review(t, id, 3))
+		if err == nil && !a.allowed {
+			err = errors.New(a.message)
+		}
+		answered <- err
+	}()
+	eventually(t, 10*time.Second, func() error { // the attempt has timed out, and has been repeated
+		select {
+		case err := <-answered:
+			return fmt.Errorf("answered too early: %w", err)
+		default:
+		}
+		if n := connectionsTo(t, lock.address); n < 3 {
+			return fmt.Errorf("%d connections", n)
+		}
+		return nil
+	})
+	lock.resume(t)
+	must(t, <-answered)
+	queue.wantCounts(t, id, 2, 1)
+	eventually(t, 10*time.Second, func() error {
+		if keys := fmt.Sprint(lock.do(t, "KEYS", "*")); keys != "[]" {
+			return fmt.Errorf("left: %s", keys)
+		}
+		return nil
+	})
+}
+
+// connectionsTo counts the connections that have been made to a server, also those that it has not accepted, and those
+// that have been given up.
+func connectionsTo(t *testing.T, address string) int {
+	t.Helper()
+	table, err := os.ReadFile("/proc/net/tcp")
+	must(t, err)
+	local := tableAddress(t, address)
+	n := 0
+	for line := range strings.Lines(string(table)) {
+		if f := strings.Fields(line); len(f) > 3 && strings.HasSuffix(f[1], local) && f[3] != "0A" {
+			n++
+		}
+	}
+	return n
+}
+
+// holdingProxy forwards connections to a server, but keeps back what a client sends from the first time on that it
+// contains a text.
+type holdingProxy struct {
+	address string
+	held    chan struct{} // closed when something is kept back
+	release func()
+}
+
+func startHoldingProxy(t *testing.T, server, text string) *holdingProxy {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	t.Cleanup(func() { l.Close() })
+	released := make(chan struct{})
+	p := &holdingProxy{address: l.Addr().String(), held: make(chan struct{}), release: sync.OnceFunc(func() { close(released) })}
+	t.Cleanup(p.release)
+	hold := sync.OnceFunc(func() { close(p.held) })
+	go func() {
+		for {
+			client, err := l.Accept()
+			if err != nil {
+				return
+			}
+			upstream, err := net.Dial("tcp", server)
+			if err != nil {
+				client.Close()
+				continue
+			}
+			go func() {
+				_, _ = io.Copy(client, upstream)
+				client.Close()
+			}()
+			go func() {
+				defer upstream.Close()
+				b := make([]byte, 1<<16)
+				for {
+					n, err := client.Read(b)
+					if bytes.Contains(b[:n], []byte(text)) {
+						hold()
+						<-released
+					}
+					if n > 0 {
+						if _, err := upstream.Write(b[:n]); err != nil {
+							return
+						}
+					}
+					if err != nil {
+						return
+					}
+				}
+			}()
+		}
+	}()
+	return p
+}
+
+// A webhook is paused while it holds the lock and is about to maintain. Its lock expires, another webhook maintains and
+// admits, and then the first one's script is run after all: the semaphore is as if it had not been.
+func TestPausedMaintainer(t *testing.T) {
+	forEachLock(t, 1, func(t *testing.T, s lockServers) {
+		queue := startRedis(t)
+		proxy := startHoldingProxy(t, queue.address, maintainScript.Hash())
+		id := freshID()
+		const length = 5
+		body := review(t, id, length, func(request map[string]any) { annotationsOf(request)[annotationExpiration] = "1" })
+
+		c := testConfig(queue.address)
+		s.configure(&c)
+		paused := startWebhookProcess(t, proxy.address, "--lock-mode="+c.lockMode, "--redis-addresses="+strings.Join(c.redisAddresses, ","),
+			"--etcd-addresses="+strings.Join(c.etcdAddresses, ","))
+		answered := make(chan error, 1)
+		go func() {
+			status, text, _, err := paused.post(body)
+			if err == nil && (status != 200 || !strings.Contains(text, `"allowed":true`)) {
+				err = fmt.Errorf("%d %s", status, text)
+			}
+			answered <- err
+		}()
+		<-proxy.held
+		paused.signal(t, syscall.SIGSTOP)
+		waitState(t, paused.Process.Pid, "T")
+		l := s.newLocker()
+		defer l.close()
+		wantTaken(t, l, id.lockKey())
+
+		w := startWebhook(t, c)
+		for range 2 {
+			a := w.admit(t, body) // waits until the lock has expired
+			if !a.allowed {
+				t.Fatalf("not admitted: %+v", a)
+			}
+		}
+		queue.wantCounts(t, id, length-2, 2)
+		before := queue.inflight(t, id)
+
+		proxy.release()
+		paused.signal(t, syscall.SIGCONT)
+		must(t, <-answered)
+		queue.wantCounts(t, id, length-3, 3)
+		for _, token := range before {
+			if !slices.Contains(queue.inflight(t, id), token) {
+				t.Errorf("token %s was lost", token)
+			}
+		}
+	})
+}
+
+// Sixty-four webhooks get the first admissions of one key at once: whoever fits is admitted, and few of them take the
+// lock.
+func TestManyWebhooks(t *testing.T) {
+	forEachLock(t, 1, func(t *testing.T, s lockServers) {
+		const webhooks, length = 64, 48
+		queue := startRedis(t)
+		id := freshID()
+		c := testConfig(queue.address)
+		s.configure(&c)
+		lockers := make([]*countingLocker, webhooks)
+		start := make(chan struct{})
+		admitted := make(chan string, webhooks)
+		var wg sync.WaitGroup
+		for i := range webhooks {
+			one := testSemaphores(t, queue.address)
+			must(t, one.locks.close())
+			lockers[i] = &countingLocker{locker: newLocker(c.sharedConfig)}
+			one.locks = lockers[i]
+			wg.Go(func() {
+				<-start
+				token, err := one.acquire(context.Background(), id, length, 10*time.Second)
+				var full *fullError
+				if err == nil {
+					admitted <- token
+				} else if !errors.As(err, &full) || full.inUse != length {
+					t.Error(err)
+				}
+			})
+		}
+		close(start)
+		wg.Wait()
+		close(admitted)
+		locked := 0
+		for _, l := range lockers {
+			locked += int(l.locked.Load())
+		}
+		t.Logf("the lock was taken %d times", locked)
+		if len(admitted) != length || locked < 1 || locked > 12 {
+			t.Errorf("%d admitted, the lock was taken %d times", len(admitted), locked)
+		}
+		queue.wantCounts(t, id, 0, length)
+	})
+}
