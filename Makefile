@@ -1,4 +1,5 @@
 VERSION ?= dev
+LOCK ?= redlock
 PROGRAM := bin/at-least-semaphore-pod-hook
 
 .PHONY: help
@@ -6,12 +7,16 @@ help: ## show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: build bin/demo ## show the main job, start to end; needs nothing but Go
-	@bin/demo story
+demo: build bin/demo ## show the main job, start to end; needs nothing but Go. LOCK=etcd for the other lock
+	@bin/demo $(demo-lock) story
 
 .PHONY: run
 run: build bin/demo ## start the demo's set-up and stay up, for trying it by hand
-	@bin/demo run
+	@bin/demo $(demo-lock) run
+
+# etcd is built from its module; the go command keeps it.
+etcd = $(shell go tool -modfile=tools/go.mod -n go.etcd.io/etcd/server/v3)
+demo-lock = $(if $(filter redlock,$(LOCK)),,$(if $(filter etcd,$(LOCK)),-etcd $(etcd),$(error LOCK is $(LOCK): it must be redlock or etcd)))
 
 .PHONY: build
 build: ## build the static binary into bin/

@@ -13,14 +13,14 @@ import (
 )
 
 // startDemo builds the demo and starts it with this program.
-func startDemo(t *testing.T, mode string) (*exec.Cmd, *syncBuffer) {
+func startDemo(t *testing.T, args ...string) (*exec.Cmd, *syncBuffer) {
 	t.Helper()
 	demo := filepath.Join(filepath.Dir(binary), "demo")
 	out, err := exec.Command("go", "build", "-C", "demo", "-o", demo, ".").CombinedOutput()
 	if err != nil {
 		t.Fatalf("build the demo: %v\n%s", err, out)
 	}
-	cmd := exec.Command(demo, "-program", binary, mode)
+	cmd := exec.Command(demo, append([]string{"-program", binary}, args...)...)
 	var b syncBuffer
 	cmd.Stdout, cmd.Stderr = &b, &b
 	must(t, cmd.Start())
@@ -40,8 +40,16 @@ func wantNoProcessOf(t *testing.T, redis string) {
 	}
 }
 
-func TestDemo(t *testing.T) {
-	cmd, out := startDemo(t, "story")
+func TestDemo(t *testing.T) { testDemo(t, "story") }
+
+func TestDemoWithEtcd(t *testing.T) {
+	etcd, err := etcdBinary()
+	must(t, err)
+	testDemo(t, "-etcd", etcd, "story")
+}
+
+func testDemo(t *testing.T, args ...string) {
+	cmd, out := startDemo(t, args...)
 	start := time.Now()
 	if err := cmd.Wait(); err != nil {
 		t.Fatalf("%v:\n%s", err, out.String())

@@ -19,6 +19,7 @@ import (
 type redisServer struct {
 	address string
 	args    []string
+	options []redis.DialOption // of the test's own connections
 	child
 	control redis.Conn // a connection of the test's own
 }
@@ -26,23 +27,25 @@ type redisServer struct {
 // startRedis starts a redis-server of the test's own, with an append-only file so that it can be restarted.
 func startRedis(t *testing.T) *redisServer {
 	t.Helper()
-	s, err := launchRedis(t.TempDir())
+	s, err := launchRedis(t.TempDir(), plain)
 	must(t, err)
 	t.Cleanup(s.stop)
 	return s
 }
 
-func launchRedis(dir string) (*redisServer, error) {
+func plain(port string) []string { return []string{"--port", port} }
+
+// launchRedis starts a redis-server that listens as told.
+func launchRedis(dir string, listen func(port string) []string, options ...redis.DialOption) (*redisServer, error) {
 	var last error
 	for range 5 { // another process may take the port before redis-server does
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			return nil, err
 		}
-		s := &redisServer{address: l.Addr().String()}
+		s := &redisServer{address: l.Addr().String(), options: append(options, redis.DialReadTimeout(5*time.Second))}
 		l.Close()
-		_, port, _ := net.SplitHostPort(s.address)
-		s.args = []string{"--port", port, "--bind", "127.0.0.1", "--dir", dir, "--save", "", "--appendonly", "yes", "--appendfsync", "always"}
+		s.args = append(listen(portOf(s.address)), "--bind", "127.0.0.1", "--dir", dir, "--save", "", "--appendonly", "yes", "--appendfsync", "always")
 		if last = s.start(); last == nil {
 			return s, nil
 		}
@@ -58,7 +61,7 @@ func (s *redisServer) start() error {
 		return fmt.Errorf("redis-server is needed (apt-get install redis-server): %w", err)
 	}
 	for range 1000 {
-		c, err := redis.Dial("tcp", s.address, redis.DialReadTimeout(5*time.Second))
+		c, err := redis.Dial("tcp", s.address, s.options...)
 		if err == nil {
 			if _, err = c.Do("PING"); err == nil {
 				s.control = c
@@ -92,7 +95,7 @@ var (
 // commonRedis is one server for all tests that do not disturb it.
 func commonRedis(t *testing.T) *redisServer {
 	t.Helper()
-	sharedRedisOnce.Do(func() { sharedRedis, sharedRedisErr = launchRedis(filepath.Dir(binary)) })
+	sharedRedisOnce.Do(func() { sharedRedis, sharedRedisErr = launchRedis(filepath.Dir(binary), plain) })
 	must(t, sharedRedisErr)
 	c, err := redis.Dial("tcp", sharedRedis.address)
 	must(t, err)

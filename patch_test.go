@@ -65,7 +65,7 @@ func wantSidecar(native bool, token string) map[string]any {
 		"args": []any{"sidecar", "--queue-redis-address=redis:6379", "--heartbeat-interval-seconds=30",
 			"--stale-threshold-seconds=120", "shop/web", token},
 		"resources": map[string]any{
-			"requests": map[string]any{"cpu": "5m", "memory": "24Mi"},
+			"requests": map[string]any{"cpu": "5m", "memory": "32Mi"},
 			"limits":   map[string]any{"cpu": "100m", "memory": "64Mi"},
 		},
 		"terminationMessagePolicy": "FallbackToLogsOnError",

@@ -35,6 +35,7 @@ const (
 
 type setupOptions struct {
 	program                        string // the program's file
+	etcd                           string // etcd's file; empty for the redlock
 	heartbeatSeconds, staleSeconds int
 	verbose                        bool // show the logs of the processes as they come
 }
@@ -48,7 +49,8 @@ type setup struct {
 	dir        string
 	client     *http.Client
 	options    setupOptions
-	processes  []*process
+	sidecars   []*process
+	processes  []*process // all of them
 }
 
 // withSetup calls use with a set-up that is ready, and takes everything down after it.
@@ -94,16 +96,48 @@ func (s *setup) startWebhook(ctx context.Context) error {
 		return err
 	}
 	s.webhookURL = "https://" + webhook + "/mutate?timeout=10s"
-	s.webhook, err = s.start("webhook",
-		"--host="+host, "--port="+port, "--metrics-bind-address="+health, "--certDir="+s.dir,
-		"--queue-redis-address="+s.redis.Addr(), "--redis-addresses="+s.redis.Addr(),
-		"--heartbeat-interval-seconds="+strconv.Itoa(s.options.heartbeatSeconds),
-		"--stale-threshold-seconds="+strconv.Itoa(s.options.staleSeconds))
+	lock := []string{"--redis-addresses=" + s.redis.Addr()}
+	if s.options.etcd != "" {
+		etcd, err := s.startEtcd(ctx)
+		if err != nil {
+			return fmt.Errorf("start etcd: %w", err)
+		}
+		lock = []string{"--lock-mode=etcd", "--etcd-addresses=" + etcd}
+	}
+	s.webhook, err = s.start(s.options.program, append([]string{"webhook",
+		"--host=" + host, "--port=" + port, "--metrics-bind-address=" + health, "--certDir=" + s.dir,
+		"--queue-redis-address=" + s.redis.Addr(),
+		"--heartbeat-interval-seconds=" + strconv.Itoa(s.options.heartbeatSeconds),
+		"--stale-threshold-seconds=" + strconv.Itoa(s.options.staleSeconds)}, lock...)...)
 	if err != nil {
 		return err
 	}
-	return poll(ctx, "the webhook is not ready", func() error {
-		response, err := http.Get("http://" + health + "/readyz")
+	return waitFor(ctx, "http://"+health+"/readyz")
+}
+
+// startEtcd starts a cluster of one and returns its address.
+func (s *setup) startEtcd(ctx context.Context) (string, error) {
+	client, err := freeAddress()
+	if err != nil {
+		return "", err
+	}
+	peer, err := freeAddress()
+	if err != nil {
+		return "", err
+	}
+	_, err = s.start(s.options.etcd, "--data-dir="+filepath.Join(s.dir, "etcd"), "--unsafe-no-fsync", "--log-level=error",
+		"--listen-client-urls=http://"+client, "--advertise-client-urls=http://"+client,
+		"--listen-peer-urls=http://"+peer, "--initial-advertise-peer-urls=http://"+peer, "--initial-cluster=default=http://"+peer)
+	if err != nil {
+		return "", err
+	}
+	return client, waitFor(ctx, "http://"+client+"/health")
+}
+
+// waitFor waits until a URL answers 200.
+func waitFor(ctx context.Context, url string) error {
+	return poll(ctx, "not ready: "+url, func() error {
+		response, err := http.Get(url)
 		if err != nil {
 			return err
 		}
@@ -115,17 +149,17 @@ func (s *setup) startWebhook(ctx context.Context) error {
 	})
 }
 
-// process is the program in one of its modes.
+// process is the program in one of its modes, or etcd.
 type process struct {
 	cmd  *exec.Cmd
 	log  logBuffer
 	done chan struct{} // closed when it has ended
 }
 
-// start starts the program in a process group of its own, so that Ctrl-C in a terminal reaches only the demo, which
+// start starts a program in a process group of its own, so that Ctrl-C in a terminal reaches only the demo, which
 // stops everything in order.
-func (s *setup) start(args ...string) (*process, error) {
-	p := &process{cmd: exec.Command(s.options.program, args...), done: make(chan struct{})}
+func (s *setup) start(program string, args ...string) (*process, error) {
+	p := &process{cmd: exec.Command(program, args...), done: make(chan struct{})}
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	p.cmd.Stderr = &p.log
 	if s.options.verbose {

@@ -24,8 +24,12 @@ type pod struct {
 
 // tell tells the story; its error is the step that did not go as told.
 func tell(ctx context.Context, s *setup) error {
-	fmt.Printf("The semaphore shop/web has length 3. A heartbeat every %d s; stale after %d s.\n",
-		s.options.heartbeatSeconds, s.options.staleSeconds)
+	lock := "Redlock"
+	if s.options.etcd != "" {
+		lock = "etcd"
+	}
+	fmt.Printf("The semaphore shop/web has length 3. A heartbeat every %d s; stale after %d s; the lock is %s.\n",
+		s.options.heartbeatSeconds, s.options.staleSeconds, lock)
 
 	say("Three pods are created: each is admitted with a token, and gets a sidecar by a JSON patch.")
 	var pods []*pod
@@ -94,14 +98,11 @@ func tell(ctx context.Context, s *setup) error {
 	}
 
 	say("All pods end, and the webhook.")
-	for _, p := range s.processes {
+	for _, p := range s.sidecars {
 		select {
 		case <-p.done:
 			continue
 		default:
-		}
-		if p == s.webhook {
-			continue
 		}
 		if code, err := p.end(syscall.SIGTERM); err != nil || code != 0 {
 			return fmt.Errorf("a sidecar ended with %d, %v:\n%s", code, err, p.log.String())
@@ -171,9 +172,10 @@ func (s *setup) wantAdmitted(ctx context.Context, name string) (*pod, error) {
 		}
 		fmt.Printf("          %s %s: %s\n", o.Op, o.Path, value)
 	}
-	if p.sidecar, err = s.start(args...); err != nil {
+	if p.sidecar, err = s.start(s.options.program, args...); err != nil {
 		return nil, fmt.Errorf("start the sidecar of %s: %w", name, err)
 	}
+	s.sidecars = append(s.sidecars, p.sidecar)
 	return p, poll(ctx, "the sidecar of "+name+" does not hold its token", func() error {
 		if log := p.sidecar.log.String(); !strings.Contains(log, "holding the token") {
 			return errors.New("it says: " + log)

@@ -1,0 +1,335 @@
+package main
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"math/big"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// writeCertificate puts a new self-signed pair, tls.crt and tls.key, with that serial number into dir. It is good for a
+// server at 127.0.0.1 and for a client, and is its own authority.
+func writeCertificate(t *testing.T, dir string, serial int64) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	must(t, err)
+	template := &x509.Certificate{
+		SerialNumber:          big.NewInt(serial),
+		Subject:               pkix.Name{CommonName: "test"},
+		NotBefore:             time.Now().Add(-time.Hour),
+		NotAfter:              time.Now().Add(time.Hour),
+		IPAddresses:           []net.IP{net.IPv4(127, 0, 0, 1)},
+		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		IsCA:                  true,
+		BasicConstraintsValid: true,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	must(t, err)
+	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	must(t, err)
+	must(t, os.WriteFile(filepath.Join(dir, "tls.crt"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600))
+	must(t, os.WriteFile(filepath.Join(dir, "tls.key"), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), 0o600))
+}
+
+// What the users of the webhook and of the sidecar need in Redis, as the README has it.
+const (
+	webhookACL = "~queue/* ~inflight/* ~lock/* +ping +eval +evalsha +time +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount +zremrangebyscore +expire +set +get"
+	sidecarACL = "~queue/* ~inflight/* +eval +evalsha +time +zadd +zrem +lpop +rpush +expire"
+)
+
+const testPassword = "correct-horse"
+
+// startSecureRedis starts a redis-server that speaks TLS only, with a user for the webhook and one for the sidecar.
+func startSecureRedis(t *testing.T, dir string) *redisServer {
+	t.Helper()
+	crt, key := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
+	listen := func(port string) []string {
+		args := []string{"--port", "0", "--tls-port", port, "--tls-cert-file", crt, "--tls-key-file", key, "--tls-ca-cert-file", crt, "--tls-auth-clients", "no"}
+		for _, user := range []string{"default on >admin ~* &* +@all", "webhook on >" + testPassword + " " + webhookACL, "sidecar on >" + testPassword + " " + sidecarACL} {
+			args = append(append(args, "--user"), strings.Fields(user)...)
+		}
+		return args
+	}
+	roots, err := readCA(crt)
+	must(t, err)
+	r, err := launchRedis(t.TempDir(), listen, redis.DialUseTLS(true), redis.DialTLSConfig(&tls.Config{RootCAs: roots}), redis.DialPassword("admin"))
+	must(t, err)
+	t.Cleanup(r.stop)
+	return r
+}
+
+// The rules in the README are those that are tested here.
+func TestACLsAreDocumented(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	must(t, err)
+	for _, rule := range []string{webhookACL, sidecarACL} {
+		if !strings.Contains(string(readme), rule) {
+			t.Errorf("not in the README: %s", rule)
+		}
+	}
+}
+
+// The whole job over TLS, with the users that the README tells to make.
+func TestRedisWithTLSAndACL(t *testing.T) {
+	dir := t.TempDir()
+	writeCertificate(t, dir, 1)
+	r := startSecureRedis(t, dir)
+	address, ca := "rediss://"+r.address, filepath.Join(dir, "tls.crt")
+	c := testConfig(address)
+	c.redis = redisSettings{username: "webhook", password: testPassword, caFile: ca}
+	w := startWebhook(t, c)
+	id := freshID()
+	must(t, w.semaphores.ping(context.Background()))
+	token := w.wantAdmitted(t, id, 2)
+	r.makeStale(t, id, w.wantAdmitted(t, id, 2))
+	w.semaphores.giveBack(id, w.wantAdmitted(t, id, 2)) // after a repair
+	w.wantFull(t, id, 1, 1)                             // after a trim
+	r.wantCounts(t, id, 0, 1)
+
+	t.Setenv("REDIS_USERNAME", "sidecar")
+	t.Setenv("REDIS_PASSWORD", testPassword)
+	p := startSidecar(t, address, id, token, "--redis-ca-file="+ca)
+	p.wantLog(t, "holding the token")
+	r.do(t, "DEL", id.inflightKey())
+	r.wantCounts(t, id, 0, 1)
+	p.signal(t, syscall.SIGTERM)
+	p.wantExit(t, 0)
+	r.wantCounts(t, id, 1, 0)
+	wantNoSecret(t, p)
+}
+
+func wantNoSecret(t *testing.T, p *process) {
+	t.Helper()
+	if strings.Contains(p.log.String(), testPassword) || strings.Contains(strings.Join(p.Args, " "), testPassword) {
+		t.Errorf("the password is shown: %v\n%s", p.Args, p.log.String())
+	}
+}
+
+// The sidecar's rule allows what a sidecar does and nothing else, and all that it allows is needed.
+func TestSidecarACLIsMinimal(t *testing.T) {
+	dir := t.TempDir()
+	writeCertificate(t, dir, 1)
+	r := startSecureRedis(t, dir)
+	id, ctx := freshID(), context.Background()
+	settings := redisSettings{username: "sidecar", password: testPassword, caFile: filepath.Join(dir, "tls.crt")}
+	live := func() error { // a sidecar's life, on a server that does not know the scripts
+		r.do(t, "SCRIPT", "FLUSH")
+		s := testSemaphores(t, r.address)
+		s.pool = newRedisPool("rediss://"+r.address, settings, 1, abandonAfter)
+		token := uuid.NewString()
+		for range 2 { // it rejoins, and renews
+			if _, err := s.heartbeat(ctx, id, token); err != nil {
+				return err
+			}
+		}
+		_, err := s.release(ctx, id, token, uuid.NewString())
+		return err
+	}
+	must(t, live())
+	for rule := range strings.FieldsSeq(sidecarACL) {
+		command, isCommand := strings.CutPrefix(rule, "+")
+		if !isCommand {
+			continue
+		}
+		r.do(t, "ACL", "SETUSER", "sidecar", "-"+command)
+		if err := live(); err == nil || !strings.Contains(err.Error(), "NOPERM") && !strings.Contains(err.Error(), "can't run this command") {
+			t.Errorf("without %s: %v", rule, err)
+		}
+		r.do(t, "ACL", "SETUSER", "sidecar", rule)
+	}
+	must(t, live())
+
+	conn, err := dialRedis(ctx, "rediss://"+r.address, settings, time.Second)
+	must(t, err)
+	defer conn.Close()
+	for _, command := range []string{"FLUSHALL", "KEYS *", "CONFIG GET *", "ACL LIST", "GET lock/{a/b}", "SET lock/{a/b} 1", "DEL queue/{a/b}",
+		"LRANGE queue/{a/b} 0 -1", "ZADD other 1 a", "RPUSH other a", "SCRIPT FLUSH", "SHUTDOWN", "MONITOR", "SUBSCRIBE c"} {
+		words := strings.Fields(command)
+		var args []any
+		for _, w := range words[1:] {
+			args = append(args, w)
+		}
+		if reply, err := conn.Do(words[0], args...); err == nil || !strings.HasPrefix(err.Error(), "NOPERM") {
+			t.Errorf("%s: answered %v, %v", command, reply, err)
+		}
+	}
+}
+
+// What is wrong with the credentials or the certificate is said, without the password.
+func TestRedisRefusesUs(t *testing.T) {
+	dir, elsewhere := t.TempDir(), t.TempDir()
+	writeCertificate(t, dir, 1)
+	writeCertificate(t, elsewhere, 2)
+	r := startSecureRedis(t, dir)
+	ca := filepath.Join(dir, "tls.crt")
+	for want, settings := range map[string]redisSettings{
+		"WRONGPASS":                        {username: "webhook", password: "wrong-" + testPassword, caFile: ca},
+		"NOAUTH":                           {caFile: ca},
+		"certificate signed by unknown au": {username: "webhook", password: testPassword, caFile: filepath.Join(elsewhere, "tls.crt")},
+		"no such file or directory":        {username: "webhook", password: testPassword, caFile: filepath.Join(elsewhere, "none")},
+	} {
+		c := testConfig("rediss://" + r.address)
+		c.redis = settings
+		s := newSemaphores(c.sharedConfig, nil, 1, testSemaphores(t, r.address).log)
+		err := s.ping(context.Background())
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), testPassword) {
+			t.Errorf("got %v, want %q", err, want)
+		}
+		s.pool.Close()
+	}
+}
+
+func TestEtcdWithTLSAndAuth(t *testing.T) {
+	dir := t.TempDir()
+	writeCertificate(t, dir, 1)
+	crt, key := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
+	files := etcdSettings{caFile: crt, certFile: crt, keyFile: key}
+	tlsConfig, err := files.tls()
+	must(t, err)
+	m := &etcdMember{address: freeAddress(t)}
+	peer := "http://" + freeAddress(t)
+	m.start(t, "https://"+m.address, tlsConfig, "--cert-file", crt, "--key-file", key, "--trusted-ca-file", crt, "--client-cert-auth",
+		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", "default="+peer, "--bcrypt-cost", "4")
+	m.wait(t)
+	ctx := context.Background()
+	for _, step := range []func() error{
+		func() error { return errOf(m.control.UserAdd(ctx, "root", "admin")) },
+		func() error { return errOf(m.control.UserGrantRole(ctx, "root", "root")) },
+		func() error { return errOf(m.control.RoleAdd(ctx, "locks")) },
+		func() error {
+			return errOf(m.control.RoleGrantPermission(ctx, "locks", "lock/", clientv3.GetPrefixRangeEnd("lock/"), clientv3.PermissionType(clientv3.PermReadWrite)))
+		},
+		func() error { return errOf(m.control.UserAdd(ctx, "webhook", testPassword)) },
+		func() error { return errOf(m.control.UserGrantRole(ctx, "webhook", "locks")) },
+		func() error { return errOf(m.control.AuthEnable(ctx)) },
+	} {
+		must(t, step())
+	}
+	admin, err := clientv3.New(clientv3.Config{Endpoints: []string{m.address}, TLS: tlsConfig, Username: "root", Password: "admin", DialTimeout: 5 * time.Second})
+	must(t, err)
+	defer admin.Close()
+
+	settings := files
+	settings.username, settings.password = "webhook", testPassword
+	for _, address := range []string{m.address, "https://" + m.address} {
+		l := newEtcdLock([]string{address}, settings)
+		for range 3 {
+			unlock, err := l.tryLock(ctx, "lock/{shop/web}", time.Minute)
+			must(t, err)
+			wantTaken(t, l, "lock/{shop/web}")
+			must(t, unlock(ctx))
+			// What changes users makes all log-ins void.
+			must(t, errOf(admin.UserAdd(ctx, "another-"+uuid.NewString(), "x")))
+		}
+		if _, err := l.tryLock(ctx, "elsewhere", time.Minute); err == nil || !strings.Contains(err.Error(), "permission denied") {
+			t.Errorf("a key that the role does not have: %v", err)
+		}
+		must(t, l.close())
+	}
+
+	for want, change := range map[string]func(*etcdSettings){
+		"invalid user ID or password": func(s *etcdSettings) { s.password = "wrong-" + testPassword },
+		"no such file":                func(s *etcdSettings) { s.caFile = filepath.Join(dir, "none") },
+		"no connection":               func(s *etcdSettings) { s.certFile, s.username, s.password = "", "", "" },
+	} {
+		wrong := settings
+		change(&wrong)
+		l := newEtcdLock([]string{m.address}, wrong)
+		_, err := l.tryLock(ctx, "lock/{shop/web}", time.Minute)
+		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), m.address) || strings.Contains(err.Error(), testPassword) {
+			t.Errorf("got %v, want %q", err, want)
+		}
+		must(t, l.close())
+	}
+}
+
+// No secret is in the arguments or the logs of a webhook that cannot log in, nor in what it answers.
+func TestSecretsAreNotShown(t *testing.T) {
+	r := startRedis(t)
+	r.do(t, "CONFIG", "SET", "requirepass", "something-else")
+	dir := t.TempDir()
+	writeCertificate(t, dir, 1)
+	t.Setenv("REDIS_PASSWORD", testPassword)
+	t.Setenv("ETCD_USERNAME", "webhook")
+	t.Setenv("ETCD_PASSWORD", testPassword)
+	address := freeAddress(t)
+	p := startProcess(t, "webhook", "--host=127.0.0.1", "--port="+portOf(address), "--metrics-bind-address="+freeAddress(t), "--certDir="+dir,
+		"--queue-redis-address="+r.address, "--redis-addresses="+r.address, "--lock-mode=etcd", "--sidecar-redis-secret=redis")
+	p.wantLog(t, "serving")
+	body := filepath.Join(dir, "review.json")
+	must(t, os.WriteFile(body, review(t, freshID(), 1), 0o600))
+	answer, err := exec.Command("curl", "-sS", "--cacert", filepath.Join(dir, "tls.crt"), "-H", "Content-Type: application/json",
+		"--data", "@"+body, "https://"+address+"/mutate").CombinedOutput()
+	must(t, err)
+	if !strings.Contains(string(answer), "WRONGPASS") || strings.Contains(string(answer), testPassword) {
+		t.Errorf("answered %s", answer)
+	}
+	if lines := p.log.lines(t, "admission"); len(lines) != 1 {
+		t.Errorf("logged %v", lines)
+	}
+	wantNoSecret(t, p)
+}
+
+// The sidecar gets its credentials by reference, and its CA by a volume.
+func TestPatchForSecureRedis(t *testing.T) {
+	for _, kind := range []string{"secret", "configmap"} {
+		c := testConfig("rediss://redis:6379")
+		c.sidecarRedisSecret, c.sidecarRedisCA = "redis-sidecar", objectReference{kind, "redis-ca"}
+		for name, object := range fixtures(t) {
+			first := patched(t, c, object, testToken)
+			again := patched(t, c, mustJSON(t, first), testToken)
+			for _, p := range []map[string]any{first, again} {
+				sidecar := containers(p, "initContainers")[0].(map[string]any)
+				if env := string(mustJSON(t, sidecar["env"])); env != `[{"name":"REDIS_USERNAME","valueFrom":{"secretKeyRef":{"key":"username","name":"redis-sidecar","optional":true}}},`+
+					`{"name":"REDIS_PASSWORD","valueFrom":{"secretKeyRef":{"key":"password","name":"redis-sidecar","optional":false}}}]` {
+					t.Errorf("%s: env is %s", name, env)
+				}
+				if !slices.Contains(sidecar["args"].([]any), any("--redis-ca-file=/var/run/at-least-semaphore-pod-hook/redis-ca/ca.crt")) {
+					t.Errorf("%s: args are %v", name, sidecar["args"])
+				}
+				if mounts := string(mustJSON(t, sidecar["volumeMounts"])); mounts != `[{"mountPath":"/var/run/at-least-semaphore-pod-hook/redis-ca","name":"at-least-semaphore-pod-redis-ca","readOnly":true}]` {
+					t.Errorf("%s: mounts are %s", name, mounts)
+				}
+				volumes := containers(p, "volumes")
+				want := map[string]string{
+					"secret":    `{"name":"at-least-semaphore-pod-redis-ca","secret":{"items":[{"key":"ca.crt","path":"ca.crt"}],"secretName":"redis-ca"}}`,
+					"configmap": `{"configMap":{"items":[{"key":"ca.crt","path":"ca.crt"}],"name":"redis-ca"},"name":"at-least-semaphore-pod-redis-ca"}`,
+				}[kind]
+				if got := string(mustJSON(t, volumes[len(volumes)-1])); got != want {
+					t.Errorf("%s: the volume is %s", name, got)
+				}
+				var original map[string]any
+				must(t, json.Unmarshal(object, &original))
+				if len(volumes) != len(containers(original, "volumes"))+1 {
+					t.Errorf("%s: %d volumes", name, len(volumes))
+				}
+			}
+		}
+	}
+}
+
+func mustJSON(t *testing.T, v any) []byte {
+	t.Helper()
+	b, err := json.Marshal(v)
+	must(t, err)
+	return b
+}
