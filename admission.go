@@ -42,6 +42,7 @@ type pod struct {
 		InitContainers []named `json:"initContainers"`
 		Containers     []named `json:"containers"`
 		Volumes        []named `json:"volumes"`
+		RestartPolicy  string  `json:"restartPolicy"`
 	} `json:"spec"`
 }
 
@@ -117,6 +118,9 @@ const (
 	verdictUndeliverable = "undeliverable" // admitted, but nobody was there to hear it
 )
 
+// warningNotCompleting is for the pods of Jobs and others that are to complete. Kubernetes cuts warnings at 120 characters.
+const warningNotCompleting = "this pod will not complete: its semaphore sidecar is a classic container, which runs until the pod is deleted"
+
 // decision is the answer to a request, and what there is to log and to undo of it.
 type decision struct {
 	response  *admissionv1.AdmissionResponse
@@ -177,6 +181,9 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 func (d *decision) admit(c webhookConfig, p *pod, token string) (err error) {
 	d.response.Patch, err = sidecarPatch(c, p, d.semaphore, token)
 	d.response.PatchType = new(admissionv1.PatchTypeJSONPatch)
+	if !c.enableSidecarContainers && (p.Spec.RestartPolicy == "Never" || p.Spec.RestartPolicy == "OnFailure") {
+		d.response.Warnings = append(d.response.Warnings, warningNotCompleting)
+	}
 	return err
 }
 

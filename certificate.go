@@ -30,6 +30,7 @@ func loadCertificate(dir string, log *slog.Logger) (*certificate, error) {
 	if _, err := c.reload(); err != nil {
 		return nil, fmt.Errorf("--certDir: %w", err)
 	}
+	c.logTaken()
 	return c, nil
 }
 
@@ -78,8 +79,13 @@ func (c *certificate) watch(ctx context.Context, interval time.Duration) {
 		case err != nil:
 			c.log.Error("new certificate not taken, the old one stays", "error", err.Error())
 		default:
-			leaf := c.current.Load().Leaf
-			c.log.Info("new certificate taken", "notAfter", leaf.NotAfter, "dnsNames", leaf.DNSNames)
+			c.logTaken()
 		}
 	}
+}
+
+// logTaken says which certificate is in use from now on; its serial number is as openssl prints it.
+func (c *certificate) logTaken() {
+	leaf := c.current.Load().Leaf
+	c.log.Info("certificate taken", "serialNumber", fmt.Sprintf("%X", leaf.SerialNumber), "notAfter", leaf.NotAfter, "dnsNames", leaf.DNSNames)
 }

@@ -1,12 +1,12 @@
 package main
 
 import (
+	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"net"
-	"os"
 	"regexp"
 	"slices"
 	"strconv"
@@ -151,33 +151,40 @@ func (f *flags) seconds(name, text string, least, most int) time.Duration {
 	return time.Duration(f.number(name, text, least, most)) * time.Second
 }
 
-// address reads HOST:PORT, with or without one of the schemes before it. What is wrong is not repeated where it might
-// hold a password.
+// addressPattern is what can be shown of a wrong address: nothing that might hold a password.
+var addressPattern = regexp.MustCompile(`^[A-Za-z0-9.-]*(:[0-9]*)?$`)
+
+// address reads HOST:PORT, with or without one of the schemes before it.
 func (f *flags) address(name, text string, schemes ...string) string {
 	hostPort := text
 	for _, s := range schemes {
 		hostPort = strings.TrimPrefix(hostPort, s)
 	}
-	_, port, err := net.SplitHostPort(hostPort)
-	switch {
-	case strings.Contains(text, "@"):
-		f.problem(name, "an address has no credentials in it: they come from the environment, see --help")
-	case err != nil || !isPort(port):
-		want := "HOST:PORT"
-		for _, s := range schemes {
-			want += " or " + s + "HOST:PORT"
-		}
-		f.problem(name, "%q is not %s", text, want)
+	if _, port, err := net.SplitHostPort(hostPort); err == nil && isPort(port) {
+		return text
 	}
+	shown := "an address"
+	if addressPattern.MatchString(hostPort) {
+		shown = strconv.Quote(text)
+	}
+	want := "HOST:PORT"
+	for _, s := range schemes {
+		want += " or " + s + "HOST:PORT"
+	}
+	f.problem(name, "%s is not %s", shown, want)
 	return text
 }
 
 // addresses reads a list without repetitions: a server that is named twice would count twice in a quorum.
 func (f *flags) addresses(name, text string, schemes ...string) []string {
+	if strings.Contains(text, "@") || strings.Contains(text, "%40") {
+		f.problem(name, "there are no credentials in an address: they come from the environment, see --help")
+		return nil
+	}
 	var list []string
 	for a := range strings.SplitSeq(text, ",") {
 		a = f.address(name, strings.TrimSpace(a), schemes...)
-		if slices.Contains(list, a) {
+		if slices.Contains(list, a) && addressPattern.MatchString(a[strings.LastIndexByte(a, '/')+1:]) {
 			f.problem(name, "%q is named twice", a)
 		}
 		list = append(list, a)
@@ -185,14 +192,17 @@ func (f *flags) addresses(name, text string, schemes ...string) []string {
 	return list
 }
 
-// file reads the name of a file that must be readable; empty for none.
-func (f *flags) file(name, path string) string {
-	if path != "" {
-		if _, err := os.ReadFile(path); err != nil {
-			f.problem(name, "%v", err)
-		}
+// keyPair reads the names of a PEM certificate and its key; empty for none.
+func (f *flags) keyPair(certName, certFile, keyName, keyFile string) (string, string) {
+	if certFile == "" && keyFile == "" {
+		return "", ""
 	}
-	return path
+	if certFile == "" || keyFile == "" {
+		f.problems = append(f.problems, fmt.Sprintf("--%s and --%s go together", certName, keyName))
+	} else if _, err := tls.LoadX509KeyPair(certFile, keyFile); err != nil {
+		f.problem(certName, "%v", err)
+	}
+	return certFile, keyFile
 }
 
 // certificates reads the name of a file of PEM certificates; empty for none.
@@ -223,6 +233,15 @@ func (f *flags) object(name, text string) objectReference {
 	return objectReference{kind, f.objectName(name, object)}
 }
 
+// oneAddress reads a list of one.
+func (f *flags) oneAddress(name, text string, schemes ...string) string {
+	list := f.addresses(name, text, schemes...)
+	if len(list) > 1 {
+		f.problem(name, "is one address, not %d", len(list))
+	}
+	return text
+}
+
 func isPort(s string) bool {
 	n, err := strconv.ParseUint(s, 10, 16)
 	return err == nil && n > 0
@@ -245,7 +264,7 @@ func sharedFlags(f *flags, getenv func(string) string) func() sharedConfig {
 			lockMode:          *lockMode,
 			redisAddresses:    f.addresses("redis-addresses", *redisAddresses, "redis://", "rediss://"),
 			etcdAddresses:     f.addresses("etcd-addresses", *etcdAddresses, "http://", "https://"),
-			queueRedisAddress: f.address("queue-redis-address", *queueRedis, "redis://", "rediss://"),
+			queueRedisAddress: f.oneAddress("queue-redis-address", *queueRedis, "redis://", "rediss://"),
 			heartbeatInterval: f.seconds("heartbeat-interval-seconds", *interval, 1, 3600),
 			staleThreshold:    f.seconds("stale-threshold-seconds", *stale, 2, 86400),
 			redis: redisSettings{
@@ -254,14 +273,18 @@ func sharedFlags(f *flags, getenv func(string) string) func() sharedConfig {
 			},
 			etcd: etcdSettings{
 				username: getenv("ETCD_USERNAME"), password: getenv("ETCD_PASSWORD"),
-				caFile: f.certificates("etcd-ca-file", *etcdCA), certFile: f.file("etcd-cert-file", *etcdCert), keyFile: f.file("etcd-key-file", *etcdKey),
+				caFile: f.certificates("etcd-ca-file", *etcdCA),
 			},
+		}
+		c.etcd.certFile, c.etcd.keyFile = f.keyPair("etcd-cert-file", *etcdCert, "etcd-key-file", *etcdKey)
+		if (*etcdCA != "" || *etcdCert != "") && strings.Contains(*etcdAddresses, "http://") {
+			f.problem("etcd-addresses", "http:// is not encrypted: --etcd-ca-file and --etcd-cert-file would not be used")
+		}
+		if *redisCA != "" && !strings.Contains(*redisAddresses+*queueRedis, "rediss://") {
+			f.problem("redis-ca-file", "is not used: no address of Redis begins with rediss://")
 		}
 		if c.lockMode != lockModeRedlock && c.lockMode != lockModeEtcd {
 			f.problem("lock-mode", "%q is not redlock or etcd", c.lockMode)
-		}
-		if (*etcdCert == "") != (*etcdKey == "") {
-			f.problems = append(f.problems, "--etcd-cert-file and --etcd-key-file go together")
 		}
 		if len(f.problems) == 0 && c.staleThreshold < 2*c.heartbeatInterval {
 			f.problem("stale-threshold-seconds", "%s is less than twice --heartbeat-interval-seconds %s: one late heartbeat would cost a running pod its token", *stale, *interval)
@@ -300,7 +323,7 @@ func parseWebhookConfig(args []string, getenv func(string) string) (webhookConfi
 		sidecarImage:       *sidecarImage,
 		sidecarRedisSecret: f.objectName("sidecar-redis-secret", *sidecarSecret),
 		sidecarRedisCA:     f.object("sidecar-redis-ca", *sidecarCA),
-		metricsBindAddress: f.address("metrics-bind-address", *metrics),
+		metricsBindAddress: f.oneAddress("metrics-bind-address", *metrics),
 	}
 	var err error
 	if c.enableSidecarContainers, err = strconv.ParseBool(string(native)); err != nil {
@@ -308,6 +331,9 @@ func parseWebhookConfig(args []string, getenv func(string) string) (webhookConfi
 	}
 	if c.redis.password != "" && c.sidecarRedisSecret == "" {
 		f.problem("sidecar-redis-secret", "is needed where REDIS_PASSWORD is set: the sidecars would have no credentials")
+	}
+	if c.redis.caFile != "" && strings.HasPrefix(c.queueRedisAddress, "rediss://") && c.sidecarRedisCA.name == "" {
+		f.problem("sidecar-redis-ca", "is needed where --redis-ca-file is set: the sidecars would not trust the queue Redis")
 	}
 	if c.certDir == "" {
 		f.problem("certDir", "is empty")

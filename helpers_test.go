@@ -234,11 +234,12 @@ func (w *testWebhook) post(ctx context.Context, body []byte, timeout string) (in
 
 // admission is an answer of the webhook.
 type admission struct {
-	allowed bool
-	code    int32
-	message string
-	token   string
-	patch   []byte
+	allowed  bool
+	code     int32
+	message  string
+	warnings []string
+	token    string
+	patch    []byte
 }
 
 // admit sends a review that must be answered with a decision.
@@ -261,7 +262,7 @@ func (w *testWebhook) tryAdmit(body []byte) (admission, error) {
 	if err := json.Unmarshal([]byte(text), &answer); err != nil {
 		return admission{}, err
 	}
-	a := admission{allowed: answer.Response.Allowed, patch: answer.Response.Patch}
+	a := admission{allowed: answer.Response.Allowed, patch: answer.Response.Patch, warnings: answer.Response.Warnings}
 	if r := answer.Response.Result; r != nil {
 		a.code, a.message = r.Code, r.Message
 	}

@@ -5,20 +5,27 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"math"
+	"math/rand/v2"
 	"sync"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	grpcbackoff "google.golang.org/grpc/backoff"
-	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // etcdTimeout bounds an attempt. It is long enough for the election of a new leader, which takes one to two seconds
 // with etcd's defaults.
 const etcdTimeout = 3 * time.Second
+
+// etcdWriteTimeout bounds the creation of a lock at a server that has just answered. After it, another one is tried.
+const etcdWriteTimeout = time.Second
 
 // etcdSettings is what all etcd servers have in common.
 type etcdSettings struct {
@@ -64,7 +71,11 @@ func (l *etcdLock) tryLock(ctx context.Context, name string, expiration time.Dur
 				_ = o.unlock(context.WithoutCancel(ctx)) // what cannot be freed expires
 			}
 		})
-		return nil, context.Cause(ctx)
+		var addresses []string
+		for _, s := range l.servers {
+			addresses = append(addresses, s.address)
+		}
+		return nil, unanswered("etcd", addresses, context.Cause(ctx))
 	}
 }
 
@@ -77,21 +88,16 @@ func (l *etcdLock) attempt(ctx context.Context, name string, expiration time.Dur
 	if taken {
 		return nil, errLockTaken
 	}
-	lease, err := server.client.Grant(ctx, int64(seconds(expiration)))
-	if err != nil {
-		return nil, server.failure("grant a lease", server.client, err)
-	}
-	created, err := server.client.Txn(ctx).
-		If(clientv3.Compare(clientv3.CreateRevision(name), "=", 0)).
-		Then(clientv3.OpPut(name, "", clientv3.WithLease(lease.ID))).
-		Commit()
-	if err == nil && created.Succeeded {
-		return func(ctx context.Context) error { return l.revoke(ctx, lease.ID) }, nil
+	// We name the lease, so that it can be revoked even if the answer to its grant is lost.
+	lease := clientv3.LeaseID(1 + rand.Int64N(math.MaxInt64))
+	created, err := server.create(ctx, name, lease, expiration)
+	if err == nil && created {
+		return func(ctx context.Context) error { return l.revoke(ctx, lease) }, nil
 	}
 	// Also after an error, as the key may have been created all the same. What cannot be revoked expires.
-	_ = l.revoke(context.WithoutCancel(ctx), lease.ID)
+	_ = l.revoke(context.WithoutCancel(ctx), lease)
 	if err != nil {
-		return nil, server.failure("create the key", server.client, err)
+		return nil, server.failure("create the key", err)
 	}
 	return nil, errLockTaken
 }
@@ -118,7 +124,7 @@ func (l *etcdLock) look(ctx context.Context, name string) (server *etcdServer, t
 				}
 			}
 			if err != nil {
-				a.err = s.failure("look for the key", client, err)
+				a.err = s.failure("look for the key", err)
 			}
 			answers <- a
 		})
@@ -149,7 +155,7 @@ func (l *etcdLock) revoke(ctx context.Context, lease clientv3.LeaseID) error {
 				err = nil
 			}
 			if err != nil {
-				err = s.failure("revoke the lease", client, err)
+				err = s.failure("revoke the lease", err)
 			}
 			errs <- err
 		})
@@ -200,7 +206,7 @@ func (s *etcdServer) connect(ctx context.Context) (*clientv3.Client, error) {
 		DialKeepAliveTime:    10 * time.Second,
 		DialKeepAliveTimeout: 3 * time.Second,
 		// By default, a server that was away for minutes is tried again after minutes.
-		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
+		DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(failFast), grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           grpcbackoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 2, Jitter: 0.2, MaxDelay: time.Second},
 			MinConnectTimeout: etcdTimeout,
 		})},
@@ -236,14 +242,33 @@ func (s etcdSettings) tls() (*tls.Config, error) {
 	return c, nil
 }
 
-// failure names the server in an error, and tells one that is not there from one that does not answer.
-func (s *etcdServer) failure(what string, client *clientv3.Client, err error) error {
-	if errors.Is(err, context.DeadlineExceeded) {
-		if client != nil && client.ActiveConnection().GetState() != connectivity.Ready {
-			err = fmt.Errorf("no connection: %w", err)
-		} else {
-			err = fmt.Errorf("no answer, or no leader: %w", err)
-		}
+// create grants a lease and creates the key with it, if it is not there.
+func (s *etcdServer) create(ctx context.Context, name string, lease clientv3.LeaseID, expiration time.Duration) (created bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, etcdWriteTimeout)
+	defer cancel()
+	leases := etcdserverpb.NewLeaseClient(s.client.ActiveConnection())
+	if _, err := leases.LeaseGrant(ctx, &etcdserverpb.LeaseGrantRequest{ID: int64(lease), TTL: int64(seconds(expiration))}); err != nil {
+		return false, err
+	}
+	answer, err := s.client.Txn(ctx).
+		If(clientv3.Compare(clientv3.CreateRevision(name), "=", 0)).
+		Then(clientv3.OpPut(name, "", clientv3.WithLease(lease))).
+		Commit()
+	if err != nil {
+		return false, err
+	}
+	return answer.Succeeded, nil
+}
+
+// failFast makes calls fail at once on a server that cannot be connected to, with the reason. etcd's client has them wait.
+func failFast(ctx context.Context, method string, request, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, options ...grpc.CallOption) error {
+	return invoke(ctx, method, request, reply, conn, append(options, grpc.WaitForReady(false))...)
+}
+
+// failure names the server in an error.
+func (s *etcdServer) failure(what string, err error) error {
+	if errors.Is(err, context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded {
+		err = fmt.Errorf("no answer, or no leader: %w", context.DeadlineExceeded)
 	}
 	return fmt.Errorf("lock etcd %s: %s: %w", s.address, what, err)
 }

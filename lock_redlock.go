@@ -89,8 +89,12 @@ func (l *redlock) tryLock(ctx context.Context, name string, expiration time.Dura
 		if err == nil {
 			return unlock, nil
 		}
-		// Taken, unless too few servers answered for anybody to take it.
-		if failures := l.failures(err); len(l.addresses)-len(failures) < len(l.addresses)/2+1 {
+		// Taken, unless too few servers answered for anybody to take it, or so late that it was no use.
+		failures := l.failures(err)
+		var node *redsync.ErrNodeTaken
+		var most *redsync.ErrTaken
+		taken := errors.As(err, &node) || errors.As(err, &most)
+		if len(failures) > len(l.addresses)-len(l.addresses)/2-1 || len(failures) > 0 && !taken {
 			return nil, serverErrors(failures)
 		}
 		return nil, errLockTaken
@@ -100,7 +104,7 @@ func (l *redlock) tryLock(ctx context.Context, name string, expiration time.Dura
 				_ = unlock(context.WithoutCancel(ctx)) // what cannot be freed expires
 			}
 		})
-		return nil, context.Cause(ctx)
+		return nil, unanswered("Redis", l.addresses, context.Cause(ctx))
 	}
 }
 

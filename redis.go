@@ -104,7 +104,7 @@ func dialRedis(ctx context.Context, address string, settings redisSettings, read
 		if err != nil {
 			return nil, err
 		}
-		options = append(options, redis.DialUseTLS(true), redis.DialTLSHandshakeTimeout(redisConnectTimeout),
+		options = append(options, redis.DialUseTLS(true), redis.DialTLSHandshakeTimeout(min(redisConnectTimeout, readTimeout)),
 			redis.DialTLSConfig(&tls.Config{MinVersion: tls.VersionTLS12, ServerName: host, RootCAs: roots}))
 	}
 	c, err := redis.DialContext(ctx, "tcp", hostPort, options...)

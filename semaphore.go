@@ -96,6 +96,15 @@ func (e serverErrors) Error() string {
 	return strings.Join(texts, "; ")
 }
 
+// unanswered is the error of an attempt that was given up before the lock servers had answered.
+func unanswered(kind string, addresses []string, cause error) error {
+	var errs serverErrors
+	for _, a := range addresses {
+		errs = append(errs, fmt.Errorf("lock %s %s: no answer yet: %w", kind, a, cause))
+	}
+	return errs
+}
+
 // newLocker makes the lock of the chosen mode.
 func newLocker(c sharedConfig) locker {
 	if c.lockMode == lockModeEtcd {
@@ -122,9 +131,9 @@ type semaphores struct {
 	staleThreshold time.Duration
 	log            *slog.Logger
 
-	// repairs are the semaphores that this process is repairing; the channel is closed when it is done.
+	// repairs are the semaphores that this process is repairing.
 	mu      sync.Mutex
-	repairs map[semaphoreID]chan struct{}
+	repairs map[semaphoreID]*repairing
 
 	// background are acquires that nobody waits for and the releases of what they took.
 	background sync.WaitGroup
@@ -137,28 +146,28 @@ func newSemaphores(c sharedConfig, locks locker, maxIdle int, log *slog.Logger) 
 		locks:          locks,
 		staleThreshold: c.staleThreshold,
 		log:            log,
-		repairs:        map[semaphoreID]chan struct{}{},
+		repairs:        map[semaphoreID]*repairing{},
 	}
 }
 
 // close waits for what goes on in the background, at most until ctx is done, and closes all connections.
 func (s *semaphores) close(ctx context.Context) error {
-	done := make(chan struct{})
+	done := make(chan error, 1)
 	go func() {
 		s.background.Wait()
-		close(done)
+		var err error
+		if s.locks != nil {
+			err = s.locks.close()
+		}
+		done <- err
 	}()
 	var err error
 	select {
-	case <-done:
+	case err = <-done:
 	case <-ctx.Done():
-		err = fmt.Errorf("tokens may have been left to go stale: %w", ctx.Err())
+		err = fmt.Errorf("tokens may have been left to go stale, and locks to expire: %w", ctx.Err())
 	}
-	err = errors.Join(err, s.pool.Close())
-	if s.locks != nil {
-		err = errors.Join(err, s.locks.close())
-	}
-	return err
+	return errors.Join(err, s.pool.Close())
 }
 
 // timeToLive is how long unused keys are kept: a day, or ten stale thresholds if that is longer.
@@ -191,6 +200,7 @@ func (s *semaphores) do(ctx context.Context, command func(redis.Conn) (any, erro
 // with an error, no token is held, or is given back in the background.
 func (s *semaphores) acquire(ctx context.Context, id semaphoreID, length int, expiration time.Duration) (string, error) {
 	var lockFailing time.Time // since when
+	var last error            // why the lock was not to be had
 	retry := newBackoff(50*time.Millisecond, 500*time.Millisecond)
 	for {
 		start := time.Now()
@@ -201,9 +211,11 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, length int, ex
 		var wait time.Duration
 		var unlocked *lockError
 		switch {
+		case err != nil && ctx.Err() != nil && last != nil: // tells more than that this attempt was cut off
+			return "", fmt.Errorf("%w (%w)", last, context.Cause(ctx))
 		case errors.Is(err, errLockTaken): // somebody else is doing our work
 			err = fmt.Errorf("%s is held by another; it frees itself %s after it was taken: %w", id.lockKey(), expiration, err)
-			wait = lockRetryLeast + rand.N(lockRetryMost-lockRetryLeast)
+			last, wait = err, lockRetryLeast+rand.N(lockRetryMost-lockRetryLeast)
 		case errors.As(err, &unlocked): // the lock servers may be back in a moment
 			if lockFailing.IsZero() {
 				lockFailing = start
@@ -211,7 +223,7 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, length int, ex
 			if time.Since(lockFailing) > lockPatience {
 				return "", err
 			}
-			wait = retry.next()
+			last, wait = err, retry.next()
 		case err != nil:
 			return "", err
 		case a.token != "":
@@ -232,24 +244,35 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, length int, ex
 type lockError struct {
 	id  semaphoreID
 	err error
+	own bool // the caller's context ended
 }
 
 func (e *lockError) Error() string { return fmt.Sprintf("lock %s: %v", e.id, e.err) }
 func (e *lockError) Unwrap() error { return e.err }
 
-// repairOrWait repairs, unless this process is doing so already: then it waits for the end of that. It answers that
-// there is something to be repaired in that case, so that the caller asks again.
+// repairing is a repair that others of this process wait for.
+type repairing struct {
+	done chan struct{} // closed at its end
+	err  error
+}
+
+// repairOrWait repairs, unless this process is doing so already: then it waits for the end of that. In that case it answers
+// that the lock was not to be had, if that was so, and otherwise that there is something to be repaired: ask again.
 func (s *semaphores) repairOrWait(ctx context.Context, id semaphoreID, length, missing int, expiration time.Duration) (acquired, error) {
 	s.mu.Lock()
-	done, other := s.repairs[id]
+	r, other := s.repairs[id]
 	if !other {
-		done = make(chan struct{})
-		s.repairs[id] = done
+		r = &repairing{done: make(chan struct{})}
+		s.repairs[id] = r
 	}
 	s.mu.Unlock()
 	if other {
 		select {
-		case <-done:
+		case <-r.done:
+			var unlocked *lockError
+			if errors.Is(r.err, errLockTaken) || errors.As(r.err, &unlocked) && !unlocked.own {
+				return acquired{}, r.err
+			}
 			return acquired{missing: &missing}, nil
 		case <-ctx.Done():
 			return acquired{}, fmt.Errorf("acquire %s: wait for its repair: %w", id, context.Cause(ctx))
@@ -259,9 +282,11 @@ func (s *semaphores) repairOrWait(ctx context.Context, id semaphoreID, length, m
 		s.mu.Lock()
 		delete(s.repairs, id)
 		s.mu.Unlock()
-		close(done)
+		close(r.done)
 	}()
-	return s.repair(ctx, id, length, missing, expiration)
+	var a acquired
+	a, r.err = s.repair(ctx, id, length, missing, expiration)
+	return a, r.err
 }
 
 // acquired is the answer of the acquire script: a token, or how many are missing before one can be taken,
@@ -285,8 +310,8 @@ func (s *semaphores) take(ctx context.Context, id semaphoreID, length int) (acqu
 		return acquired{}, fmt.Errorf("acquire %s: connect to queue Redis %s: %w", id, s.address, err)
 	}
 	s.background.Go(func() {
-		defer conn.Close()
 		a, err := parseAcquired(acquireScript.Do(conn, id.queueKey(), id.inflightKey(), length, seconds(s.staleThreshold), s.timeToLive()))
+		conn.Close() // before the answer, so that the next command finds it in the pool
 		done <- outcome{a, err}
 	})
 	select {
@@ -338,7 +363,7 @@ func (s *semaphores) repair(ctx context.Context, id semaphoreID, length, missing
 		return acquired{}, err
 	}
 	if err != nil {
-		return acquired{}, &lockError{id, err}
+		return acquired{}, &lockError{id, err, ctx.Err() != nil}
 	}
 	defer s.background.Go(func() { // the pod need not wait for it
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), unlockTimeout)

@@ -10,6 +10,8 @@ import (
 	"crypto/x509/pkix"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
+	"log/slog"
 	"math/big"
 	"net"
 	"os"
@@ -124,18 +126,20 @@ func wantNoSecret(t *testing.T, p *process) {
 	}
 }
 
-// The sidecar's rule allows what a sidecar does and nothing else, and all that it allows is needed.
-func TestSidecarACLIsMinimal(t *testing.T) {
+// The rules allow what the sidecar and the webhook do, and all that they allow is needed.
+func TestACLsAreMinimal(t *testing.T) {
 	dir := t.TempDir()
 	writeCertificate(t, dir, 1)
 	r := startSecureRedis(t, dir)
-	id, ctx := freshID(), context.Background()
-	settings := redisSettings{username: "sidecar", password: testPassword, caFile: filepath.Join(dir, "tls.crt")}
-	live := func() error { // a sidecar's life, on a server that does not know the scripts
-		r.do(t, "SCRIPT", "FLUSH")
-		s := testSemaphores(t, r.address)
-		s.pool = newRedisPool("rediss://"+r.address, settings, 1, abandonAfter)
-		token := uuid.NewString()
+	ctx, address := context.Background(), "rediss://"+r.address
+	semaphoresOf := func(user string) *semaphores {
+		c := testConfig(address)
+		c.redis = redisSettings{username: user, password: testPassword, caFile: filepath.Join(dir, "tls.crt")}
+		return newSemaphores(c.sharedConfig, newLocker(c.sharedConfig), 1, slog.New(slog.DiscardHandler))
+	}
+	sidecarLife := func() error {
+		s, id, token := semaphoresOf("sidecar"), freshID(), uuid.NewString()
+		defer s.pool.Close()
 		for range 2 { // it rejoins, and renews
 			if _, err := s.heartbeat(ctx, id, token); err != nil {
 				return err
@@ -144,20 +148,57 @@ func TestSidecarACLIsMinimal(t *testing.T) {
 		_, err := s.release(ctx, id, token, uuid.NewString())
 		return err
 	}
-	must(t, live())
-	for rule := range strings.FieldsSeq(sidecarACL) {
-		command, isCommand := strings.CutPrefix(rule, "+")
-		if !isCommand {
-			continue
+	webhookLife := func() error {
+		s, id := semaphoresOf("webhook"), freshID()
+		defer s.close(ctx)
+		if err := s.ping(ctx); err != nil {
+			return err
 		}
-		r.do(t, "ACL", "SETUSER", "sidecar", "-"+command)
-		if err := live(); err == nil || !strings.Contains(err.Error(), "NOPERM") && !strings.Contains(err.Error(), "can't run this command") {
-			t.Errorf("without %s: %v", rule, err)
+		unlock, err := s.locks.tryLock(ctx, id.lockKey(), time.Minute)
+		if err != nil {
+			return err
 		}
-		r.do(t, "ACL", "SETUSER", "sidecar", rule)
+		if err := unlock(ctx); err != nil {
+			return err
+		}
+		if r.do(t, "EXISTS", id.lockKey()) != int64(0) {
+			return errors.New("NOPERM: the lock was not freed")
+		}
+		for _, length := range []int{3, 2, 1} { // refill, trim, trim to nothing
+			if err := s.maintain(ctx, id, length, 3); err != nil {
+				return err
+			}
+		}
+		token, err := s.acquire(ctx, id, 1, time.Second)
+		if err != nil {
+			return err
+		}
+		if _, err := s.release(ctx, id, token, uuid.NewString()); err != nil {
+			return err
+		}
+		return s.maintain(ctx, id, 0, 0)
 	}
-	must(t, live())
+	for user, c := range map[string]struct {
+		rule string
+		live func() error
+	}{"sidecar": {sidecarACL, sidecarLife}, "webhook": {webhookACL, webhookLife}} {
+		must(t, c.live())
+		for rule := range strings.FieldsSeq(c.rule) {
+			command, isCommand := strings.CutPrefix(rule, "+")
+			if !isCommand {
+				continue
+			}
+			r.do(t, "ACL", "SETUSER", user, "-"+command)
+			r.do(t, "SCRIPT", "FLUSH")
+			if err := c.live(); err == nil || !strings.Contains(err.Error(), "NOPERM") && !strings.Contains(err.Error(), "can't run this command") {
+				t.Errorf("%s without %s: %v", user, rule, err)
+			}
+			r.do(t, "ACL", "SETUSER", user, rule)
+		}
+		must(t, c.live())
+	}
 
+	settings := redisSettings{username: "sidecar", password: testPassword, caFile: filepath.Join(dir, "tls.crt")}
 	conn, err := dialRedis(ctx, "rediss://"+r.address, settings, time.Second)
 	must(t, err)
 	defer conn.Close()
@@ -249,7 +290,7 @@ func TestEtcdWithTLSAndAuth(t *testing.T) {
 	for want, change := range map[string]func(*etcdSettings){
 		"invalid user ID or password": func(s *etcdSettings) { s.password = "wrong-" + testPassword },
 		"no such file":                func(s *etcdSettings) { s.caFile = filepath.Join(dir, "none") },
-		"no connection":               func(s *etcdSettings) { s.certFile, s.username, s.password = "", "", "" },
+		"Unavailable":                 func(s *etcdSettings) { s.certFile, s.username, s.password = "", "", "" },
 	} {
 		wrong := settings
 		change(&wrong)
@@ -332,4 +373,38 @@ func mustJSON(t *testing.T, v any) []byte {
 	b, err := json.Marshal(v)
 	must(t, err)
 	return b
+}
+
+// The flags for TLS, as they are given.
+func TestTLSFlags(t *testing.T) {
+	dir, elsewhere := t.TempDir(), t.TempDir()
+	writeCertificate(t, dir, 1)
+	writeCertificate(t, elsewhere, 2)
+	crt, key := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
+	none := func(string) string { return "" }
+	c, err := parseWebhookConfig([]string{"--queue-redis-address=rediss://r:1", "--redis-ca-file=" + crt, "--sidecar-redis-ca=configmap/ca",
+		"--etcd-addresses=https://e:1,f:2", "--etcd-ca-file=" + crt, "--etcd-cert-file=" + crt, "--etcd-key-file=" + key}, none)
+	must(t, err)
+	if want := (etcdSettings{caFile: crt, certFile: crt, keyFile: key}); c.etcd != want || c.redis.caFile != crt || c.sidecarRedisCA != (objectReference{"configmap", "ca"}) {
+		t.Errorf("parsed %+v, %+v, %+v", c.etcd, c.redis, c.sidecarRedisCA)
+	}
+	for want, args := range map[string]string{
+		"--etcd-cert-file and --etcd-key-file go together":                        "--etcd-cert-file=" + crt,
+		"--etcd-cert-file: tls: private key does not match public key":            "--etcd-cert-file=" + crt + " --etcd-key-file=" + filepath.Join(elsewhere, "tls.key"),
+		"--etcd-ca-file: no PEM certificate in " + key:                            "--etcd-ca-file=" + key,
+		"--etcd-addresses: http:// is not encrypted":                              "--etcd-addresses=http://e:1 --etcd-ca-file=" + crt,
+		"--redis-ca-file: is not used: no address of Redis begins":                "--redis-ca-file=" + crt,
+		"--sidecar-redis-ca: is needed where --redis-ca-file is set":              "--queue-redis-address=rediss://r:1 --redis-ca-file=" + crt,
+		`--sidecar-redis-ca: "pod/x" is not secret/NAME or configmap/NAME`:        "--sidecar-redis-ca=pod/x",
+		`--sidecar-redis-secret: "A_B" is not the name of an object`:              "--sidecar-redis-secret=A_B",
+		"--redis-addresses: there are no credentials in an address":               "--redis-addresses=redis://u:" + testPassword + "@h:1,redis://u:" + testPassword + "@h:1",
+		"--queue-redis-address: there are no credentials in an address":           "--queue-redis-address=redis://u:" + testPassword + "%40h:1",
+		"--queue-redis-address: an address is not HOST:PORT or redis://HOST:PORT": "--queue-redis-address=redis://u:" + testPassword + ":h:1",
+		"--queue-redis-address: is one address, not 2":                            "--queue-redis-address=a:1,b:1",
+	} {
+		_, err := parseWebhookConfig(strings.Fields(args), none)
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), testPassword) {
+			t.Errorf("%s: %v, want %s", args, err, want)
+		}
+	}
 }

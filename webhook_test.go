@@ -518,3 +518,21 @@ func TestAnswerWithin(t *testing.T) {
 		}
 	}
 }
+
+// Only a pod that is to complete, with a classic sidecar, gets a warning.
+func TestWarningNotCompleting(t *testing.T) {
+	for _, native := range []bool{true, false} {
+		c := testConfig(freeAddress(t))
+		c.enableSidecarContainers = native
+		w := startWebhook(t, c)
+		for _, policy := range []string{"Always", "OnFailure", "Never"} {
+			a := w.admit(t, review(t, freshID(), 1, func(request map[string]any) {
+				request["dryRun"] = true
+				request["object"].(map[string]any)["spec"].(map[string]any)["restartPolicy"] = policy
+			}))
+			if want := !native && policy != "Always"; !a.allowed || (len(a.warnings) > 0) != want {
+				t.Errorf("native %t, restartPolicy %s: warnings %q", native, policy, a.warnings)
+			}
+		}
+	}
+}
