@@ -1,0 +1,20 @@
+# docker build --build-arg VERSION=v0.1.0 --tag ghcr.io/kaidotio/at-least-semaphore-pod-hook:v0.1.0 .
+#
+# The same sources and the same release of Go make the same binary, byte by byte: no paths, times or commits are in it.
+FROM --platform=$BUILDPLATFORM golang:1.26 AS build
+WORKDIR /src
+# A layer of its own: the modules are downloaded again only when these two files change.
+COPY go.mod go.sum ./
+RUN go mod download
+COPY *.go ./
+COPY lua/*.lua lua/
+ARG VERSION=dev
+# Set by BuildKit for each platform of docker buildx build --platform; where they are not set, it is the builder's own.
+ARG TARGETOS TARGETARCH
+RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
+    go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$VERSION" -o /at-least-semaphore-pod-hook .
+
+# No shell, no package manager; certificates of the public authorities, for rediss:// and https://. User and group 65532.
+FROM gcr.io/distroless/static:nonroot
+COPY --from=build /at-least-semaphore-pod-hook /at-least-semaphore-pod-hook
+ENTRYPOINT ["/at-least-semaphore-pod-hook"]
