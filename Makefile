@@ -4,7 +4,7 @@ PROGRAM := bin/at-least-semaphore-pod-hook
 
 .PHONY: help
 help: ## show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: build bin/demo ## show the main job, start to end; needs nothing but Go. LOCK=etcd for the other lock
@@ -34,9 +34,26 @@ test: test-needs ## run all tests with the race detector; installs redis-server,
 test-needs:
 	@./.ci/need redis-server:redis-server gcc:gcc:libc6-dev curl:curl
 
+# How the image gets into the cluster, and how to run a script on its node, for the cluster tests; these are for kind. For k3d:
+#   LOAD_IMAGE='docker build -t $$IMAGE . && k3d image import $$IMAGE' NODE_SHELL='docker exec k3d-k3s-default-server-0 sh -c'
+export LOAD_IMAGE ?= docker build -t $$IMAGE . && kind load docker-image $$IMAGE
+export NODE_SHELL ?= docker exec kind-control-plane sh -c
+E2E_FLAGS ?=
+
+.PHONY: e2e
+e2e: build ## test deploy/ on the cluster of KUBECONFIG, which gets and loses it; see e2e/setup_test.go for its settings
+	PROGRAM=$(CURDIR)/$(PROGRAM) IMAGE=at-least-semaphore-pod-hook:e2e-$$(sha256sum $(PROGRAM) | cut -c1-12) \
+		go test -tags e2e -count=1 -timeout 40m $(E2E_FLAGS) ./e2e
+
+.PHONY: dev
+dev: ## develop on the current cluster with Skaffold: build, deploy, forward ports, and again on each change
+	@command -v skaffold >/dev/null || { echo "skaffold is missing: see https://skaffold.dev/docs/install/" >&2; exit 1; }
+	skaffold dev --port-forward
+
 .PHONY: lint
 lint: ## check format, vet and staticcheck
 	@test -z "$$(gofmt -l .)" || { echo "not gofmt-ed:"; gofmt -l .; exit 1; }
 	go vet ./...
+	go vet -tags e2e ./e2e
 	go -C demo vet ./...
-	go tool -modfile=tools/go.mod staticcheck ./...
+	go tool -modfile=tools/go.mod staticcheck -tags e2e ./...

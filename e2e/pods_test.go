@@ -1,0 +1,216 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+)
+
+const (
+	annotationPrefix = "at-least-semaphore-pod-hook.kaidotio.github.io/"
+	sidecarName      = "at-least-semaphore-pod-sidecar"
+)
+
+// object is a Kubernetes object, or a part of one.
+type object = map[string]any
+
+// namespace is a namespace of a test's own.
+type namespace struct {
+	*testing.T
+	name string
+}
+
+// newNamespace makes a namespace whose sidecars can log in to Redis.
+func newNamespace(t *testing.T, labels ...string) *namespace {
+	t.Helper()
+	n := &namespace{t, fmt.Sprintf("e2e-%08x", rand.Uint32())}
+	_, err := kubectl("", "create", "namespace", n.name)
+	must(t, err)
+	n.kubectl(append([]string{"label", "namespace", n.name, "e2e=at-least-semaphore-pod-hook"}, labels...)...)
+	t.Cleanup(func() {
+		if t.Failed() {
+			pods, _ := n.try("get", "pods", "-o", "wide")
+			events, _ := n.try("get", "events")
+			t.Logf("%s:\n%s\n%s", n.name, pods, events)
+		}
+		_, _ = kubectl("", "delete", "namespace", n.name, "--wait=false")
+	})
+	n.kubectl("create", "secret", "generic", "at-least-semaphore-pod-redis", "--from-literal=username=sidecar", "--from-literal=password="+sidecarPassword)
+	eventually(t, 30*time.Second, func() error { return errOf(n.try("get", "serviceaccount", "default")) })
+	return n
+}
+
+func errOf(_ string, err error) error { return err }
+
+// try is kubectl in the namespace.
+func (n *namespace) try(args ...string) (string, error) {
+	return kubectl("", append([]string{"-n", n.name}, args...)...)
+}
+
+// kubectl is try that must succeed.
+func (n *namespace) kubectl(args ...string) string {
+	n.Helper()
+	out, err := n.try(args...)
+	must(n.T, err)
+	return out
+}
+
+func (n *namespace) tryCreate(o object, flags ...string) error {
+	return errOf(kubectl(encode(o), append([]string{"-n", n.name, "create", "-f", "-"}, flags...)...))
+}
+
+func (n *namespace) create(o object) {
+	n.Helper()
+	must(n.T, n.tryCreate(o))
+}
+
+func encode(o object) string {
+	b, err := json.Marshal(o)
+	if err != nil {
+		panic(err)
+	}
+	return string(b)
+}
+
+// annotations are those of a pod that shares a key.
+func annotations(key string, length int) object {
+	return object{
+		annotationPrefix + "at-least-semaphore-pod": "true",
+		annotationPrefix + "key":                    key,
+		annotationPrefix + "length":                 strconv.Itoa(length),
+		annotationPrefix + "expiration":             "5",
+	}
+}
+
+// container is one that runs a shell script.
+func container(name, script string, more ...object) object {
+	c := object{"name": name, "image": "busybox", "command": []string{"sh", "-c", script}}
+	for _, m := range more {
+		maps.Copy(c, m)
+	}
+	return c
+}
+
+// forever is a script that ends at once when it is told to.
+const forever = "trap 'exit 0' TERM; while :; do sleep 1 & wait $!; done"
+
+// pod is an annotated pod that runs until it is deleted; spec replaces parts of its spec.
+func pod(name, key string, length int, spec ...object) object {
+	s := object{"terminationGracePeriodSeconds": 20, "containers": []object{container("app", forever)}}
+	for _, m := range spec {
+		maps.Copy(s, m)
+	}
+	return object{"apiVersion": "v1", "kind": "Pod", "metadata": object{"name": name, "annotations": annotations(key, length)}, "spec": s}
+}
+
+// unschedulable keeps a pod Pending: it is admitted and then costs nothing.
+var unschedulable = object{"nodeSelector": object{"there-is": "no-such-node"}}
+
+func (n *namespace) get(name string) (corev1.Pod, error) {
+	var p corev1.Pod
+	out, err := n.try("get", "pod", name, "-o", "json")
+	if err == nil {
+		err = json.Unmarshal([]byte(out), &p)
+	}
+	return p, err
+}
+
+// wantRunning waits until all containers of a pod are ready, and returns the pod.
+func (n *namespace) wantRunning(name string) corev1.Pod {
+	n.Helper()
+	var p corev1.Pod
+	eventually(n.T, time.Minute, func() (err error) {
+		if p, err = n.get(name); err != nil {
+			return err
+		}
+		for _, c := range p.Status.Conditions {
+			if c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue {
+				return nil
+			}
+		}
+		return fmt.Errorf("%s is %s: %s", name, p.Status.Phase, encode(object{"init": p.Status.InitContainerStatuses, "containers": p.Status.ContainerStatuses}))
+	})
+	return p
+}
+
+// wantGone waits until a pod is gone.
+func (n *namespace) wantGone(name string) {
+	n.Helper()
+	eventually(n.T, time.Minute, func() error {
+		out, err := n.try("get", "pod", name, "--ignore-not-found", "-o", "name")
+		if err == nil && out != "" {
+			err = fmt.Errorf("%s is still there", name)
+		}
+		return err
+	})
+}
+
+// wantRefused creates a pod that must be refused, and returns the message.
+func (n *namespace) wantRefused(o object) string {
+	n.Helper()
+	err := n.tryCreate(o)
+	if err == nil {
+		n.Fatal("the pod was not refused")
+	}
+	return err.Error()
+}
+
+// wantFull creates a pod that must be refused for want of a token.
+func (n *namespace) wantFull(name, key string, length, inUse int) {
+	n.Helper()
+	want := fmt.Sprintf("denied the request: no semaphore available: %s/%s has %d of %d tokens in use", n.name, key, inUse, length)
+	if got := n.wantRefused(pod(name, key, length)); !strings.Contains(got, want) {
+		n.Fatalf("refused with %q, want %q", got, want)
+	}
+}
+
+// wantAdmittedWithin creates a pod that is refused until a token is free.
+func (n *namespace) wantAdmittedWithin(within time.Duration, o object) {
+	n.Helper()
+	eventually(n.T, within, func() error { return n.tryCreate(o) })
+}
+
+// counts are the numbers of free and of used tokens.
+func (n *namespace) counts(key string) (queue, inflight int, err error) {
+	out, err := hook("exec", "redis-0", "--", "sh", "-c", fmt.Sprintf(
+		"export REDISCLI_AUTH=%s; redis-cli --user webhook LLEN 'queue/{%[2]s}'; redis-cli --user webhook ZCARD 'inflight/{%[2]s}'", webhookPassword, n.name+"/"+key))
+	if err == nil {
+		_, err = fmt.Sscan(out, &queue, &inflight)
+	}
+	return queue, inflight, err
+}
+
+// wantCounts waits until so many tokens are free and in use.
+func (n *namespace) wantCounts(key string, queue, inflight int) {
+	n.Helper()
+	eventually(n.T, 30*time.Second, func() error {
+		q, i, err := n.counts(key)
+		if err == nil && (q != queue || i != inflight) {
+			err = fmt.Errorf("queue %d, inflight %d; want %d, %d", q, i, queue, inflight)
+		}
+		return err
+	})
+}
+
+// wantOneSidecar checks that a pod has exactly one sidecar, the native one, first.
+func (n *namespace) wantOneSidecar(p corev1.Pod) {
+	n.Helper()
+	count := 0
+	for _, c := range append(p.Spec.InitContainers, p.Spec.Containers...) {
+		if c.Name == sidecarName {
+			count++
+		}
+	}
+	if count != 1 || p.Spec.InitContainers[0].Name != sidecarName {
+		n.Errorf("%s has %d sidecars; the first init container is %s", p.Name, count, p.Spec.InitContainers[0].Name)
+	}
+}

@@ -1,0 +1,211 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"bufio"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+)
+
+// Two Deployments of two replicas share three tokens.
+func TestTwoDeployments(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	n.kubectl("apply", "-f", "../deploy/examples/two-deployments.yaml")
+	running := func() (names []string, err error) {
+		out, err := n.try("get", "pods", "--field-selector=status.phase=Running", "-o", "name")
+		return strings.Fields(out), err
+	}
+	eventually(t, time.Minute, func() error {
+		pods, err := running()
+		if err == nil && len(pods) != 3 {
+			err = fmt.Errorf("running: %v", pods)
+		}
+		return err
+	})
+	eventually(t, 30*time.Second, func() error {
+		events, err := n.try("get", "events", "--field-selector=reason=FailedCreate", "-o", "jsonpath={.items[*].message}")
+		want := fmt.Sprintf(`admission webhook "at-least-semaphore-pod-hook.kaidotio.github.io" denied the request: no semaphore available: %s/smtp has 3 of 3 tokens in use`, n.name)
+		if err == nil && !strings.Contains(events, want) {
+			err = fmt.Errorf("events: %s; want %s", events, want)
+		}
+		return err
+	})
+	n.wantCounts("smtp", 0, 3)
+
+	// Nobody waits any more, so that a token that comes back stays in the queue.
+	out := n.kubectl("get", "deployments", "-o", "jsonpath={range .items[*]}{.metadata.name} {.status.readyReplicas}{'\\n'}{end}")
+	full, partial := "mail", "web"
+	if strings.Contains(out, "web 2") {
+		full, partial = "web", "mail"
+	}
+	n.kubectl("scale", "deployment/"+partial, "--replicas=1")
+	n.kubectl("scale", "deployment/"+full, "--replicas=1")
+	eventually(t, time.Minute, func() error {
+		out, err := n.try("get", "pods", "-o", "name")
+		if err == nil && len(strings.Fields(out)) != 2 {
+			err = fmt.Errorf("pods: %s", out)
+		}
+		return err
+	})
+	if queue, inflight, err := n.counts("smtp"); err != nil || queue != 1 || inflight != 2 {
+		t.Errorf("when the pod is gone: queue %d, inflight %d, %v", queue, inflight, err)
+	}
+}
+
+// follow collects the log of a container, with times, until it ends.
+func (n *namespace) follow(pod, container string) <-chan []string {
+	n.Helper()
+	cmd := exec.Command("kubectl", "-n", n.name, "logs", "-f", "--timestamps", pod, "-c", container)
+	out, err := cmd.StdoutPipe()
+	must(n.T, err)
+	must(n.T, cmd.Start())
+	n.Cleanup(func() { _ = cmd.Process.Kill() })
+	done := make(chan []string, 1)
+	go func() {
+		var lines []string
+		for s := bufio.NewScanner(out); s.Scan(); {
+			lines = append(lines, s.Text())
+		}
+		_ = cmd.Wait()
+		done <- lines
+	}()
+	return done
+}
+
+// timeOf is when a line with that text was logged.
+func timeOf(t *testing.T, lines []string, text string) time.Time {
+	t.Helper()
+	for _, l := range lines {
+		if strings.Contains(l, text) {
+			stamp, _, _ := strings.Cut(l, " ")
+			at, err := time.Parse(time.RFC3339Nano, stamp)
+			must(t, err)
+			return at
+		}
+	}
+	t.Fatalf("no %q in %q", text, lines)
+	return time.Time{}
+}
+
+// The native sidecar starts before the pod's other init containers and ends after the app; the token is held until the
+// app has ended, however long it takes.
+func TestNativeSidecar(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	n.create(pod("slow", "native", 2, object{
+		"initContainers": []object{container("init", "sleep 1")},
+		"containers": []object{container("app", "trap 'echo told to end; sleep 5; echo app has ended; exit 0' TERM; while :; do sleep 1 & wait $!; done",
+			object{"lifecycle": object{"preStop": object{"sleep": object{"seconds": 2}}}})},
+	}))
+	p := n.wantRunning("slow")
+	n.wantOneSidecar(p)
+	sidecar, initial := p.Status.InitContainerStatuses[0], p.Status.InitContainerStatuses[1]
+	if sidecar.State.Running == nil || sidecar.State.Running.StartedAt.After(initial.State.Terminated.StartedAt.Time) {
+		t.Errorf("the sidecar did not start first: %+v, %+v", sidecar, initial)
+	}
+	if p.Annotations[annotationPrefix+"token"] == "" {
+		t.Errorf("no token in the annotations %v", p.Annotations)
+	}
+	n.wantCounts("native", 1, 1)
+
+	app, side := n.follow("slow", "app"), n.follow("slow", sidecarName)
+	deleted := time.Now()
+	n.kubectl("delete", "pod", "slow", "--wait=false")
+	eventually(t, time.Minute, func() error {
+		queue, inflight, err := n.counts("native")
+		if err == nil && inflight != 0 {
+			err = fmt.Errorf("queue %d, inflight %d", queue, inflight)
+		}
+		return err
+	})
+	if held := time.Since(deleted); held < 7*time.Second { // 2 s of preStop, 5 s of the app
+		t.Errorf("the token was back %s after the deletion", held)
+	}
+	n.wantGone("slow")
+	appEnded, givenBack := timeOf(t, <-app, "app has ended"), timeOf(t, <-side, "token given back")
+	if givenBack.Before(appEnded) {
+		t.Errorf("the token was given back %s before the app had ended", appEnded.Sub(givenBack))
+	}
+	n.wantCounts("native", 2, 0)
+}
+
+// A Job with the native sidecar completes and its token comes back.
+func TestJob(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	n.create(job("work", "jobs", 2, "sleep 1; echo done"))
+	n.kubectl("wait", "--for=condition=Complete", "job/work", "--timeout=1m")
+	n.wantCounts("jobs", 2, 0)
+	eventually(t, 30*time.Second, func() error {
+		phase, err := n.try("get", "pods", "-o", "jsonpath={.items[*].status.phase}")
+		if err == nil && phase != string(corev1.PodSucceeded) {
+			err = errors.New(phase)
+		}
+		return err
+	})
+}
+
+func job(name, key string, length int, script string) object {
+	return object{"apiVersion": "batch/v1", "kind": "Job", "metadata": object{"name": name}, "spec": object{
+		"backoffLimit": 0,
+		"template": object{"metadata": object{"annotations": annotations(key, length)}, "spec": object{
+			"restartPolicy": "Never", "containers": []object{container("app", script)},
+		}},
+	}}
+}
+
+// A dry run takes nothing.
+func TestDryRun(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	out, err := kubectl(encode(pod("dry", "dry", 1)), "-n", n.name, "apply", "--dry-run=server", "-f", "-", "-o", "json")
+	must(t, err)
+	var p corev1.Pod
+	must(t, json.Unmarshal([]byte(out), &p))
+	n.wantOneSidecar(p)
+	if token := p.Annotations[annotationPrefix+"token"]; token != "00000000-0000-0000-0000-000000000000" {
+		t.Errorf("token %q", token)
+	}
+	n.wantCounts("dry", 0, 0)
+}
+
+// Pods that get a token and then do not run: refused by a quota, or unschedulable. The token goes stale and is reclaimed by
+// whoever asks next.
+func TestTokensOfPodsThatDoNotRun(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	n.create(object{"apiVersion": "v1", "kind": "ResourceQuota", "metadata": object{"name": "q"}, "spec": object{"hard": object{"count/configmaps": "50", "pods": "1"}}})
+	eventually(t, 30*time.Second, func() error {
+		hard, err := n.try("get", "resourcequota", "q", "-o", "jsonpath={.status.hard.pods}")
+		if err == nil && hard != "1" {
+			err = fmt.Errorf("the quota is not in force: %q", hard)
+		}
+		return err
+	})
+	n.create(pod("first", "quota", 2))
+	n.wantRunning("first")
+	if got := n.wantRefused(pod("second", "quota", 2)); !strings.Contains(got, "exceeded quota") {
+		t.Errorf("refused with %s", got)
+	}
+	n.wantCounts("quota", 0, 2) // taken, and then refused by the quota
+	n.wantFull("third", "quota", 2, 2)
+	n.kubectl("delete", "resourcequota", "q")
+	n.wantAdmittedWithin(staleSeconds*time.Second+20*time.Second, pod("fourth", "quota", 2))
+	n.wantRunning("fourth")
+	n.wantCounts("quota", 0, 2)
+
+	n.create(pod("pending", "pending", 1, unschedulable))
+	n.wantCounts("pending", 0, 1)
+	n.wantFull("next", "pending", 1, 1)
+	n.wantAdmittedWithin(staleSeconds*time.Second+20*time.Second, pod("next", "pending", 1))
+	n.wantRunning("next")
+}
