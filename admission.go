@@ -118,8 +118,11 @@ const (
 	verdictUndeliverable = "undeliverable" // admitted, but nobody was there to hear it
 )
 
-// warningNotCompleting is for the pods of Jobs and others that are to complete. Kubernetes cuts warnings at 120 characters.
-const warningNotCompleting = "this pod will not complete: its semaphore sidecar is a classic container, which runs until the pod is deleted"
+// The warnings to users of classic sidecars. Kubernetes cuts them at 120 characters.
+const (
+	warningNotCompleting = "this pod will not complete: its semaphore sidecar is a classic container, which runs until the pod is deleted"
+	warningJob           = "this Job will not complete: its pods' semaphore sidecar is a classic container, which runs until they are deleted"
+)
 
 // decision is the answer to a request, and what there is to log and to undo of it.
 type decision struct {
@@ -140,6 +143,9 @@ type admitter struct {
 // holds then is for the log, and a token to be given back.
 func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, error) {
 	d := decision{response: &admissionv1.AdmissionResponse{UID: r.UID, Allowed: true}}
+	if r.Operation == admissionv1.Create && r.Kind.Group == "batch" && r.Kind.Kind == "Job" && r.SubResource == "" {
+		return d, d.warnOfJob(a.config, r)
+	}
 	if r.Operation != admissionv1.Create || r.Kind.Group != "" || r.Kind.Kind != "Pod" || r.SubResource != "" {
 		return d, nil
 	}
@@ -185,6 +191,23 @@ func (d *decision) admit(c webhookConfig, p *pod, token string) (err error) {
 		d.response.Warnings = append(d.response.Warnings, warningNotCompleting)
 	}
 	return err
+}
+
+// warnOfJob lets a Job pass, with a warning if its pods will not complete. The warnings of its pods are for the Job's
+// controller: the user only hears those of the Job.
+func (d *decision) warnOfJob(c webhookConfig, r *admissionRequest) error {
+	var job struct {
+		Spec struct {
+			Template pod `json:"template"`
+		} `json:"spec"`
+	}
+	if err := json.Unmarshal(r.Object, &job); err != nil {
+		return bad("decode request.object: %v", err)
+	}
+	if !c.enableSidecarContainers && job.Spec.Template.Metadata.Annotations[annotationEnabled] == "true" {
+		d.response.Warnings = []string{warningJob}
+	}
+	return nil
 }
 
 // deny turns the response into a denial.

@@ -536,3 +536,28 @@ func TestWarningNotCompleting(t *testing.T) {
 		}
 	}
 }
+
+// The same for a Job, which is never patched.
+func TestWarningForJob(t *testing.T) {
+	for _, native := range []bool{true, false} {
+		for annotated, value := range map[bool]string{true: "true", false: "no"} {
+			c := testConfig(freeAddress(t))
+			c.enableSidecarContainers = native
+			w := startWebhook(t, c)
+			a := w.admit(t, review(t, freshID(), 1, func(request map[string]any) {
+				request["kind"] = map[string]any{"group": "batch", "version": "v1", "kind": "Job"}
+				request["object"] = map[string]any{"spec": map[string]any{"template": map[string]any{
+					"metadata": map[string]any{"annotations": map[string]any{annotationEnabled: value}},
+				}}}
+			}))
+			for _, warning := range a.warnings {
+				if len(warning) > 120 {
+					t.Errorf("%d characters: %s", len(warning), warning)
+				}
+			}
+			if want := !native && annotated; !a.allowed || a.patch != nil || (len(a.warnings) > 0) != want {
+				t.Errorf("native %t, annotated %t: answered %+v", native, annotated, a)
+			}
+		}
+	}
+}

@@ -22,8 +22,9 @@ serial=1$(openssl rand -hex 15 | tr abcdef ABCDEF)
 openssl x509 -req -set_serial "0x$serial" -in tls.csr -CA ca.crt -CAkey ca.key -days 3650 -extfile extensions -out tls.crt 2>/dev/null
 
 trust() { # trust FILE: what the API server trusts from now on
-  kubectl patch "$configuration" --type=json \
-    -p "[{\"op\":\"add\",\"path\":\"/webhooks/0/clientConfig/caBundle\",\"value\":\"$(base64 <"$1" | tr -d '\n')\"}]"
+  bundle=$(base64 <"$1" | tr -d '\n')
+  step='{"op":"add","path":"/webhooks/%d/clientConfig/caBundle","value":"%s"}'
+  kubectl patch "$configuration" --type=json -p "[$(printf "$step" 0 "$bundle"),$(printf "$step" 1 "$bundle")]"
 }
 
 kubectl get "$configuration" -o 'jsonpath={.webhooks[0].clientConfig.caBundle}' | base64 -d >old.crt

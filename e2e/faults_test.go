@@ -135,8 +135,10 @@ func TestCertificateRenewed(t *testing.T) {
 	old, err := base64.StdEncoding.DecodeString(encoded)
 	must(t, err)
 	trust := func(bundle []byte) {
-		_, err := kubectl("", "patch", configuration, "--type=json", "-p", fmt.Sprintf(`[{"op": "add", "path": "/webhooks/0/clientConfig/caBundle", "value": %q}]`, base64.StdEncoding.EncodeToString(bundle)))
-		must(t, err)
+		for i := range 2 {
+			_, err := kubectl("", "patch", configuration, "--type=json", "-p", fmt.Sprintf(`[{"op": "add", "path": "/webhooks/%d/clientConfig/caBundle", "value": %q}]`, i, base64.StdEncoding.EncodeToString(bundle)))
+			must(t, err)
+		}
 	}
 	trust(append(append([]byte{}, old...), renewed...))
 	secret, err := hook("create", "secret", "tls", "webhook-certificate", "--cert="+dir+"/tls.crt", "--key="+dir+"/tls.key", "--dry-run=client", "-o", "yaml")
@@ -226,6 +228,11 @@ func TestClassicSidecar(t *testing.T) {
 	must(t, err)
 	if !strings.Contains(stderr, "Warning: this pod will not complete") {
 		t.Errorf("warned: %q", stderr)
+	}
+	_, stderr, err = kubectlWarned(encode(job("work", "jobs", 1, "sleep 1")), "-n", n.name, "create", "-f", "-")
+	must(t, err)
+	if !strings.Contains(stderr, "Warning: this Job will not complete") {
+		t.Errorf("warned of the Job: %q", stderr)
 	}
 }
 
