@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -92,121 +91,6 @@ func commandCalls(t *testing.T, r *redisServer) map[string]int {
 		calls[m[1]] = n
 	}
 	return calls
-}
-
-func TestDryRunTakesNothing(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
-	id := freshID()
-	a := w.admit(t, review(t, id, 1, func(request map[string]any) { request["dryRun"] = true }))
-	if !a.allowed || a.token != "00000000-0000-0000-0000-000000000000" {
-		t.Fatalf("answered %+v", a)
-	}
-	lines := w.log.lines(t, "admission")
-	if len(lines) != 1 || lines[0]["verdict"] != verdictDryRun || lines[0]["token"] != "" {
-		t.Errorf("logged %v", lines)
-	}
-}
-
-func TestInvalidAnnotations(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
-	number := func(name string, most int) map[string]string {
-		must := fmt.Sprintf(": it must be a whole number from 1 to %d", most)
-		cases := map[string]string{}
-		for _, v := range []string{"0", "-1", "abc", "3.5", "99999999", "", " 3", "+3", "3\n", "0x3"} {
-			cases[v] = fmt.Sprintf("%s%s is %q%s", annotationPrefix, name, v, must)
-		}
-		long := "1" + strings.Repeat("0", 30)
-		cases[long] = fmt.Sprintf("%s%s is %q%s", annotationPrefix, name, long, must)
-		return cases
-	}
-	const keyRule = ": it must be letters, digits and . _ / -, and begin and end with a letter or digit"
-	keys := map[string]string{strings.Repeat("k", 300): ": it has 300 characters: at most 253 are allowed"}
-	for _, k := range []string{"", "{}", "a{b}", "a\nb", "a\n", "-a", "a/", "ä", "a b"} {
-		keys[k] = fmt.Sprintf("%skey is %q%s", annotationPrefix, k, keyRule)
-	}
-	for name, cases := range map[string]map[string]string{"length": number("length", 10000), "expiration": number("expiration", 3600), "key": keys} {
-		for value, want := range cases {
-			a := w.admit(t, review(t, freshID(), 1, func(request map[string]any) {
-				annotationsOf(request)[annotationPrefix+name] = value
-			}))
-			if a.allowed || a.code != http.StatusUnprocessableEntity || a.patch != nil {
-				t.Errorf("%s %q: answered %+v", name, value, a)
-			}
-			if !strings.HasPrefix(a.message, "invalid annotations: ") || !strings.Contains(a.message, want) || strings.Contains(a.message, "\n") {
-				t.Errorf("%s %q: message %q, want %q in it", name, value, a.message, want)
-			}
-		}
-	}
-}
-
-// One message names every problem.
-func TestAllProblemsAtOnce(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
-	a := w.admit(t, review(t, freshID(), 1, func(request map[string]any) {
-		annotations := annotationsOf(request)
-		annotations[annotationKey] = "a b"
-		annotations[annotationLength] = "many"
-		delete(annotations, annotationExpiration)
-	}))
-	want := "invalid annotations: " +
-		`at-least-semaphore-pod-hook.kaidotio.github.io/key is "a b": it must be letters, digits and . _ / -, and begin and end with a letter or digit; ` +
-		`at-least-semaphore-pod-hook.kaidotio.github.io/length is "many": it must be a whole number from 1 to 10000; ` +
-		`at-least-semaphore-pod-hook.kaidotio.github.io/expiration is missing: it must be a whole number from 1 to 3600`
-	if a.message != want {
-		t.Errorf("message is\n%s\nwant\n%s", a.message, want)
-	}
-}
-
-// The decision on invalid annotations takes less than a millisecond; the least of many runs, as the machine may
-// be busy with something else.
-func TestInvalidAnnotationsAreCheap(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
-	body := review(t, freshID(), 1, func(request map[string]any) { annotationsOf(request)[annotationLength] = "1e30" })
-	least := time.Hour
-	for range 100 {
-		start := time.Now()
-		r, err := decodeReview(body)
-		must(t, err)
-		d, err := w.decide(context.Background(), r)
-		must(t, err)
-		if d.response.Allowed {
-			t.Fatal("allowed")
-		}
-		least = min(least, time.Since(start))
-	}
-	if least > time.Millisecond {
-		t.Errorf("took %s", least)
-	}
-}
-
-func annotationsOf(request map[string]any) map[string]any {
-	return request["object"].(map[string]any)["metadata"].(map[string]any)["annotations"].(map[string]any)
-}
-
-// What is none of our business is allowed without a patch and without Redis.
-func TestAllowedUntouched(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
-	for name, change := range map[string]func(map[string]any){
-		"not annotated":   func(r map[string]any) { delete(annotationsOf(r), annotationEnabled) },
-		"annotated false": func(r map[string]any) { annotationsOf(r)[annotationEnabled] = "false" },
-		"no annotations": func(r map[string]any) {
-			delete(r["object"].(map[string]any)["metadata"].(map[string]any), "annotations")
-		},
-		"null annotations": func(r map[string]any) { r["object"].(map[string]any)["metadata"].(map[string]any)["annotations"] = nil },
-		"update":           func(r map[string]any) { r["operation"] = "UPDATE" },
-		"delete":           func(r map[string]any) { r["operation"], r["object"] = "DELETE", nil },
-		"another kind":     func(r map[string]any) { r["kind"].(map[string]any)["kind"] = "Deployment" },
-		"another group":    func(r map[string]any) { r["kind"].(map[string]any)["group"] = "example.org" },
-		"a subresource":    func(r map[string]any) { r["subResource"] = "eviction" },
-	} {
-		a := w.admit(t, review(t, freshID(), 1, change))
-		if !a.allowed || a.patch != nil || a.message != "" {
-			t.Errorf("%s: answered %+v", name, a)
-		}
-	}
-	if log := w.log.String(); log != "" {
-		t.Errorf("logged %s", log)
-	}
 }
 
 // The answer is a failure, never an admission, where Redis is out of reach.
@@ -440,68 +324,6 @@ func TestReadiness(t *testing.T) {
 	want("/healthz", 200, "ok")
 }
 
-func TestUnanswerableRequests(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
-	good := string(review(t, freshID(), 1))
-	with := func(change func(map[string]any)) string {
-		var r map[string]any
-		must(t, json.Unmarshal([]byte(good), &r))
-		change(r)
-		body, err := json.Marshal(r)
-		must(t, err)
-		return string(body)
-	}
-	for _, c := range []struct {
-		name, method, path, contentType, body string
-		status                                int
-		text                                  string
-	}{
-		{"method", "GET", "/mutate", "application/json", "", 405, "method GET is not allowed: POST an AdmissionReview"},
-		{"path", "POST", "/", "application/json", good, 404, "not found: admission reviews are served at /mutate"},
-		{"content type", "POST", "/mutate", "text/plain", good, 415, `Content-Type is "text/plain": it must be application/json`},
-		{"no content type", "POST", "/mutate", "", good, 415, `Content-Type is "": it must be application/json`},
-		{"empty", "POST", "/mutate", "application/json", "", 400, "empty body"},
-		{"truncated", "POST", "/mutate", "application/json", good[:len(good)/2], 400, "decode AdmissionReview: unexpected end of JSON input"},
-		{"not JSON", "POST", "/mutate", "application/json", "hello", 400, "decode AdmissionReview: invalid character 'h'"},
-		{"more behind", "POST", "/mutate", "application/json", good + "{}", 400, "after top-level value"},
-		{"oversized", "POST", "/mutate", "application/json", strings.Repeat(" ", maxBody+1), 413, "the body is larger than 4194304 bytes"},
-		{"nested", "POST", "/mutate", "application/json", strings.Repeat("[", maxBody), 400, "exceeded max depth"},
-		{"nested inside", "POST", "/mutate", "application/json", `{"request":` + strings.Repeat(`{"a":`, 100000), 400, "exceeded max depth"},
-		{"an array", "POST", "/mutate", "application/json", "[]", 400, "decode AdmissionReview"},
-		{"null", "POST", "/mutate", "application/json", "null", 400, "only AdmissionReview of admission.k8s.io/v1 is served"},
-		{"version", "POST", "/mutate", "application/json", with(func(r map[string]any) { r["apiVersion"] = "admission.k8s.io/v1beta1" }), 400,
-			`got "AdmissionReview" of "admission.k8s.io/v1beta1": only AdmissionReview of admission.k8s.io/v1 is served`},
-		{"kind", "POST", "/mutate", "application/json", with(func(r map[string]any) { r["kind"] = "Pod" }), 400, `got "Pod" of`},
-		{"no request", "POST", "/mutate", "application/json", with(func(r map[string]any) { delete(r, "request") }), 400, "without a request"},
-		{"no uid", "POST", "/mutate", "application/json", with(func(r map[string]any) { delete(r["request"].(map[string]any), "uid") }), 400, "without request.uid"},
-		{"no namespace", "POST", "/mutate", "application/json", with(func(r map[string]any) { delete(r["request"].(map[string]any), "namespace") }), 400, "without request.namespace"},
-		{"no object", "POST", "/mutate", "application/json", with(func(r map[string]any) { r["request"].(map[string]any)["object"] = nil }), 400, "without request.object"},
-		{"wrong object", "POST", "/mutate", "application/json", with(func(r map[string]any) { r["request"].(map[string]any)["object"] = "pod" }), 400, "decode request.object"},
-		{"wrong annotations", "POST", "/mutate", "application/json", with(func(r map[string]any) {
-			annotationsOf(r["request"].(map[string]any))[annotationEnabled] = true
-		}), 400, "decode request.object"},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			request, err := http.NewRequest(c.method, w.server.URL+c.path, strings.NewReader(c.body))
-			must(t, err)
-			if c.contentType != "" {
-				request.Header.Set("Content-Type", c.contentType)
-			}
-			response, err := w.server.Client().Do(request)
-			must(t, err)
-			defer response.Body.Close()
-			b := make([]byte, 1000)
-			n, _ := response.Body.Read(b)
-			if text := string(b[:n]); response.StatusCode != c.status || !strings.Contains(text, c.text) {
-				t.Errorf("answered %d %q, want %d %q", response.StatusCode, text, c.status, c.text)
-			}
-			if c.status == 405 && response.Header.Get("Allow") != "POST" {
-				t.Errorf("Allow is %q", response.Header.Get("Allow"))
-			}
-		})
-	}
-}
-
 func TestAnswerWithin(t *testing.T) {
 	for timeout, want := range map[string]time.Duration{
 		"10s":   9500 * time.Millisecond,
@@ -515,49 +337,6 @@ func TestAnswerWithin(t *testing.T) {
 	} {
 		if got := answerWithin(timeout); got != want {
 			t.Errorf("timeout %q: %s, want %s", timeout, got, want)
-		}
-	}
-}
-
-// Only a pod that is to complete, with a classic sidecar, gets a warning.
-func TestWarningNotCompleting(t *testing.T) {
-	for _, native := range []bool{true, false} {
-		c := testConfig(freeAddress(t))
-		c.enableSidecarContainers = native
-		w := startWebhook(t, c)
-		for _, policy := range []string{"Always", "OnFailure", "Never"} {
-			a := w.admit(t, review(t, freshID(), 1, func(request map[string]any) {
-				request["dryRun"] = true
-				request["object"].(map[string]any)["spec"].(map[string]any)["restartPolicy"] = policy
-			}))
-			if want := !native && policy != "Always"; !a.allowed || (len(a.warnings) > 0) != want {
-				t.Errorf("native %t, restartPolicy %s: warnings %q", native, policy, a.warnings)
-			}
-		}
-	}
-}
-
-// The same for a Job, which is never patched.
-func TestWarningForJob(t *testing.T) {
-	for _, native := range []bool{true, false} {
-		for annotated, value := range map[bool]string{true: "true", false: "no"} {
-			c := testConfig(freeAddress(t))
-			c.enableSidecarContainers = native
-			w := startWebhook(t, c)
-			a := w.admit(t, review(t, freshID(), 1, func(request map[string]any) {
-				request["kind"] = map[string]any{"group": "batch", "version": "v1", "kind": "Job"}
-				request["object"] = map[string]any{"spec": map[string]any{"template": map[string]any{
-					"metadata": map[string]any{"annotations": map[string]any{annotationEnabled: value}},
-				}}}
-			}))
-			for _, warning := range a.warnings {
-				if len(warning) > 120 {
-					t.Errorf("%d characters: %s", len(warning), warning)
-				}
-			}
-			if want := !native && annotated; !a.allowed || a.patch != nil || (len(a.warnings) > 0) != want {
-				t.Errorf("native %t, annotated %t: answered %+v", native, annotated, a)
-			}
 		}
 	}
 }

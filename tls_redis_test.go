@@ -1,0 +1,195 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
+)
+
+// What the users of the webhook and of the sidecar need in Redis, as the README has it.
+const (
+	webhookACL = "~queue/* ~inflight/* ~lock/* +ping +eval +evalsha +time +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount +zremrangebyscore +expire +set +get"
+	sidecarACL = "~queue/* ~inflight/* +eval +evalsha +time +zadd +zrem +lpop +rpush +expire"
+)
+
+// startSecureRedis starts a redis-server that speaks TLS only, with a user for the webhook and one for the sidecar.
+func startSecureRedis(t *testing.T, dir string) *redisServer {
+	t.Helper()
+	crt, key := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
+	listen := func(port string) []string {
+		args := []string{"--port", "0", "--tls-port", port, "--tls-cert-file", crt, "--tls-key-file", key, "--tls-ca-cert-file", crt, "--tls-auth-clients", "no"}
+		for _, user := range []string{"default on >admin ~* &* +@all", "webhook on >" + testPassword + " " + webhookACL, "sidecar on >" + testPassword + " " + sidecarACL} {
+			args = append(append(args, "--user"), strings.Fields(user)...)
+		}
+		return args
+	}
+	roots, err := readCA(crt)
+	must(t, err)
+	r, err := launchRedis(t.TempDir(), listen, redis.DialUseTLS(true), redis.DialTLSConfig(&tls.Config{RootCAs: roots}), redis.DialPassword("admin"))
+	must(t, err)
+	t.Cleanup(r.stop)
+	return r
+}
+
+// The rules in the README are those that are tested here.
+func TestACLsAreDocumented(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	must(t, err)
+	for _, rule := range []string{webhookACL, sidecarACL} {
+		if !strings.Contains(string(readme), rule) {
+			t.Errorf("not in the README: %s", rule)
+		}
+	}
+}
+
+// The whole job over TLS, with the users that the README tells to make.
+func TestRedisWithTLSAndACL(t *testing.T) {
+	dir := t.TempDir()
+	writeCertificate(t, dir, 1)
+	r := startSecureRedis(t, dir)
+	address, ca := "rediss://"+r.address, filepath.Join(dir, "tls.crt")
+	c := testConfig(address)
+	c.redis = redisSettings{username: "webhook", password: testPassword, caFile: ca}
+	w := startWebhook(t, c)
+	id := freshID()
+	must(t, w.semaphores.ping(context.Background()))
+	token := w.wantAdmitted(t, id, 2)
+	r.makeStale(t, id, w.wantAdmitted(t, id, 2))
+	w.semaphores.giveBack(id, w.wantAdmitted(t, id, 2)) // after a repair
+	w.wantFull(t, id, 1, 1)                             // after a trim
+	r.wantCounts(t, id, 0, 1)
+
+	t.Setenv("REDIS_USERNAME", "sidecar")
+	t.Setenv("REDIS_PASSWORD", testPassword)
+	p := startSidecar(t, address, id, token, "--redis-ca-file="+ca)
+	p.wantLog(t, "holding the token")
+	r.do(t, "DEL", id.inflightKey())
+	r.wantCounts(t, id, 0, 1)
+	p.signal(t, syscall.SIGTERM)
+	p.wantExit(t, 0)
+	r.wantCounts(t, id, 1, 0)
+	wantNoSecret(t, p)
+}
+
+// The rules allow what the sidecar and the webhook do, and all that they allow is needed.
+func TestACLsAreMinimal(t *testing.T) {
+	dir := t.TempDir()
+	writeCertificate(t, dir, 1)
+	r := startSecureRedis(t, dir)
+	ctx, address := context.Background(), "rediss://"+r.address
+	semaphoresOf := func(user string) *semaphores {
+		c := testConfig(address)
+		c.redis = redisSettings{username: user, password: testPassword, caFile: filepath.Join(dir, "tls.crt")}
+		return newSemaphores(c.sharedConfig, newLocker(c.sharedConfig), 1, slog.New(slog.DiscardHandler))
+	}
+	sidecarLife := func() error {
+		s, id, token := semaphoresOf("sidecar"), freshID(), uuid.NewString()
+		defer s.pool.Close()
+		for range 2 { // it rejoins, and renews
+			if _, err := s.heartbeat(ctx, id, token); err != nil {
+				return err
+			}
+		}
+		_, err := s.release(ctx, id, token, uuid.NewString())
+		return err
+	}
+	webhookLife := func() error {
+		s, id := semaphoresOf("webhook"), freshID()
+		defer s.close(ctx)
+		if err := s.ping(ctx); err != nil {
+			return err
+		}
+		unlock, err := s.locks.tryLock(ctx, id.lockKey(), time.Minute)
+		if err != nil {
+			return err
+		}
+		if err := unlock(ctx); err != nil {
+			return err
+		}
+		if r.do(t, "EXISTS", id.lockKey()) != int64(0) {
+			return errors.New("NOPERM: the lock was not freed")
+		}
+		for _, length := range []int{3, 2, 1} { // refill, trim, trim to nothing
+			if err := s.maintain(ctx, id, length, 3); err != nil {
+				return err
+			}
+		}
+		token, err := s.acquire(ctx, id, 1, time.Second)
+		if err != nil {
+			return err
+		}
+		if _, err := s.release(ctx, id, token, uuid.NewString()); err != nil {
+			return err
+		}
+		return s.maintain(ctx, id, 0, 0)
+	}
+	for user, c := range map[string]struct {
+		rule string
+		live func() error
+	}{"sidecar": {sidecarACL, sidecarLife}, "webhook": {webhookACL, webhookLife}} {
+		must(t, c.live())
+		for rule := range strings.FieldsSeq(c.rule) {
+			command, isCommand := strings.CutPrefix(rule, "+")
+			if !isCommand {
+				continue
+			}
+			r.do(t, "ACL", "SETUSER", user, "-"+command)
+			r.do(t, "SCRIPT", "FLUSH")
+			if err := c.live(); err == nil || !strings.Contains(err.Error(), "NOPERM") && !strings.Contains(err.Error(), "can't run this command") {
+				t.Errorf("%s without %s: %v", user, rule, err)
+			}
+			r.do(t, "ACL", "SETUSER", user, rule)
+		}
+		must(t, c.live())
+	}
+
+	settings := redisSettings{username: "sidecar", password: testPassword, caFile: filepath.Join(dir, "tls.crt")}
+	conn, err := dialRedis(ctx, "rediss://"+r.address, settings, time.Second)
+	must(t, err)
+	defer conn.Close()
+	for _, command := range []string{"FLUSHALL", "KEYS *", "CONFIG GET *", "ACL LIST", "GET lock/{a/b}", "SET lock/{a/b} 1", "DEL queue/{a/b}",
+		"LRANGE queue/{a/b} 0 -1", "ZADD other 1 a", "RPUSH other a", "SCRIPT FLUSH", "SHUTDOWN", "MONITOR", "SUBSCRIBE c"} {
+		words := strings.Fields(command)
+		var args []any
+		for _, w := range words[1:] {
+			args = append(args, w)
+		}
+		if reply, err := conn.Do(words[0], args...); err == nil || !strings.HasPrefix(err.Error(), "NOPERM") {
+			t.Errorf("%s: answered %v, %v", command, reply, err)
+		}
+	}
+}
+
+// What is wrong with the credentials or the certificate is said, without the password.
+func TestRedisRefusesUs(t *testing.T) {
+	dir, elsewhere := t.TempDir(), t.TempDir()
+	writeCertificate(t, dir, 1)
+	writeCertificate(t, elsewhere, 2)
+	r := startSecureRedis(t, dir)
+	ca := filepath.Join(dir, "tls.crt")
+	for want, settings := range map[string]redisSettings{
+		"WRONGPASS":                        {username: "webhook", password: "wrong-" + testPassword, caFile: ca},
+		"NOAUTH":                           {caFile: ca},
+		"certificate signed by unknown au": {username: "webhook", password: testPassword, caFile: filepath.Join(elsewhere, "tls.crt")},
+		"no such file or directory":        {username: "webhook", password: testPassword, caFile: filepath.Join(elsewhere, "none")},
+	} {
+		c := testConfig("rediss://" + r.address)
+		c.redis = settings
+		s := newSemaphores(c.sharedConfig, nil, 1, testSemaphores(t, r.address).log)
+		err := s.ping(context.Background())
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), testPassword) {
+			t.Errorf("got %v, want %q", err, want)
+		}
+		s.pool.Close()
+	}
+}
