@@ -69,10 +69,10 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, length int, ex
 			return "", &fullError{id, a.inUse, length}
 		}
 		if sleep(ctx, wait) != nil {
-			if err == nil {
-				err = fmt.Errorf("acquire %s: it is being repaired all the time", id)
+			if last == nil {
+				last = fmt.Errorf("acquire %s: it is being repaired all the time", id)
 			}
-			return "", fmt.Errorf("%w (%w)", err, context.Cause(ctx))
+			return "", fmt.Errorf("%w (%w)", last, context.Cause(ctx))
 		}
 	}
 }
