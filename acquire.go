@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
 )
 
 const (
@@ -22,57 +23,107 @@ const (
 	lockRetryMost  = 25 * time.Millisecond
 )
 
-// fullError says that all tokens are in use.
+// claim is how somebody asks for a token.
+type claim struct {
+	token   string // the name that it gets; nobody else ever uses it, so that asking again is safe
+	arrival string // empty: does not wait; joinLine: joins the line; else what the last *fullError said
+	once    bool   // one attempt, as the caller asks again anyway: errLockTaken, too, is for the caller
+
+	// expectMissing: tokens that are missing are not replaced, but answered with errMissing.
+	expectMissing bool
+}
+
+// errMissing says that tokens are missing without being stale: Redis has lost them, or the length has been raised.
+var errMissing = errors.New("tokens are missing")
+
+// joinLine is the arrival of a waiter that joins the line now.
+const joinLine = "0"
+
+// fullError says that all tokens are in use, or are kept for those who wait in line.
 type fullError struct {
-	id            semaphoreID
-	inUse, length int
+	id             semaphoreID
+	inUse, length  int
+	waiters        int // how many wait in line
+	ownPlaceInLine     // for who waits
+}
+
+// ownPlaceInLine is where a waiter stands.
+type ownPlaceInLine struct {
+	position int           // 1 for the first
+	arrival  string        // when it joined, for its next claim
+	waited   time.Duration // since then
+	staleIn  time.Duration // when the token in flight that has gone longest without a heartbeat will be stale
+	deaf     bool          // it could not be called
 }
 
 func (e *fullError) Error() string {
-	return fmt.Sprintf("no semaphore available: %s has %d of %d tokens in use", e.id, e.inUse, e.length)
+	text := fmt.Sprintf("no semaphore available: %s has %d of %d tokens in use", e.id, e.inUse, e.length)
+	if e.waiters > 0 {
+		text += fmt.Sprintf(", and %d waiting in line", e.waiters)
+	}
+	return text
 }
 
 // acquire takes a token of a semaphore of that length, and repairs the semaphore before, where needed, under a lock that
-// may be held for expiration. Its errors are *fullError, or that Redis or the lock servers are out of reach, or ctx's;
-// with an error, no token is held, or is given back in the background.
+// may be held for expiration. Its errors are those of claim; with an error, no token is held, or is given back in the
+// background.
 func (s *semaphores) acquire(ctx context.Context, id semaphoreID, length int, expiration time.Duration) (string, error) {
+	token := uuid.NewString()
+	if err := s.claim(ctx, id, length, expiration, claim{token: token}); err != nil {
+		return "", err
+	}
+	return token, nil
+}
+
+// claim is acquire for a token with a name. Its errors are *fullError, or that Redis or the lock servers are out of reach, or
+// ctx's.
+func (s *semaphores) claim(ctx context.Context, id semaphoreID, length int, expiration time.Duration, c claim) error {
 	var lockFailing time.Time // since when
 	var last error            // why the lock was not to be had
 	retry := newBackoff(50*time.Millisecond, 500*time.Millisecond)
 	for {
 		start := time.Now()
-		a, err := s.take(ctx, id, length)
-		if err == nil && a.missing != nil {
-			a, err = s.repairOrWait(ctx, id, length, *a.missing, expiration)
+		a, err := s.take(ctx, id, length, c)
+		switch {
+		case err != nil || a.missing == nil:
+		case c.expectMissing && a.stale == 0:
+			return fmt.Errorf("%s: %d %w", id, *a.missing, errMissing)
+		default:
+			a, err = s.repairOrWait(ctx, id, length, *a.missing, expiration, c)
+		}
+		if errors.Is(err, errLockTaken) {
+			err = fmt.Errorf("%s is held by another; it frees itself %s after it was taken: %w", id.lockKey(), expiration, err)
 		}
 		var wait time.Duration
 		var unlocked *lockError
 		switch {
 		case err != nil && ctx.Err() != nil && last != nil: // tells more than that this attempt was cut off
-			return "", fmt.Errorf("%w (%w)", last, context.Cause(ctx))
+			return fmt.Errorf("%w (%w)", last, context.Cause(ctx))
+		case err != nil && c.once:
+			return err
 		case errors.Is(err, errLockTaken): // somebody else is doing our work
-			err = fmt.Errorf("%s is held by another; it frees itself %s after it was taken: %w", id.lockKey(), expiration, err)
 			last, wait = err, lockRetryLeast+rand.N(lockRetryMost-lockRetryLeast)
 		case errors.As(err, &unlocked): // the lock servers may be back in a moment
 			if lockFailing.IsZero() {
 				lockFailing = start
 			}
 			if time.Since(lockFailing) > lockPatience {
-				return "", err
+				return err
 			}
 			last, wait = err, retry.next()
 		case err != nil:
-			return "", err
-		case a.token != "":
-			return a.token, nil
-		case a.missing == nil:
-			return "", &fullError{id, a.inUse, length}
+			return err
+		case a.taken:
+			return nil
+		case a.full != nil:
+			a.full.id, a.full.length = id, length
+			return a.full
 		}
 		if sleep(ctx, wait) != nil {
 			if last == nil {
 				last = fmt.Errorf("acquire %s: it is being repaired all the time", id)
 			}
-			return "", fmt.Errorf("%w (%w)", last, context.Cause(ctx))
+			return fmt.Errorf("%w (%w)", last, context.Cause(ctx))
 		}
 	}
 }
@@ -95,7 +146,7 @@ type repairing struct {
 
 // repairOrWait repairs, unless this process is doing so already: then it waits for the end of that. In that case it answers
 // that the lock was not to be had, if that was so, and otherwise that there is something to be repaired: ask again.
-func (s *semaphores) repairOrWait(ctx context.Context, id semaphoreID, length, missing int, expiration time.Duration) (acquired, error) {
+func (s *semaphores) repairOrWait(ctx context.Context, id semaphoreID, length, missing int, expiration time.Duration, c claim) (acquired, error) {
 	s.mu.Lock()
 	r, other := s.repairs[id]
 	if !other {
@@ -122,32 +173,37 @@ func (s *semaphores) repairOrWait(ctx context.Context, id semaphoreID, length, m
 		close(r.done)
 	}()
 	var a acquired
-	a, r.err = s.repair(ctx, id, length, missing, expiration)
+	a, r.err = s.repair(ctx, id, length, missing, expiration, c)
 	return a, r.err
 }
 
-// acquired is the answer of the acquire script: a token, or how many are missing before one can be taken,
-// or that all are in use.
+// acquired is the answer of the acquire script: that the token is taken, or how many are missing before one can be, or that
+// all are in use.
 type acquired struct {
-	token   string
+	taken   bool
 	missing *int
-	inUse   int
+	stale   int
+	full    *fullError
 }
 
 // take runs the acquire script. The script is not bound to ctx: one that has been sent may be run by a
 // server that is merely slow long after ctx is done, and then somebody has to be there to give back the token.
-func (s *semaphores) take(ctx context.Context, id semaphoreID, length int) (acquired, error) {
+func (s *semaphores) take(ctx context.Context, id semaphoreID, length int, c claim) (acquired, error) {
 	type outcome struct {
 		acquired
 		err error
 	}
 	done := make(chan outcome, 1)
+	start := time.Now()
 	conn, err := s.pool.GetContext(ctx)
 	if err != nil {
+		s.outage.note(start, err, s.heartbeatInterval)
 		return acquired{}, fmt.Errorf("acquire %s: connect to queue Redis %s: %w", id, s.address, err)
 	}
 	s.background.Go(func() {
-		a, err := parseAcquired(acquireScript.Do(conn, id.queueKey(), id.inflightKey(), length, seconds(s.staleThreshold), s.timeToLive()))
+		a, err := parseAcquired(acquireScript.Do(conn, id.with(length, seconds(s.threshold()), s.timeToLive(),
+			c.token, c.arrival, seconds(waiterPatience))...))
+		s.outage.note(start, err, s.heartbeatInterval)
 		conn.Close() // before the answer, so that the next command finds it in the pool
 		done <- outcome{a, err}
 	})
@@ -159,8 +215,8 @@ func (s *semaphores) take(ctx context.Context, id semaphoreID, length int) (acqu
 		return o.acquired, nil
 	case <-ctx.Done():
 		s.background.Go(func() {
-			if o := <-done; o.token != "" {
-				s.giveBack(id, o.token)
+			if o := <-done; o.taken {
+				s.giveBack(id, c.token)
 			}
 		})
 		return acquired{}, fmt.Errorf("acquire %s: no answer of queue Redis %s: %w", id, s.address, context.Cause(ctx))
@@ -180,21 +236,34 @@ func parseAcquired(reply any, err error) (acquired, error) {
 	var a acquired
 	switch status {
 	case acquireFull:
-		_, err = redis.Scan(rest, &a.inUse)
+		a.full, err = parseFull(rest)
 	case acquireTaken:
-		_, err = redis.Scan(rest, &a.token)
+		a.taken = true
 	case acquireMaintain:
 		a.missing = new(int)
-		_, err = redis.Scan(rest, a.missing)
+		_, err = redis.Scan(rest, a.missing, &a.stale)
 	default:
 		err = fmt.Errorf("acquire answered status %d", status)
 	}
 	return a, err
 }
 
+func parseFull(values []any) (*fullError, error) {
+	full := new(fullError)
+	rest, err := redis.Scan(values, &full.inUse, &full.waiters)
+	if err != nil || len(rest) == 0 {
+		return full, err
+	}
+	var waited, staleIn, reachable int
+	_, err = redis.Scan(rest, &full.position, &full.arrival, &waited, &staleIn, &reachable)
+	full.deaf = reachable == 0
+	full.waited, full.staleIn = time.Duration(waited)*time.Second, time.Duration(staleIn)*time.Second
+	return full, err
+}
+
 // repair maintains under the lock and takes a token before it unlocks: where pods of one key disagree on the
 // length, each would otherwise undo the repair of the others before they could use it.
-func (s *semaphores) repair(ctx context.Context, id semaphoreID, length, missing int, expiration time.Duration) (acquired, error) {
+func (s *semaphores) repair(ctx context.Context, id semaphoreID, length, missing int, expiration time.Duration, c claim) (acquired, error) {
 	unlock, err := s.locks.tryLock(ctx, id.lockKey(), expiration)
 	if errors.Is(err, errLockTaken) {
 		return acquired{}, err
@@ -212,5 +281,5 @@ func (s *semaphores) repair(ctx context.Context, id semaphoreID, length, missing
 	if err := s.maintain(ctx, id, length, missing); err != nil {
 		return acquired{}, err
 	}
-	return s.take(ctx, id, length)
+	return s.take(ctx, id, length, c)
 }

@@ -111,6 +111,7 @@ func decodePod(r *admissionRequest) (*pod, error) {
 // Verdicts on annotated pods, as they are logged.
 const (
 	verdictAdmitted      = "admitted"
+	verdictWait          = "wait" // admitted, to wait for its token
 	verdictFull          = "full"
 	verdictInvalid       = "invalid"
 	verdictDryRun        = "dry-run"
@@ -118,8 +119,10 @@ const (
 	verdictUndeliverable = "undeliverable" // admitted, but nobody was there to hear it
 )
 
-// The warnings to users of classic sidecars. Kubernetes cuts them at 120 characters.
+// The warnings to users. Kubernetes cuts them at 120 characters.
 const (
+	warningWaits         = "this pod may wait in Init:0/1 for a token of its semaphore; its sidecar's log says where it stands in line"
+	warningJobWaits      = "the pods of this Job may wait in Init:0/1 for a token of their semaphore; their sidecars' logs say where they stand"
 	warningNotCompleting = "this pod will not complete: its semaphore sidecar is a classic container, which runs until the pod is deleted"
 	warningJob           = "this Job will not complete: its pods' semaphore sidecar is a classic container, which runs until they are deleted"
 )
@@ -144,7 +147,7 @@ type admitter struct {
 func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, error) {
 	d := decision{response: &admissionv1.AdmissionResponse{UID: r.UID, Allowed: true}}
 	if r.Operation == admissionv1.Create && r.Kind.Group == "batch" && r.Kind.Kind == "Job" && r.SubResource == "" {
-		return d, d.warnOfJob(a.config, r)
+		return d, a.warnOfJob(&d, r)
 	}
 	if r.Operation != admissionv1.Create || r.Kind.Group != "" || r.Kind.Kind != "Pod" || r.SubResource != "" {
 		return d, nil
@@ -158,15 +161,27 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 	}
 	d.pod = truncate(p.name(), maxKey)
 	asked, problems := parseAnnotations(p.Metadata.Annotations)
+	waits := a.waits(p.Metadata.Annotations)
+	if waits && !a.config.enableSidecarContainers {
+		problems = append(problems, annotationWhenFull+` is "wait": this needs native sidecars, and the webhook injects classic ones (--enable-sidecar-containers=false)`)
+	}
 	d.semaphore = semaphoreID{r.Namespace, truncate(asked.key, maxKey)}
 	if len(problems) > 0 {
 		d.verdict = verdictInvalid
 		d.deny(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "invalid annotations: "+strings.Join(problems, "; "))
 		return d, nil
 	}
+	if waits { // takes nothing here, dry run or not
+		d.verdict = verdictWait
+		if r.DryRun {
+			d.verdict = verdictDryRun
+		}
+		d.response.Warnings = []string{warningWaits}
+		return d, d.admit(a.config, p, asked, "")
+	}
 	if r.DryRun {
 		d.verdict = verdictDryRun
-		return d, d.admit(a.config, p, uuid.Nil.String())
+		return d, d.admit(a.config, p, asked, uuid.Nil.String())
 	}
 	d.token, err = a.semaphores.acquire(ctx, d.semaphore, asked.length, asked.expiration)
 	var full *fullError
@@ -180,12 +195,21 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 		return d, err
 	}
 	d.verdict = verdictAdmitted
-	return d, d.admit(a.config, p, d.token)
+	return d, d.admit(a.config, p, asked, d.token)
 }
 
-// admit puts the patch for a token into the response.
-func (d *decision) admit(c webhookConfig, p *pod, token string) (err error) {
-	d.response.Patch, err = sidecarPatch(c, p, d.semaphore, token)
+// waits tells whether a pod is to wait for its token.
+func (a *admitter) waits(annotations map[string]string) bool {
+	whenFull, ok := annotations[annotationWhenFull]
+	if !ok {
+		whenFull = a.config.whenFull
+	}
+	return whenFull == whenFullWait
+}
+
+// admit puts the patch into the response: for a token, or without one for a pod that waits.
+func (d *decision) admit(c webhookConfig, p *pod, asked request, token string) (err error) {
+	d.response.Patch, err = sidecarPatch(c, p, d.semaphore, asked, token)
 	d.response.PatchType = new(admissionv1.PatchTypeJSONPatch)
 	if !c.enableSidecarContainers && (p.Spec.RestartPolicy == "Never" || p.Spec.RestartPolicy == "OnFailure") {
 		d.response.Warnings = append(d.response.Warnings, warningNotCompleting)
@@ -193,9 +217,9 @@ func (d *decision) admit(c webhookConfig, p *pod, token string) (err error) {
 	return err
 }
 
-// warnOfJob lets a Job pass, with a warning if its pods will not complete. The warnings of its pods are for the Job's
-// controller: the user only hears those of the Job.
-func (d *decision) warnOfJob(c webhookConfig, r *admissionRequest) error {
+// warnOfJob lets a Job pass, with a warning if its pods will not complete, or may wait. The warnings of its pods are for the
+// Job's controller: the user only hears those of the Job.
+func (a *admitter) warnOfJob(d *decision, r *admissionRequest) error {
 	var job struct {
 		Spec struct {
 			Template pod `json:"template"`
@@ -204,8 +228,13 @@ func (d *decision) warnOfJob(c webhookConfig, r *admissionRequest) error {
 	if err := json.Unmarshal(r.Object, &job); err != nil {
 		return bad("decode request.object: %v", err)
 	}
-	if !c.enableSidecarContainers && job.Spec.Template.Metadata.Annotations[annotationEnabled] == "true" {
+	annotations := job.Spec.Template.Metadata.Annotations
+	switch {
+	case annotations[annotationEnabled] != "true":
+	case !a.config.enableSidecarContainers:
 		d.response.Warnings = []string{warningJob}
+	case a.waits(annotations):
+		d.response.Warnings = []string{warningJobWaits}
 	}
 	return nil
 }

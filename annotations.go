@@ -15,7 +15,8 @@ const (
 	annotationKey        = annotationPrefix + "key"                    // pods of a namespace with the same key share tokens
 	annotationLength     = annotationPrefix + "length"                 // how many tokens there are
 	annotationExpiration = annotationPrefix + "expiration"             // seconds that a maintenance lock may be held
-	annotationToken      = annotationPrefix + "token"                  // set by the patch: the pod's token
+	annotationWhenFull   = annotationPrefix + "when-full"              // deny or wait; the webhook's --when-full if it is missing
+	annotationToken      = annotationPrefix + "token"                  // set by the patch: the pod's token, if it was taken by the webhook
 )
 
 // What the annotations may say. The bounds keep a pod from making the webhook allocate or loop by a number.
@@ -59,6 +60,9 @@ func parseAnnotations(annotations map[string]string) (r request, problems []stri
 		key:        annotations[annotationKey],
 		length:     number(annotationLength, maxLength),
 		expiration: time.Duration(number(annotationExpiration, maxExpiration)) * time.Second,
+	}
+	if text, ok := annotations[annotationWhenFull]; ok && text != whenFullDeny && text != whenFullWait {
+		problem(annotationWhenFull, "is %s: it must be deny or wait", quoteShort(text))
 	}
 	return r, problems
 }

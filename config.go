@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -13,6 +14,12 @@ import (
 const (
 	lockModeRedlock = "redlock"
 	lockModeEtcd    = "etcd"
+)
+
+// What becomes of a pod for which no token is free.
+const (
+	whenFullDeny = "deny" // it is refused
+	whenFullWait = "wait" // it is admitted, and its sidecar waits for a token before any other container starts
 )
 
 const imageRepository = "ghcr.io/kaidotio/at-least-semaphore-pod-hook"
@@ -37,8 +44,10 @@ type webhookConfig struct {
 	certDir                 string
 	sidecarImage            string
 	enableSidecarContainers bool
+	whenFull                string
 	sidecarRedisSecret      string
 	sidecarRedisCA          objectReference
+	sidecarEtcdSecret       string
 	metricsBindAddress      string
 }
 
@@ -51,6 +60,9 @@ type sidecarConfig struct {
 	terminationGracePeriod time.Duration
 	semaphore              semaphoreID
 	token                  string
+	length                 int // zero: the pod runs already, there is nothing to wait for
+	expiration             time.Duration
+	podUID                 string // empty outside of a pod: there is no startup probe
 }
 
 // sharedFlags defines the flags that both modes have; the function it returns reads them after parsing.
@@ -105,6 +117,17 @@ func sharedFlags(f *flags, getenv func(string) string) func() sharedConfig {
 	}
 }
 
+// sidecarLockAddresses are the lock servers of that mode that the sidecars use. Only native ones ever take a lock.
+func (c webhookConfig) sidecarLockAddresses(mode string) []string {
+	switch {
+	case !c.enableSidecarContainers || c.lockMode != mode:
+		return nil
+	case mode == lockModeEtcd:
+		return c.etcdAddresses
+	}
+	return slices.Clone(c.redisAddresses)
+}
+
 // parseWebhookConfig reads the webhook's command line. Its errors are *usageError and *helpRequest.
 func parseWebhookConfig(args []string, getenv func(string) string) (webhookConfig, error) {
 	f := newFlags("webhook", "webhook [flags]")
@@ -115,6 +138,8 @@ func parseWebhookConfig(args []string, getenv func(string) string) (webhookConfi
 	sidecarImage := f.String("sidecar-image", imageRepository+":"+version, "`IMAGE` of the injected sidecar")
 	sidecarSecret := f.String("sidecar-redis-secret", "", "`NAME` of a Secret in the pod's namespace whose keys username (optional) and password are the sidecar's credentials for Redis")
 	sidecarCA := f.String("sidecar-redis-ca", "", "`secret/NAME|configmap/NAME` in the pod's namespace whose key ca.crt holds the certificates that the sidecar trusts for rediss://")
+	sidecarEtcd := f.String("sidecar-etcd-secret", "", "`NAME` of a Secret in the pod's namespace with what the sidecars need for the etcd lock: username and password, ca.crt, tls.crt and tls.key, each if the webhook has it")
+	whenFull := f.String("when-full", whenFullDeny, "what becomes of a pod for which no token is free: `deny|wait`; its annotation when-full wins")
 	metrics := f.String("metrics-bind-address", "0.0.0.0:8080", "`HOST:PORT` to serve /healthz and /readyz on, over plain HTTP")
 	native := boolText("true")
 	f.Var(&native, "enable-sidecar-containers", "`true|false`: inject a native sidecar (Kubernetes 1.29 or later), or a classic container")
@@ -128,18 +153,32 @@ func parseWebhookConfig(args []string, getenv func(string) string) (webhookConfi
 		certDir:            *certDir,
 		sidecarImage:       *sidecarImage,
 		sidecarRedisSecret: f.objectName("sidecar-redis-secret", *sidecarSecret),
+		whenFull:           *whenFull,
 		sidecarRedisCA:     f.object("sidecar-redis-ca", *sidecarCA),
+		sidecarEtcdSecret:  f.objectName("sidecar-etcd-secret", *sidecarEtcd),
 		metricsBindAddress: f.oneAddress("metrics-bind-address", *metrics),
 	}
 	var err error
 	if c.enableSidecarContainers, err = strconv.ParseBool(string(native)); err != nil {
 		f.problem("enable-sidecar-containers", "%q is not true or false", string(native))
 	}
+	switch {
+	case c.whenFull != whenFullDeny && c.whenFull != whenFullWait:
+		f.problem("when-full", "%q is not deny or wait", c.whenFull)
+	case c.whenFull == whenFullWait && err == nil && !c.enableSidecarContainers:
+		f.problem("when-full", "wait needs native sidecars: with --enable-sidecar-containers=false the containers of a pod start all at once, with or without a token")
+	}
 	if c.redis.password != "" && c.sidecarRedisSecret == "" {
 		f.problem("sidecar-redis-secret", "is needed where REDIS_PASSWORD is set: the sidecars would have no credentials")
 	}
-	if c.redis.caFile != "" && strings.HasPrefix(c.queueRedisAddress, "rediss://") && c.sidecarRedisCA.name == "" {
-		f.problem("sidecar-redis-ca", "is needed where --redis-ca-file is set: the sidecars would not trust the queue Redis")
+	switch sidecarsUseTLS := strings.Contains(strings.Join(append(c.sidecarLockAddresses(lockModeRedlock), c.queueRedisAddress), ","), "rediss://"); {
+	case sidecarsUseTLS && c.redis.caFile != "" && c.sidecarRedisCA.name == "":
+		f.problem("sidecar-redis-ca", "is needed where --redis-ca-file is set: the sidecars would not trust Redis")
+	case !sidecarsUseTLS && c.sidecarRedisCA.name != "":
+		f.problem("sidecar-redis-ca", "is not used: no address that the sidecars get begins with rediss://")
+	}
+	if e := c.etcd; c.lockMode == lockModeEtcd && e.username+e.caFile+e.certFile != "" && c.sidecarEtcdSecret == "" && c.enableSidecarContainers {
+		f.problem("sidecar-etcd-secret", "is needed where ETCD_USERNAME, --etcd-ca-file or --etcd-cert-file is set: the sidecars could not take the lock")
 	}
 	if c.certDir == "" {
 		f.problem("certDir", "is empty")
@@ -157,6 +196,8 @@ func parseWebhookConfig(args []string, getenv func(string) string) (webhookConfi
 func parseSidecarConfig(args []string, getenv func(string) string) (sidecarConfig, error) {
 	f := newFlags("sidecar", "sidecar [flags] NAMESPACE/KEY TOKEN")
 	shared := sharedFlags(f, getenv)
+	length := f.String("length", "", "`NUMBER` of tokens of the semaphore: the sidecar waits until it has one, and the startup probe succeeds then. Without it, the token is already taken")
+	expiration := f.String("expiration-seconds", "10", "`SECONDS` that a repair may hold the lock")
 	grace := f.String("termination-grace-period-seconds", "10", "`SECONDS` to go on trying to give the token back after SIGTERM")
 	if err := f.parse(args); err != nil {
 		return sidecarConfig{}, err
@@ -165,6 +206,11 @@ func parseSidecarConfig(args []string, getenv func(string) string) (sidecarConfi
 		sharedConfig:           shared(),
 		terminationGracePeriod: f.seconds("termination-grace-period-seconds", *grace, 1, 3600),
 		token:                  f.Arg(1),
+		expiration:             f.seconds("expiration-seconds", *expiration, 1, maxExpiration),
+		podUID:                 getenv("POD_UID"),
+	}
+	if *length != "" {
+		c.length = f.number("length", *length, 1, maxLength)
 	}
 	if f.NArg() != 2 {
 		f.problems = append(f.problems, fmt.Sprintf("%d arguments after the flags; they are NAMESPACE/KEY TOKEN", f.NArg()))

@@ -6,37 +6,76 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 )
 
-// startDemo builds the demo and starts it with this program.
-func startDemo(t *testing.T, args ...string) (*exec.Cmd, *syncBuffer) {
-	t.Helper()
+// buildDemo builds the demo, once.
+var buildDemo = sync.OnceValues(func() (string, error) {
 	demo := filepath.Join(filepath.Dir(binary), "demo")
-	out, err := exec.Command("go", "build", "-C", "demo", "-o", demo, ".").CombinedOutput()
-	if err != nil {
-		t.Fatalf("build the demo: %v\n%s", err, out)
+	if out, err := exec.Command("go", "build", "-C", "demo", "-o", demo, ".").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build the demo: %w\n%s", err, out)
 	}
-	cmd := exec.Command(demo, append([]string{"-program", binary}, args...)...)
-	var b syncBuffer
-	cmd.Stdout, cmd.Stderr = &b, &b
-	must(t, cmd.Start())
-	t.Cleanup(func() { _ = cmd.Process.Kill() })
-	return cmd, &b
+	return demo, nil
+})
+
+// demoProcess is the demo. All that it starts has its folder for temporary files in the environment.
+type demoProcess struct {
+	*exec.Cmd
+	out syncBuffer
+	dir string
 }
 
-// wantNoProcessOf fails if a process is left that talks to the demo's Redis, or has its files in a folder of a demo's.
-func wantNoProcessOf(t *testing.T, redis string) {
+// startDemo starts the demo with this program.
+func startDemo(t *testing.T, args ...string) *demoProcess {
+	t.Helper()
+	demo, err := buildDemo()
+	must(t, err)
+	p := &demoProcess{Cmd: exec.Command(demo, append([]string{"-program", binary}, args...)...), dir: t.TempDir()}
+	p.Env = append(os.Environ(), "TMPDIR="+p.dir)
+	p.Stdout, p.Stderr = &p.out, &p.out
+	must(t, p.Start())
+	t.Cleanup(func() { _ = p.Process.Kill() })
+	return p
+}
+
+// waitToSay waits until the demo has printed that.
+func (p *demoProcess) waitToSay(t *testing.T, want string) {
+	t.Helper()
+	eventually(t, 20*time.Second, func() error {
+		if !strings.Contains(p.out.String(), want) {
+			return fmt.Errorf("no %q in %s", want, p.out.String())
+		}
+		return nil
+	})
+}
+
+var demoToken = regexp.MustCompile(`(?:with token|POD_UID is) ([-0-9a-f]{36})`)
+
+// wantNothingLeft fails if a process or a file of the demo is left.
+func (p *demoProcess) wantNothingLeft(t *testing.T) {
 	t.Helper()
 	dirs, err := filepath.Glob("/proc/[0-9]*")
 	must(t, err)
 	for _, dir := range dirs {
-		if args, err := os.ReadFile(filepath.Join(dir, "cmdline")); err == nil && (bytes.Contains(args, []byte("--queue-redis-address="+redis)) || bytes.Contains(args, []byte("at-least-semaphore-pod-hook-demo"))) {
+		if env, err := os.ReadFile(filepath.Join(dir, "environ")); err == nil && bytes.Contains(env, []byte("TMPDIR="+p.dir+"\x00")) {
+			args, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
 			t.Errorf("process %s is left: %q", filepath.Base(dir), args)
 		}
+	}
+	files, err := filepath.Glob(filepath.Join(p.dir, "*"))
+	must(t, err)
+	for _, m := range demoToken.FindAllStringSubmatch(p.out.String(), -1) {
+		if file := newPassed("a pod", m[1]); file.is() {
+			files = append(files, file.path)
+		}
+	}
+	if files != nil {
+		t.Errorf("files are left: %q", files)
 	}
 }
 
@@ -49,73 +88,93 @@ func TestDemoWithEtcd(t *testing.T) {
 }
 
 func testDemo(t *testing.T, args ...string) {
-	cmd, out := startDemo(t, args...)
+	p := startDemo(t, args...)
 	start := time.Now()
-	if err := cmd.Wait(); err != nil {
-		t.Fatalf("%v:\n%s", err, out.String())
+	if err := p.Wait(); err != nil {
+		t.Fatalf("%v:\n%s", err, p.out.String())
 	}
+	out := p.out.String()
 	for _, want := range []string{"=> queue 0, inflight 3", "=> queue 1, inflight 2", "=> queue 3, inflight 0", "Everything went as told.",
-		"web-4  refused: admission webhook", "web-5  admitted"} {
-		if !strings.Contains(out.String(), want) {
-			t.Errorf("no %q in\n%s", want, out.String())
+		"web-4  refused: admission webhook", "web-5  admitted",
+		"its sidecar logs: waiting for a token of shop/web: 3 of 3 in use, 2nd in line", "=> queue 0, inflight 3, in line 2",
+		"web-6  startup probe succeeded", "web-7  still waits, 1st in line\n   => queue 0, inflight 3, in line 1\n",
+		"2 of 3 tokens in use, and 1 waiting in line\n   => queue 1, inflight 2, in line 1", "web-7  startup probe succeeded",
+		"web-8  sidecar exited with 0\n          its sidecar logged: left the line\n   => queue 0, inflight 3\n"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s", want, out)
 		}
 	}
 	if took := time.Since(start); took > 15*time.Second {
 		t.Errorf("took %s", took)
 	}
-	wantNoProcessOf(t, redisOfDemo(out))
+	p.wantNothingLeft(t)
 }
 
-// redisOfDemo finds the demo's Redis in what it has printed.
-func redisOfDemo(out *syncBuffer) string {
-	_, rest, _ := strings.Cut(out.String(), "--queue-redis-address=")
-	address, _, _ := strings.Cut(rest, " ")
-	return address
-}
-
-// The curl line that "make run" prints works as it stands.
-func TestDemoRunCurl(t *testing.T) {
-	cmd, out := startDemo(t, "run")
-	var line string
-	eventually(t, 20*time.Second, func() error {
-		for l := range strings.Lines(out.String()) {
-			if strings.HasPrefix(l, "  curl ") && strings.HasSuffix(l, "\n") {
-				line = l
-				return nil
-			}
+// The lines that "make run" prints, to ask for a token and to wait in line, work as they stand.
+func TestDemoRunLines(t *testing.T) {
+	p := startDemo(t, "run")
+	p.waitToSay(t, "Ctrl-C here ends it all.\n")
+	find := func(pattern string) string {
+		line := regexp.MustCompile("(?m)^  " + pattern + "$").FindString(p.out.String())
+		if line == "" {
+			t.Fatalf("no %q in %s", pattern, p.out.String())
 		}
-		return fmt.Errorf("no curl line in %s", out.String())
-	})
+		return line
+	}
+	line := find("curl .*")
 	answer, err := exec.Command("sh", "-c", line).CombinedOutput()
 	if err != nil || !bytes.Contains(answer, []byte(`"allowed":true,"patch":`)) {
 		t.Errorf("%s%v: %s", line, err, answer)
 	}
-	must(t, cmd.Process.Signal(syscall.SIGINT))
-	must(t, cmd.Wait())
+	var said syncBuffer
+	sidecar := exec.Command("sh", "-c", "exec "+find(".* sidecar .*--length.*"))
+	sidecar.Stderr = &said
+	must(t, sidecar.Start())
+	t.Cleanup(func() { _ = sidecar.Process.Kill() })
+	eventually(t, 10*time.Second, func() error {
+		if !strings.Contains(said.String(), holdingText) {
+			return fmt.Errorf("it says: %s", said.String())
+		}
+		return nil
+	})
+	must(t, sidecar.Process.Signal(syscall.SIGINT))
+	must(t, sidecar.Wait())
+	must(t, p.Process.Signal(syscall.SIGINT))
+	must(t, p.Wait())
+	p.wantNothingLeft(t)
 }
 
 func TestDemoInterrupted(t *testing.T) {
 	etcd, err := etcdBinary()
 	must(t, err)
-	for mode, wantCode := range map[string]int{"story": 1, "run": 0, "-etcd " + etcd + " story": 1} {
-		for _, signal := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
-			cmd, out := startDemo(t, strings.Fields(mode)...)
-			eventually(t, 20*time.Second, func() error {
-				if redisOfDemo(out) == "" {
-					return fmt.Errorf("nothing printed yet: %s", out.String())
+	const begun = "--queue-redis-address="
+	both := []syscall.Signal{syscall.SIGINT, syscall.SIGTERM}
+	for _, c := range []struct {
+		args, at string // what is printed by then
+		signals  []syscall.Signal
+		wantCode int
+	}{
+		{"story", begun, both, 1},
+		{"run", begun, both, 0},
+		{"-etcd " + etcd + " story", begun, both, 1},
+		{"story", "its sidecar logs: waiting", both, 1}, // a pod waits in line
+	} {
+		for _, signal := range c.signals {
+			t.Run(fmt.Sprintf("%s %s %s", filepath.Base(c.args), c.at, signal), func(t *testing.T) {
+				t.Parallel()
+				p := startDemo(t, strings.Fields(c.args)...)
+				p.waitToSay(t, c.at)
+				must(t, p.Process.Signal(signal))
+				start := time.Now()
+				_ = p.Wait()
+				if took := time.Since(start); took > 3*time.Second {
+					t.Errorf("took %s: something had to be killed", took)
 				}
-				return nil
+				if code := p.ProcessState.ExitCode(); code != c.wantCode {
+					t.Errorf("exit code %d\n%s", code, p.out.String())
+				}
+				p.wantNothingLeft(t)
 			})
-			must(t, cmd.Process.Signal(signal))
-			start := time.Now()
-			_ = cmd.Wait()
-			if took := time.Since(start); took > 3*time.Second {
-				t.Errorf("%s, %s: took %s: something had to be killed", mode, signal, took)
-			}
-			if code := cmd.ProcessState.ExitCode(); code != wantCode {
-				t.Errorf("%s, %s: exit code %d\n%s", mode, signal, code, out.String())
-			}
-			wantNoProcessOf(t, redisOfDemo(out))
 		}
 	}
 }

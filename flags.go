@@ -71,6 +71,9 @@ func (f *flags) help() string {
 	b.WriteString("\nEnvironment:\n" +
 		"  REDIS_USERNAME, REDIS_PASSWORD  credentials of all Redis servers; no user name for the default user\n" +
 		"  ETCD_USERNAME, ETCD_PASSWORD    credentials of the etcd servers\n")
+	if f.Name() == "sidecar" {
+		b.WriteString("  POD_UID                         the pod's UID, by which its startup probe finds the sidecar\n")
+	}
 	return b.String()
 }
 

@@ -172,7 +172,7 @@ func startWebhook(t *testing.T, c webhookConfig) *testWebhook {
 	t.Helper()
 	var b syncBuffer
 	log := slog.New(slog.NewJSONHandler(&b, nil))
-	w := &webhook{admitter: admitter{c, newSemaphores(c.sharedConfig, newLocker(c.sharedConfig), idleConnections, log)}, log: log}
+	w := &webhook{admitter: admitter{c, newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log)}, log: log}
 	server := httptest.NewUnstartedServer(w.routes())
 	server.EnableHTTP2 = true
 	server.StartTLS()

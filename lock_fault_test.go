@@ -120,7 +120,7 @@ func TestOneLockServerHangsBehindTLS(t *testing.T) {
 		servers = append(servers, r)
 		addresses = append(addresses, "rediss://"+r.address)
 	}
-	l := newRedlock(addresses, redisSettings{username: "webhook", password: testPassword, caFile: filepath.Join(dir, "tls.crt")})
+	l := newRedlock(addresses, redisSettings{username: "webhook", password: testPassword, caFile: filepath.Join(dir, "tls.crt")}, lockConnections)
 	defer l.close()
 	servers[1].pause(t)
 	for range 3 {
@@ -345,7 +345,7 @@ func TestManyWebhooks(t *testing.T) {
 		for i := range webhooks {
 			one := testSemaphores(t, queue.address)
 			must(t, one.locks.close())
-			lockers[i] = &countingLocker{locker: newLocker(c.sharedConfig)}
+			lockers[i] = &countingLocker{locker: newLocker(c.sharedConfig, lockConnections)}
 			one.locks = lockers[i]
 			wg.Go(func() {
 				<-start

@@ -25,11 +25,14 @@ type redlock struct {
 	attempts  sync.WaitGroup
 }
 
-func newRedlock(addresses []string, settings redisSettings) *redlock {
+// lockConnections is how many connections a webhook keeps to each lock server.
+const lockConnections = 16
+
+func newRedlock(addresses []string, settings redisSettings, maxIdle int) *redlock {
 	l := &redlock{addresses: addresses}
 	var pools []redsyncredis.Pool
 	for _, a := range addresses {
-		p := newRedisPool(a, settings, 16, redlockTimeout)
+		p := newRedisPool(a, settings, maxIdle, redlockTimeout)
 		l.pools = append(l.pools, p)
 		pools = append(pools, lockPool{p})
 	}

@@ -32,7 +32,9 @@ type lockServers interface {
 
 type redlockServers []*redisServer
 
-func (s redlockServers) newLocker() locker { return newRedlock(s.addresses(), redisSettings{}) }
+func (s redlockServers) newLocker() locker {
+	return newRedlock(s.addresses(), redisSettings{}, lockConnections)
+}
 
 func (s redlockServers) addresses() []string {
 	var addresses []string

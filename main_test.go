@@ -20,13 +20,14 @@ func TestHelp(t *testing.T) {
 		args string
 		want []string
 	}{
-		{"help", []string{"webhook ", "sidecar ", "version "}},
-		{"--help", []string{"webhook ", "sidecar ", "version "}},
-		{"-h", []string{"webhook ", "sidecar ", "version "}},
+		{"help", []string{"webhook ", "sidecar ", "probe ", "version "}},
+		{"--help", []string{"webhook ", "sidecar ", "probe ", "version "}},
+		{"-h", []string{"webhook ", "sidecar ", "probe ", "version "}},
 		{"webhook --help", []string{"--certDir DIRECTORY", "(default /var/k8s-webhook-server/serving-certs)", "--enable-sidecar-containers true|false",
-			"--heartbeat-interval-seconds SECONDS", "(default 30)", "--host ADDRESS", "--port PORT", "--lock-mode", "--metrics-bind-address",
+			"--heartbeat-interval-seconds SECONDS", "(default 30)", "--host ADDRESS", "--port PORT", "--lock-mode", "--metrics-bind-address", "--when-full deny|wait",
+			"--sidecar-etcd-secret NAME",
 			"--queue-redis-address", "--redis-addresses", "--etcd-addresses", "--sidecar-image", "--stale-threshold-seconds", "REDIS_PASSWORD"}},
-		{"sidecar -h", []string{"sidecar [flags] NAMESPACE/KEY TOKEN", "--termination-grace-period-seconds SECONDS", "(default 10)",
+		{"sidecar -h", []string{"--length NUMBER", "--expiration-seconds SECONDS", "POD_UID", "sidecar [flags] NAMESPACE/KEY TOKEN", "--termination-grace-period-seconds SECONDS", "(default 10)",
 			"--heartbeat-interval-seconds", "--lock-mode", "--queue-redis-address", "--redis-addresses", "--etcd-addresses", "--stale-threshold-seconds"}},
 		{"version", []string{"at-least-semaphore-pod-hook dev ("}},
 	} {
@@ -55,8 +56,9 @@ func TestWrongUsage(t *testing.T) {
 		"sidecar web " + token:  {`NAMESPACE/KEY: "web" is not a namespace, a slash and a key`},
 		"sidecar /web " + token: {"NAMESPACE/KEY"},
 		"sidecar shop/w{} t":    {"2 wrong settings", "NAMESPACE/KEY", `TOKEN: "t" is not a UUID`},
-		"webhook --port=0 --host= --heartbeat-interval-seconds=x --queue-redis-address=redis --redis-addresses=a:1,b,a:1 --etcd-addresses= --lock-mode=file --enable-sidecar-containers=maybe --metrics-bind-address=:0 --sidecar-image= --certDir=": {
-			"11 wrong settings",
+		"webhook --port=0 --host= --heartbeat-interval-seconds=x --queue-redis-address=redis --redis-addresses=a:1,b,a:1 --etcd-addresses= --lock-mode=file --enable-sidecar-containers=maybe --metrics-bind-address=:0 --sidecar-image= --certDir= --when-full=queue": {
+			"12 wrong settings",
+			`--when-full: "queue" is not deny or wait`,
 			`--port: "0" is not a whole number from 1 to 65535`,
 			`--heartbeat-interval-seconds: "x" is not a whole number from 1 to 3600`,
 			`--queue-redis-address: "redis" is not HOST:PORT`,
@@ -69,7 +71,10 @@ func TestWrongUsage(t *testing.T) {
 			`--sidecar-image: "" is not an image`,
 			`--certDir: is empty`,
 		},
-		"webhook --heartbeat-interval-seconds=30 --stale-threshold-seconds=59":                  {"--stale-threshold-seconds: 59 is less than twice --heartbeat-interval-seconds 30"},
+		"webhook --heartbeat-interval-seconds=30 --stale-threshold-seconds=59": {"--stale-threshold-seconds: 59 is less than twice --heartbeat-interval-seconds 30"},
+		"webhook --when-full=wait --enable-sidecar-containers=false":           {"--when-full: wait needs native sidecars: with --enable-sidecar-containers=false"},
+		"sidecar --length=0 --expiration-seconds=3601 a/b " + token:            {"2 wrong settings", `--length: "0" is not a whole number from 1 to 10000`, "--expiration-seconds"},
+		"probe": {"probe takes no arguments, and asks the sidecar of the pod that POD_UID names"},
 		"sidecar --termination-grace-period-seconds=0 --stale-threshold-seconds=1 a/b " + token: {"2 wrong settings", "--termination-grace-period-seconds", "--stale-threshold-seconds"},
 	} {
 		code, stdout, stderr := runArgs(nil, strings.Fields(args)...)

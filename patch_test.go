@@ -2,17 +2,22 @@ package main
 
 import (
 	"encoding/json"
+	"math"
 	"os"
 	"path/filepath"
 	"reflect"
 	"slices"
 	"testing"
+	"time"
 
 	jsonpatch "gopkg.in/evanphx/json-patch.v4"
 	corev1 "k8s.io/api/core/v1"
 )
 
-var testID = semaphoreID{"shop", "web"}
+var (
+	testID    = semaphoreID{"shop", "web"}
+	testAsked = request{key: "web", length: 3, expiration: 10 * time.Second}
+)
 
 const testToken = "b7a1f0de-8a0e-4b0c-9d52-0a3c1a7de001"
 
@@ -21,7 +26,7 @@ func patched(t *testing.T, c webhookConfig, object []byte, token string) map[str
 	t.Helper()
 	p := new(pod)
 	must(t, json.Unmarshal(object, p))
-	encoded, err := sidecarPatch(c, p, testID, token)
+	encoded, err := sidecarPatch(c, p, testID, testAsked, token)
 	must(t, err)
 	patch, err := jsonpatch.DecodePatch(encoded)
 	must(t, err)
@@ -81,6 +86,15 @@ func wantSidecar(native bool, token string) map[string]any {
 	}
 	if native {
 		c["restartPolicy"] = "Always"
+		c["args"] = []any{"sidecar", "--queue-redis-address=redis:6379", "--heartbeat-interval-seconds=30", "--stale-threshold-seconds=120",
+			"--length=3", "--expiration-seconds=10", "--lock-mode=redlock", "--redis-addresses=redis:6379", "shop/web", token}
+		c["env"] = []any{map[string]any{"name": "POD_UID", "valueFrom": map[string]any{"fieldRef": map[string]any{"fieldPath": "metadata.uid"}}}}
+		c["startupProbe"] = map[string]any{
+			"exec":             map[string]any{"command": []any{"/at-least-semaphore-pod-hook", "probe"}},
+			"periodSeconds":    1.0,
+			"timeoutSeconds":   360.0,
+			"failureThreshold": float64(math.MaxInt32),
+		}
 	}
 	return c
 }
@@ -191,7 +205,8 @@ func TestPatchReplacesSidecarsAnywhere(t *testing.T) {
 
 // The sidecar runs beside every pod: its container must decode as Kubernetes has it, with nothing unknown.
 func TestSidecarContainerIsValid(t *testing.T) {
-	encoded, err := json.Marshal(sidecarContainer(testConfig("redis:6379"), testID, testToken))
+	sidecar, _ := sidecarContainer(testConfig("redis:6379"), testID, testAsked, testToken)
+	encoded, err := json.Marshal(sidecar)
 	must(t, err)
 	var c corev1.Container
 	must(t, json.Unmarshal(encoded, &c))

@@ -19,7 +19,7 @@ import (
 func testSemaphores(t *testing.T, address string) *semaphores {
 	t.Helper()
 	c := testConfig(address)
-	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig), idleConnections, slog.New(slog.DiscardHandler))
+	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() { must(t, s.close(context.Background())) })
 	return s
 }
@@ -64,11 +64,11 @@ func TestReleaseReturnsFreshTokenOnce(t *testing.T) {
 	before, err := redis.Strings(r.do(t, "LRANGE", id.queueKey(), 0, -1), nil)
 	must(t, err)
 	fresh := uuid.NewString()
-	for attempt, want := range []bool{true, false, false} {
-		released, err := s.release(context.Background(), id, token, fresh)
+	for attempt, want := range []int{releaseDone, 0, 0} {
+		status, err := s.release(context.Background(), id, token, fresh)
 		must(t, err)
-		if released != want {
-			t.Errorf("attempt %d: released is %t", attempt, released)
+		if status != want {
+			t.Errorf("attempt %d: answered %d", attempt, status)
 		}
 	}
 	queue, err := redis.Strings(r.do(t, "LRANGE", id.queueKey(), 0, -1), nil)
@@ -125,10 +125,10 @@ func TestLateHeartbeatAndRelease(t *testing.T) {
 	if got := r.inflight(t, id); !slices.Equal(got, []string{second}) {
 		t.Errorf("in flight is %v, want %s", got, second)
 	}
-	released, err := s.release(ctx, id, first, uuid.NewString())
+	status, err := s.release(ctx, id, first, uuid.NewString())
 	must(t, err)
-	if released {
-		t.Error("the late release released")
+	if status != 0 {
+		t.Errorf("the late release answered %d", status)
 	}
 	if _, err = s.release(ctx, id, second, uuid.NewString()); err != nil {
 		t.Fatal(err)
@@ -315,7 +315,7 @@ func TestWaitsForAnothersMaintenance(t *testing.T) {
 }
 
 func TestWrongAnswersOfScripts(t *testing.T) {
-	for _, reply := range []any{nil, int64(1), []any{}, []any{int64(7)}, []any{int64(0)}, []any{int64(1)}, []any{int64(2)}, []any{"x", "y"}} {
+	for _, reply := range []any{nil, int64(1), []any{}, []any{int64(7)}, []any{int64(0)}, []any{int64(0), int64(1)}, []any{int64(0), int64(1), int64(1), int64(1)}, []any{int64(2)}, []any{"x", "y"}} {
 		if a, err := parseAcquired(reply, nil); err == nil {
 			t.Errorf("%v was taken for %+v", reply, a)
 		}

@@ -51,7 +51,7 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	}
 	defer healthListener.Close()
 
-	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig), idleConnections, log)
+	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log)
 	w := &webhook{admitter: admitter{c, s}, log: log, stopping: ctx.Done()}
 	admissions, endAdmissions := context.WithCancelCause(context.Background())
 	defer endAdmissions(nil)

@@ -178,7 +178,7 @@ func TestSidecarUsesOneConnection(t *testing.T) {
 	for range 10 {
 		must(t, s.beat(context.Background()))
 	}
-	must(t, s.giveBack(context.Background()))
+	must(t, s.giveBack(context.Background(), true))
 	clients := string(r.do(t, "CLIENT", "LIST").([]byte))
 	if n := strings.Count(clients, "\n"); n != 2 { // one is the test's
 		t.Errorf("connections:\n%s", clients)

@@ -131,7 +131,8 @@ func TestSecretsAreNotShown(t *testing.T) {
 	t.Setenv("ETCD_PASSWORD", testPassword)
 	address := freeAddress(t)
 	p := startProcess(t, "webhook", "--host=127.0.0.1", "--port="+portOf(address), "--metrics-bind-address="+freeAddress(t), "--certDir="+dir,
-		"--queue-redis-address="+r.address, "--redis-addresses="+r.address, "--lock-mode=etcd", "--sidecar-redis-secret=redis")
+		"--queue-redis-address="+r.address, "--redis-addresses="+r.address, "--lock-mode=etcd", "--sidecar-redis-secret=redis",
+		"--sidecar-etcd-secret=etcd")
 	p.wantLog(t, "serving")
 	body := filepath.Join(dir, "review.json")
 	must(t, os.WriteFile(body, review(t, freshID(), 1), 0o600))
@@ -158,7 +159,8 @@ func TestPatchForSecureRedis(t *testing.T) {
 			for _, p := range []map[string]any{first, again} {
 				sidecar := containers(p, "initContainers")[0].(map[string]any)
 				if env := string(mustJSON(t, sidecar["env"])); env != `[{"name":"REDIS_USERNAME","valueFrom":{"secretKeyRef":{"key":"username","name":"redis-sidecar","optional":true}}},`+
-					`{"name":"REDIS_PASSWORD","valueFrom":{"secretKeyRef":{"key":"password","name":"redis-sidecar","optional":false}}}]` {
+					`{"name":"REDIS_PASSWORD","valueFrom":{"secretKeyRef":{"key":"password","name":"redis-sidecar","optional":false}}},`+
+					`{"name":"POD_UID","valueFrom":{"fieldRef":{"fieldPath":"metadata.uid"}}}]` {
 					t.Errorf("%s: env is %s", name, env)
 				}
 				if !slices.Contains(sidecar["args"].([]any), any("--redis-ca-file=/var/run/at-least-semaphore-pod-hook/redis-ca/ca.crt")) {
@@ -212,6 +214,10 @@ func TestTLSFlags(t *testing.T) {
 		"--etcd-addresses: http:// is not encrypted":                              "--etcd-addresses=http://e:1 --etcd-ca-file=" + crt,
 		"--redis-ca-file: is not used: no address of Redis begins":                "--redis-ca-file=" + crt,
 		"--sidecar-redis-ca: is needed where --redis-ca-file is set":              "--queue-redis-address=rediss://r:1 --redis-ca-file=" + crt,
+		"sidecar-redis-ca: is needed where --redis-ca-file is set":                "--redis-addresses=rediss://r:1 --redis-ca-file=" + crt,
+		"--sidecar-redis-ca: is not used":                                         "--redis-addresses=rediss://r:1 --lock-mode=etcd --sidecar-redis-ca=secret/x",
+		"--sidecar-etcd-secret: is needed where":                                  "--lock-mode=etcd --etcd-ca-file=" + crt,
+		`--sidecar-etcd-secret: "A_B" is not the name of an object`:               "--sidecar-etcd-secret=A_B",
 		`--sidecar-redis-ca: "pod/x" is not secret/NAME or configmap/NAME`:        "--sidecar-redis-ca=pod/x",
 		`--sidecar-redis-secret: "A_B" is not the name of an object`:              "--sidecar-redis-secret=A_B",
 		"--redis-addresses: there are no credentials in an address":               "--redis-addresses=redis://u:" + testPassword + "@h:1,redis://u:" + testPassword + "@h:1",

@@ -11,8 +11,9 @@ import (
 
 const annotationPrefix = "at-least-semaphore-pod-hook.kaidotio.github.io/"
 
-// newReview makes the AdmissionReview of a pod of shop/web, length 3, out of one that a real API server sent.
-func newReview(pod string) ([]byte, error) {
+// newReview makes the AdmissionReview of a pod of shop/web, length 3, out of one that a real API server sent. whenFull is the
+// pod's annotation; empty for none.
+func newReview(pod, whenFull string) ([]byte, error) {
 	body, err := os.ReadFile(reviewFile)
 	if err != nil {
 		return nil, fmt.Errorf("run this from the project's folder: %w", err)
@@ -30,14 +31,18 @@ func newReview(pod string) ([]byte, error) {
 	annotations := metadata["annotations"].(map[string]any)
 	annotations[annotationPrefix+"key"] = "web"
 	annotations[annotationPrefix+"length"] = "3"
+	if whenFull != "" {
+		annotations[annotationPrefix+"when-full"] = whenFull
+	}
 	return json.Marshal(review)
 }
 
 // answer is what the API server needs of the webhook's AdmissionReview.
 type answer struct {
-	Allowed bool   `json:"allowed"`
-	Patch   []byte `json:"patch"`
-	Status  struct {
+	Allowed  bool     `json:"allowed"`
+	Patch    []byte   `json:"patch"`
+	Warnings []string `json:"warnings"`
+	Status   struct {
 		Code    int    `json:"code"`
 		Message string `json:"message"`
 	} `json:"status"`
@@ -51,8 +56,8 @@ type patchOperation struct {
 }
 
 // create asks the webhook as the API server does when a pod is created.
-func (s *setup) create(pod string) (*answer, error) {
-	body, err := newReview(pod)
+func (s *setup) create(pod, whenFull string) (*answer, error) {
+	body, err := newReview(pod, whenFull)
 	if err != nil {
 		return nil, err
 	}

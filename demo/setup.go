@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -12,17 +11,12 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"math/big"
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
-	"sync"
-	"syscall"
 	"time"
 
 	"github.com/alicebob/miniredis/v2"
@@ -48,8 +42,10 @@ type setup struct {
 	caFile     string
 	dir        string
 	client     *http.Client
+	lock       []string // the flags that tell where the lock is
 	options    setupOptions
-	sidecars   []*process
+	pods       map[string]*pod
+	markers    []string   // what the sidecars leave behind
 	processes  []*process // all of them
 }
 
@@ -60,13 +56,15 @@ func withSetup(ctx context.Context, o setupOptions, use func(context.Context, *s
 		return err
 	}
 	defer os.RemoveAll(dir)
-	s := &setup{dir: dir, caFile: filepath.Join(dir, "tls.crt"), options: o}
+	s := &setup{dir: dir, caFile: filepath.Join(dir, "tls.crt"), client: &http.Client{}, options: o, pods: map[string]*pod{}}
 	if s.redis, err = miniredis.Run(); err != nil {
 		return fmt.Errorf("start the embedded Redis: %w", err)
 	}
 	defer s.redis.Close()
 	defer func() {
+		s.client.CloseIdleConnections() // or the webhook waits for them
 		s.stopAll()
+		s.removeMarkers()
 		if err != nil && ctx.Err() != nil {
 			err = errors.New("interrupted; everything is stopped")
 		}
@@ -82,7 +80,7 @@ func (s *setup) startWebhook(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.client = &http.Client{Transport: &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{RootCAs: ca}}}
+	s.client.Transport = &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{RootCAs: ca}}
 	webhook, err := freeAddress()
 	if err != nil {
 		return err
@@ -96,19 +94,19 @@ func (s *setup) startWebhook(ctx context.Context) error {
 		return err
 	}
 	s.webhookURL = "https://" + webhook + "/mutate?timeout=10s"
-	lock := []string{"--redis-addresses=" + s.redis.Addr()}
+	s.lock = []string{"--redis-addresses=" + s.redis.Addr()}
 	if s.options.etcd != "" {
 		etcd, err := s.startEtcd(ctx)
 		if err != nil {
 			return fmt.Errorf("start etcd: %w", err)
 		}
-		lock = []string{"--lock-mode=etcd", "--etcd-addresses=" + etcd}
+		s.lock = []string{"--lock-mode=etcd", "--etcd-addresses=" + etcd}
 	}
-	s.webhook, err = s.start(s.options.program, append([]string{"webhook",
+	s.webhook, err = s.start(nil, s.options.program, append([]string{"webhook",
 		"--host=" + host, "--port=" + port, "--metrics-bind-address=" + health, "--certDir=" + s.dir,
 		"--queue-redis-address=" + s.redis.Addr(),
 		"--heartbeat-interval-seconds=" + strconv.Itoa(s.options.heartbeatSeconds),
-		"--stale-threshold-seconds=" + strconv.Itoa(s.options.staleSeconds)}, lock...)...)
+		"--stale-threshold-seconds=" + strconv.Itoa(s.options.staleSeconds)}, s.lock...)...)
 	if err != nil {
 		return err
 	}
@@ -125,7 +123,7 @@ func (s *setup) startEtcd(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	_, err = s.start(s.options.etcd, "--data-dir="+filepath.Join(s.dir, "etcd"), "--unsafe-no-fsync", "--log-level=error",
+	_, err = s.start(nil, s.options.etcd, "--data-dir="+filepath.Join(s.dir, "etcd"), "--unsafe-no-fsync", "--log-level=error",
 		"--listen-client-urls=http://"+client, "--advertise-client-urls=http://"+client,
 		"--listen-peer-urls=http://"+peer, "--initial-advertise-peer-urls=http://"+peer, "--initial-cluster=default=http://"+peer)
 	if err != nil {
@@ -147,63 +145,6 @@ func waitFor(ctx context.Context, url string) error {
 		}
 		return nil
 	})
-}
-
-// process is the program in one of its modes, or etcd.
-type process struct {
-	cmd  *exec.Cmd
-	log  logBuffer
-	done chan struct{} // closed when it has ended
-}
-
-// start starts a program in a process group of its own, so that Ctrl-C in a terminal reaches only the demo, which
-// stops everything in order.
-func (s *setup) start(program string, args ...string) (*process, error) {
-	p := &process{cmd: exec.Command(program, args...), done: make(chan struct{})}
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	p.cmd.Stderr = &p.log
-	if s.options.verbose {
-		p.cmd.Stderr = io.MultiWriter(&p.log, os.Stderr)
-	}
-	if err := p.cmd.Start(); err != nil {
-		return nil, err
-	}
-	s.processes = append(s.processes, p)
-	go func() {
-		_ = p.cmd.Wait()
-		close(p.done)
-	}()
-	return p, nil
-}
-
-// end sends a signal and waits for the end of the process; the exit code is -1 after SIGKILL.
-func (p *process) end(signal syscall.Signal) (exitCode int, err error) {
-	if err := p.cmd.Process.Signal(signal); err != nil {
-		return 0, err
-	}
-	select {
-	case <-p.done:
-		return p.cmd.ProcessState.ExitCode(), nil
-	case <-time.After(stepTimeout):
-		return 0, fmt.Errorf("process %d did not end after %s:\n%s", p.cmd.Process.Pid, signal, p.log.String())
-	}
-}
-
-// stopAll ends what still runs, last started first, so that the sidecars end before the webhook; by force where asking
-// does not help.
-func (s *setup) stopAll() {
-	late := time.After(3 * time.Second)
-	for _, p := range slices.Backward(s.processes) {
-		_ = p.cmd.Process.Signal(syscall.SIGTERM)
-		select {
-		case <-p.done:
-		case <-late:
-			for _, p := range s.processes {
-				_ = p.cmd.Process.Kill()
-			}
-			<-p.done
-		}
-	}
 }
 
 // poll calls check until it returns nil, and reports its last error after stepTimeout.
@@ -262,22 +203,4 @@ func freeAddress() (string, error) {
 	}
 	defer l.Close()
 	return l.Addr().String(), nil
-}
-
-// logBuffer keeps what a process says, for when it goes wrong.
-type logBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }

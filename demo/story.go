@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -14,13 +13,10 @@ import (
 const (
 	queueKey    = "queue/{shop/web}"
 	inflightKey = "inflight/{shop/web}"
-)
+	waitersKey  = "waiters/{shop/web}"
 
-// pod is an admitted pod, of which only the sidecar runs.
-type pod struct {
-	name, token string
-	sidecar     *process
-}
+	allInUse = "3 of 3 tokens in use"
+)
 
 // tell tells the story; its error is the step that did not go as told.
 func tell(ctx context.Context, s *setup) error {
@@ -32,20 +28,17 @@ func tell(ctx context.Context, s *setup) error {
 		s.options.heartbeatSeconds, s.options.staleSeconds, lock)
 
 	say("Three pods are created: each is admitted with a token, and gets a sidecar by a JSON patch.")
-	var pods []*pod
 	for _, name := range []string{"web-1", "web-2", "web-3"} {
-		p, err := s.wantAdmitted(ctx, name)
-		if err != nil {
+		if err := s.wantAdmitted(ctx, name); err != nil {
 			return err
 		}
-		pods = append(pods, p)
 	}
 	if err := s.wantTokens(ctx, 0, 3); err != nil {
 		return err
 	}
 
 	say("A fourth pod is created: it is refused.")
-	if err := s.wantRefused("web-4"); err != nil {
+	if err := s.wantRefused("web-4", allInUse); err != nil {
 		return err
 	}
 	if err := s.wantTokens(ctx, 0, 3); err != nil {
@@ -53,16 +46,15 @@ func tell(ctx context.Context, s *setup) error {
 	}
 
 	say("web-1 ends: its sidecar gets SIGTERM and gives the token back.")
-	if code, err := pods[0].sidecar.end(syscall.SIGTERM); err != nil || code != 0 {
-		return fmt.Errorf("the sidecar of web-1 ended with %d, %v:\n%s", code, err, pods[0].sidecar.log.String())
+	if err := s.wantEnd("web-1"); err != nil {
+		return err
 	}
-	fmt.Println("   web-1  sidecar exited with 0")
 	if err := s.wantTokens(ctx, 1, 2); err != nil {
 		return err
 	}
 
 	say("The fourth pod is tried again: it is admitted.")
-	if _, err := s.wantAdmitted(ctx, "web-4"); err != nil {
+	if err := s.wantAdmitted(ctx, "web-4"); err != nil {
 		return err
 	}
 	if err := s.wantTokens(ctx, 0, 3); err != nil {
@@ -70,11 +62,11 @@ func tell(ctx context.Context, s *setup) error {
 	}
 
 	say("The node of web-2 dies: its sidecar gets SIGKILL. Its token counts as used until it is stale.")
-	if _, err := pods[1].sidecar.end(syscall.SIGKILL); err != nil {
+	if _, err := s.pods["web-2"].sidecar.end(syscall.SIGKILL); err != nil {
 		return err
 	}
 	killed := time.Now()
-	if err := s.wantRefused("web-5"); err != nil {
+	if err := s.wantRefused("web-5", allInUse); err != nil {
 		return err
 	}
 	if err := s.wantTokens(ctx, 0, 3); err != nil {
@@ -82,32 +74,32 @@ func tell(ctx context.Context, s *setup) error {
 	}
 
 	say("The fifth pod is tried again and again: once the token is stale it is reclaimed, and web-5 admitted.")
-	err := poll(ctx, "web-5 is not admitted", func() error {
-		_, err := s.wantAdmitted(ctx, "web-5")
-		return err
-	})
+	err := poll(ctx, "web-5 is not admitted", func() error { return s.wantAdmitted(ctx, "web-5") })
 	if err != nil {
 		return err
 	}
 	fmt.Printf("   that was %.1f s after the kill\n", time.Since(killed).Seconds())
-	if inflight, err := s.redis.SortedSet(inflightKey); err != nil || inflight[pods[1].token] != 0 {
+	if inflight, err := s.redis.SortedSet(inflightKey); err != nil || inflight[s.pods["web-2"].token] != 0 {
 		return fmt.Errorf("the token of web-2 is still in flight: %v, %v", inflight, err)
 	}
 	if err := s.wantTokens(ctx, 0, 3); err != nil {
 		return err
 	}
 
+	if err := s.tellOfWaiting(ctx); err != nil {
+		return err
+	}
+
 	say("All pods end, and the webhook.")
-	for _, p := range s.sidecars {
-		select {
-		case <-p.done:
+	for name, p := range s.pods {
+		if p.sidecar.ended() {
 			continue
-		default:
 		}
-		if code, err := p.end(syscall.SIGTERM); err != nil || code != 0 {
-			return fmt.Errorf("a sidecar ended with %d, %v:\n%s", code, err, p.log.String())
+		if err := s.end(name); err != nil {
+			return err
 		}
 	}
+	s.client.CloseIdleConnections() // or the webhook waits for them
 	if code, err := s.webhook.end(syscall.SIGTERM); err != nil || code != 0 {
 		return fmt.Errorf("the webhook ended with %d, %v:\n%s", code, err, s.webhook.log.String())
 	}
@@ -125,72 +117,73 @@ func say(text string) {
 	fmt.Printf("\n%d. %s\n", step, text)
 }
 
-// wantTokens waits for the numbers of free and of used tokens and prints them.
+// tokens are the numbers of free and of used tokens, and of the pods that wait in line for one.
+type tokens struct{ queue, inflight, line int }
+
+func (s *setup) tokens() (t tokens) {
+	queue, _ := s.redis.List(queueKey) // an error is that there is no such key
+	inflight, _ := s.redis.SortedSet(inflightKey)
+	line, _ := s.redis.SortedSet(waitersKey)
+	return tokens{len(queue), len(inflight), len(line)}
+}
+
+func (t tokens) String() string {
+	text := fmt.Sprintf("queue %d, inflight %d", t.queue, t.inflight)
+	if t.line > 0 {
+		text += fmt.Sprintf(", in line %d", t.line)
+	}
+	return text
+}
+
+// wantTokens waits for these numbers of free and of used tokens, and for nobody in line.
 func (s *setup) wantTokens(ctx context.Context, queue, inflight int) error {
+	return s.wantTokensAndLine(ctx, queue, inflight, 0)
+}
+
+// wantTokensAndLine waits for these numbers and prints them.
+func (s *setup) wantTokensAndLine(ctx context.Context, queue, inflight, line int) error {
+	want := tokens{queue, inflight, line}
 	err := poll(ctx, "the tokens are not as told", func() error {
-		free, used := 0, 0
-		if list, err := s.redis.List(queueKey); err == nil {
-			free = len(list)
-		}
-		if set, err := s.redis.SortedSet(inflightKey); err == nil {
-			used = len(set)
-		}
-		if free != queue || used != inflight {
-			return fmt.Errorf("queue %d, inflight %d; to be %d, %d", free, used, queue, inflight)
+		if t := s.tokens(); t != want {
+			return fmt.Errorf("%s; to be %s", t, want)
 		}
 		return nil
 	})
 	if err == nil {
-		fmt.Printf("   => queue %d, inflight %d\n", queue, inflight)
+		fmt.Println("   =>", want)
 	}
 	return err
 }
 
-// wantAdmitted creates a pod that must be admitted, prints the patch, and starts the sidecar that the patch injects.
-func (s *setup) wantAdmitted(ctx context.Context, name string) (*pod, error) {
-	a, err := s.create(name)
-	if err != nil {
-		return nil, err
-	}
-	if !a.Allowed {
-		return nil, fmt.Errorf("%s was not admitted: %d %s", name, a.Status.Code, a.Status.Message)
-	}
-	var patch []patchOperation
-	if err := json.Unmarshal(a.Patch, &patch); err != nil {
-		return nil, err
-	}
-	args, err := sidecarArgs(patch)
-	if err != nil {
-		return nil, err
-	}
-	p := &pod{name: name, token: args[len(args)-1]}
-	fmt.Printf("   %s  admitted with token %s, patched:\n", name, p.token)
-	for _, o := range patch {
-		value := string(o.Value)
-		if strings.HasPrefix(value, "[") {
-			value = "sidecar, args " + strings.Join(args[1:], " ")
-		}
-		fmt.Printf("          %s %s: %s\n", o.Op, o.Path, value)
-	}
-	if p.sidecar, err = s.start(s.options.program, args...); err != nil {
-		return nil, fmt.Errorf("start the sidecar of %s: %w", name, err)
-	}
-	s.sidecars = append(s.sidecars, p.sidecar)
-	return p, poll(ctx, "the sidecar of "+name+" does not hold its token", func() error {
-		if log := p.sidecar.log.String(); !strings.Contains(log, "holding the token") {
-			return errors.New("it says: " + log)
-		}
-		return nil
-	})
-}
-
-// wantRefused creates a pod that must be refused, and prints what its user sees.
-func (s *setup) wantRefused(name string) error {
-	a, err := s.create(name)
+// wantAdmitted creates a pod that must be admitted with a token, and starts its sidecar.
+func (s *setup) wantAdmitted(ctx context.Context, name string) error {
+	a, err := s.create(name, "")
 	if err != nil {
 		return err
 	}
-	const want = "no semaphore available: shop/web has 3 of 3 tokens in use"
+	if !a.Allowed {
+		return fmt.Errorf("%s was not admitted: %d %s", name, a.Status.Code, a.Status.Message)
+	}
+	p, err := newPod(name, a)
+	if err != nil {
+		return err
+	}
+	fmt.Printf("   %s  admitted with token %s, patched:\n", name, p.token)
+	p.printPatch()
+	if err := s.startSidecar(p); err != nil {
+		return err
+	}
+	_, err = p.wantLog(ctx, "holding the token")
+	return err
+}
+
+// wantRefused creates a pod that must be refused because that is in use, and prints what its user sees.
+func (s *setup) wantRefused(name, inUse string) error {
+	a, err := s.create(name, "")
+	if err != nil {
+		return err
+	}
+	want := "no semaphore available: shop/web has " + inUse
 	if a.Allowed || a.Status.Code != 429 || a.Status.Message != want {
 		return fmt.Errorf("%s was not refused with 429 %q: %+v", name, want, *a)
 	}
@@ -200,7 +193,7 @@ func (s *setup) wantRefused(name string) error {
 
 // stay prints how to use the set-up and the tokens whenever they change, until it is interrupted.
 func stay(ctx context.Context, s *setup) error {
-	body, err := newReview("web-1")
+	body, err := newReview("web-1", "")
 	if err != nil {
 		return err
 	}
@@ -216,14 +209,17 @@ Hold the token of the answer's patch, and give it back with Ctrl-C:
 
   %s sidecar --queue-redis-address=%s shop/web TOKEN
 
+Or wait in line for a token, as the sidecar of a pod with when-full: wait does; run it four times, and the fourth has to:
+
+  %s sidecar --queue-redis-address=%s %s --length=3 shop/web $(cat /proc/sys/kernel/random/uuid)
+
 Ctrl-C here ends it all.
 
-`, s.redis.Addr(), s.caFile, reviewFile, s.webhookURL, s.options.program, s.redis.Addr())
+`, s.redis.Addr(), s.caFile, reviewFile, s.webhookURL, s.options.program, s.redis.Addr(),
+		s.options.program, s.redis.Addr(), strings.Join(s.lock, " "))
 	last := ""
 	for {
-		queue, _ := s.redis.List(queueKey)
-		inflight, _ := s.redis.SortedSet(inflightKey)
-		if now := fmt.Sprintf("=> queue %d, inflight %d", len(queue), len(inflight)); now != last {
+		if now := "=> " + s.tokens().String(); now != last {
 			fmt.Println(now)
 			last = now
 		}

@@ -1,16 +1,15 @@
 -- maintain reclaims stale tokens, then refills or trims the queue until queue + inflight is length.
--- It looks at what is there and not at what was: to run it twice, or twice at once, does no harm.
+-- It looks at what is there and not at what was: to run it twice, or twice at once, does no harm. Those first in line are
+-- called for what is free then.
 --
--- KEYS[1] queue     List of the free tokens
--- KEYS[2] inflight  Sorted Set, token -> time of the last heartbeat (Unix seconds, this server's clock)
+-- KEYS    see line.lua
 -- ARGV[1] length           how many tokens the semaphore has
 -- ARGV[2] stale threshold  seconds
--- ARGV[3] time to live     seconds, of both keys, renewed by any use
+-- ARGV[3] time to live     seconds, of all keys, renewed by any use
 -- ARGV[4..] fresh tokens   as many as may be missing; those not needed are dropped
 --
 -- Returns {reclaimed, refilled, trimmed}
 local length = tonumber(ARGV[1])
-local now = tonumber(redis.call('TIME')[1])
 local reclaimed = redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', '(' .. (now - tonumber(ARGV[2])))
 local queued = redis.call('LLEN', KEYS[1])
 local free = math.max(0, length - redis.call('ZCARD', KEYS[2])) -- what the queue should hold
@@ -31,6 +30,6 @@ for first = 4, 3 + refilled, 1000 do
   redis.call('RPUSH', KEYS[1], unpack(ARGV, first, math.min(first + 999, 3 + refilled)))
 end
 
-redis.call('EXPIRE', KEYS[1], ARGV[3])
-redis.call('EXPIRE', KEYS[2], ARGV[3])
+call()
+renew(ARGV[3])
 return {reclaimed, refilled, trimmed}

@@ -1,0 +1,116 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"syscall"
+)
+
+// pod is an admitted pod, of which only the sidecar runs, and its startup probe. The demo does what the kubelet would do.
+type pod struct {
+	name, uid, token string
+	patch            []patchOperation
+	args             []string // of the sidecar, as they are in the patch
+	sidecar, probe   *process
+}
+
+// newPod makes a pod of the webhook's answer.
+func newPod(name string, a *answer) (*pod, error) {
+	p := &pod{name: name, uid: newUID()}
+	if err := json.Unmarshal(a.Patch, &p.patch); err != nil {
+		return nil, err
+	}
+	var err error
+	if p.args, err = sidecarArgs(p.patch); err != nil {
+		return nil, err
+	}
+	p.token = p.expand(p.args[len(p.args)-1])
+	return p, nil
+}
+
+// newUID makes a UUID.
+func newUID() string {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // never fails
+	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
+}
+
+// expand is what the kubelet does to args.
+func (p *pod) expand(arg string) string { return strings.ReplaceAll(arg, "$(POD_UID)", p.uid) }
+
+func (p *pod) printPatch() {
+	for _, o := range p.patch {
+		value := string(o.Value)
+		if strings.HasPrefix(value, "[") {
+			value = "sidecar, args " + strings.Join(p.args[1:], " ")
+		}
+		fmt.Printf("          %s %s: %s\n", o.Op, o.Path, value)
+	}
+}
+
+// startSidecar starts the sidecar that the patch injects.
+func (s *setup) startSidecar(p *pod) (err error) {
+	var args []string
+	for _, a := range p.args {
+		args = append(args, p.expand(a))
+	}
+	if p.sidecar, err = s.start([]string{"POD_UID=" + p.uid}, s.options.program, args...); err != nil {
+		return fmt.Errorf("start the sidecar of %s: %w", p.name, err)
+	}
+	s.pods[p.name] = p
+	s.markers = append(s.markers, "/dev/shm/at-least-semaphore-pod-"+p.token)
+	return nil
+}
+
+// removeMarkers removes the files by which a sidecar knows that the app of its pod runs; Kubernetes removes them with the pod.
+func (s *setup) removeMarkers() {
+	for _, m := range s.markers {
+		_ = os.Remove(m) // it may not be there
+	}
+}
+
+// wantLog waits until the sidecar has logged a message that begins like that, and returns it.
+func (p *pod) wantLog(ctx context.Context, want string) (message string, err error) {
+	return message, poll(ctx, "the sidecar of "+p.name+" does not say: "+want, func() error {
+		log := p.sidecar.log.String()
+		for lines := bufio.NewScanner(strings.NewReader(log)); lines.Scan(); {
+			var line struct{ Msg string }
+			if json.Unmarshal(lines.Bytes(), &line) == nil && strings.HasPrefix(line.Msg, want) {
+				message = line.Msg
+				return nil
+			}
+		}
+		return errors.New("it says: " + log)
+	})
+}
+
+// startProbe starts the startup probe of a pod.
+func (s *setup) startProbe(p *pod) (err error) {
+	p.probe, err = s.start([]string{"POD_UID=" + p.uid}, s.options.program, "probe")
+	return err
+}
+
+// end ends a pod, which gives its token back or leaves the line.
+func (s *setup) end(name string) error {
+	p := s.pods[name]
+	if code, err := p.sidecar.end(syscall.SIGTERM); err != nil || code != 0 {
+		return fmt.Errorf("the sidecar of %s ended with %d, %v:\n%s", name, code, err, p.sidecar.log.String())
+	}
+	return nil
+}
+
+// wantEnd is end, and prints it.
+func (s *setup) wantEnd(name string) error {
+	err := s.end(name)
+	if err == nil {
+		fmt.Printf("   %s  sidecar exited with 0\n", name)
+	}
+	return err
+}

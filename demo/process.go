@@ -1,0 +1,123 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"slices"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// process is the program in one of its modes, or etcd.
+type process struct {
+	cmd     *exec.Cmd
+	log     logBuffer     // what it has printed
+	done    chan struct{} // closed when it has ended
+	endedAt time.Time     // once done is closed
+}
+
+// start starts a program in a process group of its own, so that Ctrl-C in a terminal reaches only the demo, which
+// stops everything in order. env is added to the environment.
+func (s *setup) start(env []string, program string, args ...string) (*process, error) {
+	p := &process{cmd: exec.Command(program, args...), done: make(chan struct{})}
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	p.cmd.Env = append(os.Environ(), env...)
+	p.cmd.Stdout, p.cmd.Stderr = &p.log, &p.log
+	if s.options.verbose {
+		p.cmd.Stderr = io.MultiWriter(&p.log, os.Stderr)
+	}
+	if err := p.cmd.Start(); err != nil {
+		return nil, err
+	}
+	s.processes = append(s.processes, p)
+	go func() {
+		_ = p.cmd.Wait()
+		p.endedAt = time.Now()
+		close(p.done)
+	}()
+	return p, nil
+}
+
+// end sends a signal and waits for the end of the process; the exit code is -1 after SIGKILL.
+func (p *process) end(signal syscall.Signal) (exitCode int, err error) {
+	if err := p.cmd.Process.Signal(signal); err != nil {
+		return 0, err
+	}
+	select {
+	case <-p.done:
+		return p.cmd.ProcessState.ExitCode(), nil
+	case <-time.After(stepTimeout):
+		return 0, fmt.Errorf("process %d did not end after %s:\n%s", p.cmd.Process.Pid, signal, p.log.String())
+	}
+}
+
+// stopAll ends what still runs, last started first, so that the sidecars end before the webhook; by force where asking
+// does not help.
+func (s *setup) stopAll() {
+	late := time.After(3 * time.Second)
+	for _, p := range slices.Backward(s.processes) {
+		_ = p.cmd.Process.Signal(syscall.SIGTERM)
+		_ = p.cmd.Process.Signal(syscall.SIGCONT) // it may be paused
+		select {
+		case <-p.done:
+		case <-late:
+			for _, p := range s.processes {
+				_ = p.cmd.Process.Kill()
+			}
+			<-p.done
+		}
+	}
+}
+
+// ended tells whether the process has ended.
+func (p *process) ended() bool {
+	select {
+	case <-p.done:
+		return true
+	default:
+		return false
+	}
+}
+
+// pause stops the process as a busy node would; it is asleep when pause returns.
+func (p *process) pause(ctx context.Context) error {
+	if err := p.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		return err
+	}
+	return poll(ctx, "not paused", func() error {
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
+		if err != nil {
+			return err
+		}
+		if !bytes.Contains(stat, []byte(") T ")) {
+			return fmt.Errorf("its state: %s", stat)
+		}
+		return nil
+	})
+}
+
+// goOn ends a pause.
+func (p *process) goOn() error { return p.cmd.Process.Signal(syscall.SIGCONT) }
+
+// logBuffer keeps what a process says, for when it goes wrong.
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}

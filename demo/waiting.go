@@ -1,0 +1,156 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+)
+
+// soon is well within the time after which a waiter asks again without being called.
+const soon = time.Second
+
+// tellOfWaiting tells of pods that wait for a token. Before it, web-3, web-4 and web-5 have one.
+func (s *setup) tellOfWaiting(ctx context.Context) error {
+	say("Two pods with when-full: wait are created: both are admitted, without a token. Their sidecars wait in line, and until\n" +
+		"   they have one, the startup probe keeps Kubernetes from starting the app.")
+	if err := s.wantWaiting(ctx, "web-6", "1st"); err != nil {
+		return err
+	}
+	if err := s.wantWaiting(ctx, "web-7", "2nd"); err != nil {
+		return err
+	}
+	six, seven := s.pods["web-6"], s.pods["web-7"]
+	if err := s.wantTokensAndLine(ctx, 0, 3, 2); err != nil {
+		return err
+	}
+
+	say("web-3 ends: web-6 is called, takes the token, and its startup probe succeeds. web-7 moves up.")
+	for _, p := range []*pod{six, seven} {
+		if err := p.wantNoSuccess(); err != nil {
+			return err
+		}
+	}
+	start := time.Now()
+	if err := s.wantEnd("web-3"); err != nil {
+		return err
+	}
+	took, err := s.wantHolding(ctx, six, start)
+	if err != nil {
+		return err
+	}
+	if took > soon {
+		return fmt.Errorf("web-6 was not called: it took %s", took)
+	}
+	fmt.Printf("   web-6  startup probe succeeded %d ms after the SIGTERM of web-3\n", took.Milliseconds())
+	if line, err := s.redis.ZMembers(waitersKey); err != nil || !slices.Equal(line, []string{seven.token}) {
+		return fmt.Errorf("web-7 is not the one in line: %q, %v", line, err)
+	}
+	if err := seven.wantNoSuccess(); err != nil {
+		return err
+	}
+	fmt.Println("   web-7  still waits, 1st in line")
+	if err := s.wantTokensAndLine(ctx, 0, 3, 1); err != nil {
+		return err
+	}
+
+	say("web-4 ends while the sidecar of web-7 is paused: the free token is kept for it, and no pod overtakes it.")
+	if err := seven.sidecar.pause(ctx); err != nil {
+		return err
+	}
+	if err := s.wantEnd("web-4"); err != nil {
+		return err
+	}
+	if err := s.wantRefused("web-8", "2 of 3 tokens in use, and 1 waiting in line"); err != nil {
+		return err
+	}
+	if err := s.wantTokensAndLine(ctx, 1, 2, 1); err != nil {
+		return err
+	}
+	start = time.Now()
+	if err := seven.sidecar.goOn(); err != nil {
+		return err
+	}
+	if took, err = s.wantHolding(ctx, seven, start); err != nil {
+		return err
+	}
+	fmt.Printf("   web-7  startup probe succeeded %d ms after its sidecar went on\n", took.Milliseconds())
+	if err := s.wantTokens(ctx, 0, 3); err != nil {
+		return err
+	}
+
+	say("web-8 is created with when-full: wait, too, and deleted while it waits: its sidecar leaves the line.")
+	if err := s.wantWaiting(ctx, "web-8", "1st"); err != nil {
+		return err
+	}
+	if err := s.wantTokensAndLine(ctx, 0, 3, 1); err != nil {
+		return err
+	}
+	if err := s.wantEnd("web-8"); err != nil {
+		return err
+	}
+	text, err := s.pods["web-8"].wantLog(ctx, "left the line")
+	if err != nil {
+		return err
+	}
+	fmt.Printf("          its sidecar logged: %s\n", text)
+	return s.wantTokens(ctx, 0, 3)
+}
+
+// wantWaiting creates a pod that must be admitted without a token, and starts its sidecar, which must take that place in line,
+// and its startup probe.
+func (s *setup) wantWaiting(ctx context.Context, name, place string) error {
+	a, err := s.create(name, "wait")
+	if err != nil {
+		return err
+	}
+	p, err := newPod(name, a)
+	if err != nil {
+		return fmt.Errorf("%s was not admitted: %+v: %w", name, *a, err)
+	}
+	if !a.Allowed || len(a.Warnings) != 1 || p.token != p.uid || len(p.patch) != 1 {
+		return fmt.Errorf("%s was not admitted with a warning, to wait for a token: %+v, patch %s", name, *a, a.Patch)
+	}
+	fmt.Printf("   %s  admitted without a token, patched (POD_UID is %s):\n", name, p.token)
+	p.printPatch()
+	fmt.Printf("          warning: %s\n", a.Warnings[0])
+	if err := s.startSidecar(p); err != nil {
+		return err
+	}
+	text, err := p.wantLog(ctx, "waiting for a token of shop/web: 3 of 3 in use, "+place+" in line, ")
+	if err != nil {
+		return err
+	}
+	fmt.Printf("          its sidecar logs: %s\n", text)
+	return s.startProbe(p)
+}
+
+// wantNoSuccess fails if the startup probe has succeeded.
+func (p *pod) wantNoSuccess() error {
+	if p.probe.ended() && p.probe.cmd.ProcessState.ExitCode() == 0 {
+		return fmt.Errorf("the startup probe of %s succeeded without a token: %s", p.name, p.probe.log.String())
+	}
+	return nil
+}
+
+// wantHolding waits until the startup probe of a pod has succeeded, and returns how long after start that was. A probe that has
+// failed, as it does after a while, is run again.
+func (s *setup) wantHolding(ctx context.Context, p *pod, start time.Time) (time.Duration, error) {
+	err := poll(ctx, "the startup probe of "+p.name+" does not succeed", func() error {
+		if !p.probe.ended() {
+			return errors.New("it has not ended")
+		}
+		if code := p.probe.cmd.ProcessState.ExitCode(); code != 0 {
+			return errors.Join(fmt.Errorf("it ended with %d: %s", code, p.probe.log.String()), s.startProbe(p))
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, err
+	}
+	if inflight, err := s.redis.SortedSet(inflightKey); err != nil || inflight[p.token] == 0 {
+		return 0, fmt.Errorf("the token of %s is not in flight: %v, %v", p.name, inflight, err)
+	}
+	return p.probe.endedAt.Sub(start), nil
+}
