@@ -34,7 +34,7 @@ type claim struct {
 }
 
 // errMissing says that tokens are missing without being stale: Redis has lost them, or the length has been raised.
-var errMissing = errors.New("tokens are missing")
+var errMissing = errors.New("tokens are missing, and whoever may hold them has a heartbeat interval to come back")
 
 // joinLine is the arrival of a waiter that joins the line now.
 const joinLine = "0"
@@ -76,7 +76,7 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, length int, ex
 }
 
 // claim is acquire for a token with a name. Its errors are *fullError, or that Redis or the lock servers are out of reach, or
-// ctx's.
+// ctx's; and, where the claim says so, errLockTaken and errMissing.
 func (s *semaphores) claim(ctx context.Context, id semaphoreID, length int, expiration time.Duration, c claim) error {
 	var lockFailing time.Time // since when
 	var last error            // why the lock was not to be had
@@ -87,7 +87,7 @@ func (s *semaphores) claim(ctx context.Context, id semaphoreID, length int, expi
 		switch {
 		case err != nil || a.missing == nil:
 		case c.expectMissing && a.stale == 0:
-			return fmt.Errorf("%s: %d %w", id, *a.missing, errMissing)
+			return fmt.Errorf("%s: %w", id, errMissing)
 		default:
 			a, err = s.repairOrWait(ctx, id, length, *a.missing, expiration, c)
 		}

@@ -21,8 +21,7 @@ const (
 	// pollAhead is the wait where a token is free, and those ahead have yet to come for it.
 	pollAhead = time.Second
 
-	// subscribePatience is for how long a waiter tries to be reachable before it joins the line: one that cannot be called is
-	// dropped whenever a token comes free.
+	// subscribePatience is for how long a waiter tries to be reachable before it joins the line.
 	subscribePatience = 2 * time.Second
 
 	// Everybody asks at once when a token goes stale, within this time.
@@ -89,6 +88,7 @@ func (w *waiter) wait(ctx context.Context) error {
 			}
 			w.tell(full)
 		case errors.Is(err, errMissing):
+			w.note(err.Error())
 			c.expectMissing, pause = w.missingIsExpected(), w.poll()
 		default: // also while somebody else has the lock
 			w.fail(err)

@@ -26,7 +26,8 @@ type sidecar struct {
 	token      string
 	interval   time.Duration
 	log        *slog.Logger
-	failing    bool // the last heartbeat failed
+	failing    bool      // the last heartbeat failed
+	logged     time.Time // when that was logged
 }
 
 // runSidecar gets the token, keeps it alive by heartbeats until ctx is done, and gives it back then. Its error is that it could
@@ -118,8 +119,10 @@ func (s *sidecar) beat(ctx context.Context) error {
 	defer cancel()
 	rejoined, err := s.semaphores.heartbeat(attempt, s.id, s.token)
 	switch {
-	case err != nil:
+	case err != nil && (!s.failing || time.Since(s.logged) > logEvery):
 		s.log.Warn("heartbeat failed, to be retried", "error", err.Error())
+		s.logged = time.Now()
+	case err != nil:
 	case rejoined:
 		s.log.Warn("the token was not in flight (reclaimed as stale, or lost with Redis): counted again")
 	case s.failing:
