@@ -4,7 +4,7 @@ PROGRAM := bin/at-least-semaphore-pod-hook
 
 .PHONY: help
 help: ## show this help
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: demo
 demo: build bin/demo ## show the main job, start to end; needs nothing but Go. LOCK=etcd for the other lock
@@ -40,10 +40,19 @@ export LOAD_IMAGE ?= docker build -t $$IMAGE . && kind load docker-image $$IMAGE
 export NODE_SHELL ?= docker exec kind-control-plane sh -c
 E2E_FLAGS ?=
 
+e2e-test = PROGRAM=$(CURDIR)/$(PROGRAM) IMAGE=at-least-semaphore-pod-hook:e2e-$$(sha256sum $(PROGRAM) | cut -c1-12) go test -count=1
+
 .PHONY: e2e
 e2e: build ## test deploy/ on the cluster of KUBECONFIG, which gets and loses it; see e2e/setup_test.go for its settings
-	PROGRAM=$(CURDIR)/$(PROGRAM) IMAGE=at-least-semaphore-pod-hook:e2e-$$(sha256sum $(PROGRAM) | cut -c1-12) \
-		go test -tags e2e -count=1 -timeout 40m $(E2E_FLAGS) ./e2e
+	$(e2e-test) -tags e2e -timeout 40m $(E2E_FLAGS) ./e2e
+
+.PHONY: measure
+measure: build ## measure waiting pods there, for half an hour; E2E_FLAGS='-run X' for one, by the names in e2e/measure_*_test.go
+	$(e2e-test) -tags e2e,measure -timeout 120m -v -run TestMeasure $(E2E_FLAGS) ./e2e
+
+.PHONY: measure-sidecars
+measure-sidecars: test-needs ## measure up to a thousand waiting sidecars against one Redis, for some ten minutes; needs no cluster
+	go test -count=1 -tags measure -timeout 30m -v -run TestMeasureWaiters .
 
 .PHONY: dev
 dev: ## develop on the current cluster with Skaffold: build, deploy, forward ports, and again on each change
@@ -55,5 +64,6 @@ lint: ## check format, vet and staticcheck
 	@test -z "$$(gofmt -l .)" || { echo "not gofmt-ed:"; gofmt -l .; exit 1; }
 	go vet ./...
 	go vet -tags e2e ./e2e
+	go vet -tags e2e,measure . ./e2e
 	go -C demo vet ./...
-	go tool -modfile=tools/go.mod staticcheck -tags e2e ./...
+	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure ./...

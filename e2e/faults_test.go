@@ -234,6 +234,9 @@ func TestClassicSidecar(t *testing.T) {
 	if !strings.Contains(stderr, "Warning: this Job will not complete") {
 		t.Errorf("warned of the Job: %q", stderr)
 	}
+	if got := n.wantRefused(waiting(pod("waiter", "classic", 1))); !strings.Contains(got, `denied the request: invalid annotations: `+annotationPrefix+`when-full is "wait": this needs native sidecars`) {
+		t.Errorf("refused with %s", got)
+	}
 }
 
 // The other lock: what deploy/etcd adds works, and repairs go through it.

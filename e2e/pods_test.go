@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -112,6 +113,16 @@ func pod(name, key string, length int, spec ...object) object {
 	return object{"apiVersion": "v1", "kind": "Pod", "metadata": object{"name": name, "annotations": annotations(key, length)}, "spec": s}
 }
 
+// waiting makes a pod, or those of a workload, wait in line for their token.
+func waiting(o object) object {
+	template := o
+	if spec := o["spec"].(object); spec["template"] != nil {
+		template = spec["template"].(object)
+	}
+	template["metadata"].(object)["annotations"].(object)[annotationPrefix+"when-full"] = "wait"
+	return o
+}
+
 // unschedulable keeps a pod Pending: it is admitted and then costs nothing.
 var unschedulable = object{"nodeSelector": object{"there-is": "no-such-node"}}
 
@@ -138,6 +149,24 @@ func (n *namespace) wantRunning(name string) corev1.Pod {
 			}
 		}
 		return fmt.Errorf("%s is %s: %s", name, p.Status.Phase, encode(object{"init": p.Status.InitContainerStatuses, "containers": p.Status.ContainerStatuses}))
+	})
+	return p
+}
+
+// wantWaiting waits until a pod's sidecar runs and has no token yet, and returns the pod.
+func (n *namespace) wantWaiting(name string) corev1.Pod {
+	n.Helper()
+	var p corev1.Pod
+	eventually(n.T, time.Minute, func() (err error) {
+		if p, err = n.get(name); err != nil {
+			return err
+		}
+		for _, c := range p.Status.InitContainerStatuses {
+			if c.Name == sidecarName && c.State.Running != nil && c.Started != nil && !*c.Started {
+				return nil
+			}
+		}
+		return fmt.Errorf("%s is %s: %s", name, p.Status.Phase, encode(object{"init": p.Status.InitContainerStatuses}))
 	})
 	return p
 }
@@ -179,14 +208,64 @@ func (n *namespace) wantAdmittedWithin(within time.Duration, o object) {
 	eventually(n.T, within, func() error { return n.tryCreate(o) })
 }
 
+// redis runs commands of Redis, in which KEY stands for a semaphore, and returns the words of their answers.
+func (n *namespace) redis(key string, commands ...string) ([]string, error) {
+	script := "export REDISCLI_AUTH=" + webhookPassword
+	for _, c := range commands {
+		script += "; redis-cli --user webhook " + strings.ReplaceAll(c, "KEY", n.name+"/"+key)
+	}
+	out, err := hook("exec", "redis-0", "--", "sh", "-c", script)
+	return strings.Fields(out), err
+}
+
 // counts are the numbers of free and of used tokens.
 func (n *namespace) counts(key string) (queue, inflight int, err error) {
-	out, err := hook("exec", "redis-0", "--", "sh", "-c", fmt.Sprintf(
-		"export REDISCLI_AUTH=%s; redis-cli --user webhook LLEN 'queue/{%[2]s}'; redis-cli --user webhook ZCARD 'inflight/{%[2]s}'", webhookPassword, n.name+"/"+key))
+	out, err := n.redis(key, "LLEN 'queue/{KEY}'", "ZCARD 'inflight/{KEY}'")
 	if err == nil {
-		_, err = fmt.Sscan(out, &queue, &inflight)
+		_, err = fmt.Sscan(strings.Join(out, " "), &queue, &inflight)
 	}
 	return queue, inflight, err
+}
+
+// wantWaiters waits until these pods, which are in wait mode, are in line, in this order.
+func (n *namespace) wantWaiters(key string, pods ...corev1.Pod) {
+	n.Helper()
+	n.wantWaitersWithin(30*time.Second, key, pods...)
+}
+
+func (n *namespace) wantWaitersWithin(within time.Duration, key string, pods ...corev1.Pod) {
+	n.Helper()
+	var want []string
+	for _, p := range pods {
+		want = append(want, string(p.UID))
+	}
+	eventually(n.T, within, func() error {
+		got, err := n.redis(key, "ZRANGE 'waiters/{KEY}' 0 -1")
+		if err == nil && !slices.Equal(got, want) {
+			err = fmt.Errorf("in line: %v; want %v", got, want)
+		}
+		return err
+	})
+}
+
+// wantHolders waits until the tokens of these pods in wait mode, and no others, are in flight.
+func (n *namespace) wantHolders(key string, pods ...corev1.Pod) {
+	n.Helper()
+	want := map[string]bool{}
+	for _, p := range pods {
+		want[string(p.UID)] = true
+	}
+	eventually(n.T, 30*time.Second, func() error {
+		tokens, err := n.redis(key, "ZRANGE 'inflight/{KEY}' 0 -1")
+		got := map[string]bool{}
+		for _, token := range tokens {
+			got[token] = true
+		}
+		if err == nil && !maps.Equal(got, want) {
+			err = fmt.Errorf("in flight: %v; want %v", tokens, want)
+		}
+		return err
+	})
 }
 
 // wantCounts waits until so many tokens are free and in use.

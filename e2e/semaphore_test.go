@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os/exec"
 	"strings"
 	"testing"
@@ -154,12 +155,15 @@ func TestJob(t *testing.T) {
 	})
 }
 
-func job(name, key string, length int, script string) object {
+// job is a Job of one annotated pod; spec replaces parts of the pod's spec.
+func job(name, key string, length int, script string, spec ...object) object {
+	s := object{"restartPolicy": "Never", "containers": []object{container("app", script)}}
+	for _, m := range spec {
+		maps.Copy(s, m)
+	}
 	return object{"apiVersion": "batch/v1", "kind": "Job", "metadata": object{"name": name}, "spec": object{
 		"backoffLimit": 0,
-		"template": object{"metadata": object{"annotations": annotations(key, length)}, "spec": object{
-			"restartPolicy": "Never", "containers": []object{container("app", script)},
-		}},
+		"template":     object{"metadata": object{"annotations": annotations(key, length)}, "spec": s},
 	}}
 }
 

@@ -10,7 +10,7 @@
 //	LOAD_IMAGE  shell command that makes the image and gets it into the cluster, for example
 //	            kind:  docker build -t $IMAGE . && kind load docker-image $IMAGE
 //	            k3d:   docker build -t $IMAGE . && k3d image import $IMAGE
-//	NODE_SHELL  command that runs a script on the node, for the tests that kill processes there, for example
+//	NODE_SHELL  command that runs a script on the node, for the tests that kill processes and read files there, for example
 //	            kind:  docker exec kind-control-plane sh -c
 //	            k3d:   docker exec k3d-k3s-default-server-0 sh -c
 //	KEEP        if not empty, nothing is uninstalled
@@ -88,15 +88,19 @@ func shell(script string) error {
 }
 
 // onNode runs a script on the node.
-func onNode(script string) error {
+func onNode(script string) error { return errOf(nodeOutput(script)) }
+
+// nodeOutput is onNode that returns what the script prints.
+func nodeOutput(script string) (string, error) {
 	command := strings.Fields(os.Getenv("NODE_SHELL"))
 	if len(command) == 0 {
-		return errors.New("NODE_SHELL is not set: it is the command that runs a script on the node")
+		return "", errors.New("NODE_SHELL is not set: it is the command that runs a script on the node")
 	}
-	if out, err := exec.Command(command[0], append(command[1:], script)...).CombinedOutput(); err != nil {
-		return fmt.Errorf("on the node: %s: %w: %s", script, err, out)
+	out, err := exec.Command(command[0], append(command[1:], script)...).CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("on the node: %s: %w: %s", script, err, out)
 	}
-	return nil
+	return string(out), nil
 }
 
 // manifests are those of a folder of deploy/, with the image of this run and short thresholds.

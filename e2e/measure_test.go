@@ -1,0 +1,109 @@
+//go:build e2e && measure
+
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+)
+
+// From the end of an app to the start of the one that waits first in line. Beside it, the same for pods that are refused and
+// tried again by their controller, after four minutes of that.
+func TestMeasureHandOver(t *testing.T) {
+	const handOverCount, inLine = 60, 5
+	refused := startRefusals(t, 3)
+
+	n := newNamespace(t)
+	d := newDiary(n)
+	wholes := d.handOver(handOverCount, inLine)
+	d.wantNeverMoreThan(1)
+	shifts := d.shifts()
+	f := figuresOf(turnovers(shifts, 1))
+	t.Logf("wait, %d in line, end of an app to start of the next: %s", inLine, f)
+	t.Logf("wait, kubectl delete to start of the next:           %s", figuresOf(wholes))
+	t.Logf("deny, after 4 min, end of an app to start of the next: %s", figuresOf(refused.wait()))
+	if f.n < 50 || f.median >= 1500*time.Millisecond || f.most >= 3*time.Second {
+		t.Errorf("want 50 or more, a median below 1.5 s and none of 3 s: %v", turnovers(shifts, 1))
+	}
+}
+
+// refusals are semaphores of length 1, each with a pod that holds the token and a Deployment whose pod is refused.
+type refusals struct {
+	t       *testing.T
+	since   time.Time
+	diaries []*diary
+}
+
+// startRefusals begins with their controllers one after the other, so that they are at different points of their backoff.
+func startRefusals(t *testing.T, count int) *refusals {
+	t.Helper()
+	r := &refusals{t: t, since: time.Now()}
+	for range count {
+		n := newNamespace(t)
+		d := newDiary(n)
+		r.diaries = append(r.diaries, d)
+		n.create(pod("holder", "refused", 1, d.app(untilTold)))
+		d.wantStarted(time.Minute, "holder")
+		n.create(deployment("next", "refused", 1, 1, rollingUpdate(0, 1), d.app(untilTold)))
+	}
+	return r
+}
+
+// wait lets each holder end after four minutes and some, and returns for how long each slot was unused.
+func (r *refusals) wait() (gaps []time.Duration) {
+	r.t.Helper()
+	for i, d := range r.diaries {
+		end := r.since.Add(4*time.Minute + time.Duration(i)*20*time.Second)
+		eventually(r.t, 6*time.Minute, func() error {
+			if time.Now().Before(end) {
+				return errors.New("the four minutes are not over")
+			}
+			return nil
+		})
+		d.kubectl("delete", "pod", "holder", "--wait=false")
+	}
+	for _, d := range r.diaries {
+		eventually(r.t, 20*time.Minute, func() error {
+			shifts, err := d.read()
+			if err == nil && len(shifts) != 2 {
+				err = fmt.Errorf("started: %v", podsOf(shifts))
+			}
+			return err
+		})
+		d.wantNeverMoreThan(1)
+		gaps = append(gaps, turnovers(d.shifts(), 1)...)
+	}
+	return gaps
+}
+
+// figures are the least, the middle and the greatest of some times.
+type figures struct {
+	n                        int
+	least, median, p90, most time.Duration
+}
+
+func figuresOf(times []time.Duration) figures {
+	if len(times) == 0 {
+		return figures{}
+	}
+	sorted := slices.Sorted(slices.Values(times))
+	at := func(percent int) time.Duration { return sorted[(len(sorted)-1)*percent/100] }
+	return figures{len(sorted), at(0), at(50), at(90), at(100)}
+}
+
+func (f figures) String() string {
+	return fmt.Sprintf("n=%d min %s, median %s, p90 %s, worst %s", f.n, inSeconds(f.least), inSeconds(f.median), inSeconds(f.p90), inSeconds(f.most))
+}
+
+// busy is what part of the time of all slots was used, from the first start to the last end.
+func busy(shifts []shift, length int) float64 {
+	var used, last time.Duration
+	for _, s := range shifts {
+		used += s.end - s.start
+		last = max(last, s.end)
+	}
+	return float64(used) / float64(last-shifts[0].start) / float64(length)
+}

@@ -1,0 +1,303 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+)
+
+// diary is a file on the node in which apps note when they start and when they end.
+type diary struct {
+	*namespace
+	dir string
+}
+
+func newDiary(n *namespace) *diary {
+	n.Helper()
+	d := &diary{n, "/var/tmp/at-least-semaphore-pod-hook-e2e/diary-" + n.name}
+	must(n.T, onNode(fmt.Sprintf("mkdir -p %s && : >%s/notes && chmod -R 777 %s", d.dir, d.dir, d.dir)))
+	n.Cleanup(func() { _ = onNode("rm -rf " + d.dir) })
+	return d
+}
+
+// untilTold is work that goes on until the pod is told to end.
+const untilTold = "while :; do sleep 1 & wait $!; done"
+
+// app is the spec of a pod whose app notes its start first and its end last, by the clock of the node, and works in between;
+// more replaces parts of its container.
+func (d *diary) app(work string, more ...object) object {
+	script := `note() { read up rest </proc/uptime; echo "$1 $POD $up" >>/diary/notes; }
+		trap 'note end; exit 0' TERM; note start; ` + work + `; note end`
+	c := container("app", script, object{
+		"imagePullPolicy": "IfNotPresent",
+		"env":             []object{{"name": "POD", "valueFrom": object{"fieldRef": object{"fieldPath": "metadata.name"}}}},
+		"volumeMounts":    []object{{"name": "diary", "mountPath": "/diary"}},
+	})
+	for _, m := range more {
+		maps.Copy(c, m)
+	}
+	return object{"containers": []object{c}, "volumes": []object{{"name": "diary", "hostPath": object{"path": d.dir, "type": "Directory"}}}}
+}
+
+// shift is the work of one app, in time since the node's boot.
+type shift struct {
+	pod        string
+	start, end time.Duration
+	ended      bool // else end is the distant future
+}
+
+const distantFuture = time.Duration(1<<63 - 1)
+
+// read returns all shifts, in the order in which they started.
+func (d *diary) read() ([]shift, error) {
+	out, err := nodeOutput("cat " + d.dir + "/notes")
+	if err != nil {
+		return nil, err
+	}
+	var shifts []shift
+	open := map[string]int{} // of a pod, the index of its last shift
+	for line := range strings.Lines(out) {
+		var what, pod, up string
+		if _, err := fmt.Sscan(line, &what, &pod, &up); err != nil {
+			return nil, fmt.Errorf("note %q: %w", line, err)
+		}
+		at, err := parseUptime(up)
+		if err != nil {
+			return nil, err
+		}
+		i, ok := open[pod]
+		switch {
+		case what == "start":
+			if ok && !shifts[i].ended { // it was killed
+				shifts[i].end, shifts[i].ended = at, true
+			}
+			open[pod] = len(shifts)
+			shifts = append(shifts, shift{pod, at, distantFuture, false})
+		case !ok:
+			return nil, fmt.Errorf("%s has ended and never started", pod)
+		default:
+			shifts[i].end, shifts[i].ended = at, true
+		}
+	}
+	slices.SortStableFunc(shifts, func(a, b shift) int { return cmp.Compare(a.start, b.start) })
+	return shifts, nil
+}
+
+// shifts is read that must succeed.
+func (d *diary) shifts() []shift {
+	d.Helper()
+	shifts, err := d.read()
+	must(d.T, err)
+	return shifts
+}
+
+// wantStarted waits until a pod's app has noted its start.
+func (d *diary) wantStarted(within time.Duration, pod string) {
+	d.Helper()
+	eventually(d.T, within, func() error {
+		shifts, err := d.read()
+		if err == nil && !slices.ContainsFunc(shifts, func(s shift) bool { return s.pod == pod }) {
+			err = fmt.Errorf("the app of %s has not started; started have %v", pod, podsOf(shifts))
+		}
+		return err
+	})
+}
+
+// wantNeverMoreThan checks how many apps were at work at once.
+func (d *diary) wantNeverMoreThan(most int) {
+	d.Helper()
+	if shifts := d.shifts(); peak(shifts) > most {
+		d.Errorf("%d apps were at work at once, %d may be: %v", peak(shifts), most, shifts)
+	}
+}
+
+func podsOf(shifts []shift) (pods []string) {
+	for _, s := range shifts {
+		pods = append(pods, s.pod)
+	}
+	return pods
+}
+
+// peak is how many shifts there were at once.
+func peak(shifts []shift) (most int) {
+	for _, s := range shifts { // it is reached at the start of one
+		now := 0
+		for _, other := range shifts {
+			if other.start <= s.start && s.start <= other.end {
+				now++
+			}
+		}
+		most = max(most, now)
+	}
+	return most
+}
+
+func inSeconds(d time.Duration) string { return fmt.Sprintf("%.2f s", d.Seconds()) }
+
+func parseUptime(text string) (time.Duration, error) {
+	first, _, _ := strings.Cut(strings.TrimSpace(text), " ")
+	seconds, err := strconv.ParseFloat(first, 64)
+	return time.Duration(seconds * float64(time.Second)).Round(time.Millisecond), err
+}
+
+// uptime is the time on the clock by which the apps make their notes.
+func uptime(t *testing.T) time.Duration {
+	t.Helper()
+	out, err := nodeOutput("cat /proc/uptime")
+	must(t, err)
+	up, err := parseUptime(out)
+	must(t, err)
+	return up
+}
+
+// deployment is one of annotated pods.
+func deployment(name, key string, length, replicas int, strategy object, spec object) object {
+	labels := object{"app": name}
+	p := pod(name, key, length, spec)
+	return object{"apiVersion": "apps/v1", "kind": "Deployment", "metadata": object{"name": name}, "spec": object{
+		"replicas": replicas, "selector": object{"matchLabels": labels}, "strategy": strategy,
+		"template": object{"metadata": object{"labels": labels, "annotations": p["metadata"].(object)["annotations"]}, "spec": p["spec"]},
+	}}
+}
+
+// rollingUpdate is a strategy of a Deployment.
+func rollingUpdate(maxSurge, maxUnavailable int) object {
+	return object{"type": "RollingUpdate", "rollingUpdate": object{"maxSurge": maxSurge, "maxUnavailable": maxUnavailable}}
+}
+
+// watchLine records who joins a line, until the function that it returns is called: that tells when each token did, by the
+// clock of Redis.
+func (n *namespace) watchLine(key string) func() map[string]float64 {
+	stopping, done := make(chan struct{}), make(chan struct{})
+	joined := map[string]float64{}
+	go func() {
+		defer close(done)
+		for {
+			words, _ := n.redis(key, "ZRANGE 'waiters/{KEY}' 0 -1 WITHSCORES")
+			for pair := range slices.Chunk(words, 2) {
+				if at, err := strconv.ParseFloat(pair[len(pair)-1], 64); err == nil {
+					joined[pair[0]] = at
+				}
+			}
+			select {
+			case <-stopping:
+				return
+			case <-time.After(2 * time.Second):
+			}
+		}
+	}()
+	return func() map[string]float64 {
+		close(stopping)
+		<-done
+		return joined
+	}
+}
+
+// wantInOrder checks that shifts began in the order in which their pods joined the line. Those that got their tokens at the same
+// time, which are at most as many as the semaphore is long, may start in any order.
+func (n *namespace) wantInOrder(shifts []shift, joined map[string]float64, length int) {
+	n.Helper()
+	var pods corev1.PodList
+	must(n.T, json.Unmarshal([]byte(n.kubectl("get", "pods", "-o", "json")), &pods))
+	arrival := map[string]float64{}
+	for _, p := range pods.Items {
+		if at, ok := joined[string(p.UID)]; ok {
+			arrival[p.Name] = at
+		}
+	}
+	swaps, worst := 0, 0
+	var gap time.Duration
+	for i, later := range shifts {
+		overtaken := 0
+		for _, s := range shifts[i+1:] {
+			if arrival[s.pod] != 0 && arrival[s.pod] < arrival[later.pod] {
+				overtaken++
+				gap = max(gap, s.start-later.start)
+			}
+		}
+		swaps += overtaken
+		worst = max(worst, overtaken)
+	}
+	n.Logf("%d of %d pods stood in line; %d pairs of them started the other way round, at most %s apart; one pod overtook %d at most", len(arrival), len(shifts), swaps, inSeconds(gap), worst)
+	if worst >= length || len(arrival) < len(shifts)-2*length {
+		n.Errorf("want at most %d, and at least %d in line", length-1, len(shifts)-2*length)
+	}
+}
+
+// wantJobsDone runs a Job of many pods that wait for one of some tokens and work for some seconds, and checks that they do so in
+// order and never too many at once. It returns their shifts.
+func (n *namespace) wantJobsDone(pods, length, seconds int, within time.Duration) []shift {
+	n.Helper()
+	d := newDiary(n)
+	j := waiting(job("work", "jobs", length, "", d.app(fmt.Sprintf("sleep %d", seconds))))
+	j["spec"].(object)["completions"], j["spec"].(object)["parallelism"] = pods, pods
+	joined := n.watchLine("jobs")
+	n.create(j)
+	n.kubectl("wait", "--for=condition=Complete", "job/work", fmt.Sprintf("--timeout=%ds", int(within.Seconds())))
+	d.wantNeverMoreThan(length)
+	shifts := d.shifts()
+	if len(shifts) != pods {
+		n.Errorf("%d apps were at work, want %d", len(shifts), pods)
+	}
+	n.wantInOrder(shifts, joined(), length)
+	n.wantCounts("jobs", length, 0)
+	return shifts
+}
+
+// turnovers are the times from each end to the start that it made room for.
+func turnovers(shifts []shift, length int) (gaps []time.Duration) {
+	ends := slices.Clone(shifts)
+	slices.SortFunc(ends, func(a, b shift) int { return cmp.Compare(a.end, b.end) })
+	for i := range len(shifts) - length {
+		gaps = append(gaps, shifts[length+i].start-ends[i].end)
+	}
+	return gaps
+}
+
+// handOver lets pods follow one another on a semaphore of length 1, with as many always in line. It returns the times from the
+// command that deletes one to the start of the next one's app.
+func (d *diary) handOver(times, inLine int) (wholes []time.Duration) {
+	d.Helper()
+	created := 0
+	create := func() {
+		d.create(waiting(pod(fmt.Sprintf("p-%d", created), "turns", 1, d.app(untilTold))))
+		created++
+	}
+	create()
+	d.wantStarted(time.Minute, "p-0")
+	for created <= inLine {
+		create()
+	}
+	for i := range times {
+		eventually(d.T, time.Minute, func() error {
+			got, err := d.redis("turns", "ZCARD 'waiters/{KEY}'")
+			if err == nil && !slices.Equal(got, []string{strconv.Itoa(inLine)}) {
+				err = fmt.Errorf("%v in line, want %d", got, inLine)
+			}
+			return err
+		})
+		told := uptime(d.T)
+		d.kubectl("delete", "pod", d.shifts()[i].pod, "--wait=false")
+		eventually(d.T, time.Minute, func() error {
+			shifts, err := d.read()
+			if err == nil && len(shifts) != i+2 {
+				err = fmt.Errorf("started: %v", podsOf(shifts))
+			}
+			return err
+		})
+		wholes = append(wholes, d.shifts()[i+1].start-told)
+		create()
+	}
+	d.wantNeverMoreThan(1)
+	return wholes
+}
