@@ -337,7 +337,7 @@ func (p *process) wantExit(t *testing.T, code int) {
 	t.Helper()
 	select {
 	case <-p.done:
-	case <-time.After(20 * time.Second):
+	case <-time.After(40 * time.Second):
 		t.Fatal("the process did not end")
 	}
 	if got := p.ProcessState.ExitCode(); got != code {

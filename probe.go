@@ -28,8 +28,8 @@ const (
 	// A probe is told to come again after a while, so that the pod has an event that says what it waits for: soon at first, and
 	// later after as long as it waits already, within these bounds. Each probe costs the node about as much as the start of a
 	// container.
-	probeFirst = 5 * time.Second
-	probeLeast = 30 * time.Second
+	probeFirst = 15 * time.Second
+	probeLeast = time.Minute
 	probeMost  = 5 * time.Minute
 
 	// probeTimeout is what the kubelet gives a probe.

@@ -3,10 +3,12 @@
 package e2e
 
 import (
+	"bufio"
 	"cmp"
 	"encoding/json"
 	"fmt"
 	"maps"
+	"os/exec"
 	"slices"
 	"strconv"
 	"strings"
@@ -176,29 +178,29 @@ func rollingUpdate(maxSurge, maxUnavailable int) object {
 }
 
 // watchLine records who joins a line, until the function that it returns is called: that tells when each token did, by the
-// clock of Redis.
+// clock of Redis. It is one command that goes on in the pod, as many would keep the node busy.
 func (n *namespace) watchLine(key string) func() map[string]float64 {
-	stopping, done := make(chan struct{}), make(chan struct{})
-	joined := map[string]float64{}
+	n.Helper()
+	cmd := exec.Command("kubectl", "-n", hookNamespace, "exec", "redis-0", "--", "sh", "-c", fmt.Sprintf(
+		"export REDISCLI_AUTH=%s; while redis-cli --user webhook ZRANGE 'waiters/{%s}' 0 -1 WITHSCORES; do sleep 1; done", webhookPassword, n.name+"/"+key))
+	out, err := cmd.StdoutPipe()
+	must(n.T, err)
+	must(n.T, cmd.Start())
+	joined, done := map[string]float64{}, make(chan struct{})
 	go func() {
 		defer close(done)
-		for {
-			words, _ := n.redis(key, "ZRANGE 'waiters/{KEY}' 0 -1 WITHSCORES")
-			for pair := range slices.Chunk(words, 2) {
-				if at, err := strconv.ParseFloat(pair[len(pair)-1], 64); err == nil {
-					joined[pair[0]] = at
-				}
+		var token string
+		for s := bufio.NewScanner(out); s.Scan(); {
+			if at, err := strconv.ParseFloat(s.Text(), 64); err == nil {
+				joined[token] = at
 			}
-			select {
-			case <-stopping:
-				return
-			case <-time.After(2 * time.Second):
-			}
+			token = s.Text()
 		}
 	}()
 	return func() map[string]float64 {
-		close(stopping)
+		_ = cmd.Process.Kill()
 		<-done
+		_ = cmd.Wait()
 		return joined
 	}
 }
