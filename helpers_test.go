@@ -311,6 +311,18 @@ func startProcess(t *testing.T, args ...string) *process {
 	t.Helper()
 	p := &process{Cmd: exec.Command(binary, args...), done: make(chan struct{})}
 	p.Stderr = &p.log
+	p.start(t)
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("log of %v:\n%s", args, p.log.String())
+		}
+	})
+	return p
+}
+
+// start starts the process, which ends with the test.
+func (p *process) start(t *testing.T) {
+	t.Helper()
 	must(t, p.Start())
 	go func() {
 		_ = p.Wait()
@@ -319,11 +331,7 @@ func startProcess(t *testing.T, args ...string) *process {
 	t.Cleanup(func() {
 		_ = p.Process.Kill()
 		<-p.done
-		if t.Failed() {
-			t.Logf("log of %v:\n%s", args, p.log.String())
-		}
 	})
-	return p
 }
 
 func startSidecar(t *testing.T, address string, id semaphoreID, token string, flags ...string) *process {

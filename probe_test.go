@@ -30,15 +30,7 @@ func startProbe(t *testing.T) (p *process, out *bytes.Buffer) {
 	out = new(bytes.Buffer)
 	p = &process{Cmd: exec.Command(binary, "probe"), done: make(chan struct{})}
 	p.Stdout, p.Stderr = out, out
-	must(t, p.Start())
-	go func() {
-		_ = p.Wait()
-		close(p.done)
-	}()
-	t.Cleanup(func() {
-		_ = p.Process.Kill()
-		<-p.done
-	})
+	p.start(t)
 	return p, out
 }
 
