@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"slices"
 	"strings"
 	"syscall"
@@ -92,7 +91,7 @@ func TestMissingTokensAreReplaced(t *testing.T) {
 	r := commonRedis(t)
 	s, id := testSemaphores(t, r.address), freshID()
 	acquire(t, s, id, 1)
-	w := &waiter{semaphores: s, id: id, token: uuid.NewString(), length: 1, expiration: time.Second, note: func(string) {}, log: slog.New(slog.DiscardHandler)}
+	w := newWaiter(s, id, 1)
 	done := make(chan error, 1)
 	go func() { done <- w.wait(context.Background()) }() // its holders' heartbeat interval is zero
 	r.wantLine(t, id, w.token)
@@ -157,8 +156,8 @@ func TestLineOfDifferentLengths(t *testing.T) {
 	acquire(t, s, id, 1)
 	short, _ := queueUp(t, t.Context(), s, id, 1, r)
 	for range 2 {
-		token, done := uuid.NewString(), make(chan error, 1)
-		w := &waiter{semaphores: s, id: id, token: token, length: 3, expiration: time.Second, note: func(string) {}, log: slog.New(slog.DiscardHandler)}
+		done := make(chan error, 1)
+		w := newWaiter(s, id, 3)
 		go func() { done <- w.wait(context.Background()) }()
 		wantDone(t, done)
 	}

@@ -31,17 +31,22 @@ func (s *redisServer) wantLine(t *testing.T, id semaphoreID, want ...string) {
 	})
 }
 
+// newWaiter is a waiter of this process, with a token of its own, that says nothing.
+func newWaiter(s *semaphores, id semaphoreID, length int) *waiter {
+	return &waiter{semaphores: s, id: id, token: uuid.NewString(), length: length, expiration: 10 * time.Second,
+		note: func(string) {}, log: slog.New(slog.DiscardHandler)}
+}
+
 // queueUp starts a waiter in this process and waits until it is in line; the channel has what became of it.
 func queueUp(t *testing.T, ctx context.Context, s *semaphores, id semaphoreID, length int, r *redisServer) (token string, done <-chan error) {
 	t.Helper()
 	before, err := r.line(id)
 	must(t, err)
-	token = uuid.NewString()
 	result := make(chan error, 1)
-	w := &waiter{semaphores: s, id: id, token: token, length: length, expiration: 10 * time.Second, note: func(string) {}, log: slog.New(slog.DiscardHandler)}
+	w := newWaiter(s, id, length)
 	go func() { result <- w.wait(ctx) }()
-	r.wantLine(t, id, append(before, token)...)
-	return token, result
+	r.wantLine(t, id, append(before, w.token)...)
+	return w.token, result
 }
 
 func wantDone(t *testing.T, done <-chan error) {
@@ -251,8 +256,9 @@ func TestWaiterOutlivesTheLock(t *testing.T) {
 	unlock, err := s.locks.tryLock(context.Background(), id.lockKey(), time.Minute)
 	must(t, err)
 	said := make(chan string, 100)
-	token, done := uuid.NewString(), make(chan error, 1)
-	w := &waiter{semaphores: s, id: id, token: token, length: 1, expiration: time.Second, note: func(text string) { said <- text }, log: slog.New(slog.DiscardHandler)}
+	done := make(chan error, 1)
+	w := newWaiter(s, id, 1)
+	w.note = func(text string) { said <- text }
 	go func() { done <- w.wait(context.Background()) }()
 	eventually(t, 20*time.Second, func() error {
 		if queue, inflight, err := r.counts(id); queue+inflight != 0 || err != nil {
