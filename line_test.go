@@ -44,7 +44,16 @@ func queueUp(t *testing.T, ctx context.Context, s *semaphores, id semaphoreID, l
 	must(t, err)
 	result := make(chan error, 1)
 	w := newWaiter(s, id, length)
-	go func() { result <- w.wait(ctx) }()
+	ctx, cancel := context.WithCancel(ctx)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		result <- w.wait(ctx)
+	}()
+	t.Cleanup(func() { // before the semaphores are closed
+		cancel()
+		<-ended
+	})
 	r.wantLine(t, id, append(before, w.token)...)
 	return w.token, result
 }
