@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"log/slog"
 	"os"
@@ -88,4 +89,20 @@ func (c *certificate) watch(ctx context.Context, interval time.Duration) {
 func (c *certificate) logTaken() {
 	leaf := c.current.Load().Leaf
 	c.log.Info("certificate taken", "serialNumber", fmt.Sprintf("%X", leaf.SerialNumber), "notAfter", leaf.NotAfter, "dnsNames", leaf.DNSNames)
+}
+
+// readCA reads a file of PEM certificates; nil, for those of the system, if there is no file.
+func readCA(file string) (*x509.CertPool, error) {
+	if file == "" {
+		return nil, nil
+	}
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(text) {
+		return nil, fmt.Errorf("no PEM certificate in %s", file)
+	}
+	return pool, nil
 }

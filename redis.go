@@ -3,11 +3,8 @@ package main
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
-	"fmt"
 	"net"
-	"os"
 	"strings"
 	"syscall"
 	"time"
@@ -43,22 +40,6 @@ func newRedisPool(address string, settings redisSettings, maxIdle int, readTimeo
 			return c.(*redisConn).idleError()
 		},
 	}
-}
-
-// readCA reads a file of PEM certificates; nil, for those of the system, if there is no file.
-func readCA(file string) (*x509.CertPool, error) {
-	if file == "" {
-		return nil, nil
-	}
-	text, err := os.ReadFile(file)
-	if err != nil {
-		return nil, err
-	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(text) {
-		return nil, fmt.Errorf("no PEM certificate in %s", file)
-	}
-	return pool, nil
 }
 
 // redisConn is a connection that can tell for nothing whether it is still good.
