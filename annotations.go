@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -61,8 +62,8 @@ func parseAnnotations(annotations map[string]string) (r request, problems []stri
 		length:     number(annotationLength, maxLength),
 		expiration: time.Duration(number(annotationExpiration, maxExpiration)) * time.Second,
 	}
-	if text, ok := annotations[annotationWhenFull]; ok && text != whenFullDeny && text != whenFullWait {
-		problem(annotationWhenFull, "is %s: it must be deny or wait", quoteShort(text))
+	if text, ok := annotations[annotationWhenFull]; ok && !slices.Contains(whenFullChoices, text) {
+		problem(annotationWhenFull, "is %s: it must be %s", quoteShort(text), strings.Join(whenFullChoices, " or "))
 	}
 	return r, problems
 }

@@ -22,6 +22,9 @@ const (
 	whenFullWait = "wait" // it is admitted, and its sidecar waits for a token before any other container starts
 )
 
+// whenFullChoices are what --when-full and the annotation when-full may say.
+var whenFullChoices = []string{whenFullDeny, whenFullWait}
+
 const imageRepository = "ghcr.io/kaidotio/at-least-semaphore-pod-hook"
 
 // sharedConfig are the settings that both modes have.
@@ -163,8 +166,8 @@ func parseWebhookConfig(args []string, getenv func(string) string) (webhookConfi
 		f.problem("enable-sidecar-containers", "%q is not true or false", string(native))
 	}
 	switch {
-	case c.whenFull != whenFullDeny && c.whenFull != whenFullWait:
-		f.problem("when-full", "%q is not deny or wait", c.whenFull)
+	case !slices.Contains(whenFullChoices, c.whenFull):
+		f.problem("when-full", "%q is not %s", c.whenFull, strings.Join(whenFullChoices, " or "))
 	case c.whenFull == whenFullWait && err == nil && !c.enableSidecarContainers:
 		f.problem("when-full", "wait needs native sidecars: with --enable-sidecar-containers=false the containers of a pod start all at once, with or without a token")
 	}
