@@ -1,7 +1,6 @@
 package main
 
 import (
-	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
@@ -32,34 +31,86 @@ type helpRequest struct{ text string }
 
 func (*helpRequest) Error() string { return "help requested" }
 
-// flags is a flag set that collects wrong values instead of stopping at the first: all flags are read as
-// text, and the typed readers below note what is wrong.
+// flags is a flag set that collects wrong values instead of stopping at the first.
 type flags struct {
 	*flag.FlagSet
-	synopsis string
-	problems []string
+	arguments string          // what follows the mode, for the help
+	reads     []func()        // read each flag's text into its field
+	wrong     map[string]bool // flags with a value that is wrong by itself
+	problems  []string
 }
 
-func newFlags(mode, synopsis string) *flags {
-	f := &flags{FlagSet: flag.NewFlagSet(mode, flag.ContinueOnError), synopsis: synopsis}
+// config is a struct of settings.
+type config interface {
+	declareFlags(f *flags, getenv func(string) string) // reads the environment too
+	validate(f *flags)                                 // notes the problems of settings that do not go together
+}
+
+// parseFlags reads the command line and the environment into c. Its error is a *helpRequest, or a *usageError that names all
+// problems. Only an unknown flag is reported alone.
+func parseFlags(c config, mode, arguments string, args []string, getenv func(string) string) error {
+	f := &flags{FlagSet: flag.NewFlagSet(mode, flag.ContinueOnError), arguments: arguments, wrong: map[string]bool{}}
 	f.SetOutput(io.Discard)
-	return f
-}
-
-func (f *flags) parse(args []string) error {
-	err := f.Parse(args)
-	if errors.Is(err, flag.ErrHelp) {
+	c.declareFlags(f, getenv)
+	switch err := f.Parse(args); {
+	case errors.Is(err, flag.ErrHelp):
 		return &helpRequest{f.help()}
+	case err != nil:
+		return &usageError{problems: []string{mode + ": " + err.Error()}, help: f.help()}
 	}
-	if err != nil {
-		return &usageError{problems: []string{f.Name() + ": " + err.Error()}, help: f.help()}
+	for _, read := range f.reads {
+		read()
+	}
+	c.validate(f)
+	if len(f.problems) > 0 {
+		return &usageError{problems: f.problems}
 	}
 	return nil
 }
 
+// reader reads the text of one kind of flag. Its error has one problem a line, as errors.Join makes them; the value beside
+// an error is what the checks across settings compare.
+type reader[T any] func(text string) (T, error)
+
+// declare adds a flag that parse reads into field. value is its default, as a user would write it; where that is empty, the
+// flag may be empty too and the field stays zero. The flag of a bool may stand without a value.
+func declare[T any](f *flags, field *T, read reader[T], name, value, usage string) {
+	_, isBool := any(field).(*bool)
+	v := &flagText{value, isBool}
+	f.Var(v, name, usage)
+	f.reads = append(f.reads, func() {
+		if v.text == "" && value == "" {
+			return
+		}
+		var err error
+		if *field, err = read(v.text); err == nil {
+			return
+		}
+		f.wrong[name] = true
+		for problem := range strings.SplitSeq(err.Error(), "\n") {
+			f.problem("--%s: %s", name, problem)
+		}
+	})
+}
+
+// flagText keeps what the command line says, right or wrong, for parse to read.
+type flagText struct {
+	text   string
+	isBool bool
+}
+
+func (t *flagText) String() string     { return t.text }
+func (t *flagText) Set(s string) error { t.text = s; return nil }
+func (t *flagText) IsBoolFlag() bool   { return t.isBool }
+
+// problem notes something that is wrong with the command line or the environment.
+func (f *flags) problem(format string, args ...any) {
+	f.problems = append(f.problems, fmt.Sprintf(format, args...))
+}
+
 func (f *flags) help() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "Usage: at-least-semaphore-pod-hook %s\n\nFlags:\n", f.synopsis)
+	fmt.Fprintf(&b, "Usage: at-least-semaphore-pod-hook %s %s\n\nFlags:\n", f.Name(), f.arguments)
 	f.VisitAll(func(fl *flag.Flag) {
 		name, text := flag.UnquoteUsage(fl)
 		fmt.Fprintf(&b, "  --%s %s\n        %s", fl.Name, name, text)
@@ -77,129 +128,128 @@ func (f *flags) help() string {
 	return b.String()
 }
 
-// result is nil, or an error that names all problems.
-func (f *flags) result() error {
-	if len(f.problems) == 0 {
-		return nil
+func readText(text string) (string, error) { return text, nil }
+
+func readNonEmpty(text string) (string, error) {
+	if text == "" {
+		return "", errors.New("is empty")
 	}
-	return &usageError{problems: f.problems}
+	return text, nil
 }
 
-func (f *flags) problem(name, format string, args ...any) {
-	f.problems = append(f.problems, "--"+name+": "+fmt.Sprintf(format, args...))
-}
-
-// boolText is a flag that may stand without a value, and is only judged after parsing.
-type boolText string
-
-func (b *boolText) String() string     { return string(*b) }
-func (b *boolText) Set(s string) error { *b = boolText(s); return nil }
-func (b *boolText) IsBoolFlag() bool   { return true }
-
-func (f *flags) number(name, text string, least, most int) int {
-	n, err := strconv.Atoi(text)
-	if err != nil || n < least || n > most {
-		f.problem(name, "%q is not a whole number from %d to %d", text, least, most)
+// readIf reads text that is ok; its error says that any other text is not what is wanted.
+func readIf(ok func(text string) bool, wanted string) reader[string] {
+	return func(text string) (string, error) {
+		if !ok(text) {
+			return text, fmt.Errorf("%q is not %s", text, wanted)
+		}
+		return text, nil
 	}
-	return n
 }
 
-func (f *flags) seconds(name, text string, least, most int) time.Duration {
-	return time.Duration(f.number(name, text, least, most)) * time.Second
+var (
+	readImage      = readIf(regexp.MustCompile(`^[^ \t\n]+$`).MatchString, "an image")
+	readObjectName = readIf(regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$`).MatchString, "the name of an object")
+)
+
+func readChoice(choices ...string) reader[string] {
+	return readIf(func(text string) bool { return slices.Contains(choices, text) }, strings.Join(choices, " or "))
 }
 
-// addressPattern is what can be shown of a wrong address: nothing that might hold a password.
-var addressPattern = regexp.MustCompile(`^[A-Za-z0-9.-]*(:[0-9]*)?$`)
+func readBool(text string) (bool, error) {
+	b, err := strconv.ParseBool(text)
+	if err != nil {
+		err = fmt.Errorf("%q is not true or false", text)
+	}
+	return b, err
+}
 
-// address reads HOST:PORT, with or without one of the schemes before it.
-func (f *flags) address(name, text string, schemes ...string) string {
-	hostPort := text
+func readNumber(least, most int) reader[int] {
+	return func(text string) (int, error) {
+		n, err := strconv.Atoi(text)
+		if err != nil || n < least || n > most {
+			err = fmt.Errorf("%q is not a whole number from %d to %d", text, least, most)
+		}
+		return n, err
+	}
+}
+
+func readSeconds(least, most int) reader[time.Duration] {
+	return func(text string) (time.Duration, error) {
+		n, err := readNumber(least, most)(text)
+		return time.Duration(n) * time.Second, err
+	}
+}
+
+// safeAddress is what a message can show of a wrong address: nothing that might hold a password.
+var safeAddress = regexp.MustCompile(`^[A-Za-z0-9.-]*(:[0-9]*)?$`)
+
+// readAddresses reads a list of HOST:PORT, with or without one of the schemes before it. It refuses repetitions: a server
+// that is named twice would count twice in a quorum.
+func readAddresses(schemes ...string) reader[[]string] {
+	return func(text string) ([]string, error) {
+		if strings.Contains(text, "@") || strings.Contains(text, "%40") {
+			return []string{text}, errors.New("there are no credentials in an address: " +
+				"they come from the environment, see --help")
+		}
+		var list []string
+		var problems []error
+		for a := range strings.SplitSeq(text, ",") {
+			a = strings.TrimSpace(a)
+			problems = append(problems, checkAddress(a, schemes))
+			if slices.Contains(list, a) && safeAddress.MatchString(a[strings.LastIndexByte(a, '/')+1:]) {
+				problems = append(problems, fmt.Errorf("%q is named twice", a))
+			}
+			list = append(list, a)
+		}
+		return list, errors.Join(problems...)
+	}
+}
+
+// readAddress reads a list of one.
+func readAddress(schemes ...string) reader[string] {
+	return func(text string) (string, error) {
+		list, err := readAddresses(schemes...)(text)
+		if len(list) > 1 {
+			err = errors.Join(err, fmt.Errorf("is one address, not %d", len(list)))
+		}
+		return strings.Join(list, ","), err
+	}
+}
+
+func checkAddress(address string, schemes []string) error {
+	hostPort, want := address, "HOST:PORT"
 	for _, s := range schemes {
 		hostPort = strings.TrimPrefix(hostPort, s)
-	}
-	if _, port, err := net.SplitHostPort(hostPort); err == nil && isPort(port) {
-		return text
-	}
-	shown := "an address"
-	if addressPattern.MatchString(hostPort) {
-		shown = strconv.Quote(text)
-	}
-	want := "HOST:PORT"
-	for _, s := range schemes {
 		want += " or " + s + "HOST:PORT"
 	}
-	f.problem(name, "%s is not %s", shown, want)
-	return text
-}
-
-// addresses reads a list without repetitions: a server that is named twice would count twice in a quorum.
-func (f *flags) addresses(name, text string, schemes ...string) []string {
-	if strings.Contains(text, "@") || strings.Contains(text, "%40") {
-		f.problem(name, "there are no credentials in an address: they come from the environment, see --help")
+	if _, port, err := net.SplitHostPort(hostPort); err == nil && isPort(port) {
 		return nil
 	}
-	var list []string
-	for a := range strings.SplitSeq(text, ",") {
-		a = f.address(name, strings.TrimSpace(a), schemes...)
-		if slices.Contains(list, a) && addressPattern.MatchString(a[strings.LastIndexByte(a, '/')+1:]) {
-			f.problem(name, "%q is named twice", a)
-		}
-		list = append(list, a)
+	shown := "an address"
+	if safeAddress.MatchString(hostPort) {
+		shown = strconv.Quote(address)
 	}
-	return list
-}
-
-// keyPair reads the names of a PEM certificate and its key; empty for none.
-func (f *flags) keyPair(certName, certFile, keyName, keyFile string) (string, string) {
-	if certFile == "" && keyFile == "" {
-		return "", ""
-	}
-	if certFile == "" || keyFile == "" {
-		f.problems = append(f.problems, fmt.Sprintf("--%s and --%s go together", certName, keyName))
-	} else if _, err := tls.LoadX509KeyPair(certFile, keyFile); err != nil {
-		f.problem(certName, "%v", err)
-	}
-	return certFile, keyFile
-}
-
-// certificates reads the name of a file of PEM certificates; empty for none.
-func (f *flags) certificates(name, path string) string {
-	if _, err := readCA(path); err != nil {
-		f.problem(name, "%v", err)
-	}
-	return path
-}
-
-var objectNamePattern = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$`)
-
-func (f *flags) objectName(name, text string) string {
-	if text != "" && (len(text) > 253 || !objectNamePattern.MatchString(text)) {
-		f.problem(name, "%q is not the name of an object", text)
-	}
-	return text
-}
-
-func (f *flags) object(name, text string) objectReference {
-	if text == "" {
-		return objectReference{}
-	}
-	kind, object, _ := strings.Cut(text, "/")
-	if kind != "secret" && kind != "configmap" || object == "" {
-		f.problem(name, "%q is not secret/NAME or configmap/NAME", text)
-	}
-	return objectReference{kind, f.objectName(name, object)}
-}
-
-// oneAddress reads a list of one.
-func (f *flags) oneAddress(name, text string, schemes ...string) string {
-	list := f.addresses(name, text, schemes...)
-	if len(list) > 1 {
-		f.problem(name, "is one address, not %d", len(list))
-	}
-	return text
+	return fmt.Errorf("%s is not %s", shown, want)
 }
 
 func isPort(s string) bool {
 	n, err := strconv.ParseUint(s, 10, 16)
 	return err == nil && n > 0
+}
+
+// readCAFile reads the name of a file of PEM certificates.
+func readCAFile(text string) (string, error) {
+	_, err := readCA(text)
+	return text, err
+}
+
+func readObject(text string) (objectReference, error) {
+	kind, name, _ := strings.Cut(text, "/")
+	object := objectReference{kind, name}
+	if kind != "secret" && kind != "configmap" || name == "" {
+		return object, fmt.Errorf("%q is not secret/NAME or configmap/NAME", text)
+	}
+	_, err := readObjectName(name)
+	return object, err
 }
