@@ -34,10 +34,13 @@ test: test-needs ## run all tests with the race detector; installs redis-server,
 test-needs:
 	@./.ci/need redis-server:redis-server gcc:gcc:libc6-dev curl:curl
 
-# How the image gets into the cluster, and how to run a script on its node, for the cluster tests; these are for kind. For k3d:
+# How the image gets into the cluster, how to run a script on its node, and how to restart a component of it, for the cluster
+# tests; these are for kind. For k3d:
 #   LOAD_IMAGE='docker build -t $$IMAGE . && k3d image import $$IMAGE' NODE_SHELL='docker exec k3d-k3s-default-server-0 sh -c'
 export LOAD_IMAGE ?= docker build -t $$IMAGE . && kind load docker-image $$IMAGE
 export NODE_SHELL ?= docker exec kind-control-plane sh -c
+# There, systemd starts kubelet and containerd again, and the kubelet the others.
+export NODE_RESTART ?= docker exec kind-control-plane pkill -$$SIGNAL -f "^([^ ]*/)?(kube-)?$$COMPONENT( |\$$)"
 E2E_FLAGS ?=
 
 e2e-test = PROGRAM=$(CURDIR)/$(PROGRAM) IMAGE=at-least-semaphore-pod-hook:e2e-$$(sha256sum $(PROGRAM) | cut -c1-12) go test -count=1

@@ -5,11 +5,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
+	"slices"
 	"strings"
 
 	"github.com/google/uuid"
 	admissionv1 "k8s.io/api/admission/v1"
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 )
@@ -39,16 +42,35 @@ type pod struct {
 		Annotations  map[string]string `json:"annotations"`
 	} `json:"metadata"`
 	Spec struct {
-		InitContainers []named `json:"initContainers"`
-		Containers     []named `json:"containers"`
-		Volumes        []named `json:"volumes"`
-		RestartPolicy  string  `json:"restartPolicy"`
+		InitContainers   []podContainer              `json:"initContainers"`
+		Containers       []podContainer              `json:"containers"`
+		Volumes          []named                     `json:"volumes"`
+		ImagePullSecrets []named                     `json:"imagePullSecrets"`
+		RestartPolicy    string                      `json:"restartPolicy"`
+		Resources        corev1.ResourceRequirements `json:"resources"`
+		NodeSelector     map[string]string           `json:"nodeSelector"`
+		OS               named                       `json:"os"`
 	} `json:"spec"`
 }
 
-// named is a container or a volume.
+// named is a part of a pod that has a name.
 type named struct {
 	Name string `json:"name"`
+}
+
+func (n named) name() string { return n.Name }
+
+type podContainer struct {
+	named
+	Resources corev1.ResourceRequirements `json:"resources"`
+}
+
+func namesOf[T interface{ name() string }](items []T) []string {
+	var names []string
+	for _, i := range items {
+		names = append(names, i.name())
+	}
+	return names
 }
 
 // name is the pod's name, or what the API server will make one of.
@@ -57,6 +79,18 @@ func (p *pod) name() string {
 		return p.Metadata.GenerateName
 	}
 	return p.Metadata.Name
+}
+
+// isStatic reports whether the pod is the mirror of a static pod: the kubelet runs that from a file, whatever becomes of the mirror.
+func (p *pod) isStatic() bool {
+	_, ok := p.Metadata.Annotations[corev1.MirrorPodAnnotationKey]
+	return ok
+}
+
+// isWindows reports whether the pod is to run on Windows.
+func (p *pod) isWindows() bool {
+	windows := string(corev1.Windows)
+	return p.Spec.OS.Name == windows || p.Spec.NodeSelector[corev1.LabelOSStable] == windows
 }
 
 // badRequest is an error that is the sender's fault.
@@ -116,14 +150,19 @@ const (
 	verdictInvalid       = "invalid"
 	verdictDryRun        = "dry-run"
 	verdictFailed        = "failed"        // no decision: Redis or the lock servers were out of reach
-	verdictUndeliverable = "undeliverable" // admitted, but nobody was there to hear it
+	verdictUndeliverable = "undeliverable" // decided, but nobody was there to hear it; what was taken is given back
+	verdictStatic        = "static"        // left alone: the mirror of a static pod
 )
+
+// deniedWindows is the message to users whose pods cannot run the sidecar.
+const deniedWindows = "this is a Windows pod (by spec.os.name, or its nodeSelector " + corev1.LabelOSStable + "): the sidecar of a semaphore runs on Linux only"
 
 // The warnings to users. Kubernetes cuts them at 120 characters.
 const (
-	warningWaits         = "this pod may wait in Init:0/1 for a token of its semaphore; its sidecar's log says where it stands in line"
-	warningJobWaits      = "the pods of this Job may wait in Init:0/1 for a token of their semaphore; their sidecars' logs say where they stand"
+	warningWaits         = "this pod may wait in Init:1/2 for a token of its semaphore; its sidecar's log says where it stands in line"
+	warningJobWaits      = "the pods of this Job may wait in Init:1/2 for a token of their semaphore; their sidecars' logs say where they stand"
 	warningNotCompleting = "this pod will not complete: its semaphore sidecar is a classic container, which runs until the pod is deleted"
+	warningStatic        = "a static pod gets no semaphore sidecar and no token: its semaphore does not count it"
 	warningJob           = "this Job will not complete: its pods' semaphore sidecar is a classic container, which runs until they are deleted"
 )
 
@@ -160,6 +199,16 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 		return d, nil
 	}
 	d.pod = truncate(p.name(), maxKey)
+	if p.isStatic() {
+		d.verdict = verdictStatic
+		d.response.Warnings = []string{warningStatic}
+		return d, nil
+	}
+	if p.isWindows() {
+		d.verdict = verdictInvalid
+		d.deny(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, deniedWindows)
+		return d, nil
+	}
 	asked, problems := parseAnnotations(p.Metadata.Annotations)
 	waits := a.waits(p.Metadata.Annotations)
 	if waits && !a.config.enableSidecarContainers {
@@ -213,6 +262,11 @@ func (d *decision) admit(c webhookConfig, p *pod, asked request, token string) (
 	d.response.PatchType = new(admissionv1.PatchTypeJSONPatch)
 	if !c.enableSidecarContainers && (p.Spec.RestartPolicy == "Never" || p.Spec.RestartPolicy == "OnFailure") {
 		d.response.Warnings = append(d.response.Warnings, warningNotCompleting)
+	}
+	for _, name := range slices.Sorted(maps.Keys(c.podAnnotations)) {
+		if own, ok := p.Metadata.Annotations[name]; ok && own != c.podAnnotations[name] {
+			d.response.Warnings = append(d.response.Warnings, fmt.Sprintf("this pod keeps its own annotation %s; the cluster's is %s", name, quoteShort(c.podAnnotations[name])))
+		}
 	}
 	return err
 }

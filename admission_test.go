@@ -4,7 +4,9 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -226,6 +228,33 @@ func TestWarningForJob(t *testing.T) {
 			if want := !native && annotated; !a.allowed || a.patch != nil || (len(a.warnings) > 0) != want {
 				t.Errorf("native %t, annotated %t: answered %+v", native, annotated, a)
 			}
+		}
+	}
+}
+
+// The mirror of a static pod is left alone: it could not be given a sidecar. It takes no token, and its user is told.
+func TestStaticPodIsLeftAlone(t *testing.T) {
+	w := startWebhook(t, testConfig(freeAddress(t))) // no Redis
+	a := w.admit(t, review(t, freshID(), 1, func(r map[string]any) { annotationsOf(r)["kubernetes.io/config.mirror"] = "0123" }))
+	if !a.allowed || a.patch != nil || !slices.Equal(a.warnings, []string{warningStatic}) {
+		t.Errorf("answered %+v", a)
+	}
+	if lines := w.log.lines(t, "admission"); len(lines) != 1 || lines[0]["verdict"] != verdictStatic || lines[0]["token"] != "" {
+		t.Errorf("logged %v", lines)
+	}
+}
+
+// A Windows pod cannot run the sidecar: it is refused, and told why.
+func TestWindowsPodIsDenied(t *testing.T) {
+	w := startWebhook(t, testConfig(freeAddress(t))) // no Redis
+	for name, more := range map[string]map[string]any{
+		"os":           {"os": map[string]any{"name": "windows"}},
+		"nodeSelector": {"nodeSelector": map[string]any{"kubernetes.io/os": "windows"}},
+	} {
+		a := w.admit(t, review(t, freshID(), 1, func(r map[string]any) { maps.Copy(r["object"].(map[string]any)["spec"].(map[string]any), more) }))
+		want := "this is a Windows pod (by spec.os.name, or its nodeSelector kubernetes.io/os): the sidecar of a semaphore runs on Linux only"
+		if a.allowed || a.code != http.StatusUnprocessableEntity || a.message != want {
+			t.Errorf("%s: answered %+v", name, a)
 		}
 	}
 }

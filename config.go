@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	corev1 "k8s.io/api/core/v1"
 )
 
 // The locks to choose from.
@@ -44,6 +45,11 @@ type webhookConfig struct {
 	port                    int
 	certDir                 string
 	sidecarImage            string
+	sidecarImagePullSecret  string
+	sidecarLimits           corev1.ResourceList
+	sidecarRequests         corev1.ResourceList
+	podAnnotations          map[string]string
+	restartAwait            bool
 	enableSidecarContainers bool
 	whenFull                string
 	sidecarRedisSecret      string
@@ -63,7 +69,7 @@ type sidecarConfig struct {
 	token                  string
 	length                 int // zero: the pod runs already, there is nothing to wait for
 	expiration             time.Duration
-	podUID                 string // empty outside of a pod: there is no startup probe
+	podUID                 string // empty outside of a pod: there is nothing to hold back
 }
 
 // parseWebhookConfig reads the webhook's command line. Its errors are *usageError and *helpRequest.
@@ -146,6 +152,18 @@ func (c *webhookConfig) declareFlags(f *flags, getenv func(string) string) {
 	declare(f, &c.enableSidecarContainers, readBool, "enable-sidecar-containers", "true",
 		"`true|false`: inject a native sidecar (Kubernetes 1.29 or later), or a classic container")
 	declare(f, &c.sidecarImage, readImage, "sidecar-image", imageRepository+":"+version, "`IMAGE` of the injected sidecar")
+	declare(f, &c.sidecarImagePullSecret, readObjectName, "sidecar-image-pull-secret", "",
+		"`NAME` of a Secret in the pod's namespace that is added to the pod's imagePullSecrets")
+	declare(f, &c.sidecarLimits, readResources, "sidecar-resources", "cpu=100m,memory=64Mi",
+		"limits, as `RESOURCE=QUANTITY,...`, of each injected container; its requests, too, in a pod of the QoS class Guaranteed")
+	declare(f, &c.sidecarRequests, readResources, "sidecar-requests", "cpu=5m,memory=32Mi",
+		"requests, as `RESOURCE=QUANTITY,...`, of each injected container in other pods")
+	declare(f, &c.restartAwait, readBool, "await-restart", "false",
+		"`true|false`: the init container that holds back the app says restartPolicy OnFailure (Kubernetes 1.35 or later), "+
+			"so that a pod whose own is Never does not fail should it be killed")
+	declare(f, &c.podAnnotations, readAnnotations, "pod-annotations", "",
+		"`NAME=VALUE,...` to annotate pods with that get a sidecar and do not have them, for service meshes; "+
+			"what has no = belongs to the value before it")
 	declare(f, &c.sidecarRedisSecret, readObjectName, "sidecar-redis-secret", "",
 		"`NAME` of a Secret in the pod's namespace "+
 			"whose keys username (optional) and password are the sidecar's credentials for Redis")
@@ -177,6 +195,14 @@ func (c *webhookConfig) validate(f *flags) {
 		f.problem("--sidecar-etcd-secret: is needed where ETCD_USERNAME, --etcd-ca-file or --etcd-cert-file is set: " +
 			"the sidecars could not take the lock")
 	}
+	for name, request := range c.sidecarRequests {
+		if limit, ok := c.sidecarLimits[name]; ok && request.Cmp(limit) > 0 {
+			f.problem("--sidecar-requests: %s=%s is more than the limit in --sidecar-resources, %s", name, &request, &limit)
+		}
+	}
+	if c.restartAwait && !c.enableSidecarContainers && !f.wrong["enable-sidecar-containers"] {
+		f.problem("--await-restart: is not used with --enable-sidecar-containers=false: nothing holds back the app of a pod with a classic sidecar")
+	}
 	if f.NArg() > 0 {
 		f.problem("unexpected argument %q: the webhook takes flags only", f.Arg(0))
 	}
@@ -195,7 +221,7 @@ func (c *sidecarConfig) declareFlags(f *flags, getenv func(string) string) {
 	c.sharedConfig.declareFlags(f, getenv)
 	c.podUID = getenv("POD_UID")
 	declare(f, &c.length, readNumber(1, maxLength), "length", "",
-		"`NUMBER` of tokens of the semaphore: the sidecar waits until it has one, and the startup probe succeeds then. "+
+		"`NUMBER` of tokens of the semaphore: the sidecar waits until it has one, and await ends then. "+
 			"Without it, the token is already taken")
 	declare(f, &c.expiration, readSeconds(1, maxExpiration), "expiration-seconds", "10",
 		"`SECONDS` that a repair may hold the lock")

@@ -70,7 +70,7 @@ func (p *demoProcess) wantNothingLeft(t *testing.T) {
 	files, err := filepath.Glob(filepath.Join(p.dir, "*"))
 	must(t, err)
 	for _, m := range demoToken.FindAllStringSubmatch(p.out.String(), -1) {
-		if file := newPassed("a pod", m[1]); file.is() {
+		if file := newStartMark("a pod", m[1]); file.isSet() {
 			files = append(files, file.path)
 		}
 	}
@@ -97,8 +97,8 @@ func testDemo(t *testing.T, args ...string) {
 	for _, want := range []string{"=> queue 0, inflight 3", "=> queue 1, inflight 2", "=> queue 3, inflight 0", "Everything went as told.",
 		"web-4  refused: admission webhook", "web-5  admitted",
 		"its sidecar logs: waiting for a token of shop/web: 3 of 3 in use, 2nd in line", "=> queue 0, inflight 3, in line 2",
-		"web-6  startup probe succeeded", "web-7  still waits, 1st in line\n   => queue 0, inflight 3, in line 1\n",
-		"2 of 3 tokens in use, and 1 waiting in line\n   => queue 1, inflight 2, in line 1", "web-7  startup probe succeeded",
+		"web-6  await exited with 0", "web-7  still waits, 1st in line\n   => queue 0, inflight 3, in line 1\n",
+		"2 of 3 tokens in use, and 1 waiting in line\n   => queue 1, inflight 2, in line 1", "web-7  await exited with 0",
 		"web-8  sidecar exited with 0\n          its sidecar logged: left the line\n   => queue 0, inflight 3\n"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("no %q in\n%s", want, out)
@@ -132,7 +132,7 @@ func TestDemoRunLines(t *testing.T) {
 	must(t, sidecar.Start())
 	t.Cleanup(func() { _ = sidecar.Process.Kill() })
 	eventually(t, 10*time.Second, func() error {
-		if !strings.Contains(said.String(), holdingText) {
+		if !strings.Contains(said.String(), heldText) {
 			return fmt.Errorf("it says: %s", said.String())
 		}
 		return nil

@@ -11,6 +11,10 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+	"k8s.io/apimachinery/pkg/util/validation"
 )
 
 // usageError says what is wrong with the command line, all of it at once.
@@ -123,7 +127,7 @@ func (f *flags) help() string {
 		"  REDIS_USERNAME, REDIS_PASSWORD  credentials of all Redis servers; no user name for the default user\n" +
 		"  ETCD_USERNAME, ETCD_PASSWORD    credentials of the etcd servers\n")
 	if f.Name() == "sidecar" {
-		b.WriteString("  POD_UID                         the pod's UID, by which its startup probe finds the sidecar\n")
+		b.WriteString("  POD_UID                         the pod's UID, by which its init container finds the sidecar\n")
 	}
 	return b.String()
 }
@@ -242,6 +246,48 @@ func isPort(s string) bool {
 func readCAFile(text string) (string, error) {
 	_, err := readCA(text)
 	return text, err
+}
+
+// readResources reads a list of quantities of resources, such as cpu=100m,memory=64Mi.
+func readResources(text string) (corev1.ResourceList, error) {
+	list := corev1.ResourceList{}
+	for part := range strings.SplitSeq(text, ",") {
+		name, value, _ := strings.Cut(strings.TrimSpace(part), "=")
+		quantity, err := resource.ParseQuantity(value)
+		switch _, twice := list[corev1.ResourceName(name)]; {
+		case err != nil || quantity.Sign() <= 0 || len(validation.IsQualifiedName(name)) > 0:
+			return list, fmt.Errorf("%q is not RESOURCE=QUANTITY, such as cpu=100m or memory=64Mi", part)
+		case twice:
+			return list, fmt.Errorf("%s is named twice", name)
+		}
+		list[corev1.ResourceName(name)] = quantity
+	}
+	return list, nil
+}
+
+// readAnnotations reads a list of annotations. The commas in their values need no marks: what has no = belongs to the value
+// before it.
+func readAnnotations(text string) (map[string]string, error) {
+	annotations := map[string]string{}
+	var last string
+	for part := range strings.SplitSeq(text, ",") {
+		name, value, ok := strings.Cut(part, "=")
+		name = strings.TrimSpace(name)
+		_, twice := annotations[name]
+		switch {
+		case !ok && last != "":
+			annotations[last] += "," + part
+			continue
+		case !ok || len(validation.IsQualifiedName(name)) > 0:
+			return annotations, fmt.Errorf("%q is not NAME=VALUE, with the name of an annotation", part)
+		case strings.HasPrefix(name, annotationPrefix):
+			return annotations, fmt.Errorf("%s is for pods to set, or for the webhook itself", name)
+		case twice:
+			return annotations, fmt.Errorf("%s is named twice", name)
+		}
+		annotations[name], last = value, name
+	}
+	return annotations, nil
 }
 
 func readObject(text string) (objectReference, error) {

@@ -17,7 +17,8 @@ func TestFlagDefaults(t *testing.T) {
 	webhook := map[string]string{
 		"host": "0.0.0.0", "port": "9443", "certDir": "/var/k8s-webhook-server/serving-certs",
 		"metrics-bind-address": "0.0.0.0:8080", "when-full": "deny", "enable-sidecar-containers": "true",
-		"sidecar-image": imageRepository + ":dev", "sidecar-redis-secret": "", "sidecar-redis-ca": "", "sidecar-etcd-secret": "",
+		"sidecar-image": imageRepository + ":dev", "sidecar-image-pull-secret": "", "sidecar-resources": "cpu=100m,memory=64Mi",
+		"sidecar-requests": "cpu=5m,memory=32Mi", "await-restart": "false", "pod-annotations": "", "sidecar-redis-secret": "", "sidecar-redis-ca": "", "sidecar-etcd-secret": "",
 	}
 	sidecar := map[string]string{"length": "", "expiration-seconds": "10", "termination-grace-period-seconds": "10"}
 	maps.Copy(webhook, shared)
@@ -95,5 +96,22 @@ func TestRepeatedFlag(t *testing.T) {
 	must(t, err)
 	if c.port != 1 || len(c.redisAddresses) != 1 || c.redisAddresses[0] != "c:3" {
 		t.Errorf("port %d, Redis %v", c.port, c.redisAddresses)
+	}
+}
+
+// What stands in a list of resources or annotations is what a user would expect.
+func TestListsOfNamesAndValues(t *testing.T) {
+	c, err := parseWebhookConfig([]string{"--sidecar-resources=cpu=1, memory=1Gi,example.org/device=2", "--sidecar-requests=memory=1Gi",
+		"--pod-annotations=traffic.sidecar.istio.io/excludeOutboundPorts=6379,2379,a=b=c,empty="}, func(string) string { return "" })
+	must(t, err)
+	if l := c.sidecarLimits; len(l) != 3 || l.Cpu().String() != "1" || l.Memory().String() != "1Gi" || l.Name("example.org/device", "").Value() != 2 {
+		t.Errorf("limits %v", c.sidecarLimits)
+	}
+	if r := c.sidecarRequests; len(r) != 1 || r.Memory().String() != "1Gi" {
+		t.Errorf("requests %v", r)
+	}
+	want := map[string]string{"traffic.sidecar.istio.io/excludeOutboundPorts": "6379,2379", "a": "b=c", "empty": ""}
+	if !maps.Equal(c.podAnnotations, want) {
+		t.Errorf("annotations %v", c.podAnnotations)
 	}
 }

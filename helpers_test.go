@@ -22,6 +22,8 @@ import (
 	"time"
 
 	admissionv1 "k8s.io/api/admission/v1"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 )
 
 // binary is this program, built by TestMain for the tests that need processes.
@@ -139,6 +141,11 @@ func (b *syncBuffer) lines(t *testing.T, message string) []map[string]any {
 		if err := json.Unmarshal([]byte(line), &m); err != nil {
 			t.Fatalf("not a JSON line: %q", line)
 		}
+		for name := range m { // no log of ours has objects in it
+			if strings.Count(line, fmt.Sprintf("%q:", name)) > 1 {
+				t.Errorf("%q is there twice: %s", name, line)
+			}
+		}
 		if m["msg"] == message {
 			found = append(found, m)
 		}
@@ -157,6 +164,8 @@ func testConfig(address string) webhookConfig {
 			staleThreshold:    120 * time.Second,
 		},
 		sidecarImage:            "example.org/sidecar:v1",
+		sidecarLimits:           corev1.ResourceList{"cpu": resource.MustParse("100m"), "memory": resource.MustParse("64Mi")},
+		sidecarRequests:         corev1.ResourceList{"cpu": resource.MustParse("5m"), "memory": resource.MustParse("32Mi")},
 		enableSidecarContainers: true,
 	}
 }

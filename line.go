@@ -53,21 +53,22 @@ type waiter struct {
 	missing        time.Time // since when tokens are missing
 }
 
-// wait returns when the token is in flight, or with the error of ctx. In the latter case the caller has to release the token,
-// which may be in line, or in flight without our knowing.
-func (w *waiter) wait(ctx context.Context) error {
+// wait returns when the token is in flight: when Redis was asked that said so, and whether the waiter stood in line before; or the
+// error of ctx. In the latter case the caller has to release the token, which may be in line, or in flight without our knowing.
+func (w *waiter) wait(ctx context.Context) (asked time.Time, inLine bool, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	c := claim{token: w.token, once: true}
 	retry := newBackoff(250*time.Millisecond, pollMost)
 	var calls *calls
 	for {
+		asked = time.Now()
 		err := w.semaphores.claim(ctx, w.id, w.length, w.expiration, c)
 		if err == nil {
-			return nil
+			return asked, c.arrival != "", nil
 		}
 		if ctx.Err() != nil {
-			return ctx.Err()
+			return asked, false, ctx.Err()
 		}
 		var pause time.Duration
 		var full *fullError
@@ -95,7 +96,7 @@ func (w *waiter) wait(ctx context.Context) error {
 			pause = retry.next()
 		}
 		if calls.waitFor(ctx, pause) != nil {
-			return ctx.Err()
+			return asked, false, ctx.Err()
 		}
 	}
 }

@@ -93,7 +93,7 @@ func TestMissingTokensAreReplaced(t *testing.T) {
 	acquire(t, s, id, 1)
 	w := newWaiter(s, id, 1)
 	done := make(chan error, 1)
-	go func() { done <- w.wait(context.Background()) }() // its holders' heartbeat interval is zero
+	go func() { done <- w.waitOnly(context.Background()) }() // its holders' heartbeat interval is zero
 	r.wantLine(t, id, w.token)
 	r.do(t, "DEL", id.inflightKey())
 	wantDone(t, done)
@@ -158,7 +158,7 @@ func TestLineOfDifferentLengths(t *testing.T) {
 	for range 2 {
 		done := make(chan error, 1)
 		w := newWaiter(s, id, 3)
-		go func() { done <- w.wait(context.Background()) }()
+		go func() { done <- w.waitOnly(context.Background()) }()
 		wantDone(t, done)
 	}
 	r.wantCounts(t, id, 0, 3)

@@ -37,6 +37,12 @@ func newWaiter(s *semaphores, id semaphoreID, length int) *waiter {
 		note: func(string) {}, log: slog.New(slog.DiscardHandler)}
 }
 
+// waitOnly is wait without what it returns besides the error.
+func (w *waiter) waitOnly(ctx context.Context) error {
+	_, _, err := w.wait(ctx)
+	return err
+}
+
 // queueUp starts a waiter in this process and waits until it is in line; the channel has what became of it.
 func queueUp(t *testing.T, ctx context.Context, s *semaphores, id semaphoreID, length int, r *redisServer) (token string, done <-chan error) {
 	t.Helper()
@@ -48,7 +54,7 @@ func queueUp(t *testing.T, ctx context.Context, s *semaphores, id semaphoreID, l
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		result <- w.wait(ctx)
+		result <- w.waitOnly(ctx)
 	}()
 	t.Cleanup(func() { // before the semaphores are closed
 		cancel()
@@ -268,7 +274,7 @@ func TestWaiterOutlivesTheLock(t *testing.T) {
 	done := make(chan error, 1)
 	w := newWaiter(s, id, 1)
 	w.note = func(text string) { said <- text }
-	go func() { done <- w.wait(context.Background()) }()
+	go func() { done <- w.waitOnly(context.Background()) }()
 	eventually(t, 20*time.Second, func() error {
 		if queue, inflight, err := r.counts(id); queue+inflight != 0 || err != nil {
 			t.Fatalf("repaired without the lock: %d, %d, %v", queue, inflight, err)

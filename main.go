@@ -1,17 +1,17 @@
 // at-least-semaphore-pod-hook gives annotated Kubernetes pods a counting semaphore: pods that share a key
 // share N tokens, and a pod is admitted with a token or not at all.
 //
-// It is one binary with two modes. As "webhook" it answers the API server's AdmissionReviews: it takes a
-// token in Redis for each annotated pod and injects a sidecar. As "sidecar" it runs beside the pod's
+// It is one binary with three modes. As "webhook" it answers the API server's AdmissionReviews: it takes a
+// token in Redis for each annotated pod and injects two containers. As "sidecar" it runs beside the pod's
 // containers, waits for a token where that is asked for, keeps it alive by heartbeats, and gives it back on SIGTERM or SIGINT.
-// A third, "probe", is the startup probe of the sidecar.
+// As "await" it is an init container that ends when the sidecar holds the token, and so holds back the app.
 //
 // Settings are flags (see config.go, or run a mode with --help), all but the secrets, which come from the
 // environment:
 //
 //	REDIS_USERNAME, REDIS_PASSWORD  credentials of all Redis servers; no user name for the default user
 //	ETCD_USERNAME, ETCD_PASSWORD    credentials of the etcd servers
-//	POD_UID                         set in sidecars: the pod's UID
+//	POD_UID                         set in the injected containers: the pod's UID
 //
 // Exit codes: 0 done, 1 failed, 2 wrong mode, flag or value.
 package main
@@ -37,9 +37,9 @@ const usage = `Usage: at-least-semaphore-pod-hook MODE [flags]
 Gives annotated Kubernetes pods a counting semaphore.
 
 Modes:
-  webhook   answer the API server's AdmissionReviews: take tokens, inject sidecars
+  webhook   answer the API server's AdmissionReviews: take tokens, inject sidecar and await
   sidecar   wait for a pod's token, keep it alive, and give it back on SIGTERM
-  probe     tell whether the sidecar of the pod POD_UID holds its token: its startup probe
+  await     wait until the sidecar of the pod POD_UID holds its token, however long; log what it waits for
   version   print the version
   help      print this text
 
@@ -73,12 +73,12 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 			return printHelp(err, stdout)
 		}
 		return runSidecar(ctx, c, log)
-	case "probe":
+	case "await":
 		podUID := getenv("POD_UID")
 		if podUID == "" || len(args) > 1 {
-			return &usageError{problems: []string{"probe takes no arguments, and asks the sidecar of the pod that POD_UID names"}, help: usage}
+			return &usageError{problems: []string{"await takes no arguments, and asks the sidecar of the pod that POD_UID names"}, help: usage}
 		}
-		return runProbe(ctx, podUID, stdout)
+		return runAwait(ctx, podUID, log)
 	case "version", "--version", "-version":
 		fmt.Fprintln(stdout, versionText())
 		return nil
@@ -112,9 +112,6 @@ func exitCode(err error, stderr io.Writer) int {
 			fmt.Fprintf(stderr, "\n%s", wrong.help)
 		}
 		return 2
-	}
-	if errors.Is(err, errNotHolding) { // which has been said
-		return 1
 	}
 	slog.New(slog.NewJSONHandler(stderr, nil)).Error("failed", "error", err.Error())
 	return 1

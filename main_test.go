@@ -20,9 +20,9 @@ func TestHelp(t *testing.T) {
 		args string
 		want []string
 	}{
-		{"help", []string{"webhook ", "sidecar ", "probe ", "version "}},
-		{"--help", []string{"webhook ", "sidecar ", "probe ", "version "}},
-		{"-h", []string{"webhook ", "sidecar ", "probe ", "version "}},
+		{"help", []string{"webhook ", "sidecar ", "await ", "version "}},
+		{"--help", []string{"webhook ", "sidecar ", "await ", "version "}},
+		{"-h", []string{"webhook ", "sidecar ", "await ", "version "}},
 		{"webhook --help", []string{"--certDir DIRECTORY", "(default /var/k8s-webhook-server/serving-certs)", "--enable-sidecar-containers true|false",
 			"--heartbeat-interval-seconds SECONDS", "(default 30)", "--host ADDRESS", "--port PORT", "--lock-mode", "--metrics-bind-address", "--when-full deny|wait",
 			"--sidecar-etcd-secret NAME",
@@ -73,8 +73,19 @@ func TestWrongUsage(t *testing.T) {
 		},
 		"webhook --heartbeat-interval-seconds=30 --stale-threshold-seconds=59": {"--stale-threshold-seconds: 59 is less than twice --heartbeat-interval-seconds 30"},
 		"webhook --when-full=wait --enable-sidecar-containers=false":           {"--when-full: wait needs native sidecars: with --enable-sidecar-containers=false"},
-		"sidecar --length=0 --expiration-seconds=3601 a/b " + token:            {"2 wrong settings", `--length: "0" is not a whole number from 1 to 10000`, "--expiration-seconds"},
-		"probe": {"probe takes no arguments, and asks the sidecar of the pod that POD_UID names"},
+		"webhook --sidecar-resources=cpu=1,cpu=2 --sidecar-requests=memory --pod-annotations=a --sidecar-image-pull-secret=A --await-restart=x": {
+			"5 wrong settings",
+			`--sidecar-resources: cpu is named twice`,
+			`--sidecar-requests: "memory" is not RESOURCE=QUANTITY, such as cpu=100m or memory=64Mi`,
+			`--pod-annotations: "a" is not NAME=VALUE, with the name of an annotation`,
+			`--sidecar-image-pull-secret: "A" is not the name of an object`,
+			`--await-restart: "x" is not true or false`,
+		},
+		"webhook --sidecar-resources=cpu=0 --pod-annotations=" + annotationKey + "=x": {"2 wrong settings", `--sidecar-resources: "cpu=0" is not`, annotationKey + " is for pods to set"},
+		"webhook --sidecar-resources=memory=16Mi,cpu=1":                               {"--sidecar-requests: memory=32Mi is more than the limit in --sidecar-resources, 16Mi"},
+		"webhook --await-restart --enable-sidecar-containers=false":                   {"--await-restart: is not used with --enable-sidecar-containers=false"},
+		"sidecar --length=0 --expiration-seconds=3601 a/b " + token:                   {"2 wrong settings", `--length: "0" is not a whole number from 1 to 10000`, "--expiration-seconds"},
+		"await": {"await takes no arguments, and asks the sidecar of the pod that POD_UID names"},
 		"sidecar --termination-grace-period-seconds=0 --stale-threshold-seconds=1 a/b " + token: {"2 wrong settings", "--termination-grace-period-seconds", "--stale-threshold-seconds"},
 	} {
 		code, stdout, stderr := runArgs(nil, strings.Fields(args)...)

@@ -2,7 +2,6 @@ package main
 
 import (
 	"encoding/json"
-	"math"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -89,13 +88,16 @@ func wantSidecar(native bool, token string) map[string]any {
 		c["args"] = []any{"sidecar", "--queue-redis-address=redis:6379", "--heartbeat-interval-seconds=30", "--stale-threshold-seconds=120",
 			"--length=3", "--expiration-seconds=10", "--lock-mode=redlock", "--redis-addresses=redis:6379", "shop/web", token}
 		c["env"] = []any{map[string]any{"name": "POD_UID", "valueFrom": map[string]any{"fieldRef": map[string]any{"fieldPath": "metadata.uid"}}}}
-		c["startupProbe"] = map[string]any{
-			"exec":             map[string]any{"command": []any{"/at-least-semaphore-pod-hook", "probe"}},
-			"periodSeconds":    1.0,
-			"timeoutSeconds":   360.0,
-			"failureThreshold": float64(math.MaxInt32),
-		}
 	}
+	return c
+}
+
+// wantAwait says what exactly the patch adds beside a native sidecar.
+func wantAwait() map[string]any {
+	c := wantSidecar(true, "")
+	c["name"] = "at-least-semaphore-pod-await"
+	c["args"] = []any{"await"}
+	delete(c, "restartPolicy")
 	return c
 }
 
@@ -135,9 +137,12 @@ func TestPatchApplied(t *testing.T) {
 				object, _ = json.Marshal(got)
 
 				sidecars := containers(got, list)
-				at := len(sidecars) - 1
+				at, added := len(sidecars)-1, 1
 				if native {
-					at = 0
+					at, added = 0, 2
+					if !reflect.DeepEqual(sidecars[1], wantAwait()) {
+						t.Errorf("%s: the second init container is\n%v, want\n%v", name, sidecars[1], wantAwait())
+					}
 				}
 				if !reflect.DeepEqual(sidecars[at], wantSidecar(native, token)) {
 					t.Errorf("%s, native %t: the sidecar is\n%v, want\n%v", name, native, sidecars[at], wantSidecar(native, token))
@@ -148,7 +153,7 @@ func TestPatchApplied(t *testing.T) {
 				}
 				// Without what was added, it is the original again.
 				delete(annotations, annotationToken)
-				rest := slices.Delete(sidecars, at, at+1)
+				rest := slices.Delete(sidecars, at, at+added)
 				got["spec"].(map[string]any)[list] = rest
 				if len(rest) == 0 {
 					delete(got["spec"].(map[string]any), list)
@@ -168,7 +173,7 @@ func TestPatchReplacesSidecarsAnywhere(t *testing.T) {
 		"none":              `{"containers":[{"name":"app"}]}`,
 		"null":              `{"containers":[{"name":"app"}],"initContainers":null}`,
 		"empty":             `{"containers":[{"name":"app"}],"initContainers":[]}`,
-		"native first":      `{"containers":[{"name":"app"}],"initContainers":[{"name":"at-least-semaphore-pod-sidecar"},{"name":"i"}]}`,
+		"native first":      `{"containers":[{"name":"app"}],"initContainers":[{"name":"at-least-semaphore-pod-sidecar"},{"name":"at-least-semaphore-pod-await"},{"name":"i"}]}`,
 		"native last":       `{"containers":[{"name":"app"}],"initContainers":[{"name":"i"},{"name":"at-least-semaphore-pod-sidecar"}]}`,
 		"only native":       `{"containers":[{"name":"app"}],"initContainers":[{"name":"at-least-semaphore-pod-sidecar"}]}`,
 		"classic":           `{"containers":[{"name":"at-least-semaphore-pod-sidecar"},{"name":"app"}]}`,
@@ -191,12 +196,12 @@ func TestPatchReplacesSidecarsAnywhere(t *testing.T) {
 			sidecars := slices.DeleteFunc(slices.Clone(names), func(n string) bool { return n == "containers:app" || n == "initContainers:i" })
 			want := []string{"containers:" + sidecarName}
 			if native {
-				want = []string{"initContainers:" + sidecarName}
+				want = []string{"initContainers:" + sidecarName, "initContainers:" + awaitName}
 			}
 			if !slices.Equal(sidecars, want) {
 				t.Errorf("%s, native %t: %v", name, native, names)
 			}
-			if native && names[0] != want[0] || !native && names[len(names)-1] != want[0] {
+			if native && !slices.Equal(names[:2], want) || !native && names[len(names)-1] != want[0] {
 				t.Errorf("%s, native %t: out of place: %v", name, native, names)
 			}
 		}
@@ -205,7 +210,7 @@ func TestPatchReplacesSidecarsAnywhere(t *testing.T) {
 
 // The sidecar runs beside every pod: its container must decode as Kubernetes has it, with nothing unknown.
 func TestSidecarContainerIsValid(t *testing.T) {
-	sidecar, _ := sidecarContainer(testConfig("redis:6379"), testID, testAsked, testToken)
+	sidecar, _ := sidecarContainer(testConfig("redis:6379"), corev1.ResourceRequirements{}, testID, testAsked, testToken)
 	encoded, err := json.Marshal(sidecar)
 	must(t, err)
 	var c corev1.Container

@@ -166,7 +166,7 @@ func (w *webhook) mutate(rw http.ResponseWriter, r *http.Request) {
 	}
 	if err == nil {
 		err = deliver(ctx, rw, d.response)
-		if err != nil && d.token != "" {
+		if err != nil && d.verdict != "" {
 			d.verdict = verdictUndeliverable
 		}
 	} else {
@@ -194,7 +194,11 @@ func refuse(rw http.ResponseWriter, err error) {
 // logAdmission writes the one line of an annotated pod, or of a request that made no sense.
 func (w *webhook) logAdmission(r *http.Request, d decision, err error, took time.Duration) {
 	level := slog.LevelInfo
-	if err != nil {
+	switch {
+	case err == nil:
+	case d.verdict == verdictUndeliverable: // nothing is lost
+		level = slog.LevelWarn
+	default:
 		level = slog.LevelError
 	}
 	attrs := []slog.Attr{slog.Float64("durationMs", float64(took.Microseconds())/1000)}

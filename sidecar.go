@@ -17,6 +17,9 @@ const (
 
 	// answerPatience is for how long the answer to a claim is waited for when the pod ends.
 	answerPatience = 2 * time.Second
+
+	// awaitMissed is after how long a held token that no init container asks for is logged: the app may run without it.
+	awaitMissed = time.Minute
 )
 
 // sidecar keeps one token alive.
@@ -26,85 +29,140 @@ type sidecar struct {
 	token      string
 	interval   time.Duration
 	log        *slog.Logger
-	failing    bool      // the last heartbeat failed
-	logged     time.Time // when that was logged
+	grace      context.Context // done when the grace period is over, or the process is to end
+	failing    bool            // the last heartbeat failed
+	logged     time.Time       // when that was logged
+
+	locksClosed chan struct{} // closed while there are no connections to lock servers
 }
 
 // runSidecar gets the token, keeps it alive by heartbeats until ctx is done, and gives it back then. Its error is that it could
 // not.
 func runSidecar(ctx context.Context, c sidecarConfig, log *slog.Logger) error {
-	log = log.With("namespace", c.semaphore.namespace, "key", c.semaphore.key, "token", c.token)
-	semaphores := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, 0), 1, log)
+	semaphores := newSemaphores(c.sharedConfig, nil, 1, log)
 	defer semaphores.pool.Close()
-	s := &sidecar{semaphores: semaphores, id: c.semaphore, token: c.token, interval: c.heartbeatInterval, log: log}
+	s := &sidecar{semaphores: semaphores, locksClosed: make(chan struct{}), id: c.semaphore, token: c.token, interval: c.heartbeatInterval,
+		log: log.With("namespace", c.semaphore.namespace, "key", c.semaphore.key, "token", c.token)}
 	grace, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
+	s.grace = grace
 	context.AfterFunc(ctx, func() { time.AfterFunc(c.terminationGracePeriod, end) })
-	held, err := s.get(ctx, c)
-	if err != nil {
-		return err
-	}
-	acquired := make(chan struct{}) // closed when nothing is left of what was begun to get the token
-	go func() {
-		defer close(acquired)
-		if err := semaphores.closeLocks(grace); err != nil {
-			log.Warn("close the connections to the lock servers", "error", err.Error())
+	close(s.locksClosed)
+	var held bool
+	if c.length == 0 { // the pod's containers run, whatever we do
+		held = true
+		s.logHeld()
+		s.loop(ctx, 0, nil)
+	} else {
+		var err error
+		if held, err = s.guard(ctx, c); err != nil {
+			return err
 		}
-	}()
+	}
 	if held {
-		log.Info("holding the token", "heartbeatInterval", c.heartbeatInterval.String(), "queueRedis", c.queueRedisAddress)
-		s.loop(ctx)
-		log.Info("giving the token back")
+		s.log.Info("giving the token back")
 	}
 	select { // what has been asked for may still be granted
-	case <-acquired:
+	case <-s.locksClosed:
 	case <-time.After(answerPatience):
 	}
-	return s.giveBack(grace, held)
+	return s.giveBack(held)
 }
 
-// get returns when the token is held, or with false when ctx is done before. Its error is that the startup probe cannot be
-// answered.
-func (s *sidecar) get(ctx context.Context, c sidecarConfig) (held bool, err error) {
-	if c.length == 0 { // the pod's containers run, whatever we do
-		return true, nil
-	}
-	probes := newReadiness(fmt.Sprintf("asking queue Redis %s for a token of %s", c.queueRedisAddress, s.id))
+// guard holds the pod's app back until the token is held, and keeps the token alive from then on, until ctx is done. It reports
+// whether the token was held at the end. Its error is that the pod's await cannot be answered.
+func (s *sidecar) guard(ctx context.Context, c sidecarConfig) (held bool, err error) {
+	mark := newStartMark(c.podUID, c.token)
+	d := newDoor(mark, fmt.Sprintf("asking queue Redis %s for a token of %s", c.queueRedisAddress, s.id), s.log)
 	if c.podUID != "" {
-		if err := probes.serve(c.podUID); err != nil {
+		if err := d.serve(c.podUID); err != nil {
 			return false, err
 		}
 	}
-	running := newPassed(c.podUID, c.token)
-	if running.is() {
+	if mark.isSet() {
 		s.log.Info("started again in a running pod")
-	} else {
-		w := &waiter{semaphores: s.semaphores, id: s.id, token: s.token, length: c.length, expiration: c.expiration,
-			heartbeatInterval: c.heartbeatInterval, note: probes.note, log: s.log}
-		if w.wait(ctx) != nil {
+		s.loop(ctx, 0, d.asked)
+	}
+	for ctx.Err() == nil {
+		if !s.admit(ctx, c, d) {
 			return false, nil
 		}
-		if err := running.set(); err != nil {
-			s.log.Warn("should this sidecar be killed and the token be reclaimed, it will have to wait in line again", "error", err.Error())
-		}
+		s.loop(ctx, s.interval, d.asked)
 	}
-	probes.hold()
 	return true, nil
 }
 
-// loop sends a heartbeat at once and then every interval, and retries sooner while they fail.
-func (s *sidecar) loop(ctx context.Context) {
+// admit gets the token and lets the pod's await pass. It returns false if ctx is done before it is held. Until the app may run,
+// the token is kept by asking for it again, not by heartbeats: should it be lost meanwhile, the pod waits for another.
+func (s *sidecar) admit(ctx context.Context, c sidecarConfig, d *door) (held bool) {
+	<-s.locksClosed // of the last time
+	s.semaphores.locks = newLocker(c.sharedConfig, 0)
+	defer s.closeLocks()
+	w := &waiter{semaphores: s.semaphores, id: s.id, token: s.token, length: c.length, expiration: c.expiration,
+		heartbeatInterval: c.heartbeatInterval, note: d.say, log: s.log}
+	fresh := min(c.heartbeatInterval, c.staleThreshold/4)
+	var since time.Time // when the token was taken
+	for missed := false; ; {
+		asked, inLine, err := w.wait(ctx)
+		if err != nil {
+			return false
+		}
+		if since.IsZero() || inLine {
+			since = asked
+			s.logHeld()
+		}
+		if c.podUID == "" { // there is nobody to hold back
+			return true
+		}
+		if passed, err := d.letPass(ctx, asked.Add(fresh)); passed || err != nil {
+			return true
+		}
+		if !missed && time.Since(since) > awaitMissed {
+			missed = true
+			s.log.Warn("the token is held, and no init container asks for it: it must be the next one after this sidecar", "container", awaitName)
+		}
+	}
+}
+
+func (s *sidecar) logHeld() {
+	s.log.Info(heldText, "heartbeatInterval", s.interval.String(), "queueRedis", s.semaphores.address)
+}
+
+// closeLocks closes the connections to the lock servers once nothing is left of what was begun to get the token.
+func (s *sidecar) closeLocks() {
+	closed := make(chan struct{})
+	s.locksClosed = closed
+	go func() {
+		defer close(closed)
+		if err := s.semaphores.closeLocks(s.grace); err != nil {
+			s.log.Warn("close the connections to the lock servers", "error", err.Error())
+		}
+	}()
+}
+
+// loop sends a heartbeat after a while and then every interval, and retries sooner while they fail, until ctx is done or the
+// pod's await asks.
+func (s *sidecar) loop(ctx context.Context, first time.Duration, asked <-chan struct{}) {
 	retry := s.newBackoff()
-	for {
+	for pause := first; ; {
+		beat := time.NewTimer(pause)
+		select {
+		case <-beat.C:
+		case <-asked:
+			beat.Stop()
+			s.log.Info("the pod is started again: its init container asks for the token")
+			return
+		case <-ctx.Done():
+			beat.Stop()
+			return
+		}
 		next := time.Now().Add(s.interval)
 		if s.beat(ctx) == nil {
 			retry = s.newBackoff()
 		} else if sooner := time.Now().Add(retry.next()); sooner.Before(next) {
 			next = sooner
 		}
-		if sleep(ctx, time.Until(next)) != nil {
-			return
-		}
+		pause = time.Until(next)
 	}
 }
 
@@ -132,9 +190,9 @@ func (s *sidecar) beat(ctx context.Context) error {
 	return err
 }
 
-// giveBack releases the token, or leaves the line, retrying until ctx is done.
-func (s *sidecar) giveBack(ctx context.Context, held bool) error {
-	status, err := s.semaphores.releaseWithin(ctx, s.id, s.token)
+// giveBack releases the token, or leaves the line, retrying until the grace period is over.
+func (s *sidecar) giveBack(held bool) error {
+	status, err := s.semaphores.releaseWithin(s.grace, s.id, s.token)
 	if err != nil && !held {
 		return fmt.Errorf("the line of %s not left within the grace period, it forgets this pod within seconds; a token that was already taken for it (%s) will be reclaimed: %w",
 			s.id, s.token, err)

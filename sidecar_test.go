@@ -174,11 +174,11 @@ func TestSidecarUsesOneConnection(t *testing.T) {
 	id := freshID()
 	sidecarSemaphores := newSemaphores(testConfig(r.address).sharedConfig, nil, 1, slog.New(slog.DiscardHandler))
 	defer sidecarSemaphores.pool.Close()
-	s := &sidecar{semaphores: sidecarSemaphores, id: id, token: uuid.NewString(), interval: time.Second, log: slog.New(slog.DiscardHandler)}
+	s := &sidecar{semaphores: sidecarSemaphores, id: id, token: uuid.NewString(), interval: time.Second, grace: context.Background(), log: slog.New(slog.DiscardHandler)}
 	for range 10 {
 		must(t, s.beat(context.Background()))
 	}
-	must(t, s.giveBack(context.Background(), true))
+	must(t, s.giveBack(true))
 	clients := string(r.do(t, "CLIENT", "LIST").([]byte))
 	if n := strings.Count(clients, "\n"); n != 2 { // one is the test's
 		t.Errorf("connections:\n%s", clients)

@@ -108,7 +108,7 @@ func TestWaitingPodHasNoTokenOfAnother(t *testing.T) {
 	}
 	sidecars := containers(waiting, "initContainers")
 	args := sidecars[0].(map[string]any)["args"].([]any)
-	if len(sidecars) != 1 || args[len(args)-1] != "$(POD_UID)" {
+	if len(sidecars) != 2 || args[len(args)-1] != "$(POD_UID)" {
 		t.Errorf("the sidecars are %v", sidecars)
 	}
 	if again := patched(t, c, mustJSON(t, waiting), ""); string(mustJSON(t, again)) != string(mustJSON(t, waiting)) {
@@ -174,17 +174,17 @@ func TestPatchForEtcd(t *testing.T) {
 func TestSidecarReadsItsArguments(t *testing.T) {
 	c := testConfig("redis:6379")
 	c.redisAddresses = []string{"a:1", "b:2", "c:3"}
-	sidecar, _ := sidecarContainer(c, testID, request{length: 7, expiration: 12 * time.Second}, testToken)
+	sidecar, _ := sidecarContainer(c, corev1.ResourceRequirements{}, testID, request{length: 7, expiration: 12 * time.Second}, testToken)
 	parsed, err := parseSidecarConfig(sidecar.Args[1:], func(name string) string { return map[string]string{"POD_UID": "uid"}[name] })
 	must(t, err)
 	if parsed.length != 7 || parsed.expiration != 12*time.Second || parsed.podUID != "uid" || parsed.lockMode != lockModeRedlock || !slices.Equal(parsed.redisAddresses, c.redisAddresses) {
 		t.Errorf("parsed %+v", parsed)
 	}
 	c.enableSidecarContainers = false
-	sidecar, _ = sidecarContainer(c, testID, testAsked, testToken)
+	sidecar, _ = sidecarContainer(c, corev1.ResourceRequirements{}, testID, testAsked, testToken)
 	parsed, err = parseSidecarConfig(sidecar.Args[1:], func(string) string { return "" })
 	must(t, err)
-	if parsed.length != 0 || sidecar.StartupProbe != nil || sidecar.Env != nil {
+	if parsed.length != 0 || sidecar.RestartPolicy != nil || sidecar.Env != nil {
 		t.Errorf("a classic sidecar: %+v, %+v", parsed, sidecar)
 	}
 }

@@ -179,6 +179,20 @@ func TestUndeliverableAnswerIsGivenBack(t *testing.T) {
 	}
 }
 
+// A pod that is to wait has taken nothing: an answer that nobody hears is no error.
+func TestUndeliverableAnswerOfWaitingPod(t *testing.T) {
+	w := startWebhook(t, testConfig(freeAddress(t)))
+	request := httptest.NewRequest(http.MethodPost, "/mutate?timeout=10s", strings.NewReader(string(review(t, freshID(), 3, whenFull(whenFullWait)))))
+	request.Header.Set("Content-Type", "application/json")
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	w.mutate(httptest.NewRecorder(), request.WithContext(ctx))
+	lines := w.log.lines(t, "admission")
+	if len(lines) != 1 || lines[0]["verdict"] != verdictUndeliverable || lines[0]["level"] != "WARN" {
+		t.Errorf("logged %v", lines)
+	}
+}
+
 func TestOneLogLinePerAdmission(t *testing.T) {
 	r := commonRedis(t)
 	w := startWebhook(t, testConfig(r.address))

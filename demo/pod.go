@@ -12,12 +12,12 @@ import (
 	"syscall"
 )
 
-// pod is an admitted pod, of which only the sidecar runs, and its startup probe. The demo does what the kubelet would do.
+// pod is an admitted pod, of which only the injected containers run. The demo does what the kubelet would do.
 type pod struct {
 	name, uid, token string
 	patch            []patchOperation
 	args             []string // of the sidecar, as they are in the patch
-	sidecar, probe   *process
+	sidecar, await   *process
 }
 
 // newPod makes a pod of the webhook's answer.
@@ -49,7 +49,7 @@ func (p *pod) printPatch() {
 	for _, o := range p.patch {
 		value := string(o.Value)
 		if strings.HasPrefix(value, "[") {
-			value = "sidecar, args " + strings.Join(p.args[1:], " ")
+			value = "sidecar, args " + strings.Join(p.args[1:], " ") + "; await"
 		}
 		fmt.Printf("          %s %s: %s\n", o.Op, o.Path, value)
 	}
@@ -91,9 +91,9 @@ func (p *pod) wantLog(ctx context.Context, want string) (message string, err err
 	})
 }
 
-// startProbe starts the startup probe of a pod.
-func (s *setup) startProbe(p *pod) (err error) {
-	p.probe, err = s.start([]string{"POD_UID=" + p.uid}, s.options.program, "probe")
+// startAwait starts the init container of a pod that holds back its app.
+func (s *setup) startAwait(p *pod) (err error) {
+	p.await, err = s.start([]string{"POD_UID=" + p.uid}, s.options.program, "await")
 	return err
 }
 

@@ -48,7 +48,7 @@ type answer struct {
 	} `json:"status"`
 }
 
-// patchOperation is one step of a JSON patch; a value that is a container, or a list of one, has the sidecar's args.
+// patchOperation is one step of a JSON patch; a value that is a list of containers has the sidecar's args.
 type patchOperation struct {
 	Op    string          `json:"op"`
 	Path  string          `json:"path"`
@@ -79,14 +79,14 @@ func (s *setup) create(pod, whenFull string) (*answer, error) {
 	return &review.Response, json.Unmarshal(text, &review)
 }
 
-// sidecarArgs finds the args of the injected container in a patch.
+// sidecarArgs finds the args of the sidecar in a patch: it is the first of the injected containers.
 func sidecarArgs(patch []patchOperation) ([]string, error) {
 	for _, o := range patch {
 		var list []struct {
 			Name string   `json:"name"`
 			Args []string `json:"args"`
 		}
-		if json.Unmarshal(o.Value, &list) == nil && len(list) == 1 {
+		if json.Unmarshal(o.Value, &list) == nil && len(list) == 2 {
 			return list[0].Args, nil
 		}
 	}

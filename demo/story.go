@@ -173,8 +173,10 @@ func (s *setup) wantAdmitted(ctx context.Context, name string) error {
 	if err := s.startSidecar(p); err != nil {
 		return err
 	}
-	_, err = p.wantLog(ctx, "holding the token")
-	return err
+	if _, err := p.wantLog(ctx, "holding the token"); err != nil {
+		return err
+	}
+	return s.startAwait(p)
 }
 
 // wantRefused creates a pod that must be refused because that is in use, and prints what its user sees.

@@ -14,7 +14,7 @@ const soon = time.Second
 // tellOfWaiting tells of pods that wait for a token. Before it, web-3, web-4 and web-5 have one.
 func (s *setup) tellOfWaiting(ctx context.Context) error {
 	say("Two pods with when-full: wait are created: both are admitted, without a token. Their sidecars wait in line, and until\n" +
-		"   they have one, the startup probe keeps Kubernetes from starting the app.")
+		"   they have one, the init container \"await\" keeps Kubernetes from starting the app.")
 	if err := s.wantWaiting(ctx, "web-6", "1st"); err != nil {
 		return err
 	}
@@ -26,9 +26,9 @@ func (s *setup) tellOfWaiting(ctx context.Context) error {
 		return err
 	}
 
-	say("web-3 ends: web-6 is called, takes the token, and its startup probe succeeds. web-7 moves up.")
+	say("web-3 ends: web-6 is called, takes the token, and its await ends: the app would start. web-7 moves up.")
 	for _, p := range []*pod{six, seven} {
-		if err := p.wantNoSuccess(); err != nil {
+		if err := p.wantHeldBack(); err != nil {
 			return err
 		}
 	}
@@ -43,11 +43,11 @@ func (s *setup) tellOfWaiting(ctx context.Context) error {
 	if took > soon {
 		return fmt.Errorf("web-6 was not called: it took %s", took)
 	}
-	fmt.Printf("   web-6  startup probe succeeded %d ms after the SIGTERM of web-3\n", took.Milliseconds())
+	fmt.Printf("   web-6  await exited with 0, %d ms after the SIGTERM of web-3\n", took.Milliseconds())
 	if line, err := s.redis.ZMembers(waitersKey); err != nil || !slices.Equal(line, []string{seven.token}) {
 		return fmt.Errorf("web-7 is not the one in line: %q, %v", line, err)
 	}
-	if err := seven.wantNoSuccess(); err != nil {
+	if err := seven.wantHeldBack(); err != nil {
 		return err
 	}
 	fmt.Println("   web-7  still waits, 1st in line")
@@ -75,7 +75,7 @@ func (s *setup) tellOfWaiting(ctx context.Context) error {
 	if took, err = s.wantHolding(ctx, seven, start); err != nil {
 		return err
 	}
-	fmt.Printf("   web-7  startup probe succeeded %d ms after its sidecar went on\n", took.Milliseconds())
+	fmt.Printf("   web-7  await exited with 0, %d ms after its sidecar went on\n", took.Milliseconds())
 	if err := s.wantTokens(ctx, 0, 3); err != nil {
 		return err
 	}
@@ -99,7 +99,7 @@ func (s *setup) tellOfWaiting(ctx context.Context) error {
 }
 
 // wantWaiting creates a pod that must be admitted without a token, and starts its sidecar, which must take that place in line,
-// and its startup probe.
+// and its await.
 func (s *setup) wantWaiting(ctx context.Context, name, place string) error {
 	a, err := s.create(name, "wait")
 	if err != nil {
@@ -123,34 +123,33 @@ func (s *setup) wantWaiting(ctx context.Context, name, place string) error {
 		return err
 	}
 	fmt.Printf("          its sidecar logs: %s\n", text)
-	return s.startProbe(p)
+	return s.startAwait(p)
 }
 
-// wantNoSuccess fails if the startup probe has succeeded.
-func (p *pod) wantNoSuccess() error {
-	if p.probe.ended() && p.probe.cmd.ProcessState.ExitCode() == 0 {
-		return fmt.Errorf("the startup probe of %s succeeded without a token: %s", p.name, p.probe.log.String())
+// wantHeldBack fails if the await has ended.
+func (p *pod) wantHeldBack() error {
+	if p.await.ended() {
+		return fmt.Errorf("the await of %s ended without a token: %s", p.name, p.await.log.String())
 	}
 	return nil
 }
 
-// wantHolding waits until the startup probe of a pod has succeeded, and returns how long after start that was. A probe that has
-// failed, as it does after a while, is run again.
+// wantHolding waits until the await of a pod has ended well, and returns how long after start that was.
 func (s *setup) wantHolding(ctx context.Context, p *pod, start time.Time) (time.Duration, error) {
-	err := poll(ctx, "the startup probe of "+p.name+" does not succeed", func() error {
-		if !p.probe.ended() {
-			return errors.New("it has not ended")
-		}
-		if code := p.probe.cmd.ProcessState.ExitCode(); code != 0 {
-			return errors.Join(fmt.Errorf("it ended with %d: %s", code, p.probe.log.String()), s.startProbe(p))
+	err := poll(ctx, "the await of "+p.name+" does not end", func() error {
+		if !p.await.ended() {
+			return errors.New("it says: " + p.await.log.String())
 		}
 		return nil
 	})
 	if err != nil {
 		return 0, err
 	}
+	if code := p.await.cmd.ProcessState.ExitCode(); code != 0 {
+		return 0, fmt.Errorf("the await of %s ended with %d: %s", p.name, code, p.await.log.String())
+	}
 	if inflight, err := s.redis.SortedSet(inflightKey); err != nil || inflight[p.token] == 0 {
 		return 0, fmt.Errorf("the token of %s is not in flight: %v, %v", p.name, inflight, err)
 	}
-	return p.probe.endedAt.Sub(start), nil
+	return p.await.endedAt.Sub(start), nil
 }

@@ -69,7 +69,7 @@ func TestPodsWithMuchOfTheirOwn(t *testing.T) {
 	}))
 	first := n.wantRunning("much")
 	n.wantOneSidecar(first)
-	if len(first.Spec.InitContainers) != 3 || len(first.Spec.Containers) != 2 {
+	if len(first.Spec.InitContainers) != 4 || len(first.Spec.Containers) != 2 {
 		t.Errorf("%d init containers, %d containers", len(first.Spec.InitContainers), len(first.Spec.Containers))
 	}
 	n.create(pod("host", "much", 3, object{"hostNetwork": true, "dnsPolicy": "ClusterFirstWithHostNet"}))
@@ -85,7 +85,7 @@ func TestPodsWithMuchOfTheirOwn(t *testing.T) {
 	n.create(again)
 	second := n.wantRunning("much")
 	n.wantOneSidecar(second)
-	if len(second.Spec.InitContainers) != 3 || len(second.Spec.Containers) != 2 {
+	if len(second.Spec.InitContainers) != 4 || len(second.Spec.Containers) != 2 {
 		t.Errorf("again: %d init containers, %d containers", len(second.Spec.InitContainers), len(second.Spec.Containers))
 	}
 	token := annotationPrefix + "token"
@@ -118,6 +118,53 @@ func TestAnnotationErrors(t *testing.T) {
 	_, stderr, err := kubectlWarned(encode(p), "-n", n.name, "apply", "-f", "-")
 	if err == nil || strings.Count(strings.TrimSpace(stderr), "\n") != 0 || !strings.Contains(stderr, "length is missing") || !strings.Contains(stderr, "; "+annotationPrefix+"expiration is missing") {
 		t.Errorf("missing: %v\n%s", err, stderr)
+	}
+}
+
+// The sidecar leaves a pod in its QoS class.
+func TestQoSClass(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	all := object{"cpu": "10m", "memory": "16Mi"}
+	for name, c := range map[string]struct {
+		spec object
+		want corev1.PodQOSClass
+	}{
+		"guaranteed": {object{
+			"initContainers": []object{container("init", "true", object{"resources": object{"limits": all}})},
+			"containers":     []object{container("app", forever, object{"resources": object{"requests": all, "limits": all}})},
+		}, corev1.PodQOSGuaranteed},
+		"guaranteed-as-a-whole": {object{
+			"resources":  object{"requests": all, "limits": all},
+			"containers": []object{container("app", forever)},
+		}, corev1.PodQOSGuaranteed},
+		"burstable": {object{
+			"containers": []object{container("app", forever, object{"resources": object{"requests": object{"cpu": "5m"}, "limits": all}})},
+		}, corev1.PodQOSBurstable},
+	} {
+		n.create(pod(name, "qos", 5, c.spec))
+		p := n.wantRunning(name)
+		n.wantOneSidecar(p)
+		if p.Status.QOSClass != c.want {
+			t.Errorf("%s: the class is %s", name, p.Status.QOSClass)
+		}
+	}
+}
+
+// Pods that cannot have a sidecar.
+func TestPodsWithoutASidecar(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	static := pod("static", "none", 1, object{"nodeName": "a-node"})
+	static["metadata"].(object)["annotations"].(object)[corev1.MirrorPodAnnotationKey] = "0123456789abcdef"
+	out, stderr, err := kubectlWarned(encode(static), "-n", n.name, "create", "--dry-run=server", "-o", "yaml", "-f", "-")
+	must(t, err)
+	if !strings.Contains(stderr, "Warning: a static pod gets no semaphore sidecar") || strings.Contains(out, sidecarName) {
+		t.Errorf("warned %q:\n%s", stderr, out)
+	}
+	windows := pod("windows", "none", 1, object{"os": object{"name": "windows"}})
+	if got := n.wantRefused(windows); !strings.Contains(got, "denied the request: this is a Windows pod") {
+		t.Errorf("refused with %s", got)
 	}
 }
 

@@ -19,6 +19,7 @@ import (
 const (
 	annotationPrefix = "at-least-semaphore-pod-hook.kaidotio.github.io/"
 	sidecarName      = "at-least-semaphore-pod-sidecar"
+	awaitName        = "at-least-semaphore-pod-await"
 )
 
 // object is a Kubernetes object, or a part of one.
@@ -153,7 +154,7 @@ func (n *namespace) wantRunning(name string) corev1.Pod {
 	return p
 }
 
-// wantWaiting waits until a pod's sidecar runs and has no token yet, and returns the pod.
+// wantWaiting waits until a pod's sidecar runs and its second init container waits for the token, and returns the pod.
 func (n *namespace) wantWaiting(name string) corev1.Pod {
 	n.Helper()
 	var p corev1.Pod
@@ -162,7 +163,7 @@ func (n *namespace) wantWaiting(name string) corev1.Pod {
 			return err
 		}
 		for _, c := range p.Status.InitContainerStatuses {
-			if c.Name == sidecarName && c.State.Running != nil && c.Started != nil && !*c.Started {
+			if c.Name == awaitName && c.State.Running != nil && p.Status.InitContainerStatuses[0].State.Running != nil {
 				return nil
 			}
 		}
@@ -280,7 +281,7 @@ func (n *namespace) wantCounts(key string, queue, inflight int) {
 	})
 }
 
-// wantOneSidecar checks that a pod has exactly one sidecar, the native one, first.
+// wantOneSidecar checks that a pod has exactly one sidecar, the native one, first, and second what awaits its token.
 func (n *namespace) wantOneSidecar(p corev1.Pod) {
 	n.Helper()
 	count := 0
@@ -289,7 +290,7 @@ func (n *namespace) wantOneSidecar(p corev1.Pod) {
 			count++
 		}
 	}
-	if count != 1 || p.Spec.InitContainers[0].Name != sidecarName {
-		n.Errorf("%s has %d sidecars; the first init container is %s", p.Name, count, p.Spec.InitContainers[0].Name)
+	if count != 1 || p.Spec.InitContainers[0].Name != sidecarName || p.Spec.InitContainers[1].Name != awaitName {
+		n.Errorf("%s has %d sidecars; its init containers are %s", p.Name, count, encode(object{"init": p.Spec.InitContainers}))
 	}
 }

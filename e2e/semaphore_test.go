@@ -109,9 +109,10 @@ func TestNativeSidecar(t *testing.T) {
 	}))
 	p := n.wantRunning("slow")
 	n.wantOneSidecar(p)
-	sidecar, initial := p.Status.InitContainerStatuses[0], p.Status.InitContainerStatuses[1]
-	if sidecar.State.Running == nil || sidecar.State.Running.StartedAt.After(initial.State.Terminated.StartedAt.Time) {
-		t.Errorf("the sidecar did not start first: %+v, %+v", sidecar, initial)
+	sidecar, await, initial := p.Status.InitContainerStatuses[0], p.Status.InitContainerStatuses[1], p.Status.InitContainerStatuses[2]
+	if sidecar.State.Running == nil || sidecar.State.Running.StartedAt.After(await.State.Terminated.StartedAt.Time) ||
+		await.State.Terminated.FinishedAt.After(initial.State.Terminated.StartedAt.Time) {
+		t.Errorf("not started in order: %+v, %+v, %+v", sidecar, await, initial)
 	}
 	if p.Annotations[annotationPrefix+"token"] == "" {
 		t.Errorf("no token in the annotations %v", p.Annotations)

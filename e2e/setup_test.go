@@ -13,6 +13,8 @@
 //	NODE_SHELL  command that runs a script on the node, for the tests that kill processes and read files there, for example
 //	            kind:  docker exec kind-control-plane sh -c
 //	            k3d:   docker exec k3d-k3s-default-server-0 sh -c
+//	NODE_RESTART  shell command that ends COMPONENT (kubelet, containerd, apiserver, scheduler or controller-manager) by SIGNAL
+//	            (TERM or KILL) and starts it again, or leaves that to whatever watches over it. The Makefile has that for kind
 //	KEEP        if not empty, nothing is uninstalled
 package e2e
 
@@ -101,6 +103,20 @@ func nodeOutput(script string) (string, error) {
 		return "", fmt.Errorf("on the node: %s: %w: %s", script, err, out)
 	}
 	return string(out), nil
+}
+
+// restartOnNode ends and starts a component of the node, and waits until the node is ready.
+func restartOnNode(t *testing.T, component, signal string) {
+	t.Helper()
+	command := os.Getenv("NODE_RESTART")
+	if command == "" {
+		t.Fatal("NODE_RESTART is not set: it is the command that restarts a component of the node")
+	}
+	must(t, shell(fmt.Sprintf("COMPONENT=%s SIGNAL=%s; %s", component, signal, command)))
+	eventually(t, time.Minute, func() error { return errOf(kubectl("", "get", "--raw", "/readyz")) })
+	eventually(t, time.Minute, func() error {
+		return errOf(kubectl("", "wait", "--for=condition=Ready", "nodes", "--all", "--timeout=1s"))
+	})
 }
 
 // manifests are those of a folder of deploy/, with the image of this run and short thresholds.

@@ -1,0 +1,358 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+)
+
+// inPod makes the sidecars and awaits of a test those of one pod, whose UID it returns.
+func inPod(t *testing.T, token string) string {
+	t.Helper()
+	podUID := uuid.NewString()
+	t.Setenv("POD_UID", podUID)
+	t.Cleanup(func() { os.Remove(newStartMark(podUID, token).path) })
+	return podUID
+}
+
+// startAwait starts the init container that waits for the token.
+func startAwait(t *testing.T) *process {
+	t.Helper()
+	p := &process{Cmd: exec.Command(binary, "await"), done: make(chan struct{})}
+	p.Stdout, p.Stderr = &p.log, &p.log
+	p.start(t)
+	return p
+}
+
+// wantNotEnded fails if a process has ended.
+func (p *process) wantNotEnded(t *testing.T) {
+	t.Helper()
+	select {
+	case <-p.done:
+		t.Fatalf("ended with %d:\n%s", p.ProcessState.ExitCode(), p.log.String())
+	default:
+	}
+}
+
+// wantLogPrefix waits for a log line whose message begins like that, and returns the message.
+func (p *process) wantLogPrefix(t *testing.T, prefix string) (message string) {
+	t.Helper()
+	eventually(t, 20*time.Second, func() error {
+		for _, line := range strings.Split(p.log.String(), "\n") {
+			if _, rest, ok := strings.Cut(line, `"msg":"`+prefix); ok {
+				message, _, _ = strings.Cut(rest, `"`)
+				message = prefix + message
+				return nil
+			}
+		}
+		return fmt.Errorf("no %q in the log:\n%s", prefix, p.log.String())
+	})
+	return message
+}
+
+// The await says what its pod waits for, and ends well when the token is held: one that waits by then, and one that comes later,
+// as after a crash of the first.
+func TestAwait(t *testing.T) {
+	r := commonRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	holder := acquire(t, s, id, 1)
+	token := uuid.NewString()
+	inPod(t, token)
+	early := startAwait(t) // comes before the sidecar listens
+	p := startWaitingSidecar(t, r.address, id, token, 1)
+	r.wantLine(t, id, token)
+	early.wantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, ")
+	early.wantNotEnded(t)
+	giveBack(t, s, id, holder)
+	early.wantExit(t, 0)
+	early.wantLog(t, heldText)
+	p.wantLog(t, heldText)
+	r.wantCounts(t, id, 0, 1)
+	startAwait(t).wantExit(t, 0)
+	startAwait(t).wantExit(t, 0)
+}
+
+// While its sidecar is killed, and started again, an await waits; it ends well only when the token is held.
+func TestAwaitOutlivesItsSidecar(t *testing.T) {
+	r := commonRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	holder := acquire(t, s, id, 1)
+	token := uuid.NewString()
+	inPod(t, token)
+	a := startAwait(t)
+	for range 3 {
+		p := startWaitingSidecar(t, r.address, id, token, 1)
+		p.wantLogPrefix(t, "waiting for a token of ")
+		p.signal(t, syscall.SIGKILL)
+		<-p.done
+		a.wantNotEnded(t)
+	}
+	p := startWaitingSidecar(t, r.address, id, token, 1)
+	p.wantLogPrefix(t, "waiting for a token of ")
+	giveBack(t, s, id, holder)
+	a.wantExit(t, 0)
+	if got := r.inflight(t, id); len(got) != 1 || got[0] != token {
+		t.Errorf("in flight is %v, want %s", got, token)
+	}
+}
+
+// An await that is told to end does so at once, with and without a sidecar, and not well: the app must not start.
+func TestAwaitEndsOnSignal(t *testing.T) {
+	r := commonRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	acquire(t, s, id, 1)
+	token := uuid.NewString()
+	podUID := inPod(t, token)
+	for _, withSidecar := range []bool{false, true} {
+		if withSidecar {
+			startWaitingSidecar(t, r.address, id, token, 1)
+			r.wantLine(t, id, token)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		ended := make(chan error, 1)
+		go func() { ended <- runAwait(ctx, podUID, slog.New(slog.DiscardHandler)) }()
+		cancel()
+		select {
+		case err := <-ended:
+			if !errors.Is(err, errNotHeld) {
+				t.Errorf("with a sidecar %t: got %v", withSidecar, err)
+			}
+		case <-time.After(time.Second):
+			t.Fatalf("with a sidecar %t: does not end", withSidecar)
+		}
+	}
+	a := startAwait(t)
+	a.wantLogPrefix(t, "waiting for a token of ")
+	a.signal(t, syscall.SIGTERM)
+	a.wantExit(t, 1)
+}
+
+// fakeSidecar answers the awaits of a pod with what the function says of the n-th question.
+func fakeSidecar(t *testing.T, podUID string, answer func(n int, conn net.Conn)) {
+	t.Helper()
+	l, err := net.ListenUnix("unix", awaitSocket(podUID))
+	must(t, err)
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for n := 1; ; n++ {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			answer(n, conn)
+			conn.Close()
+		}
+	}()
+}
+
+// The answer that the token is held counts only if it comes soon after the question: what is between them may be a pause of the
+// whole pod, in which the token was given to another. (A real sidecar hangs up instead of answering late.)
+func TestAwaitWantsAFreshAnswer(t *testing.T) {
+	podUID := uuid.NewString()
+	asked := make(chan int, 10)
+	fakeSidecar(t, podUID, func(n int, conn net.Conn) {
+		asked <- n
+		switch n {
+		case 1: // late
+			time.Sleep(answerFresh + 100*time.Millisecond)
+			fmt.Fprintln(conn, heldText)
+		case 2: // cut off
+			fmt.Fprint(conn, heldText)
+		case 3: // no answer
+		case 4:
+			fmt.Fprintln(conn, heldText+" of another")
+		default:
+			fmt.Fprintln(conn, heldText)
+		}
+	})
+	must(t, runAwait(t.Context(), podUID, slog.New(slog.DiscardHandler)))
+	if n := len(asked); n != 5 {
+		t.Errorf("asked %d times", n)
+	}
+}
+
+// An await that no sidecar answers says so after a while, and what is to be looked at.
+func TestAwaitWithoutSidecar(t *testing.T) {
+	var b syncBuffer
+	a := &await{podUID: uuid.NewString(), log: slog.New(slog.NewJSONHandler(&b, nil)), answered: time.Now().Add(-awaitPatience)}
+	for range 3 {
+		_, err := a.ask(t.Context())
+		a.complain(err)
+	}
+	lines := b.lines(t, "the sidecar does not answer, to be asked again; it must be the init container before this one, and run")
+	if len(lines) != 1 || lines[0]["container"] != sidecarName || !strings.Contains(lines[0]["error"].(string), "connection refused") {
+		t.Errorf("logged %s", b.String())
+	}
+}
+
+// The door lets one await pass while it is open, and closes behind it and by itself.
+func TestDoor(t *testing.T) {
+	newTestDoor := func() *door {
+		mark := newStartMark("pod", uuid.NewString())
+		t.Cleanup(func() { os.Remove(mark.path) })
+		return newDoor(mark, "", slog.New(slog.DiscardHandler))
+	}
+	d := newTestDoor()
+	if d.pass() {
+		t.Error("passed while it was never opened")
+	}
+	d.openUntil(time.Now().Add(time.Hour))
+	if !d.pass() || d.pass() || !d.mark.isSet() {
+		t.Error("want one to pass, and to be noted")
+	}
+	d.knock()
+	select {
+	case <-d.asked:
+	default:
+		t.Error("an await that asks again is not noticed")
+	}
+	if d.mark.isSet() {
+		t.Error("the app is taken for started while an init container runs")
+	}
+
+	d = newTestDoor()
+	if passed, err := d.letPass(t.Context(), time.Now().Add(10*time.Millisecond)); passed || err != nil {
+		t.Errorf("passed %t, %v, and nobody was there", passed, err)
+	}
+	if d.pass() {
+		t.Error("passed too late")
+	}
+	d.openUntil(time.Now().Add(-time.Second)) // the answer was old when it was read
+	if d.pass() || d.mark.isSet() {
+		t.Error("passed on an old answer")
+	}
+}
+
+// Until the app may run, a token that was lost is not put back by a heartbeat: it has been given to another.
+func TestTokenLostBeforeTheAppStarts(t *testing.T) {
+	r := commonRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	token := uuid.NewString()
+	inPod(t, token)
+	p := startWaitingSidecar(t, r.address, id, token, 1) // with a heartbeat interval of 1 s
+	p.wantLog(t, heldText)
+	r.makeStale(t, id, token)
+	eventually(t, 20*time.Second, func() error { // it is kept alive meanwhile
+		if score := string(r.do(t, "ZSCORE", id.inflightKey(), token).([]byte)); score == "1" {
+			return errors.New("not renewed")
+		}
+		return nil
+	})
+	r.do(t, "ZREM", id.inflightKey(), token)
+	other := uuid.NewString()
+	r.do(t, "ZADD", id.inflightKey(), "9999999999", other)
+	r.wantLine(t, id, token)
+	a := startAwait(t)
+	a.wantLogPrefix(t, "waiting for a token of ")
+	r.wantCounts(t, id, 0, 1)
+	giveBack(t, s, id, other)
+	a.wantExit(t, 0)
+	r.wantLine(t, id)
+	if got := r.inflight(t, id); len(got) != 1 || got[0] != token {
+		t.Errorf("in flight is %v, want %s", got, token)
+	}
+}
+
+// An init container that asks again shows that the app does not run: the pod was started again. Its token is asked for anew,
+// and not put back by a heartbeat should it have been given to another.
+func TestPodStartedAgain(t *testing.T) {
+	r := commonRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	token := uuid.NewString()
+	inPod(t, token)
+	p := startWaitingSidecar(t, r.address, id, token, 1, "--heartbeat-interval-seconds=60")
+	startAwait(t).wantExit(t, 0)
+	r.do(t, "ZREM", id.inflightKey(), token)
+	other := uuid.NewString()
+	r.do(t, "ZADD", id.inflightKey(), "9999999999", other)
+	a := startAwait(t)
+	p.wantLog(t, "the pod is started again: its init container asks for the token")
+	r.wantLine(t, id, token)
+	a.wantNotEnded(t)
+	giveBack(t, s, id, other)
+	a.wantExit(t, 0)
+}
+
+// In a pod that was admitted with a token, the app starts only if the token is still there; if it was reclaimed while the pod was
+// Pending, the pod waits in line.
+func TestAdmittedPodConfirmsItsToken(t *testing.T) {
+	r := commonRedis(t)
+	w := startWebhook(t, testConfig(r.address))
+	s, id := testSemaphores(t, r.address), freshID()
+	token := w.wantAdmitted(t, id, 1)
+	inPod(t, token)
+	p := startWaitingSidecar(t, r.address, id, token, 1)
+	p.wantLog(t, "holding the token")
+	startAwait(t).wantExit(t, 0)
+	p.signal(t, syscall.SIGTERM)
+	p.wantExit(t, 0)
+	r.wantCounts(t, id, 1, 0)
+
+	late := w.wantAdmitted(t, id, 1)
+	inPod(t, late)
+	r.makeStale(t, id, late)
+	other := w.wantAdmitted(t, id, 1)
+	p = startWaitingSidecar(t, r.address, id, late, 1)
+	r.wantLine(t, id, late)
+	a := startAwait(t)
+	a.wantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, ")
+	giveBack(t, s, id, other)
+	a.wantExit(t, 0)
+	p.wantLog(t, "holding the token")
+	if got := r.inflight(t, id); len(got) != 1 || got[0] != late {
+		t.Errorf("in flight is %v, want %s", got, late)
+	}
+}
+
+// A sidecar that is killed in a running pod takes up its token again; if it was reclaimed meanwhile, it is counted again and
+// does not wait, as the app runs.
+func TestSidecarStartedAgainInARunningPod(t *testing.T) {
+	r := commonRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	token := uuid.NewString()
+	inPod(t, token)
+	start := func() *process {
+		p := startWaitingSidecar(t, r.address, id, token, 1)
+		return p
+	}
+	kill := func(p *process) {
+		p.signal(t, syscall.SIGKILL)
+		<-p.done
+	}
+	p := start()
+	startAwait(t).wantExit(t, 0)
+	kill(p)
+	p = start()
+	p.wantLog(t, "started again in a running pod")
+	r.wantCounts(t, id, 0, 1)
+	kill(p)
+	r.makeStale(t, id, token)
+	acquire(t, s, id, 1)
+	start().wantLog(t, "the token was not in flight (reclaimed as stale, or lost with Redis): counted again")
+	r.wantCounts(t, id, 0, 2)
+}
+
+// While Redis is out of reach the app does not start, and the init container's log says why; when it is back, it does.
+func TestSidecarStartsWithoutRedis(t *testing.T) {
+	r := startRedis(t)
+	s, id := testSemaphores(t, r.address), freshID()
+	token := acquire(t, s, id, 1)
+	inPod(t, token)
+	r.stop()
+	p := startWaitingSidecar(t, r.address, id, token, 1)
+	p.wantLog(t, "no token yet, to be retried")
+	a := startAwait(t)
+	a.wantLogPrefix(t, fmt.Sprintf("acquire %s: connect to queue Redis %s: ", id, r.address))
+	must(t, r.start())
+	a.wantExit(t, 0)
+}

@@ -1,0 +1,184 @@
+package main
+
+import (
+	"path"
+	"strconv"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+)
+
+// The names of the injected containers.
+const (
+	sidecarName = "at-least-semaphore-pod-sidecar"
+	awaitName   = "at-least-semaphore-pod-await"
+)
+
+// Where the sidecar finds the certificates that it trusts for rediss://, and those for etcd, if it is given any.
+const (
+	caVolumeName   = "at-least-semaphore-pod-redis-ca"
+	etcdVolumeName = "at-least-semaphore-pod-etcd-tls"
+	mountPath      = "/var/run/at-least-semaphore-pod-hook/"
+	caMountPath    = mountPath + "redis-ca"
+	etcdMountPath  = mountPath + "etcd-tls"
+	caFileName     = "ca.crt"
+)
+
+// nobody is the user and group of the distroless image's "nonroot". The containers name them themselves, so that they run in a
+// pod whose own security context says root.
+const nobody int64 = 65532
+
+// podUIDVariable gives a container the UID of its pod, by which await and sidecar find each other.
+var podUIDVariable = corev1.EnvVar{
+	Name: "POD_UID", ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: "metadata.uid"}},
+}
+
+// injectedContainer is a container that runs this program. It passes PodSecurity "restricted".
+func injectedContainer(c webhookConfig, name string, resources corev1.ResourceRequirements, args ...string) corev1.Container {
+	return corev1.Container{
+		Name:                     name,
+		Image:                    c.sidecarImage,
+		ImagePullPolicy:          corev1.PullIfNotPresent,
+		Args:                     args,
+		Resources:                resources,
+		TerminationMessagePolicy: corev1.TerminationMessageFallbackToLogsOnError,
+		SecurityContext: &corev1.SecurityContext{
+			AllowPrivilegeEscalation: new(false),
+			Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
+			ReadOnlyRootFilesystem:   new(true),
+			RunAsGroup:               new(nobody),
+			RunAsNonRoot:             new(true),
+			RunAsUser:                new(nobody),
+			SeccompProfile:           &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+		},
+	}
+}
+
+// sidecarContainer is the container that runs the sidecar mode, and the volumes that it needs. An empty token is for a pod that
+// takes its token itself.
+func sidecarContainer(c webhookConfig, resources corev1.ResourceRequirements, id semaphoreID, asked request, token string) (corev1.Container, []corev1.Volume) {
+	sidecar := injectedContainer(c, sidecarName, resources,
+		"sidecar",
+		"--queue-redis-address="+c.queueRedisAddress,
+		"--heartbeat-interval-seconds="+strconv.Itoa(seconds(c.heartbeatInterval)),
+		"--stale-threshold-seconds="+strconv.Itoa(seconds(c.staleThreshold)))
+	var volumes []corev1.Volume
+	if c.sidecarRedisSecret != "" {
+		sidecar.Env = append(sidecar.Env,
+			secretVariable("REDIS_USERNAME", c.sidecarRedisSecret, "username", true),
+			secretVariable("REDIS_PASSWORD", c.sidecarRedisSecret, "password", false))
+	}
+	if c.sidecarRedisCA.name != "" {
+		sidecar.Args = append(sidecar.Args, "--redis-ca-file="+path.Join(caMountPath, caFileName))
+		sidecar.VolumeMounts = append(sidecar.VolumeMounts, corev1.VolumeMount{Name: caVolumeName, MountPath: caMountPath, ReadOnly: true})
+		volumes = append(volumes, caVolume(c.sidecarRedisCA))
+	}
+	if c.enableSidecarContainers {
+		volumes = append(volumes, addNative(&sidecar, c, asked)...)
+		if token == "" {
+			token = "$(POD_UID)"
+		}
+	}
+	sidecar.Args = append(sidecar.Args, id.String(), token)
+	return sidecar, volumes
+}
+
+// addNative makes it a native sidecar that acquires its token, in line if need be. It returns the volumes that this needs.
+func addNative(sidecar *corev1.Container, c webhookConfig, asked request) (volumes []corev1.Volume) {
+	sidecar.RestartPolicy = new(corev1.ContainerRestartPolicyAlways)
+	sidecar.Env = append(sidecar.Env, podUIDVariable)
+	sidecar.Args = append(sidecar.Args,
+		"--length="+strconv.Itoa(asked.length),
+		"--expiration-seconds="+strconv.Itoa(seconds(asked.expiration)),
+		"--lock-mode="+c.lockMode)
+	if c.lockMode != lockModeEtcd {
+		sidecar.Args = append(sidecar.Args, "--redis-addresses="+strings.Join(c.redisAddresses, ","))
+		return nil
+	}
+	sidecar.Args = append(sidecar.Args, "--etcd-addresses="+strings.Join(c.etcdAddresses, ","))
+	if c.etcd.username != "" {
+		sidecar.Env = append(sidecar.Env,
+			secretVariable("ETCD_USERNAME", c.sidecarEtcdSecret, "username", false),
+			secretVariable("ETCD_PASSWORD", c.sidecarEtcdSecret, "password", false))
+	}
+	var items []corev1.KeyToPath
+	file := func(flag, name string) {
+		items = append(items, corev1.KeyToPath{Key: name, Path: name})
+		sidecar.Args = append(sidecar.Args, "--"+flag+"="+path.Join(etcdMountPath, name))
+	}
+	if c.etcd.caFile != "" {
+		file("etcd-ca-file", caFileName)
+	}
+	if c.etcd.certFile != "" {
+		file("etcd-cert-file", corev1.TLSCertKey)
+		file("etcd-key-file", corev1.TLSPrivateKeyKey)
+	}
+	if items == nil {
+		return nil
+	}
+	sidecar.VolumeMounts = append(sidecar.VolumeMounts, corev1.VolumeMount{Name: etcdVolumeName, MountPath: etcdMountPath, ReadOnly: true})
+	return []corev1.Volume{{Name: etcdVolumeName, VolumeSource: corev1.VolumeSource{
+		Secret: &corev1.SecretVolumeSource{SecretName: c.sidecarEtcdSecret, Items: items},
+	}}}
+}
+
+// awaitContainer is the init container that ends when the sidecar holds the token.
+func awaitContainer(c webhookConfig, resources corev1.ResourceRequirements) corev1.Container {
+	await := injectedContainer(c, awaitName, resources, "await")
+	await.Env = []corev1.EnvVar{podUIDVariable}
+	if c.restartAwait {
+		await.RestartPolicy = new(corev1.ContainerRestartPolicyOnFailure)
+	}
+	return await
+}
+
+func secretVariable(name, secret, key string, optional bool) corev1.EnvVar {
+	return corev1.EnvVar{Name: name, ValueFrom: &corev1.EnvVarSource{SecretKeyRef: &corev1.SecretKeySelector{
+		LocalObjectReference: corev1.LocalObjectReference{Name: secret}, Key: key, Optional: &optional,
+	}}}
+}
+
+// caVolume is the volume with the certificates that the sidecar trusts.
+func caVolume(from objectReference) corev1.Volume {
+	volume := corev1.Volume{Name: caVolumeName}
+	items := []corev1.KeyToPath{{Key: caFileName, Path: caFileName}}
+	if from.kind == "secret" {
+		volume.Secret = &corev1.SecretVolumeSource{SecretName: from.name, Items: items}
+	} else {
+		volume.ConfigMap = &corev1.ConfigMapVolumeSource{LocalObjectReference: corev1.LocalObjectReference{Name: from.name}, Items: items}
+	}
+	return volume
+}
+
+// resourcesFor are the requests and limits of each container that is injected into a pod. A pod of the QoS class Guaranteed
+// keeps it. One that has resources as a whole has them for the injected containers, too: it may be refused if the requests of its
+// containers add up to more.
+func resourcesFor(c webhookConfig, p *pod) corev1.ResourceRequirements {
+	switch {
+	case len(p.Spec.Resources.Limits)+len(p.Spec.Resources.Requests) > 0:
+		return corev1.ResourceRequirements{}
+	case p.isGuaranteed():
+		return corev1.ResourceRequirements{Requests: c.sidecarLimits, Limits: c.sidecarLimits}
+	}
+	return corev1.ResourceRequirements{Requests: c.sidecarRequests, Limits: c.sidecarLimits}
+}
+
+// isGuaranteed reports whether a pod, without what is injected, is of the QoS class Guaranteed: each of its containers has limits
+// for CPU and memory, and requests that are equal to them, or none, which means the same.
+func (p *pod) isGuaranteed() bool {
+	for _, list := range [][]podContainer{p.Spec.InitContainers, p.Spec.Containers} {
+		for _, c := range list {
+			if c.Name == sidecarName || c.Name == awaitName {
+				continue
+			}
+			for _, name := range []corev1.ResourceName{corev1.ResourceCPU, corev1.ResourceMemory} {
+				limit := c.Resources.Limits[name]
+				request, ok := c.Resources.Requests[name]
+				if limit.IsZero() || ok && request.Cmp(limit) != 0 {
+					return false
+				}
+			}
+		}
+	}
+	return true
+}
