@@ -1,5 +1,7 @@
 # docker build --build-arg VERSION=v0.1.0 --tag ghcr.io/kaidotio/at-least-semaphore-pod-hook:v0.1.0 .
 #
+# Needs BuildKit, which "docker build" uses by default since Docker 23 (DOCKER_BUILDKIT=1 before).
+#
 # The same sources and the same release of Go make the same binary, byte by byte: no paths, times or commits are in it.
 FROM --platform=$BUILDPLATFORM golang:1.26 AS build
 WORKDIR /src

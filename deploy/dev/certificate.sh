@@ -13,6 +13,13 @@ trap 'rm -f "$kubeconfig"' EXIT
 kubectl config view --context "$SKAFFOLD_KUBE_CONTEXT" --minify --flatten --raw >"$kubeconfig"
 export KUBECONFIG="$kubeconfig"
 
+# Of a loop that was stopped a moment ago, the namespace may still be going, and the Secret with it.
+namespace=$(kubectl get namespace at-least-semaphore-pod-hook --ignore-not-found -o 'jsonpath={.status.phase}')
+if [ "$namespace" = Terminating ]; then
+  echo "waiting for the end of the namespace at-least-semaphore-pod-hook, which is being deleted"
+  kubectl wait --for=delete namespace/at-least-semaphore-pod-hook --timeout=3m
+fi
+
 if [ -z "$(kubectl -n at-least-semaphore-pod-hook get secret webhook-certificate --ignore-not-found -o name)" ]; then
   kubectl delete --ignore-not-found -f ../base/webhook-configuration.yaml
   kubectl apply -f ../base/00-namespace.yaml -f ../base/webhook-configuration.yaml
