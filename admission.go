@@ -209,34 +209,33 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 		d.deny(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, deniedWindows)
 		return d, nil
 	}
-	asked, problems := parseAnnotations(p.Metadata.Annotations)
-	waits := a.waits(p.Metadata.Annotations)
-	if waits && !a.config.enableSidecarContainers {
+	spec, problems := parseAnnotations(p.Metadata.Annotations, a.config.whenFull)
+	if spec.waits && !a.config.enableSidecarContainers {
 		problems = append(problems, annotationWhenFull+` is "wait": this needs native sidecars, and the webhook injects classic ones (--enable-sidecar-containers=false)`)
 	}
-	d.semaphore = semaphoreID{r.Namespace, truncate(asked.key, maxKey)}
+	d.semaphore = semaphoreID{r.Namespace, truncate(spec.key, maxKey)}
 	if len(problems) > 0 {
 		d.verdict = verdictInvalid
 		d.deny(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "invalid annotations: "+strings.Join(problems, "; "))
 		return d, nil
 	}
-	if waits { // takes nothing here, dry run or not
+	if spec.waits { // takes nothing here, dry run or not
 		d.verdict = verdictWait
 		if r.DryRun {
 			d.verdict = verdictDryRun
 		}
 		d.response.Warnings = []string{warningWaits}
-		return d, d.admit(a.config, p, asked, "")
+		return d, d.admit(a.config, p, spec, "")
 	}
 	if r.DryRun {
 		d.verdict = verdictDryRun
-		return d, d.admit(a.config, p, asked, uuid.Nil.String())
+		return d, d.admit(a.config, p, spec, uuid.Nil.String())
 	}
-	d.token, err = a.semaphores.acquire(ctx, d.semaphore, asked.length, asked.expiration)
+	d.token, err = a.semaphores.acquire(ctx, d.semaphore, spec.length, spec.expiration)
 	var full *fullError
 	if errors.As(err, &full) {
 		d.verdict = verdictFull
-		d.deny(http.StatusTooManyRequests, metav1.StatusReasonTooManyRequests, full.Error())
+		d.deny(http.StatusTooManyRequests, metav1.StatusReasonTooManyRequests, refusal(full))
 		return d, nil
 	}
 	if err != nil {
@@ -244,21 +243,21 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 		return d, err
 	}
 	d.verdict = verdictAdmitted
-	return d, d.admit(a.config, p, asked, d.token)
+	return d, d.admit(a.config, p, spec, d.token)
 }
 
-// waits tells whether a pod is to wait for its token.
-func (a *admitter) waits(annotations map[string]string) bool {
-	whenFull, ok := annotations[annotationWhenFull]
-	if !ok {
-		whenFull = a.config.whenFull
+// refusal is the message to a user whose pod gets no token.
+func refusal(e *fullError) string {
+	text := fmt.Sprintf("no semaphore available: %s has %d of %d tokens in use", e.id, e.inUse, e.length)
+	if e.waiters > 0 {
+		text += fmt.Sprintf(", and %d waiting in line", e.waiters)
 	}
-	return whenFull == whenFullWait
+	return text
 }
 
 // admit puts the patch into the response: for a token, or without one for a pod that waits.
-func (d *decision) admit(c webhookConfig, p *pod, asked request, token string) (err error) {
-	d.response.Patch, err = sidecarPatch(c, p, d.semaphore, asked, token)
+func (d *decision) admit(c webhookConfig, p *pod, spec semaphoreSpec, token string) (err error) {
+	d.response.Patch, err = sidecarPatch(c, p, d.semaphore, spec, token)
 	d.response.PatchType = new(admissionv1.PatchTypeJSONPatch)
 	if !c.enableSidecarContainers && (p.Spec.RestartPolicy == "Never" || p.Spec.RestartPolicy == "OnFailure") {
 		d.response.Warnings = append(d.response.Warnings, warningNotCompleting)
@@ -287,7 +286,7 @@ func (a *admitter) warnOfJob(d *decision, r *admissionRequest) error {
 	case annotations[annotationEnabled] != "true":
 	case !a.config.enableSidecarContainers:
 		d.response.Warnings = []string{warningJob}
-	case a.waits(annotations):
+	case waits(annotations, a.config.whenFull):
 		d.response.Warnings = []string{warningJobWaits}
 	}
 	return nil

@@ -29,15 +29,17 @@ const (
 
 var keyPattern = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$`)
 
-// request is what an annotated pod asks for.
-type request struct {
+// semaphoreSpec is what a pod's annotations say of its semaphore.
+type semaphoreSpec struct {
 	key        string
 	length     int
 	expiration time.Duration
+	waits      bool // for a token if none is free, instead of being refused
 }
 
-// parseAnnotations reads the annotations of an annotated pod; problems are all that is wrong with them.
-func parseAnnotations(annotations map[string]string) (r request, problems []string) {
+// parseAnnotations reads the annotations of an annotated pod; problems are all that is wrong with them. whenFull is for pods that
+// do not say what becomes of them.
+func parseAnnotations(annotations map[string]string, whenFull string) (spec semaphoreSpec, problems []string) {
 	problem := func(name, format string, args ...any) {
 		problems = append(problems, name+" "+fmt.Sprintf(format, args...))
 	}
@@ -57,15 +59,24 @@ func parseAnnotations(annotations map[string]string) (r request, problems []stri
 	} else if wrong := checkKey(key); wrong != "" {
 		problem(annotationKey, "is %s: %s", quoteShort(key), wrong)
 	}
-	r = request{
+	spec = semaphoreSpec{
 		key:        annotations[annotationKey],
 		length:     number(annotationLength, maxLength),
 		expiration: time.Duration(number(annotationExpiration, maxExpiration)) * time.Second,
+		waits:      waits(annotations, whenFull),
 	}
 	if text, ok := annotations[annotationWhenFull]; ok && !slices.Contains(whenFullChoices, text) {
 		problem(annotationWhenFull, "is %s: it must be %s", quoteShort(text), strings.Join(whenFullChoices, " or "))
 	}
-	return r, problems
+	return spec, problems
+}
+
+// waits reports whether a pod with these annotations waits for a token if none is free.
+func waits(annotations map[string]string, whenFull string) bool {
+	if own, ok := annotations[annotationWhenFull]; ok {
+		whenFull = own
+	}
+	return whenFull == whenFullWait
 }
 
 // checkKey says what a key must be if this one is not.

@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"os/exec"
 	"strings"
 	"syscall"
 	"testing"
@@ -16,55 +15,11 @@ import (
 	"github.com/google/uuid"
 )
 
-// inPod makes the sidecars and awaits of a test those of one pod, whose UID it returns.
-func inPod(t *testing.T, token string) string {
-	t.Helper()
-	podUID := uuid.NewString()
-	t.Setenv("POD_UID", podUID)
-	t.Cleanup(func() { os.Remove(newStartMark(podUID, token).path) })
-	return podUID
-}
-
-// startAwait starts the init container that waits for the token.
-func startAwait(t *testing.T) *process {
-	t.Helper()
-	p := &process{Cmd: exec.Command(binary, "await"), done: make(chan struct{})}
-	p.Stdout, p.Stderr = &p.log, &p.log
-	p.start(t)
-	return p
-}
-
-// wantNotEnded fails if a process has ended.
-func (p *process) wantNotEnded(t *testing.T) {
-	t.Helper()
-	select {
-	case <-p.done:
-		t.Fatalf("ended with %d:\n%s", p.ProcessState.ExitCode(), p.log.String())
-	default:
-	}
-}
-
-// wantLogPrefix waits for a log line whose message begins like that, and returns the message.
-func (p *process) wantLogPrefix(t *testing.T, prefix string) (message string) {
-	t.Helper()
-	eventually(t, 20*time.Second, func() error {
-		for _, line := range strings.Split(p.log.String(), "\n") {
-			if _, rest, ok := strings.Cut(line, `"msg":"`+prefix); ok {
-				message, _, _ = strings.Cut(rest, `"`)
-				message = prefix + message
-				return nil
-			}
-		}
-		return fmt.Errorf("no %q in the log:\n%s", prefix, p.log.String())
-	})
-	return message
-}
-
 // The await says what its pod waits for, and ends well when the token is held: one that waits by then, and one that comes later,
 // as after a crash of the first.
 func TestAwait(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	t.Parallel()
+	r, s, id := newSemaphore(t)
 	holder := acquire(t, s, id, 1)
 	token := uuid.NewString()
 	inPod(t, token)
@@ -84,8 +39,8 @@ func TestAwait(t *testing.T) {
 
 // While its sidecar is killed, and started again, an await waits; it ends well only when the token is held.
 func TestAwaitOutlivesItsSidecar(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	t.Parallel()
+	r, s, id := newSemaphore(t)
 	holder := acquire(t, s, id, 1)
 	token := uuid.NewString()
 	inPod(t, token)
@@ -108,8 +63,8 @@ func TestAwaitOutlivesItsSidecar(t *testing.T) {
 
 // An await that is told to end does so at once, with and without a sidecar, and not well: the app must not start.
 func TestAwaitEndsOnSignal(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	t.Parallel()
+	r, s, id := newSemaphore(t)
 	acquire(t, s, id, 1)
 	token := uuid.NewString()
 	podUID := inPod(t, token)
@@ -158,6 +113,7 @@ func fakeSidecar(t *testing.T, podUID string, answer func(n int, conn net.Conn))
 // The answer that the token is held counts only if it comes soon after the question: what is between them may be a pause of the
 // whole pod, in which the token was given to another. (A real sidecar hangs up instead of answering late.)
 func TestAwaitWantsAFreshAnswer(t *testing.T) {
+	t.Parallel()
 	podUID := uuid.NewString()
 	asked := make(chan int, 10)
 	fakeSidecar(t, podUID, func(n int, conn net.Conn) {
@@ -231,128 +187,4 @@ func TestDoor(t *testing.T) {
 	if d.pass() || d.mark.isSet() {
 		t.Error("passed on an old answer")
 	}
-}
-
-// Until the app may run, a token that was lost is not put back by a heartbeat: it has been given to another.
-func TestTokenLostBeforeTheAppStarts(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
-	token := uuid.NewString()
-	inPod(t, token)
-	p := startWaitingSidecar(t, r.address, id, token, 1) // with a heartbeat interval of 1 s
-	p.wantLog(t, heldText)
-	r.makeStale(t, id, token)
-	eventually(t, 20*time.Second, func() error { // it is kept alive meanwhile
-		if score := string(r.do(t, "ZSCORE", id.inflightKey(), token).([]byte)); score == "1" {
-			return errors.New("not renewed")
-		}
-		return nil
-	})
-	r.do(t, "ZREM", id.inflightKey(), token)
-	other := uuid.NewString()
-	r.do(t, "ZADD", id.inflightKey(), "9999999999", other)
-	r.wantLine(t, id, token)
-	a := startAwait(t)
-	a.wantLogPrefix(t, "waiting for a token of ")
-	r.wantCounts(t, id, 0, 1)
-	giveBack(t, s, id, other)
-	a.wantExit(t, 0)
-	r.wantLine(t, id)
-	if got := r.inflight(t, id); len(got) != 1 || got[0] != token {
-		t.Errorf("in flight is %v, want %s", got, token)
-	}
-}
-
-// An init container that asks again shows that the app does not run: the pod was started again. Its token is asked for anew,
-// and not put back by a heartbeat should it have been given to another.
-func TestPodStartedAgain(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
-	token := uuid.NewString()
-	inPod(t, token)
-	p := startWaitingSidecar(t, r.address, id, token, 1, "--heartbeat-interval-seconds=60")
-	startAwait(t).wantExit(t, 0)
-	r.do(t, "ZREM", id.inflightKey(), token)
-	other := uuid.NewString()
-	r.do(t, "ZADD", id.inflightKey(), "9999999999", other)
-	a := startAwait(t)
-	p.wantLog(t, "the pod is started again: its init container asks for the token")
-	r.wantLine(t, id, token)
-	a.wantNotEnded(t)
-	giveBack(t, s, id, other)
-	a.wantExit(t, 0)
-}
-
-// In a pod that was admitted with a token, the app starts only if the token is still there; if it was reclaimed while the pod was
-// Pending, the pod waits in line.
-func TestAdmittedPodConfirmsItsToken(t *testing.T) {
-	r := commonRedis(t)
-	w := startWebhook(t, testConfig(r.address))
-	s, id := testSemaphores(t, r.address), freshID()
-	token := w.wantAdmitted(t, id, 1)
-	inPod(t, token)
-	p := startWaitingSidecar(t, r.address, id, token, 1)
-	p.wantLog(t, "holding the token")
-	startAwait(t).wantExit(t, 0)
-	p.signal(t, syscall.SIGTERM)
-	p.wantExit(t, 0)
-	r.wantCounts(t, id, 1, 0)
-
-	late := w.wantAdmitted(t, id, 1)
-	inPod(t, late)
-	r.makeStale(t, id, late)
-	other := w.wantAdmitted(t, id, 1)
-	p = startWaitingSidecar(t, r.address, id, late, 1)
-	r.wantLine(t, id, late)
-	a := startAwait(t)
-	a.wantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, ")
-	giveBack(t, s, id, other)
-	a.wantExit(t, 0)
-	p.wantLog(t, "holding the token")
-	if got := r.inflight(t, id); len(got) != 1 || got[0] != late {
-		t.Errorf("in flight is %v, want %s", got, late)
-	}
-}
-
-// A sidecar that is killed in a running pod takes up its token again; if it was reclaimed meanwhile, it is counted again and
-// does not wait, as the app runs.
-func TestSidecarStartedAgainInARunningPod(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
-	token := uuid.NewString()
-	inPod(t, token)
-	start := func() *process {
-		p := startWaitingSidecar(t, r.address, id, token, 1)
-		return p
-	}
-	kill := func(p *process) {
-		p.signal(t, syscall.SIGKILL)
-		<-p.done
-	}
-	p := start()
-	startAwait(t).wantExit(t, 0)
-	kill(p)
-	p = start()
-	p.wantLog(t, "started again in a running pod")
-	r.wantCounts(t, id, 0, 1)
-	kill(p)
-	r.makeStale(t, id, token)
-	acquire(t, s, id, 1)
-	start().wantLog(t, "the token was not in flight (reclaimed as stale, or lost with Redis): counted again")
-	r.wantCounts(t, id, 0, 2)
-}
-
-// While Redis is out of reach the app does not start, and the init container's log says why; when it is back, it does.
-func TestSidecarStartsWithoutRedis(t *testing.T) {
-	r := startRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
-	token := acquire(t, s, id, 1)
-	inPod(t, token)
-	r.stop()
-	p := startWaitingSidecar(t, r.address, id, token, 1)
-	p.wantLog(t, "no token yet, to be retried")
-	a := startAwait(t)
-	a.wantLogPrefix(t, fmt.Sprintf("acquire %s: connect to queue Redis %s: ", id, r.address))
-	must(t, r.start())
-	a.wantExit(t, 0)
 }

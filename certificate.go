@@ -62,7 +62,7 @@ func (c *certificate) reload() (changed bool, err error) {
 	return true, nil
 }
 
-// see remembers what was seen and tells whether it is new.
+// see remembers what was seen and reports whether it is new.
 func (c *certificate) see(what []byte) bool {
 	if bytes.Equal(what, c.seen) {
 		return false

@@ -9,12 +9,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// The locks to choose from.
-const (
-	lockModeRedlock = "redlock"
-	lockModeEtcd    = "etcd"
-)
-
 // What becomes of a pod for which no token is free.
 const (
 	whenFullDeny = "deny" // it is refused
@@ -201,7 +195,8 @@ func (c *webhookConfig) validate(f *flags) {
 		}
 	}
 	if c.restartAwait && !c.enableSidecarContainers && !f.wrong["enable-sidecar-containers"] {
-		f.problem("--await-restart: is not used with --enable-sidecar-containers=false: nothing holds back the app of a pod with a classic sidecar")
+		f.problem("--await-restart: is not used with --enable-sidecar-containers=false: " +
+			"nothing holds back the app of a pod with a classic sidecar")
 	}
 	if f.NArg() > 0 {
 		f.problem("unexpected argument %q: the webhook takes flags only", f.Arg(0))

@@ -56,7 +56,7 @@ func injectedContainer(c webhookConfig, name string, resources corev1.ResourceRe
 
 // sidecarContainer is the container that runs the sidecar mode, and the volumes that it needs. An empty token is for a pod that
 // takes its token itself.
-func sidecarContainer(c webhookConfig, resources corev1.ResourceRequirements, id semaphoreID, asked request, token string) (corev1.Container, []corev1.Volume) {
+func sidecarContainer(c webhookConfig, resources corev1.ResourceRequirements, id semaphoreID, spec semaphoreSpec, token string) (corev1.Container, []corev1.Volume) {
 	sidecar := injectedContainer(c, sidecarName, resources,
 		"sidecar",
 		"--queue-redis-address="+c.queueRedisAddress,
@@ -74,7 +74,7 @@ func sidecarContainer(c webhookConfig, resources corev1.ResourceRequirements, id
 		volumes = append(volumes, caVolume(c.sidecarRedisCA))
 	}
 	if c.enableSidecarContainers {
-		volumes = append(volumes, addNative(&sidecar, c, asked)...)
+		volumes = append(volumes, addNative(&sidecar, c, spec)...)
 		if token == "" {
 			token = "$(POD_UID)"
 		}
@@ -84,12 +84,12 @@ func sidecarContainer(c webhookConfig, resources corev1.ResourceRequirements, id
 }
 
 // addNative makes it a native sidecar that acquires its token, in line if need be. It returns the volumes that this needs.
-func addNative(sidecar *corev1.Container, c webhookConfig, asked request) (volumes []corev1.Volume) {
+func addNative(sidecar *corev1.Container, c webhookConfig, spec semaphoreSpec) (volumes []corev1.Volume) {
 	sidecar.RestartPolicy = new(corev1.ContainerRestartPolicyAlways)
 	sidecar.Env = append(sidecar.Env, podUIDVariable)
 	sidecar.Args = append(sidecar.Args,
-		"--length="+strconv.Itoa(asked.length),
-		"--expiration-seconds="+strconv.Itoa(seconds(asked.expiration)),
+		"--length="+strconv.Itoa(spec.length),
+		"--expiration-seconds="+strconv.Itoa(seconds(spec.expiration)),
 		"--lock-mode="+c.lockMode)
 	if c.lockMode != lockModeEtcd {
 		sidecar.Args = append(sidecar.Args, "--redis-addresses="+strings.Join(c.redisAddresses, ","))

@@ -79,9 +79,13 @@ func (p *demoProcess) wantNothingLeft(t *testing.T) {
 	}
 }
 
-func TestDemo(t *testing.T) { testDemo(t, "story") }
+func TestDemo(t *testing.T) {
+	t.Parallel()
+	testDemo(t, "story")
+}
 
 func TestDemoWithEtcd(t *testing.T) {
+	t.Parallel()
 	etcd, err := etcdBinary()
 	must(t, err)
 	testDemo(t, "-etcd", etcd, "story")

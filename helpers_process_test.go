@@ -1,10 +1,16 @@
 package main
 
 import (
+	"fmt"
+	"os"
 	"os/exec"
+	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/google/uuid"
 )
 
 // process is this program as a process.
@@ -14,9 +20,15 @@ type process struct {
 	done chan struct{} // closed when it has ended
 }
 
+// podUIDs are the UIDs of the pods, one for each test, in which its processes are.
+var podUIDs sync.Map
+
 func startProcess(t *testing.T, args ...string) *process {
 	t.Helper()
 	p := &process{Cmd: exec.Command(binary, args...), done: make(chan struct{})}
+	if podUID, ok := podUIDs.Load(t); ok {
+		p.Env = append(os.Environ(), "POD_UID="+podUID.(string))
+	}
 	p.Stderr = &p.log
 	p.start(t)
 	t.Cleanup(func() {
@@ -63,4 +75,64 @@ func (p *process) wantExit(t *testing.T, code int) {
 func (p *process) signal(t *testing.T, s syscall.Signal) {
 	t.Helper()
 	must(t, p.Process.Signal(s))
+}
+
+// inPod makes the sidecars and awaits of a test those of one pod, whose UID it returns.
+func inPod(t *testing.T, token string) string {
+	t.Helper()
+	podUID := uuid.NewString()
+	podUIDs.Store(t, podUID)
+	t.Cleanup(func() { os.Remove(newStartMark(podUID, token).path) })
+	return podUID
+}
+
+// startAwait starts the init container that waits for the token.
+func startAwait(t *testing.T) *process {
+	t.Helper()
+	return startProcess(t, "await")
+}
+
+// wantNotEnded fails if a process has ended.
+func (p *process) wantNotEnded(t *testing.T) {
+	t.Helper()
+	select {
+	case <-p.done:
+		t.Fatalf("ended with %d:\n%s", p.ProcessState.ExitCode(), p.log.String())
+	default:
+	}
+}
+
+// wantLogPrefix waits for a log line whose message begins like that, and returns the message.
+func (p *process) wantLogPrefix(t *testing.T, prefix string) (message string) {
+	t.Helper()
+	eventually(t, 20*time.Second, func() error {
+		for _, line := range strings.Split(p.log.String(), "\n") {
+			if _, rest, ok := strings.Cut(line, `"msg":"`+prefix); ok {
+				message, _, _ = strings.Cut(rest, `"`)
+				message = prefix + message
+				return nil
+			}
+		}
+		return fmt.Errorf("no %q in the log:\n%s", prefix, p.log.String())
+	})
+	return message
+}
+
+// wantLog waits for a log line with that message.
+func (p *process) wantLog(t *testing.T, message string) map[string]any {
+	t.Helper()
+	var lines []map[string]any
+	eventually(t, 20*time.Second, func() error {
+		if lines = p.log.lines(t, message); len(lines) == 0 {
+			return fmt.Errorf("no %q in the log:\n%s", message, p.log.String())
+		}
+		return nil
+	})
+	return lines[0]
+}
+
+// startWaitingSidecar starts a sidecar that gets its token itself.
+func startWaitingSidecar(t *testing.T, address string, id semaphoreID, token string, length int, flags ...string) *process {
+	t.Helper()
+	return startSidecar(t, address, id, token, append([]string{fmt.Sprintf("--length=%d", length), "--redis-addresses=" + address}, flags...)...)
 }

@@ -6,6 +6,8 @@ import (
 	"net"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -146,4 +148,17 @@ func (s *redisServer) inflight(t *testing.T, id semaphoreID) []string {
 func (s *redisServer) makeStale(t *testing.T, id semaphoreID, token string) {
 	t.Helper()
 	s.do(t, "ZADD", id.inflightKey(), "XX", 1, token)
+}
+
+func commandCalls(t *testing.T, r *redisServer) map[string]int {
+	t.Helper()
+	info, err := redis.String(r.do(t, "INFO", "commandstats"), nil)
+	must(t, err)
+	calls := map[string]int{}
+	for _, m := range regexp.MustCompile(`cmdstat_([^:]+):calls=(\d+)`).FindAllStringSubmatch(info, -1) {
+		n, err := strconv.Atoi(m[2])
+		must(t, err)
+		calls[m[1]] = n
+	}
+	return calls
 }

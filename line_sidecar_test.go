@@ -13,8 +13,8 @@ import (
 
 // A waiting sidecar says where it stands, and leaves the line on SIGTERM.
 func TestWaitingSidecar(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	t.Parallel()
+	r, s, id := newSemaphore(t)
 	holder := acquire(t, s, id, 1)
 	first, second := uuid.NewString(), uuid.NewString()
 	a := startWaitingSidecar(t, r.address, id, first, 1)
@@ -36,16 +36,10 @@ func TestWaitingSidecar(t *testing.T) {
 	r.wantCounts(t, id, 1, 0)
 }
 
-// startWaitingSidecar starts a sidecar that gets its token itself.
-func startWaitingSidecar(t *testing.T, address string, id semaphoreID, token string, length int, flags ...string) *process {
-	t.Helper()
-	return startSidecar(t, address, id, token, append([]string{fmt.Sprintf("--length=%d", length), "--redis-addresses=" + address}, flags...)...)
-}
-
 // One that is killed while it waits, and started again by the kubelet, keeps its place.
 func TestKilledWaiterKeepsItsPlace(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	t.Parallel()
+	r, s, id := newSemaphore(t)
 	acquire(t, s, id, 1)
 	first := uuid.NewString()
 	p := startWaitingSidecar(t, r.address, id, first, 1)
@@ -65,8 +59,8 @@ func TestKilledWaiterKeepsItsPlace(t *testing.T) {
 
 // When the token is held, nothing is left of the waiting: one connection, as ever.
 func TestHolderUsesOneConnection(t *testing.T) {
-	r := startRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, startRedis(t))
 	holder := acquire(t, s, id, 1)
 	token := uuid.NewString()
 	p := startWaitingSidecar(t, r.address, id, token, 1)

@@ -36,51 +36,38 @@ type etcdSettings struct {
 // etcdLock is a lock in an etcd cluster: a key that is attached to a lease of the expiration's length. etcd has leases
 // of whole seconds, and none below one and a half times its election timeout (2 s with its defaults).
 type etcdLock struct {
-	servers  []*etcdServer
-	attempts sync.WaitGroup
+	members  []*etcdServer
+	attempts attempts
 }
 
 func newEtcdLock(addresses []string, settings etcdSettings) *etcdLock {
 	l := new(etcdLock)
 	for _, a := range addresses {
-		l.servers = append(l.servers, &etcdServer{address: a, settings: settings})
+		l.members = append(l.members, &etcdServer{address: a, settings: settings})
 	}
 	return l
 }
 
-// tryLock implements locker. The attempt itself is not bound to ctx, but to etcdTimeout: one that was cut off would not
-// know what to revoke.
-func (l *etcdLock) tryLock(ctx context.Context, name string, expiration time.Duration) (func(context.Context) error, error) {
-	type outcome struct {
-		unlock func(context.Context) error
-		err    error
-	}
-	done := make(chan outcome, 1)
-	l.attempts.Go(func() {
-		attempt, cancel := context.WithTimeout(context.WithoutCancel(ctx), etcdTimeout)
+// tryLock implements locker. An attempt takes etcdTimeout at most, and as long to undo what it has done.
+func (l *etcdLock) tryLock(ctx context.Context, name string, expiration time.Duration) (unlockFunc, error) {
+	return l.attempts.do(ctx, l.servers(), func(ctx context.Context) (unlockFunc, error) {
+		ctx, cancel := context.WithTimeout(ctx, etcdTimeout)
 		defer cancel()
-		unlock, err := l.attempt(attempt, name, expiration)
-		done <- outcome{unlock, err}
+		return l.attempt(ctx, name, expiration)
 	})
-	select {
-	case o := <-done:
-		return o.unlock, o.err
-	case <-ctx.Done():
-		l.attempts.Go(func() {
-			if o := <-done; o.err == nil {
-				_ = o.unlock(context.WithoutCancel(ctx)) // what cannot be freed expires
-			}
-		})
-		var addresses []string
-		for _, s := range l.servers {
-			addresses = append(addresses, s.address)
-		}
-		return nil, unanswered("etcd", addresses, context.Cause(ctx))
+}
+
+// servers implements locker.
+func (l *etcdLock) servers() []string {
+	var names []string
+	for _, m := range l.members {
+		names = append(names, "lock etcd "+m.address)
 	}
+	return names
 }
 
 // attempt looks whether the key is there, and if not, grants a lease and creates the key with it.
-func (l *etcdLock) attempt(ctx context.Context, name string, expiration time.Duration) (func(context.Context) error, error) {
+func (l *etcdLock) attempt(ctx context.Context, name string, expiration time.Duration) (unlockFunc, error) {
 	server, taken, err := l.look(ctx, name)
 	if err != nil {
 		return nil, err
@@ -112,8 +99,8 @@ func (l *etcdLock) look(ctx context.Context, name string) (server *etcdServer, t
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	answers := make(chan answer, len(l.servers))
-	for _, s := range l.servers {
+	answers := make(chan answer, len(l.members))
+	for _, s := range l.members {
 		l.attempts.Go(func() {
 			a := answer{server: s}
 			client, err := s.connect(ctx)
@@ -130,7 +117,7 @@ func (l *etcdLock) look(ctx context.Context, name string) (server *etcdServer, t
 		})
 	}
 	var errs []error
-	for range l.servers {
+	for range l.members {
 		a := <-answers
 		if a.err == nil {
 			return a.server, a.taken, nil
@@ -144,8 +131,8 @@ func (l *etcdLock) look(ctx context.Context, name string) (server *etcdServer, t
 func (l *etcdLock) revoke(ctx context.Context, lease clientv3.LeaseID) error {
 	ctx, cancel := context.WithTimeout(ctx, etcdTimeout)
 	defer cancel()
-	errs := make(chan error, len(l.servers))
-	for _, s := range l.servers {
+	errs := make(chan error, len(l.members))
+	for _, s := range l.members {
 		l.attempts.Go(func() {
 			client, err := s.connect(ctx)
 			if err == nil {
@@ -161,7 +148,7 @@ func (l *etcdLock) revoke(ctx context.Context, lease clientv3.LeaseID) error {
 		})
 	}
 	var failed []error
-	for range l.servers {
+	for range l.members {
 		err := <-errs
 		if err == nil {
 			return nil
@@ -174,7 +161,7 @@ func (l *etcdLock) revoke(ctx context.Context, lease clientv3.LeaseID) error {
 func (l *etcdLock) close() error {
 	l.attempts.Wait()
 	var errs []error
-	for _, s := range l.servers {
+	for _, s := range l.members {
 		errs = append(errs, s.close())
 	}
 	return errors.Join(errs...)

@@ -1,14 +1,10 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"net"
 	"net/http"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -72,8 +68,10 @@ func TestOneLockServerDown(t *testing.T) {
 // Two of three are down: what needs the lock fails, naming the servers, well before the API server gives up; what needs
 // no repair goes on.
 func TestTwoLockServersDown(t *testing.T) {
+	t.Parallel()
 	for _, hangs := range []bool{true, false} {
 		t.Run(fmt.Sprintf("hangs=%t", hangs), func(t *testing.T) {
+			t.Parallel()
 			forEachLock(t, 3, func(t *testing.T, s lockServers) {
 				w, queue := startLockedWebhook(t, s)
 				steady, fresh := freshID(), freshID()
@@ -111,6 +109,7 @@ func TestTwoLockServersDown(t *testing.T) {
 
 // The same for Redlock over TLS, whose handshake a server that hangs does not answer either, with the shortest expiration.
 func TestOneLockServerHangsBehindTLS(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	writeCertificate(t, dir, 1)
 	var addresses []string
@@ -163,8 +162,10 @@ func TestWaitingForALockIsCheap(t *testing.T) {
 // A lock server that stalls for a moment costs a moment, not the admission; and nothing of the attempt that timed out
 // stays behind, though the server has seen none of our scripts before.
 func TestStallingLockServer(t *testing.T) {
+	t.Parallel()
 	lock := startRedis(t)
-	w, queue := startLockedWebhook(t, redlockServers{lock})
+	proxy := startHoldingProxy(t, lock.address, "nothing")
+	w, queue := startLockedWebhook(t, redlockServers{{address: proxy.address}})
 	id := freshID()
 	lock.pause(t)
 	answered := make(chan error, 1)
@@ -181,7 +182,7 @@ func TestStallingLockServer(t *testing.T) {
 			return fmt.Errorf("answered too early: %w", err)
 		default:
 		}
-		if n := connectionsTo(t, lock.address); n < 3 {
+		if n := proxy.clients.Load(); n < 2 {
 			return fmt.Errorf("%d connections", n)
 		}
 		return nil
@@ -197,90 +198,10 @@ func TestStallingLockServer(t *testing.T) {
 	})
 }
 
-// connectionsTo counts the connections that have been made to a server, also those that it has not accepted, and those
-// that have been given up.
-func connectionsTo(t *testing.T, address string) int {
-	t.Helper()
-	n, err := countConnections(address, func(state string) bool { return state != "0A" })
-	must(t, err)
-	return n
-}
-
-// establishedTo counts the established connections to a server.
-func establishedTo(address string) (int, error) {
-	return countConnections(address, func(state string) bool { return state == "01" })
-}
-
-func countConnections(address string, counts func(state string) bool) (int, error) {
-	table, err := os.ReadFile("/proc/net/tcp")
-	n := 0
-	for line := range strings.Lines(string(table)) {
-		if f := strings.Fields(line); len(f) > 3 && strings.HasSuffix(f[1], tableAddress(address)) && counts(f[3]) {
-			n++
-		}
-	}
-	return n, err
-}
-
-// holdingProxy forwards connections to a server, but keeps back what a client sends from the first time on that it
-// contains a text.
-type holdingProxy struct {
-	address string
-	held    chan struct{} // closed when something is kept back
-	release func()
-}
-
-func startHoldingProxy(t *testing.T, server, text string) *holdingProxy {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	t.Cleanup(func() { l.Close() })
-	released := make(chan struct{})
-	p := &holdingProxy{address: l.Addr().String(), held: make(chan struct{}), release: sync.OnceFunc(func() { close(released) })}
-	t.Cleanup(p.release)
-	hold := sync.OnceFunc(func() { close(p.held) })
-	go func() {
-		for {
-			client, err := l.Accept()
-			if err != nil {
-				return
-			}
-			upstream, err := net.Dial("tcp", server)
-			if err != nil {
-				client.Close()
-				continue
-			}
-			go func() {
-				_, _ = io.Copy(client, upstream)
-				client.Close()
-			}()
-			go func() {
-				defer upstream.Close()
-				b := make([]byte, 1<<16)
-				for {
-					n, err := client.Read(b)
-					if bytes.Contains(b[:n], []byte(text)) {
-						hold()
-						<-released
-					}
-					if n > 0 {
-						if _, err := upstream.Write(b[:n]); err != nil {
-							return
-						}
-					}
-					if err != nil {
-						return
-					}
-				}
-			}()
-		}
-	}()
-	return p
-}
-
 // A webhook is paused while it holds the lock and is about to maintain. Its lock expires, another webhook maintains and
 // admits, and then the first one's script is run after all: the semaphore is as if it had not been.
 func TestPausedMaintainer(t *testing.T) {
+	t.Parallel()
 	forEachLock(t, 1, func(t *testing.T, s lockServers) {
 		queue := startRedis(t)
 		proxy := startHoldingProxy(t, queue.address, maintainScript.Hash())

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 	"time"
 
 	"github.com/go-redsync/redsync/v4"
@@ -20,9 +19,9 @@ const redlockTimeout = 500 * time.Millisecond
 // holds the lock. With one server it is a plain lock there.
 type redlock struct {
 	addresses []string
-	pools     []*redis.Pool
+	pools     []*redisPool
 	sync      *redsync.Redsync
-	attempts  sync.WaitGroup
+	attempts  attempts
 }
 
 // lockConnections is how many connections a webhook keeps to each lock server.
@@ -41,7 +40,7 @@ func newRedlock(addresses []string, settings redisSettings, maxIdle int) *redloc
 }
 
 // lockPool is a pool for redsync.
-type lockPool struct{ pool *redis.Pool }
+type lockPool struct{ pool *redisPool }
 
 // Get implements redsync's Pool.
 func (p lockPool) Get(ctx context.Context) (redsyncredis.Conn, error) {
@@ -71,26 +70,15 @@ func (c lockConn) Eval(script *redsyncredis.Script, keysAndArgs ...any) (any, er
 	return c.conn.Do("EVAL", append([]any{script.Src, script.KeyCount}, keysAndArgs...)...)
 }
 
-// tryLock implements locker. The attempt itself is not bound to ctx, but to redlockTimeout: one that was cut
-// off between two servers could not free what it had taken.
-func (l *redlock) tryLock(ctx context.Context, name string, expiration time.Duration) (func(context.Context) error, error) {
-	mutex := l.sync.NewMutex(name,
-		redsync.WithExpiry(expiration),
-		redsync.WithTimeoutFactor(float64(redlockTimeout)/float64(expiration)))
-	unlock := func(ctx context.Context) error {
-		// A lock that has expired, or is another's by now, is as good as unlocked.
-		_, err := mutex.UnlockContext(ctx)
-		if failures := l.failures(err); len(failures) > 0 {
-			return serverErrors(failures)
-		}
-		return nil
-	}
-	done := make(chan error, 1)
-	l.attempts.Go(func() { done <- mutex.TryLockContext(context.WithoutCancel(ctx)) })
-	select {
-	case err := <-done:
+// tryLock implements locker. An attempt takes redlockTimeout at most, and as long to undo what it has done.
+func (l *redlock) tryLock(ctx context.Context, name string, expiration time.Duration) (unlockFunc, error) {
+	return l.attempts.do(ctx, l.servers(), func(ctx context.Context) (unlockFunc, error) {
+		mutex := l.sync.NewMutex(name,
+			redsync.WithExpiry(expiration),
+			redsync.WithTimeoutFactor(float64(redlockTimeout)/float64(expiration)))
+		err := mutex.TryLockContext(ctx)
 		if err == nil {
-			return unlock, nil
+			return func(ctx context.Context) error { return l.unlock(ctx, mutex) }, nil
 		}
 		// Taken, unless too few servers answered for anybody to take it, or so late that it was no use.
 		failures := l.failures(err)
@@ -101,14 +89,25 @@ func (l *redlock) tryLock(ctx context.Context, name string, expiration time.Dura
 			return nil, serverErrors(failures)
 		}
 		return nil, errLockTaken
-	case <-ctx.Done():
-		l.attempts.Go(func() {
-			if <-done == nil {
-				_ = unlock(context.WithoutCancel(ctx)) // what cannot be freed expires
-			}
-		})
-		return nil, unanswered("Redis", l.addresses, context.Cause(ctx))
+	})
+}
+
+// unlock frees the lock. One that has expired, or is another's by now, is as good as unlocked.
+func (l *redlock) unlock(ctx context.Context, mutex *redsync.Mutex) error {
+	_, err := mutex.UnlockContext(ctx)
+	if failures := l.failures(err); len(failures) > 0 {
+		return serverErrors(failures)
 	}
+	return nil
+}
+
+// servers implements locker.
+func (l *redlock) servers() []string {
+	var names []string
+	for _, a := range l.addresses {
+		names = append(names, "lock Redis "+a)
+	}
+	return names
 }
 
 // failures are the servers that did not answer, one error for each, out of an error of redsync's, which numbers them and
@@ -123,7 +122,7 @@ func (l *redlock) failures(err error) []error {
 	}
 	var failed *redsync.RedisError
 	if errors.As(err, &failed) {
-		failures = append(failures, fmt.Errorf("lock Redis %s: %w", l.addresses[failed.Node], failed.Err))
+		failures = append(failures, fmt.Errorf("%s: %w", l.servers()[failed.Node], failed.Err))
 	}
 	return failures
 }

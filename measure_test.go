@@ -24,8 +24,7 @@ func TestMeasureWaiters(t *testing.T) {
 	const over = time.Minute
 	t.Logf("%8s  %14s  %14s  %16s  %18s  %16s  %s", "waiters", "Redis CPU", "Redis memory", "CPU per sidecar", "RssAnon/sidecar", "VmRSS/sidecar", "next holds the token after SIGTERM to the holder: median, worst")
 	for _, n := range []int{10, 100, 1000} {
-		r := startRedis(t)
-		s, id := testSemaphores(t, r.address), freshID()
+		r, s, id := newSemaphoreOn(t, startRedis(t))
 		first := acquire(t, s, id, 1)
 		var sidecars []*exec.Cmd
 		byToken := map[string]*exec.Cmd{}

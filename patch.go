@@ -66,13 +66,13 @@ func jsonPointer(steps ...string) string {
 // containers in order, and none before the one before it has started, if it is a sidecar, or else has ended well: so no other
 // container runs without a token. It stops sidecars in reverse order after the app. A classic sidecar goes last in containers,
 // so that the app stays the default container of kubectl.
-func sidecarPatch(c webhookConfig, p *pod, id semaphoreID, asked request, token string) ([]byte, error) {
+func sidecarPatch(c webhookConfig, p *pod, id semaphoreID, spec semaphoreSpec, token string) ([]byte, error) {
 	var steps patch
 	steps.removeNamed("initContainers", namesOf(p.Spec.InitContainers), sidecarName, awaitName)
 	steps.removeNamed("containers", namesOf(p.Spec.Containers), sidecarName, awaitName)
 	steps.removeNamed("volumes", namesOf(p.Spec.Volumes), caVolumeName, etcdVolumeName)
 	resources := resourcesFor(c, p)
-	sidecar, volumes := sidecarContainer(c, resources, id, asked, token)
+	sidecar, volumes := sidecarContainer(c, resources, id, spec, token)
 	switch {
 	case !c.enableSidecarContainers:
 		steps.add(sidecar, "spec", "containers", "-")

@@ -14,8 +14,8 @@ import (
 )
 
 var (
-	testID    = semaphoreID{"shop", "web"}
-	testAsked = request{key: "web", length: 3, expiration: 10 * time.Second}
+	testID   = semaphoreID{"shop", "web"}
+	testSpec = semaphoreSpec{key: "web", length: 3, expiration: 10 * time.Second}
 )
 
 const testToken = "b7a1f0de-8a0e-4b0c-9d52-0a3c1a7de001"
@@ -25,7 +25,7 @@ func patched(t *testing.T, c webhookConfig, object []byte, token string) map[str
 	t.Helper()
 	p := new(pod)
 	must(t, json.Unmarshal(object, p))
-	encoded, err := sidecarPatch(c, p, testID, testAsked, token)
+	encoded, err := sidecarPatch(c, p, testID, testSpec, token)
 	must(t, err)
 	patch, err := jsonpatch.DecodePatch(encoded)
 	must(t, err)
@@ -210,7 +210,7 @@ func TestPatchReplacesSidecarsAnywhere(t *testing.T) {
 
 // The sidecar runs beside every pod: its container must decode as Kubernetes has it, with nothing unknown.
 func TestSidecarContainerIsValid(t *testing.T) {
-	sidecar, _ := sidecarContainer(testConfig("redis:6379"), corev1.ResourceRequirements{}, testID, testAsked, testToken)
+	sidecar, _ := sidecarContainer(testConfig("redis:6379"), corev1.ResourceRequirements{}, testID, testSpec, testToken)
 	encoded, err := json.Marshal(sidecar)
 	must(t, err)
 	var c corev1.Container

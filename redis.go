@@ -6,14 +6,17 @@ import (
 	"errors"
 	"net"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
 )
 
-// redisConnectTimeout bounds a dial, redisWriteTimeout the writing of a command.
+// redisConnectTimeout bounds a dial, redisWriteTimeout the writing of a command, and redisReadTimeout the wait for an answer where a
+// context gives no shorter time.
 const (
+	redisReadTimeout    = 30 * time.Second
 	redisConnectTimeout = 2 * time.Second
 	redisWriteTimeout   = 2 * time.Second
 )
@@ -24,29 +27,52 @@ type redisSettings struct {
 	caFile             string // PEM certificates to trust for rediss://; empty for those of the system
 }
 
-// newRedisPool makes a pool that keeps up to maxIdle connections for minutes. Commands that are not given
-// a shorter time by their context fail after readTimeout.
-//
-// There is no limit to the connections in use: a hung server must not make admissions queue up behind
-// connections that will never answer when its successor is there already.
-func newRedisPool(address string, settings redisSettings, maxIdle int, readTimeout time.Duration) *redis.Pool {
-	return &redis.Pool{
+// redisPool keeps connections to one server for minutes. There is no limit to the connections in use: a hung server must not
+// make admissions queue up behind connections that will never answer when its successor is there already.
+type redisPool struct {
+	*redis.Pool
+	broke atomic.Int64 // when a connection broke last (Unix nanoseconds): idle ones from before are as good as broken
+}
+
+// newRedisPool makes a pool that keeps up to maxIdle connections. Commands that are not given a shorter time by their context
+// fail after readTimeout.
+func newRedisPool(address string, settings redisSettings, maxIdle int, readTimeout time.Duration) *redisPool {
+	p := new(redisPool)
+	p.Pool = &redis.Pool{
 		MaxIdle:     maxIdle,
 		IdleTimeout: 4 * time.Minute,
 		DialContext: func(ctx context.Context) (redis.Conn, error) {
-			return dialRedis(ctx, address, settings, readTimeout)
+			c, err := dialRedis(ctx, address, settings, readTimeout)
+			if err != nil {
+				return nil, err
+			}
+			c.pool = p
+			return c, nil
 		},
-		TestOnBorrow: func(c redis.Conn, _ time.Time) error {
+		TestOnBorrow: func(c redis.Conn, used time.Time) error {
+			if used.UnixNano() <= p.broke.Load() {
+				return errors.New("as old as one that broke")
+			}
 			return c.(*redisConn).idleError()
 		},
 	}
+	return p
 }
 
 // redisConn is a connection that can tell for nothing whether it is still good.
 type redisConn struct {
 	contextConn
 	tcp     syscall.Conn
-	refused error // what the server answered, if that is a reason not to ask it again
+	pool    *redisPool // nil for one that is in no pool
+	refused error      // what the server answered, if that is a reason not to ask it again
+}
+
+// hardConn is closed without a word: the kernel would go on sending what it has of a command that was given up.
+type hardConn struct{ *net.TCPConn }
+
+func (c hardConn) Close() error {
+	_ = c.SetLinger(0) // fails only on a closed one
+	return c.TCPConn.Close()
 }
 
 type contextConn interface {
@@ -54,7 +80,7 @@ type contextConn interface {
 	redis.ConnWithTimeout
 }
 
-func dialRedis(ctx context.Context, address string, settings redisSettings, readTimeout time.Duration) (redis.Conn, error) {
+func dialRedis(ctx context.Context, address string, settings redisSettings, readTimeout time.Duration) (*redisConn, error) {
 	var tcp syscall.Conn
 	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
 		dialer := net.Dialer{
@@ -62,10 +88,12 @@ func dialRedis(ctx context.Context, address string, settings redisSettings, read
 			KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3},
 		}
 		c, err := dialer.DialContext(ctx, network, address)
-		if err == nil {
-			tcp = c.(syscall.Conn)
+		if err != nil {
+			return nil, err
 		}
-		return c, err
+		hard := hardConn{c.(*net.TCPConn)}
+		tcp = hard
+		return hard, nil
 	}
 	hostPort, secure := strings.CutPrefix(address, "rediss://")
 	hostPort = strings.TrimPrefix(hostPort, "redis://")
@@ -98,20 +126,27 @@ func dialRedis(ctx context.Context, address string, settings redisSettings, read
 // Do implements redis.Conn.
 func (c *redisConn) Do(command string, args ...any) (any, error) {
 	reply, err := c.contextConn.Do(command, args...)
-	return reply, c.note(err)
+	return reply, c.remember(err)
 }
 
 // DoContext implements redis.ConnWithContext.
 func (c *redisConn) DoContext(ctx context.Context, command string, args ...any) (any, error) {
 	reply, err := c.contextConn.DoContext(ctx, command, args...)
-	return reply, c.note(err)
+	return reply, c.remember(err)
 }
 
-// note keeps an error that the server answered. Such as READONLY or LOADING mean that this server is not, or no longer,
-// the one to talk to; behind the same address there may be another by now.
-func (c *redisConn) note(err error) error {
+// remember keeps what is to be concluded from an error. Answers such as READONLY or LOADING mean that this server is not, or no
+// longer, the one to talk to; behind the same address there may be another by now. A connection that breaks, or falls silent, is
+// seldom the only one.
+func (c *redisConn) remember(err error) error {
 	var answered redis.Error
-	if errors.As(err, &answered) && !strings.HasPrefix(answered.Error(), "NOSCRIPT ") {
+	switch {
+	case err == nil:
+	case !errors.As(err, &answered):
+		if c.pool != nil {
+			c.pool.broke.Store(time.Now().UnixNano())
+		}
+	case !strings.HasPrefix(answered.Error(), "NOSCRIPT "):
 		c.refused = err
 	}
 	return err

@@ -6,16 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"strings"
+	"net"
 	"sync"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
-	"github.com/google/uuid"
 )
 
-//go:embed lua/line.lua
-var lineSource string
+//go:embed lua/semaphore.lua
+var commonSource string
 
 //go:embed lua/acquire.lua
 var acquireSource string
@@ -29,32 +28,29 @@ var heartbeatSource string
 //go:embed lua/release.lua
 var releaseSource string
 
-// The scripts. The heartbeat takes the queue and the inflight key, the others all keys.
+// scriptKeys is how many keys each script takes: all of a semaphore.
+const scriptKeys = 6
+
 var (
-	acquireScript   = redis.NewScript(4, lineSource+acquireSource)
-	maintainScript  = redis.NewScript(4, lineSource+maintainSource)
-	heartbeatScript = redis.NewScript(2, heartbeatSource)
-	releaseScript   = redis.NewScript(4, lineSource+releaseSource)
+	acquireScript   = redis.NewScript(scriptKeys, commonSource+acquireSource)
+	maintainScript  = redis.NewScript(scriptKeys, commonSource+maintainSource)
+	heartbeatScript = redis.NewScript(scriptKeys, commonSource+heartbeatSource)
+	releaseScript   = redis.NewScript(scriptKeys, commonSource+releaseSource)
 )
 
-// What the scripts answer; see their headers.
+// The statuses that the scripts answer; see their headers.
 const (
-	acquireFull     = 0
-	acquireTaken    = 1
-	acquireMaintain = 2
+	statusLate = -1
+
+	acquireFull   = 0
+	acquireTaken  = 1
+	acquireRepair = 2
 
 	heartbeatRejoined = 0
 
 	releaseDone = 1
 	releaseLeft = 2
 )
-
-// waiterPatience is for how long a waiter keeps its place without asking again. It is more than two polls.
-const waiterPatience = 10 * time.Second
-
-// abandonAfter is how long an acquire may be on its way before nobody waits for its answer any more, not even to give the
-// token back. It is the longest time-out that the API server has for a webhook.
-const abandonAfter = 30 * time.Second
 
 // semaphoreID names a semaphore: a namespace, and the key that its pods share.
 type semaphoreID struct{ namespace, key string }
@@ -66,96 +62,63 @@ func (id semaphoreID) queueKey() string    { return "queue/{" + id.String() + "}
 func (id semaphoreID) inflightKey() string { return "inflight/{" + id.String() + "}" }
 func (id semaphoreID) waitersKey() string  { return "waiters/{" + id.String() + "}" }
 func (id semaphoreID) seenKey() string     { return "seen/{" + id.String() + "}" }
+func (id semaphoreID) namesKey() string    { return "names/{" + id.String() + "}" }
+func (id semaphoreID) stateKey() string    { return "state/{" + id.String() + "}" }
 func (id semaphoreID) lockKey() string     { return "lock/{" + id.String() + "}" }
 
 // channel is where a waiter is called when a token is free for it.
 func (id semaphoreID) channel(token string) string { return id.waitersKey() + "/" + token }
 
-// with puts the keys that the scripts take before their arguments.
-func (id semaphoreID) with(args ...any) []any {
-	return append([]any{id.queueKey(), id.inflightKey(), id.waitersKey(), id.seenKey()}, args...)
-}
-
-// errLockTaken is what a locker answers when somebody else holds the lock.
-var errLockTaken = errors.New("lock taken")
-
-// locker is a distributed lock.
-type locker interface {
-	// tryLock tries once to take the named lock, which frees itself after expiration. Its errors are
-	// errLockTaken, if somebody else holds the lock, or that the lock servers are out of reach, or ctx's.
-	// An attempt that fails leaves nothing behind. unlock frees the lock if it is still held.
-	tryLock(ctx context.Context, name string, expiration time.Duration) (unlock func(context.Context) error, err error)
-	close() error
-}
-
-// serverErrors are the errors of several servers, on one line.
-type serverErrors []error
-
-func (e serverErrors) Unwrap() []error { return e }
-
-func (e serverErrors) Error() string {
-	var texts []string
-	for _, err := range e {
-		texts = append(texts, err.Error())
-	}
-	return strings.Join(texts, "; ")
-}
-
-// unanswered is the error of an attempt that was given up before the lock servers had answered.
-func unanswered(kind string, addresses []string, cause error) error {
-	var errs serverErrors
-	for _, a := range addresses {
-		errs = append(errs, fmt.Errorf("lock %s %s: no answer yet: %w", kind, a, cause))
-	}
-	return errs
-}
-
-// newLocker makes the lock of the chosen mode; maxIdle is how many connections to each Redis server are kept.
-func newLocker(c sharedConfig, maxIdle int) locker {
-	if c.lockMode == lockModeEtcd {
-		return newEtcdLock(c.etcdAddresses, c.etcd)
-	}
-	return newRedlock(c.redisAddresses, c.redis, maxIdle)
+// keys are those of the scripts, in their order.
+func (id semaphoreID) keys() []any {
+	return []any{id.queueKey(), id.inflightKey(), id.waitersKey(), id.seenKey(), id.namesKey(), id.stateKey()}
 }
 
 // semaphores are the counting semaphores in one Redis server.
 type semaphores struct {
-	address        string
-	pool           *redis.Pool
-	locks          locker
-	staleThreshold time.Duration
-	log            *slog.Logger
-
+	address           string
+	pool              *redisPool
+	clock             serverClock // of that server
+	locks             locker
 	heartbeatInterval time.Duration
-	outage            outage
+	staleThreshold    time.Duration
+	log               *slog.Logger
 
-	// repairs are the semaphores that this process is repairing.
 	mu      sync.Mutex
-	repairs map[semaphoreID]*repairing
+	repairs map[semaphoreID]*repair  // those that this process does
+	watched map[semaphoreID]struct{} // see watch
+	strays  time.Time                // until when a command may still come whose connection broke
 
-	// background are acquires that nobody waits for and the releases of what they took.
-	background sync.WaitGroup
+	background sync.WaitGroup // of repairs, watches, and tokens that are given back
+	closing    context.Context
+	stop       func()        // ends closing
+	releasing  chan struct{} // has room for as many as may be given back at once
 }
 
 func newSemaphores(c sharedConfig, locks locker, maxIdle int, log *slog.Logger) *semaphores {
+	closing, stop := context.WithCancel(context.Background())
 	return &semaphores{
-		address:        c.queueRedisAddress,
-		pool:           newRedisPool(c.queueRedisAddress, c.redis, maxIdle, abandonAfter),
-		locks:          locks,
-		staleThreshold: c.staleThreshold,
-
+		address:           c.queueRedisAddress,
+		pool:              newRedisPool(c.queueRedisAddress, c.redis, maxIdle, redisReadTimeout),
+		locks:             locks,
 		heartbeatInterval: c.heartbeatInterval,
+		staleThreshold:    c.staleThreshold,
 		log:               log,
-		repairs:           map[semaphoreID]*repairing{},
+		repairs:           map[semaphoreID]*repair{},
+		watched:           map[semaphoreID]struct{}{},
+		closing:           closing,
+		stop:              stop,
+		releasing:         make(chan struct{}, 4),
 	}
 }
 
 // close waits for what goes on in the background, at most until ctx is done, and closes all connections.
 func (s *semaphores) close(ctx context.Context) error {
+	s.stop()
 	return errors.Join(s.closeLocks(ctx), s.pool.Close())
 }
 
-// closeLocks is close for all but the connections to the queue Redis: from now on nothing can be acquired.
+// closeLocks is close for all but the connections to the queue Redis: from now on nothing can be repaired.
 func (s *semaphores) closeLocks(ctx context.Context) error {
 	done := make(chan error, 1)
 	go func() {
@@ -170,144 +133,162 @@ func (s *semaphores) closeLocks(ctx context.Context) error {
 	}
 }
 
-// timeToLive is how long unused keys are kept: a day, or ten stale thresholds if that is longer.
+// timeToLive is for how many seconds the keys of a semaphore with holders or waiters outlive their last use.
 func (s *semaphores) timeToLive() int {
 	return int(max(24*time.Hour, 10*s.staleThreshold) / time.Second)
 }
 
-// outage is what is known of the last time that Redis was out of reach. The tokens in flight could not be kept alive then: they
-// are not stale before their holders had the time to come back.
-type outage struct {
-	mu     sync.Mutex
-	since  time.Time     // the first attempt that failed, if the last one did
-	lasted time.Duration // how long the last outage was
-	until  time.Time     // when all holders should be back
+// attemptTimeout is after how long a command that is not answered is asked again, on another connection: two seconds, or half
+// of a shorter heartbeat interval, but not less than one. Scripts rely on it; see "back" in semaphore.lua.
+func (s *semaphores) attemptTimeout() time.Duration {
+	return min(max(s.heartbeatInterval/2, time.Second), 2*time.Second)
 }
 
-// note notes the outcome of an attempt. Holders try again at least every holderRetry.
-func (o *outage) note(start time.Time, err error, heartbeatInterval time.Duration) {
-	if errors.Is(err, context.Canceled) { // nobody wanted to know
-		return
+// errUnanswered is in the error of a command that may have been run, as its answer did not come; errUnreached in that of one that
+// was not sent, as the server did not answer the connection.
+var (
+	errUnanswered = errors.New("no answer")
+	errUnreached  = errors.New("no answer to a connection")
+)
+
+// run runs a script and returns its status and the rest of its answer. An attempt that is not answered within attemptTimeout is
+// repeated on another connection, with twice the time, and one whose connection breaks, after a moment, until ctx is done. Redis
+// refuses an attempt that it sees after its time: when run returns, nothing of it is under way any more, but for an attempt whose
+// connection broke; see straying. It may return that long after ctx is done.
+func (s *semaphores) run(ctx context.Context, script *redis.Script, id semaphoreID, args ...any) (status int, rest []any, err error) {
+	late, sent := 0, false
+	pause := newBackoff(10*time.Millisecond, 500*time.Millisecond)
+	for timeout := s.attemptTimeout(); ; {
+		start := time.Now()
+		status, rest, err = s.attempt(ctx, timeout, script, id, args)
+		sent = sent || errors.Is(err, errUnanswered)
+		switch {
+		case err == nil && status == statusLate && late < 3: // it told the time; now we know it
+			late++
+			continue
+		case err == nil && status == statusLate:
+			err = fmt.Errorf("queue Redis %s: refused as too late: its clock does not keep step", s.address)
+		case (errors.Is(err, errUnanswered) || errors.Is(err, errUnreached)) && hasTime(ctx):
+			if time.Since(start) >= timeout {
+				timeout *= 2
+				continue
+			}
+			if sleep(ctx, pause.next()) == nil {
+				continue
+			}
+		}
+		if err != nil && sent && !errors.Is(err, errUnanswered) {
+			err = fmt.Errorf("%w (and %w before)", err, errUnanswered)
+		}
+		return status, rest, err
 	}
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.since.IsZero() {
-		o.since = start
+}
+
+// mayStray notes that a command whose connection broke may still come until its deadline.
+func (s *semaphores) mayStray(deadline time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if deadline.After(s.strays) {
+		s.strays = deadline
 	}
+}
+
+// straying is for how long a command may still come to Redis though its connection broke: something between may have closed the one
+// and yet send on the other.
+func (s *semaphores) straying() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return time.Until(s.strays)
+}
+
+// hasTime reports whether ctx leaves the time for another attempt.
+func hasTime(ctx context.Context) bool {
+	deadline, ok := ctx.Deadline()
+	return ctx.Err() == nil && (!ok || time.Until(deadline) > 10*time.Millisecond)
+}
+
+// attempt runs a script once. It is not cut off by the end of ctx, but takes no more time than ctx has.
+func (s *semaphores) attempt(ctx context.Context, timeout time.Duration, script *redis.Script, id semaphoreID, args []any) (int, []any, error) {
+	deadline := time.Now().Add(timeout)
+	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
+		deadline = d
+	}
+	ctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
+	defer cancel()
+	conn, err := s.pool.GetContext(ctx)
 	if err != nil {
-		return
+		var network net.Error
+		if errors.As(err, &network) && network.Timeout() {
+			err = fmt.Errorf("%w: %w", errUnreached, err)
+		}
+		return 0, nil, fmt.Errorf("connect to queue Redis %s: %w", s.address, err)
 	}
-	if lasted := time.Since(o.since); lasted > 2*holderRetry {
-		o.lasted, o.until = lasted, time.Now().Add(heartbeatInterval+2*holderRetry)
+	defer conn.Close()
+	all := append(id.keys(), s.clock.at(deadline), seconds(s.heartbeatInterval), seconds(s.staleThreshold), s.timeToLive())
+	values, err := redis.Values(script.DoContext(ctx, conn, append(all, args...)...))
+	var answered redis.Error
+	switch {
+	case errors.As(err, &answered):
+		return 0, nil, fmt.Errorf("queue Redis %s: %w", s.address, err)
+	case err != nil:
+		if script != releaseScript {
+			s.mayStray(deadline)
+		}
+		return 0, nil, fmt.Errorf("%w of queue Redis %s: %w", errUnanswered, s.address, err)
 	}
-	o.since = time.Time{}
-}
-
-// threshold is the stale threshold, and after an outage that much more.
-func (s *semaphores) threshold() time.Duration {
-	s.outage.mu.Lock()
-	defer s.outage.mu.Unlock()
-	if time.Now().Before(s.outage.until) {
-		return s.staleThreshold + s.outage.lasted.Round(time.Second)
+	var status int
+	var micros int64
+	if values, err = redis.Scan(values, &status, &micros); err != nil {
+		return 0, nil, fmt.Errorf("queue Redis %s: unexpected answer: %w", s.address, err)
 	}
-	return s.staleThreshold
+	s.clock.observe(micros)
+	return status, values, nil
 }
 
 // ping asks whether the Redis server answers.
 func (s *semaphores) ping(ctx context.Context) error {
-	_, err := s.do(ctx, func(c redis.Conn) (any, error) { return redis.DoContext(c, ctx, "PING") })
-	return err
-}
-
-// do runs a command on a connection of its own and names the server in its error.
-func (s *semaphores) do(ctx context.Context, command func(redis.Conn) (any, error)) (any, error) {
-	start := time.Now()
 	conn, err := s.pool.GetContext(ctx)
 	if err != nil {
-		s.outage.note(start, err, s.heartbeatInterval)
-		return nil, fmt.Errorf("connect to queue Redis %s: %w", s.address, err)
+		return fmt.Errorf("connect to queue Redis %s: %w", s.address, err)
 	}
 	defer conn.Close()
-	reply, err := command(conn)
-	s.outage.note(start, err, s.heartbeatInterval)
-	if err != nil {
-		return nil, fmt.Errorf("queue Redis %s: %w", s.address, err)
+	if _, err := redis.DoContext(conn, ctx, "PING"); err != nil {
+		return fmt.Errorf("queue Redis %s: %w", s.address, err)
 	}
-	return reply, nil
+	return nil
 }
 
-// maintain reclaims, refills and trims, with so many fresh tokens.
-func (s *semaphores) maintain(ctx context.Context, id semaphoreID, length, missing int) error {
-	args := id.with(length, seconds(s.threshold()), s.timeToLive())
-	for range missing {
-		args = append(args, uuid.NewString())
+// maintain reclaims, refills and trims; newcomer says that whoever needs it was not in line before. doubt is for how long holders
+// may still come back before it is known which of them are gone.
+func (s *semaphores) maintain(ctx context.Context, id semaphoreID, length int, newcomer bool) (doubt time.Duration, err error) {
+	_, rest, err := s.run(ctx, maintainScript, id, length, yesNo(newcomer))
+	var reclaimed, refilled, trimmed, seconds int
+	if err == nil {
+		_, err = redis.Scan(rest, &reclaimed, &refilled, &trimmed, &seconds)
 	}
-	counts, err := redis.Ints(s.do(ctx, func(c redis.Conn) (any, error) { return maintainScript.DoContext(ctx, c, args...) }))
 	if err != nil {
-		return fmt.Errorf("maintain %s: %w", id, err)
+		return 0, fmt.Errorf("maintain %s: %w", id, err)
 	}
-	if len(counts) != 3 {
-		return fmt.Errorf("maintain %s: answered %d counts", id, len(counts))
+	if reclaimed+refilled+trimmed > 0 {
+		s.log.Info("maintained", "namespace", id.namespace, "key", id.key, "length", length,
+			"reclaimed", reclaimed, "refilled", refilled, "trimmed", trimmed)
 	}
-	s.log.Info("maintained", "namespace", id.namespace, "key", id.key, "length", length,
-		"reclaimed", counts[0], "refilled", counts[1], "trimmed", counts[2])
-	return nil
+	return time.Duration(seconds) * time.Second, nil
+}
+
+// yesNo is how the scripts take a yes or no.
+func yesNo(yes bool) string {
+	if yes {
+		return "1"
+	}
+	return "0"
 }
 
 // heartbeat keeps a token in flight, or puts it back there (rejoined) if it had been reclaimed or lost.
 func (s *semaphores) heartbeat(ctx context.Context, id semaphoreID, token string) (rejoined bool, err error) {
-	status, err := redis.Int(s.do(ctx, func(c redis.Conn) (any, error) {
-		return heartbeatScript.DoContext(ctx, c, id.queueKey(), id.inflightKey(), token, s.timeToLive())
-	}))
+	status, _, err := s.run(ctx, heartbeatScript, id, token)
 	if err != nil {
 		return false, fmt.Errorf("heartbeat %s: %w", id, err)
 	}
 	return status == heartbeatRejoined, nil
-}
-
-// release gives a token back, under the name fresh, or leaves the line of those who wait; status is releaseDone, releaseLeft,
-// or zero if there was nothing to do. To retry, call it with the same names.
-func (s *semaphores) release(ctx context.Context, id semaphoreID, token, fresh string) (status int, err error) {
-	status, err = redis.Int(s.do(ctx, func(c redis.Conn) (any, error) {
-		return releaseScript.DoContext(ctx, c, id.with(token, fresh, s.timeToLive())...)
-	}))
-	if err != nil {
-		return 0, fmt.Errorf("release %s: %w", id, err)
-	}
-	return status, nil
-}
-
-// releaseWithin releases a token and retries until it is released or ctx is done; then the error is that of the
-// last attempt.
-func (s *semaphores) releaseWithin(ctx context.Context, id semaphoreID, token string) (status int, err error) {
-	fresh := uuid.NewString()
-	for retry := newBackoff(50*time.Millisecond, time.Second); ; {
-		attempt, cancel := context.WithTimeout(ctx, 2*time.Second)
-		status, err = s.release(attempt, id, token, fresh)
-		cancel()
-		if err == nil {
-			return status, nil
-		}
-		if sleep(ctx, retry.next()) != nil {
-			return 0, err
-		}
-		s.log.Warn("release failed, to be retried", "namespace", id.namespace, "key", id.key, "token", token, "error", err.Error())
-	}
-}
-
-// giveBack releases a token that nobody will use.
-func (s *semaphores) giveBack(id semaphoreID, token string) {
-	ctx, cancel := context.WithTimeout(context.Background(), abandonAfter)
-	defer cancel()
-	log := s.log.With("namespace", id.namespace, "key", id.key, "token", token)
-	if _, err := s.releaseWithin(ctx, id, token); err != nil {
-		log.Error("unused token left to go stale", "staleThreshold", s.staleThreshold.String(), "error", err.Error())
-		return
-	}
-	log.Info("unused token given back")
-}
-
-// giveBackLater is giveBack in the background; close waits for it.
-func (s *semaphores) giveBackLater(id semaphoreID, token string) {
-	s.background.Go(func() { s.giveBack(id, token) })
 }

@@ -3,46 +3,17 @@ package main
 import (
 	"context"
 	"errors"
-	"log/slog"
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
-	"github.com/google/uuid"
 )
 
-// testSemaphores is the semaphores of one webhook.
-func testSemaphores(t *testing.T, address string) *semaphores {
-	t.Helper()
-	c := testConfig(address)
-	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
-	t.Cleanup(func() { must(t, s.close(context.Background())) })
-	return s
-}
-
-func acquire(t *testing.T, s *semaphores, id semaphoreID, length int) string {
-	t.Helper()
-	token, err := s.acquire(context.Background(), id, length, 10*time.Second)
-	must(t, err)
-	return token
-}
-
-func wantFullError(t *testing.T, s *semaphores, id semaphoreID, length, inUse int) {
-	t.Helper()
-	_, err := s.acquire(context.Background(), id, length, 10*time.Second)
-	var full *fullError
-	if !errors.As(err, &full) || full.inUse != inUse || full.length != length {
-		t.Fatalf("got %v, want %d of %d in use", err, inUse, length)
-	}
-}
-
 func TestAcquireUntilFull(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	r, s, id := newSemaphore(t)
 	var tokens []string
 	for range 3 {
 		tokens = append(tokens, acquire(t, s, id, 3))
@@ -57,31 +28,21 @@ func TestAcquireUntilFull(t *testing.T) {
 	wantFullError(t, s, id, 3, 3)
 }
 
-func TestReleaseReturnsFreshTokenOnce(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+func TestReleaseReturnsATokenOnce(t *testing.T) {
+	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 2)
-	before, err := redis.Strings(r.do(t, "LRANGE", id.queueKey(), 0, -1), nil)
-	must(t, err)
-	fresh := uuid.NewString()
 	for attempt, want := range []int{releaseDone, 0, 0} {
-		status, err := s.release(context.Background(), id, token, fresh)
+		status, err := s.release(context.Background(), id, token)
 		must(t, err)
 		if status != want {
 			t.Errorf("attempt %d: answered %d", attempt, status)
 		}
 	}
-	queue, err := redis.Strings(r.do(t, "LRANGE", id.queueKey(), 0, -1), nil)
-	must(t, err)
-	if want := append(before, fresh); !slices.Equal(queue, want) {
-		t.Errorf("queue is %v, want %v", queue, want)
-	}
 	r.wantCounts(t, id, 2, 0)
 }
 
 func TestHeartbeatScoresByServerClock(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 1)
 	r.makeStale(t, id, token)
 	rejoined, err := s.heartbeat(context.Background(), id, token)
@@ -101,8 +62,7 @@ func TestHeartbeatScoresByServerClock(t *testing.T) {
 // A token that was reclaimed while its pod was paused has become a fresh one: neither the late heartbeat nor the
 // late release of the first pod touches the second pod's.
 func TestLateHeartbeatAndRelease(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	r, s, id := newSemaphore(t)
 	ctx := context.Background()
 	first := acquire(t, s, id, 1)
 	r.makeStale(t, id, first)
@@ -118,19 +78,19 @@ func TestLateHeartbeatAndRelease(t *testing.T) {
 	r.wantCounts(t, id, 0, 2)
 	wantFullError(t, s, id, 1, 2)
 
-	_, err = s.release(ctx, id, first, uuid.NewString())
+	_, err = s.release(ctx, id, first)
 	must(t, err)
 	wantFullError(t, s, id, 1, 1)
 	r.wantCounts(t, id, 0, 1)
 	if got := r.inflight(t, id); !slices.Equal(got, []string{second}) {
 		t.Errorf("in flight is %v, want %s", got, second)
 	}
-	status, err := s.release(ctx, id, first, uuid.NewString())
+	status, err := s.release(ctx, id, first)
 	must(t, err)
 	if status != 0 {
 		t.Errorf("the late release answered %d", status)
 	}
-	if _, err = s.release(ctx, id, second, uuid.NewString()); err != nil {
+	if _, err = s.release(ctx, id, second); err != nil {
 		t.Fatal(err)
 	}
 	acquire(t, s, id, 1)
@@ -139,11 +99,10 @@ func TestLateHeartbeatAndRelease(t *testing.T) {
 
 // A rejoining token takes a free one out of the queue: what runs is counted.
 func TestHeartbeatTakesFreeToken(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 3)
 	r.do(t, "DEL", id.queueKey(), id.inflightKey())
-	must(t, s.maintain(context.Background(), id, 3, 3))
+	maintain(t, s, id, 3)
 	r.wantCounts(t, id, 3, 0)
 	if _, err := s.heartbeat(context.Background(), id, token); err != nil {
 		t.Fatal(err)
@@ -151,33 +110,37 @@ func TestHeartbeatTakesFreeToken(t *testing.T) {
 	r.wantCounts(t, id, 2, 1)
 }
 
-// Length lowered and raised: never more than the length of the admission at hand.
+// Length lowered and raised: never more in use than the length of the admission at hand.
 func TestLengthChanges(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	r, s, id := newSemaphore(t)
 	tokens := []string{acquire(t, s, id, 5), acquire(t, s, id, 5), acquire(t, s, id, 5)}
 	r.wantCounts(t, id, 2, 3)
 
 	wantFullError(t, s, id, 2, 3)
-	r.wantCounts(t, id, 0, 3)
+	r.wantCounts(t, id, 2, 3) // those of length 5 may still come
 
 	acquire(t, s, id, 4)
 	wantFullError(t, s, id, 4, 4)
 	wantFullError(t, s, id, 2, 4)
 
 	for _, token := range tokens { // one is left
-		_, err := s.release(context.Background(), id, token, uuid.NewString())
+		_, err := s.release(context.Background(), id, token)
 		must(t, err)
 	}
 	acquire(t, s, id, 2)
 	wantFullError(t, s, id, 2, 2)
+	r.wantCounts(t, id, 3, 2)
+
+	r.askedLongAgo(t, id) // nobody has asked for 5 for some minutes
+	wantFullError(t, s, id, 2, 2)
+	maintain(t, s, id, 2)
 	r.wantCounts(t, id, 0, 2)
 }
 
 // Pods of one key that disagree about the length make progress all the same.
 func TestDisagreementOnLength(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	t.Parallel()
+	r, s, id := newSemaphore(t)
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	var wg sync.WaitGroup
@@ -187,7 +150,7 @@ func TestDisagreementOnLength(t *testing.T) {
 			for range 10 {
 				token, err := s.acquire(ctx, id, 20+i, 10*time.Second)
 				if err == nil {
-					_, err = s.release(ctx, id, token, uuid.NewString())
+					_, err = s.release(ctx, id, token)
 				}
 				if err != nil {
 					errs <- err
@@ -207,17 +170,16 @@ func TestDisagreementOnLength(t *testing.T) {
 }
 
 func TestMaintainIsIdempotent(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	r, s, id := newSemaphore(t)
 	for _, token := range []string{acquire(t, s, id, 5), acquire(t, s, id, 5)} {
 		r.makeStale(t, id, token)
 	}
-	acquire(t, s, id, 5) // reclaims
-	r.wantCounts(t, id, 4, 1)
+	acquire(t, s, id, 5) // a free one
+	r.wantCounts(t, id, 2, 3)
 	var wg sync.WaitGroup
 	for range 10 {
 		wg.Go(func() {
-			if err := s.maintain(context.Background(), id, 5, 5); err != nil {
+			if _, err := s.maintain(context.Background(), id, 5, true); err != nil {
 				t.Error(err)
 			}
 		})
@@ -227,30 +189,28 @@ func TestMaintainIsIdempotent(t *testing.T) {
 }
 
 func TestLargestLength(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	r, s, id := newSemaphore(t)
 	acquire(t, s, id, maxLength)
-	r.wantCounts(t, id, maxLength-1, 1)
-	queue, err := redis.Strings(r.do(t, "LRANGE", id.queueKey(), 0, -1), nil)
-	must(t, err)
-	slices.Sort(queue)
-	if n := len(slices.Compact(queue)); n != maxLength-1 {
-		t.Errorf("%d different tokens in the queue", n)
+	r.wantCounts(t, id, 255, 1) // made in small portions, as they are needed
+	for range 300 {
+		acquire(t, s, id, maxLength)
+	}
+	if _, inflight, err := r.counts(id); err != nil || inflight != 301 {
+		t.Errorf("%d in flight, %v", inflight, err)
 	}
 }
 
-// Any use renews the expiry of both keys, so that nothing stays for ever.
+// Any use renews the expiry of all keys, so that nothing stays for ever; without holders and waiters they stay for minutes.
 func TestKeysExpire(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	r, s, id := newSemaphore(t)
 	ctx := context.Background()
 	var token string
-	wantRenewed := func(use string) {
+	wantRenewed := func(use string, most int) {
 		t.Helper()
-		for _, key := range []string{id.queueKey(), id.inflightKey()} {
+		for _, key := range id.keys() {
 			ttl, err := redis.Int(r.do(t, "TTL", key), nil)
 			must(t, err)
-			if ttl < 86400-60 || ttl > 86400 {
+			if ttl != -2 && (ttl < most-60 || ttl > most) {
 				t.Errorf("%s: %s has a time to live of %d", use, key, ttl)
 			}
 			r.do(t, "EXPIRE", key, 100)
@@ -258,15 +218,18 @@ func TestKeysExpire(t *testing.T) {
 	}
 	acquire(t, s, id, 4)
 	token = acquire(t, s, id, 4)
-	wantRenewed("acquire")
+	wantRenewed("acquire", 86400)
 	_, err := s.heartbeat(ctx, id, token)
 	must(t, err)
-	wantRenewed("heartbeat")
-	_, err = s.release(ctx, id, token, uuid.NewString())
+	wantRenewed("heartbeat", 86400)
+	_, err = s.release(ctx, id, token)
 	must(t, err)
-	wantRenewed("release")
-	must(t, s.maintain(ctx, id, 4, 0))
-	wantRenewed("maintain")
+	wantRenewed("release", 86400)
+	maintain(t, s, id, 4)
+	wantRenewed("maintain", 86400)
+	_, err = s.release(ctx, id, r.inflight(t, id)[0])
+	must(t, err)
+	wantRenewed("the last release", 300)
 
 	s.staleThreshold = 4 * 24 * time.Hour
 	if got := s.timeToLive(); got != 40*86400 {
@@ -276,8 +239,8 @@ func TestKeysExpire(t *testing.T) {
 
 // Once the lock is free and nothing is wrong, no lock is taken.
 func TestLockOnlyForRepair(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	t.Parallel()
+	r, s, id := newSemaphore(t)
 	acquire(t, s, id, 3)
 	s.locks.(*redlock).pools[0].Close() // from here on, locking fails
 	acquire(t, s, id, 3)
@@ -293,8 +256,7 @@ func TestLockOnlyForRepair(t *testing.T) {
 
 // While another maintains, an admission waits; it is never refused for it.
 func TestWaitsForAnothersMaintenance(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	r, s, id := newSemaphore(t)
 	unlock, err := s.locks.tryLock(context.Background(), id.lockKey(), 10*time.Second)
 	must(t, err)
 
@@ -315,17 +277,20 @@ func TestWaitsForAnothersMaintenance(t *testing.T) {
 }
 
 func TestWrongAnswersOfScripts(t *testing.T) {
-	for _, reply := range []any{nil, int64(1), []any{}, []any{int64(7)}, []any{int64(0)}, []any{int64(0), int64(1)}, []any{int64(0), int64(1), int64(1), int64(1)}, []any{int64(2)}, []any{"x", "y"}} {
-		if a, err := parseAcquired(reply, nil); err == nil {
-			t.Errorf("%v was taken for %+v", reply, a)
+	one := int64(1)
+	for _, c := range []struct {
+		status int
+		rest   []any
+	}{{7, nil}, {acquireFull, nil}, {acquireFull, []any{one, one}}, {acquireFull, []any{one, one, one, one}}, {acquireFull, []any{"x", one, one}}, {acquireRepair, nil}} {
+		if a, err := parseAnswer(c.status, c.rest); err == nil {
+			t.Errorf("%d %v was taken for %+v", c.status, c.rest, a)
 		}
 	}
 }
 
 // Many admissions of one process that find the same to be repaired take the lock once.
 func TestOneRepairPerProcess(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	r, s, id := newSemaphore(t)
 	counted := &countingLocker{locker: s.locks}
 	s.locks = counted
 	var wg sync.WaitGroup
@@ -341,19 +306,4 @@ func TestOneRepairPerProcess(t *testing.T) {
 	if n := counted.tried.Load(); n > 5 {
 		t.Errorf("the lock was tried %d times", n)
 	}
-}
-
-// countingLocker counts what is asked of a locker.
-type countingLocker struct {
-	locker
-	tried, locked atomic.Int32
-}
-
-func (l *countingLocker) tryLock(ctx context.Context, name string, expiration time.Duration) (func(context.Context) error, error) {
-	l.tried.Add(1)
-	unlock, err := l.locker.tryLock(ctx, name, expiration)
-	if err == nil {
-		l.locked.Add(1)
-	}
-	return unlock, err
 }

@@ -135,7 +135,7 @@ func (w *webhook) healthRoutes() http.Handler {
 	return mux
 }
 
-// ready tells whether this webhook can decide: the queue Redis answers, and it is not stopping.
+// ready reports whether this webhook can decide: the queue Redis answers, and it is not stopping.
 func (w *webhook) ready(rw http.ResponseWriter, r *http.Request) {
 	select {
 	case <-w.stopping:

@@ -133,6 +133,7 @@ func (w *webhookProcess) post(body []byte) (status int, text string, serial int6
 }
 
 func TestCertificateIsRereadWithoutRestart(t *testing.T) {
+	t.Parallel()
 	r := commonRedis(t)
 	w := startWebhookProcess(t, r.address)
 	body := review(t, freshID(), 1, func(r map[string]any) { r["dryRun"] = true })

@@ -8,15 +8,13 @@ import (
 )
 
 const (
-	// beatTimeout bounds one heartbeat.
+	// beatTimeout bounds one heartbeat, and holderRetry the wait before one that failed is tried again: once Redis answers, live
+	// holders are counted again within beatTimeout. Scripts rely on it; see "back" in semaphore.lua.
 	beatTimeout = 3 * time.Second
+	holderRetry = time.Second
 
-	// holderRetry is the longest wait before a heartbeat that failed is tried again: when Redis is back, all are counted again
-	// soon.
-	holderRetry = 2 * time.Second
-
-	// answerPatience is for how long the answer to a claim is waited for when the pod ends.
-	answerPatience = 2 * time.Second
+	// locksPatience is for how long the end of a repair is waited for when the pod ends.
+	locksPatience = 2 * time.Second
 
 	// awaitMissed is after how long a held token that no init container asks for is logged: the app may run without it.
 	awaitMissed = time.Minute
@@ -62,9 +60,9 @@ func runSidecar(ctx context.Context, c sidecarConfig, log *slog.Logger) error {
 	if held {
 		s.log.Info("giving the token back")
 	}
-	select { // what has been asked for may still be granted
+	select {
 	case <-s.locksClosed:
-	case <-time.After(answerPatience):
+	case <-time.After(locksPatience):
 	}
 	return s.giveBack(held)
 }
@@ -99,7 +97,7 @@ func (s *sidecar) admit(ctx context.Context, c sidecarConfig, d *door) (held boo
 	s.semaphores.locks = newLocker(c.sharedConfig, 0)
 	defer s.closeLocks()
 	w := &waiter{semaphores: s.semaphores, id: s.id, token: s.token, length: c.length, expiration: c.expiration,
-		heartbeatInterval: c.heartbeatInterval, note: d.say, log: s.log}
+		say: d.say, log: s.log}
 	fresh := min(c.heartbeatInterval, c.staleThreshold/4)
 	var since time.Time // when the token was taken
 	for missed := false; ; {
@@ -167,11 +165,11 @@ func (s *sidecar) loop(ctx context.Context, first time.Duration, asked <-chan st
 }
 
 func (s *sidecar) newBackoff() *backoff {
-	return newBackoff(min(time.Second, s.interval/4), min(holderRetry, s.interval))
+	return newBackoff(min(holderRetry, s.interval)/4, min(holderRetry, s.interval/2))
 }
 
-// beat sends one heartbeat. It is not cut off by the end of ctx: one that is still on its way when the token is released
-// would count it again.
+// beat sends one heartbeat, and asks again where an answer does not come. It is not cut off by the end of ctx: one that is still on
+// its way when the token is released would count it again.
 func (s *sidecar) beat(ctx context.Context) error {
 	attempt, cancel := context.WithTimeout(context.WithoutCancel(ctx), min(beatTimeout, s.interval))
 	defer cancel()

@@ -14,9 +14,9 @@ import (
 )
 
 func TestSidecarGivesBackOnSignal(t *testing.T) {
+	t.Parallel()
 	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
-		r := commonRedis(t)
-		s, id := testSemaphores(t, r.address), freshID()
+		r, s, id := newSemaphore(t)
 		p := startSidecar(t, r.address, id, acquire(t, s, id, 2))
 		p.wantLog(t, "holding the token")
 		r.wantCounts(t, id, 1, 1)
@@ -27,22 +27,9 @@ func TestSidecarGivesBackOnSignal(t *testing.T) {
 	}
 }
 
-// wantLog waits for a log line with that message.
-func (p *process) wantLog(t *testing.T, message string) map[string]any {
-	t.Helper()
-	var lines []map[string]any
-	eventually(t, 20*time.Second, func() error {
-		if lines = p.log.lines(t, message); len(lines) == 0 {
-			return fmt.Errorf("no %q in the log:\n%s", message, p.log.String())
-		}
-		return nil
-	})
-	return lines[0]
-}
-
 func TestSidecarBeats(t *testing.T) {
-	r := commonRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	t.Parallel()
+	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 1)
 	startSidecar(t, r.address, id, token)
 	for range 3 { // at once, and again after each interval
@@ -60,6 +47,7 @@ func TestSidecarBeats(t *testing.T) {
 // A sidecar that was paused past the threshold touches neither the token that its successor got, nor lets anybody
 // in before the count is below length again.
 func TestPausedSidecar(t *testing.T) {
+	t.Parallel()
 	r := commonRedis(t)
 	w := startWebhook(t, testConfig(r.address))
 	id := freshID()
@@ -90,6 +78,7 @@ func TestPausedSidecar(t *testing.T) {
 
 // A Redis that is emptied under live sidecars counts them again within an interval.
 func TestRedisEmptied(t *testing.T) {
+	t.Parallel()
 	r := startRedis(t)
 	w := startWebhook(t, testConfig(r.address))
 	id := freshID()
@@ -111,14 +100,14 @@ func TestRedisEmptied(t *testing.T) {
 
 	// Refilled before the sidecars are back, they take the free tokens.
 	r.do(t, "FLUSHALL")
-	must(t, w.semaphores.maintain(context.Background(), id, 3, 3))
+	maintain(t, w.semaphores, id, 3)
 	r.wantCounts(t, id, 0, 3)
 }
 
 // A Redis that is out of reach ends no sidecar: not at its start, not later, and SIGTERM is answered when it is back.
 func TestSidecarOutlivesRedis(t *testing.T) {
-	r := startRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, startRedis(t))
 	token := acquire(t, s, id, 1)
 	r.stop()
 	p := startSidecar(t, r.address, id, token, "--termination-grace-period-seconds=60")
@@ -136,6 +125,7 @@ func TestSidecarOutlivesRedis(t *testing.T) {
 }
 
 func TestSidecarThatCannotGiveBack(t *testing.T) {
+	t.Parallel()
 	address := freeAddress(t)
 	token := uuid.NewString()
 	p := startSidecar(t, address, semaphoreID{"shop", "web"}, token, "--termination-grace-period-seconds=1")
@@ -151,8 +141,7 @@ func TestSidecarThatCannotGiveBack(t *testing.T) {
 
 // A server that has become a read-only replica is left for whoever is behind the address now.
 func TestRefusingServerIsDropped(t *testing.T) {
-	r := startRedis(t)
-	s, id := testSemaphores(t, r.address), freshID()
+	r, s, id := newSemaphoreOn(t, startRedis(t))
 	token := acquire(t, s, id, 1)
 	r.do(t, "REPLICAOF", "127.0.0.1", portOf(freeAddress(t)))
 	for range 3 {

@@ -18,8 +18,8 @@ import (
 
 // What the users of the webhook and of the sidecar need in Redis, as the README has it.
 const (
-	webhookACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~lock/* &waiters/* +ping +eval +evalsha +time +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount +zrange +zrangebyscore +zscore +zremrangebyscore +ttl +expire +publish +set +get"
-	sidecarACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~lock/* &waiters/* +eval +evalsha +time +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount +zrange +zrangebyscore +zrank +zscore +zremrangebyscore +ttl +expire +publish +subscribe +set +get"
+	webhookACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* +ping +eval +evalsha +time +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount +zrange +zrangebyscore +zscore +zremrangebyscore +ttl +expire +publish +set +get"
+	sidecarACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* +eval +evalsha +time +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount +zrange +zrangebyscore +zrank +zscore +zremrangebyscore +ttl +expire +publish +subscribe +set +get"
 )
 
 // startSecureRedis starts a redis-server that speaks TLS only, with a user for the webhook and one for the sidecar.
@@ -66,7 +66,9 @@ func TestRedisWithTLSAndACL(t *testing.T) {
 	token := w.wantAdmitted(t, id, 2)
 	r.makeStale(t, id, w.wantAdmitted(t, id, 2))
 	w.semaphores.giveBack(id, w.wantAdmitted(t, id, 2)) // after a repair
-	w.wantFull(t, id, 1, 1)                             // after a trim
+	w.wantFull(t, id, 1, 1)
+	r.askedLongAgo(t, id)
+	maintain(t, w.semaphores, id, 1) // a trim
 	r.wantCounts(t, id, 0, 1)
 
 	t.Setenv("REDIS_USERNAME", "sidecar")
@@ -105,21 +107,30 @@ func TestACLsAreMinimal(t *testing.T) {
 		if r.do(t, "EXISTS", id.lockKey()) != int64(0) {
 			return s, id, errors.New("NOPERM: the lock was not freed")
 		}
-		for _, length := range []int{3, 2, 1} { // refill, trim, trim to nothing
-			if err := s.maintain(ctx, id, length, 3); err != nil {
+		for _, length := range []int{3, 2} { // refill, trim
+			if _, err := s.maintain(ctx, id, length, true); err != nil {
 				return s, id, err
 			}
+			r.askedLongAgo(t, id)
 		}
 		token, err := s.acquire(ctx, id, 1, time.Second)
 		if err != nil {
 			return s, id, err
 		}
+		r.makeStale(t, id, "none")
 		r.do(t, "ZADD", id.waitersKey(), 1, "gone")
 		r.do(t, "ZADD", id.seenKey(), 1, "gone")
-		if _, err := s.release(ctx, id, token, uuid.NewString()); err != nil {
+		r.do(t, "HSET", id.namesKey(), "gone", 1)
+		if _, err := s.release(ctx, id, token); err != nil {
 			return s, id, err
 		}
-		return s, id, s.maintain(ctx, id, 0, 0)
+		r.do(t, "ZADD", id.inflightKey(), 99999999999, uuid.NewString()) // to be caught up with
+		r.askedLongAgo(t, id)
+		if _, err := s.maintain(ctx, id, 1, true); err != nil { // trim to nothing
+			return s, id, err
+		}
+		_, err = s.ask(ctx, id, question{token: uuid.NewString(), length: 1})
+		return s, id, err
 	}
 	sidecarLife := func() error {
 		s, id, err := life("sidecar")
@@ -133,15 +144,14 @@ func TestACLsAreMinimal(t *testing.T) {
 				return err
 			}
 		}
-		var full *fullError
 		other := uuid.NewString()
-		if err := s.claim(ctx, id, 1, time.Second, claim{token: other, arrival: joinLine}); !errors.As(err, &full) {
+		if _, err := s.ask(ctx, id, question{other, 1, joinLine}); err != nil {
 			return err
 		}
-		if _, err := s.release(ctx, id, other, uuid.NewString()); err != nil {
+		if _, err := s.release(ctx, id, other); err != nil {
 			return err
 		}
-		if _, err := s.release(ctx, id, token, uuid.NewString()); err != nil { // to the queue, or it would not be popped
+		if _, err := s.release(ctx, id, token); err != nil { // to the queue, or it would not be popped
 			return err
 		}
 		if _, err := s.heartbeat(ctx, id, token); err != nil {

@@ -57,6 +57,7 @@ func wantNoSecret(t *testing.T, p *process) {
 }
 
 func TestEtcdWithTLSAndAuth(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	writeCertificate(t, dir, 1)
 	crt, key := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")

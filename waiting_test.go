@@ -174,14 +174,14 @@ func TestPatchForEtcd(t *testing.T) {
 func TestSidecarReadsItsArguments(t *testing.T) {
 	c := testConfig("redis:6379")
 	c.redisAddresses = []string{"a:1", "b:2", "c:3"}
-	sidecar, _ := sidecarContainer(c, corev1.ResourceRequirements{}, testID, request{length: 7, expiration: 12 * time.Second}, testToken)
+	sidecar, _ := sidecarContainer(c, corev1.ResourceRequirements{}, testID, semaphoreSpec{length: 7, expiration: 12 * time.Second}, testToken)
 	parsed, err := parseSidecarConfig(sidecar.Args[1:], func(name string) string { return map[string]string{"POD_UID": "uid"}[name] })
 	must(t, err)
 	if parsed.length != 7 || parsed.expiration != 12*time.Second || parsed.podUID != "uid" || parsed.lockMode != lockModeRedlock || !slices.Equal(parsed.redisAddresses, c.redisAddresses) {
 		t.Errorf("parsed %+v", parsed)
 	}
 	c.enableSidecarContainers = false
-	sidecar, _ = sidecarContainer(c, corev1.ResourceRequirements{}, testID, testAsked, testToken)
+	sidecar, _ = sidecarContainer(c, corev1.ResourceRequirements{}, testID, testSpec, testToken)
 	parsed, err = parseSidecarConfig(sidecar.Args[1:], func(string) string { return "" })
 	must(t, err)
 	if parsed.length != 0 || sidecar.RestartPolicy != nil || sidecar.Env != nil {

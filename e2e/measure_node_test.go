@@ -28,7 +28,7 @@ func TestMeasureWaitingPods(t *testing.T) {
 	row("a sidecar and a container sleep", measurePods(t, period, func(p object) object {
 		delete(p["metadata"].(object)["annotations"].(object), annotationPrefix+"at-least-semaphore-pod")
 		maps.Copy(p["spec"].(object), object{"initContainers": []object{
-			container("sidecar", forever, object{"restartPolicy": "Always"}), container("await", forever),
+			container("sidecar", "exec sleep 36000", object{"restartPolicy": "Always"}), container("await", "exec sleep 36000"),
 		}})
 		return p
 	}, func(n *namespace) error {

@@ -1,94 +1,123 @@
--- acquire takes one free token, under a name that the caller chooses: to ask again with the same name is safe. In the
--- steady state an admission is this script and nothing else.
+-- acquire takes a free token, under a name that the caller chooses: to ask again with the same name is safe. In the steady state
+-- an admission is this script and nothing else.
 --
--- Who waits joins the line and keeps its place by asking again. Who does not wait gets only what the line leaves.
+-- A waiter joins the line and keeps its place by asking again. Who does not wait gets only what the line leaves.
 --
--- KEYS    see line.lua
--- ARGV[1] length           how many tokens the semaphore has
--- ARGV[2] stale threshold  seconds
--- ARGV[3] time to live     seconds, of all keys, renewed by any use
--- ARGV[4] token            the name; nobody else ever uses it
--- ARGV[5] arrival          empty: does not wait; "0": joins the line; else as it was answered before
--- ARGV[6] patience         seconds after which a waiter that has not asked again is dropped
+-- KEYS, ARGV[1..4], and what every script returns: see semaphore.lua
+-- ARGV[5] length   how many tokens the semaphore has
+-- ARGV[6] token    the name; nobody else ever uses it
+-- ARGV[7] arrival  empty: does not wait; "0": joins the line; else as it was answered before
 --
--- Returns {0, tokens in use, waiters, position, arrival, seconds waited, seconds until a token may be stale, reachable}
---                               full: nothing is free and nothing is to be repaired. From position on only for who waits
---         {1}                   the token is in flight
---         {2, missing, stale}   to be maintained first, for which that many fresh tokens are needed
-local length = tonumber(ARGV[1])
-local threshold = tonumber(ARGV[2])
-local token = ARGV[4]
-local waits = ARGV[5] ~= ''
-
-local function answer(values)
-  renew(ARGV[3])
-  return values
+-- Returns {1, time}             taken: the token is in flight
+--         {2, time, stale}      to be repaired first: tokens are missing, or so many are stale
+--         {0, time, tokens in use, waiters, doubt, position, arrival, seconds waited, seconds until one may be stale, reachable}
+--                               full. doubt: if not 0, in so many seconds it is known whether some holders or waiters are gone.
+--                               From position on only for who waits
+local length = tonumber(ARGV[5])
+local token = ARGV[6]
+local arrival = ARGV[7]
+local waits = arrival ~= ''
+local held = redis.call('ZSCORE', KEYS[2], token)
+ask(length)
+if waits and arrival ~= '0' and tonumber(arrival) < created * 1000000 and lost < created then
+  lost = now -- the waiter is older than what Redis knows
 end
+touch(held and redis.pcall)
+if held then
+  redis.call('EXPIRE', KEYS[2], ARGV[4]) -- a full Redis lets a script go on that has written what needs no memory
+end
+catchUp(KEYS[2])
+catchUp(KEYS[4])
 
 local function take()
+  grown = grown or redis.call('EXISTS', KEYS[2]) == 0
   redis.call('ZADD', KEYS[2], now, token)
-  leave(token)
-  return answer({1})
-end
-
-if redis.call('ZSCORE', KEYS[2], token) then
-  return take()
-end
-
-for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', '(' .. (now - tonumber(ARGV[6])), 'LIMIT', 0, 1000)) do
-  leave(gone)
-end
-if waits then
-  local arrival = ARGV[5]
-  if arrival == '0' then
-    arrival = time[1] .. string.format('%06d', tonumber(time[2]))
-  end
-  redis.call('ZADD', KEYS[3], 'NX', arrival, token)
-  redis.call('ZADD', KEYS[4], now, token)
-end
-
-local queued = redis.call('LLEN', KEYS[1])
-local inflight = redis.call('ZCARD', KEYS[2])
-local stale = redis.call('ZCOUNT', KEYS[2], '-inf', '(' .. (now - threshold))
-local total = queued + inflight
-
--- More than length with an empty queue is what a late heartbeat or a lowered length leaves: there is
--- nothing to trim, so it is plainly full until enough have been released. Nor does a waiter trim that would gain nothing by it:
--- what is free is for pods with a greater length, for which it makes way below.
-local surplus = total > length and queued > 0
-local others = waits and surplus and inflight >= length
-if stale > 0 or total < length or (surplus and not others) then
-  return answer({2, math.max(0, length - queued - (inflight - stale)), stale})
-end
-
-local function position()
-  if waits then
-    return redis.call('ZRANK', KEYS[3], token) + 1
-  end
-  return redis.call('ZCARD', KEYS[3]) + 1
-end
-
-local own = position()
-if queued > 0 and own > queued then
-  -- Those ahead have not come for what is free: they are called once more, and dropped if they are gone.
-  call(token)
-  own = position()
-end
-if own <= queued and not others then
-  redis.call('LPOP', KEYS[1])
-  return take()
-end
-
-local full = {0, inflight, redis.call('ZCARD', KEYS[3])}
-if waits then
-  local arrival = redis.call('ZSCORE', KEYS[3], token)
-  local waited = now - math.floor(tonumber(arrival) / 1000000)
-  local oldest = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')[2] or now
-  local reachable = send(token, 'can you hear me') and 1 or 0
-  full = {0, inflight, full[3], own, arrival, waited, math.max(0, oldest + threshold + 1 - now), reachable}
-  if others then
-    leave(token) -- until it asks again
+  if line > 0 then
+    leave(token)
     call()
   end
+  return finish({1, micros})
 end
-return answer(full)
+
+if held then
+  return take()
+end
+
+local patient = now - resumed > patience
+if patient then
+  for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', '(' .. (now - patience), 'LIMIT', 0, 100)) do
+    leave(gone)
+  end
+end
+
+if waits then
+  if not redis.call('ZSCORE', KEYS[3], token) then
+    local joined = arrival
+    if arrival == '0' then
+      local last = tonumber(redis.call('ZRANGE', KEYS[3], -1, -1, 'WITHSCORES')[2]) or 0
+      joined = string.format('%.0f', math.max(micros, last + 1)) -- behind all others, wherever the clock was set
+    end
+    grown = true
+    redis.call('ZADD', KEYS[3], joined, token)
+    redis.call('HSET', KEYS[5], token, length)
+  end
+  redis.call('ZADD', KEYS[4], now, token)
+  line = redis.call('ZCARD', KEYS[3])
+end
+
+-- ahead is how many are in line before the one that asks.
+local function ahead()
+  return waits and redis.call('ZRANK', KEYS[3], token) or redis.call('ZCARD', KEYS[3])
+end
+
+-- mine reports whether a free token is left for the one that asks when those ahead have theirs.
+local function mine()
+  local before = ahead()
+  if redis.call('ZCARD', KEYS[2]) >= length or before > 100 then
+    return false
+  end
+  local free, used = served(function() return true end, before)
+  return free > 0 and used < length
+end
+
+local inflight = redis.call('ZCARD', KEYS[2])
+if inflight < length and redis.call('LLEN', KEYS[1]) > 0 then
+  local turn = mine()
+  if not turn then
+    -- Those ahead have not come for what is free: they are called once more, and dropped if they are gone.
+    call(token)
+    turn = mine()
+  end
+  if turn then
+    redis.call('LPOP', KEYS[1])
+    return take()
+  end
+end
+
+-- What is missing may be held by those who are about to come back; but a newcomer cannot know a semaphore that has lost its data
+-- from a new one.
+local old = redis.call('ZCOUNT', KEYS[2], '-inf', '(' .. (now - threshold))
+local newcomer = arrival == '' or arrival == '0'
+local missing = inflight < length and redis.call('LLEN', KEYS[1]) == 0
+local reclaimable = old > 0 and inflight - old < length
+if missing and mayRefill(newcomer) or reclaimable and settled() then
+  return finish({2, micros, old})
+end
+
+local doubt = 0
+if (missing or reclaimable) and not settled() then
+  doubt = math.max(resumed, lost) + quiet + 1 - now
+elseif not patient and redis.call('ZCOUNT', KEYS[4], '-inf', '(' .. (now - patience / 2)) > 0 then
+  doubt = resumed + patience + 1 - now
+end
+local full = {0, micros, inflight, redis.call('ZCARD', KEYS[3]), doubt}
+if waits then
+  local at = redis.call('ZSCORE', KEYS[3], token)
+  local oldest = tonumber(redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')[2]) or now
+  full[6] = ahead() + 1
+  full[7] = at
+  full[8] = math.max(0, now - math.floor(tonumber(at) / 1000000))
+  full[9] = math.max(0, oldest + threshold + 1 - now, math.max(resumed, lost) + quiet + 1 - now)
+  full[10] = send(token, 'can you hear me') and 1 or 0
+end
+return finish(full)

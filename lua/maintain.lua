@@ -1,35 +1,35 @@
--- maintain reclaims stale tokens, then refills or trims the queue until queue + inflight is length.
--- It looks at what is there and not at what was: to run it twice, or twice at once, does no harm. Those first in line are
--- called for what is free then.
+-- maintain reclaims stale tokens, refills the queue in a small portion, and trims it. It looks at what is there and not at what
+-- was: to run it twice, or twice at once, does no harm. Those first in line are called for what is free then.
 --
--- KEYS    see line.lua
--- ARGV[1] length           how many tokens the semaphore has
--- ARGV[2] stale threshold  seconds
--- ARGV[3] time to live     seconds, of all keys, renewed by any use
--- ARGV[4..] fresh tokens   as many as may be missing; those not needed are dropped
+-- KEYS, ARGV[1..4], and what every script returns: see semaphore.lua
+-- ARGV[5] length    how many tokens the semaphore has
+-- ARGV[6] newcomer  "1": whoever asks has not been in line before, and does not wait for tokens that may have been lost
 --
--- Returns {reclaimed, refilled, trimmed}
-local length = tonumber(ARGV[1])
-local reclaimed = redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', '(' .. (now - tonumber(ARGV[2])))
-local queued = redis.call('LLEN', KEYS[1])
-local free = math.max(0, length - redis.call('ZCARD', KEYS[2])) -- what the queue should hold
+-- Returns {0, time, reclaimed, refilled, trimmed, doubt}  doubt: if not 0, holders have so many seconds left to come back
+local length = tonumber(ARGV[5])
+local portion = 256 -- of free tokens, at most, that are made for those who may come
 
-local trimmed = math.max(0, queued - free)
-if trimmed > 0 then
-  -- LTRIM 0 -1 would keep all, so that an empty queue has to be asked for in another way.
-  if free == 0 then
-    redis.call('DEL', KEYS[1])
-  else
-    redis.call('LTRIM', KEYS[1], 0, free - 1)
+ask(length)
+touch()
+catchUp(KEYS[2])
+catchUp(KEYS[4])
+local reclaimed, refilled = 0, 0
+if settled() then
+  reclaimed = redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', '(' .. (now - threshold))
+end
+if mayRefill(ARGV[6] == '1') then
+  local wanted = math.min(portion, length - redis.call('ZCARD', KEYS[2]))
+  local free = {}
+  for i = 1, wanted - redis.call('LLEN', KEYS[1]) do
+    free[i] = 'free'
+  end
+  refilled = #free
+  if refilled > 0 then
+    grown = true
+    redis.call('RPUSH', KEYS[1], unpack(free))
   end
 end
-
-local refilled = math.max(0, math.min(free - queued, #ARGV - 3))
--- In portions: Lua cannot unpack 10,000 values at once.
-for first = 4, 3 + refilled, 1000 do
-  redis.call('RPUSH', KEYS[1], unpack(ARGV, first, math.min(first + 999, 3 + refilled)))
-end
-
+local trimmed = trim()
 call()
-renew(ARGV[3])
-return {reclaimed, refilled, trimmed}
+local doubt = settled() and 0 or math.max(resumed, lost) + quiet + 1 - now
+return finish({0, micros, reclaimed, refilled, trimmed, doubt})

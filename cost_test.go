@@ -1,0 +1,163 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"regexp"
+	"slices"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+// info is a number out of INFO.
+func (s *redisServer) info(t *testing.T, section, pattern string) int {
+	t.Helper()
+	text, err := redis.String(s.do(t, "INFO", section), nil)
+	must(t, err)
+	m := regexp.MustCompile(pattern + `(\d+)`).FindStringSubmatch(text)
+	if m == nil {
+		return 0
+	}
+	n, err := strconv.Atoi(m[1])
+	must(t, err)
+	return n
+}
+
+// A semaphore costs what its pods need, not what its length allows.
+func TestMemoryOfGreatLengths(t *testing.T) {
+	t.Parallel()
+	const keys, most = 300, 20 << 20
+	r, s, id := newSemaphoreOn(t, startRedis(t))
+	acquire(t, s, id, maxLength) // so that the scripts are there
+	before := r.info(t, "memory", "used_memory:")
+	for range keys {
+		acquire(t, s, freshID(), maxLength)
+	}
+	grown := r.info(t, "memory", "used_memory:") - before
+	t.Logf("%d bytes for %d semaphores", grown, keys)
+	if grown > most {
+		t.Errorf("Redis has grown by %d bytes, want at most %d", grown, most)
+	}
+}
+
+// What nobody uses any more goes within minutes, whoever was the last to leave; what is in use stays.
+func TestUnusedSemaphoresExpire(t *testing.T) {
+	r, s, id := newSemaphore(t)
+	ctx := context.Background()
+	wantTTL := func(what string, busy bool) {
+		t.Helper()
+		keys := 0
+		for _, key := range id.keys() {
+			ttl, err := redis.Int(r.do(t, "TTL", key), nil)
+			must(t, err)
+			if ttl == -2 {
+				continue
+			}
+			keys++
+			if ttl < 0 || busy && ttl < 86400/2 || !busy && ttl > 300 {
+				t.Errorf("%s: %s has a time to live of %d", what, key, ttl)
+			}
+		}
+		if keys == 0 {
+			t.Errorf("%s: there are no keys", what)
+		}
+	}
+	token := acquire(t, s, id, 2)
+	wantTTL("held", true)
+	giveBack(t, s, id, token)
+	wantTTL("given back", false)
+	_, err := s.heartbeat(ctx, id, token)
+	must(t, err)
+	wantTTL("back late", true)
+	giveBack(t, s, id, token)
+	giveBack(t, s, id, token)
+	wantTTL("given back twice", false)
+
+	token = acquire(t, s, id, 1)
+	waiting, _ := stand(t, r, s, id, false)
+	wantTTL("waited for", true)
+	giveBack(t, s, id, token)
+	wantTTL("kept for the one that waits", true)
+	wantFullError(t, s, id, 1, 0)
+	wantTTL("refused", true)
+	giveBack(t, s, id, waiting)
+	wantTTL("the line left", false)
+
+	r.makeStale(t, id, acquire(t, s, id, 1))
+	maintain(t, s, id, 1)
+	wantTTL("reclaimed", false)
+	token = acquire(t, s, id, 1)
+	wantTTL("held again", true)
+
+	silent, _ := stand(t, r, s, id, false)
+	r.unseen(t, id, silent, time.Minute)
+	giveBack(t, s, id, token) // finds the one in line gone
+	r.wantLine(t, id)
+	wantTTL("the last in line dropped", false)
+}
+
+// scriptCost is what scripts have done so far.
+type scriptCost struct{ commands, published, micros int }
+
+func (s *redisServer) scriptCost(t *testing.T) (c scriptCost) {
+	t.Helper()
+	for name, n := range commandCalls(t, s) {
+		if name != "info" && name != "evalsha" && name != "eval" {
+			c.commands += n
+		}
+	}
+	c.published = commandCalls(t, s)["publish"]
+	c.micros = s.info(t, "commandstats", `cmdstat_evalsha:calls=\d+,usec=`)
+	return c
+}
+
+// during is what scripts do while f runs.
+func (s *redisServer) during(t *testing.T, f func()) scriptCost {
+	t.Helper()
+	before := s.scriptCost(t)
+	f()
+	after := s.scriptCost(t)
+	return scriptCost{after.commands - before.commands, after.published - before.published, after.micros - before.micros}
+}
+
+// median sorts the values.
+func median(values []int) int {
+	slices.Sort(values)
+	return values[len(values)/2]
+}
+
+// A great length costs an admission no more than a small one: the first of a semaphore, which makes its tokens, and all others.
+func TestAdmissionCostsTheSameForAnyLength(t *testing.T) {
+	t.Parallel()
+	const small, pairs = 3, 50
+	r, s, id := newSemaphoreOn(t, startRedis(t))
+	giveBack(t, s, id, acquire(t, s, id, 1)) // so that the scripts are there
+	times := map[string][]int{}
+	for range pairs { // in turn, so that what disturbs one disturbs the other
+		commands := map[string]int{}
+		for _, length := range []int{small, maxLength} {
+			id := freshID()
+			for i := range small {
+				name := fmt.Sprintf("admission %d", i+1)
+				c := r.during(t, func() { acquire(t, s, id, length) })
+				if length == small {
+					commands[name] = c.commands
+				} else if c.commands > commands[name] {
+					t.Errorf("%s: %d commands with length %d, %d with length %d", name, c.commands, length, commands[name], small)
+				}
+				name = fmt.Sprintf("%s of length %d", name, length)
+				times[name] = append(times[name], c.micros)
+			}
+		}
+	}
+	for i := range small {
+		least, most := median(times[fmt.Sprintf("admission %d of length %d", i+1, small)]), median(times[fmt.Sprintf("admission %d of length %d", i+1, maxLength)])
+		t.Logf("admission %d: %d µs with length %d, %d µs with length %d", i+1, least, small, most, maxLength)
+		if most > 4*least {
+			t.Errorf("admission %d: %d µs with length %d, %d µs with length %d", i+1, least, small, most, maxLength)
+		}
+	}
+}

@@ -1,0 +1,176 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// lockServers are the servers of one kind of lock.
+type lockServers interface {
+	newLocker() locker
+	addresses() []string
+	expire(t *testing.T, name string) // does what the expiry of a lock does
+	locksLeft() error
+	connectionsLeft() error
+	pause(t *testing.T, i int)
+	resume(t *testing.T, i int)
+	kill(i int)
+	healthy() error
+	configure(c *webhookConfig)
+}
+
+type redlockServers []*redisServer
+
+func (s redlockServers) newLocker() locker {
+	return newRedlock(s.addresses(), redisSettings{}, lockConnections)
+}
+
+func (s redlockServers) addresses() []string {
+	var addresses []string
+	for _, r := range s {
+		addresses = append(addresses, r.address)
+	}
+	return addresses
+}
+
+func (s redlockServers) expire(t *testing.T, name string) {
+	for _, r := range s {
+		r.do(t, "DEL", name)
+	}
+}
+
+func (s redlockServers) locksLeft() error {
+	for _, r := range s {
+		if n, err := redis.Int(r.control.Do("DBSIZE")); err != nil || n > 0 {
+			return fmt.Errorf("%d keys left, %v", n, err)
+		}
+	}
+	return nil
+}
+
+func (s redlockServers) connectionsLeft() error {
+	for _, r := range s {
+		clients, err := redis.String(r.control.Do("CLIENT", "LIST"))
+		if n := strings.Count(clients, "\n"); err != nil || n > 1 {
+			return fmt.Errorf("%d connections left, %v", n-1, err)
+		}
+	}
+	return nil
+}
+
+func (s redlockServers) pause(t *testing.T, i int)  { s[i].pause(t) }
+func (s redlockServers) resume(t *testing.T, i int) { s[i].resume(t) }
+func (s redlockServers) kill(i int)                 { s[i].stop() }
+
+func (s redlockServers) healthy() error {
+	for _, r := range s {
+		if _, err := r.control.Do("PING"); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s redlockServers) configure(c *webhookConfig) {
+	c.lockMode, c.redisAddresses = lockModeRedlock, s.addresses()
+}
+
+type etcdServers []*etcdMember
+
+func (s etcdServers) newLocker() locker   { return newEtcdLock(s.addresses(), etcdSettings{}) }
+func (s etcdServers) addresses() []string { return etcdAddresses(s) }
+
+func (s etcdServers) expire(t *testing.T, name string) {
+	got, err := s[0].control.Get(context.Background(), name)
+	must(t, err)
+	_, err = s[0].control.Revoke(context.Background(), clientv3.LeaseID(got.Kvs[0].Lease))
+	must(t, err)
+}
+
+func (s etcdServers) locksLeft() error {
+	ctx := context.Background()
+	leases, err := s[0].control.Leases(ctx)
+	if err != nil || len(leases.Leases) > 0 {
+		return fmt.Errorf("leases %v left, %v", leases, err)
+	}
+	keys, err := s[0].control.Get(ctx, "", clientv3.WithPrefix(), clientv3.WithCountOnly())
+	if err != nil || keys.Count > 0 {
+		return fmt.Errorf("%d keys left, %v", keys.Count, err)
+	}
+	return nil
+}
+
+func (s etcdServers) connectionsLeft() error {
+	for _, m := range s {
+		if n, err := establishedTo(m.address); err != nil || n > 1 { // one is the test's
+			return fmt.Errorf("%d connections left, %v", n-1, err)
+		}
+	}
+	return nil
+}
+
+func (s etcdServers) pause(t *testing.T, i int)  { s[i].pause(t) }
+func (s etcdServers) resume(t *testing.T, i int) { s[i].resume(t) }
+func (s etcdServers) kill(i int)                 { s[i].kill() }
+
+func (s etcdServers) healthy() error {
+	for _, m := range s {
+		if err := m.answers(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s etcdServers) configure(c *webhookConfig) {
+	c.lockMode, c.etcdAddresses = lockModeEtcd, s.addresses()
+}
+
+// forEachLock runs a test over both locks, each with servers of its own.
+func forEachLock(t *testing.T, servers int, test func(t *testing.T, s lockServers)) {
+	t.Run("redlock", func(t *testing.T) {
+		var s redlockServers
+		for range servers {
+			s = append(s, startRedis(t))
+		}
+		test(t, s)
+	})
+	t.Run("etcd", func(t *testing.T) { test(t, etcdServers(leaderFirst(t, startEtcd(t, servers)))) })
+}
+
+// lockWithin takes a lock that is to become free.
+func lockWithin(t *testing.T, l locker, name string, expiration time.Duration) func(context.Context) error {
+	t.Helper()
+	var unlock func(context.Context) error
+	eventually(t, 20*time.Second, func() (err error) {
+		unlock, err = l.tryLock(context.Background(), name, expiration)
+		return err
+	})
+	return unlock
+}
+
+func wantTaken(t *testing.T, l locker, name string) {
+	t.Helper()
+	if _, err := l.tryLock(context.Background(), name, time.Minute); !errors.Is(err, errLockTaken) {
+		t.Fatalf("got %v, want that the lock is taken", err)
+	}
+}
+
+func wantNamed(t *testing.T, text string, addresses ...string) {
+	t.Helper()
+	for _, a := range addresses {
+		if !strings.Contains(text, a+": ") {
+			t.Errorf("%s is not named in %q", a, text)
+		}
+	}
+	if strings.Contains(text, "\n") {
+		t.Errorf("more than one line: %q", text)
+	}
+}

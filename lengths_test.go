@@ -1,0 +1,309 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+)
+
+// atOnce is within what time a waiter has the token that is free for it: it is called, and does not find it by its next poll.
+const atOnce = 2 * time.Second
+
+// What is free is taken without a lock, and before anything is repaired.
+func TestFreeTokensAreTakenBeforeARepair(t *testing.T) {
+	t.Parallel()
+	r, healthy, id := newSemaphore(t)
+	r.makeStale(t, id, acquire(t, healthy, id, 3))
+	r.wantCounts(t, id, 2, 1)
+
+	c := testConfig(r.address)
+	c.redisAddresses = []string{freeAddress(t)}
+	w := startWebhook(t, c)
+	counted := &countingLocker{locker: w.semaphores.locks}
+	w.semaphores.locks = counted
+	start := time.Now()
+	w.wantAdmitted(t, id, 3)
+	must(t, newWaiter(w.semaphores, id, 3).waitOnly(t.Context()))
+	if took := time.Since(start); took > atOnce {
+		t.Errorf("took %s", took)
+	}
+	if n := counted.tried.Load(); n > 0 {
+		t.Errorf("the lock was tried %d times", n)
+	}
+	r.wantCounts(t, id, 0, 3)
+	if a, err := w.tryAdmit(review(t, id, 3)); err == nil { // only now the stale one is needed
+		t.Errorf("answered %+v, want the lock server out of reach", a)
+	}
+}
+
+// podRun is what a pod has done.
+type podRun struct {
+	length                    int
+	asked, admitted, released time.Time // asked: when it sent the question that was answered with the token
+}
+
+// runPod waits for a token, holds it for a time, and gives it back. It has connections of its own, as a sidecar has.
+func runPod(ctx context.Context, s *semaphores, id semaphoreID, length int, work time.Duration) (podRun, error) {
+	w := newWaiter(s, id, length)
+	asked, _, err := w.wait(ctx)
+	if err != nil {
+		return podRun{}, err
+	}
+	done := podRun{length: length, asked: asked, admitted: time.Now()}
+	if err := sleep(ctx, work); err != nil {
+		return podRun{}, err
+	}
+	done.released = time.Now()
+	_, err = s.release(ctx, id, w.token)
+	return done, err
+}
+
+// wantLengthsKept fails if a pod was admitted while as many as its own length were at work.
+func wantLengthsKept(t *testing.T, runs []podRun) {
+	t.Helper()
+	for i, pod := range runs {
+		working := 0
+		for j, other := range runs {
+			if i != j && other.admitted.Before(pod.asked) && other.released.After(pod.admitted) {
+				working++
+			}
+		}
+		if working >= pod.length {
+			t.Errorf("a pod of length %d was admitted while %d others were at work", pod.length, working)
+		}
+	}
+}
+
+// Pods that disagree about the length, as while a Deployment is rolled out, use what is there, and nobody more than its length.
+func TestPodsOfTwoLengths(t *testing.T) {
+	t.Parallel()
+	const pods, work = 40, time.Second
+	r, _, id := newSemaphore(t)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	var mu sync.Mutex
+	var runs []podRun
+	var wg sync.WaitGroup
+	start := time.Now()
+	for i := range pods {
+		s := testSemaphores(t, r.address)
+		length := 5 - 2*(i%2)
+		wg.Go(func() {
+			done, err := runPod(ctx, s, id, length, work)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			runs = append(runs, done)
+		})
+	}
+	wg.Wait()
+	took := time.Since(start)
+	slices.SortFunc(runs, func(a, b podRun) int { return a.admitted.Compare(b.admitted) })
+	wantLengthsKept(t, runs)
+	last, gap := start, time.Duration(0)
+	for _, pod := range runs {
+		gap, last = max(gap, pod.admitted.Sub(last)), pod.admitted
+	}
+	t.Logf("%d pods in %s, the longest gap is %s", len(runs), took, gap)
+	if took > 16*work || gap > 3*work {
+		t.Error("too long")
+	}
+	if _, inflight, err := r.counts(id); err != nil || inflight > 0 {
+		t.Errorf("%d in flight, %v", inflight, err)
+	}
+}
+
+// linePod is one that waits in this process, or holds a token.
+type linePod struct {
+	token  string
+	length int
+	done   <-chan error
+}
+
+// lineUp is a line whose pods the test knows in their order, and those that hold tokens.
+type lineUp struct {
+	r                *redisServer
+	s                *semaphores
+	id               semaphoreID
+	waiting, holding []linePod
+}
+
+// hold lets a pod take a token that is free.
+func (l *lineUp) hold(t *testing.T, length int) {
+	t.Helper()
+	l.holding = append(l.holding, linePod{token: acquire(t, l.s, l.id, length), length: length})
+}
+
+// join lets pods of these lengths join the line, one after the other.
+func (l *lineUp) join(t *testing.T, lengths ...int) {
+	t.Helper()
+	for _, length := range lengths {
+		token, done := queueUp(t, t.Context(), l.s, l.id, length, l.r)
+		l.waiting = append(l.waiting, linePod{token, length, done})
+	}
+}
+
+// next takes out of those that wait the first whose length is not used up.
+func (l *lineUp) next() (next linePod, ok bool) {
+	for i, p := range l.waiting {
+		if len(l.holding) < p.length {
+			l.waiting = slices.Delete(l.waiting, i, i+1)
+			return p, true
+		}
+	}
+	return linePod{}, false
+}
+
+// wantServed waits until all have a token for whom one is free: each at once, and nobody else.
+func (l *lineUp) wantServed(t *testing.T) {
+	t.Helper()
+	for {
+		p, ok := l.next()
+		if !ok {
+			break
+		}
+		select {
+		case err := <-p.done:
+			must(t, err)
+		case <-time.After(atOnce):
+			queue, inflight, err := l.r.counts(l.id)
+			t.Fatalf("a pod of length %d waits for what is free, with %d holders; queue %d, in flight %d, %v", p.length, len(l.holding), queue, inflight, err)
+		}
+		l.holding = append(l.holding, p)
+	}
+	for _, p := range l.waiting {
+		select {
+		case err := <-p.done:
+			t.Fatalf("one too many: a pod of length %d was served with %d holders, %v", p.length, len(l.holding), err)
+		default:
+		}
+	}
+	l.wantState(t)
+}
+
+// wantState waits until Redis has exactly those in flight that hold a token, and those in line that wait, in their order.
+func (l *lineUp) wantState(t *testing.T) {
+	t.Helper()
+	tokens := func(pods []linePod) (names []string) {
+		for _, p := range pods {
+			names = append(names, p.token)
+		}
+		return names
+	}
+	l.r.wantLine(t, l.id, tokens(l.waiting)...)
+	got, want := l.r.inflight(t, l.id), tokens(l.holding)
+	slices.Sort(got)
+	slices.Sort(want)
+	if !slices.Equal(got, want) {
+		t.Fatalf("in flight are %v, want %v", got, want)
+	}
+}
+
+// giveBack ends the pod that holds a token for the longest time.
+func (l *lineUp) giveBack(t *testing.T) {
+	t.Helper()
+	giveBack(t, l.s, l.id, l.holding[0].token)
+	l.holding = l.holding[1:]
+}
+
+// wantDrained lets one holder after the other end, until all that wait were served.
+func (l *lineUp) wantDrained(t *testing.T) {
+	t.Helper()
+	for l.wantServed(t); len(l.holding) > 0; l.wantServed(t) {
+		l.giveBack(t)
+	}
+	if len(l.waiting) > 0 {
+		t.Errorf("%d still wait", len(l.waiting))
+	}
+}
+
+// A length that is changed is no loss of data: nobody waits for what is free to him.
+func TestChangedLengthWithALine(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name            string
+		holders, length int
+		line            []int
+	}{
+		{"lowered, those in line are all new", 2, 2, []int{1, 1, 1, 1}},
+		{"lowered while four wait", 2, 2, []int{2, 2, 2, 2, 1, 1}},
+		{"lowered and raised again", 2, 2, []int{2, 1, 2, 1, 2, 1}},
+		{"raised while some wait", 2, 2, []int{1, 2, 1, 2, 2}},
+		{"different", 5, 5, []int{3, 5, 3, 5, 1, 5, 3, 3}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			r, s, id := newSemaphore(t)
+			l := &lineUp{r: r, s: s, id: id}
+			for range c.holders {
+				l.hold(t, c.length)
+			}
+			l.join(t, c.line...)
+			l.wantDrained(t)
+		})
+	}
+}
+
+// One that asks for more than is in use gets it at once, though the line is long: those in it wait for less.
+func TestRaisedLengthIsServedAtOnce(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	l := &lineUp{r: r, s: s, id: id}
+	l.hold(t, 1)
+	l.join(t, 1, 1, 1)
+	for range 2 {
+		w := newWaiter(s, id, 3)
+		start := time.Now()
+		must(t, w.waitOnly(t.Context()))
+		if took := time.Since(start); took > atOnce {
+			t.Errorf("took %s", took)
+		}
+		l.holding = append(l.holding, linePod{token: w.token, length: 3})
+		l.wantState(t)
+	}
+	l.join(t, 3, 1)
+	l.wantDrained(t)
+}
+
+// A holder that comes back late, when its token has been reclaimed and is another's, is one too many. What is given back then is
+// not kept from those who wait.
+func TestHolderComesBackLate(t *testing.T) {
+	t.Parallel()
+	for _, line := range [][]int{{2, 2, 2, 2, 2, 2, 2, 2, 2}, {2, 3, 2, 3, 2, 3, 2, 3, 2}, {3, 2, 1, 1, 2, 3, 3, 2, 1}} {
+		t.Run(fmt.Sprint(line), func(t *testing.T) {
+			t.Parallel()
+			r, s, id := newSemaphore(t)
+			l := &lineUp{r: r, s: s, id: id}
+			length := slices.Max(line)
+			for range length {
+				l.hold(t, length)
+			}
+			l.join(t, line...)
+			late := slices.Clone(l.holding[:2])
+			l.holding = l.holding[2:]
+			for _, p := range late {
+				r.makeStale(t, id, p.token)
+			}
+			for range late {
+				p, _ := l.next()
+				wantDone(t, p.done)
+				l.holding = append(l.holding, p)
+			}
+			for _, p := range late {
+				rejoined, err := s.heartbeat(context.Background(), id, p.token)
+				must(t, err)
+				if !rejoined {
+					t.Fatal("it was not reclaimed")
+				}
+			}
+			l.holding = append(l.holding, late...)
+			l.wantDrained(t)
+		})
+	}
+}

@@ -1,0 +1,311 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
+)
+
+// wantInflight fails unless exactly these tokens are in use.
+func (s *redisServer) wantInflight(t *testing.T, id semaphoreID, want ...string) {
+	t.Helper()
+	got := s.inflight(t, id)
+	slices.Sort(got)
+	if want = slices.Sorted(slices.Values(want)); !slices.Equal(got, want) {
+		t.Fatalf("in flight are %v, want %v", got, want)
+	}
+}
+
+// state is a field of the state Hash.
+func (s *redisServer) state(t *testing.T, id semaphoreID, field string) int {
+	t.Helper()
+	n, err := redis.Int(s.do(t, "HGET", id.stateKey(), field), nil)
+	must(t, err)
+	return n
+}
+
+func (s *redisServer) now(t *testing.T) int {
+	t.Helper()
+	now, err := redis.Ints(s.do(t, "TIME"), nil)
+	must(t, err)
+	return now[0]
+}
+
+// wantSettled waits until holders have had the time to come back, and fails if others are in use than these meanwhile.
+func (s *redisServer) wantSettled(t *testing.T, id semaphoreID, quiet time.Duration, tokens ...string) {
+	t.Helper()
+	eventually(t, 20*time.Second, func() error {
+		s.wantInflight(t, id, tokens...)
+		if since := s.now(t) - s.state(t, id, "resumed"); since <= seconds(quiet)+1 {
+			return fmt.Errorf("%d s after the outage", since)
+		}
+		return nil
+	})
+}
+
+// After an outage that lasted longer than the threshold, live holders keep their tokens, though those who ask first were started
+// during it and know of nothing. Who died meanwhile is found out.
+func TestHoldersOutliveAnOutage(t *testing.T) {
+	t.Parallel()
+	const interval = 2 * time.Second
+	r, s, id := newSemaphore(t)
+	holders, others := startFaultyProxy(t, r.address), startFaultyProxy(t, r.address)
+	flag := "--heartbeat-interval-seconds=2"
+	var live []string
+	var beats []*process
+	for range 3 {
+		token := acquire(t, s, id, 3)
+		p := startSidecar(t, holders.address, id, token, flag)
+		p.wantLog(t, heldText)
+		live, beats = append(live, token), append(beats, p)
+	}
+	holders.cut()
+	others.cut()
+	for _, p := range beats {
+		p.wantLog(t, "heartbeat failed, to be retried")
+	}
+	r.shift(t, id, -200*time.Second)
+
+	w := startWebhook(t, beating(others.address, interval))
+	if status, text, err := w.post(context.Background(), review(t, id, 3), "500ms"); err != nil || status != http.StatusInternalServerError {
+		t.Errorf("answered %d %s, %v while Redis is out of reach", status, text, err)
+	}
+	var waiting []*process
+	for range 2 {
+		made := others.made.Load()
+		waiting = append(waiting, startWaitingSidecar(t, others.address, id, uuid.NewString(), 3, flag))
+		eventually(t, 10*time.Second, func() error {
+			if others.made.Load() == made {
+				return errors.New("it has not tried yet")
+			}
+			return nil
+		})
+	}
+	others.mend() // they come first
+	a := w.admit(t, review(t, id, 3))
+	if a.allowed || a.code != http.StatusTooManyRequests {
+		t.Errorf("the first admission after it was answered %+v", a)
+	}
+	for _, p := range waiting {
+		p.wantLogPrefix(t, "waiting for a token of "+id.String()+": 3 of 3 in use, ")
+	}
+	if n := len(beats[0].log.lines(t, "heartbeat succeeds again")); n != 0 {
+		t.Fatal("a holder was back too early for this test")
+	}
+	r.wantInflight(t, id, live...)
+	holders.mend()
+	r.wantSettled(t, id, interval+2*time.Second, live...)
+	a = w.admit(t, review(t, id, 3))
+	if a.allowed || a.code != http.StatusTooManyRequests {
+		t.Errorf("an admission after it was answered %+v", a)
+	}
+	first := r.mustLine(t, id)[0]
+
+	// The same again, and one of them does not live any more.
+	beats[0].signal(t, syscall.SIGKILL)
+	<-beats[0].done
+	r.shift(t, id, -200*time.Second)
+	eventually(t, interval+3*time.Second+5*time.Second, func() error {
+		got := r.inflight(t, id)
+		for _, token := range live[1:] {
+			if !slices.Contains(got, token) {
+				t.Fatalf("in flight are %v, without the live %s", got, token)
+			}
+		}
+		if !slices.Contains(got, first) {
+			return fmt.Errorf("in flight are %v, want the first in line, %s", got, first)
+		}
+		return nil
+	})
+	r.wantCounts(t, id, 0, 3)
+}
+
+// A second outage, however short, does not make the first forgotten: those who have not come back yet get the time to.
+func TestSecondOutage(t *testing.T) {
+	t.Parallel()
+	for _, interval := range []time.Duration{5 * time.Second, 30 * time.Second} {
+		for _, inLine := range []bool{false, true} {
+			for gap := time.Second; gap <= interval+5*time.Second; gap += time.Second {
+				r, _, id := newSemaphore(t)
+				s := semaphoresOf(t, beating(r.address, interval))
+				holder := acquire(t, s, id, 1)
+				q := question{uuid.NewString(), 1, ""}
+				if inLine {
+					q.arrival = joinLine
+				}
+				wantDoubt := func(what string) {
+					t.Helper()
+					a, err := s.ask(context.Background(), id, q)
+					must(t, err)
+					// As times are in whole seconds, it may be one less.
+					if back := min(3*time.Second, interval); a.status != acquireFull || a.inUse != 1 || a.doubt < back+time.Second {
+						t.Errorf("interval %s, in line %t: %s: got %+v", interval, inLine, what, a)
+					}
+					if inLine {
+						q.arrival = a.place.arrival
+					}
+				}
+				if inLine {
+					_, err := s.ask(context.Background(), id, q)
+					must(t, err)
+				}
+				r.shift(t, id, -200*time.Second)
+				wantDoubt("a long outage")
+				r.shift(t, id, -gap)
+				wantDoubt(fmt.Sprintf("and a second one of %s", gap))
+				r.wantInflight(t, id, holder)
+			}
+		}
+	}
+}
+
+// The end of an outage is not forgotten by those who come later, nor by one that comes seldom.
+func TestEndOfAnOutageIsKept(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	holder := acquire(t, s, id, 1)
+	r.shift(t, id, -200*time.Second)
+	wantFullError(t, s, id, 1, 1)
+	end := r.state(t, id, "resumed")
+	for ago := range 30 {
+		r.shift(t, id, -time.Second)
+		wantFullError(t, s, id, 1, 1)
+		if got := r.state(t, id, "resumed"); got != end-ago-1 {
+			t.Fatalf("the end is noted as %d, want %d", got, end-ago-1)
+		}
+	}
+	r.wantInflight(t, id, holder)
+	r.shift(t, id, -5*time.Second)
+	acquire(t, s, id, 1)
+}
+
+// A Redis that answers and refuses to write is away, for holders as for all others: nobody is judged by that time.
+func TestRefusingRedisIsAway(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct{ refuse, accept []any }{
+		"READONLY":   {[]any{"REPLICAOF", "127.0.0.1", portOf(freeAddress(t))}, []any{"REPLICAOF", "NO", "ONE"}},
+		"NOREPLICAS": {[]any{"CONFIG", "SET", "min-replicas-to-write", "1"}, []any{"CONFIG", "SET", "min-replicas-to-write", "0"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			const interval = 2 * time.Second
+			r, s, id := newSemaphoreOn(t, startRedis(t))
+			holders := startFaultyProxy(t, r.address)
+			token := acquire(t, s, id, 1)
+			p := startSidecar(t, holders.address, id, token, "--heartbeat-interval-seconds=2")
+			p.wantLog(t, heldText)
+			waiter, done := queueUp(t, t.Context(), semaphoresOf(t, beating(r.address, interval)), id, 1, r)
+			w := startWebhook(t, beating(r.address, interval))
+
+			r.do(t, c.refuse[0].(string), c.refuse[1:]...)
+			must(t, errOf(r.control.Do("PING")))
+			if line := p.wantLog(t, "heartbeat failed, to be retried"); !strings.Contains(fmt.Sprint(line["error"]), name) {
+				t.Errorf("logged %v", line)
+			}
+			touched := r.state(t, id, "touched")
+			for range 3 {
+				if status, text, err := w.post(context.Background(), review(t, id, 1), "2s"); err != nil || status != http.StatusInternalServerError || !strings.Contains(text, name) {
+					t.Errorf("answered %d %s, %v", status, text, err)
+				}
+			}
+			if now := r.state(t, id, "touched"); now != touched {
+				t.Error("a refused command has left a trace")
+			}
+			holders.cut() // so that others come first
+			r.do(t, c.accept[0].(string), c.accept[1:]...)
+			r.shift(t, id, -200*time.Second) // for so long
+			for range 3 {
+				if a := w.admit(t, review(t, id, 1)); a.allowed || a.code != http.StatusTooManyRequests {
+					t.Fatalf("answered %+v", a)
+				}
+			}
+			holders.mend()
+			r.wantSettled(t, id, interval+2*time.Second, token)
+			r.wantLine(t, id, waiter)
+			p.signal(t, syscall.SIGTERM)
+			wantDone(t, done)
+			r.wantInflight(t, id, waiter)
+		})
+	}
+}
+
+// While somebody waits, a holder that died is found out within seconds after the threshold.
+func TestDeadHolderWhileOthersWait(t *testing.T) {
+	t.Parallel()
+	for _, interval := range []time.Duration{time.Second, 2 * time.Second, 30 * time.Second} {
+		t.Run(interval.String(), func(t *testing.T) {
+			t.Parallel()
+			r, _, id := newSemaphore(t)
+			s := semaphoresOf(t, beating(r.address, interval))
+			live, dead := acquire(t, s, id, 2), acquire(t, s, id, 2)
+			next, done := queueUp(t, context.Background(), s, id, 2, r)
+			second, _ := queueUp(t, t.Context(), s, id, 2, r)
+			r.do(t, "ZADD", id.inflightKey(), "XX", r.now(t)-seconds(s.staleThreshold)+2, dead)
+			start := time.Now()
+			wantDone(t, done)
+			if took := time.Since(start); took < time.Second || took > 2*time.Second+5*time.Second {
+				t.Errorf("its token was given on after %s, and was stale after 2 s", took)
+			}
+			r.wantInflight(t, id, live, next)
+			r.wantLine(t, id, second)
+		})
+	}
+}
+
+// Where nobody waited, Redis cannot tell at first whether it was away. The webhook that finds it so looks after the semaphore, even
+// if no other pod comes; and a holder that comes back meanwhile keeps its token.
+func TestDeadHoldersAndSeldomAdmissions(t *testing.T) {
+	t.Parallel()
+	for _, interval := range []time.Duration{time.Second, 2 * time.Second, 3 * time.Second, 5 * time.Second} {
+		t.Run(interval.String(), func(t *testing.T) {
+			t.Parallel()
+			r, s, id := newSemaphore(t)
+			w := startWebhook(t, beating(r.address, interval))
+			live := acquire(t, s, id, 3)
+			acquire(t, s, id, 3)
+			acquire(t, s, id, 3)
+			r.shift(t, id, -1000*time.Second)
+			start := time.Now()
+			w.wantFull(t, id, 3, 3)
+			if _, err := w.semaphores.heartbeat(context.Background(), id, live); err != nil {
+				t.Error(err)
+			}
+			eventually(t, interval+5*time.Second-time.Since(start), func() error {
+				if got := r.inflight(t, id); !slices.Equal(got, []string{live}) {
+					return fmt.Errorf("in flight are %v, want %s", got, live)
+				}
+				return nil
+			})
+			w.wantAdmitted(t, id, 3)
+			w.wantAdmitted(t, id, 3)
+			w.wantFull(t, id, 3, 3)
+		})
+	}
+}
+
+// The same with the interval that is the default, and near the end of it.
+func TestWatchOfALongInterval(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	w := startWebhook(t, testConfig(r.address))
+	acquire(t, s, id, 1)
+	r.shift(t, id, -1000*time.Second)
+	w.wantFull(t, id, 1, 1)
+	r.shift(t, id, -28*time.Second)
+	eventually(t, 7*time.Second+5*time.Second, func() error {
+		if got := r.inflight(t, id); len(got) != 0 {
+			return errors.New("still in flight")
+		}
+		return nil
+	})
+	w.wantAdmitted(t, id, 1)
+}

@@ -1,0 +1,184 @@
+package main
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
+)
+
+// seedLine makes a semaphore with so many free tokens and so many in line, of whom nothing was heard for a while. It returns those
+// in line.
+func seedLine(t *testing.T, r *redisServer, s *semaphores, id semaphoreID, free, waiting int, silent time.Duration) []string {
+	t.Helper()
+	giveBack(t, s, id, acquire(t, s, id, maxLength))
+	r.do(t, "DEL", id.queueKey())
+	now, err := redis.Ints(r.do(t, "TIME"), nil)
+	must(t, err)
+	items := make([]any, 0, free+1)
+	for range free {
+		items = append(items, "free")
+	}
+	r.do(t, "RPUSH", append([]any{id.queueKey()}, items...)...)
+	var tokens []string
+	waiters, seen, names := []any{id.waitersKey()}, []any{id.seenKey()}, []any{id.namesKey()}
+	for i := range waiting {
+		token := uuid.NewString()
+		tokens = append(tokens, token)
+		waiters = append(waiters, now[0]*1_000_000-waiting+i, token)
+		seen = append(seen, now[0]-seconds(silent), token)
+		names = append(names, token, maxLength)
+	}
+	r.do(t, "ZADD", waiters...)
+	r.do(t, "ZADD", seen...)
+	r.do(t, "HSET", names...)
+	return tokens
+}
+
+// asker does to a semaphore with a line what is measured.
+type asker struct {
+	r  *redisServer
+	s  *semaphores
+	id semaphoreID
+}
+
+// at is the token of the one at a place in line: 0 for the first, -1 for the last.
+func (a asker) at(t *testing.T, place int) string {
+	t.Helper()
+	tokens, err := redis.Strings(a.r.do(t, "ZRANGE", a.id.waitersKey(), place, place), nil)
+	must(t, err)
+	return tokens[0]
+}
+
+// poll asks for the one at a place in line.
+func (a asker) poll(t *testing.T, place int) {
+	t.Helper()
+	token := a.at(t, place)
+	arrival, err := redis.String(a.r.do(t, "ZSCORE", a.id.waitersKey(), token), nil)
+	must(t, err)
+	a.ask(t, token, arrival)
+}
+
+func (a asker) ask(t *testing.T, token, arrival string) {
+	t.Helper()
+	_, err := a.s.ask(t.Context(), a.id, question{token, maxLength, arrival})
+	must(t, err)
+}
+
+// Whatever is asked costs the same in a line of ten and in one of ten thousand: nobody calls all for whom a token is free, nor drops
+// all that are gone.
+func TestCostOfALongLine(t *testing.T) {
+	t.Parallel()
+	const free, short, long, rounds = 5_000, 10, 10_000, 7
+	r, s, _ := newSemaphoreOn(t, startRedis(t))
+	for _, line := range []struct {
+		name          string
+		silent        time.Duration
+		called, ratio int
+	}{
+		{"alive", 0, 16 + 1, 20}, // the one that asks hears, too, whether it can be called
+		{"gone", 7 * time.Second, 2*100 + 1, 60},
+	} {
+		many := asker{r, s, freshID()}
+		seedLine(t, r, s, many.id, free, long, line.silent)
+		for _, c := range []struct {
+			name string
+			do   func(t *testing.T, a asker)
+		}{
+			{"the last polls", func(t *testing.T, a asker) { a.poll(t, -1) }},
+			{"the fifth polls", func(t *testing.T, a asker) { a.poll(t, 4) }},
+			{"the first takes its token", func(t *testing.T, a asker) { a.poll(t, 0) }},
+			{"another joins", func(t *testing.T, a asker) { a.ask(t, uuid.NewString(), joinLine) }},
+			{"an admission", func(t *testing.T, a asker) { a.ask(t, uuid.NewString(), "") }},
+			{"the last leaves", func(t *testing.T, a asker) { giveBack(t, s, a.id, a.at(t, -1)) }},
+			{"a repair", func(t *testing.T, a asker) { maintain(t, s, a.id, maxLength) }},
+			{"a holder comes back late", func(t *testing.T, a asker) {
+				_, err := s.heartbeat(context.Background(), a.id, uuid.NewString())
+				must(t, err)
+			}},
+		} {
+			t.Run(c.name+", those in line are "+line.name, func(t *testing.T) {
+				var few, lots []int
+				for range rounds { // in turn, so that what disturbs one disturbs the other
+					a := asker{r, s, freshID()}
+					seedLine(t, r, s, a.id, short/2, short, line.silent)
+					few = append(few, r.during(t, func() { c.do(t, a) }).micros)
+
+					r.allSeen(t, many.id, line.silent)
+					cost := r.during(t, func() { c.do(t, many) })
+					lots = append(lots, cost.micros)
+					if cost.published > line.called {
+						t.Errorf("published %d times", cost.published)
+					}
+				}
+				t.Logf("%d µs with %d in line, %d µs with %d", median(few), short, median(lots), long)
+				if median(lots) > line.ratio*median(few) {
+					t.Errorf("%d µs with %d in line, %d µs with %d", median(few), short, median(lots), long)
+				}
+			})
+		}
+	}
+}
+
+// All for whom a token is free get it all the same, in their order: each that takes its token calls the next.
+func TestLongLineIsServedInAChain(t *testing.T) {
+	t.Parallel()
+	const free, waiting = 1_000, 2_000
+	r, s, id := newSemaphore(t)
+	tokens := seedLine(t, r, s, id, free, waiting, 0)
+	conn, err := dialRedis(t.Context(), r.address, redisSettings{}, time.Minute)
+	must(t, err)
+	defer conn.Close()
+	calls := redis.PubSubConn{Conn: conn}
+	must(t, calls.PSubscribe(strings.NewReplacer("{", `\{`, "}", `\}`).Replace(id.channel("*")))) // as all those in line
+	if _, ok := calls.Receive().(redis.Subscription); !ok {
+		t.Fatal("not subscribed")
+	}
+
+	a, err := s.ask(t.Context(), id, question{uuid.NewString(), maxLength, joinLine}) // calls the first
+	must(t, err)
+	if a.status != acquireFull || a.place.position != waiting+1 {
+		t.Fatalf("got %+v, want to be the last", a)
+	}
+	var served []string
+	holds := map[string]bool{}
+	for len(served) < free {
+		m, ok := calls.ReceiveWithTimeout(10 * time.Second).(redis.Message)
+		if !ok {
+			t.Fatalf("%d were called", len(served))
+		}
+		token := strings.TrimPrefix(m.Channel, id.channel(""))
+		if string(m.Data) != yourTurn || holds[token] { // called by several that took theirs
+			continue
+		}
+		a, err := s.ask(t.Context(), id, question{token, maxLength, joinLine})
+		must(t, err)
+		if a.status != acquireTaken {
+			t.Fatalf("number %d was called, and got %+v", len(served)+1, a)
+		}
+		holds[token] = true
+		served = append(served, token)
+		if len(served)%200 == 0 {
+			r.allSeen(t, id, 0)
+		}
+	}
+	if !slices.Equal(served, tokens[:free]) {
+		t.Error("not served in order")
+	}
+	r.wantCounts(t, id, 0, free)
+	if got := r.mustLine(t, id); len(got) != waiting-free+1 || !slices.Equal(got[:len(got)-1], tokens[free:]) {
+		t.Error("those behind have lost their places")
+	}
+}
+
+// allSeen makes it so long ago that those in line asked last.
+func (s *redisServer) allSeen(t *testing.T, id semaphoreID, ago time.Duration) {
+	t.Helper()
+	s.do(t, "EVAL", `for _, token in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+		redis.call('ZADD', KEYS[2], redis.call('TIME')[1] - ARGV[1], token)
+	end`, 2, id.waitersKey(), id.seenKey(), seconds(ago))
+}
