@@ -135,26 +135,24 @@ func TestAdmissionCostsTheSameForAnyLength(t *testing.T) {
 	const small, pairs = 3, 50
 	r, s, id := newSemaphoreOn(t, startRedis(t))
 	giveBack(t, s, id, acquire(t, s, id, 1)) // so that the scripts are there
-	times := map[string][]int{}
+	times, commands := map[string][]int{}, map[string][]int{}
 	for range pairs { // in turn, so that what disturbs one disturbs the other
-		commands := map[string]int{}
 		for _, length := range []int{small, maxLength} {
 			id := freshID()
 			for i := range small {
-				name := fmt.Sprintf("admission %d", i+1)
+				name := fmt.Sprintf("admission %d of length %d", i+1, length)
 				c := r.during(t, func() { acquire(t, s, id, length) })
-				if length == small {
-					commands[name] = c.commands
-				} else if c.commands > commands[name] {
-					t.Errorf("%s: %d commands with length %d, %d with length %d", name, c.commands, length, commands[name], small)
-				}
-				name = fmt.Sprintf("%s of length %d", name, length)
-				times[name] = append(times[name], c.micros)
+				times[name], commands[name] = append(times[name], c.micros), append(commands[name], c.commands)
 			}
 		}
 	}
 	for i := range small {
-		least, most := median(times[fmt.Sprintf("admission %d of length %d", i+1, small)]), median(times[fmt.Sprintf("admission %d of length %d", i+1, maxLength)])
+		short, long := fmt.Sprintf("admission %d of length %d", i+1, small), fmt.Sprintf("admission %d of length %d", i+1, maxLength)
+		// The least, as an unlock in the background may be counted with the next admission.
+		if few, many := slices.Min(commands[short]), slices.Min(commands[long]); many > few {
+			t.Errorf("%s: %d commands, %s: %d", long, many, short, few)
+		}
+		least, most := median(times[short]), median(times[long])
 		t.Logf("admission %d: %d µs with length %d, %d µs with length %d", i+1, least, small, most, maxLength)
 		if most > 4*least {
 			t.Errorf("admission %d: %d µs with length %d, %d µs with length %d", i+1, least, small, most, maxLength)
