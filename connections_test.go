@@ -88,7 +88,7 @@ func TestSilentConnections(t *testing.T) {
 	id := freshID()
 	held := w.wantAdmitted(t, id, 500)
 	w.semaphores.giveBack(id, held)
-	connectAll(t, w, p, 30)
+	connectAll(t, w, p, 60) // more than there are admissions at once
 	p.silence()
 	all := admitFor(w, func() []byte { return review(t, id, 500) }, func() []byte { return review(t, freshID(), 1) }, 20, 5*time.Second)
 	tokens, slowest := 0, all[0]
