@@ -81,7 +81,6 @@ func connectAll(t *testing.T, w *testWebhook, p *faultyProxy, n int) {
 // All connections fall silent while new ones work, as after a failover. Admissions that need no repair, and those that do, in the
 // midst of it and later, are decided within three seconds.
 func TestSilentConnections(t *testing.T) {
-	t.Parallel()
 	r := startRedis(t)
 	p := startFaultyProxy(t, r.address)
 	w := startWebhook(t, testConfig(p.address))

@@ -19,7 +19,6 @@ import (
 
 // Concurrent first admissions on a fresh key: all that fit are admitted, and no more, always.
 func TestConcurrentFirstAdmissions(t *testing.T) {
-	t.Parallel()
 	r := commonRedis(t)
 	w := startWebhook(t, testConfig(r.address))
 	for _, length := range []int{200, 100} {
@@ -109,11 +108,11 @@ func TestAbandonedAcquireTakesNothing(t *testing.T) {
 		},
 		"deadline": func(w *testWebhook, body []byte) error {
 			start := time.Now()
-			status, text, err := w.post(context.Background(), body, "500ms")
+			status, text, err := w.post(context.Background(), body, "2s")
 			if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, "no answer of queue Redis") {
 				return fmt.Errorf("answered %d %q, %v", status, text, err)
 			}
-			if took := time.Since(start); took > 500*time.Millisecond {
+			if took := time.Since(start); took > 2*time.Second {
 				return fmt.Errorf("answered after %s", took)
 			}
 			return nil
@@ -296,7 +295,6 @@ func TestRedisRestarted(t *testing.T) {
 func errOf(_ any, err error) error { return err }
 
 func TestReadiness(t *testing.T) {
-	t.Parallel()
 	r := startRedis(t)
 	w := startWebhook(t, testConfig(r.address))
 	stopping := make(chan struct{})
