@@ -106,7 +106,7 @@ func TestSilentConnections(t *testing.T) {
 	}
 	t.Logf("of %d, the slowest: %s", len(all), slowest)
 	for _, a := range all {
-		if a.token != "" && strings.Contains(string(a.patch), id.String()) {
+		if a.token != "" && strings.Contains(string(a.patch), `"`+id.String()+`"`) {
 			tokens++
 		}
 	}
