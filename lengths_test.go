@@ -26,7 +26,9 @@ func TestFreeTokensAreTakenBeforeARepair(t *testing.T) {
 	w.semaphores.locks = counted
 	start := time.Now()
 	w.wantAdmitted(t, id, 3)
-	must(t, newWaiter(w.semaphores, id, 3).waitOnly(t.Context()))
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	must(t, newWaiter(w.semaphores, id, 3).waitOnly(ctx))
 	if took := time.Since(start); took > atOnce {
 		t.Errorf("took %s", took)
 	}
@@ -259,8 +261,10 @@ func TestRaisedLengthIsServedAtOnce(t *testing.T) {
 	l.join(t, 1, 1, 1)
 	for range 2 {
 		w := newWaiter(s, id, 3)
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
 		start := time.Now()
-		must(t, w.waitOnly(t.Context()))
+		must(t, w.waitOnly(ctx))
 		if took := time.Since(start); took > atOnce {
 			t.Errorf("took %s", took)
 		}
