@@ -154,7 +154,7 @@ func TestAdmissionCostsTheSameForAnyLength(t *testing.T) {
 		}
 		least, most := median(times[short]), median(times[long])
 		t.Logf("admission %d: %d µs with length %d, %d µs with length %d", i+1, least, small, most, maxLength)
-		if most > 4*least {
+		if most > 2*least {
 			t.Errorf("admission %d: %d µs with length %d, %d µs with length %d", i+1, least, small, most, maxLength)
 		}
 	}

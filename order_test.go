@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -19,13 +20,16 @@ func briefSemaphore(t *testing.T) *lineUp {
 	return &lineUp{r: r, s: s, id: id}
 }
 
-// beat is the heartbeat of a holder that Redis has reclaimed or lost.
+// beat is the heartbeat of a holder that Redis has reclaimed or lost. It does not stand in line from then on.
 func (l *lineUp) beat(t *testing.T, token string) {
 	t.Helper()
 	rejoined, err := l.s.heartbeat(context.Background(), l.id, token)
 	must(t, err)
 	if !rejoined {
 		t.Fatalf("%s was in flight", token)
+	}
+	if slices.Contains(l.r.mustLine(t, l.id), token) {
+		t.Errorf("%s is in flight and in line", token)
 	}
 }
 
@@ -134,6 +138,7 @@ func (l *lineUp) rollBack(t *testing.T, waiting ...int) (holder linePod) {
 	}
 	unsubscribe()
 	l.restore(t, b)
+	wantFullError(t, l.s, l.id, 1, 0) // it is kept for those in line
 	return linePod{token: token, length: 1}
 }
 
