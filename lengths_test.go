@@ -291,9 +291,7 @@ func TestHolderComesBackLate(t *testing.T) {
 			l.join(t, line...)
 			late := slices.Clone(l.holding[:2])
 			l.holding = l.holding[2:]
-			for _, p := range late {
-				r.makeStale(t, id, p.token)
-			}
+			r.do(t, "ZADD", id.inflightKey(), "XX", 1, late[0].token, 1, late[1].token) // both at once, as that tells who is next
 			for range late {
 				p, _ := l.next()
 				wantDone(t, p.done)
