@@ -79,7 +79,7 @@ func connectAll(t *testing.T, w *testWebhook, p *faultyProxy, n int) {
 }
 
 // All connections fall silent while new ones work, as after a failover. Admissions that need no repair, and those that do, in the
-// midst of it and later, are decided within three seconds.
+// midst of it and later, are decided within three seconds, and none fails.
 func TestSilentConnections(t *testing.T) {
 	r := startRedis(t)
 	p := startFaultyProxy(t, r.address)
@@ -89,18 +89,13 @@ func TestSilentConnections(t *testing.T) {
 	w.semaphores.giveBack(id, held)
 	connectAll(t, w, p, 60) // more than there are admissions at once
 	p.silence()
-	all := admitFor(w, func() []byte { return review(t, id, 500) }, func() []byte { return review(t, freshID(), 1) }, 20, 5*time.Second)
+	all := admitFor(w, func() []byte { return review(t, id, 500) }, func() []byte { return review(t, freshID(), 1) }, 20, 3*time.Second)
 	tokens, slowest := 0, all[0]
 	for _, a := range all {
 		if a.took > slowest.took {
 			slowest = a
 		}
-		switch {
-		case a.took > 3*time.Second:
-			t.Error(a)
-		case a.err != nil && a.start < 5*time.Second: // may fail
-			t.Log(a)
-		case a.err != nil || !a.allowed:
+		if a.took > 3*time.Second || a.err != nil || !a.allowed {
 			t.Error(a)
 		}
 	}
@@ -121,7 +116,6 @@ func TestSilentConnections(t *testing.T) {
 // A waiter whose connections all fall silent, that on which it is called too, gets its token at most four seconds after it is free;
 // whenever it has asked last.
 func TestSilentConnectionsOfAWaiter(t *testing.T) {
-	t.Parallel()
 	r := commonRedis(t)
 	for i := range 8 {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {

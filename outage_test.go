@@ -279,7 +279,7 @@ func TestDeadHoldersAndSeldomAdmissions(t *testing.T) {
 			if _, err := w.semaphores.heartbeat(context.Background(), id, live); err != nil {
 				t.Error(err)
 			}
-			eventually(t, interval+5*time.Second-time.Since(start), func() error {
+			eventually(t, interval+6*time.Second-time.Since(start), func() error {
 				if got := r.inflight(t, id); !slices.Equal(got, []string{live}) {
 					return fmt.Errorf("in flight are %v, want %s", got, live)
 				}
