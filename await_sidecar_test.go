@@ -25,9 +25,9 @@ func TestTokenLostBeforeTheAppStarts(t *testing.T) {
 		}
 		return nil
 	})
-	r.do(t, "ZREM", id.inflightKey(), token)
 	other := uuid.NewString()
-	r.do(t, "ZADD", id.inflightKey(), "9999999999", other)
+	r.do(t, "ZADD", id.inflightKey(), "9999999999", other) // first: nothing is ever missing
+	r.do(t, "ZREM", id.inflightKey(), token)
 	r.wantLine(t, id, token)
 	a := startAwait(t)
 	a.wantLogPrefix(t, "waiting for a token of ")
@@ -49,9 +49,9 @@ func TestPodStartedAgain(t *testing.T) {
 	inPod(t, token)
 	p := startWaitingSidecar(t, r.address, id, token, 1, "--heartbeat-interval-seconds=60")
 	startAwait(t).wantExit(t, 0)
-	r.do(t, "ZREM", id.inflightKey(), token)
 	other := uuid.NewString()
-	r.do(t, "ZADD", id.inflightKey(), "9999999999", other)
+	r.do(t, "ZADD", id.inflightKey(), "9999999999", other) // first: nothing is ever missing
+	r.do(t, "ZREM", id.inflightKey(), token)
 	a := startAwait(t)
 	p.wantLog(t, "the pod is started again: its init container asks for the token")
 	r.wantLine(t, id, token)
