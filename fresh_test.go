@@ -63,7 +63,6 @@ func TestStoppedSidecarStartsNoApp(t *testing.T) {
 				token := uuid.NewString()
 				inPod(t, token)
 				var sidecar *process
-				begin := time.Now()
 				start := func() { sidecar = startWaitingSidecar(t, p.address, id, token, 1) } // with an interval of 1 s
 				if when == beforeAnswer {
 					deliver := holdAnswer(t, p, start)
@@ -74,13 +73,13 @@ func TestStoppedSidecarStartsNoApp(t *testing.T) {
 					start()
 					sidecar.wantLog(t, heldText)
 					sidecar.stop(t)
-					begin = time.Now()
 				}
+				stopped := time.Now()
 				r.makeStale(t, id, token)
 				other := acquire(t, s, id, 1)
-				eventually(t, 10*time.Second, func() error {
-					if since := time.Since(begin); since < 1100*time.Millisecond {
-						return fmt.Errorf("the answer is %s old", since)
+				eventually(t, 10*time.Second, func() error { // the answer counts for an interval
+					if since := time.Since(stopped); since < 1100*time.Millisecond {
+						return fmt.Errorf("stopped for %s", since)
 					}
 					return nil
 				})
@@ -103,6 +102,39 @@ func TestStoppedSidecarStartsNoApp(t *testing.T) {
 			})
 		}
 	}
+}
+
+// Nothing is stopped, but Redis's answer is long on its way, and older than a quarter of the threshold when it is read: it counts for
+// nothing, as the token may have been given to another.
+func TestLateAnswerStartsNoApp(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	p := startFaultyProxy(t, r.address)
+	giveBack(t, s, id, acquire(t, s, id, 1))
+	token := uuid.NewString()
+	inPod(t, token)
+	await := startAwait(t)
+	deliver := holdAnswer(t, p, func() {
+		startWaitingSidecar(t, p.address, id, token, 1, "--stale-threshold-seconds=2") // an attempt has 1 s
+	})
+	sent := time.Now()
+	r.wantInUse(t, id, token)
+	r.makeStale(t, id, token)
+	other := acquire(t, s, id, 1)
+	holder := startSidecar(t, r.address, id, other)
+	eventually(t, 10*time.Second, func() error {
+		if since := time.Since(sent); since < 600*time.Millisecond {
+			return fmt.Errorf("the answer is %s old", since)
+		}
+		return nil
+	})
+	deliver()
+	await.wantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, ")
+	await.wantNotEnded(t)
+	r.wantInflight(t, id, other)
+	holder.signal(t, syscall.SIGTERM)
+	await.wantExit(t, 0)
+	r.wantInflight(t, id, token)
 }
 
 // An answer that was long on its way is as old as its question.
