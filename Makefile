@@ -28,7 +28,7 @@ bin/demo:
 
 .PHONY: test
 test: test-needs ## run all tests with the race detector; installs redis-server, gcc and curl if missing
-	go test -race -count=1 -parallel 6 ./...
+	go test -race -count=1 -parallel 4 ./...
 
 .PHONY: test-needs
 test-needs:

@@ -13,7 +13,6 @@ import (
 )
 
 func TestLock(t *testing.T) {
-	t.Parallel()
 	forEachLock(t, 3, func(t *testing.T, s lockServers) {
 		ctx := context.Background()
 		l, another := s.newLocker(), s.newLocker()

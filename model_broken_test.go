@@ -49,7 +49,6 @@ func brokenScripts(t *testing.T, name string) scripts {
 func TestModelFindsBrokenScripts(t *testing.T) {
 	for name := range breaks {
 		t.Run(name, func(t *testing.T) {
-			t.Parallel()
 			brokenScripts(t, name)
 			c := exec.Command(os.Args[0], "-test.run=^TestModel$", "-rapid.nofailfile", "-rapid.shrinktime=0s", "-rapid.checks=200")
 			c.Env = append(os.Environ(), breakVariable+"="+name)
