@@ -77,7 +77,7 @@ func TestNobodyOvertakesTheLine(t *testing.T) {
 	r.wantLine(t, id, first)
 
 	leave() // without a word, as a pod that is killed
-	r.unseen(t, id, first, 6*time.Second)
+	r.unseen(t, id, first, 15*time.Second)
 	w.wantAdmitted(t, id, 1)
 	r.wantLine(t, id)
 }
@@ -89,7 +89,7 @@ func TestSilentWaiterIsDropped(t *testing.T) {
 	silent, _ := stand(t, r, s, id, true)
 	giveBack(t, s, id, holder)
 	wantFullError(t, s, id, 1, 0)
-	r.unseen(t, id, silent, 11*time.Second)
+	r.unseen(t, id, silent, 15*time.Second)
 	acquire(t, s, id, 1)
 	r.wantLine(t, id)
 	if n := r.do(t, "ZCARD", id.seenKey()); n != int64(0) {

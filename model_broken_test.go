@@ -1,61 +1,90 @@
 package main
 
 import (
-	"os"
-	"os/exec"
 	"strings"
 	"testing"
 
 	"github.com/gomodule/redigo/redis"
+	"pgregory.net/rapid"
 )
 
-// breakVariable is the environment variable that names what is to be broken in the scripts that TestModel plays to.
-const breakVariable = "BREAK_SCRIPTS"
-
-// breaks are ways to break the scripts: a text, and what takes its place.
-var breaks = map[string][2]string{
-	"the own length does not count":   {"if inflight < length and redis.call('LLEN', KEYS[1]) > 0 then", "if redis.call('LLEN', KEYS[1]) > 0 then length = 99"},
-	"whoever asks comes first":        {"local before = ahead()", "local before = 0"},
-	"deadlines do not count":          {"if micros > tonumber(ARGV[1]) then", "if false then"},
-	"a release counts twice":          {"if redis.call('ZREM', KEYS[2], ARGV[5]) == 1 then", "if redis.call('ZREM', KEYS[2], ARGV[5]) then"},
-	"silence is held against holders": {"return now - math.max(resumed, lost) > quiet", "return true"},
-	"a holder stays in line":          {"  if line > 0 then\n    leave(token)\n", "  if line > 0 then\n"},
-	"the queue is never trimmed":      {"if surplus <= 0 then", "if true then"},
-	"nothing is refilled":             {"for i = 1, wanted", "for i = 2, wanted"},
-	"keys do not expire":              {"grown or left < seconds / 2 or left > seconds", "false"},
-	"stale tokens stay":               {"if missing and mayRefill(newcomer) or reclaimable and settled() then", "if missing and mayRefill(newcomer) then"},
-}
-
-// brokenScripts are the scripts, with one of the breaks; none for an empty name.
-func brokenScripts(t *testing.T, name string) scripts {
-	t.Helper()
-	found := name == ""
-	script := func(source string) *redis.Script {
-		source = commonSource + source
-		if name != "" && strings.Contains(source, breaks[name][0]) {
-			found = true
-			source = strings.ReplaceAll(source, breaks[name][0], breaks[name][1])
-		}
-		return redis.NewScript(scriptKeys, source)
-	}
-	s := scripts{script(acquireSource), script(maintainSource), script(heartbeatSource), script(releaseSource)}
-	if !found {
-		t.Fatalf("%s: the scripts have no %q", name, breaks[name][0])
-	}
-	return s
-}
-
-// The model finds scripts that are broken on purpose.
+// TestModelFindsBrokenScripts breaks the scripts in one way after the other, and wants sequences like TestModel's to find each.
 func TestModelFindsBrokenScripts(t *testing.T) {
-	for name := range breaks {
-		t.Run(name, func(t *testing.T) {
-			brokenScripts(t, name)
-			c := exec.Command(os.Args[0], "-test.run=^TestModel$", "-rapid.nofailfile", "-rapid.shrinktime=0s", "-rapid.checks=200")
-			c.Env = append(os.Environ(), breakVariable+"="+name)
-			out, err := c.CombinedOutput()
-			if err == nil || !strings.Contains(string(out), "[rapid] failed after") {
-				t.Errorf("not found: %v\n%s", err, out)
+	t.Parallel()
+	const most = 500 // sequences for each
+	s := newStore(t, realScripts)
+	for _, c := range []struct{ name, old, new string }{
+		{"a length is taken for one more", "local length = tonumber(ARGV[5])\nlocal token", "local length = tonumber(ARGV[5]) + 1\nlocal token"},
+		{"a token may be taken beyond the length", "return free > 0 and used < length\n", "return free > 0\n"},
+		{"who does not wait ignores the line", "local before = ahead()", "local before = waits and ahead() or 0"},
+		{"those ahead are ignored", "return waits and redis.call('ZRANK', KEYS[3], token) or redis.call('ZCARD', KEYS[3])", "return 0"},
+		{"one whose length is used up blocks the line", "if used < (tonumber(lengths[i]) or math.huge) then", "if true then"},
+		{"those who come back go to the end of the line", "if arrival == '0' then", "if waits then"},
+		{"a second release gives back, too", "if redis.call('ZREM', KEYS[2], ARGV[5]) == 1 then", "redis.call('ZREM', KEYS[2], ARGV[5])\nif true then"},
+		{"a release loses the token", "grown = redis.call('RPUSH', KEYS[1], 'free') == 1", "grown = true"},
+		{"late commands are carried out", "if micros > tonumber(ARGV[1]) then", "if false then"},
+		{"silences do not count", "return now - math.max(resumed, lost) > quiet", "return true"},
+		{"Redis does not notice that its clock was set back", " or touched > now) or", ") or"},
+		{"a loss of data is not told", "lost = now -- the waiter", "-- the waiter"},
+		{"a loss of data is told for ever", "and lost < created then", "and now - lost > quiet then"},
+		{"who takes a token stays in line", "    leave(token)\n    call()\n", "    call()\n"},
+		{"who rejoins stays in line", "  leave(ARGV[5])", "  -- "},
+		{"who rejoins leaves a token free", "  redis.call('LPOP', KEYS[1])\n  leave", "  leave"},
+		{"a release does not trim", "  trim()\n  status = 1", "  status = 1"},
+		{"a release calls nobody", "  status = 1\nend\ncall()", "  status = 1\nend"},
+		{"the future is not caught up with", "if newest and tonumber(newest) > now then", "if false then"},
+		{"a repair does not reclaim", "if settled() then\n  reclaimed", "if false then\n  reclaimed"},
+		{"a repair does not refill", "if mayRefill(ARGV[6] == '1') then", "if false then"},
+		{"a repair counts stale tokens as in use", "math.min(portion, length - redis.call('ZCARD', KEYS[2]))",
+			"math.min(portion, length - redis.call('ZCARD', KEYS[2]) - reclaimed)"},
+		{"the dead stay in line", "if line > 0 and now - resumed > patience then", "if false then"},
+		{"those in line are dropped though Redis was away", "if line > 0 and now - resumed > patience then", "if line > 0 then"},
+		{"keys do not expire", "if grown or left < seconds / 2 or left > seconds then", "if false then"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			broken := s
+			broken.scripts = breakScripts(t, c.old, c.new)
+			for seed := range most {
+				if rule := findBroken(broken, seed); rule != "" {
+					t.Logf("found by sequence %d: %s", seed+1, rule)
+					return
+				}
 			}
+			t.Errorf("not found in %d sequences", most)
 		})
 	}
+}
+
+// breakScripts replaces what is once in the scripts' sources.
+func breakScripts(t *testing.T, from, to string) modelScripts {
+	t.Helper()
+	places := 0
+	for _, source := range []string{commonSource, acquireSource, maintainSource, heartbeatSource, releaseSource} {
+		places += strings.Count(source, from)
+	}
+	if places != 1 {
+		t.Fatalf("%q is %d times in the scripts", from, places)
+	}
+	script := func(source string) *redis.Script {
+		return redis.NewScript(scriptKeys, strings.Replace(commonSource+source, from, to, 1))
+	}
+	return modelScripts{script(acquireSource), script(maintainSource), script(heartbeatSource), script(releaseSource)}
+}
+
+// findBroken plays one sequence; it returns the rule that the scripts break, or "".
+func findBroken(s store, seed int) string {
+	type found string
+	return rapid.Custom(func(t *rapid.T) (rule string) {
+		defer func() {
+			switch r := recover().(type) {
+			case nil:
+			case found:
+				rule = string(r)
+			default:
+				panic(r)
+			}
+		}()
+		playModel(t, s, func(rule string) { panic(found(rule)) })
+		return ""
+	}).Example(seed)
 }

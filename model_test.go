@@ -1,267 +1,296 @@
 package main
 
 import (
-	"context"
-	"fmt"
-	"log/slog"
-	"os"
-	"slices"
+	"strconv"
 	"testing"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
-	"github.com/google/uuid"
 	"pgregory.net/rapid"
 )
 
-// The scripts, played to at random beside a plain model of pods: who holds, who waits, who is alive. More of it:
-// go test -run TestModel -rapid.checks=10000 -rapid.steps=60
-
-const (
-	modelInterval  = 10 // seconds
-	modelThreshold = 40
-	modelBack      = 3                         // as in semaphore.lua
-	modelQuiet     = modelInterval + modelBack // the same
-)
-
-// scripts are those that a model plays to.
-type scripts struct{ acquire, maintain, heartbeat, release *redis.Script }
-
-// modelPod is a pod that takes a token, or waits for it.
-type modelPod struct {
-	token   string
-	length  int
-	arrival string // what it was told; joinLine before
-	holds   bool   // it was told that it has the token
-	lost    bool   // with the data of Redis, and not put back yet
-	acted   int    // when it beat, or asked, last
-}
-
-// model is a semaphore in Redis, and what is known of its pods. Time passes for them in seconds, by shifting all that Redis has
-// noted into the past.
-type model struct {
-	*rapid.T
-	r        *redisServer
-	s        *semaphores
-	id       semaphoreID
-	scripts  scripts
-	now      int // of the pods
-	pods     []*modelPod
-	dead     []*modelPod // holders and waiters that are gone without a word
-	done     []string    // tokens that were given back
-	greatest int         // length that was asked for
-	doubtful int         // until when Redis may not know who is gone
-}
-
-// shift lets the clock of Redis be set by so many seconds.
-func (m *model) shift(seconds int) {
-	_, err := shiftScript.Do(m.r.control, append(m.id.keys(), -seconds)...)
-	m.must(err)
-}
-
-func (m *model) must(err error) {
-	m.Helper()
-	if err != nil {
-		m.Fatal(err)
-	}
-}
-
-// sleep lets time pass in which nobody sends a command. What waiters remember of their arrivals grows older with it.
-func (m *model) sleep(seconds int) {
-	m.shift(seconds)
-	m.now += seconds
-	for _, p := range append(m.pods, m.dead...) {
-		if p.arrival != "" && p.arrival != joinLine {
-			var at int64
-			_, err := fmt.Sscan(p.arrival, &at)
-			m.must(err)
-			p.arrival = fmt.Sprint(at - int64(seconds)*1000000)
-		}
-	}
-}
-
-// live lets time pass in which all that are alive do what they have to: holders beat, waiters ask.
-func (m *model) live(seconds int) {
-	for range seconds {
-		m.sleep(1)
-		for _, p := range slices.Clone(m.pods) {
-			switch {
-			case p.holds && m.now-p.acted >= modelInterval:
-				m.beat(p)
-			case !p.holds && m.now-p.acted >= 3:
-				m.poll(p)
-			}
-		}
-	}
-}
-
-func (m *model) run(script *redis.Script, args ...any) (status int, rest []any) {
-	m.Helper()
-	status, rest, err := m.s.run(context.Background(), script, m.id, args...)
-	m.must(err)
-	return status, rest
-}
-
-// snapshot is what Redis has of a semaphore.
-type snapshot struct {
-	free           int
-	inflight, line []string
-	lasting        int // how many keys do not expire
-}
-
-var snapshotScript = redis.NewScript(scriptKeys, `
-local lasting = 0
-for _, key in ipairs(KEYS) do if redis.call('TTL', key) == -1 then lasting = lasting + 1 end end
-return {redis.call('LLEN', KEYS[1]), lasting, redis.call('ZRANGE', KEYS[2], 0, -1), redis.call('ZRANGE', KEYS[3], 0, -1)}`)
-
-func (m *model) look() (now snapshot) {
-	values, err := redis.Values(snapshotScript.Do(m.r.control, m.id.keys()...))
-	m.must(err)
-	_, err = redis.Scan(values, &now.free, &now.lasting, &now.inflight, &now.line)
-	m.must(err)
-	return now
-}
-
-// lengthOf is the length of a pod in line; zero for one that is not alive.
-func (m *model) lengthOf(token string) int {
-	for _, p := range m.pods {
-		if p.token == token {
-			return p.length
-		}
-	}
-	return 0
-}
-
-// wantEntitled checks that a pod may have taken a token as it was before.
-func (m *model) wantEntitled(p *modelPod, before snapshot) {
-	used, free := len(before.inflight), before.free
-	if used >= p.length {
-		m.Fatalf("%s of length %d was admitted while %d were in use", p.token, p.length, used)
-	}
-	for _, token := range before.line {
-		if token == p.token {
-			break
-		}
-		if used < m.lengthOf(token) {
-			used, free = used+1, free-1
-		}
-	}
-	if free < 1 {
-		m.Fatalf("%s has overtaken those in line: %v", p.token, before.line)
-	}
-}
-
-// ask asks for a token, and repairs and asks again where it is told so.
-func (m *model) ask(p *modelPod, arrival string) {
-	m.greatest = max(m.greatest, p.length)
-	for range 2 {
-		before := m.look()
-		status, rest := m.run(m.scripts.acquire, p.length, p.token, arrival)
-		a, err := parseAnswer(status, rest)
-		m.must(err)
-		switch a.status {
-		case acquireTaken:
-			if !slices.Contains(before.inflight, p.token) {
-				m.wantEntitled(p, before)
-			}
-			p.holds = true
-			return
-		case acquireRepair:
-			m.maintain(p.length, question{arrival: arrival}.newcomer())
-			continue
-		}
-		if arrival != "" {
-			p.arrival = a.place.arrival
-		}
-		m.wantFull(p, arrival)
-		return
-	}
-	if m.now > m.doubtful {
-		m.Fatalf("%s of length %d was told to repair twice", p.token, p.length)
-	}
-}
-
-// wantFull checks that nothing is there for a pod that was refused, or is to wait.
-func (m *model) wantFull(p *modelPod, arrival string) {
-	after := m.look()
-	if m.now <= m.doubtful || len(after.inflight) >= p.length {
-		return
-	}
-	for _, token := range after.line {
-		if token == p.token {
-			break
-		}
-		if length := m.lengthOf(token); length == 0 || length > len(after.inflight) {
-			return // somebody ahead may be entitled, or gone
-		}
-	}
-	m.Fatalf("%s of length %d (arrival %q) is entitled and got nothing: %d free, %d in use", p.token, p.length, arrival, after.free, len(after.inflight))
-}
-
-func (m *model) poll(p *modelPod) {
-	p.acted = m.now
-	m.ask(p, p.arrival)
-}
-
-func (m *model) beat(p *modelPod) {
-	p.acted, p.lost = m.now, false
-	m.run(m.scripts.heartbeat, p.token)
-}
-
-func (m *model) maintain(length int, newcomer bool) {
-	m.greatest = max(m.greatest, length)
-	m.run(m.scripts.maintain, length, yesNo(newcomer))
-}
-
-func (m *model) newPod(arrival string) *modelPod {
-	return &modelPod{token: uuid.NewString(), length: rapid.IntRange(1, 4).Draw(m.T, "length"), arrival: arrival, acted: m.now}
-}
-
-// end lets all pods go, and checks that all tokens come back.
-func (m *model) end() {
-	for _, p := range m.pods {
-		m.run(m.scripts.release, p.token)
-	}
-	m.dead, m.pods = nil, nil
-	m.sleep(1000)
-	const length = 4
-	var taken []string
-	for range 30 {
-		m.sleep(3)
-		p := &modelPod{token: uuid.NewString(), length: length}
-		if m.ask(p, ""); p.holds {
-			taken = append(taken, p.token)
-		}
-		for _, token := range taken {
-			m.run(m.scripts.heartbeat, token)
-		}
-	}
-	if now := m.look(); len(taken) != length || len(now.inflight) != length || now.free != 0 || len(now.line) != 0 {
-		m.Fatalf("in the end %d of %d could be taken: %+v", len(taken), length, now)
-	}
-}
-
-// playModel plays to scripts.
-func playModel(r *redisServer, s *semaphores, with scripts) func(*rapid.T) {
-	return func(t *rapid.T) {
-		m := &model{T: t, r: r, s: s, id: freshID(), scripts: with}
-		t.Repeat(m.actions())
-		m.T = t
-		m.end()
-	}
-}
-
-func modelSemaphores(t *testing.T, r *redisServer) *semaphores {
-	t.Helper()
-	c := testConfig(r.address)
-	c.heartbeatInterval, c.staleThreshold = modelInterval*time.Second, modelThreshold*time.Second
-	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, 1), 1, slog.New(slog.DiscardHandler))
-	t.Cleanup(func() { must(t, s.close(context.Background())) })
-	return s
-}
-
+// TestModel plays random sequences of all that can happen to the scripts, on a real Redis, and checks the rules after each command.
+// RAPID_CHECKS=10000 plays more of them, RAPID_STEPS=100 longer ones. It reports the shortest sequence that fails.
 func TestModel(t *testing.T) {
 	t.Parallel()
-	r := commonRedis(t)
-	rapid.Check(t, playModel(r, modelSemaphores(t, r), brokenScripts(t, os.Getenv(breakVariable))))
+	s := newStore(t, realScripts)
+	commands := 0
+	rapid.Check(t, func(t *rapid.T) {
+		commands += playModel(t, s, func(rule string) { t.Fatal(rule) })
+	})
+	t.Logf("%d commands", commands)
+}
+
+// newStore is a Redis of its own, with nothing written to the disk.
+func newStore(t *testing.T, scripts modelScripts) store {
+	t.Helper()
+	r := startRedis(t)
+	r.do(t, "CONFIG", "SET", "appendonly", "no")
+	ears, err := redis.Dial("tcp", r.address)
+	must(t, err)
+	t.Cleanup(func() { ears.Close() })
+	return store{test: t, redis: r, s: testSemaphores(t, r.address), scripts: scripts, ears: redis.PubSubConn{Conn: ears}}
+}
+
+// playModel plays one random sequence.
+func playModel(t *rapid.T, s store, broken func(rule string)) (commands int) {
+	w := newWorld(t, s, broken)
+	defer func() {
+		s.redis.do(s.test, "DEL", append(w.id.keys(), w.replica()...)...)
+		if w.listening {
+			s.deafen()
+		}
+	}()
+	actions := map[string]func(*rapid.T){}
+	for name, action := range map[string]struct {
+		often int
+		play  func()
+	}{
+		"admit":    {4, w.playAdmission},
+		"wait":     {4, w.playWaiter},
+		"act":      {3, w.playAct},
+		"release":  {4, w.playRelease},
+		"silence":  {2, w.playSilence},
+		"wake":     {2, w.playWake},
+		"late":     {2, w.playLate},
+		"repeat":   {2, w.playRepeat},
+		"unheard":  {1, w.playUnheard},
+		"maintain": {1, w.playMaintain},
+		"live":     {6, w.playLive},
+		"outage":   {1, w.playOutage},
+		"clock":    {1, w.playClock},
+		"loss":     {1, w.playLoss},
+		"failover": {1, w.playFailover},
+	} {
+		for i := range action.often {
+			actions[name+string(rune('a'+i))] = func(t *rapid.T) {
+				w.t = t
+				action.play()
+			}
+		}
+	}
+	t.Repeat(actions)
+	return w.commands
+}
+
+func (w *world) drawLength() int {
+	if rapid.IntRange(0, 2).Draw(w.t, "another length") == 2 {
+		return rapid.IntRange(1, 4).Draw(w.t, "its length")
+	}
+	return w.length
+}
+
+func (w *world) newPod() *actor {
+	p := &actor{token: "p" + strconv.Itoa(len(w.order)+1), length: w.drawLength()}
+	w.pods[p.token] = p
+	w.order = append(w.order, p)
+	return p
+}
+
+// pick draws one of the pods that are so.
+func (w *world) pick(are func(*actor) bool) *actor {
+	var some []*actor
+	for _, p := range w.order {
+		if are(p) {
+			some = append(some, p)
+		}
+	}
+	if len(some) == 0 {
+		w.t.SkipNow()
+	}
+	return some[rapid.IntRange(0, len(some)-1).Draw(w.t, "which")]
+}
+
+func anyPod(*actor) bool { return true }
+
+func (w *world) playAdmission() {
+	p := w.newPod()
+	if w.try(p).status == acquireTaken {
+		p.holding, p.due = true, w.now+w.interval
+	}
+}
+
+// playWaiter has a pod join the line, if there is nothing free for it.
+func (w *world) playWaiter() {
+	p := w.newPod()
+	p.pace = rapid.IntRange(2, 4).Draw(w.t, "asks every")
+	if w.try(p).status == acquireTaken {
+		p.holding, p.due = true, w.now+w.interval
+		return
+	}
+	if p.reachable = rapid.Bool().Draw(w.t, "reachable"); p.reachable {
+		w.listen(p.token)
+		w.listening = true
+	}
+	p.stands = true
+	w.answered(p, w.try(p))
+}
+
+func (w *world) playAct() { w.act(w.pick((*actor).alive)) }
+
+// playRelease releases what somebody has, or has given back before.
+func (w *world) playRelease() {
+	p := w.pick(anyPod)
+	w.giveBack(p)
+	p.waiting, p.holding = false, false
+}
+
+// playTurn has a holder give back, and the first in line ask.
+func (w *world) playTurn() {
+	p := w.pick(func(p *actor) bool { return p.alive() && p.holding })
+	w.giveBack(p)
+	p.holding = false
+	for _, token := range w.known.inLine() {
+		if first := w.pods[token]; first.alive() && first.waiting {
+			w.act(first)
+			return
+		}
+	}
+}
+
+func (w *world) playSilence() {
+	p := w.pick((*actor).alive)
+	p.silent = true
+	w.say("%s falls silent", p.token)
+}
+
+func (w *world) playWake() {
+	p := w.pick(func(p *actor) bool { return p.silent && (p.waiting || p.holding) })
+	p.silent = false
+	w.say("%s wakes up", p.token)
+	w.act(p)
+}
+
+// playLate has a command come after its deadline.
+func (w *world) playLate() {
+	p := w.pick(anyPod)
+	c := w.drawCommand(p)
+	by := time.Duration(rapid.SampledFrom([]int{1, 1000, 600000}).Draw(w.t, "ms late")) * time.Millisecond
+	before := w.dump()
+	if status := w.runLate(c.script, by, c.args...); status != statusLate {
+		w.fail("a late %s was answered %d", c.name, status)
+	}
+	if !before.equal(w.dump()) {
+		w.fail("a late %s changed something", c.name)
+	}
+}
+
+type modelCommand struct {
+	name   string
+	script *redis.Script
+	args   []any
+}
+
+func (w *world) drawCommand(p *actor) modelCommand {
+	return rapid.SampledFrom([]modelCommand{
+		{"heartbeat", w.scripts.heartbeat, []any{p.token}},
+		{"release", w.scripts.release, []any{p.token}},
+		{"question of who does not wait", w.scripts.acquire, []any{p.length, p.token, ""}},
+		{"question", w.scripts.acquire, []any{p.length, p.token, p.arrivalOf()}},
+		{"repair", w.scripts.maintain, []any{p.length, "1"}},
+	}).Draw(w.t, "command")
+}
+
+// playRepeat has somebody do the same twice: the second time changes nothing.
+func (w *world) playRepeat() {
+	p := w.pick((*actor).alive)
+	what := rapid.IntRange(0, 2).Draw(w.t, "what")
+	once := func() { w.act(p) }
+	switch {
+	case what == 1:
+		once = func() {
+			w.giveBack(p)
+			p.waiting, p.holding = false, false
+		}
+	case what == 2:
+		once = func() {
+			w.maintain(w.length, true)
+		}
+	}
+	once()
+	second, waiting, before := w.second, p.waiting, w.last
+	if what == 0 && p.holding { // asks for what it has
+		w.try(p)
+		before = w.last
+	}
+	once()
+	if w.second == second && p.waiting == waiting && !before.equalButExpiry(w.last) {
+		w.fail("a repeated command of %s changed something", p.token)
+	}
+}
+
+// playUnheard has a waiter ask and not hear the answer; or an admission, whose token is given back later, or not.
+func (w *world) playUnheard() {
+	if rapid.Bool().Draw(w.t, "admission") {
+		p := w.newPod()
+		w.try(p)
+		p.holding, p.silent = true, true
+		return
+	}
+	p := w.pick(func(p *actor) bool { return p.alive() && p.waiting })
+	p.missed = false
+	p.due = w.now + p.pace
+	w.try(p)
+}
+
+func (w *world) playMaintain() {
+	length, newcomer := w.drawLength(), rapid.Bool().Draw(w.t, "newcomer")
+	w.maintain(length, newcomer)
+}
+
+func (w *world) playLive() {
+	w.live(rapid.SampledFrom([]int{1, 3, w.quiet, w.quiet + 1, w.threshold + 1, w.threshold + w.quiet + 6}).Draw(w.t, "seconds"))
+}
+
+// playOutage has Redis away: commands come again once it is back, within the time that retries take.
+func (w *world) playOutage() {
+	w.calm()
+	seconds := rapid.SampledFrom([]int{1, 5, w.quiet, w.quiet + 1, w.threshold + 1, 600}).Draw(w.t, "seconds")
+	w.pass(seconds)
+	w.say("Redis was away for %d s", seconds)
+	for _, p := range w.order {
+		back := w.back
+		if p.waiting {
+			back = 4
+		}
+		if p.alive() && p.due < w.now {
+			p.due = w.now + rapid.IntRange(0, back).Draw(w.t, "back after")
+		}
+	}
+}
+
+func (w *world) playClock() {
+	w.calm()
+	seconds := rapid.SampledFrom([]int{1, 5, 30, 600}).Draw(w.t, "seconds")
+	if rapid.Bool().Draw(w.t, "back") {
+		seconds = -seconds
+	}
+	w.step(seconds)
+	w.say("Redis's clock is set by %d s", seconds)
+}
+
+func (w *world) playLoss() {
+	w.calm()
+	w.loseAll()
+	w.known = newKnowledge()
+	w.last = w.dump()
+	w.say("Redis has lost its data")
+}
+
+// playFailover has a replica take over that lacks the last few commands.
+func (w *world) playFailover() {
+	w.calm()
+	w.replicate()
+	w.replicated = w.known.clone()
+	start := w.now
+	for range rapid.IntRange(1, 3).Draw(w.t, "commands") {
+		rapid.SampledFrom([]func(){w.playAdmission, w.playWaiter, w.playAct, w.playRelease, w.playMaintain, w.playTurn}).Draw(w.t, "command")()
+		if w.now > start {
+			break
+		}
+	}
+	w.failover()
+	w.known, w.replicated = w.replicated, nil
+	w.last = w.dump()
+	w.say("a replica took over that lacks what came since %d s", start)
 }

@@ -164,7 +164,7 @@ func TestRolledBackTake(t *testing.T) {
 		},
 		"and another was served before the holder was back": func(t *testing.T, l *lineUp) {
 			holder, next := l.rollBack(t, 1, 1, 1), l.waiting[0]
-			l.r.unseen(t, l.id, holder.token, 6*time.Second)
+			l.r.unseen(t, l.id, holder.token, 15*time.Second)
 			wantDone(t, next.done)
 			l.beat(t, holder.token)
 			l.holding, l.waiting = []linePod{next, holder}, l.waiting[1:]

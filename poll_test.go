@@ -81,7 +81,7 @@ func TestCostOfALongLine(t *testing.T) {
 		called, ratio int
 	}{
 		{"alive", 0, 16 + 1, 20}, // the one that asks hears, too, whether it can be called
-		{"gone", 7 * time.Second, 2*100 + 1, 60},
+		{"gone", 15 * time.Second, 16 + 1, 60},
 	} {
 		many := asker{r, s, freshID()}
 		seedLine(t, r, s, many.id, free, long, line.silent)

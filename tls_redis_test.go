@@ -117,10 +117,11 @@ func TestACLsAreMinimal(t *testing.T) {
 		if err != nil {
 			return s, id, err
 		}
-		r.makeStale(t, id, "none")
 		r.do(t, "ZADD", id.waitersKey(), 1, "gone")
 		r.do(t, "ZADD", id.seenKey(), 1, "gone")
 		r.do(t, "HSET", id.namesKey(), "gone", 1)
+		r.do(t, "ZADD", id.waitersKey(), 2, "there")
+		r.do(t, "ZADD", id.seenKey(), time.Now().Unix(), "there")
 		if _, err := s.release(ctx, id, token); err != nil {
 			return s, id, err
 		}

@@ -93,7 +93,7 @@ func TestLeavingTheLine(t *testing.T) {
 	n.wantWaitersWithin(10*time.Second, "leaving", line[1:]...)
 	timeOf(t, <-log, "left the line")
 	n.kubectl("delete", "pod", "forced", "--grace-period=0", "--force")
-	n.wantWaitersWithin(15*time.Second, "leaving", line[2])
+	n.wantWaitersWithin(25*time.Second, "leaving", line[2]) // dropped after 14 s
 	n.kubectl("delete", "pod", "holder")
 	n.wantRunning("last")
 	n.wantHolders("leaving", line[2])

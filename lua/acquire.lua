@@ -43,13 +43,7 @@ if held then
   return take()
 end
 
-local patient = now - resumed > patience
-if patient then
-  for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', '(' .. (now - patience), 'LIMIT', 0, 100)) do
-    leave(gone)
-  end
-end
-
+dropGone()
 if waits then
   if not redis.call('ZSCORE', KEYS[3], token) then
     local joined = arrival
@@ -76,22 +70,17 @@ local function mine()
   if redis.call('ZCARD', KEYS[2]) >= length or before > 100 then
     return false
   end
-  local free, used = served(function() return true end, before)
+  local free, used = served(function() end, before)
   return free > 0 and used < length
 end
 
 local inflight = redis.call('ZCARD', KEYS[2])
 if inflight < length and redis.call('LLEN', KEYS[1]) > 0 then
-  local turn = mine()
-  if not turn then
-    -- Those ahead have not come for what is free: they are called once more, and dropped if they are gone.
-    call(token)
-    turn = mine()
-  end
-  if turn then
+  if mine() then
     redis.call('LPOP', KEYS[1])
     return take()
   end
+  call(token) -- those ahead have not come for what is free: once more
 end
 
 -- What is missing may be held by those who are about to come back; but a newcomer cannot know a semaphore that has lost its data
@@ -107,7 +96,7 @@ end
 local doubt = 0
 if (missing or reclaimable) and not settled() then
   doubt = math.max(resumed, lost) + quiet + 1 - now
-elseif not patient and redis.call('ZCOUNT', KEYS[4], '-inf', '(' .. (now - patience / 2)) > 0 then
+elseif now - resumed <= patience and redis.call('ZCOUNT', KEYS[4], '-inf', '(' .. (now - lineQuiet)) > 0 then
   doubt = resumed + patience + 1 - now
 end
 local full = {0, micros, inflight, redis.call('ZCARD', KEYS[3]), doubt}

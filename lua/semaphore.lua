@@ -31,15 +31,16 @@ end
 local interval = tonumber(ARGV[2])
 local back = math.min(3, interval)
 
--- Some holder's heartbeat comes at least that often, if there is one; and while waiters live, some command comes within 5 s.
+-- Some holder's heartbeat comes at least that often, if there is one; and while waiters live, some command comes more often.
 local quiet = interval + back
+local lineQuiet = 5
 
 -- A live holder that just missed a heartbeat when a silence of no more than quiet began is not stale when it ends.
 local threshold = math.max(tonumber(ARGV[3]), 2 * quiet)
 
--- A waiter that has not asked for patience is gone; one that cannot be called, already after half of that. Live waiters ask
--- every 2 to 4 s.
-local patience = 10
+-- A waiter that has not asked for patience is gone. A live one asks within 4 s of its last question; a silence of lineQuiet may
+-- come between and not be noticed, and 4 s after it the waiter has asked again. One more is for fractions of seconds.
+local patience = 4 + lineQuiet + 4 + 1
 
 local state = redis.call('HMGET', KEYS[6], 'created', 'touched', 'resumed', 'lost', 'length', 'asked')
 -- Times that lie in the future are from before the clock was set back.
@@ -54,10 +55,10 @@ local line = redis.call('ZCARD', KEYS[3]) -- how many wait
 -- A full Redis is away for those who wait, as it refuses them. What gets through all the same says redis.pcall for write: it then
 -- notes nothing, and goes on.
 local function touch(write)
-  local silence = line > 0 and patience / 2 or quiet
+  local silence = line > 0 and lineQuiet or quiet
   if touched and (now - touched > silence or touched > now) or not touched and redis.call('EXISTS', KEYS[2]) == 1 then
     resumed = now
-  elseif touched and now - touched > math.max(interval, patience / 2) and touched - resumed <= quiet then
+  elseif touched and now - touched > math.max(interval, lineQuiet) and touched - resumed <= quiet then
     resumed = math.max(resumed, now - interval) -- a second silence: who was not back before it has the time to come back now
   end
   write = write or redis.call
@@ -99,6 +100,15 @@ local function leave(token)
   return redis.call('ZREM', KEYS[3], token)
 end
 
+-- dropGone takes out of the line those that are gone, so that they block nobody: a hundred at most.
+local function dropGone()
+  if line > 0 and now - resumed > patience then
+    for _, token in ipairs(redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', '(' .. (now - patience), 'LIMIT', 0, 100)) do
+      leave(token)
+    end
+  end
+end
+
 -- send reports whether a waiter received a message; false if the ACL forbids PUBLISH.
 local function send(token, message)
   local listeners = redis.pcall('PUBLISH', KEYS[3] .. '/' .. token, message)
@@ -106,8 +116,8 @@ local function send(token, message)
 end
 
 -- served walks along the line, a hundred waiters at most, in the order in which the free tokens are theirs: a waiter whose
--- length is used up lets those behind it pass. It calls visit for each that one is left for, while visit returns true, and
--- returns how many tokens are left then, and how many would be in use.
+-- length is used up lets those behind it pass. It calls visit for each that one is left for, and returns how many tokens are left
+-- then, and how many would be in use.
 local function served(visit, most)
   local free, used = redis.call('LLEN', KEYS[1]), redis.call('ZCARD', KEYS[2])
   if free == 0 or most == 0 then
@@ -119,7 +129,8 @@ local function served(visit, most)
   end
   local lengths = redis.call('HMGET', KEYS[5], unpack(tokens))
   for i, token in ipairs(tokens) do
-    if used < (tonumber(lengths[i]) or math.huge) and visit(token) then
+    if used < (tonumber(lengths[i]) or math.huge) then
+      visit(token)
       free, used = free - 1, used + 1
       if free == 0 then
         break
@@ -129,26 +140,19 @@ local function served(visit, most)
   return free, used
 end
 
--- call wakes those in line for whom a token is free, sixteen at most: each that takes its token calls the next. One that cannot
--- be reached and has not asked lately is gone; it is dropped, so that it blocks nobody. The one that is asking need not be called.
+-- call wakes those in line for whom a token is free, sixteen at most: each that takes its token calls the next. The one that is
+-- asking need not be called.
 local function call(asking)
   if line == 0 then
     return
   end
+  dropGone()
   local calls = 0
   served(function(token)
-    if calls == 16 then
-      return true
-    end
-    if token ~= asking and not send(token, 'your turn') then
-      local silent = now - tonumber(redis.call('ZSCORE', KEYS[4], token) or 0)
-      if silent > patience / 2 and now - resumed > patience / 2 then
-        leave(token)
-        return false
-      end
-    end
     calls = calls + 1
-    return true
+    if token ~= asking and calls <= 16 then
+      send(token, 'your turn')
+    end
   end, 100)
 end
 

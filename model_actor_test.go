@@ -1,0 +1,87 @@
+package main
+
+import "strconv"
+
+// actor is a process of a pod that asks for a token, or has one.
+type actor struct {
+	token     string
+	length    int
+	stands    bool // asks as one who waits in line, not for an admission
+	waiting   bool // in line, as far as it knows
+	holding   bool // a token, as far as it knows
+	silent    bool // paused or killed: does nothing, but may wake up
+	reachable bool // hears when it is called
+	arrival   int  // that it was told, by Redis's clock (Unix microseconds); 0: none yet
+	pace      int  // seconds between two questions
+	due       int  // when it asks or beats next
+	missed    bool // has not been heard since Redis was last away, or its clock was set
+}
+
+// alive reports whether it does in time what it has to do.
+func (p *actor) alive() bool { return !p.silent && (p.waiting || p.holding) }
+
+// arrivalOf is what p tells when it asks now.
+func (p *actor) arrivalOf() string {
+	switch {
+	case !p.stands:
+		return ""
+	case p.arrival == 0:
+		return joinLine
+	}
+	return strconv.Itoa(p.arrival)
+}
+
+// act is what p does when it is its time.
+func (w *world) act(p *actor) {
+	p.missed = false
+	if p.holding {
+		w.beat(p)
+		p.due = w.now + w.interval
+		return
+	}
+	w.answered(p, w.try(p))
+}
+
+// answered is for an answer that p reads.
+func (w *world) answered(p *actor, a answer) {
+	p.waiting, p.holding, p.due = a.status != acquireTaken, a.status == acquireTaken, w.now+p.pace
+	if p.holding {
+		p.due = w.now + w.interval
+		return
+	}
+	at, err := strconv.Atoi(a.place.arrival)
+	must(w.test, err)
+	p.arrival = at
+}
+
+// live lets time pass in which those that are alive do what they do.
+func (w *world) live(seconds int) {
+	for end := w.now + seconds; ; {
+		var next *actor
+		for _, p := range w.order {
+			if p.alive() && p.due <= end && (next == nil || p.due < next.due) {
+				next = p
+			}
+		}
+		if next == nil {
+			w.pass(end - w.now)
+			return
+		}
+		w.pass(next.due - w.now)
+		w.act(next)
+	}
+}
+
+// calm lets all that are alive be heard again after the last time that Redis was away.
+func (w *world) calm() {
+	latest := w.now
+	for _, p := range w.order {
+		if p.alive() && p.missed {
+			latest = max(latest, p.due)
+		}
+	}
+	w.live(latest - w.now)
+	for _, p := range w.order {
+		p.missed = p.alive()
+	}
+}
