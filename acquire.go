@@ -40,7 +40,7 @@ type question struct {
 // joinLine is the arrival of a waiter that joins the line now.
 const joinLine = "0"
 
-// newcomer reports whether the one who asks was not in line before.
+// newcomer reports whether the caller was not in line before.
 func (q question) newcomer() bool { return q.arrival == "" || q.arrival == joinLine }
 
 // answer is what the acquire script says.
@@ -49,7 +49,7 @@ type answer struct {
 	stale   int // with acquireRepair: how many tokens are stale; if none, some are missing
 	inUse   int // with acquireFull, as all below
 	waiters int
-	doubt   time.Duration // if not zero: holders or waiters may be gone, which is known after that time
+	doubt   time.Duration // if not zero: Redis was away, and knows only after that time which holders or waiters are gone
 	place   place         // of a waiter
 }
 
@@ -58,8 +58,8 @@ type place struct {
 	position  int           // 1 for the first
 	arrival   string        // when it joined, for its next question
 	waited    time.Duration // since then
-	staleIn   time.Duration // when the token in flight that has gone longest without a heartbeat may be stale
-	reachable bool          // it could be called
+	staleIn   time.Duration // until the token with the oldest heartbeat may be stale
+	reachable bool          // its subscription received a message
 }
 
 // ask runs the acquire script once.
@@ -230,13 +230,12 @@ func (s *semaphores) repairLocked(ctx context.Context, r *repair, id semaphoreID
 			s.log.Warn("lock left to expire", "namespace", id.namespace, "key", id.key, "error", err.Error())
 		}
 	})
-	_, err = s.maintain(ctx, id, length, newcomer)
-	return err
+	return s.maintain(ctx, id, length, newcomer)
 }
 
-// watch looks after a semaphore that has been silent for so long that Redis cannot tell holders that are gone from those that could
-// not reach it: after doubt, which the live ones use to come back, it reclaims what the others held. Without it, pods that are
-// created seldom, and refused, would each find another silence.
+// watch repairs a semaphore after doubt, in which live holders come back, and asks often enough until then that Redis notices no
+// other silence. Where pods are created seldom, each admission would otherwise find a new silence, and no token of a dead holder
+// would ever be reclaimed.
 func (s *semaphores) watch(id semaphoreID, length int, expiration, doubt time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -266,7 +265,7 @@ func (s *semaphores) watch(id semaphoreID, length int, expiration, doubt time.Du
 			err := s.repair(ctx, id, length, expiration, false)
 			cancel()
 			if err != nil && !errors.Is(err, errLockTaken) {
-				s.log.Warn("cannot look after a semaphore whose holders may be gone", "namespace", id.namespace, "key", id.key, "error", err.Error())
+				s.log.Warn("tokens of dead holders may stay in use until the next admission", "namespace", id.namespace, "key", id.key, "error", err.Error())
 				return
 			}
 		}

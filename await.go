@@ -53,14 +53,31 @@ func awaitSocket(podUID string) *net.UnixAddr {
 // takes; its only error is errNotHeld, when ctx is done.
 func runAwait(ctx context.Context, podUID string, log *slog.Logger) error {
 	debug.FreeOSMemory() // it may be long
-	a := &await{podUID: podUID, log: log, answered: time.Now()}
+	return newAwait(podUID, log).run(ctx)
+}
+
+// await asks a pod's sidecar.
+type await struct {
+	podUID     string
+	log        *slog.Logger
+	now        func() time.Time
+	heard      string    // what it said last
+	answered   time.Time // when it was there last
+	complained time.Time
+}
+
+func newAwait(podUID string, log *slog.Logger) *await {
+	return &await{podUID: podUID, log: log, now: time.Now, answered: time.Now()}
+}
+
+func (a *await) run(ctx context.Context) error {
 	for retry := newBackoff(askLeast, askMost); ; {
-		asked := time.Now()
+		asked := a.now()
 		held, err := a.ask(ctx)
-		took := time.Since(asked)
+		took := a.now().Sub(asked)
 		switch {
 		case held && took < answerFresh:
-			log.Info(heldText)
+			a.log.Info(heldText)
 			return nil
 		case ctx.Err() != nil:
 			return errNotHeld
@@ -75,15 +92,6 @@ func runAwait(ctx context.Context, podUID string, log *slog.Logger) error {
 	}
 }
 
-// await asks a pod's sidecar.
-type await struct {
-	podUID     string
-	log        *slog.Logger
-	heard      string    // what it said last
-	answered   time.Time // when it was there last
-	complained time.Time
-}
-
 // ask connects to the sidecar and logs what it says, until it says that the token is held, or the connection ends.
 func (a *await) ask(ctx context.Context) (held bool, err error) {
 	conn, err := new(net.Dialer).DialContext(ctx, "unix", awaitSocket(a.podUID).Name)
@@ -94,7 +102,7 @@ func (a *await) ask(ctx context.Context) (held bool, err error) {
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	for lines := bufio.NewReader(conn); ; {
 		line, err := lines.ReadString('\n')
-		a.answered = time.Now()
+		a.answered = a.now()
 		if err != nil {
 			return false, err
 		}
@@ -111,10 +119,11 @@ func (a *await) ask(ctx context.Context) (held bool, err error) {
 
 // complain logs that no sidecar answers, after a while and then every logEvery.
 func (a *await) complain(err error) {
-	if time.Since(a.answered) < awaitPatience || time.Since(a.complained) < logEvery {
+	now := a.now()
+	if now.Sub(a.answered) < awaitPatience || now.Sub(a.complained) < logEvery {
 		return
 	}
-	a.complained = time.Now()
+	a.complained = now
 	a.log.Warn("the sidecar does not answer, to be asked again; it must be the init container before this one, and run",
 		"container", sidecarName, "error", err.Error())
 }
@@ -133,6 +142,7 @@ type door struct {
 	open  chan struct{} // closed while the door is open
 	until time.Time     // when it closes by itself; zero while it is closed
 	past  bool          // the last await was let pass
+	heard bool          // an await has asked
 }
 
 func newDoor(mark startMark, text string, log *slog.Logger) *door {
@@ -209,10 +219,21 @@ func (d *door) shutLocked() {
 func (d *door) knock() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	d.heard = true
 	if d.past {
 		d.past = false
 		d.mark.remove(d.log)
 		d.asked <- struct{}{} // there is room: it was received before the last await was let pass
+	}
+}
+
+// warnUnheard logs that no await has asked so far.
+func (d *door) warnUnheard() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.heard {
+		d.log.Warn("no init container asks for the token: unless the kubelet is away, the app runs without one; the next init container "+
+			"after this sidecar must be the one named here", "container", awaitName)
 	}
 }
 

@@ -25,9 +25,7 @@ func TestTokenLostBeforeTheAppStarts(t *testing.T) {
 		}
 		return nil
 	})
-	other := uuid.NewString()
-	r.do(t, "ZADD", id.inflightKey(), "9999999999", other) // first: nothing is ever missing
-	r.do(t, "ZREM", id.inflightKey(), token)
+	other := r.giveToAnother(t, id, token)
 	r.wantLine(t, id, token)
 	a := startAwait(t)
 	a.wantLogPrefix(t, "waiting for a token of ")
@@ -35,9 +33,16 @@ func TestTokenLostBeforeTheAppStarts(t *testing.T) {
 	giveBack(t, s, id, other)
 	a.wantExit(t, 0)
 	r.wantLine(t, id)
-	if got := r.inflight(t, id); len(got) != 1 || got[0] != token {
-		t.Errorf("in flight is %v, want %s", got, token)
-	}
+	r.wantInflight(t, id, token)
+}
+
+// giveToAnother takes a token out of flight and puts another there; at no time is one missing.
+func (s *redisServer) giveToAnother(t *testing.T, id semaphoreID, token string) (other string) {
+	t.Helper()
+	other = uuid.NewString()
+	s.do(t, "ZADD", id.inflightKey(), "9999999999", other)
+	s.do(t, "ZREM", id.inflightKey(), token)
+	return other
 }
 
 // An init container that asks again shows that the app does not run: the pod was started again. Its token is asked for anew,
@@ -49,9 +54,7 @@ func TestPodStartedAgain(t *testing.T) {
 	inPod(t, token)
 	p := startWaitingSidecar(t, r.address, id, token, 1, "--heartbeat-interval-seconds=60")
 	startAwait(t).wantExit(t, 0)
-	other := uuid.NewString()
-	r.do(t, "ZADD", id.inflightKey(), "9999999999", other) // first: nothing is ever missing
-	r.do(t, "ZREM", id.inflightKey(), token)
+	other := r.giveToAnother(t, id, token)
 	a := startAwait(t)
 	p.wantLog(t, "the pod is started again: its init container asks for the token")
 	r.wantLine(t, id, token)
@@ -87,9 +90,7 @@ func TestAdmittedPodConfirmsItsToken(t *testing.T) {
 	giveBack(t, s, id, other)
 	a.wantExit(t, 0)
 	p.wantLog(t, "holding the token")
-	if got := r.inflight(t, id); len(got) != 1 || got[0] != late {
-		t.Errorf("in flight is %v, want %s", got, late)
-	}
+	r.wantInflight(t, id, late)
 }
 
 // A sidecar that is killed in a running pod takes up its token again; if it was reclaimed meanwhile, it is counted again and
@@ -99,10 +100,7 @@ func TestSidecarStartedAgainInARunningPod(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	token := uuid.NewString()
 	inPod(t, token)
-	start := func() *process {
-		p := startWaitingSidecar(t, r.address, id, token, 1)
-		return p
-	}
+	start := func() *process { return startWaitingSidecar(t, r.address, id, token, 1) }
 	kill := func(p *process) {
 		p.signal(t, syscall.SIGKILL)
 		<-p.done

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -56,9 +57,7 @@ func TestAwaitOutlivesItsSidecar(t *testing.T) {
 	p.wantLogPrefix(t, "waiting for a token of ")
 	giveBack(t, s, id, holder)
 	a.wantExit(t, 0)
-	if got := r.inflight(t, id); len(got) != 1 || got[0] != token {
-		t.Errorf("in flight is %v, want %s", got, token)
-	}
+	r.wantInflight(t, id, token)
 }
 
 // An await that is told to end does so at once, with and without a sidecar, and not well: the app must not start.
@@ -116,11 +115,12 @@ func TestAwaitWantsAFreshAnswer(t *testing.T) {
 	t.Parallel()
 	podUID := uuid.NewString()
 	asked := make(chan int, 10)
+	var paused atomic.Int64 // for how long the pod was, in all
 	fakeSidecar(t, podUID, func(n int, conn net.Conn) {
 		asked <- n
 		switch n {
 		case 1: // late
-			time.Sleep(answerFresh + 100*time.Millisecond)
+			paused.Add(int64(answerFresh))
 			fmt.Fprintln(conn, heldText)
 		case 2: // cut off
 			fmt.Fprint(conn, heldText)
@@ -131,7 +131,9 @@ func TestAwaitWantsAFreshAnswer(t *testing.T) {
 			fmt.Fprintln(conn, heldText)
 		}
 	})
-	must(t, runAwait(t.Context(), podUID, slog.New(slog.DiscardHandler)))
+	a := newAwait(podUID, slog.New(slog.DiscardHandler))
+	a.now = func() time.Time { return time.Now().Add(time.Duration(paused.Load())) }
+	must(t, a.run(t.Context()))
 	if n := len(asked); n != 5 {
 		t.Errorf("asked %d times", n)
 	}
@@ -140,7 +142,8 @@ func TestAwaitWantsAFreshAnswer(t *testing.T) {
 // An await that no sidecar answers says so after a while, and what is to be looked at.
 func TestAwaitWithoutSidecar(t *testing.T) {
 	var b syncBuffer
-	a := &await{podUID: uuid.NewString(), log: slog.New(slog.NewJSONHandler(&b, nil)), answered: time.Now().Add(-awaitPatience)}
+	a := newAwait(uuid.NewString(), slog.New(slog.NewJSONHandler(&b, nil)))
+	a.answered = time.Now().Add(-awaitPatience)
 	for range 3 {
 		_, err := a.ask(t.Context())
 		a.complain(err)
@@ -148,6 +151,18 @@ func TestAwaitWithoutSidecar(t *testing.T) {
 	lines := b.lines(t, "the sidecar does not answer, to be asked again; it must be the init container before this one, and run")
 	if len(lines) != 1 || lines[0]["container"] != sidecarName || !strings.Contains(lines[0]["error"].(string), "connection refused") {
 		t.Errorf("logged %s", b.String())
+	}
+}
+
+// A sidecar that no await asks says so: the app may run without a token.
+func TestNobodyAsksAtTheDoor(t *testing.T) {
+	var b syncBuffer
+	d := newDoor(startMark{}, "", slog.New(slog.NewJSONHandler(&b, nil)))
+	d.warnUnheard()
+	d.knock()
+	d.warnUnheard()
+	if n := strings.Count(b.String(), "no init container asks for the token"); n != 1 {
+		t.Errorf("logged %d times: %s", n, b.String())
 	}
 }
 

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -61,7 +63,7 @@ func TestStoppedSidecarStartsNoApp(t *testing.T) {
 				p := startFaultyProxy(t, r.address)
 				giveBack(t, s, id, acquire(t, s, id, 1)) // Redis knows the script
 				token := uuid.NewString()
-				inPod(t, token)
+				podUID := inPod(t, token)
 				var sidecar *process
 				start := func() { sidecar = startWaitingSidecar(t, p.address, id, token, 1) } // with an interval of 1 s
 				if when == beforeAnswer {
@@ -86,7 +88,7 @@ func TestStoppedSidecarStartsNoApp(t *testing.T) {
 				var await *process
 				if when == duringQuestion {
 					await = startAwait(t)
-					time.Sleep(100 * time.Millisecond) // it asks, and a stopped sidecar does not say so
+					wantAsking(t, podUID)
 				}
 				sidecar.signal(t, syscall.SIGCONT)
 				if await == nil {
@@ -102,6 +104,19 @@ func TestStoppedSidecarStartsNoApp(t *testing.T) {
 			})
 		}
 	}
+}
+
+// wantAsking waits until an await has connected to its sidecar, whether that has accepted or not: beside the socket that listens,
+// the kernel lists one for each connection under the same name.
+func wantAsking(t *testing.T, podUID string) {
+	t.Helper()
+	eventually(t, 10*time.Second, func() error {
+		table, err := os.ReadFile("/proc/net/unix")
+		if n := strings.Count(string(table), awaitSocket(podUID).Name); err == nil && n < 2 {
+			err = fmt.Errorf("%d sockets", n)
+		}
+		return err
+	})
 }
 
 // Nothing is stopped, but Redis's answer is long on its way, and older than a quarter of the threshold when it is read: it counts for

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -161,4 +162,22 @@ func commandCalls(t *testing.T, r *redisServer) map[string]int {
 		calls[m[1]] = n
 	}
 	return calls
+}
+
+// wantInflight fails unless exactly these tokens are in use.
+func (s *redisServer) wantInflight(t *testing.T, id semaphoreID, want ...string) {
+	t.Helper()
+	got := s.inflight(t, id)
+	slices.Sort(got)
+	if want = slices.Sorted(slices.Values(want)); !slices.Equal(got, want) {
+		t.Fatalf("in flight are %v, want %v", got, want)
+	}
+}
+
+// state is a field of the state Hash.
+func (s *redisServer) state(t *testing.T, id semaphoreID, field string) int {
+	t.Helper()
+	n, err := redis.Int(s.do(t, "HGET", id.stateKey(), field), nil)
+	must(t, err)
+	return n
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -28,9 +27,7 @@ func TestLineIsServedInOrder(t *testing.T) {
 	for i, token := range tokens {
 		giveBack(t, s, id, holder)
 		wantDone(t, done[i])
-		if got := r.inflight(t, id); !slices.Equal(got, []string{token}) {
-			t.Fatalf("in flight is %v, want waiter %d, %s", got, i, token)
-		}
+		r.wantInflight(t, id, token)
 		r.wantLine(t, id, tokens[i+1:]...)
 		holder = token
 	}
@@ -127,9 +124,7 @@ func TestWaitersReclaim(t *testing.T) {
 	second, _ := queueUp(t, t.Context(), s, id, 1, r)
 	r.makeStale(t, id, holder)
 	wantDone(t, done)
-	if got := r.inflight(t, id); !slices.Equal(got, []string{token}) {
-		t.Errorf("in flight is %v, want %s", got, token)
-	}
+	r.wantInflight(t, id, token)
 	r.wantLine(t, id, second)
 }
 

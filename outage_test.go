@@ -15,24 +15,6 @@ import (
 	"github.com/google/uuid"
 )
 
-// wantInflight fails unless exactly these tokens are in use.
-func (s *redisServer) wantInflight(t *testing.T, id semaphoreID, want ...string) {
-	t.Helper()
-	got := s.inflight(t, id)
-	slices.Sort(got)
-	if want = slices.Sorted(slices.Values(want)); !slices.Equal(got, want) {
-		t.Fatalf("in flight are %v, want %v", got, want)
-	}
-}
-
-// state is a field of the state Hash.
-func (s *redisServer) state(t *testing.T, id semaphoreID, field string) int {
-	t.Helper()
-	n, err := redis.Int(s.do(t, "HGET", id.stateKey(), field), nil)
-	must(t, err)
-	return n
-}
-
 func (s *redisServer) now(t *testing.T) int {
 	t.Helper()
 	now, err := redis.Ints(s.do(t, "TIME"), nil)

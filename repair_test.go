@@ -78,8 +78,7 @@ func TestRepairIsWhole(t *testing.T) {
 					t.Fatalf("answered %+v, want a repair with %d stale", a, c.stale)
 				}
 				c.between(t, r, s, id, tokens)
-				_, err = s.maintain(ctx, id, length, newcomer)
-				must(t, err)
+				must(t, s.maintain(ctx, id, length, newcomer))
 				queue, inflight, err := r.counts(id)
 				must(t, err)
 				if queue != c.queue || inflight != c.inflight {

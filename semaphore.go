@@ -163,11 +163,11 @@ func (s *semaphores) run(ctx context.Context, script *redis.Script, id semaphore
 		status, rest, err = s.attempt(ctx, timeout, script, id, args)
 		sent = sent || errors.Is(err, errUnanswered)
 		switch {
-		case err == nil && status == statusLate && late < 3: // it told the time; now we know it
+		case err == nil && status == statusLate && late < 3: // the answer tells the time
 			late++
 			continue
 		case err == nil && status == statusLate:
-			err = fmt.Errorf("queue Redis %s: refused as too late: its clock does not keep step", s.address)
+			err = fmt.Errorf("queue Redis %s: refused as too late, again and again: its clock jumps, or commands take seconds to arrive", s.address)
 		case (errors.Is(err, errUnanswered) || errors.Is(err, errUnreached)) && hasTime(ctx):
 			if time.Since(start) >= timeout {
 				timeout *= 2
@@ -258,22 +258,22 @@ func (s *semaphores) ping(ctx context.Context) error {
 	return nil
 }
 
-// maintain reclaims, refills and trims; newcomer says that whoever needs it was not in line before. doubt is for how long holders
-// may still come back before it is known which of them are gone.
-func (s *semaphores) maintain(ctx context.Context, id semaphoreID, length int, newcomer bool) (doubt time.Duration, err error) {
+// maintain reclaims, refills and trims. newcomer says that the caller was not in line before: it does not wait for tokens that Redis
+// may have lost.
+func (s *semaphores) maintain(ctx context.Context, id semaphoreID, length int, newcomer bool) error {
 	_, rest, err := s.run(ctx, maintainScript, id, length, yesNo(newcomer))
-	var reclaimed, refilled, trimmed, seconds int
+	var reclaimed, refilled, trimmed int
 	if err == nil {
-		_, err = redis.Scan(rest, &reclaimed, &refilled, &trimmed, &seconds)
+		_, err = redis.Scan(rest, &reclaimed, &refilled, &trimmed)
 	}
 	if err != nil {
-		return 0, fmt.Errorf("maintain %s: %w", id, err)
+		return fmt.Errorf("maintain %s: %w", id, err)
 	}
 	if reclaimed+refilled+trimmed > 0 {
 		s.log.Info("maintained", "namespace", id.namespace, "key", id.key, "length", length,
 			"reclaimed", reclaimed, "refilled", refilled, "trimmed", trimmed)
 	}
-	return time.Duration(seconds) * time.Second, nil
+	return nil
 }
 
 // yesNo is how the scripts take a yes or no.

@@ -13,10 +13,10 @@ const (
 	beatTimeout = 3 * time.Second
 	holderRetry = time.Second
 
-	// locksPatience is for how long the end of a repair is waited for when the pod ends.
+	// locksPatience bounds the wait for the end of a repair when the pod ends.
 	locksPatience = 2 * time.Second
 
-	// awaitMissed is after how long a held token that no init container asks for is logged: the app may run without it.
+	// awaitMissed is after how long a sidecar logs that no init container has asked: the app may run without a token.
 	awaitMissed = time.Minute
 )
 
@@ -34,8 +34,8 @@ type sidecar struct {
 	locksClosed chan struct{} // closed while there are no connections to lock servers
 }
 
-// runSidecar gets the token, keeps it alive by heartbeats until ctx is done, and gives it back then. Its error is that it could
-// not.
+// runSidecar gets the token, keeps it alive by heartbeats until ctx is done, and then gives it back. Its error says that it could
+// not give it back, or not listen for the pod's init container.
 func runSidecar(ctx context.Context, c sidecarConfig, log *slog.Logger) error {
 	semaphores := newSemaphores(c.sharedConfig, nil, 1, log)
 	defer semaphores.pool.Close()
@@ -67,8 +67,8 @@ func runSidecar(ctx context.Context, c sidecarConfig, log *slog.Logger) error {
 	return s.giveBack(held)
 }
 
-// guard holds the pod's app back until the token is held, and keeps the token alive from then on, until ctx is done. It reports
-// whether the token was held at the end. Its error is that the pod's await cannot be answered.
+// guard holds the app back until the token is held, and then keeps the token alive until ctx is done. It reports whether the token
+// was held at the end. Its error says that it cannot listen for the pod's await.
 func (s *sidecar) guard(ctx context.Context, c sidecarConfig) (held bool, err error) {
 	mark := newStartMark(c.podUID, c.token)
 	d := newDoor(mark, fmt.Sprintf("asking queue Redis %s for a token of %s", c.queueRedisAddress, s.id), s.log)
@@ -80,6 +80,8 @@ func (s *sidecar) guard(ctx context.Context, c sidecarConfig) (held bool, err er
 	if mark.isSet() {
 		s.log.Info("started again in a running pod")
 		s.loop(ctx, 0, d.asked)
+	} else if c.podUID != "" {
+		defer time.AfterFunc(awaitMissed, d.warnUnheard).Stop()
 	}
 	for ctx.Err() == nil {
 		if !s.admit(ctx, c, d) {
@@ -90,8 +92,9 @@ func (s *sidecar) guard(ctx context.Context, c sidecarConfig) (held bool, err er
 	return true, nil
 }
 
-// admit gets the token and lets the pod's await pass. It returns false if ctx is done before it is held. Until the app may run,
-// the token is kept by asking for it again, not by heartbeats: should it be lost meanwhile, the pod waits for another.
+// admit gets the token and lets the pod's await pass. It returns false if ctx is done before it has the token. Until the app may
+// run, admit keeps the token by asking for it again and sends no heartbeats: a token that is lost meanwhile sends the pod back to
+// the line.
 func (s *sidecar) admit(ctx context.Context, c sidecarConfig, d *door) (held bool) {
 	<-s.locksClosed // of the last time
 	s.semaphores.locks = newLocker(c.sharedConfig, 0)
@@ -99,14 +102,12 @@ func (s *sidecar) admit(ctx context.Context, c sidecarConfig, d *door) (held boo
 	w := &waiter{semaphores: s.semaphores, id: s.id, token: s.token, length: c.length, expiration: c.expiration,
 		say: d.say, log: s.log}
 	fresh := min(c.heartbeatInterval, c.staleThreshold/4)
-	var since time.Time // when the token was taken
-	for missed := false; ; {
+	for first := true; ; first = false {
 		asked, inLine, err := w.wait(ctx)
 		if err != nil {
 			return false
 		}
-		if since.IsZero() || inLine {
-			since = asked
+		if first || inLine {
 			s.logHeld()
 		}
 		if c.podUID == "" { // there is nobody to hold back
@@ -114,10 +115,6 @@ func (s *sidecar) admit(ctx context.Context, c sidecarConfig, d *door) (held boo
 		}
 		if passed, err := d.letPass(ctx, asked.Add(fresh)); passed || err != nil {
 			return true
-		}
-		if !missed && time.Since(since) > awaitMissed {
-			missed = true
-			s.log.Warn("the token is held, and no init container asks for it: it must be the next one after this sidecar", "container", awaitName)
 		}
 	}
 }
@@ -168,8 +165,8 @@ func (s *sidecar) newBackoff() *backoff {
 	return newBackoff(min(holderRetry, s.interval)/4, min(holderRetry, s.interval/2))
 }
 
-// beat sends one heartbeat, and asks again where an answer does not come. It is not cut off by the end of ctx: one that is still on
-// its way when the token is released would count it again.
+// beat sends one heartbeat, again if no answer comes. The end of ctx does not cut it off: a heartbeat that is still on its way when
+// the token is released would count the token again.
 func (s *sidecar) beat(ctx context.Context) error {
 	attempt, cancel := context.WithTimeout(context.WithoutCancel(ctx), min(beatTimeout, s.interval))
 	defer cancel()

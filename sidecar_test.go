@@ -69,9 +69,7 @@ func TestPausedSidecar(t *testing.T) {
 	p.wantExit(t, 0)
 	w.wantFull(t, id, 1, 1)
 	r.wantCounts(t, id, 0, 1)
-	if got := r.inflight(t, id); !slices.Equal(got, []string{second}) {
-		t.Errorf("in flight is %v, want %s", got, second)
-	}
+	r.wantInflight(t, id, second)
 	w.semaphores.giveBack(id, second)
 	w.wantAdmitted(t, id, 1)
 }

@@ -34,13 +34,7 @@ func TestSidecarKilled(t *testing.T) {
 	n.create(pod("p", "killed", 1))
 	token := n.wantRunning("p").Annotations[annotationPrefix+"token"]
 	must(t, onNode("pkill -KILL -f '"+bracketed(token)+"'"))
-	eventually(t, time.Minute, func() error {
-		p, err := n.get("p")
-		if err == nil && (p.Status.InitContainerStatuses[0].RestartCount != 1 || p.Status.InitContainerStatuses[0].State.Running == nil) {
-			err = fmt.Errorf("%+v", p.Status.InitContainerStatuses[0])
-		}
-		return err
-	})
+	n.wantStartedAgain("p", sidecarName)
 	n.wantCounts("killed", 0, 1)
 	n.wantFull("q", "killed", 1, 1)
 }

@@ -172,6 +172,23 @@ func (n *namespace) wantWaiting(name string) corev1.Pod {
 	return p
 }
 
+// wantStartedAgain waits until an init container of a pod, which was killed, runs again.
+func (n *namespace) wantStartedAgain(name, container string) {
+	n.Helper()
+	eventually(n.T, time.Minute, func() error {
+		p, err := n.get(name)
+		if err != nil {
+			return err
+		}
+		for _, c := range p.Status.InitContainerStatuses {
+			if c.Name == container && c.RestartCount == 1 && c.State.Running != nil {
+				return nil
+			}
+		}
+		return fmt.Errorf("%s is %s: %s", name, p.Status.Phase, encode(object{"init": p.Status.InitContainerStatuses}))
+	})
+}
+
 // wantGone waits until a pod is gone.
 func (n *namespace) wantGone(name string) {
 	n.Helper()

@@ -109,13 +109,7 @@ func TestAwaitKilled(t *testing.T) {
 	n.wantWaiters("await", again, never)
 	killAwait(t, again)
 	killAwait(t, never)
-	eventually(t, time.Minute, func() error {
-		p, err := n.get("again")
-		if err == nil && (p.Status.InitContainerStatuses[1].RestartCount != 1 || p.Status.InitContainerStatuses[1].State.Running == nil) {
-			err = fmt.Errorf("%+v", p.Status.InitContainerStatuses[1])
-		}
-		return err
-	})
+	n.wantStartedAgain("again", awaitName)
 	eventually(t, time.Minute, func() error {
 		p, err := n.get("never")
 		if err == nil && p.Status.Phase != corev1.PodFailed {
@@ -161,13 +155,7 @@ func TestSettings(t *testing.T) {
 		t.Errorf("annotations %v", a)
 	}
 	killAwait(t, p)
-	eventually(t, time.Minute, func() error {
-		p, err := n.get("never")
-		if err == nil && (p.Status.InitContainerStatuses[1].RestartCount != 1 || p.Status.InitContainerStatuses[1].State.Running == nil) {
-			err = fmt.Errorf("%s: %+v", p.Status.Phase, p.Status.InitContainerStatuses[1])
-		}
-		return err
-	})
+	n.wantStartedAgain("never", awaitName)
 	n.wantWaiters("settings", p)
 	n.kubectl("delete", "pod", "holder", "--wait=false")
 	n.wantRunning("never")

@@ -30,13 +30,7 @@ func TestWaitingSidecarKilled(t *testing.T) {
 	}
 	for _, p := range []corev1.Pod{holder, waiters[0]} {
 		must(t, onNode("pkill -KILL -f '"+bracketed(string(p.UID))+"'"))
-		eventually(t, time.Minute, func() error {
-			p, err := n.get(p.Name)
-			if err == nil && (p.Status.InitContainerStatuses[0].RestartCount != 1 || p.Status.InitContainerStatuses[0].State.Running == nil) {
-				err = fmt.Errorf("%+v", p.Status.InitContainerStatuses[0])
-			}
-			return err
-		})
+		n.wantStartedAgain(p.Name, sidecarName)
 	}
 	n.wantHolders("killed", holder)
 	n.wantWaiters("killed", waiters...)

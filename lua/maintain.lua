@@ -5,7 +5,7 @@
 -- ARGV[5] length    how many tokens the semaphore has
 -- ARGV[6] newcomer  "1": whoever asks has not been in line before, and does not wait for tokens that may have been lost
 --
--- Returns {0, time, reclaimed, refilled, trimmed, doubt}  doubt: if not 0, holders have so many seconds left to come back
+-- Returns {0, time, reclaimed, refilled, trimmed}
 local length = tonumber(ARGV[5])
 local portion = 256 -- of free tokens, at most, that are made for those who may come
 
@@ -31,5 +31,4 @@ if mayRefill(ARGV[6] == '1') then
 end
 local trimmed = trim()
 call()
-local doubt = settled() and 0 or math.max(resumed, lost) + quiet + 1 - now
-return finish({0, micros, reclaimed, refilled, trimmed, doubt})
+return finish({0, micros, reclaimed, refilled, trimmed})
