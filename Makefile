@@ -28,7 +28,7 @@ bin/demo:
 
 .PHONY: test
 test: test-needs ## run all tests with the race detector; installs redis-server, gcc and curl if missing
-	go test -race -count=1 -parallel 4 ./...
+	go test -race -count=1 -parallel 8 -shuffle=on ./...
 
 .PHONY: test-needs
 test-needs:

@@ -133,16 +133,27 @@ func (s etcdServers) configure(c *webhookConfig) {
 	c.lockMode, c.etcdAddresses = lockModeEtcd, s.addresses()
 }
 
-// forEachLock runs a test over both locks, each with servers of its own.
+// forEachLock runs a test over both locks at once, each with servers of its own.
 func forEachLock(t *testing.T, servers int, test func(t *testing.T, s lockServers)) {
-	t.Run("redlock", func(t *testing.T) {
+	for name, start := range startLockServers {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			test(t, start(t, servers))
+		})
+	}
+}
+
+var startLockServers = map[string]func(t *testing.T, servers int) lockServers{
+	lockModeRedlock: func(t *testing.T, servers int) lockServers {
 		var s redlockServers
 		for range servers {
 			s = append(s, startRedis(t))
 		}
-		test(t, s)
-	})
-	t.Run("etcd", func(t *testing.T) { test(t, etcdServers(leaderFirst(t, startEtcd(t, servers)))) })
+		return s
+	},
+	lockModeEtcd: func(t *testing.T, servers int) lockServers {
+		return etcdServers(leaderFirst(t, startEtcd(t, servers)))
+	},
 }
 
 // lockWithin takes a lock that is to become free.

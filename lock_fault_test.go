@@ -27,6 +27,7 @@ func startLockedWebhook(t *testing.T, s lockServers) (*testWebhook, *redisServer
 func TestOneLockServerDown(t *testing.T) {
 	for _, down := range []string{"hangs", "first killed", "last killed"} { // of etcd, the first is the leader
 		t.Run(down, func(t *testing.T) {
+			t.Parallel()
 			forEachLock(t, 3, func(t *testing.T, s lockServers) {
 				w, queue := startLockedWebhook(t, s)
 				wantQuick := func(what string) {

@@ -135,53 +135,57 @@ func TestLock(t *testing.T) {
 
 // Whatever becomes of attempts, nothing is left of them, neither while the locker is in use nor after it.
 func TestLockLeavesNothing(t *testing.T) {
-	forEachLock(t, 1, func(t *testing.T, s lockServers) {
-		before := runtime.NumGoroutine()
-		l := s.newLocker()
-		must(t, lockWithin(t, l, "lock/{first}", time.Minute)(context.Background()))
-		inUse := runtime.NumGoroutine()
-		var wg sync.WaitGroup
-		var locked, cancelled atomic.Int32
-		for worker := range 10 {
-			wg.Go(func() {
-				for i := range 100 {
-					ctx, cancel := context.WithCancel(context.Background())
-					if i%2 == 1 { // somewhere in the middle of it
-						time.AfterFunc(rand.N(2*time.Millisecond), cancel)
-					}
-					unlock, err := l.tryLock(ctx, fmt.Sprintf("lock/{%d}", worker), time.Minute)
-					switch {
-					case err == nil:
-						locked.Add(1)
-						if err := unlock(context.Background()); err != nil {
-							t.Error(err)
-						}
-					case errors.Is(err, context.Canceled):
-						cancelled.Add(1)
-					case !errors.Is(err, errLockTaken): // by the attempt before, which was cancelled
+	for name, start := range startLockServers { // one after the other: it counts goroutines
+		t.Run(name, func(t *testing.T) { wantNothingLeft(t, start(t, 1)) })
+	}
+}
+
+func wantNothingLeft(t *testing.T, s lockServers) {
+	before := runtime.NumGoroutine()
+	l := s.newLocker()
+	must(t, lockWithin(t, l, "lock/{first}", time.Minute)(context.Background()))
+	inUse := runtime.NumGoroutine()
+	var wg sync.WaitGroup
+	var locked, cancelled atomic.Int32
+	for worker := range 10 {
+		wg.Go(func() {
+			for i := range 100 {
+				ctx, cancel := context.WithCancel(context.Background())
+				if i%2 == 1 { // somewhere in the middle of it
+					time.AfterFunc(rand.N(2*time.Millisecond), cancel)
+				}
+				unlock, err := l.tryLock(ctx, fmt.Sprintf("lock/{%d}", worker), time.Minute)
+				switch {
+				case err == nil:
+					locked.Add(1)
+					if err := unlock(context.Background()); err != nil {
 						t.Error(err)
 					}
-					cancel()
+				case errors.Is(err, context.Canceled):
+					cancelled.Add(1)
+				case !errors.Is(err, errLockTaken): // by the attempt before, which was cancelled
+					t.Error(err)
 				}
-			})
-		}
-		wg.Wait()
-		t.Logf("%d locked, %d cancelled", locked.Load(), cancelled.Load())
-		if locked.Load() < 100 || cancelled.Load() < 50 {
-			t.Errorf("%d locked, %d cancelled", locked.Load(), cancelled.Load())
-		}
-		wantNoMore := func(goroutines int) {
-			t.Helper()
-			eventually(t, 10*time.Second, func() error {
-				if n := runtime.NumGoroutine(); n > goroutines {
-					return fmt.Errorf("%d goroutines, %d before\n%s", n, goroutines, stacks())
-				}
-				return s.locksLeft()
-			})
-		}
-		wantNoMore(inUse)
-		must(t, l.close())
-		wantNoMore(before)
-		eventually(t, 10*time.Second, s.connectionsLeft)
-	})
+				cancel()
+			}
+		})
+	}
+	wg.Wait()
+	t.Logf("%d locked, %d cancelled", locked.Load(), cancelled.Load())
+	if locked.Load() < 100 || cancelled.Load() < 50 {
+		t.Errorf("%d locked, %d cancelled", locked.Load(), cancelled.Load())
+	}
+	wantNoMore := func(goroutines int) {
+		t.Helper()
+		eventually(t, 10*time.Second, func() error {
+			if n := runtime.NumGoroutine(); n > goroutines {
+				return fmt.Errorf("%d goroutines, %d before\n%s", n, goroutines, stacks())
+			}
+			return s.locksLeft()
+		})
+	}
+	wantNoMore(inUse)
+	must(t, l.close())
+	wantNoMore(before)
+	eventually(t, 10*time.Second, s.connectionsLeft)
 }

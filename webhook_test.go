@@ -22,7 +22,7 @@ func TestConcurrentFirstAdmissions(t *testing.T) {
 	r := commonRedis(t)
 	w := startWebhook(t, testConfig(r.address))
 	for _, length := range []int{200, 100} {
-		for range 20 {
+		for range 6 {
 			id := freshID()
 			body := review(t, id, length)
 			var admitted, full atomic.Int64
