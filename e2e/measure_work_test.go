@@ -20,8 +20,8 @@ func TestMeasureJobs(t *testing.T) {
 	}
 	used := busy(shifts, length)
 	t.Logf("%d apps in %s; the slots were busy for %.0f %% of the time", len(shifts), inSeconds(shifts[len(shifts)-1].end-shifts[0].start), 100*used)
-	if used < 0.7 {
-		t.Errorf("want 70 %%")
+	if used < 0.6 { // the kubelet takes up to two seconds of seven
+		t.Errorf("want 60 %%")
 	}
 }
 
