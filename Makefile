@@ -30,6 +30,14 @@ bin/demo:
 test: test-needs ## run all tests with the race detector; installs redis-server, gcc and curl if missing
 	go test -race -count=1 -parallel 8 -shuffle=on ./...
 
+.PHONY: test-queues
+test-queues: test-needs ## let Sentinel groups, Clusters and moving addresses fail under load; then run all tests on a Sentinel and on a Cluster
+	go test -race -count=1 -parallel 3 -tags failover -v -run '$(queue-tests)' .
+	TEST_QUEUE=sentinel go test -race -count=1 -parallel 8 -shuffle=on .
+	TEST_QUEUE=cluster go test -race -count=1 -parallel 8 -shuffle=on .
+
+queue-tests = ^Test(SentinelFailover|PrimaryWithoutReplicas|SentinelsGone|SentinelsThatCannotHelp|Cluster.*|Slots|ProviderFailover)$$
+
 .PHONY: test-needs
 test-needs:
 	@./.ci/need redis-server:redis-server gcc:gcc:libc6-dev curl:curl
@@ -67,6 +75,7 @@ lint: ## check format, vet and staticcheck
 	@test -z "$$(gofmt -l .)" || { echo "not gofmt-ed:"; gofmt -l .; exit 1; }
 	go vet ./...
 	go vet -tags e2e ./e2e
+	go vet -tags failover .
 	go vet -tags e2e,measure . ./e2e
 	go -C demo vet ./...
-	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure ./...
+	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover ./...

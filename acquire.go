@@ -208,7 +208,7 @@ func (s *semaphores) repair(ctx context.Context, id semaphoreID, length int, exp
 	case <-ctx.Done():
 	}
 	if r.locked.Load() {
-		return unanswered([]string{"queue Redis " + s.address}, context.Cause(ctx))
+		return unanswered([]string{"queue Redis " + s.address.text}, context.Cause(ctx))
 	}
 	return &lockError{id, unanswered(s.locks.servers(), context.Cause(ctx))}
 }

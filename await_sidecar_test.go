@@ -128,7 +128,7 @@ func TestSidecarStartsWithoutRedis(t *testing.T) {
 	p := startWaitingSidecar(t, r.address, id, token, 1)
 	p.wantLog(t, "no token yet, to be retried")
 	a := startAwait(t)
-	a.wantLogPrefix(t, fmt.Sprintf("acquire %s: connect to queue Redis %s: ", id, r.address))
+	a.wantLogPrefix(t, fmt.Sprintf("acquire %s: %s", id, unreachedText(r.address)))
 	must(t, r.start())
 	a.wantExit(t, 0)
 }

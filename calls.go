@@ -79,21 +79,25 @@ func (w *waiter) listen(ctx context.Context) *calls {
 
 // hear subscribes and passes on each call until the connection fails or ctx is done.
 func (w *waiter) hear(ctx context.Context, c *calls) error {
-	conn, err := w.semaphores.pool.DialContext(ctx) // not the pool's: it would keep it
+	server, err := w.semaphores.queue.find(ctx, w.id) // messages reach those that listen on the server that runs the scripts
 	if err != nil {
-		return fmt.Errorf("connect to queue Redis %s: %w", w.semaphores.address, err)
+		return err
+	}
+	conn, err := server.pool.DialContext(ctx) // not the pool's: it would keep it
+	if err != nil {
+		return fmt.Errorf("connect to %s: %w", server, err)
 	}
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	defer conn.Close()
 	defer c.subscribed(nil)
 	subscription := redis.PubSubConn{Conn: conn}
 	if err := subscription.Subscribe(w.id.channel(w.token)); err != nil {
-		return fmt.Errorf("queue Redis %s: subscribe: %w", w.semaphores.address, err)
+		return fmt.Errorf("%s: subscribe: %w", server, err)
 	}
 	for {
 		switch message := subscription.ReceiveWithTimeout(0).(type) {
 		case error:
-			return fmt.Errorf("queue Redis %s: subscription: %w", w.semaphores.address, message)
+			return fmt.Errorf("%s: subscription: %w", server, message)
 		case redis.Subscription:
 			c.subscribed(conn)
 		case redis.Message:

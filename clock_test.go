@@ -71,12 +71,13 @@ func TestClockIsSet(t *testing.T) {
 func TestClockOfRedisIsLearnedAnew(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 1)
+	clock := &serverOf(t, s, id).clock
 	for _, ahead := range []time.Duration{10 * time.Minute, -10 * time.Minute, -30 * time.Second} {
-		s.clock.observe(s.clock.at(time.Now()) + ahead.Microseconds())
+		clock.observe(clock.at(time.Now()) + ahead.Microseconds())
 		if _, err := s.heartbeat(context.Background(), id, token); err != nil {
 			t.Errorf("an estimate that is %s ahead: %v", ahead, err)
 		}
-		if off := time.Duration(s.clock.at(time.Now())-int64(r.now(t))*1e6) * time.Microsecond; off < -time.Second || off > 2*time.Second {
+		if off := time.Duration(clock.at(time.Now())-int64(r.now(t))*1e6) * time.Microsecond; off < -time.Second || off > 2*time.Second {
 			t.Errorf("an estimate that was %s ahead is %s ahead now", ahead, off)
 		}
 	}

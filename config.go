@@ -2,6 +2,7 @@ package main
 
 import (
 	"crypto/tls"
+	"slices"
 	"strings"
 	"time"
 
@@ -25,7 +26,7 @@ type sharedConfig struct {
 	lockMode          string
 	redisAddresses    []string
 	etcdAddresses     []string
-	queueRedisAddress string
+	queueRedisAddress queueAddress
 	heartbeatInterval time.Duration
 	staleThreshold    time.Duration
 	redis             redisSettings
@@ -80,6 +81,7 @@ func parseSidecarConfig(args []string, getenv func(string) string) (c sidecarCon
 
 func (c *sharedConfig) declareFlags(f *flags, getenv func(string) string) {
 	c.redis.username, c.redis.password = getenv("REDIS_USERNAME"), getenv("REDIS_PASSWORD")
+	c.redis.sentinelUsername, c.redis.sentinelPassword = getenv("REDIS_SENTINEL_USERNAME"), getenv("REDIS_SENTINEL_PASSWORD")
 	c.etcd.username, c.etcd.password = getenv("ETCD_USERNAME"), getenv("ETCD_PASSWORD")
 	declare(f, &c.lockMode, readChoice(lockModeRedlock, lockModeEtcd), "lock-mode", lockModeRedlock,
 		"lock that guards repairs: `redlock|etcd`")
@@ -87,8 +89,8 @@ func (c *sharedConfig) declareFlags(f *flags, getenv func(string) string) {
 		"Redis servers of the redlock, as `HOST:PORT,...`; rediss://HOST:PORT for TLS")
 	declare(f, &c.etcdAddresses, readAddresses("http://", "https://"), "etcd-addresses", "127.0.0.1:2379",
 		"etcd servers of the etcd lock, as `HOST:PORT,...`; https://HOST:PORT, or one of the --etcd files, for TLS")
-	declare(f, &c.queueRedisAddress, readAddress("redis://", "rediss://"), "queue-redis-address", "127.0.0.1:6379",
-		"Redis server that holds the tokens, as `HOST:PORT`; rediss://HOST:PORT for TLS")
+	declare(f, &c.queueRedisAddress, readQueueAddress, "queue-redis-address", "127.0.0.1:6379",
+		"Redis that holds the tokens: `HOST:PORT`, or "+sentinelExample+", or "+clusterExample+"; rediss in place of redis for TLS")
 	declare(f, &c.heartbeatInterval, readSeconds(1, 3600), "heartbeat-interval-seconds", "30",
 		"`SECONDS` between two heartbeats of a sidecar")
 	declare(f, &c.staleThreshold, readSeconds(2, 86400), "stale-threshold-seconds", "120",
@@ -112,7 +114,7 @@ func (c *sharedConfig) validate(f *flags) {
 	if (c.etcd.caFile != "" || c.etcd.certFile != "") && anyHas("http://", c.etcdAddresses...) {
 		f.problem("--etcd-addresses: http:// is not encrypted: --etcd-ca-file and --etcd-cert-file would not be used")
 	}
-	if c.redis.caFile != "" && !anyHas("rediss://", append([]string{c.queueRedisAddress}, c.redisAddresses...)...) {
+	if c.redis.caFile != "" && !anyHas("rediss://", append(c.queueRedisAddress.servers, c.redisAddresses...)...) {
 		f.problem("--redis-ca-file: is not used: no address of Redis begins with rediss://")
 	}
 	bothRead := !f.wrong["stale-threshold-seconds"] && !f.wrong["heartbeat-interval-seconds"]
@@ -122,6 +124,12 @@ func (c *sharedConfig) validate(f *flags) {
 	}
 	if c.redis.username != "" && c.redis.password == "" {
 		f.problem("REDIS_USERNAME is set and REDIS_PASSWORD is not")
+	}
+	if c.redis.sentinelUsername != "" && c.redis.sentinelPassword == "" {
+		f.problem("REDIS_SENTINEL_USERNAME is set and REDIS_SENTINEL_PASSWORD is not")
+	}
+	if c.redis.sentinelPassword != "" && c.queueRedisAddress.kind != queueSentinel && !f.wrong["queue-redis-address"] {
+		f.problem("REDIS_SENTINEL_PASSWORD is not used: --queue-redis-address names no Sentinels, as %s does", sentinelExample)
 	}
 	if (c.etcd.username == "") != (c.etcd.password == "") {
 		f.problem("ETCD_USERNAME and ETCD_PASSWORD go together")
@@ -175,8 +183,8 @@ func (c *webhookConfig) validate(f *flags) {
 		f.problem("--when-full: wait needs native sidecars: with --enable-sidecar-containers=false the containers of a pod " +
 			"start all at once, with or without a token")
 	}
-	if c.redis.password != "" && c.sidecarRedisSecret == "" {
-		f.problem("--sidecar-redis-secret: is needed where REDIS_PASSWORD is set: the sidecars would have no credentials")
+	if c.redis.password+c.redis.sentinelPassword != "" && c.sidecarRedisSecret == "" {
+		f.problem("--sidecar-redis-secret: is needed where REDIS_PASSWORD or REDIS_SENTINEL_PASSWORD is set: the sidecars would have no credentials")
 	}
 	switch sidecarsUseTLS := anyHas("rediss://", c.sidecarRedisAddresses()...); {
 	case sidecarsUseTLS && c.redis.caFile != "" && c.sidecarRedisCA.name == "":
@@ -205,7 +213,7 @@ func (c *webhookConfig) validate(f *flags) {
 
 // sidecarRedisAddresses are the Redis servers that the sidecars use. Only native ones ever take a lock.
 func (c *webhookConfig) sidecarRedisAddresses() []string {
-	addresses := []string{c.queueRedisAddress}
+	addresses := slices.Clone(c.queueRedisAddress.servers)
 	if c.enableSidecarContainers && c.lockMode == lockModeRedlock {
 		addresses = append(addresses, c.redisAddresses...)
 	}

@@ -59,14 +59,19 @@ func injectedContainer(c webhookConfig, name string, resources corev1.ResourceRe
 func sidecarContainer(c webhookConfig, resources corev1.ResourceRequirements, id semaphoreID, spec semaphoreSpec, token string) (corev1.Container, []corev1.Volume) {
 	sidecar := injectedContainer(c, sidecarName, resources,
 		"sidecar",
-		"--queue-redis-address="+c.queueRedisAddress,
+		"--queue-redis-address="+c.queueRedisAddress.String(),
 		"--heartbeat-interval-seconds="+strconv.Itoa(seconds(c.heartbeatInterval)),
 		"--stale-threshold-seconds="+strconv.Itoa(seconds(c.staleThreshold)))
 	var volumes []corev1.Volume
 	if c.sidecarRedisSecret != "" {
 		sidecar.Env = append(sidecar.Env,
 			secretVariable("REDIS_USERNAME", c.sidecarRedisSecret, "username", true),
-			secretVariable("REDIS_PASSWORD", c.sidecarRedisSecret, "password", false))
+			secretVariable("REDIS_PASSWORD", c.sidecarRedisSecret, "password", c.redis.password == "" && c.redis.sentinelPassword != ""))
+	}
+	if c.redis.sentinelPassword != "" {
+		sidecar.Env = append(sidecar.Env,
+			secretVariable("REDIS_SENTINEL_USERNAME", c.sidecarRedisSecret, "sentinel-username", true),
+			secretVariable("REDIS_SENTINEL_PASSWORD", c.sidecarRedisSecret, "sentinel-password", false))
 	}
 	if c.sidecarRedisCA.name != "" {
 		sidecar.Args = append(sidecar.Args, "--redis-ca-file="+path.Join(caMountPath, caFileName))

@@ -124,10 +124,12 @@ func (f *flags) help() string {
 		b.WriteByte('\n')
 	})
 	b.WriteString("\nEnvironment:\n" +
-		"  REDIS_USERNAME, REDIS_PASSWORD  credentials of all Redis servers; no user name for the default user\n" +
-		"  ETCD_USERNAME, ETCD_PASSWORD    credentials of the etcd servers\n")
+		"  REDIS_USERNAME, REDIS_PASSWORD    credentials of all Redis servers; no user name for the default user\n" +
+		"  REDIS_SENTINEL_USERNAME, REDIS_SENTINEL_PASSWORD\n" +
+		"                                    credentials of the Sentinels\n" +
+		"  ETCD_USERNAME, ETCD_PASSWORD      credentials of the etcd servers\n")
 	if f.Name() == "sidecar" {
-		b.WriteString("  POD_UID                         the pod's UID, by which its init container finds the sidecar\n")
+		b.WriteString("  POD_UID                           the pod's UID, by which its init container finds the sidecar\n")
 	}
 	return b.String()
 }

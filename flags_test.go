@@ -55,7 +55,7 @@ func TestAllFlagProblems(t *testing.T) {
 		"--sidecar-redis-ca=secret/A", "--when-full=wait", "--enable-sidecar-containers=false", "--sidecar-image=a b", "now")
 	const want = `at-least-semaphore-pod-hook: 12 wrong settings:
   --queue-redis-address: "a" is not HOST:PORT or redis://HOST:PORT or rediss://HOST:PORT
-  --queue-redis-address: is one address, not 2
+  --queue-redis-address: is one address, not 2 (for a group of servers: redis+sentinel://a:26379,b:26379,c:26379/NAME or redis+cluster://a:6379,b:6379,c:6379)
   --port: "x" is not a whole number from 1 to 65535
   --sidecar-image: "a b" is not an image
   --sidecar-redis-ca: "A" is not the name of an object

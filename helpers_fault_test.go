@@ -128,9 +128,17 @@ func (p *faultyProxy) connect(client net.Conn, server string) {
 	go c.forward(upstream, func(b []byte) error {
 		p.answers.RLock()
 		defer p.answers.RUnlock()
-		_, err := client.Write(b)
+		_, err := client.Write(announce(b, server, p.address))
 		return err
 	})
+}
+
+// announce lets the node of a Cluster name what is in front of it in place of itself.
+func announce(answer []byte, server, proxy string) []byte {
+	if testQueue != clusterTests {
+		return answer
+	}
+	return bytes.ReplaceAll(answer, []byte(":"+portOf(server)+"\r\n"), []byte(":"+portOf(proxy)+"\r\n"))
 }
 
 // forward passes on what is read until the connection ends; of a silent one, not even its end.

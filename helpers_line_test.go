@@ -124,8 +124,9 @@ func (s *redisServer) mustLine(t *testing.T, id semaphoreID) []string {
 func deafSemaphores(t *testing.T, address string) *semaphores {
 	t.Helper()
 	s, elsewhere := testSemaphores(t, address), startRedis(t)
-	dial, dialled := s.pool.DialContext, 0
-	s.pool.DialContext = func(ctx context.Context) (redis.Conn, error) {
+	pool := serverOf(t, s, freshID()).pool
+	dial, dialled := pool.DialContext, 0
+	pool.DialContext = func(ctx context.Context) (redis.Conn, error) {
 		if dialled++; dialled == 2 { // the first is for the claims
 			return dialRedis(ctx, elsewhere.address, redisSettings{}, time.Minute)
 		}

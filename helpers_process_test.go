@@ -55,7 +55,7 @@ func (p *process) start(t *testing.T) {
 
 func startSidecar(t *testing.T, address string, id semaphoreID, token string, flags ...string) *process {
 	t.Helper()
-	args := append([]string{"sidecar", "--queue-redis-address=" + address, "--heartbeat-interval-seconds=1", "--stale-threshold-seconds=120"}, flags...)
+	args := append([]string{"sidecar", "--queue-redis-address=" + foundBy(address), "--heartbeat-interval-seconds=1", "--stale-threshold-seconds=120"}, flags...)
 	return startProcess(t, append(args, id.String(), token)...)
 }
 

@@ -2,8 +2,10 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"net"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -18,11 +20,15 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
+// redisProgram is the server that the tests start: redis-server, or what REDIS_SERVER names.
+var redisProgram = cmp.Or(os.Getenv("REDIS_SERVER"), "redis-server")
+
 // redisServer is a real redis-server.
 type redisServer struct {
-	address string
-	args    []string
-	options []redis.DialOption // of the test's own connections
+	address  string
+	args     []string
+	options  []redis.DialOption // of the test's own connections
+	allSlots bool               // it is a Cluster of one node
 	child
 	control redis.Conn // a connection of the test's own
 }
@@ -40,6 +46,11 @@ func plain(port string) []string { return []string{"--port", port} }
 
 // launchRedis starts a redis-server that listens as told.
 func launchRedis(dir string, listen func(port string) []string, options ...redis.DialOption) (*redisServer, error) {
+	return launchRedisOf(testQueue, dir, listen, options...)
+}
+
+// launchRedisOf is launchRedis for a server of one kind of queue.
+func launchRedisOf(kind, dir string, listen func(port string) []string, options ...redis.DialOption) (*redisServer, error) {
 	var last error
 	for range 5 { // another process may take the port before redis-server does
 		l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -49,6 +60,15 @@ func launchRedis(dir string, listen func(port string) []string, options ...redis
 		s := &redisServer{address: l.Addr().String(), options: append(options, redis.DialReadTimeout(5*time.Second))}
 		l.Close()
 		s.args = append(listen(portOf(s.address)), "--bind", "127.0.0.1", "--dir", dir, "--save", "", "--appendonly", "yes", "--appendfsync", "always")
+		if kind == clusterTests {
+			bus, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				return nil, err
+			}
+			bus.Close()
+			s.allSlots = true
+			s.args = append(s.args, "--cluster-enabled", "yes", "--cluster-config-file", "nodes-"+portOf(s.address)+".conf", "--cluster-port", portOf(bus.Addr().String()))
+		}
 		if last = s.start(); last == nil {
 			return s, nil
 		}
@@ -57,17 +77,20 @@ func launchRedis(dir string, listen func(port string) []string, options ...redis
 }
 
 func (s *redisServer) start() error {
-	s.cmd = exec.Command("redis-server", s.args...)
+	s.cmd = exec.Command(redisProgram, s.args...)
 	var out bytes.Buffer
 	s.cmd.Stdout, s.cmd.Stderr = &out, &out
 	if err := s.cmd.Start(); err != nil {
-		return fmt.Errorf("redis-server is needed (apt-get install redis-server): %w", err)
+		return fmt.Errorf("%s is needed (apt-get install redis-server): %w", redisProgram, err)
 	}
 	for range 1000 {
 		c, err := redis.Dial("tcp", s.address, s.options...)
 		if err == nil {
 			if _, err = c.Do("PING"); err == nil {
 				s.control = c
+				if s.allSlots {
+					return s.serveAllSlots()
+				}
 				return nil
 			}
 			c.Close()
@@ -75,7 +98,7 @@ func (s *redisServer) start() error {
 		time.Sleep(5 * time.Millisecond)
 	}
 	s.stop()
-	return fmt.Errorf("redis-server did not answer at %s: %s", s.address, out.String())
+	return fmt.Errorf("%s did not answer at %s: %s", redisProgram, s.address, out.String())
 }
 
 // stop ends the server as an orderly shutdown does.

@@ -18,6 +18,14 @@ func testSemaphores(t *testing.T, address string) *semaphores {
 	return s
 }
 
+// serverOf is the server that holds a semaphore.
+func serverOf(t *testing.T, s *semaphores, id semaphoreID) *queueServer {
+	t.Helper()
+	server, err := s.queue.find(context.Background(), id)
+	must(t, err)
+	return server
+}
+
 // newSemaphore is a semaphore of a test's own on the common Redis.
 func newSemaphore(t *testing.T) (*redisServer, *semaphores, semaphoreID) {
 	t.Helper()

@@ -40,8 +40,10 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	code := m.Run()
-	if sharedRedis != nil {
-		sharedRedis.stop()
+	for _, s := range []*redisServer{sharedRedis, sharedSentinel} {
+		if s != nil {
+			s.stop()
+		}
 	}
 	os.RemoveAll(dir)
 	os.Exit(code)
@@ -163,7 +165,7 @@ func testConfig(address string) webhookConfig {
 			lockMode:          "redlock",
 			redisAddresses:    []string{address},
 			etcdAddresses:     []string{"127.0.0.1:2379"},
-			queueRedisAddress: address,
+			queueRedisAddress: mustAddress(foundBy(address)),
 			heartbeatInterval: 30 * time.Second,
 			staleThreshold:    120 * time.Second,
 		},
@@ -172,6 +174,14 @@ func testConfig(address string) webhookConfig {
 		sidecarRequests:         corev1.ResourceList{"cpu": resource.MustParse("5m"), "memory": resource.MustParse("32Mi")},
 		enableSidecarContainers: true,
 	}
+}
+
+func mustAddress(text string) queueAddress {
+	address, err := readQueueAddress(text)
+	if err != nil {
+		panic(err)
+	}
+	return address
 }
 
 // testWebhook is the webhook behind a real TLS and HTTP/2 server.

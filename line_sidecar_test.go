@@ -59,6 +59,7 @@ func TestKilledWaiterKeepsItsPlace(t *testing.T) {
 
 // When the token is held, nothing is left of the waiting: one connection, as ever.
 func TestHolderUsesOneConnection(t *testing.T) {
+	forOneServer(t)
 	t.Parallel()
 	r, s, id := newSemaphoreOn(t, startRedis(t))
 	holder := acquire(t, s, id, 1)

@@ -9,9 +9,11 @@
 // Settings are flags (see config.go, or run a mode with --help), all but the secrets, which come from the
 // environment:
 //
-//	REDIS_USERNAME, REDIS_PASSWORD  credentials of all Redis servers; no user name for the default user
-//	ETCD_USERNAME, ETCD_PASSWORD    credentials of the etcd servers
-//	POD_UID                         set in the injected containers: the pod's UID
+//	REDIS_USERNAME, REDIS_PASSWORD    credentials of all Redis servers; no user name for the default user
+//	REDIS_SENTINEL_USERNAME, REDIS_SENTINEL_PASSWORD
+//	                                  credentials of the Sentinels
+//	ETCD_USERNAME, ETCD_PASSWORD      credentials of the etcd servers
+//	POD_UID                           set in the injected containers: the pod's UID
 //
 // Exit codes: 0 done, 1 failed, 2 wrong mode, flag or value.
 package main

@@ -109,7 +109,7 @@ func TestSecretsComeFromTheEnvironment(t *testing.T) {
 	env["REDIS_PASSWORD"] = "pa55word"
 	getenv := func(k string) string { return env[k] }
 	_, err := parseWebhookConfig(nil, getenv)
-	if err == nil || err.Error() != "--sidecar-redis-secret: is needed where REDIS_PASSWORD is set: the sidecars would have no credentials" {
+	if err == nil || err.Error() != "--sidecar-redis-secret: is needed where REDIS_PASSWORD or REDIS_SENTINEL_PASSWORD is set: the sidecars would have no credentials" {
 		t.Errorf("without a Secret for the sidecars: %v", err)
 	}
 	c, err := parseWebhookConfig([]string{"--sidecar-redis-secret=redis"}, getenv)

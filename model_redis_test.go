@@ -117,9 +117,10 @@ func (s *store) ticks() int {
 
 // setClock has the server's clock set forward, or back; the times that are stored are shifted by the caller.
 func (s *store) setClock(seconds int) {
-	s.s.clock.mu.Lock()
-	defer s.s.clock.mu.Unlock()
-	s.s.clock.micros -= int64(seconds) * 1e6
+	clock := &serverOf(s.test, s.s, s.id).clock
+	clock.mu.Lock()
+	defer clock.mu.Unlock()
+	clock.micros -= int64(seconds) * 1e6
 }
 
 // run runs a script as semaphores.run does, but has all the time of the world. late is by how many seconds the clock has moved on
@@ -134,9 +135,10 @@ func (s *store) run(script *redis.Script, args ...any) (status int, rest []any, 
 		status, rest, err = s.s.attempt(context.Background(), time.Minute, script, s.id, args)
 		must(s.test, err)
 	}
-	s.s.clock.mu.Lock()
-	defer s.s.clock.mu.Unlock()
-	late = int(s.s.clock.micros/1e6 - s.second)
+	clock := &serverOf(s.test, s.s, s.id).clock
+	clock.mu.Lock()
+	defer clock.mu.Unlock()
+	late = int(clock.micros/1e6 - s.second)
 	s.second += int64(late)
 	return status, rest, late
 }

@@ -221,7 +221,7 @@ func TestSidecarContainerIsValid(t *testing.T) {
 	}
 	parsed, err := parseSidecarConfig(args[1:], func(string) string { return "" })
 	must(t, err)
-	if parsed.semaphore != testID || parsed.token != testToken || parsed.queueRedisAddress != "redis:6379" {
+	if parsed.semaphore != testID || parsed.token != testToken || parsed.queueRedisAddress.text != "redis:6379" {
 		t.Errorf("the sidecar reads its own args as %+v", parsed)
 	}
 }

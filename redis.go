@@ -23,8 +23,14 @@ const (
 
 // redisSettings is what all Redis servers have in common.
 type redisSettings struct {
-	username, password string // empty for none
-	caFile             string // PEM certificates to trust for rediss://; empty for those of the system
+	username, password                 string // empty for none
+	sentinelUsername, sentinelPassword string // the same for the Sentinels
+	caFile                             string // PEM certificates to trust for rediss://; empty for those of the system
+}
+
+// ofSentinels are the settings for connections to Sentinels.
+func (s redisSettings) ofSentinels() redisSettings {
+	return redisSettings{username: s.sentinelUsername, password: s.sentinelPassword, caFile: s.caFile}
 }
 
 // redisPool keeps connections to one server for minutes. There is no limit to the connections in use: a hung server must not

@@ -81,7 +81,7 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	go func() { fail(webhookServer.ServeTLS(webhookListener, "", "")) }()
 	go func() { fail(healthServer.Serve(healthListener)) }()
 	log.Info("serving", "address", webhookListener.Addr().String(), "healthAddress", healthListener.Addr().String(),
-		"version", version, "lockMode", c.lockMode, "queueRedis", c.queueRedisAddress)
+		"version", version, "lockMode", c.lockMode, "queueRedis", c.queueRedisAddress.text)
 
 	<-ctx.Done()
 	cause := context.Cause(ctx)
@@ -135,7 +135,7 @@ func (w *webhook) healthRoutes() http.Handler {
 	return mux
 }
 
-// ready reports whether this webhook can decide: the queue Redis answers, and it is not stopping.
+// ready reports whether this webhook can decide: the queue takes writes, and it is not stopping.
 func (w *webhook) ready(rw http.ResponseWriter, r *http.Request) {
 	select {
 	case <-w.stopping:
@@ -145,7 +145,7 @@ func (w *webhook) ready(rw http.ResponseWriter, r *http.Request) {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), 900*time.Millisecond) // kubelet's probes give up after 1 s
 	defer cancel()
-	if err := w.semaphores.ping(ctx); err != nil {
+	if err := w.semaphores.check(ctx); err != nil {
 		http.Error(rw, err.Error(), http.StatusServiceUnavailable)
 		return
 	}

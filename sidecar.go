@@ -38,7 +38,7 @@ type sidecar struct {
 // not give it back, or not listen for the pod's init container.
 func runSidecar(ctx context.Context, c sidecarConfig, log *slog.Logger) error {
 	semaphores := newSemaphores(c.sharedConfig, nil, 1, log)
-	defer semaphores.pool.Close()
+	defer semaphores.queue.close()
 	s := &sidecar{semaphores: semaphores, locksClosed: make(chan struct{}), id: c.semaphore, token: c.token, interval: c.heartbeatInterval,
 		log: log.With("namespace", c.semaphore.namespace, "key", c.semaphore.key, "token", c.token)}
 	grace, end := context.WithCancel(context.WithoutCancel(ctx))
@@ -120,7 +120,7 @@ func (s *sidecar) admit(ctx context.Context, c sidecarConfig, d *door) (held boo
 }
 
 func (s *sidecar) logHeld() {
-	s.log.Info(heldText, "heartbeatInterval", s.interval.String(), "queueRedis", s.semaphores.address)
+	s.log.Info(heldText, "heartbeatInterval", s.interval.String(), "queueRedis", s.semaphores.address.text)
 }
 
 // closeLocks closes the connections to the lock servers once nothing is left of what was begun to get the token.

@@ -62,7 +62,7 @@ func TestRedisWithTLSAndACL(t *testing.T) {
 	c.redis = redisSettings{username: "webhook", password: testPassword, caFile: ca}
 	w := startWebhook(t, c)
 	id := freshID()
-	must(t, w.semaphores.ping(context.Background()))
+	must(t, w.semaphores.check(context.Background()))
 	token := w.wantAdmitted(t, id, 2)
 	r.makeStale(t, id, w.wantAdmitted(t, id, 2))
 	w.semaphores.giveBack(id, w.wantAdmitted(t, id, 2)) // after a repair
@@ -173,7 +173,7 @@ func TestACLsAreMinimal(t *testing.T) {
 	webhookLife := func() error {
 		s, _, err := life("webhook")
 		defer s.close(ctx)
-		return errors.Join(err, s.ping(ctx))
+		return errors.Join(err, s.check(ctx))
 	}
 	for user, c := range map[string]struct {
 		rule string
@@ -182,7 +182,7 @@ func TestACLsAreMinimal(t *testing.T) {
 		must(t, c.live())
 		for rule := range strings.FieldsSeq(c.rule) {
 			command, isCommand := strings.CutPrefix(rule, "+")
-			if !isCommand {
+			if !isCommand || command == "ping" { // which webhooks asked before, and still ask beside new ones
 				continue
 			}
 			r.do(t, "ACL", "SETUSER", user, "-"+command)
@@ -233,10 +233,10 @@ func TestRedisRefusesUs(t *testing.T) {
 		c := testConfig("rediss://" + r.address)
 		c.redis = settings
 		s := newSemaphores(c.sharedConfig, nil, 1, testSemaphores(t, r.address).log)
-		err := s.ping(context.Background())
+		err := s.check(context.Background())
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), testPassword) {
 			t.Errorf("got %v, want %q", err, want)
 		}
-		s.pool.Close()
+		s.queue.close()
 	}
 }

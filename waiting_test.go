@@ -34,7 +34,7 @@ func TestWaitingPodIsAdmitted(t *testing.T) {
 		if !a.allowed || a.token != "" || !slices.Equal(a.warnings, []string{warningWaits}) {
 			t.Errorf("%s: answered %+v", name, a)
 		}
-		if patch := string(a.patch); !strings.Contains(patch, `"--length=3","--expiration-seconds=10","--lock-mode=redlock","--redis-addresses=`+config.queueRedisAddress+`","`+id.String()+`","$(POD_UID)"]`) {
+		if patch := string(a.patch); !strings.Contains(patch, `"--length=3","--expiration-seconds=10","--lock-mode=redlock","--redis-addresses=`+config.redisAddresses[0]+`","`+id.String()+`","$(POD_UID)"]`) {
 			t.Errorf("%s: the patch is %s", name, patch)
 		}
 		want := verdictWait

@@ -53,6 +53,7 @@ func TestConcurrentFirstAdmissions(t *testing.T) {
 
 // In the steady state an admission is one EVALSHA, admitted or refused.
 func TestSteadyStateCost(t *testing.T) {
+	forOneServer(t)
 	r := startRedis(t)
 	w := startWebhook(t, testConfig(r.address))
 	id := freshID()
@@ -85,7 +86,7 @@ func TestRedisUnreachable(t *testing.T) {
 	id := freshID()
 	status, text, err := w.post(context.Background(), review(t, id, 1), "10s")
 	must(t, err)
-	if status != http.StatusInternalServerError || !strings.Contains(text, "acquire "+id.String()+": connect to queue Redis "+address) {
+	if status != http.StatusInternalServerError || !strings.Contains(text, "acquire "+id.String()+": "+unreachedText(address)) {
 		t.Errorf("answered %d %q", status, text)
 	}
 	lines := w.log.lines(t, "admission")
@@ -212,6 +213,7 @@ func TestOneLogLinePerAdmission(t *testing.T) {
 
 // After the last use nothing is left: no goroutine, no connection.
 func TestNothingLeftBehind(t *testing.T) {
+	forOneServer(t)
 	r := startRedis(t)
 	goroutines := runtime.NumGoroutine()
 	w := startWebhook(t, testConfig(r.address))
@@ -312,6 +314,10 @@ func TestReadiness(t *testing.T) {
 	}
 	want("/readyz", 200, "ok")
 	want("/healthz", 200, "ok")
+	r.do(t, "CONFIG", "SET", "min-replicas-to-write", "1") // it answers, and refuses writes
+	want("/readyz", 503, "NOREPLICAS")
+	r.do(t, "CONFIG", "SET", "min-replicas-to-write", "0")
+	want("/readyz", 200, "ok")
 	r.pause(t)
 	want("/readyz", 503, "queue Redis "+r.address)
 	want("/healthz", 200, "ok")

@@ -176,7 +176,8 @@ end
 -- tells of all of them, unless this command may have made one (grown).
 local grown = false
 local function finish(answer)
-  local busy = redis.call('EXISTS', KEYS[2], KEYS[3]) > 0
+  -- One by one: in a Cluster, keys that are on their way to another node can only be asked for alone.
+  local busy = redis.call('EXISTS', KEYS[2]) + redis.call('EXISTS', KEYS[3]) > 0
   local seconds = busy and tonumber(ARGV[4]) or 300
   local left = redis.call('TTL', KEYS[6])
   if grown or left < seconds / 2 or left > seconds then

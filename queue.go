@@ -1,0 +1,333 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+// queue is the Redis that holds the tokens: one server, a Sentinel group or a Cluster. It knows which server to ask, and learns it
+// anew when that one fails.
+type queue interface {
+	// find returns the server that holds a semaphore. Its errors are errUnreached, or ctx's.
+	find(ctx context.Context, id semaphoreID) (*queueServer, error)
+
+	// failed is told why a server has not run a command: what it answered, or that it did not.
+	failed(server *queueServer, id semaphoreID, err error)
+
+	// at returns the server of an address, as a Cluster names it in its answers.
+	at(address string) *queueServer
+
+	// part names the part of the queue that a semaphore is in: all of a part fails, and comes back, together.
+	part(id semaphoreID) int
+
+	// checks are semaphores that no pod can have, on which to try whether the queue takes writes: if one works, some pods are served.
+	checks() []semaphoreID
+
+	close() error
+}
+
+// newQueue makes the queue of an address. maxIdle is how many idle connections are kept to each server; a process that keeps
+// several looks every second whether a Sentinel group has another primary by now.
+func newQueue(address queueAddress, settings redisSettings, maxIdle int, log *slog.Logger) queue {
+	switch address.kind {
+	case queueSentinel:
+		return newSentinelQueue(address, settings, maxIdle, log)
+	case queueCluster:
+		return newClusterQueue(address, settings, maxIdle, log)
+	}
+	return oneServer{newQueueServer(address.servers[0], settings, maxIdle)}
+}
+
+// queueServer is a Redis server of the queue.
+type queueServer struct {
+	address string
+	pool    *redisPool
+	clock   serverClock
+	left    atomic.Bool // the queue has another server now, and the pool is closed
+}
+
+func newQueueServer(address string, settings redisSettings, maxIdle int) *queueServer {
+	return &queueServer{address: address, pool: newRedisPool(address, settings, maxIdle, redisReadTimeout)}
+}
+
+func (s *queueServer) String() string { return "queue Redis " + s.address }
+
+func (s *queueServer) close() error {
+	s.left.Store(true)
+	return s.pool.Close()
+}
+
+// oneServer is a queue of one server, or of an address behind which another may be at any time.
+type oneServer struct{ server *queueServer }
+
+func (q oneServer) find(context.Context, semaphoreID) (*queueServer, error) { return q.server, nil }
+func (q oneServer) failed(*queueServer, semaphoreID, error)                 {}
+func (q oneServer) at(string) *queueServer                                  { return q.server }
+func (q oneServer) part(semaphoreID) int                                    { return 0 }
+func (q oneServer) checks() []semaphoreID                                   { return []semaphoreID{checkID(0)} }
+func (q oneServer) close() error                                            { return q.server.close() }
+
+// checkID is a semaphore that no pod can have: there is no such namespace.
+func checkID(n int) semaphoreID { return semaphoreID{"-", fmt.Sprintf("check-%d", n)} }
+
+// errUnanswered is in the error of a command that may have been run, as its answer did not come; errUnreached in that of one that
+// was not sent, as there was no server to send it to.
+var (
+	errUnanswered = errors.New("no answer")
+	errUnreached  = errors.New("out of reach")
+)
+
+// isUnreachable reports whether the error of a connection that was to be made says that the server is away, and may be back, or have
+// a successor, in a moment. It is not for one that will not take our certificate or password.
+func isUnreachable(err error) bool {
+	var network *net.OpError
+	return errors.As(err, &network) || errors.Is(err, io.EOF) || errors.Is(err, context.DeadlineExceeded) || isTransient(err)
+}
+
+// isTransient reports whether a server answers that it is not, or not yet, or no longer, the one to ask: soon it, or another, may be.
+func isTransient(err error) bool {
+	var answered redis.Error
+	if !errors.As(err, &answered) {
+		return false
+	}
+	code, _, _ := strings.Cut(answered.Error(), " ")
+	switch code {
+	case "READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN", "MOVED", "ASK":
+		return true
+	}
+	return isPartlyRun(answered)
+}
+
+// isPartlyRun reports whether a script was cut off, as a key that it had used up was looked for where its slot is moving to. What it
+// has done stays done; it goes on when it is run again.
+func isPartlyRun(answered redis.Error) bool {
+	return strings.Contains(answered.Error(), "non local key")
+}
+
+// lookups sees to it that there is one look-up at a time, for all that want its result. The next one begins a moment after its end.
+type lookups struct {
+	// look returns nil once it knows more, or ctx's error. It is to note each error on the way, or nil.
+	look func(ctx context.Context, note func(error)) error
+
+	mu      sync.Mutex
+	running *lookup
+	last    error // that was noted since a look-up succeeded
+	closing context.Context
+	stop    context.CancelFunc
+	all     sync.WaitGroup
+}
+
+// lookup is one that runs, or is about to.
+type lookup struct {
+	lookups *lookups
+	done    chan struct{} // closed at its end
+	err     error
+}
+
+const (
+	// lookupPause is between two look-ups.
+	lookupPause = 100 * time.Millisecond
+
+	// lookupTimeout bounds a look-up, and with it what a command that fails meanwhile says.
+	lookupTimeout = 2 * time.Second
+
+	// askAgain is how long a look-up waits for a server to answer before it asks anew who it is that should.
+	askAgain = 500 * time.Millisecond
+)
+
+var errQueueClosed = errors.New("this process is stopping")
+
+func newLookups(look func(ctx context.Context, note func(error)) error) *lookups {
+	closing, stop := context.WithCancel(context.Background())
+	return &lookups{look: look, closing: closing, stop: stop}
+}
+
+// start begins a look-up, or joins the one that runs.
+func (l *lookups) start() *lookup {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.running != nil {
+		return l.running
+	}
+	r := &lookup{lookups: l, done: make(chan struct{})}
+	if l.closing.Err() != nil {
+		r.err = errQueueClosed
+		close(r.done)
+		return r
+	}
+	l.running = r
+	l.all.Go(func() {
+		ctx, cancel := context.WithTimeout(l.closing, lookupTimeout)
+		r.err = l.look(ctx, l.note)
+		cancel()
+		l.mu.Lock()
+		if r.err == nil {
+			l.last = nil
+		} else {
+			r.err = l.notFoundLocked(r.err)
+		}
+		l.mu.Unlock()
+		close(r.done)
+		_ = sleep(l.closing, lookupPause) // who comes meanwhile has this result
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.running = nil
+	})
+	return r
+}
+
+func (l *lookups) note(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err != nil {
+		l.last = err
+	}
+}
+
+// noteFailed notes why a command was not run. (One that may have been is another matter.)
+func (l *lookups) noteFailed(err error) {
+	if !errors.Is(err, errUnanswered) {
+		l.note(err)
+	}
+}
+
+// notFoundLocked is the error of a look-up that has not succeeded, or not yet, and ended for cause. It is errUnreached where the
+// servers may be back, or have successors, in a moment.
+func (l *lookups) notFoundLocked(cause error) error {
+	switch {
+	case l.last == nil:
+		return fmt.Errorf("%w: %w", errUnreached, cause)
+	case isUnreachable(l.last) || errors.Is(l.last, errNotPrimary):
+		return fmt.Errorf("%w: %w", errUnreached, l.last)
+	}
+	return l.last
+}
+
+// wait waits for the end of a look-up, at most until ctx is done.
+func (r *lookup) wait(ctx context.Context) error {
+	select {
+	case <-r.done:
+		return r.err
+	case <-ctx.Done():
+		r.lookups.mu.Lock()
+		defer r.lookups.mu.Unlock()
+		return r.lookups.notFoundLocked(ctx.Err())
+	}
+}
+
+// close ends the look-up that runs, if any; there are no others then.
+func (l *lookups) close() {
+	l.stop()
+	l.all.Wait()
+}
+
+// errNotPrimary says that a server that should be a primary is not.
+var errNotPrimary = errors.New("is not a primary")
+
+// roleChecks ask servers whether they are primaries.
+type roleChecks struct {
+	settings redisSettings
+	asked    map[string]bool
+	answers  chan roleAnswer
+}
+
+type roleAnswer struct {
+	address string
+	err     error // nil for a primary
+}
+
+func newRoleChecks(settings redisSettings) *roleChecks {
+	return &roleChecks{settings, map[string]bool{}, make(chan roleAnswer)}
+}
+
+// ask asks a server, until ctx is done, unless it is being asked already.
+func (c *roleChecks) ask(ctx context.Context, address string) {
+	if c.asked[address] {
+		return
+	}
+	c.asked[address] = true
+	go func() {
+		reply, err := redis.Values(query(ctx, address, c.settings, "ROLE"))
+		var role string
+		if err == nil {
+			_, err = redis.Scan(reply, &role)
+		}
+		if err == nil && role != "master" {
+			err = errNotPrimary
+		}
+		if err != nil {
+			err = fmt.Errorf("%s: %w", address, err)
+		}
+		select {
+		case c.answers <- roleAnswer{address, err}:
+		case <-ctx.Done():
+		}
+	}()
+}
+
+// wait waits for an answer, and returns who gave it, or an error that says that it is not a primary, or does not answer. After a
+// while it returns without one.
+func (c *roleChecks) wait(ctx context.Context) (address string, err error) {
+	select {
+	case a := <-c.answers:
+		delete(c.asked, a.address)
+		if a.err != nil {
+			_ = sleep(ctx, lookupPause)
+		}
+		return a.address, a.err
+	case <-time.After(askAgain):
+	case <-ctx.Done():
+	}
+	return "", nil
+}
+
+// askAll asks several servers at once and passes on their answers, each as it comes, until take returns true or all have answered.
+// It returns nil in the first case, else the errors of those that failed, if any. ask has to end when ctx does.
+func askAll[S, A any](ctx context.Context, servers []S, ask func(context.Context, S) (A, error), take func(A) (enough bool)) error {
+	type result struct {
+		answer A
+		err    error
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	results := make(chan result, len(servers))
+	for _, s := range servers {
+		go func() {
+			answer, err := ask(ctx, s)
+			results <- result{answer, err}
+		}()
+	}
+	var errs serverErrors
+	for range servers {
+		r := <-results
+		if r.err != nil {
+			errs = append(errs, r.err)
+		} else if take(r.answer) {
+			return nil
+		}
+	}
+	if len(errs) > 0 {
+		return errs
+	}
+	return nil
+}
+
+// query sends a command over a connection of its own, which is closed then.
+func query(ctx context.Context, address string, settings redisSettings, command string, args ...any) (any, error) {
+	conn, err := dialRedis(ctx, address, settings, lookupTimeout)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	return conn.DoContext(ctx, command, args...)
+}

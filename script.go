@@ -1,0 +1,209 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
+)
+
+// failoverPatience is for how long commands are tried again while a part of the queue fails: a failover takes less. After that they
+// are tried once each: whoever asks is told at once.
+const failoverPatience = 10 * time.Second
+
+// attemptTimeout is after how long a command that is not answered is asked again, on another connection: two seconds, or half
+// of a shorter heartbeat interval, but not less than one. Scripts rely on it; see "back" in semaphore.lua.
+func (s *semaphores) attemptTimeout() time.Duration {
+	return min(max(s.heartbeatInterval/2, time.Second), 2*time.Second)
+}
+
+// run runs a script and returns its status and the rest of its answer. An attempt that is not answered within attemptTimeout is
+// repeated on another connection, with twice the time, and one whose connection breaks, or whose server is not the one to ask (any
+// more), after a moment; until ctx is done, or the queue has failed for failoverPatience. Redis refuses an attempt that it sees after
+// its time: when run returns, nothing of it is under way any more, but for an attempt whose connection broke; see straying. It may
+// return that long after ctx is done.
+func (s *semaphores) run(ctx context.Context, script *redis.Script, id semaphoreID, args ...any) (status int, rest []any, err error) {
+	late, sent := 0, false
+	part := s.queue.part(id)
+	pause := newBackoff(10*time.Millisecond, 500*time.Millisecond)
+	for timeout := s.attemptTimeout(); ; {
+		start := time.Now()
+		status, rest, err = s.attempt(ctx, timeout, script, id, args)
+		sent = sent || errors.Is(err, errUnanswered)
+		again := err != nil && canRetry(err)
+		if again {
+			again = s.outages.failed(part) < failoverPatience && hasTime(ctx)
+		} else {
+			s.outages.ended(part)
+		}
+		switch {
+		case err == nil && status == statusLate && late < 3: // the answer tells the time
+			late++
+			continue
+		case err == nil && status == statusLate:
+			err = fmt.Errorf("queue Redis %s: refused as too late, again and again: its clock jumps, or commands take seconds to arrive", s.address)
+		case again:
+			if time.Since(start) >= timeout {
+				timeout *= 2
+				continue
+			}
+			if sleep(ctx, pause.next()) == nil {
+				continue
+			}
+		}
+		if err != nil && sent && !errors.Is(err, errUnanswered) {
+			err = fmt.Errorf("%w (and %w before)", err, errUnanswered)
+		}
+		return status, rest, err
+	}
+}
+
+// canRetry reports whether a command that failed so may work in a moment, here or on another server.
+func canRetry(err error) bool {
+	return errors.Is(err, errUnanswered) || errors.Is(err, errUnreached) || isTransient(err)
+}
+
+// mayStray notes that a command whose connection broke may still come until its deadline.
+func (s *semaphores) mayStray(deadline time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if deadline.After(s.strays) {
+		s.strays = deadline
+	}
+}
+
+// straying is for how long a command may still come to Redis though its connection broke: something between may have closed the one
+// and yet send on the other.
+func (s *semaphores) straying() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return time.Until(s.strays)
+}
+
+// hasTime reports whether ctx leaves the time for another attempt.
+func hasTime(ctx context.Context) bool {
+	deadline, ok := ctx.Deadline()
+	return ctx.Err() == nil && (!ok || time.Until(deadline) > 10*time.Millisecond)
+}
+
+// attempt runs a script once. It is not cut off by the end of ctx, but takes no more time than ctx has.
+func (s *semaphores) attempt(ctx context.Context, timeout time.Duration, script *redis.Script, id semaphoreID, args []any) (status int, rest []any, err error) {
+	server, err := s.queue.find(ctx, id)
+	if err != nil {
+		return 0, nil, err
+	}
+	deadline := time.Now().Add(timeout)
+	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
+		deadline = d
+	}
+	ctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
+	defer cancel()
+	status, rest, err = s.send(ctx, server, deadline, runScript, script, id, args)
+	if to, ok := redirection(server, err, "ASK"); ok {
+		server = s.queue.at(to)
+		status, rest, err = s.send(ctx, server, deadline, runScriptAsking, script, id, args)
+	}
+	if err != nil && canRetry(err) {
+		s.queue.failed(server, id, err)
+	}
+	return status, rest, err
+}
+
+// runner sends a script over a connection.
+type runner func(ctx context.Context, conn redis.Conn, script *redis.Script, keysAndArgs []any) (any, error)
+
+func runScript(ctx context.Context, conn redis.Conn, script *redis.Script, keysAndArgs []any) (any, error) {
+	return script.DoContext(ctx, conn, keysAndArgs...)
+}
+
+// runScriptAsking runs a script on a node of a Cluster to which its slot is moving. ASKING is for one command, so that it cannot be
+// tried first whether the node knows the script.
+func runScriptAsking(ctx context.Context, conn redis.Conn, script *redis.Script, keysAndArgs []any) (any, error) {
+	err := errors.Join(conn.Send("ASKING"), script.Send(conn, keysAndArgs...))
+	if err != nil {
+		return nil, err
+	}
+	replies, err := redis.Values(redis.DoContext(conn, ctx, "")) // all that are outstanding
+	if err != nil {
+		return nil, err
+	}
+	if err, ok := replies[len(replies)-1].(redis.Error); ok {
+		return nil, err
+	}
+	return replies[len(replies)-1], nil
+}
+
+// send runs a script on a server.
+func (s *semaphores) send(ctx context.Context, server *queueServer, deadline time.Time, run runner, script *redis.Script, id semaphoreID, args []any) (int, []any, error) {
+	conn, err := server.pool.GetContext(ctx)
+	if err != nil {
+		if isUnreachable(err) || server.left.Load() {
+			err = fmt.Errorf("%w: %w", errUnreached, err)
+		}
+		return 0, nil, fmt.Errorf("connect to %s: %w", server, err)
+	}
+	defer conn.Close()
+	all := append(id.keys(), server.clock.at(deadline), seconds(s.heartbeatInterval), seconds(s.staleThreshold), s.timeToLive())
+	values, err := redis.Values(run(ctx, conn, script, append(all, args...)))
+	var answered redis.Error
+	switch {
+	case errors.As(err, &answered) && strings.Contains(answered.Error(), "unauthenticated"): // so many arguments
+		return 0, nil, fmt.Errorf("%s: NOAUTH: it wants a password (%w)", server, err)
+	case errors.As(err, &answered):
+		return 0, nil, fmt.Errorf("%s: %w", server, err)
+	case err != nil:
+		if script != releaseScript {
+			s.mayStray(deadline)
+		}
+		return 0, nil, fmt.Errorf("%w of %s: %w", errUnanswered, server, err)
+	}
+	var status int
+	var micros int64
+	if values, err = redis.Scan(values, &status, &micros); err != nil {
+		return 0, nil, fmt.Errorf("%s: unexpected answer: %w", server, err)
+	}
+	server.clock.observe(micros)
+	return status, values, nil
+}
+
+// check tries whether the queue takes writes.
+func (s *semaphores) check(ctx context.Context) error {
+	return askAll(ctx, s.queue.checks(), func(ctx context.Context, id semaphoreID) (int, error) {
+		status, _, err := s.run(ctx, releaseScript, id, uuid.Nil.String())
+		return status, err
+	}, func(int) (enough bool) { return true })
+}
+
+// outages are the parts of the queue that fail now.
+type outages struct {
+	mu    sync.Mutex
+	parts map[int]outage
+}
+
+type outage struct{ began, last time.Time }
+
+// failed notes that a command has failed, and returns for how long they have.
+func (o *outages) failed(part int) time.Duration {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	now := time.Now()
+	known, ok := o.parts[part]
+	if !ok || now.Sub(known.last) > failoverPatience { // nobody has asked for so long
+		known.began = now
+	}
+	known.last = now
+	o.parts[part] = known
+	return now.Sub(known.began)
+}
+
+// ended notes that a part answers.
+func (o *outages) ended(part int) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	delete(o.parts, part)
+}

@@ -1,0 +1,212 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+const (
+	// sentinelsAskedEvery is how often a process with many connections asks whether there is another primary by now. During a
+	// failover by hand, the old one takes writes for some seconds more, which are lost.
+	sentinelsAskedEvery = time.Second
+
+	// sentinelsAwayEvery is how often it is logged that no Sentinel answers.
+	sentinelsAwayEvery = time.Minute
+)
+
+// sentinelQueue is a queue of a primary and its replicas: the primary is the one that the Sentinels name.
+type sentinelQueue struct {
+	oneServer // checks and part
+	address   queueAddress
+	settings  redisSettings
+	maxIdle   int
+	watchful  bool // asks every sentinelsAskedEvery
+	log       *slog.Logger
+	lookups   *lookups
+
+	mu      sync.Mutex
+	primary *queueServer // nil: not known yet
+	doubted bool         // a command has failed since it was known to be one
+	asked   time.Time    // when the Sentinels were asked last
+	warned  time.Time    // when it was logged that no Sentinel answers
+}
+
+func newSentinelQueue(address queueAddress, settings redisSettings, maxIdle int, log *slog.Logger) *sentinelQueue {
+	q := &sentinelQueue{address: address, settings: settings, maxIdle: maxIdle, watchful: maxIdle > 1, log: log}
+	q.lookups = newLookups(q.look)
+	return q
+}
+
+// find implements queue.
+func (q *sentinelQueue) find(ctx context.Context, _ semaphoreID) (*queueServer, error) {
+	primary, certain := q.known()
+	if certain {
+		return primary, nil
+	}
+	if err := q.lookups.start().wait(ctx); err != nil {
+		return nil, fmt.Errorf("queue Redis %s: %w", q.address, err)
+	}
+	primary, _ = q.known()
+	return primary, nil
+}
+
+// known returns the primary, if it is known, and whether it need not be looked up first.
+func (q *sentinelQueue) known() (primary *queueServer, certain bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	certain = q.primary != nil && !q.doubted
+	if certain && q.watchful && time.Since(q.asked) > sentinelsAskedEvery {
+		q.lookups.start()
+	}
+	return q.primary, certain
+}
+
+// failed implements queue.
+func (q *sentinelQueue) failed(server *queueServer, _ semaphoreID, err error) {
+	q.lookups.noteFailed(err)
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.doubted = q.doubted || server == q.primary
+}
+
+// at implements queue; there are no redirections here.
+func (q *sentinelQueue) at(string) *queueServer {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.primary
+}
+
+// close implements queue.
+func (q *sentinelQueue) close() error {
+	q.lookups.close()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.primary == nil {
+		return nil
+	}
+	return q.primary.close()
+}
+
+// look asks the Sentinels, and the server that they name whether it is a primary. While that one does not answer, it goes on asking
+// them: they may find out that it is gone.
+func (q *sentinelQueue) look(ctx context.Context, note func(error)) error {
+	q.mu.Lock()
+	q.asked = time.Now()
+	known, doubted := "", q.doubted
+	if q.primary != nil {
+		known = q.primary.address
+	}
+	q.mu.Unlock()
+
+	checks := newRoleChecks(q.settings)
+	for ctx.Err() == nil {
+		named, err := q.ask(ctx)
+		switch {
+		case err != nil && known == "":
+			note(err)
+			_ = sleep(ctx, lookupPause)
+			continue
+		case err != nil:
+			q.warn(err)
+			named = known
+		}
+		if named == known && !doubted {
+			return nil
+		}
+		checks.ask(ctx, named)
+		checked, err := checks.wait(ctx)
+		if err == nil && checked == named {
+			q.adopt(named)
+			return nil
+		}
+		note(err)
+	}
+	return ctx.Err()
+}
+
+// sentinelAnswer is what a Sentinel says: the higher the epoch, the newer it is.
+type sentinelAnswer struct {
+	address string
+	epoch   int
+}
+
+// ask returns the address that the best informed of the Sentinels has. Its error says why none has answered.
+func (q *sentinelQueue) ask(ctx context.Context) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, askAgain)
+	defer cancel()
+	best := sentinelAnswer{epoch: -1}
+	err := askAll(ctx, q.address.servers, q.askOne, func(a sentinelAnswer) (enough bool) {
+		if a.epoch > best.epoch {
+			best = a
+		}
+		return false
+	})
+	if best.epoch >= 0 {
+		err = nil
+	}
+	return best.address, err
+}
+
+func (q *sentinelQueue) askOne(ctx context.Context, sentinel string) (a sentinelAnswer, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("asking Sentinel %s: %w", sentinel, err)
+		}
+	}()
+	conn, err := dialRedis(ctx, sentinel, q.settings.ofSentinels(), askAgain)
+	if err != nil {
+		return a, err
+	}
+	defer conn.Close()
+	known, err := redis.StringMap(conn.DoContext(ctx, "SENTINEL", "MASTER", q.address.name))
+	if err != nil {
+		return a, err
+	}
+	if a.epoch, err = strconv.Atoi(known["config-epoch"]); err != nil {
+		return a, fmt.Errorf("unexpected answer: %w", err)
+	}
+	// In a failover that it leads, it names here the new one first.
+	named, err := redis.Strings(conn.DoContext(ctx, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", q.address.name))
+	if err == nil && len(named) != 2 {
+		err = fmt.Errorf("unexpected answer %q", named)
+	}
+	if err != nil {
+		return a, err
+	}
+	a.address = q.address.scheme() + net.JoinHostPort(named[0], named[1])
+	return a, nil
+}
+
+// warn logs that no Sentinel answers, now and then.
+func (q *sentinelQueue) warn(err error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if time.Since(q.warned) > sentinelsAwayEvery {
+		q.log.Warn("no Sentinel answers, going on with the primary that is known", "queueRedis", q.address.text,
+			"primary", q.primary.address, "error", err.Error())
+		q.warned = time.Now()
+	}
+}
+
+// adopt makes a server the primary.
+func (q *sentinelQueue) adopt(address string) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.doubted = false
+	if q.primary != nil && q.primary.address == address {
+		return
+	}
+	server := newQueueServer(address, q.settings, q.maxIdle)
+	if q.primary != nil {
+		q.log.Warn("the queue has another primary", "queueRedis", q.address.text, "primary", address, "before", q.primary.address)
+		_ = q.primary.close()
+	}
+	q.primary = server
+}
