@@ -122,12 +122,10 @@ func TestSentinelsGone(t *testing.T) {
 	}
 	// It finds the primary again when that was away, though no Sentinel tells.
 	g.servers[0].kill(t)
-	time.AfterFunc(time.Second, func() {
-		if err := g.servers[0].start(); err != nil {
-			t.Error(err)
-		}
-	})
+	back := make(chan error)
+	time.AfterFunc(time.Second, func() { back <- g.servers[0].start() })
 	w.wantAdmitted(t, id, maxLength)
+	must(t, <-back)
 	if n := len(w.log.lines(t, "no Sentinel answers, going on with the primary that is known")); n != 1 {
 		t.Errorf("said %d times in a minute", n)
 	}
@@ -271,11 +269,13 @@ func TestClusterSlotHalfMoved(t *testing.T) {
 // The slots of the program's are those of Redis, and each third of them has one of those by which the Cluster is tried.
 func TestSlots(t *testing.T) {
 	t.Parallel()
-	r := startRedis(t)
+	r, err := launchRedisOf(clusterTests, t.TempDir(), plain)
+	must(t, err)
+	t.Cleanup(r.stop)
 	for range 100 {
 		id := semaphoreID{"shop", uuid.NewString()}
-		if got, err := redis.Int(r.control.Do("CLUSTER", "KEYSLOT", id.queueKey())); err == nil && got != id.slot() {
-			t.Errorf("%s: slot %d, want %d", id, id.slot(), got)
+		if got, err := redis.Int(r.control.Do("CLUSTER", "KEYSLOT", id.queueKey())); err != nil || got != id.slot() {
+			t.Errorf("%s: slot %d, want %d, %v", id, id.slot(), got, err)
 		}
 	}
 	thirds := map[int]bool{}
@@ -325,9 +325,10 @@ func TestProviderFailover(t *testing.T) {
 			case to = <-m.behind:
 			default:
 			}
+			address := to.address
 			go func() {
 				defer client.Close()
-				server, err := net.Dial("tcp", to.address)
+				server, err := net.Dial("tcp", address)
 				if err != nil {
 					return
 				}
