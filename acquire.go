@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -122,7 +123,7 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, length int, ex
 				s.giveBackLater(id, q.token)
 			}
 			if last != nil && !hasTime(ctx) { // tells more
-				err = fmt.Errorf("%w (%w)", last, context.Cause(ctx))
+				err = fmt.Errorf("%w (%w)", last, cmp.Or(context.Cause(ctx), context.DeadlineExceeded))
 			}
 			return "", err
 		case a.status == acquireTaken:

@@ -147,7 +147,7 @@ func TestRefusingServerIsDropped(t *testing.T) {
 	pool := serverOf(t, s, id).pool
 	r.do(t, "REPLICAOF", "127.0.0.1", portOf(freeAddress(t)))
 	for range 3 {
-		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+		ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
 		if _, err := s.heartbeat(ctx, id, token); err == nil || !strings.Contains(err.Error(), "READONLY") && !strings.Contains(err.Error(), "is not a primary") {
 			t.Errorf("got %v, want READONLY", err)
 		}

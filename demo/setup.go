@@ -81,19 +81,6 @@ func (s *setup) startWebhook(ctx context.Context) error {
 		return err
 	}
 	s.client.Transport = &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{RootCAs: ca}}
-	webhook, err := freeAddress()
-	if err != nil {
-		return err
-	}
-	health, err := freeAddress()
-	if err != nil {
-		return err
-	}
-	host, port, err := net.SplitHostPort(webhook)
-	if err != nil {
-		return err
-	}
-	s.webhookURL = "https://" + webhook + "/mutate?timeout=10s"
 	s.lock = []string{"--redis-addresses=" + s.redis.Addr()}
 	if s.options.etcd != "" {
 		etcd, err := s.startEtcd(ctx)
@@ -102,15 +89,40 @@ func (s *setup) startWebhook(ctx context.Context) error {
 		}
 		s.lock = []string{"--lock-mode=etcd", "--etcd-addresses=" + etcd}
 	}
+	for range 5 { // another process may take its ports before it does
+		var health string
+		health, err = s.launchWebhook()
+		if err != nil {
+			return err
+		}
+		if err = waitFor(ctx, s.webhook, "http://"+health+"/readyz"); !s.webhook.ended() {
+			return err
+		}
+	}
+	return fmt.Errorf("start the webhook: %w", err)
+}
+
+// launchWebhook starts the webhook on free ports, and returns the address of its probes.
+func (s *setup) launchWebhook() (health string, err error) {
+	webhook, err := freeAddress()
+	if err != nil {
+		return "", err
+	}
+	health, err = freeAddress()
+	if err != nil {
+		return "", err
+	}
+	host, port, err := net.SplitHostPort(webhook)
+	if err != nil {
+		return "", err
+	}
+	s.webhookURL = "https://" + webhook + "/mutate?timeout=10s"
 	s.webhook, err = s.start(nil, s.options.program, append([]string{"webhook",
 		"--host=" + host, "--port=" + port, "--metrics-bind-address=" + health, "--certDir=" + s.dir,
 		"--queue-redis-address=" + s.redis.Addr(),
 		"--heartbeat-interval-seconds=" + strconv.Itoa(s.options.heartbeatSeconds),
 		"--stale-threshold-seconds=" + strconv.Itoa(s.options.staleSeconds)}, s.lock...)...)
-	if err != nil {
-		return err
-	}
-	return waitFor(ctx, "http://"+health+"/readyz")
+	return health, err
 }
 
 // startEtcd starts a cluster of one and returns its address.
@@ -123,18 +135,21 @@ func (s *setup) startEtcd(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	_, err = s.start(nil, s.options.etcd, "--data-dir="+filepath.Join(s.dir, "etcd"), "--unsafe-no-fsync", "--log-level=error",
+	etcd, err := s.start(nil, s.options.etcd, "--data-dir="+filepath.Join(s.dir, "etcd"), "--unsafe-no-fsync", "--log-level=error",
 		"--listen-client-urls=http://"+client, "--advertise-client-urls=http://"+client,
 		"--listen-peer-urls=http://"+peer, "--initial-advertise-peer-urls=http://"+peer, "--initial-cluster=default=http://"+peer)
 	if err != nil {
 		return "", err
 	}
-	return client, waitFor(ctx, "http://"+client+"/health")
+	return client, waitFor(ctx, etcd, "http://"+client+"/health")
 }
 
-// waitFor waits until a URL answers 200.
-func waitFor(ctx context.Context, url string) error {
-	return poll(ctx, "not ready: "+url, func() error {
+// waitFor waits until a URL of a process answers 200. Its error says so, too, if the process ends before.
+func waitFor(ctx context.Context, p *process, url string) error {
+	err := poll(ctx, "not ready: "+url, func() error {
+		if p.ended() {
+			return nil
+		}
 		response, err := http.Get(url)
 		if err != nil {
 			return err
@@ -145,6 +160,10 @@ func waitFor(ctx context.Context, url string) error {
 		}
 		return nil
 	})
+	if p.ended() {
+		err = fmt.Errorf("it has ended:\n%s", p.log.String())
+	}
+	return err
 }
 
 // poll calls check until it returns nil, and reports its last error after stepTimeout.
