@@ -17,6 +17,10 @@ const (
 	// failover by hand, the old one takes writes for some seconds more, which are lost.
 	sentinelsAskedEvery = time.Second
 
+	// sentinelsSettle is for how long after a look-up any other process asks as often. Two Sentinels can each promote a replica at
+	// the same time; the one that loses takes writes until it is made a replica of the other, some ten seconds later.
+	sentinelsSettle = 20 * time.Second
+
 	// sentinelsAwayEvery is how often it is logged that no Sentinel answers.
 	sentinelsAwayEvery = time.Minute
 )
@@ -27,13 +31,14 @@ type sentinelQueue struct {
 	address   queueAddress
 	settings  redisSettings
 	maxIdle   int
-	watchful  bool // asks every sentinelsAskedEvery
+	watchful  bool // always asks every sentinelsAskedEvery
 	log       *slog.Logger
 	lookups   *lookups
 
 	mu      sync.Mutex
 	primary *queueServer // nil: not known yet
 	doubted bool         // a command has failed since it was known to be one
+	checked time.Time    // when it was last found to be one
 	asked   time.Time    // when the Sentinels were asked last
 	warned  time.Time    // when it was logged that no Sentinel answers
 }
@@ -62,7 +67,8 @@ func (q *sentinelQueue) known() (primary *queueServer, certain bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	certain = q.primary != nil && !q.doubted
-	if certain && q.watchful && time.Since(q.asked) > sentinelsAskedEvery {
+	watch := q.watchful || time.Since(q.checked) < sentinelsSettle
+	if certain && watch && time.Since(q.asked) > sentinelsAskedEvery {
 		q.lookups.start()
 	}
 	return q.primary, certain
@@ -199,7 +205,7 @@ func (q *sentinelQueue) warn(err error) {
 func (q *sentinelQueue) adopt(address string) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.doubted = false
+	q.doubted, q.checked = false, time.Now()
 	if q.primary != nil && q.primary.address == address {
 		return
 	}
