@@ -114,7 +114,7 @@ func (c *sharedConfig) validate(f *flags) {
 	if (c.etcd.caFile != "" || c.etcd.certFile != "") && anyHas("http://", c.etcdAddresses...) {
 		f.problem("--etcd-addresses: http:// is not encrypted: --etcd-ca-file and --etcd-cert-file would not be used")
 	}
-	if c.redis.caFile != "" && !anyHas("rediss://", append(c.queueRedisAddress.servers, c.redisAddresses...)...) {
+	if c.redis.caFile != "" && !anyHas("rediss://", slices.Concat(c.queueRedisAddress.servers, c.redisAddresses)...) {
 		f.problem("--redis-ca-file: is not used: no address of Redis begins with rediss://")
 	}
 	bothRead := !f.wrong["stale-threshold-seconds"] && !f.wrong["heartbeat-interval-seconds"]

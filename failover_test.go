@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os/exec"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -128,6 +130,42 @@ func TestSentinelsGone(t *testing.T) {
 	must(t, <-back)
 	if n := len(w.log.lines(t, "no Sentinel answers, going on with the primary that is known")); n != 1 {
 		t.Errorf("said %d times in a minute", n)
+	}
+}
+
+// A Sentinel that was cut off, or is of an older group, does not lead back to a primary of before when no other answers.
+func TestSentinelOfThePast(t *testing.T) {
+	t.Parallel()
+	g := startSentinelGroup(t)
+	past, err := launchSentinel(t.TempDir())
+	must(t, err)
+	t.Cleanup(past.stop)
+	past.do(t, "SENTINEL", "MONITOR", "tokens", "127.0.0.1", portOf(startRedis(t).address), 1)
+	g.sentinels[0].do(t, "SENTINEL", "FAILOVER", "tokens")
+	g.wantReady(t, 2)
+	address := strings.Replace(g.address(), "//", "//"+past.address+",", 1)
+	w := startWebhook(t, groupConfig(t, address))
+	id := freshID()
+	token := w.wantAdmitted(t, id, maxLength)
+	primary := g.primary(t)
+	primary.wantInflight(t, id, token)
+	for _, s := range g.sentinels {
+		s.kill(t)
+	}
+	eventually(t, 20*time.Second, func() error { // it goes on asking all of them
+		info, err := redis.String(past.control.Do("INFO", "stats"))
+		if n := strings.TrimSpace(regexp.MustCompile(`total_connections_received:(\d+)`).FindStringSubmatch(info)[1]); err != nil || len(n) < 2 {
+			w.wantAdmitted(t, id, maxLength)
+			return fmt.Errorf("it was asked %s times, %v", n, err)
+		}
+		return nil
+	})
+	w.wantAdmitted(t, id, maxLength)
+	if _, inflight, err := primary.counts(id); err != nil || inflight < 2 {
+		t.Errorf("%d in flight at the primary, %v", inflight, err)
+	}
+	if lines := w.log.lines(t, "the queue has another primary"); len(lines) != 0 {
+		t.Errorf("logged %v", lines)
 	}
 }
 
@@ -264,6 +302,112 @@ func TestClusterSlotHalfMoved(t *testing.T) {
 		giveBack(t, s, id, token)
 	}
 	to.wantCounts(t, id, 3, 0)
+}
+
+// While a slot moves and all keys of a semaphore have moved already, the old node sends us to the new one, which answers who says
+// ASKING; with the users that the README tells to make.
+func TestClusterSlotMoving(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t)
+	rules := strings.Fields(sidecarACL + " " + clusterACL)
+	for _, n := range c.nodes {
+		n.do(t, "ACL", append([]any{"SETUSER", "sidecar", "on", ">" + testPassword}, anys(rules)...)...)
+	}
+	config := groupConfig(t, c.address())
+	config.redis = redisSettings{username: "sidecar", password: testPassword}
+	s := newSemaphores(config.sharedConfig, newRedlock(config.redisAddresses, redisSettings{}, 1), 1, slog.New(slog.DiscardHandler))
+	t.Cleanup(func() { must(t, s.close(context.Background())) })
+	id := freshID()
+	// A pod of length 1 waits while others of length 3 come and go: all keys are there.
+	holder := acquire(t, s, id, 3)
+	gone := acquire(t, s, id, 3)
+	if a, err := s.ask(t.Context(), id, question{uuid.NewString(), 1, joinLine}); err != nil || a.status != acquireFull {
+		t.Fatalf("got %+v, %v", a, err)
+	}
+	giveBack(t, s, id, gone)
+	from, to := c.holder(t, id), c.holder(t, c.otherID(t, id))
+	name := func(n *redisServer) string { return string(n.do(t, "CLUSTER", "MYID").([]byte)) }
+	to.do(t, "CLUSTER", "SETSLOT", id.slot(), "IMPORTING", name(from))
+	from.do(t, "CLUSTER", "SETSLOT", id.slot(), "MIGRATING", name(to))
+	for _, key := range id.keys() {
+		if answer := from.do(t, "MIGRATE", "127.0.0.1", portOf(to.address), key, 0, 5000); answer != "OK" {
+			t.Fatalf("%s: %v: it is to be there", key, answer)
+		}
+	}
+	taken := acquire(t, s, id, 3)
+	for _, rule := range strings.Fields(clusterACL) {
+		for _, n := range c.nodes {
+			n.do(t, "ACL", "SETUSER", "sidecar", "-"+rule[1:])
+		}
+		fresh := newSemaphores(config.sharedConfig, nil, 1, slog.New(slog.DiscardHandler))
+		if rule == "+role" {
+			fresh.queue.(*clusterQueue).doubted[from.address] = true
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+		if _, err := fresh.heartbeat(ctx, id, holder); err == nil || !strings.Contains(err.Error(), "NOPERM") {
+			t.Errorf("without %s: %v", rule, err)
+		}
+		cancel()
+		must(t, fresh.queue.close())
+		for _, n := range c.nodes {
+			n.do(t, "ACL", "SETUSER", "sidecar", rule)
+		}
+	}
+	for _, n := range []*redisServer{to, from} {
+		n.do(t, "CLUSTER", "SETSLOT", id.slot(), "NODE", name(to))
+	}
+	to.wantInflight(t, id, holder, taken)
+	if _, err := s.heartbeat(t.Context(), id, taken); err != nil {
+		t.Error(err)
+	}
+}
+
+// The users of a Sentinel group need what the README says.
+func TestSentinelUsers(t *testing.T) {
+	t.Parallel()
+	g := startSentinelGroup(t)
+	rules := strings.Fields(sidecarACL + " " + sentinelACL)
+	for _, s := range g.servers {
+		s.do(t, "ACL", append([]any{"SETUSER", "sidecar", "on", ">" + testPassword}, anys(rules)...)...)
+	}
+	for _, s := range g.sentinels {
+		s.do(t, "ACL", append([]any{"SETUSER", "hook", "on", ">" + testPassword}, anys(strings.Fields(ofSentinelsACL))...)...)
+	}
+	config := groupConfig(t, g.address())
+	config.redis = redisSettings{username: "sidecar", password: testPassword, sentinelUsername: "hook", sentinelPassword: testPassword}
+	beat := func() error {
+		s := newSemaphores(config.sharedConfig, nil, 1, slog.New(slog.DiscardHandler))
+		defer s.queue.close()
+		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+		defer cancel()
+		_, err := s.heartbeat(ctx, freshID(), uuid.NewString())
+		return err
+	}
+	must(t, beat())
+	for _, c := range []struct {
+		user, rules string
+		servers     []*redisServer
+	}{{"sidecar", sentinelACL, g.servers}, {"hook", ofSentinelsACL, g.sentinels}} {
+		for _, rule := range strings.Fields(c.rules) {
+			for _, s := range c.servers {
+				s.do(t, "ACL", "SETUSER", c.user, "-"+rule[1:])
+			}
+			if err := beat(); err == nil || !strings.Contains(err.Error(), "NOPERM") {
+				t.Errorf("without %s: %v", rule, err)
+			}
+			for _, s := range c.servers {
+				s.do(t, "ACL", "SETUSER", c.user, rule)
+			}
+		}
+	}
+	must(t, beat())
+}
+
+func anys(texts []string) (all []any) {
+	for _, text := range texts {
+		all = append(all, text)
+	}
+	return all
 }
 
 // The slots of the program's are those of Redis, and each third of them has one of those by which the Cluster is tried.

@@ -132,8 +132,10 @@ func runScriptAsking(ctx context.Context, conn redis.Conn, script *redis.Script,
 	if err != nil {
 		return nil, err
 	}
-	if err, ok := replies[len(replies)-1].(redis.Error); ok {
-		return nil, err
+	for _, r := range replies { // if ASKING is refused, that is what is wrong
+		if err, ok := r.(redis.Error); ok {
+			return nil, err
+		}
 	}
 	return replies[len(replies)-1], nil
 }

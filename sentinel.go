@@ -37,6 +37,7 @@ type sentinelQueue struct {
 
 	mu      sync.Mutex
 	primary *queueServer // nil: not known yet
+	epoch   int          // of the Sentinel that named it
 	doubted bool         // a command has failed since it was known to be one
 	checked time.Time    // when it was last found to be one
 	asked   time.Time    // when the Sentinels were asked last
@@ -105,7 +106,7 @@ func (q *sentinelQueue) close() error {
 func (q *sentinelQueue) look(ctx context.Context, note func(error)) error {
 	q.mu.Lock()
 	q.asked = time.Now()
-	known, doubted := "", q.doubted
+	known, doubted, epoch := "", q.doubted, q.epoch
 	if q.primary != nil {
 		known = q.primary.address
 	}
@@ -121,14 +122,15 @@ func (q *sentinelQueue) look(ctx context.Context, note func(error)) error {
 			continue
 		case err != nil:
 			q.warn(err)
-			named = known
+			named = sentinelAnswer{known, epoch}
 		}
-		if named == known && !doubted {
+		// A Sentinel that was cut off for a while may be the only one that answers, and name a primary of before.
+		if !doubted && (named.address == known || named.epoch < epoch) {
 			return nil
 		}
-		checks.ask(ctx, named)
+		checks.ask(ctx, named.address)
 		checked, err := checks.wait(ctx)
-		if err == nil && checked == named {
+		if err == nil && checked == named.address {
 			q.adopt(named)
 			return nil
 		}
@@ -143,12 +145,12 @@ type sentinelAnswer struct {
 	epoch   int
 }
 
-// ask returns the address that the best informed of the Sentinels has. Its error says why none has answered.
-func (q *sentinelQueue) ask(ctx context.Context) (string, error) {
+// ask returns what the best informed of the Sentinels says. Its error says why none has answered.
+func (q *sentinelQueue) ask(ctx context.Context) (best sentinelAnswer, err error) {
 	ctx, cancel := context.WithTimeout(ctx, askAgain)
 	defer cancel()
-	best := sentinelAnswer{epoch: -1}
-	err := askAll(ctx, q.address.servers, q.askOne, func(a sentinelAnswer) (enough bool) {
+	best.epoch = -1
+	err = askAll(ctx, q.address.servers, q.askOne, func(a sentinelAnswer) (enough bool) {
 		if a.epoch > best.epoch {
 			best = a
 		}
@@ -157,7 +159,7 @@ func (q *sentinelQueue) ask(ctx context.Context) (string, error) {
 	if best.epoch >= 0 {
 		err = nil
 	}
-	return best.address, err
+	return best, err
 }
 
 func (q *sentinelQueue) askOne(ctx context.Context, sentinel string) (a sentinelAnswer, err error) {
@@ -202,16 +204,16 @@ func (q *sentinelQueue) warn(err error) {
 }
 
 // adopt makes a server the primary.
-func (q *sentinelQueue) adopt(address string) {
+func (q *sentinelQueue) adopt(named sentinelAnswer) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.doubted, q.checked = false, time.Now()
-	if q.primary != nil && q.primary.address == address {
+	q.doubted, q.checked, q.epoch = false, time.Now(), named.epoch
+	if q.primary != nil && q.primary.address == named.address {
 		return
 	}
-	server := newQueueServer(address, q.settings, q.maxIdle)
+	server := newQueueServer(named.address, q.settings, q.maxIdle)
 	if q.primary != nil {
-		q.log.Warn("the queue has another primary", "queueRedis", q.address.text, "primary", address, "before", q.primary.address)
+		q.log.Warn("the queue has another primary", "queueRedis", q.address.text, "primary", named.address, "before", q.primary.address)
 		_ = q.primary.close()
 	}
 	q.primary = server

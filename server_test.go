@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"strconv"
 	"strings"
@@ -228,4 +229,42 @@ func TestWebhookDoesNotStart(t *testing.T) {
 			t.Errorf("%v: exit code %d, %s", args, code, stderr)
 		}
 	}
+}
+
+// A webhook is ready while its queue takes writes, and it is not stopping.
+func TestReadiness(t *testing.T) {
+	r := startRedis(t)
+	w := startWebhook(t, testConfig(r.address))
+	stopping := make(chan struct{})
+	w.stopping = stopping
+	get := func(path string) (int, string) {
+		rec := httptest.NewRecorder()
+		w.healthRoutes().ServeHTTP(rec, httptest.NewRequest(http.MethodGet, path, nil))
+		return rec.Code, strings.TrimSpace(rec.Body.String())
+	}
+	want := func(path string, code int, text string) {
+		t.Helper()
+		if c, got := get(path); c != code || !strings.Contains(got, text) {
+			t.Errorf("%s: %d %q, want %d %q", path, c, got, code, text)
+		}
+	}
+	want("/readyz", 200, "ok")
+	want("/healthz", 200, "ok")
+	r.do(t, "CONFIG", "SET", "min-replicas-to-write", "1") // it answers, and refuses writes
+	want("/readyz", 503, "NOREPLICAS")
+	r.do(t, "CONFIG", "SET", "min-replicas-to-write", "0")
+	want("/readyz", 200, "ok")
+	r.pause(t)
+	want("/readyz", 503, "queue Redis "+r.address)
+	want("/healthz", 200, "ok")
+	r.resume(t)
+	eventually(t, 5*time.Second, func() error {
+		if c, text := get("/readyz"); c != 200 {
+			return errors.New(text)
+		}
+		return nil
+	})
+	close(stopping)
+	want("/readyz", 503, "stopping")
+	want("/healthz", 200, "ok")
 }

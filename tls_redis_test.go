@@ -20,6 +20,11 @@ import (
 const (
 	webhookACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* +ping +eval +evalsha +time +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount +zrange +zrangebyscore +zscore +zremrangebyscore +ttl +expire +publish +set +get"
 	sidecarACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* +eval +evalsha +time +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount +zrange +zrangebyscore +zrank +zscore +zremrangebyscore +ttl +expire +publish +subscribe +set +get"
+
+	// What both need beside it with Sentinels, and of these; and in a Cluster. TestSentinelUsers and TestClusterSlotMoving use them.
+	sentinelACL    = "+role"
+	ofSentinelsACL = "+sentinel|master +sentinel|get-master-addr-by-name"
+	clusterACL     = "+role +cluster|slots +asking"
 )
 
 // startSecureRedis starts a redis-server that speaks TLS only, with a user for the webhook and one for the sidecar.
@@ -45,7 +50,7 @@ func startSecureRedis(t *testing.T, dir string) *redisServer {
 func TestACLsAreDocumented(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
 	must(t, err)
-	for _, rule := range []string{webhookACL, sidecarACL} {
+	for _, rule := range []string{webhookACL, sidecarACL, "`" + sentinelACL + "`", "`" + ofSentinelsACL + "`", "`" + clusterACL + "`"} {
 		if !strings.Contains(string(readme), rule) {
 			t.Errorf("not in the README: %s", rule)
 		}
