@@ -157,7 +157,8 @@ func startCluster(t *testing.T) *redisCluster {
 		bus := freeAddress(t)
 		s, err := launchRedisOf("", t.TempDir(), func(port string) []string {
 			return []string{"--port", port, "--repl-diskless-sync-delay", "0", "--cluster-enabled", "yes", "--cluster-port", portOf(bus),
-				"--cluster-node-timeout", fmt.Sprint(downAfter.Milliseconds()), "--cluster-require-full-coverage", "no"}
+				"--cluster-node-timeout", fmt.Sprint(downAfter.Milliseconds()), "--cluster-require-full-coverage", "no",
+				"--cluster-allow-replica-migration", "no"} // or a master without slots becomes a replica, of which redis-cli complains
 		})
 		must(t, err)
 		t.Cleanup(s.stop)
