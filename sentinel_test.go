@@ -1,0 +1,240 @@
+//go:build failover
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
+)
+
+// The primary of a Sentinel group is killed, hangs, or is replaced by hand.
+func TestSentinelFailover(t *testing.T) {
+	for name, c := range map[string]struct {
+		bound  time.Duration
+		set    []string
+		strike func(t *testing.T, g *sentinelGroup, old *redisServer)
+		repair func(t *testing.T, old *redisServer)
+	}{
+		"killed": {downAfter + 3*time.Second, nil,
+			func(t *testing.T, _ *sentinelGroup, old *redisServer) { old.kill(t) },
+			func(t *testing.T, old *redisServer) { must(t, old.start()) }},
+		"stopped": {downAfter + 3*time.Second, nil,
+			func(t *testing.T, _ *sentinelGroup, old *redisServer) { old.pause(t) },
+			func(t *testing.T, old *redisServer) { old.resume(t) }},
+		// The old one is a primary for some seconds more, but has no replicas.
+		"by hand": {2 * time.Second, []string{"--min-replicas-to-write", "1"},
+			func(t *testing.T, g *sentinelGroup, _ *redisServer) {
+				g.sentinels[1].do(t, "SENTINEL", "FAILOVER", "tokens")
+			},
+			func(*testing.T, *redisServer) {}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			g := startSentinelGroup(t, c.set...)
+			f := startTraffic(t, g, freshID())
+			old := g.servers[0]
+			f.strike(func() { c.strike(t, g, old) })
+			f.wantRecovered(t, c.bound)
+
+			// The old one comes back as a replica, and nothing is doubled.
+			c.repair(t, old)
+			g.wantReady(t, 2)
+			if g.primary(t) == old {
+				t.Error("the old primary is primary again")
+			}
+			held := g.primary(t)
+			held.wantCounts(t, f.held, 0, trafficHolders)
+			if reply, err := f.webhook.semaphores.heartbeat(context.Background(), f.held, f.holders[0]); reply || err != nil {
+				t.Errorf("a heartbeat after it: %t, %v", reply, err)
+			}
+		})
+	}
+}
+
+// A primary that is cut off from its replicas refuses to write, and that is an outage; when they are back, it goes on.
+func TestPrimaryWithoutReplicas(t *testing.T) {
+	t.Parallel()
+	g := startSentinelGroup(t, "--min-replicas-to-write", "1", "--min-replicas-max-lag", "1")
+	s := semaphoresOf(t, groupConfig(t, g.address()))
+	id := freshID()
+	token := acquire(t, s, id, 2)
+	primary := g.primary(t)
+	for _, r := range g.servers[1:] {
+		r.pause(t)
+	}
+	eventually(t, 20*time.Second, func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
+		defer cancel()
+		if err := s.check(ctx); err == nil || !strings.Contains(err.Error(), "NOREPLICAS") {
+			return fmt.Errorf("got %v, want NOREPLICAS", err)
+		}
+		return nil
+	})
+	for _, r := range g.servers[1:] {
+		r.resume(t)
+	}
+	acquire(t, s, id, 2) // waits until it may write
+	if g.holder(t, id) != primary {
+		t.Error("another is primary")
+	}
+	if !strings.Contains(fmt.Sprint(primary.inflight(t, id)), token) {
+		t.Error("the token is gone")
+	}
+}
+
+// With two of three Sentinels gone, and with all, it goes on with the primary that is known, and says so.
+func TestSentinelsGone(t *testing.T) {
+	t.Parallel()
+	g := startSentinelGroup(t)
+	w := startWebhook(t, groupConfig(t, g.address()))
+	id := freshID()
+	w.wantAdmitted(t, id, maxLength)
+	for i, s := range g.sentinels {
+		s.kill(t)
+		switch i {
+		case 1:
+			fresh := startWebhook(t, groupConfig(t, g.address()))
+			fresh.wantAdmitted(t, id, maxLength)
+			if len(w.log.lines(t, "no Sentinel answers, going on with the primary that is known")) != 0 {
+				t.Error("one Sentinel answers")
+			}
+		case 2:
+			eventually(t, 20*time.Second, func() error {
+				w.wantAdmitted(t, id, maxLength)
+				if len(w.log.lines(t, "no Sentinel answers, going on with the primary that is known")) == 0 {
+					return errors.New("it does not say so")
+				}
+				return nil
+			})
+		}
+	}
+	// It finds the primary again when that was away, though no Sentinel tells.
+	g.servers[0].kill(t)
+	back := make(chan error)
+	time.AfterFunc(time.Second, func() { back <- g.servers[0].start() })
+	w.wantAdmitted(t, id, maxLength)
+	must(t, <-back)
+	if n := len(w.log.lines(t, "no Sentinel answers, going on with the primary that is known")); n != 1 {
+		t.Errorf("said %d times in a minute", n)
+	}
+}
+
+// A Sentinel that was cut off, or is of an older group, does not lead back to a primary of before when no other answers.
+func TestSentinelOfThePast(t *testing.T) {
+	t.Parallel()
+	g := startSentinelGroup(t)
+	past, err := launchSentinel(t.TempDir())
+	must(t, err)
+	t.Cleanup(past.stop)
+	past.do(t, "SENTINEL", "MONITOR", "tokens", "127.0.0.1", portOf(startRedis(t).address), 1)
+	g.sentinels[0].do(t, "SENTINEL", "FAILOVER", "tokens")
+	g.wantReady(t, 2)
+	address := strings.Replace(g.address(), "//", "//"+past.address+",", 1)
+	w := startWebhook(t, groupConfig(t, address))
+	id := freshID()
+	token := w.wantAdmitted(t, id, maxLength)
+	primary := g.primary(t)
+	primary.wantInflight(t, id, token)
+	for _, s := range g.sentinels {
+		s.kill(t)
+	}
+	eventually(t, 20*time.Second, func() error { // it goes on asking all of them
+		info, err := redis.String(past.control.Do("INFO", "stats"))
+		if n := strings.TrimSpace(regexp.MustCompile(`total_connections_received:(\d+)`).FindStringSubmatch(info)[1]); err != nil || len(n) < 2 {
+			w.wantAdmitted(t, id, maxLength)
+			return fmt.Errorf("it was asked %s times, %v", n, err)
+		}
+		return nil
+	})
+	w.wantAdmitted(t, id, maxLength)
+	if _, inflight, err := primary.counts(id); err != nil || inflight < 2 {
+		t.Errorf("%d in flight at the primary, %v", inflight, err)
+	}
+	if lines := w.log.lines(t, "the queue has another primary"); len(lines) != 0 {
+		t.Errorf("logged %v", lines)
+	}
+}
+
+// What is wrong with the address, or the password of the Sentinels, is said.
+func TestSentinelsThatCannotHelp(t *testing.T) {
+	t.Parallel()
+	g := startSentinelGroup(t)
+	sentinel := g.sentinels[0]
+	for name, c := range map[string]struct{ address, want string }{
+		"no such name": {"redis+sentinel://" + sentinel.address + "/other", "No such master with that name"},
+		"nobody there": {"redis+sentinel://" + freeAddress(t) + "/tokens", "connection refused"},
+		"no Sentinel":  {"redis+sentinel://" + g.servers[0].address + "/tokens", "unknown command"},
+	} {
+		s := semaphoresOf(t, groupConfig(t, c.address))
+		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+		if _, err := s.acquire(ctx, freshID(), 1, time.Second); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, want %q", name, err, c.want)
+		}
+		cancel()
+	}
+	sentinel.do(t, "ACL", "SETUSER", "default", "resetpass", ">"+testPassword)
+	c := groupConfig(t, "redis+sentinel://"+sentinel.address+"/tokens")
+	c.redis.sentinelPassword = testPassword
+	acquire(t, semaphoresOf(t, c), freshID(), 1)
+	c.redis.sentinelPassword = "wrong"
+	if err := semaphoresOf(t, c).check(t.Context()); err == nil || !strings.Contains(err.Error(), "WRONGPASS") {
+		t.Errorf("with a wrong password: %v", err)
+	}
+}
+
+// The users of a Sentinel group need what the README says.
+func TestSentinelUsers(t *testing.T) {
+	t.Parallel()
+	g := startSentinelGroup(t)
+	rules := strings.Fields(sidecarACL + " " + sentinelACL)
+	for _, s := range g.servers {
+		s.do(t, "ACL", append([]any{"SETUSER", "sidecar", "on", ">" + testPassword}, anys(rules)...)...)
+	}
+	for _, s := range g.sentinels {
+		s.do(t, "ACL", append([]any{"SETUSER", "hook", "on", ">" + testPassword}, anys(strings.Fields(ofSentinelsACL))...)...)
+	}
+	config := groupConfig(t, g.address())
+	config.redis = redisSettings{username: "sidecar", password: testPassword, sentinelUsername: "hook", sentinelPassword: testPassword}
+	beat := func() error {
+		s := newSemaphores(config.sharedConfig, nil, 1, slog.New(slog.DiscardHandler))
+		defer s.queue.close()
+		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+		defer cancel()
+		_, err := s.heartbeat(ctx, freshID(), uuid.NewString())
+		return err
+	}
+	must(t, beat())
+	for _, c := range []struct {
+		user, rules string
+		servers     []*redisServer
+	}{{"sidecar", sentinelACL, g.servers}, {"hook", ofSentinelsACL, g.sentinels}} {
+		for _, rule := range strings.Fields(c.rules) {
+			for _, s := range c.servers {
+				s.do(t, "ACL", "SETUSER", c.user, "-"+rule[1:])
+			}
+			if err := beat(); err == nil || !strings.Contains(err.Error(), "NOPERM") {
+				t.Errorf("without %s: %v", rule, err)
+			}
+			for _, s := range c.servers {
+				s.do(t, "ACL", "SETUSER", c.user, rule)
+			}
+		}
+	}
+	must(t, beat())
+}
+
+func anys(texts []string) (all []any) {
+	for _, text := range texts {
+		all = append(all, text)
+	}
+	return all
+}
