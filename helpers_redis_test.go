@@ -204,3 +204,11 @@ func (s *redisServer) state(t *testing.T, id semaphoreID, field string) int {
 	must(t, err)
 	return n
 }
+
+// anys are texts as arguments of a command.
+func anys(texts []string) (all []any) {
+	for _, text := range texts {
+		all = append(all, text)
+	}
+	return all
+}

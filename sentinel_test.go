@@ -231,10 +231,3 @@ func TestSentinelUsers(t *testing.T) {
 	}
 	must(t, beat())
 }
-
-func anys(texts []string) (all []any) {
-	for _, text := range texts {
-		all = append(all, text)
-	}
-	return all
-}

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -25,6 +26,9 @@ const (
 	sentinelACL    = "+role"
 	ofSentinelsACL = "+sentinel|master +sentinel|get-master-addr-by-name"
 	clusterACL     = "+role +cluster|slots +asking"
+
+	// What both need on servers that are there for the lock only.
+	lockACL = "~lock/* +eval +set +get +del"
 )
 
 // isDenied reports whether an error says that the user may not do it: as Redis 7.0 and others, and as later ones, say it of a script.
@@ -60,10 +64,74 @@ func startSecureRedis(t *testing.T, dir string) *redisServer {
 func TestACLsAreDocumented(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
 	must(t, err)
-	for _, rule := range []string{webhookACL, sidecarACL, "`" + sentinelACL + "`", "`" + ofSentinelsACL + "`", "`" + clusterACL + "`"} {
+	for _, rule := range []string{webhookACL, sidecarACL, "`" + sentinelACL + "`", "`" + ofSentinelsACL + "`", "`" + clusterACL + "`", "`" + lockACL + "`"} {
 		if !strings.Contains(string(readme), rule) {
 			t.Errorf("not in the README: %s", rule)
 		}
+	}
+}
+
+// The users that deploy/ makes have these rules: the lock is on servers of its own there, and there are Sentinels.
+func TestACLsAreDeployed(t *testing.T) {
+	scripts, err := os.ReadFile("deploy/base/redis-scripts.yaml")
+	must(t, err)
+	withoutLock := func(rules string) string {
+		return strings.NewReplacer("~lock/* ", "", " +set", "", " +get", "").Replace(rules) + " " + sentinelACL
+	}
+	want := map[string][]string{
+		"webhook": {withoutLock(webhookACL), lockACL},
+		"sidecar": {withoutLock(sidecarACL), lockACL},
+		"default": {"off", "on resetpass ~* &* +@all", "on nopass resetchannels -@all +ping " + ofSentinelsACL},
+	}
+	got := map[string][]string{}
+	for line := range strings.Lines(string(scripts)) {
+		words := strings.Fields(line)
+		if len(words) < 3 || words[0] != "user" || want[words[1]] == nil {
+			continue
+		}
+		rules := words[2:]
+		if len(rules) > 1 && strings.HasPrefix(rules[1], ">$") {
+			rules = rules[2:]
+		}
+		got[words[1]] = append(got[words[1]], sorted(strings.Join(rules, " ")))
+	}
+	for user, all := range want {
+		for i := range all {
+			all[i] = sorted(all[i])
+		}
+		slices.Sort(all)
+		slices.Sort(got[user])
+		if !slices.Equal(got[user], all) {
+			t.Errorf("%s has\n%s, want\n%s", user, strings.Join(got[user], "\n"), strings.Join(all, "\n"))
+		}
+	}
+}
+
+// sorted is a text with its words in order.
+func sorted(text string) string { return strings.Join(slices.Sorted(strings.FieldsSeq(text)), " ") }
+
+// On a server for the lock, nothing can be left out of the rules for it, and nothing is missing.
+func TestLockACLIsMinimal(t *testing.T) {
+	r := startRedis(t)
+	settings := redisSettings{username: "locker", password: testPassword}
+	lock := func() error {
+		l := newRedlock([]string{r.address}, settings, 1)
+		defer l.close()
+		unlock, err := l.tryLock(t.Context(), freshID().lockKey(), time.Minute)
+		if err != nil {
+			return err
+		}
+		return unlock(t.Context())
+	}
+	rules := strings.Fields(lockACL)
+	r.do(t, "ACL", append([]any{"SETUSER", "locker", "on", ">" + testPassword}, anys(rules)...)...)
+	must(t, lock())
+	for _, rule := range rules[1:] {
+		r.do(t, "ACL", "SETUSER", "locker", "-"+rule[1:])
+		if err := lock(); err == nil || !isDenied(err) {
+			t.Errorf("without %s: %v", rule, err)
+		}
+		r.do(t, "ACL", "SETUSER", "locker", rule)
 	}
 }
 

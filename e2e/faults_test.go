@@ -150,31 +150,6 @@ func TestCertificateRenewed(t *testing.T) {
 	s.wantNoFailure(t)
 }
 
-// All Redis servers are restarted: running pods run on, and the semaphore repairs itself.
-func TestRedisRestarted(t *testing.T) {
-	n := newNamespace(t)
-	for _, name := range []string{"a", "b"} {
-		n.create(pod(name, "redis", 3))
-		n.wantRunning(name)
-	}
-	n.wantCounts("redis", 1, 2)
-	_, err := hook("delete", "pod", "-l", "app.kubernetes.io/component=redis")
-	must(t, err)
-	must(t, rolledOut("statefulset/redis"))
-	n.wantAdmittedWithin(time.Minute, pod("c", "redis", 3))
-	n.wantRunning("c")
-	n.wantCounts("redis", 0, 3)
-	n.wantFull("d", "redis", 3, 3)
-	for _, name := range []string{"a", "b", "c"} {
-		p := n.wantRunning(name)
-		for _, c := range append(p.Status.InitContainerStatuses, p.Status.ContainerStatuses...) {
-			if c.RestartCount > 0 {
-				t.Errorf("%s: %s was restarted", name, c.Name)
-			}
-		}
-	}
-}
-
 // restartWebhook makes the settings take effect.
 func restartWebhook(t *testing.T) {
 	t.Helper()

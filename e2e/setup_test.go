@@ -37,8 +37,9 @@ const (
 	heartbeatSeconds = 2
 	staleSeconds     = 8
 
-	webhookPassword = "0123456789abcdef"
-	sidecarPassword = "fedcba9876543210"
+	webhookPassword     = "0123456789abcdef"
+	sidecarPassword     = "fedcba9876543210"
+	replicationPassword = "00112233445566778899"
 )
 
 func TestMain(m *testing.M) {
@@ -163,7 +164,7 @@ func install() error {
 	if _, err := kubectl(text, "apply", "-f", "-"); err != nil {
 		return err
 	}
-	if _, err := hook("create", "secret", "generic", "redis", "--from-literal=webhook-password="+webhookPassword, "--from-literal=sidecar-password="+sidecarPassword); err != nil {
+	if _, err := hook("create", "secret", "generic", "redis", "--from-literal=webhook-password="+webhookPassword, "--from-literal=sidecar-password="+sidecarPassword, "--from-literal=replication-password="+replicationPassword); err != nil {
 		return err
 	}
 	if err := shell("deploy/certificate.sh"); err != nil {

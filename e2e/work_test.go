@@ -182,7 +182,7 @@ func rollingUpdate(maxSurge, maxUnavailable int) object {
 func (n *namespace) watchLine(key string) func() map[string]float64 {
 	n.Helper()
 	cmd := exec.Command("kubectl", "-n", hookNamespace, "exec", "redis-0", "--", "sh", "-c", fmt.Sprintf(
-		"export REDISCLI_AUTH=%s; while redis-cli --user webhook ZRANGE 'waiters/{%s}' 0 -1 WITHSCORES; do sleep 1; done", webhookPassword, n.name+"/"+key))
+		"while sh /etc/redis/cli ZRANGE 'waiters/{%s}' 0 -1 WITHSCORES; do sleep 1; done", n.name+"/"+key))
 	out, err := cmd.StdoutPipe()
 	must(n.T, err)
 	must(n.T, cmd.Start())
