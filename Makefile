@@ -1,5 +1,6 @@
 VERSION ?= dev
 LOCK ?= redlock
+QUEUE ?= embedded
 PROGRAM := bin/at-least-semaphore-pod-hook
 
 .PHONY: help
@@ -7,16 +8,20 @@ help: ## show this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: build bin/demo ## show the main job, start to end; needs nothing but Go. LOCK=etcd for the other lock
-	@bin/demo $(demo-lock) story
+demo: build bin/demo ## show the main job, start to end; needs nothing but Go. LOCK=etcd for the other lock, QUEUE=sentinel for a failover
+	@bin/demo $(demo-queue) $(demo-lock) story
 
 .PHONY: run
 run: build bin/demo ## start the demo's set-up and stay up, for trying it by hand
-	@bin/demo $(demo-lock) run
+	@bin/demo $(demo-queue) $(demo-lock) run
 
 # etcd is built from its module; the go command keeps it.
 etcd = $(shell go tool -modfile=tools/go.mod -n go.etcd.io/etcd/server/v3)
 demo-lock = $(if $(filter redlock,$(LOCK)),,$(if $(filter etcd,$(LOCK)),-etcd $(etcd),$(error LOCK is $(LOCK): it must be redlock or etcd)))
+
+# Real servers, which have to be installed.
+REDIS_SERVER ?= redis-server
+demo-queue = $(if $(filter embedded,$(QUEUE)),,$(if $(filter sentinel,$(QUEUE)),-sentinels $(REDIS_SERVER),$(error QUEUE is $(QUEUE): it must be embedded or sentinel)))
 
 .PHONY: build
 build: ## build the static binary into bin/

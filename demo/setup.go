@@ -15,6 +15,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"time"
@@ -29,6 +30,7 @@ const (
 
 type setupOptions struct {
 	program                        string // the program's file
+	sentinels                      string // redis-server's file, for a queue with Sentinels; empty for the embedded Redis
 	etcd                           string // etcd's file; empty for the redlock
 	heartbeatSeconds, staleSeconds int
 	verbose                        bool // show the logs of the processes as they come
@@ -36,7 +38,7 @@ type setupOptions struct {
 
 // setup is everything that a semaphore needs: Redis, a certificate and the webhook.
 type setup struct {
-	redis      *miniredis.Miniredis
+	queue      queue
 	webhook    *process
 	webhookURL string
 	caFile     string
@@ -57,22 +59,42 @@ func withSetup(ctx context.Context, o setupOptions, use func(context.Context, *s
 	}
 	defer os.RemoveAll(dir)
 	s := &setup{dir: dir, caFile: filepath.Join(dir, "tls.crt"), client: &http.Client{}, options: o, pods: map[string]*pod{}}
-	if s.redis, err = miniredis.Run(); err != nil {
-		return fmt.Errorf("start the embedded Redis: %w", err)
-	}
-	defer s.redis.Close()
 	defer func() {
 		s.client.CloseIdleConnections() // or the webhook waits for them
 		s.stopAll()
+		if s.queue != nil { // only now: the sidecars have given their tokens back
+			s.queue.close()
+		}
 		s.removeMarkers()
 		if err != nil && ctx.Err() != nil {
 			err = errors.New("interrupted; everything is stopped")
 		}
 	}()
+	if err := s.startQueue(ctx); err != nil {
+		return fmt.Errorf("start Redis: %w", err)
+	}
 	if err := s.startWebhook(ctx); err != nil {
 		return err
 	}
 	return use(ctx, s)
+}
+
+func (s *setup) startQueue(ctx context.Context) error {
+	if s.options.sentinels == "" {
+		embedded, err := miniredis.Run()
+		if err == nil {
+			s.queue = embeddedQueue{embedded}
+		}
+		return err
+	}
+	if _, err := exec.LookPath(s.options.sentinels); err != nil {
+		return fmt.Errorf("%w: install Redis, or leave out the Sentinels", err)
+	}
+	q, err := s.startSentinelQueue(ctx, s.options.sentinels)
+	if err == nil {
+		s.queue = q
+	}
+	return err
 }
 
 func (s *setup) startWebhook(ctx context.Context) error {
@@ -81,7 +103,7 @@ func (s *setup) startWebhook(ctx context.Context) error {
 		return err
 	}
 	s.client.Transport = &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{RootCAs: ca}}
-	s.lock = []string{"--redis-addresses=" + s.redis.Addr()}
+	s.lock = []string{"--redis-addresses=" + s.queue.lockServer()}
 	if s.options.etcd != "" {
 		etcd, err := s.startEtcd(ctx)
 		if err != nil {
@@ -119,7 +141,7 @@ func (s *setup) launchWebhook() (health string, err error) {
 	s.webhookURL = "https://" + webhook + "/mutate?timeout=10s"
 	s.webhook, err = s.start(nil, s.options.program, append([]string{"webhook",
 		"--host=" + host, "--port=" + port, "--metrics-bind-address=" + health, "--certDir=" + s.dir,
-		"--queue-redis-address=" + s.redis.Addr(),
+		"--queue-redis-address=" + s.queue.address(),
 		"--heartbeat-interval-seconds=" + strconv.Itoa(s.options.heartbeatSeconds),
 		"--stale-threshold-seconds=" + strconv.Itoa(s.options.staleSeconds)}, s.lock...)...)
 	return health, err

@@ -10,13 +10,7 @@ import (
 	"time"
 )
 
-const (
-	queueKey    = "queue/{shop/web}"
-	inflightKey = "inflight/{shop/web}"
-	waitersKey  = "waiters/{shop/web}"
-
-	allInUse = "3 of 3 tokens in use"
-)
+const allInUse = "3 of 3 tokens in use"
 
 // tell tells the story; its error is the step that did not go as told.
 func tell(ctx context.Context, s *setup) error {
@@ -79,8 +73,8 @@ func tell(ctx context.Context, s *setup) error {
 		return err
 	}
 	fmt.Printf("   that was %.1f s after the kill\n", time.Since(killed).Seconds())
-	if inflight, err := s.redis.SortedSet(inflightKey); err != nil || inflight[s.pods["web-2"].token] != 0 {
-		return fmt.Errorf("the token of web-2 is still in flight: %v, %v", inflight, err)
+	if c, err := s.queue.contents(); err != nil || c.isUsed(s.pods["web-2"].token) {
+		return fmt.Errorf("the token of web-2 is still in flight: %v, %v", c.inflight, err)
 	}
 	if err := s.wantTokens(ctx, 0, 3); err != nil {
 		return err
@@ -88,6 +82,11 @@ func tell(ctx context.Context, s *setup) error {
 
 	if err := s.tellOfWaiting(ctx); err != nil {
 		return err
+	}
+	if q, ok := s.queue.(*sentinelQueue); ok {
+		if err := s.tellOfFailover(ctx, q); err != nil {
+			return err
+		}
 	}
 
 	say("All pods end, and the webhook.")
@@ -120,11 +119,9 @@ func say(text string) {
 // tokens are the numbers of free and of used tokens, and of the pods that wait in line for one.
 type tokens struct{ queue, inflight, line int }
 
-func (s *setup) tokens() (t tokens) {
-	queue, _ := s.redis.List(queueKey) // an error is that there is no such key
-	inflight, _ := s.redis.SortedSet(inflightKey)
-	line, _ := s.redis.SortedSet(waitersKey)
-	return tokens{len(queue), len(inflight), len(line)}
+func (s *setup) tokens() (tokens, error) {
+	c, err := s.queue.contents()
+	return tokens{c.free, len(c.inflight), len(c.line)}, err
 }
 
 func (t tokens) String() string {
@@ -144,8 +141,8 @@ func (s *setup) wantTokens(ctx context.Context, queue, inflight int) error {
 func (s *setup) wantTokensAndLine(ctx context.Context, queue, inflight, line int) error {
 	want := tokens{queue, inflight, line}
 	err := poll(ctx, "the tokens are not as told", func() error {
-		if t := s.tokens(); t != want {
-			return fmt.Errorf("%s; to be %s", t, want)
+		if t, err := s.tokens(); err != nil || t != want {
+			return fmt.Errorf("%s, %v; to be %s", t, err, want)
 		}
 		return nil
 	})
@@ -203,7 +200,7 @@ func stay(ctx context.Context, s *setup) error {
 	if err := os.WriteFile(reviewFile, body, 0o644); err != nil {
 		return err
 	}
-	fmt.Printf(`The webhook is up, with an embedded Redis at %s. Ask for a token of shop/web (length 3):
+	fmt.Printf(`The webhook is up, with Redis at %s. Ask for a token of shop/web (length 3):
 
   curl --cacert %s -H 'Content-Type: application/json' --data @%s '%s'
 
@@ -217,13 +214,13 @@ Or wait in line for a token, as the sidecar of a pod with when-full: wait does; 
 
 Ctrl-C here ends it all.
 
-`, s.redis.Addr(), s.caFile, reviewFile, s.webhookURL, s.options.program, s.redis.Addr(),
-		s.options.program, s.redis.Addr(), strings.Join(s.lock, " "))
+`, s.queue.address(), s.caFile, reviewFile, s.webhookURL, s.options.program, s.queue.address(),
+		s.options.program, s.queue.address(), strings.Join(s.lock, " "))
 	last := ""
 	for {
-		if now := "=> " + s.tokens().String(); now != last {
-			fmt.Println(now)
-			last = now
+		if t, err := s.tokens(); err == nil && "=> "+t.String() != last {
+			last = "=> " + t.String()
+			fmt.Println(last)
 		}
 		select {
 		case <-time.After(100 * time.Millisecond):

@@ -44,8 +44,8 @@ func (s *setup) tellOfWaiting(ctx context.Context) error {
 		return fmt.Errorf("web-6 was not called: it took %s", took)
 	}
 	fmt.Printf("   web-6  await exited with 0, %d ms after the SIGTERM of web-3\n", took.Milliseconds())
-	if line, err := s.redis.ZMembers(waitersKey); err != nil || !slices.Equal(line, []string{seven.token}) {
-		return fmt.Errorf("web-7 is not the one in line: %q, %v", line, err)
+	if c, err := s.queue.contents(); err != nil || !slices.Equal(c.line, []string{seven.token}) {
+		return fmt.Errorf("web-7 is not the one in line: %q, %v", c.line, err)
 	}
 	if err := seven.wantHeldBack(); err != nil {
 		return err
@@ -148,8 +148,8 @@ func (s *setup) wantHolding(ctx context.Context, p *pod, start time.Time) (time.
 	if code := p.await.cmd.ProcessState.ExitCode(); code != 0 {
 		return 0, fmt.Errorf("the await of %s ended with %d: %s", p.name, code, p.await.log.String())
 	}
-	if inflight, err := s.redis.SortedSet(inflightKey); err != nil || inflight[p.token] == 0 {
-		return 0, fmt.Errorf("the token of %s is not in flight: %v, %v", p.name, inflight, err)
+	if c, err := s.queue.contents(); err != nil || !c.isUsed(p.token) {
+		return 0, fmt.Errorf("the token of %s is not in flight: %v, %v", p.name, c.inflight, err)
 	}
 	return p.await.endedAt.Sub(start), nil
 }
