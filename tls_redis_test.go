@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -104,6 +106,17 @@ func TestACLsAreDeployed(t *testing.T) {
 		if !slices.Equal(got[user], all) {
 			t.Errorf("%s has\n%s, want\n%s", user, strings.Join(got[user], "\n"), strings.Join(all, "\n"))
 		}
+	}
+}
+
+// The servers that deploy/ installs start again when their scripts change.
+func TestScriptsAreDeployed(t *testing.T) {
+	scripts, err := os.ReadFile("deploy/base/redis-scripts.yaml")
+	must(t, err)
+	manifest, err := os.ReadFile("deploy/base/redis.yaml")
+	must(t, err)
+	if want := fmt.Sprintf("scripts: %q", fmt.Sprintf("%x", sha256.Sum256(scripts))[:12]); !strings.Contains(string(manifest), want) {
+		t.Errorf("the annotation in deploy/base/redis.yaml must be %s", want)
 	}
 }
 

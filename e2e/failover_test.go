@@ -164,6 +164,7 @@ func testFailover(t *testing.T, within time.Duration, fault func(primary string)
 	t.Helper()
 	must(t, rolledOut("statefulset/redis"))
 	n := newNamespace(t)
+	t.Cleanup(func() { logRedis(n) })
 	l := newLine(n)
 	n.create(pod("idle", "idle", 2, unschedulable)) // nobody but Redis knows of its tokens
 	n.wantCounts("idle", 1, 1)
@@ -213,6 +214,25 @@ func TestPrimaryDeletedByForce(t *testing.T) {
 	})
 }
 
+// logRedis logs, if the test has failed, what the servers, the Sentinels and the sidecars say.
+func logRedis(n *namespace) {
+	if !n.Failed() {
+		return
+	}
+	for i := range 3 {
+		name := fmt.Sprintf("redis-%d", i)
+		role, _ := hook("exec", name, "--", "sh", "-c", ". /etc/redis/functions; redis 127.0.0.1 INFO replication; known")
+		server, _ := hook("logs", name, "--tail=30")
+		sentinel, _ := hook("logs", name, "-c", "sentinel", "--tail=40")
+		n.Logf("%s:\n%s\n%s\n%s", name, role, server, sentinel)
+	}
+	for i := range 5 {
+		name := fmt.Sprintf("p-%d", i)
+		log, _ := n.try("logs", name, "-c", sidecarName)
+		n.Logf("%s:\n%s", name, log)
+	}
+}
+
 // killRedis kills all servers of a pod of Redis.
 func killRedis(t *testing.T, pod string) {
 	t.Helper()
@@ -250,16 +270,34 @@ func TestPrimaryNodeLost(t *testing.T) {
 	}, resume)
 }
 
-// All three are gone at once.
+// All three are gone at once. Where one that is not the primary comes back without its volume, it is the one that starts first by
+// default, and knows of no other primary.
 func TestAllRedisDeleted(t *testing.T) {
-	for name, flags := range map[string][]string{"in good order": nil, "by force": {"--grace-period=0", "--force"}} {
-		t.Run(name, func(t *testing.T) {
-			testFailover(t, time.Minute, func(string) {
-				_, err := hook(append([]string{"delete", "pod", "-l", "app.kubernetes.io/component=redis"}, flags...)...)
-				must(t, err)
-			})
-		})
+	remove := func(t *testing.T, flags ...string) {
+		t.Helper()
+		_, err := hook(append([]string{"delete", "pod", "-l", "app.kubernetes.io/component=redis"}, flags...)...)
+		must(t, err)
 	}
+	t.Run("in good order", func(t *testing.T) {
+		testFailover(t, time.Minute, func(string) { remove(t) })
+	})
+	t.Run("by force, without the first volume", func(t *testing.T) {
+		if primaryPod(t) == "redis-0" {
+			_, err := hook("exec", "redis-0", "--", "sh", "/etc/redis/resign")
+			must(t, err)
+		}
+		eventually(t, time.Minute, func() error {
+			if primaryPod(t) == "redis-0" {
+				return errors.New("redis-0 is the primary")
+			}
+			return errOf(hook("exec", "redis-0", "--", "sh", "/etc/redis/ready"))
+		})
+		testFailover(t, time.Minute, func(string) {
+			_, err := hook("exec", "redis-0", "--", "sh", "-c", "rm -rf /data/*")
+			must(t, err)
+			remove(t, "--grace-period=0", "--force")
+		})
+	})
 }
 
 // From one Redis server, as it was installed before, to the three of today, with pods running and waiting.
