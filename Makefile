@@ -32,7 +32,7 @@ bin/demo:
 	@go build -C demo -o ../bin/demo .
 
 .PHONY: test
-test: test-needs ## run all tests with the race detector; installs redis-server, gcc and curl if missing
+test: test-needs ## run all tests with the race detector; installs redis-server, gcc, curl and promtool if missing
 	go test -race -count=1 -parallel 8 -shuffle=on ./...
 
 .PHONY: test-queues
@@ -45,7 +45,7 @@ queue-tests = ^Test(SentinelFailover|PrimaryWithoutReplicas|SentinelsGone|Sentin
 
 .PHONY: test-needs
 test-needs:
-	@./.ci/need redis-server:redis-server gcc:gcc:libc6-dev curl:curl
+	@./.ci/need redis-server:redis-server gcc:gcc:libc6-dev curl:curl promtool:prometheus
 
 # How the image gets into the cluster, how to run a script on its node, and how to restart a component of it, for the cluster
 # tests; these are for kind. For k3d:

@@ -217,6 +217,7 @@ func (s *semaphores) repair(ctx context.Context, id semaphoreID, length int, exp
 // repairLocked does a repair under the lock.
 func (s *semaphores) repairLocked(ctx context.Context, r *repair, id semaphoreID, length int, expiration time.Duration, newcomer bool) error {
 	unlock, err := s.locks.tryLock(ctx, id.lockKey(), expiration)
+	s.metrics.lock(err)
 	if errors.Is(err, errLockTaken) {
 		return fmt.Errorf("%s is held by another; it frees itself %s after it was taken: %w", id.lockKey(), expiration, err)
 	}
@@ -224,12 +225,14 @@ func (s *semaphores) repairLocked(ctx context.Context, r *repair, id semaphoreID
 		return &lockError{id, err}
 	}
 	r.locked.Store(true)
+	taken := time.Now()
 	defer s.background.Go(func() { // the pod need not wait for it
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), unlockTimeout)
 		defer cancel()
 		if err := unlock(ctx); err != nil {
 			s.log.Warn("lock left to expire", "namespace", id.namespace, "key", id.key, "error", err.Error())
 		}
+		s.metrics.unlocked(time.Since(taken))
 	})
 	return s.maintain(ctx, id, length, newcomer)
 }

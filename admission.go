@@ -50,6 +50,7 @@ type pod struct {
 		Resources        corev1.ResourceRequirements `json:"resources"`
 		NodeSelector     map[string]string           `json:"nodeSelector"`
 		OS               named                       `json:"os"`
+		GracePeriod      *int64                      `json:"terminationGracePeriodSeconds"`
 	} `json:"spec"`
 }
 
@@ -152,7 +153,12 @@ const (
 	verdictFailed        = "failed"        // no decision: Redis or the lock servers were out of reach
 	verdictUndeliverable = "undeliverable" // decided, but nobody was there to hear it; what was taken is given back
 	verdictStatic        = "static"        // left alone: the mirror of a static pod
+	verdictBadRequest    = "bad request"   // no AdmissionReview, or none that makes sense
 )
+
+// verdicts are all of them.
+var verdicts = []string{verdictAdmitted, verdictWait, verdictFull, verdictInvalid, verdictDryRun, verdictFailed, verdictUndeliverable,
+	verdictStatic, verdictBadRequest}
 
 // deniedWindows is the message to users whose pods cannot run the sidecar.
 const deniedWindows = "this is a Windows pod (by spec.os.name, or its nodeSelector " + corev1.LabelOSStable + "): the sidecar of a semaphore runs on Linux only"
@@ -162,6 +168,7 @@ const (
 	warningWaits         = "this pod may wait in Init:1/2 for a token of its semaphore; its sidecar's log says where it stands in line"
 	warningJobWaits      = "the pods of this Job may wait in Init:1/2 for a token of their semaphore; their sidecars' logs say where they stand"
 	warningNotCompleting = "this pod will not complete: its semaphore sidecar is a classic container, which runs until the pod is deleted"
+	warningGrace         = "terminationGracePeriodSeconds is %d: a sidecar that does not reach Redis at once wants %d s to give the token back"
 	warningStatic        = "a static pod gets no semaphore sidecar and no token: its semaphore does not count it"
 	warningJob           = "this Job will not complete: its pods' semaphore sidecar is a classic container, which runs until they are deleted"
 )
@@ -262,6 +269,9 @@ func (d *decision) admit(c webhookConfig, p *pod, spec semaphoreSpec, token stri
 	if !c.enableSidecarContainers && (p.Spec.RestartPolicy == "Never" || p.Spec.RestartPolicy == "OnFailure") {
 		d.response.Warnings = append(d.response.Warnings, warningNotCompleting)
 	}
+	if grace := p.Spec.GracePeriod; grace != nil && *grace < giveBackSeconds {
+		d.response.Warnings = append(d.response.Warnings, fmt.Sprintf(warningGrace, *grace, giveBackSeconds))
+	}
 	for _, name := range slices.Sorted(maps.Keys(c.podAnnotations)) {
 		if own, ok := p.Metadata.Annotations[name]; ok && own != c.podAnnotations[name] {
 			d.response.Warnings = append(d.response.Warnings, fmt.Sprintf("this pod keeps its own annotation %s; the cluster's is %s", name, quoteShort(c.podAnnotations[name])))
@@ -290,6 +300,20 @@ func (a *admitter) warnOfJob(d *decision, r *admissionRequest) error {
 		d.response.Warnings = []string{warningJobWaits}
 	}
 	return nil
+}
+
+// audit tells the API server's audit log what was decided; Kubernetes puts the webhook's name before the names.
+func (d *decision) audit() {
+	if d.verdict == "" {
+		return
+	}
+	d.response.AuditAnnotations = map[string]string{"verdict": d.verdict}
+	if d.semaphore.key != "" {
+		d.response.AuditAnnotations["semaphore"] = d.semaphore.String()
+	}
+	if d.token != "" {
+		d.response.AuditAnnotations["token"] = d.token
+	}
 }
 
 // deny turns the response into a denial.

@@ -25,6 +25,39 @@ func TestDryRunTakesNothing(t *testing.T) {
 	}
 }
 
+// The audit log of the API server gets the verdict, the semaphore and the token, and nothing of what is none of our business.
+func TestAuditAnnotations(t *testing.T) {
+	r := startRedis(t)
+	w := startWebhook(t, testConfig(r.address))
+	id := freshID()
+	admitted := w.admit(t, review(t, id, 1))
+	for want, a := range map[string]admission{
+		fmt.Sprint(map[string]string{"semaphore": id.String(), "token": admitted.token, "verdict": "admitted"}): admitted,
+		fmt.Sprint(map[string]string{"semaphore": id.String(), "verdict": "full"}):                              w.admit(t, review(t, id, 1)),
+		fmt.Sprint(map[string]string{"semaphore": id.String(), "verdict": "invalid"}):                           w.admit(t, review(t, id, 0)),
+		fmt.Sprint(map[string]string{"semaphore": id.String(), "verdict": "wait"}):                              w.admit(t, review(t, id, 1, whenFull(whenFullWait))),
+		"map[]": w.admit(t, review(t, id, 1, func(request map[string]any) { annotationsOf(request)[annotationEnabled] = "false" })),
+	} {
+		if got := fmt.Sprint(a.audit); got != want || admitted.token == "" {
+			t.Errorf("got %s, want %s", got, want)
+		}
+	}
+}
+
+// A pod that gives its sidecar no time is admitted with a warning.
+func TestWarningOfAShortGracePeriod(t *testing.T) {
+	r := startRedis(t)
+	w := startWebhook(t, testConfig(r.address))
+	for grace, want := range map[int]int{0: 1, 9: 1, 10: 0, 30: 0} {
+		a := w.admit(t, review(t, freshID(), 1, func(request map[string]any) {
+			request["object"].(map[string]any)["spec"].(map[string]any)["terminationGracePeriodSeconds"] = grace
+		}))
+		if !a.allowed || len(a.warnings) != want || want == 1 && a.warnings[0] != fmt.Sprintf(warningGrace, grace, 10) {
+			t.Errorf("%d s: %+v", grace, a)
+		}
+	}
+}
+
 func TestInvalidAnnotations(t *testing.T) {
 	w := startWebhook(t, testConfig(freeAddress(t)))
 	number := func(name string, most int) map[string]string {

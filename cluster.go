@@ -301,6 +301,7 @@ func (q *clusterQueue) adopt(ranges []slotRange) (doubted []string) {
 		masters[r.address] = true
 	}
 	if q.ranges != nil && !slices.Equal(q.ranges, ranges) {
+		q.settings.counts.failedOver()
 		q.log.Warn("the queue's Cluster has changed", "queueRedis", q.address.text, "masters", strings.Join(slices.Sorted(maps.Keys(masters)), ","))
 	}
 	q.ranges = ranges

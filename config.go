@@ -3,6 +3,7 @@ package main
 import (
 	"crypto/tls"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -59,7 +60,7 @@ type objectReference struct{ kind, name string }
 // sidecarConfig are the settings of the sidecar mode.
 type sidecarConfig struct {
 	sharedConfig
-	terminationGracePeriod time.Duration
+	terminationGracePeriod time.Duration // see giveBackSeconds
 	semaphore              semaphoreID
 	token                  string
 	length                 int // zero: the pod runs already, there is nothing to wait for
@@ -148,7 +149,7 @@ func (c *webhookConfig) declareFlags(f *flags, getenv func(string) string) {
 	declare(f, &c.certDir, readNonEmpty, "certDir", "/var/k8s-webhook-server/serving-certs",
 		"`DIRECTORY` of tls.crt and tls.key; reread when they change")
 	declare(f, &c.metricsBindAddress, readAddress(), "metrics-bind-address", "0.0.0.0:8080",
-		"`HOST:PORT` to serve /healthz and /readyz on, over plain HTTP")
+		"`HOST:PORT` to serve /metrics, /healthz and /readyz on, over plain HTTP")
 	declare(f, &c.whenFull, readChoice(whenFullChoices...), "when-full", whenFullDeny,
 		"what becomes of a pod for which no token is free: `deny|wait`; its annotation when-full wins")
 	declare(f, &c.enableSidecarContainers, readBool, "enable-sidecar-containers", "true",
@@ -228,7 +229,7 @@ func (c *sidecarConfig) declareFlags(f *flags, getenv func(string) string) {
 			"Without it, the token is already taken")
 	declare(f, &c.expiration, readSeconds(1, maxExpiration), "expiration-seconds", "10",
 		"`SECONDS` that a repair may hold the lock")
-	declare(f, &c.terminationGracePeriod, readSeconds(1, 3600), "termination-grace-period-seconds", "10",
+	declare(f, &c.terminationGracePeriod, readSeconds(1, 3600), "termination-grace-period-seconds", strconv.Itoa(giveBackSeconds),
 		"`SECONDS` to go on trying to give the token back after SIGTERM")
 }
 

@@ -195,7 +195,9 @@ func startWebhook(t *testing.T, c webhookConfig) *testWebhook {
 	t.Helper()
 	var b syncBuffer
 	log := slog.New(slog.NewJSONHandler(&b, nil))
+	c.redis.counts = new(redisCounts)
 	w := &webhook{admitter: admitter{c, newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log)}, log: log}
+	w.semaphores.metrics = newMetrics(c.redis.counts)
 	server := httptest.NewUnstartedServer(w.routes())
 	server.EnableHTTP2 = true
 	server.StartTLS()
@@ -261,6 +263,7 @@ type admission struct {
 	code     int32
 	message  string
 	warnings []string
+	audit    map[string]string
 	token    string
 	patch    []byte
 }
@@ -285,7 +288,7 @@ func (w *testWebhook) tryAdmit(body []byte) (admission, error) {
 	if err := json.Unmarshal([]byte(text), &answer); err != nil {
 		return admission{}, err
 	}
-	a := admission{allowed: answer.Response.Allowed, patch: answer.Response.Patch, warnings: answer.Response.Warnings}
+	a := admission{allowed: answer.Response.Allowed, patch: answer.Response.Patch, warnings: answer.Response.Warnings, audit: answer.Response.AuditAnnotations}
 	if r := answer.Response.Result; r != nil {
 		a.code, a.message = r.Code, r.Message
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -26,11 +27,12 @@ type redisSettings struct {
 	username, password                 string // empty for none
 	sentinelUsername, sentinelPassword string // the same for the Sentinels
 	caFile                             string // PEM certificates to trust for rediss://; empty for those of the system
+	counts                             *redisCounts
 }
 
 // ofSentinels are the settings for connections to Sentinels.
 func (s redisSettings) ofSentinels() redisSettings {
-	return redisSettings{username: s.sentinelUsername, password: s.sentinelPassword, caFile: s.caFile}
+	return redisSettings{username: s.sentinelUsername, password: s.sentinelPassword, caFile: s.caFile, counts: s.counts}
 }
 
 // redisPool keeps connections to one server for minutes. There is no limit to the connections in use: a hung server must not
@@ -71,6 +73,13 @@ type redisConn struct {
 	tcp     syscall.Conn
 	pool    *redisPool // nil for one that is in no pool
 	refused error      // what the server answered, if that is a reason not to ask it again
+	closed  func()     // counts that it is closed, once
+}
+
+// Close implements redis.Conn.
+func (c *redisConn) Close() error {
+	c.closed()
+	return c.contextConn.Close()
 }
 
 // hardConn is closed without a word: the kernel would go on sending what it has of a command that was given up.
@@ -126,7 +135,8 @@ func dialRedis(ctx context.Context, address string, settings redisSettings, read
 	if err != nil {
 		return nil, err
 	}
-	return &redisConn{contextConn: c.(contextConn), tcp: tcp}, nil
+	settings.counts.opened(1)
+	return &redisConn{contextConn: c.(contextConn), tcp: tcp, closed: sync.OnceFunc(func() { settings.counts.opened(-1) })}, nil
 }
 
 // Do implements redis.Conn.

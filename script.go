@@ -93,11 +93,14 @@ func hasTime(ctx context.Context) bool {
 
 // attempt runs a script once. It is not cut off by the end of ctx, but takes no more time than ctx has.
 func (s *semaphores) attempt(ctx context.Context, timeout time.Duration, script *redis.Script, id semaphoreID, args []any) (status int, rest []any, err error) {
+	var start time.Time
+	defer func() { s.metrics.script(script, time.Since(start), err) }()
 	server, err := s.queue.find(ctx, id)
 	if err != nil {
 		return 0, nil, err
 	}
-	deadline := time.Now().Add(timeout)
+	start = time.Now()
+	deadline := start.Add(timeout)
 	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
 		deadline = d
 	}

@@ -82,6 +82,7 @@ type semaphores struct {
 	heartbeatInterval time.Duration
 	staleThreshold    time.Duration
 	log               *slog.Logger
+	metrics           *metrics // nil for a sidecar
 
 	mu      sync.Mutex
 	repairs map[semaphoreID]*repair  // those that this process does
@@ -149,6 +150,7 @@ func (s *semaphores) maintain(ctx context.Context, id semaphoreID, length int, n
 	if err != nil {
 		return fmt.Errorf("maintain %s: %w", id, err)
 	}
+	s.metrics.repair(reclaimed, refilled, trimmed)
 	if reclaimed+refilled+trimmed > 0 {
 		s.log.Info("maintained", "namespace", id.namespace, "key", id.key, "length", length,
 			"reclaimed", reclaimed, "refilled", refilled, "trimmed", trimmed)

@@ -213,6 +213,7 @@ func (q *sentinelQueue) adopt(named sentinelAnswer) {
 	}
 	server := newQueueServer(named.address, q.settings, q.maxIdle)
 	if q.primary != nil {
+		q.settings.counts.failedOver()
 		q.log.Warn("the queue has another primary", "queueRedis", q.address.text, "primary", named.address, "before", q.primary.address)
 		_ = q.primary.close()
 	}

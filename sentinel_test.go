@@ -56,6 +56,9 @@ func TestSentinelFailover(t *testing.T) {
 			if reply, err := f.webhook.semaphores.heartbeat(context.Background(), f.held, f.holders[0]); reply || err != nil {
 				t.Errorf("a heartbeat after it: %t, %v", reply, err)
 			}
+			if f.webhook.scrape(t)[metricsPrefix+"failovers_total"] < 1 {
+				t.Error("the failover is not in the metrics")
+			}
 		})
 	}
 }

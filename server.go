@@ -51,7 +51,10 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	}
 	defer healthListener.Close()
 
+	c.redis.counts = new(redisCounts)
 	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log)
+	s.metrics = newMetrics(c.redis.counts)
+	s.metrics.watchCertificate(cert)
 	w := &webhook{admitter: admitter{c, s}, log: log, stopping: ctx.Done()}
 	admissions, endAdmissions := context.WithCancelCause(context.Background())
 	defer endAdmissions(nil)
@@ -132,6 +135,7 @@ func (w *webhook) healthRoutes() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(rw http.ResponseWriter, _ *http.Request) { fmt.Fprintln(rw, "ok") })
 	mux.HandleFunc("GET /readyz", w.ready)
+	mux.Handle("GET /metrics", w.semaphores.metrics.handler(w.log))
 	return mux
 }
 
@@ -165,6 +169,7 @@ func (w *webhook) mutate(rw http.ResponseWriter, r *http.Request) {
 		d, err = w.decide(ctx, request)
 	}
 	if err == nil {
+		d.audit()
 		err = deliver(ctx, rw, d.response)
 		if err != nil && d.verdict != "" {
 			d.verdict = verdictUndeliverable
@@ -175,7 +180,14 @@ func (w *webhook) mutate(rw http.ResponseWriter, r *http.Request) {
 	if err != nil && d.token != "" {
 		w.semaphores.giveBackLater(d.semaphore, d.token)
 	}
-	w.logAdmission(r, d, err, time.Since(start))
+	if d.verdict == "" && err != nil {
+		d.verdict = verdictBadRequest
+	}
+	took := time.Since(start)
+	if d.verdict != "" {
+		w.semaphores.metrics.admission(d.verdict, took)
+	}
+	w.logAdmission(r, d, err, took)
 }
 
 // refuse answers a request on which nothing was decided.
@@ -202,18 +214,18 @@ func (w *webhook) logAdmission(r *http.Request, d decision, err error, took time
 		level = slog.LevelError
 	}
 	attrs := []slog.Attr{slog.Float64("durationMs", float64(took.Microseconds())/1000)}
-	switch {
-	case d.verdict != "":
+	switch d.verdict {
+	case "":
+		return
+	case verdictBadRequest:
+		level = slog.LevelWarn
+		attrs = append(attrs, slog.String("remote", r.RemoteAddr), slog.String("verdict", d.verdict))
+	default:
 		attrs = append(attrs, slog.String("namespace", d.semaphore.namespace), slog.String("key", d.semaphore.key),
 			slog.String("pod", d.pod), slog.String("verdict", d.verdict), slog.String("token", d.token))
 		if d.response.Result != nil {
 			attrs = append(attrs, slog.String("message", d.response.Result.Message))
 		}
-	case err != nil:
-		level = slog.LevelWarn
-		attrs = append(attrs, slog.String("remote", r.RemoteAddr), slog.String("verdict", "bad request"))
-	default:
-		return
 	}
 	if err != nil {
 		attrs = append(attrs, slog.String("error", err.Error()))

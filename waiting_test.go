@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"slices"
 	"strings"
@@ -89,7 +90,7 @@ func TestWarningsOfWaiting(t *testing.T) {
 			t.Errorf("%s: answered %+v", value, a)
 		}
 	}
-	for _, w := range []string{warningWaits, warningJobWaits, warningJob, warningNotCompleting} {
+	for _, w := range []string{warningWaits, warningJobWaits, warningJob, warningNotCompleting, warningStatic, fmt.Sprintf(warningGrace, 9, giveBackSeconds)} {
 		if len(w) > 120 {
 			t.Errorf("%d characters: %s", len(w), w)
 		}

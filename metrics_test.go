@@ -1,0 +1,158 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// samples are the metrics of a scrape, by name and labels as they stand there.
+type samples map[string]float64
+
+// scrape scrapes the webhook. It checks what promtool has to say of it.
+func (w *testWebhook) scrape(t *testing.T) samples {
+	t.Helper()
+	rec := httptest.NewRecorder()
+	w.healthRoutes().ServeHTTP(rec, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	if rec.Code != http.StatusOK {
+		t.Fatalf("%d %s", rec.Code, rec.Body)
+	}
+	text := rec.Body.String()
+	check := exec.Command("promtool", "check", "metrics")
+	check.Stdin = strings.NewReader(text)
+	if out, err := check.CombinedOutput(); err != nil || len(out) > 0 {
+		t.Errorf("promtool check metrics: %v: %s", err, out)
+	}
+	all := samples{}
+	for lines := bufio.NewScanner(strings.NewReader(text)); lines.Scan(); {
+		line := lines.Text()
+		if strings.HasPrefix(line, "#") {
+			continue
+		}
+		at := strings.LastIndexByte(line, ' ')
+		value, err := strconv.ParseFloat(line[at+1:], 64)
+		if err != nil {
+			t.Fatalf("%q: %v", line, err)
+		}
+		all[line[:at]] = value
+	}
+	return all
+}
+
+// watchCertificate adds the certificate of a folder to the metrics.
+func (w *testWebhook) watchCertificate(t *testing.T, dir string) *certificate {
+	t.Helper()
+	cert, err := loadCertificate(dir, slog.New(slog.DiscardHandler))
+	must(t, err)
+	w.semaphores.metrics.watchCertificate(cert)
+	return cert
+}
+
+// want checks samples, the names of which are given without their prefix.
+func (s samples) want(t *testing.T, want map[string]float64) {
+	t.Helper()
+	for name, value := range want {
+		if got, ok := s[metricsPrefix+name]; !ok || got != value {
+			t.Errorf("%s is %v (there: %t), want %v", name, got, ok, value)
+		}
+	}
+}
+
+func TestMetrics(t *testing.T) {
+	forOneServer(t)
+	r := startRedis(t)
+	w := startWebhook(t, testConfig(r.address))
+	dir := t.TempDir()
+	writeCertificate(t, dir, 1)
+	cert := w.watchCertificate(t, dir)
+	before := w.scrape(t)
+	before.want(t, map[string]float64{
+		`admission_duration_seconds_count{verdict="admitted"}`: 0,
+		`redis_errors_total{kind="READONLY"}`:                  0,
+		`failovers_total`:                                      0,
+		`redis_connections`:                                    0,
+		`certificate_expiry_timestamp_seconds`:                 float64(cert.current.Load().Leaf.NotAfter.Unix()),
+	})
+
+	id := freshID()
+	w.wantAdmitted(t, id, 2)
+	w.wantAdmitted(t, id, 2)
+	w.wantFull(t, id, 2, 2)
+	w.admit(t, review(t, id, -1))
+	if status, text, err := w.post(t.Context(), []byte("{"), ""); err != nil || status != http.StatusBadRequest {
+		t.Errorf("%d %s, %v", status, text, err)
+	}
+	eventually(t, 5*time.Second, func() error { // the lock is freed in the background
+		if n := w.scrape(t)[metricsPrefix+"lock_held_seconds_count"]; n != 1 {
+			return fmt.Errorf("%v locks were freed", n)
+		}
+		return nil
+	})
+	w.scrape(t).want(t, map[string]float64{
+		`admission_duration_seconds_count{verdict="admitted"}`:    2,
+		`admission_duration_seconds_count{verdict="full"}`:        1,
+		`admission_duration_seconds_count{verdict="invalid"}`:     1,
+		`admission_duration_seconds_count{verdict="bad request"}`: 1,
+		`script_duration_seconds_count{script="acquire"}`:         5, // one learns the clock of Redis, and one that tokens are missing
+		`script_duration_seconds_count{script="maintain"}`:        1,
+		`lock_attempts_total{outcome="taken"}`:                    1,
+		`lock_attempts_total{outcome="failed"}`:                   0,
+		`repaired_tokens_total{action="refilled"}`:                2,
+		`repaired_tokens_total{action="reclaimed"}`:               0,
+		`redis_connections`:                                       2, // the queue's and the lock's
+	})
+
+	// Stale tokens are reclaimed.
+	for _, token := range r.inflight(t, id) {
+		r.do(t, "ZADD", id.inflightKey(), 1, token)
+	}
+	r.askedLongAgo(t, id)
+	w.wantAdmitted(t, id, 2)
+	w.scrape(t).want(t, map[string]float64{`repaired_tokens_total{action="reclaimed"}`: 2})
+
+	// What Redis answers is counted by its kind.
+	r.do(t, "REPLICAOF", "127.0.0.1", "1")
+	if status, text, err := w.post(t.Context(), review(t, freshID(), 2), "1s"); err != nil || status != http.StatusInternalServerError {
+		t.Errorf("%d %s, %v", status, text, err)
+	}
+	r.do(t, "REPLICAOF", "NO", "ONE")
+	after := w.scrape(t)
+	if n := after[metricsPrefix+`redis_errors_total{kind="READONLY"}`]; n < 1 {
+		t.Errorf("READONLY was counted %v times", n)
+	}
+	after.want(t, map[string]float64{`admission_duration_seconds_count{verdict="failed"}`: 1})
+}
+
+// Each kind of error is told from the others, and no kind is made up.
+func TestKindsOfErrors(t *testing.T) {
+	r := startRedis(t)
+	s := testSemaphores(t, r.address)
+	r.do(t, "ACL", "SETUSER", "default", "-zadd")
+	_, err := s.heartbeat(t.Context(), freshID(), "token")
+	if kind := kindOfError(err); err == nil || kind != "NOPERM" {
+		t.Errorf("%v is a %s", err, kind)
+	}
+	r.do(t, "ACL", "SETUSER", "default", "+zadd")
+	r.stop()
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	_, err = s.heartbeat(ctx, freshID(), "token")
+	if kind := kindOfError(err); err == nil || kind != kindUnreached {
+		t.Errorf("%v is a %s", err, kind)
+	}
+	if kind := kindOfError(fmt.Errorf("x: %w", errUnanswered)); kind != kindUnanswered {
+		t.Errorf("a %s", kind)
+	}
+	if kind := kindOfError(fmt.Errorf("whatever")); kind != kindOther || !slices.Contains(errorKinds, kind) {
+		t.Errorf("a %s", kind)
+	}
+}
