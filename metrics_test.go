@@ -120,14 +120,14 @@ func TestMetrics(t *testing.T) {
 	w.scrape(t).want(t, map[string]float64{`repaired_tokens_total{action="reclaimed"}`: 2})
 
 	// What Redis answers is counted by its kind.
-	r.do(t, "REPLICAOF", "127.0.0.1", "1")
+	r.do(t, "CONFIG", "SET", "min-replicas-to-write", 1)
 	if status, text, err := w.post(t.Context(), review(t, freshID(), 2), "1s"); err != nil || status != http.StatusInternalServerError {
 		t.Errorf("%d %s, %v", status, text, err)
 	}
-	r.do(t, "REPLICAOF", "NO", "ONE")
+	r.do(t, "CONFIG", "SET", "min-replicas-to-write", 0)
 	after := w.scrape(t)
-	if n := after[metricsPrefix+`redis_errors_total{kind="READONLY"}`]; n < 1 {
-		t.Errorf("READONLY was counted %v times", n)
+	if n := after[metricsPrefix+`redis_errors_total{kind="NOREPLICAS"}`]; n < 1 {
+		t.Errorf("NOREPLICAS was counted %v times", n)
 	}
 	after.want(t, map[string]float64{`admission_duration_seconds_count{verdict="failed"}`: 1})
 }
