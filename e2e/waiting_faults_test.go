@@ -41,9 +41,7 @@ func TestWaitingSidecarKilled(t *testing.T) {
 	n.wantRunning("first")
 	n.wantHolders("killed", waiters[0])
 	n.wantWaiters("killed", waiters[1])
-	if got := podsOf(d.shifts()); len(got) != 2 {
-		t.Errorf("started: %v", got)
-	}
+	d.wantStarts(10*time.Second, 2)
 	d.wantNeverMoreThan(1)
 }
 
@@ -65,10 +63,8 @@ func TestTokenLostBeforeTheStart(t *testing.T) {
 	n.wantRunning("next")
 	n.kubectl("delete", "pod", "next")
 	n.wantRunning("late")
+	d.wantStarts(10*time.Second, 2)
 	d.wantNeverMoreThan(1)
-	if got := podsOf(d.shifts()); len(got) != 2 {
-		t.Errorf("started: %v", got)
-	}
 }
 
 // Of a pod that holds a token all processes are killed while its kubelet is stopped, as when a node is lost: the first in line

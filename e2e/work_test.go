@@ -115,6 +115,18 @@ func (d *diary) wantStarted(within time.Duration, pod string) {
 	})
 }
 
+// wantStarts waits until so many apps have noted their starts.
+func (d *diary) wantStarts(within time.Duration, starts int) {
+	d.Helper()
+	eventually(d.T, within, func() error {
+		shifts, err := d.read()
+		if err == nil && len(shifts) != starts {
+			err = fmt.Errorf("started: %v, want %d", podsOf(shifts), starts)
+		}
+		return err
+	})
+}
+
 // wantNeverMoreThan checks how many apps were at work at once.
 func (d *diary) wantNeverMoreThan(most int) {
 	d.Helper()
@@ -290,13 +302,7 @@ func (d *diary) handOver(times, inLine int) (wholes []time.Duration) {
 		})
 		told := uptime(d.T)
 		d.kubectl("delete", "pod", d.shifts()[i].pod, "--wait=false")
-		eventually(d.T, time.Minute, func() error {
-			shifts, err := d.read()
-			if err == nil && len(shifts) != i+2 {
-				err = fmt.Errorf("started: %v", podsOf(shifts))
-			}
-			return err
-		})
+		d.wantStarts(time.Minute, i+2)
 		wholes = append(wholes, d.shifts()[i+1].start-told)
 		create()
 	}
