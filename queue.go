@@ -39,6 +39,9 @@ type queue interface {
 // newQueue makes the queue of an address. maxIdle is how many idle connections are kept to each server; a process that keeps
 // several looks every second whether a Sentinel group has another primary by now.
 func newQueue(address queueAddress, settings redisSettings, maxIdle int, log *slog.Logger) queue {
+	if address.kind != queueServerAlone { // whose name a provider may move to another address at any time
+		settings.resolver = newResolver()
+	}
 	switch address.kind {
 	case queueSentinel:
 		return newSentinelQueue(address, settings, maxIdle, log)

@@ -28,11 +28,12 @@ type redisSettings struct {
 	sentinelUsername, sentinelPassword string // the same for the Sentinels
 	caFile                             string // PEM certificates to trust for rediss://; empty for those of the system
 	counts                             *redisCounts
+	resolver                           *resolver // nil: each dial asks DNS
 }
 
 // ofSentinels are the settings for connections to Sentinels.
 func (s redisSettings) ofSentinels() redisSettings {
-	return redisSettings{username: s.sentinelUsername, password: s.sentinelPassword, caFile: s.caFile, counts: s.counts}
+	return redisSettings{username: s.sentinelUsername, password: s.sentinelPassword, caFile: s.caFile, counts: s.counts, resolver: s.resolver}
 }
 
 // redisPool keeps connections to one server for minutes. There is no limit to the connections in use: a hung server must not
@@ -98,11 +99,11 @@ type contextConn interface {
 func dialRedis(ctx context.Context, address string, settings redisSettings, readTimeout time.Duration) (*redisConn, error) {
 	var tcp syscall.Conn
 	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
-		dialer := net.Dialer{
+		dialer := &net.Dialer{
 			Timeout:         redisConnectTimeout,
 			KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3},
 		}
-		c, err := dialer.DialContext(ctx, network, address)
+		c, err := settings.resolver.dial(ctx, dialer, network, address)
 		if err != nil {
 			return nil, err
 		}

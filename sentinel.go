@@ -2,12 +2,10 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -38,17 +36,16 @@ type sentinelQueue struct {
 	lookups   *lookups
 
 	mu      sync.Mutex
-	found   map[string]string // addresses at which Sentinels have answered
-	primary *queueServer      // nil: not known yet
-	epoch   int               // of the Sentinel that named it
-	doubted bool              // a command has failed since it was known to be one
-	checked time.Time         // when it was last found to be one
-	asked   time.Time         // when the Sentinels were asked last
-	warned  time.Time         // when it was logged that no Sentinel answers
+	primary *queueServer // nil: not known yet
+	epoch   int          // of the Sentinel that named it
+	doubted bool         // a command has failed since it was known to be one
+	checked time.Time    // when it was last found to be one
+	asked   time.Time    // when the Sentinels were asked last
+	warned  time.Time    // when it was logged that no Sentinel answers
 }
 
 func newSentinelQueue(address queueAddress, settings redisSettings, maxIdle int, log *slog.Logger) *sentinelQueue {
-	q := &sentinelQueue{address: address, settings: settings, maxIdle: maxIdle, watchful: maxIdle > 1, log: log, found: map[string]string{}}
+	q := &sentinelQueue{address: address, settings: settings, maxIdle: maxIdle, watchful: maxIdle > 1, log: log}
 	q.lookups = newLookups(q.look)
 	return q
 }
@@ -171,7 +168,7 @@ func (q *sentinelQueue) askOne(ctx context.Context, sentinel string) (a sentinel
 			err = fmt.Errorf("asking Sentinel %s: %w", sentinel, err)
 		}
 	}()
-	conn, err := q.dial(ctx, sentinel)
+	conn, err := dialRedis(ctx, sentinel, q.settings.ofSentinels(), askAgain)
 	if err != nil {
 		return a, err
 	}
@@ -193,37 +190,6 @@ func (q *sentinelQueue) askOne(ctx context.Context, sentinel string) (a sentinel
 	}
 	a.address = q.address.scheme() + net.JoinHostPort(named[0], named[1])
 	return a, nil
-}
-
-// dial connects to a Sentinel where it was found last, or by its name: DNS may be slow just when a node is lost.
-func (q *sentinelQueue) dial(ctx context.Context, sentinel string) (*redisConn, error) {
-	q.mu.Lock()
-	found := q.found[sentinel]
-	delete(q.found, sentinel)
-	q.mu.Unlock()
-	var conn *redisConn
-	err := errors.New("not found yet")
-	if found != "" {
-		conn, err = dialRedis(ctx, found, q.settings.ofSentinels(), askAgain)
-	}
-	if err != nil {
-		conn, err = dialRedis(ctx, sentinel, q.settings.ofSentinels(), askAgain)
-	}
-	if tcp, ok := q.plain(conn, sentinel); err == nil && ok {
-		q.mu.Lock()
-		q.found[sentinel] = tcp.RemoteAddr().String()
-		q.mu.Unlock()
-	}
-	return conn, err
-}
-
-// plain is a connection that is not checked against the name of its server.
-func (q *sentinelQueue) plain(conn *redisConn, sentinel string) (hardConn, bool) {
-	if conn == nil || strings.HasPrefix(sentinel, "rediss://") {
-		return hardConn{}, false
-	}
-	tcp, ok := conn.tcp.(hardConn)
-	return tcp, ok
 }
 
 // warn logs that no Sentinel answers, now and then.

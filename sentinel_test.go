@@ -234,3 +234,21 @@ func TestSentinelUsers(t *testing.T) {
 	}
 	must(t, beat())
 }
+
+// DNS that answers once, and later than the Sentinels are waited for, and then no more, does not hide them, or another primary.
+func TestSentinelsBehindSlowDNS(t *testing.T) {
+	t.Parallel()
+	g := startSentinelGroup(t)
+	s := semaphoresOf(t, groupConfig(t, strings.ReplaceAll(g.address(), "127.0.0.1", "sentinel.test")))
+	r, _, answer := testResolver(t)
+	s.queue.(*sentinelQueue).settings.resolver = r
+	go func() {
+		_ = sleep(t.Context(), 2*askAgain)
+		answer <- dnsAnswer{addresses: []string{"127.0.0.1"}}
+	}()
+	id := freshID()
+	acquire(t, s, id, maxLength)
+	r.doubt("sentinel.test")
+	g.servers[0].kill(t)
+	acquire(t, s, id, maxLength)
+}
