@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -82,11 +83,21 @@ func must(t *testing.T, err error) {
 // freeAddress is an address on which nothing listens.
 func freeAddress(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
-	defer l.Close()
-	return l.Addr().String()
+	for {
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10000+lastPort.Add(1)%20000))
+		if err == nil {
+			defer l.Close()
+			return l.Addr().String()
+		}
+	}
 }
+
+// lastPort counts up, so that nobody gets the port that another was given; and none that the system takes for connections.
+var lastPort = func() *atomic.Int64 {
+	n := new(atomic.Int64)
+	n.Store(int64(os.Getpid()) * 1009)
+	return n
+}()
 
 // child is a server that a test has started.
 type child struct{ cmd *exec.Cmd }
