@@ -36,6 +36,7 @@ type question struct {
 	token   string // the name that the token gets; nobody else ever uses it, so that asking again is safe
 	length  int
 	arrival string // empty: does not wait; joinLine: joins the line; else what it was told when it asked before
+	pod     podName
 }
 
 // joinLine is the arrival of a waiter that joins the line now.
@@ -46,11 +47,13 @@ func (q question) newcomer() bool { return q.arrival == "" || q.arrival == joinL
 
 // answer is what the acquire script says.
 type answer struct {
+	agreed  int // with acquireTaken: the greatest length that was asked for lately by others, or 0
 	status  int // acquireTaken, acquireRepair or acquireFull
 	stale   int // with acquireRepair: how many tokens are stale; if none, some are missing
 	inUse   int // with acquireFull, as all below
 	waiters int
 	doubt   time.Duration // if not zero: Redis was away, and knows only after that time which holders or waiters are gone
+	holders []holder      // some of those who have the tokens
 	place   place         // of a waiter
 }
 
@@ -65,7 +68,7 @@ type place struct {
 
 // ask runs the acquire script once.
 func (s *semaphores) ask(ctx context.Context, id semaphoreID, q question) (answer, error) {
-	status, rest, err := s.run(ctx, acquireScript, id, q.length, q.token, q.arrival)
+	status, rest, err := s.run(ctx, acquireScript, id, q.length, q.token, q.arrival, q.pod)
 	if err != nil {
 		return answer{}, fmt.Errorf("acquire %s: %w", id, err)
 	}
@@ -80,11 +83,16 @@ func parseAnswer(status int, rest []any) (a answer, err error) {
 	a.status = status
 	switch status {
 	case acquireTaken:
+		_, err = redis.Scan(rest, &a.agreed)
 	case acquireRepair:
 		_, err = redis.Scan(rest, &a.stale)
 	case acquireFull:
 		var doubt, waited, staleIn, reachable int
-		rest, err = redis.Scan(rest, &a.inUse, &a.waiters, &doubt)
+		var holders []any
+		rest, err = redis.Scan(rest, &a.inUse, &a.waiters, &doubt, &holders)
+		if err == nil {
+			a.holders, err = parseHolders(holders)
+		}
 		if err == nil && len(rest) > 0 {
 			_, err = redis.Scan(rest, &a.place.position, &a.place.arrival, &waited, &staleIn, &reachable)
 		}
@@ -101,17 +109,18 @@ func parseAnswer(status int, rest []any) (a answer, err error) {
 type fullError struct {
 	id                     semaphoreID
 	inUse, length, waiters int
+	holders                []holder
 }
 
 func (e *fullError) Error() string {
 	return fmt.Sprintf("all tokens of %s are in use, or kept for its line", e.id)
 }
 
-// acquire takes a token for a pod that does not wait, and repairs the semaphore before, where needed, under a lock that may be
+// acquire takes a token for a pod, if it has a name, that does not wait, and repairs the semaphore before, where needed, under a lock that may be
 // held for expiration. Its errors are *fullError, or that Redis or the lock servers are out of reach, or ctx's. With an error, no
-// token is held, or it is given back in the background.
-func (s *semaphores) acquire(ctx context.Context, id semaphoreID, length int, expiration time.Duration) (string, error) {
-	q := question{token: uuid.NewString(), length: length}
+// token is held, or it is given back in the background. agreed is the greatest length that others asked for lately, or 0.
+func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, length int, expiration time.Duration) (token string, agreed int, err error) {
+	q := question{token: uuid.NewString(), length: length, pod: pod}
 	var lockFailing time.Time // since when
 	var last error            // why the repair is not done yet
 	retry := newBackoff(50*time.Millisecond, 500*time.Millisecond)
@@ -125,9 +134,9 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, length int, ex
 			if last != nil && !hasTime(ctx) { // tells more
 				err = fmt.Errorf("%w (%w)", last, cmp.Or(context.Cause(ctx), context.DeadlineExceeded))
 			}
-			return "", err
+			return "", 0, err
 		case a.status == acquireTaken:
-			return q.token, nil
+			return q.token, a.agreed, nil
 		case a.status == acquireFull:
 			if a.doubt > 0 {
 				s.watch(id, length, expiration, a.doubt)
@@ -135,7 +144,7 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, length int, ex
 			if s.straying() > 0 { // it may still take a token
 				s.giveBackLater(id, q.token)
 			}
-			return "", &fullError{id, a.inUse, length, a.waiters}
+			return "", 0, &fullError{id, a.inUse, length, a.waiters, a.holders}
 		}
 		start := time.Now()
 		err = s.repair(ctx, id, length, expiration, true)
@@ -148,7 +157,7 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, length int, ex
 			if last == nil || !errors.Is(err, ctx.Err()) {
 				last = err
 			}
-			return "", fmt.Errorf("%w (%w)", last, context.Cause(ctx))
+			return "", 0, fmt.Errorf("%w (%w)", last, context.Cause(ctx))
 		case errors.Is(err, errLockTaken): // somebody else is doing our work
 			last, wait = err, lockRetryLeast+rand.N(lockRetryMost-lockRetryLeast)
 		case errors.As(err, &unlocked): // the lock servers may be back in a moment
@@ -156,14 +165,14 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, length int, ex
 				lockFailing = start
 			}
 			if time.Since(lockFailing) > lockPatience {
-				return "", err
+				return "", 0, err
 			}
 			last, wait = err, retry.next()
 		default:
-			return "", err
+			return "", 0, err
 		}
 		if sleep(ctx, wait) != nil {
-			return "", fmt.Errorf("%w (%w)", last, context.Cause(ctx))
+			return "", 0, fmt.Errorf("%w (%w)", last, context.Cause(ctx))
 		}
 	}
 }

@@ -169,6 +169,7 @@ const (
 	warningJobWaits      = "the pods of this Job may wait in Init:1/2 for a token of their semaphore; their sidecars' logs say where they stand"
 	warningNotCompleting = "this pod will not complete: its semaphore sidecar is a classic container, which runs until the pod is deleted"
 	warningGrace         = "terminationGracePeriodSeconds is %d: a sidecar that does not reach Redis at once wants %d s to give the token back"
+	warningLength        = "this pod says that its semaphore has the length %d, others said %d lately: each gets tokens by its own"
 	warningStatic        = "a static pod gets no semaphore sidecar and no token: its semaphore does not count it"
 	warningJob           = "this Job will not complete: its pods' semaphore sidecar is a classic container, which runs until they are deleted"
 )
@@ -238,7 +239,8 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 		d.verdict = verdictDryRun
 		return d, d.admit(a.config, p, spec, uuid.Nil.String())
 	}
-	d.token, err = a.semaphores.acquire(ctx, d.semaphore, spec.length, spec.expiration)
+	var agreed int
+	d.token, agreed, err = a.semaphores.acquire(ctx, d.semaphore, newPodName(p.name(), ""), spec.length, spec.expiration)
 	var full *fullError
 	if errors.As(err, &full) {
 		d.verdict = verdictFull
@@ -250,14 +252,20 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 		return d, err
 	}
 	d.verdict = verdictAdmitted
+	if agreed != 0 && agreed != spec.length {
+		d.response.Warnings = append(d.response.Warnings, fmt.Sprintf(warningLength, spec.length, agreed))
+	}
 	return d, d.admit(a.config, p, spec, d.token)
 }
 
 // refusal is the message to a user whose pod gets no token.
 func refusal(e *fullError) string {
 	text := fmt.Sprintf("no semaphore available: %s has %d of %d tokens in use", e.id, e.inUse, e.length)
+	if by := byHolders(e.holders, e.inUse); by != "" {
+		text += ", " + by
+	}
 	if e.waiters > 0 {
-		text += fmt.Sprintf(", and %d waiting in line", e.waiters)
+		text += fmt.Sprintf("; %d waiting in line", e.waiters)
 	}
 	return text
 }

@@ -331,6 +331,15 @@ func (m startMark) isSet() bool {
 	return err == nil
 }
 
+// setAt is when a mark that is set was.
+func (m startMark) setAt() time.Time {
+	info, err := os.Stat(m.path)
+	if err != nil {
+		return time.Now()
+	}
+	return info.ModTime()
+}
+
 func (m startMark) set(log *slog.Logger) {
 	if err := os.WriteFile(m.path, nil, 0o600); err != nil {
 		log.Warn("should this sidecar be killed and its token be reclaimed, it will have to wait in line again", "error", err.Error())

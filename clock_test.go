@@ -74,7 +74,7 @@ func TestClockOfRedisIsLearnedAnew(t *testing.T) {
 	clock := &serverOf(t, s, id).clock
 	for _, ahead := range []time.Duration{10 * time.Minute, -10 * time.Minute, -30 * time.Second} {
 		clock.observe(clock.at(time.Now()) + ahead.Microseconds())
-		if _, err := s.heartbeat(context.Background(), id, token); err != nil {
+		if _, err := s.heartbeat(context.Background(), id, token, "", 0); err != nil {
 			t.Errorf("an estimate that is %s ahead: %v", ahead, err)
 		}
 		if off := time.Duration(clock.at(time.Now())-int64(r.now(t))*1e6) * time.Microsecond; off < -time.Second || off > 2*time.Second {

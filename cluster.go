@@ -81,6 +81,23 @@ func (q *clusterQueue) find(ctx context.Context, id semaphoreID) (*queueServer, 
 	return server, nil
 }
 
+// primaries implements queue.
+func (q *clusterQueue) primaries(ctx context.Context) ([]*queueServer, error) {
+	if _, err := q.find(ctx, semaphoreID{}); err != nil && !errors.Is(err, errUnreached) {
+		return nil, err
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.ranges) == 0 {
+		return nil, fmt.Errorf("queue Redis %s: %w", q.address, errUnreached)
+	}
+	masters := map[string]*queueServer{}
+	for _, r := range q.ranges {
+		masters[r.address] = q.serverLocked(r.address)
+	}
+	return slices.Collect(maps.Values(masters)), nil
+}
+
 // known returns the server of a slot, if it is known, and whether it need not be looked up first.
 func (q *clusterQueue) known(slot int) (server *queueServer, certain bool) {
 	q.mu.Lock()

@@ -103,7 +103,7 @@ func TestClusterSlotHalfMoved(t *testing.T) {
 	}
 	done := make(chan error, 1)
 	ask := func() {
-		token, err := s.acquire(context.Background(), id, 3, time.Second)
+		token, _, err := s.acquire(context.Background(), id, "", 3, time.Second)
 		tokens = append(tokens, token)
 		done <- err
 	}
@@ -140,7 +140,7 @@ func TestClusterSlotMoving(t *testing.T) {
 	// A pod of length 1 waits while others of length 3 come and go: all keys are there.
 	holder := acquire(t, s, id, 3)
 	gone := acquire(t, s, id, 3)
-	if a, err := s.ask(t.Context(), id, question{uuid.NewString(), 1, joinLine}); err != nil || a.status != acquireFull {
+	if a, err := s.ask(t.Context(), id, question{uuid.NewString(), 1, joinLine, ""}); err != nil || a.status != acquireFull {
 		t.Fatalf("got %+v, %v", a, err)
 	}
 	giveBack(t, s, id, gone)
@@ -163,7 +163,7 @@ func TestClusterSlotMoving(t *testing.T) {
 			fresh.queue.(*clusterQueue).doubted[from.address] = true
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
-		if _, err := fresh.heartbeat(ctx, id, holder); err == nil || !strings.Contains(err.Error(), "NOPERM") {
+		if _, err := fresh.heartbeat(ctx, id, holder, "", 0); err == nil || !strings.Contains(err.Error(), "NOPERM") {
 			t.Errorf("without %s: %v", rule, err)
 		}
 		cancel()
@@ -176,7 +176,7 @@ func TestClusterSlotMoving(t *testing.T) {
 		n.do(t, "CLUSTER", "SETSLOT", id.slot(), "NODE", name(to))
 	}
 	to.wantInflight(t, id, holder, taken)
-	if _, err := s.heartbeat(t.Context(), id, taken); err != nil {
+	if _, err := s.heartbeat(t.Context(), id, taken, "", 0); err != nil {
 		t.Error(err)
 	}
 }

@@ -66,6 +66,7 @@ type sidecarConfig struct {
 	length                 int // zero: the pod runs already, there is nothing to wait for
 	expiration             time.Duration
 	podUID                 string // empty outside of a pod: there is nothing to hold back
+	pod                    podName
 }
 
 // parseWebhookConfig reads the webhook's command line. Its errors are *usageError and *helpRequest.
@@ -81,15 +82,14 @@ func parseSidecarConfig(args []string, getenv func(string) string) (c sidecarCon
 }
 
 func (c *sharedConfig) declareFlags(f *flags, getenv func(string) string) {
+	c.declareQueueFlags(f, getenv)
+	c.declareLockFlags(f, getenv)
+}
+
+// declareQueueFlags declares what is to be known of the queue.
+func (c *sharedConfig) declareQueueFlags(f *flags, getenv func(string) string) {
 	c.redis.username, c.redis.password = getenv("REDIS_USERNAME"), getenv("REDIS_PASSWORD")
 	c.redis.sentinelUsername, c.redis.sentinelPassword = getenv("REDIS_SENTINEL_USERNAME"), getenv("REDIS_SENTINEL_PASSWORD")
-	c.etcd.username, c.etcd.password = getenv("ETCD_USERNAME"), getenv("ETCD_PASSWORD")
-	declare(f, &c.lockMode, readChoice(lockModeRedlock, lockModeEtcd), "lock-mode", lockModeRedlock,
-		"lock that guards repairs: `redlock|etcd`")
-	declare(f, &c.redisAddresses, readAddresses("redis://", "rediss://"), "redis-addresses", "127.0.0.1:6379",
-		"Redis servers of the redlock, as `HOST:PORT,...`; rediss://HOST:PORT for TLS")
-	declare(f, &c.etcdAddresses, readAddresses("http://", "https://"), "etcd-addresses", "127.0.0.1:2379",
-		"etcd servers of the etcd lock, as `HOST:PORT,...`; https://HOST:PORT, or one of the --etcd files, for TLS")
 	declare(f, &c.queueRedisAddress, readQueueAddress, "queue-redis-address", "127.0.0.1:6379",
 		"Redis that holds the tokens: `HOST:PORT`, or "+sentinelExample+", or "+clusterExample+"; rediss in place of redis for TLS")
 	declare(f, &c.heartbeatInterval, readSeconds(1, 3600), "heartbeat-interval-seconds", "30",
@@ -98,6 +98,17 @@ func (c *sharedConfig) declareFlags(f *flags, getenv func(string) string) {
 		"`SECONDS` without a heartbeat after which a token is reclaimed; at least twice the interval")
 	declare(f, &c.redis.caFile, readCAFile, "redis-ca-file", "",
 		"`FILE` of the PEM certificates to trust for rediss://; none for those of the system")
+}
+
+// declareLockFlags declares what is to be known of the lock.
+func (c *sharedConfig) declareLockFlags(f *flags, getenv func(string) string) {
+	c.etcd.username, c.etcd.password = getenv("ETCD_USERNAME"), getenv("ETCD_PASSWORD")
+	declare(f, &c.lockMode, readChoice(lockModeRedlock, lockModeEtcd), "lock-mode", lockModeRedlock,
+		"lock that guards repairs: `redlock|etcd`")
+	declare(f, &c.redisAddresses, readAddresses("redis://", "rediss://"), "redis-addresses", "127.0.0.1:6379",
+		"Redis servers of the redlock, as `HOST:PORT,...`; rediss://HOST:PORT for TLS")
+	declare(f, &c.etcdAddresses, readAddresses("http://", "https://"), "etcd-addresses", "127.0.0.1:2379",
+		"etcd servers of the etcd lock, as `HOST:PORT,...`; https://HOST:PORT, or one of the --etcd files, for TLS")
 	declare(f, &c.etcd.caFile, readCAFile, "etcd-ca-file", "",
 		"`FILE` of the PEM certificates to trust for etcd; none for those of the system")
 	declare(f, &c.etcd.certFile, readText, "etcd-cert-file", "", "`FILE` of the PEM client certificate for etcd")
@@ -224,6 +235,7 @@ func (c *webhookConfig) sidecarRedisAddresses() []string {
 func (c *sidecarConfig) declareFlags(f *flags, getenv func(string) string) {
 	c.sharedConfig.declareFlags(f, getenv)
 	c.podUID = getenv("POD_UID")
+	c.pod = newPodName(getenv("POD_NAME"), getenv("NODE_NAME"))
 	declare(f, &c.length, readNumber(1, maxLength), "length", "",
 		"`NUMBER` of tokens of the semaphore: the sidecar waits until it has one, and await ends then. "+
 			"Without it, the token is already taken")

@@ -28,9 +28,15 @@ const (
 // pod whose own security context says root.
 const nobody int64 = 65532
 
-// podUIDVariable gives a container the UID of its pod, by which await and sidecar find each other.
-var podUIDVariable = corev1.EnvVar{
-	Name: "POD_UID", ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: "metadata.uid"}},
+// What a container is told of its pod: the UID, by which await and sidecar find each other, and what people know it by.
+var (
+	podUIDVariable   = fieldVariable("POD_UID", "metadata.uid")
+	podNameVariable  = fieldVariable("POD_NAME", "metadata.name")
+	nodeNameVariable = fieldVariable("NODE_NAME", "spec.nodeName")
+)
+
+func fieldVariable(name, path string) corev1.EnvVar {
+	return corev1.EnvVar{Name: name, ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: path}}}
 }
 
 // injectedContainer is a container that runs this program. It passes PodSecurity "restricted".
@@ -62,6 +68,7 @@ func sidecarContainer(c webhookConfig, resources corev1.ResourceRequirements, id
 		"--queue-redis-address="+c.queueRedisAddress.String(),
 		"--heartbeat-interval-seconds="+strconv.Itoa(seconds(c.heartbeatInterval)),
 		"--stale-threshold-seconds="+strconv.Itoa(seconds(c.staleThreshold)))
+	sidecar.Env = append(sidecar.Env, podNameVariable, nodeNameVariable)
 	var volumes []corev1.Volume
 	if c.sidecarRedisSecret != "" {
 		sidecar.Env = append(sidecar.Env,

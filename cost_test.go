@@ -69,7 +69,7 @@ func TestUnusedSemaphoresExpire(t *testing.T) {
 	wantTTL("held", true)
 	giveBack(t, s, id, token)
 	wantTTL("given back", false)
-	_, err := s.heartbeat(ctx, id, token)
+	_, err := s.heartbeat(ctx, id, token, "", 0)
 	must(t, err)
 	wantTTL("back late", true)
 	giveBack(t, s, id, token)

@@ -120,7 +120,7 @@ func testDemo(t *testing.T, args ...string) string {
 		"web-4  refused: admission webhook", "web-5  admitted",
 		"its sidecar logs: waiting for a token of shop/web: 3 of 3 in use, 2nd in line", "=> queue 0, inflight 3, in line 2",
 		"web-6  await exited with 0", "web-7  still waits, 1st in line\n   => queue 0, inflight 3, in line 1\n",
-		"2 of 3 tokens in use, and 1 waiting in line\n   => queue 1, inflight 2, in line 1", "web-7  await exited with 0",
+		"; 1 waiting in line\n   => queue 1, inflight 2, in line 1", "web-7  await exited with 0",
 		"web-8  sidecar exited with 0\n          its sidecar logged: left the line\n   => queue 0, inflight 3\n"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("no %q in\n%s", want, out)

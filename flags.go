@@ -42,6 +42,25 @@ type flags struct {
 	reads     []func()        // read each flag's text into its field
 	wrong     map[string]bool // flags with a value that is wrong by itself
 	problems  []string
+	operands  []string // what is no flag; flags may stand behind them
+}
+
+// NArg and Arg are those of a flag set whose flags may stand behind the operands.
+func (f *flags) NArg() int        { return len(f.operands) }
+func (f *flags) Arg(i int) string { return f.operands[i] }
+
+// parse reads the texts of the flags, and the operands.
+func (f *flags) parse(args []string) error {
+	for {
+		if err := f.Parse(args); err != nil {
+			return err
+		}
+		rest := f.Args()
+		if len(rest) == 0 {
+			return nil
+		}
+		f.operands, args = append(f.operands, rest[0]), rest[1:]
+	}
 }
 
 // config is a struct of settings.
@@ -56,7 +75,7 @@ func parseFlags(c config, mode, arguments string, args []string, getenv func(str
 	f := &flags{FlagSet: flag.NewFlagSet(mode, flag.ContinueOnError), arguments: arguments, wrong: map[string]bool{}}
 	f.SetOutput(io.Discard)
 	c.declareFlags(f, getenv)
-	switch err := f.Parse(args); {
+	switch err := f.parse(args); {
 	case errors.Is(err, flag.ErrHelp):
 		return &helpRequest{f.help()}
 	case err != nil:
@@ -107,6 +126,13 @@ func (t *flagText) String() string     { return t.text }
 func (t *flagText) Set(s string) error { t.text = s; return nil }
 func (t *flagText) IsBoolFlag() bool   { return t.isBool }
 
+// setDefault gives a flag that was declared another default.
+func (f *flags) setDefault(name, text string) {
+	fl := f.Lookup(name)
+	fl.DefValue = text
+	_ = fl.Value.Set(text) // is not read yet
+}
+
 // problem notes something that is wrong with the command line or the environment.
 func (f *flags) problem(format string, args ...any) {
 	f.problems = append(f.problems, fmt.Sprintf(format, args...))
@@ -117,7 +143,11 @@ func (f *flags) help() string {
 	fmt.Fprintf(&b, "Usage: at-least-semaphore-pod-hook %s %s\n\nFlags:\n", f.Name(), f.arguments)
 	f.VisitAll(func(fl *flag.Flag) {
 		name, text := flag.UnquoteUsage(fl)
-		fmt.Fprintf(&b, "  --%s %s\n        %s", fl.Name, name, text)
+		dashes := "--"
+		if len(fl.Name) == 1 {
+			dashes = "-"
+		}
+		fmt.Fprintf(&b, "  %s%s %s\n        %s", dashes, fl.Name, name, text)
 		if fl.DefValue != "" {
 			fmt.Fprintf(&b, " (default %s)", fl.DefValue)
 		}
@@ -126,10 +156,18 @@ func (f *flags) help() string {
 	b.WriteString("\nEnvironment:\n" +
 		"  REDIS_USERNAME, REDIS_PASSWORD    credentials of all Redis servers; no user name for the default user\n" +
 		"  REDIS_SENTINEL_USERNAME, REDIS_SENTINEL_PASSWORD\n" +
-		"                                    credentials of the Sentinels\n" +
-		"  ETCD_USERNAME, ETCD_PASSWORD      credentials of the etcd servers\n")
+		"                                    credentials of the Sentinels\n")
+	if f.Name() == "status" {
+		b.WriteString("  STATUS_REDIS_USERNAME, STATUS_REDIS_PASSWORD\n" +
+			"                                    in the place of REDIS_USERNAME and REDIS_PASSWORD, if there is a password\n" +
+			"  QUEUE_REDIS_ADDRESS, HEARTBEAT_INTERVAL_SECONDS, STALE_THRESHOLD_SECONDS\n" +
+			"                                    in the place of the flags, as in the webhook's container\n")
+		return b.String()
+	}
+	b.WriteString("  ETCD_USERNAME, ETCD_PASSWORD      credentials of the etcd servers\n")
 	if f.Name() == "sidecar" {
-		b.WriteString("  POD_UID                           the pod's UID, by which its init container finds the sidecar\n")
+		b.WriteString("  POD_UID                           the pod's UID, by which its init container finds the sidecar\n" +
+			"  POD_NAME, NODE_NAME               the pod's name and its node, for those who ask who holds the tokens\n")
 	}
 	return b.String()
 }

@@ -159,7 +159,7 @@ func TestAgeOfAnAnswer(t *testing.T) {
 	p := startFaultyProxy(t, r.address)
 	giveBack(t, s, id, acquire(t, s, id, 1))
 	waiting := semaphoresOf(t, testConfig(p.address))
-	must(t, errOf(waiting.heartbeat(context.Background(), freshID(), "x"))) // Redis's clock is known
+	must(t, errOf(waiting.heartbeat(context.Background(), freshID(), "x", "", 0))) // Redis's clock is known
 	w := newWaiter(waiting, id, 1)
 	p.answers.Lock()
 	done := make(chan time.Time, 1)

@@ -90,7 +90,7 @@ func stand(t *testing.T, r *redisServer, s *semaphores, id semaphoreID, reachabl
 		go func() { _ = (&waiter{semaphores: s, id: id, token: token}).hear(ctx, c) }()
 		<-c.ring
 	}
-	if a, err := s.ask(ctx, id, question{token, 1, joinLine}); err != nil || a.status != acquireFull {
+	if a, err := s.ask(ctx, id, question{token, 1, joinLine, ""}); err != nil || a.status != acquireFull {
 		t.Fatalf("got %+v, %v", a, err)
 	}
 	return token, func() {

@@ -16,8 +16,9 @@ import (
 // process is this program as a process.
 type process struct {
 	*exec.Cmd
-	log  syncBuffer
-	done chan struct{} // closed when it has ended
+	log    syncBuffer // stderr
+	stdout syncBuffer
+	done   chan struct{} // closed when it has ended
 }
 
 // podUIDs are the UIDs of the pods, one for each test, in which its processes are.
@@ -29,7 +30,7 @@ func startProcess(t *testing.T, args ...string) *process {
 	if podUID, ok := podUIDs.Load(t); ok {
 		p.Env = append(os.Environ(), "POD_UID="+podUID.(string))
 	}
-	p.Stderr = &p.log
+	p.Stderr, p.Stdout = &p.log, &p.stdout
 	p.start(t)
 	t.Cleanup(func() {
 		if t.Failed() {

@@ -45,14 +45,14 @@ func maintain(t *testing.T, s *semaphores, id semaphoreID, length int) {
 
 func acquire(t *testing.T, s *semaphores, id semaphoreID, length int) string {
 	t.Helper()
-	token, err := s.acquire(context.Background(), id, length, 10*time.Second)
+	token, _, err := s.acquire(context.Background(), id, "", length, 10*time.Second)
 	must(t, err)
 	return token
 }
 
 func wantFullError(t *testing.T, s *semaphores, id semaphoreID, length, inUse int) {
 	t.Helper()
-	_, err := s.acquire(context.Background(), id, length, 10*time.Second)
+	_, _, err := s.acquire(context.Background(), id, "", length, 10*time.Second)
 	var full *fullError
 	if !errors.As(err, &full) || full.inUse != inUse || full.length != length {
 		t.Fatalf("got %v, want %d of %d in use", err, inUse, length)

@@ -173,7 +173,8 @@ func (f *traffic) admit(ctx context.Context) {
 func (f *traffic) try(id semaphoreID, timeout string) (token string, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), answerWithin(timeout))
 	defer cancel()
-	return f.webhook.semaphores.acquire(ctx, id, maxLength, 10*time.Second)
+	token, _, err = f.webhook.semaphores.acquire(ctx, id, "", maxLength, 10*time.Second)
+	return token, err
 }
 
 // strike does the fault.
@@ -267,7 +268,7 @@ func (f *traffic) wantCounted(t *testing.T) {
 			granted++
 			if !inflight[a.token] {
 				lost++
-				if _, err := f.webhook.semaphores.heartbeat(context.Background(), id, a.token); err != nil {
+				if _, err := f.webhook.semaphores.heartbeat(context.Background(), id, a.token, "", 0); err != nil {
 					t.Error(err)
 				}
 			}

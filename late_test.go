@@ -38,12 +38,12 @@ func TestCommandsAfterTheirDeadline(t *testing.T) {
 		script *redis.Script
 		args   []any
 	}{
-		"acquire":             {acquireScript, []any{3, uuid.NewString(), ""}},
-		"acquire, to wait":    {acquireScript, []any{1, waiter, joinLine}},
-		"acquire of a waiter": {acquireScript, []any{1, waiter, fmt.Sprint(r.now(t), "000000")}},
-		"acquire of a holder": {acquireScript, []any{3, held, ""}},
-		"heartbeat":           {heartbeatScript, []any{held}},
-		"rejoining heartbeat": {heartbeatScript, []any{uuid.NewString()}},
+		"acquire":             {acquireScript, []any{3, uuid.NewString(), "", "pod node"}},
+		"acquire, to wait":    {acquireScript, []any{1, waiter, joinLine, "pod node"}},
+		"acquire of a waiter": {acquireScript, []any{1, waiter, fmt.Sprint(r.now(t), "000000"), "pod node"}},
+		"acquire of a holder": {acquireScript, []any{3, held, "", "pod node"}},
+		"heartbeat":           {heartbeatScript, []any{held, "pod node", 0}},
+		"rejoining heartbeat": {heartbeatScript, []any{uuid.NewString(), "pod node", 0}},
 		"release":             {releaseScript, []any{held}},
 		"maintain":            {maintainScript, []any{4, "1"}},
 	} {
@@ -165,7 +165,7 @@ func TestAbandonedAdmissions(t *testing.T) {
 			}
 			ctx, cancel := context.WithTimeout(context.Background(), timeout)
 			defer cancel()
-			if token, err := w.semaphores.acquire(ctx, id, length, 10*time.Second); err == nil {
+			if token, _, err := w.semaphores.acquire(ctx, id, "", length, 10*time.Second); err == nil {
 				mu.Lock()
 				defer mu.Unlock()
 				got = append(got, token)

@@ -298,7 +298,7 @@ func TestHolderComesBackLate(t *testing.T) {
 				l.holding = append(l.holding, p)
 			}
 			for _, p := range late {
-				rejoined, err := s.heartbeat(context.Background(), id, p.token)
+				rejoined, err := s.heartbeat(context.Background(), id, p.token, "", 0)
 				must(t, err)
 				if !rejoined {
 					t.Fatal("it was not reclaimed")
@@ -307,5 +307,31 @@ func TestHolderComesBackLate(t *testing.T) {
 			l.holding = append(l.holding, late...)
 			l.wantDrained(t)
 		})
+	}
+}
+
+// Whoever says another length than others did lately is warned, within what Kubernetes shows.
+func TestLengthsThatDisagree(t *testing.T) {
+	r := commonRedis(t)
+	w := startWebhook(t, testConfig(r.address))
+	id := freshID()
+	for _, c := range []struct{ length, agreed int }{{9998, 0}, {9999, 9998}, {9999, 0}, {9998, 9999}} {
+		want := []string(nil)
+		if c.agreed != 0 {
+			want = []string{fmt.Sprintf("this pod says that its semaphore has the length %d, others said %d lately: each gets tokens by its own", c.length, c.agreed)}
+		}
+		a := w.admit(t, review(t, id, c.length))
+		if !a.allowed || !slices.Equal(a.warnings, want) {
+			t.Errorf("%d: %+v", c.length, a)
+		}
+		for _, warning := range a.warnings {
+			if len(warning) > 120 {
+				t.Errorf("cut by Kubernetes: %q", warning)
+			}
+		}
+	}
+	r.askedLongAgo(t, id)
+	if a := w.admit(t, review(t, id, 9998)); !a.allowed || a.warnings != nil {
+		t.Errorf("long ago: %+v", a)
 	}
 }

@@ -45,6 +45,7 @@ type waiter struct {
 	semaphores *semaphores
 	id         semaphoreID
 	token      string
+	pod        podName
 	length     int
 	expiration time.Duration
 	say        func(string) // is told what is waited for
@@ -111,7 +112,7 @@ func (w *waiter) newBackoff() *backoff { return newBackoff(250*time.Millisecond,
 func (w *waiter) try(ctx context.Context, arrival string) (asked time.Time, a answer, err error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	q := question{w.token, w.length, arrival}
+	q := question{w.token, w.length, arrival, w.pod}
 	for repaired := false; ; repaired = true {
 		asked = time.Now()
 		a, err = w.semaphores.ask(ctx, w.id, q)
@@ -174,6 +175,9 @@ func (w *waiter) tell(a answer) {
 // waitingText says what a waiter waits for.
 func waitingText(id semaphoreID, length int, a answer) string {
 	text := fmt.Sprintf("waiting for a token of %s: %d of %d in use, %s in line, %s", id, a.inUse, length, ordinal(a.place.position), roughly(a.place.waited))
+	if by := byHolders(a.holders, a.inUse); by != "" {
+		text += "; in use " + by
+	}
 	if a.doubt > 0 {
 		text += fmt.Sprintf("; Redis was away, in %s it is known who is gone", roughly(a.doubt))
 	}

@@ -23,7 +23,7 @@ func TestEmptiedRedisWithALine(t *testing.T) {
 	r.do(t, "DEL", id.queueKey(), id.inflightKey(), id.waitersKey(), id.seenKey(), id.namesKey(), id.stateKey())
 	r.wantLine(t, id, first, second, third)
 	r.wantCounts(t, id, 0, 0)
-	if rejoined, err := s.heartbeat(context.Background(), id, holder); err != nil || !rejoined {
+	if rejoined, err := s.heartbeat(context.Background(), id, holder, "", 0); err != nil || !rejoined {
 		t.Fatalf("rejoined %t, %v", rejoined, err)
 	}
 	giveBack(t, s, id, holder)

@@ -18,9 +18,9 @@ func TestWaitingSidecar(t *testing.T) {
 	holder := acquire(t, s, id, 1)
 	first, second := uuid.NewString(), uuid.NewString()
 	a := startWaitingSidecar(t, r.address, id, first, 1)
-	a.wantLog(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, 0 s")
+	a.wantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, 0 s")
 	b := startWaitingSidecar(t, r.address, id, second, 1)
-	b.wantLog(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 2nd in line, 0 s")
+	b.wantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 2nd in line, 0 s")
 	r.wantLine(t, id, first, second)
 
 	a.signal(t, syscall.SIGTERM)

@@ -63,10 +63,10 @@ func TestNobodyOvertakesTheLine(t *testing.T) {
 	r.wantCounts(t, id, 1, 0)
 
 	a := w.admit(t, review(t, id, 1))
-	if want := fmt.Sprintf("no semaphore available: %s has 0 of 1 tokens in use, and 1 waiting in line", id); a.allowed || a.message != want {
+	if want := fmt.Sprintf("no semaphore available: %s has 0 of 1 tokens in use; 1 waiting in line", id); a.allowed || a.message != want {
 		t.Fatalf("answered %+v, want %s", a, want)
 	}
-	a2, err := s.ask(context.Background(), id, question{uuid.NewString(), 1, joinLine})
+	a2, err := s.ask(context.Background(), id, question{uuid.NewString(), 1, joinLine, ""})
 	if err != nil || a2.status != acquireFull || a2.place.position != 2 {
 		t.Fatalf("got %+v, %v, want to be second", a2, err)
 	}
@@ -209,6 +209,8 @@ func TestWaitingText(t *testing.T) {
 		"waiting for a token of shop/web: 1 of 1 in use, 23rd in line, 2 min":   {1, answer{inUse: 1, place: place{position: 23, waited: 2 * time.Minute}}},
 		"waiting for a token of shop/web: 1 of 1 in use, 101st in line, 26 h":   {1, answer{inUse: 1, place: place{position: 101, waited: 26*time.Hour + time.Minute}}},
 		"waiting for a token of shop/web: 1 of 1 in use, 111th in line, 90 min": {1, answer{inUse: 1, place: place{position: 111, waited: 90 * time.Minute}}},
+		"waiting for a token of shop/web: 2 of 2 in use, 1st in line, 5 s; in use by web-b (4 h), web-a (11 s)": {2,
+			answer{inUse: 2, holders: []holder{{"web-b", 4 * time.Hour}, {"web-a", 11 * time.Second}}, place: place{position: 1, waited: 5 * time.Second}}},
 		"waiting for a token of shop/web: 0 of 1 in use, 1st in line, 5 s; Redis was away, in 20 s it is known who is gone": {1,
 			answer{doubt: 20 * time.Second, place: place{position: 1, waited: 5 * time.Second}}},
 	} {

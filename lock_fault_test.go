@@ -271,7 +271,7 @@ func TestManyWebhooks(t *testing.T) {
 			one.locks = lockers[i]
 			wg.Go(func() {
 				<-start
-				token, err := one.acquire(context.Background(), id, length, 10*time.Second)
+				token, _, err := one.acquire(context.Background(), id, "", length, 10*time.Second)
 				var full *fullError
 				if err == nil {
 					admitted <- token

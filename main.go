@@ -1,19 +1,22 @@
 // at-least-semaphore-pod-hook gives annotated Kubernetes pods a counting semaphore: pods that share a key
 // share N tokens, and a pod is admitted with a token or not at all.
 //
-// It is one binary with three modes. As "webhook" it answers the API server's AdmissionReviews: it takes a
+// It is one binary with four modes. As "webhook" it answers the API server's AdmissionReviews: it takes a
 // token in Redis for each annotated pod and injects two containers. As "sidecar" it runs beside the pod's
 // containers, waits for a token where that is asked for, keeps it alive by heartbeats, and gives it back on SIGTERM or SIGINT.
-// As "await" it is an init container that ends when the sidecar holds the token, and so holds back the app.
+// As "await" it is an init container that ends when the sidecar holds the token, and so holds back the app. As "status" it prints
+// who holds tokens and who waits, and frees a token by hand.
 //
 // Settings are flags (see config.go, or run a mode with --help), all but the secrets, which come from the
 // environment:
 //
 //	REDIS_USERNAME, REDIS_PASSWORD    credentials of all Redis servers; no user name for the default user
+//	STATUS_REDIS_USERNAME, STATUS_REDIS_PASSWORD
+//	                                  of "status", in the place of REDIS_USERNAME and REDIS_PASSWORD if there is a password
 //	REDIS_SENTINEL_USERNAME, REDIS_SENTINEL_PASSWORD
 //	                                  credentials of the Sentinels
 //	ETCD_USERNAME, ETCD_PASSWORD      credentials of the etcd servers
-//	POD_UID                           set in the injected containers: the pod's UID
+//	POD_UID, POD_NAME, NODE_NAME      set in the injected containers: the pod's UID, its name, and its node
 //
 // Exit codes: 0 done, 1 failed, 2 wrong mode, flag or value.
 package main
@@ -42,6 +45,7 @@ Modes:
   webhook   answer the API server's AdmissionReviews: take tokens, inject sidecar and await
   sidecar   wait for a pod's token, keep it alive, and give it back on SIGTERM
   await     wait until the sidecar of the pod POD_UID holds its token, however long; log what it waits for
+  status    print who holds the tokens and who waits; free a token by hand
   version   print the version
   help      print this text
 
@@ -52,12 +56,12 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	context.AfterFunc(ctx, func() { signal.Reset(syscall.SIGINT) }) // a second Ctrl-C ends the process at once
-	err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr)
+	err := run(ctx, os.Args[1:], os.Getenv, os.Stdin, os.Stdout, os.Stderr)
 	os.Exit(exitCode(err, os.Stderr))
 }
 
 // run is the program without its process: it returns when ctx is done and what was begun is finished.
-func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
+func run(ctx context.Context, args []string, getenv func(string) string, stdin io.Reader, stdout, stderr io.Writer) error {
 	if len(args) == 0 {
 		return &usageError{problems: []string{"no mode given"}, help: usage}
 	}
@@ -81,6 +85,12 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 			return &usageError{problems: []string{"await takes no arguments, and asks the sidecar of the pod that POD_UID names"}, help: usage}
 		}
 		return runAwait(ctx, podUID, log)
+	case "status":
+		c, err := parseStatusConfig(args[1:], getenv)
+		if err != nil {
+			return printHelp(err, stdout)
+		}
+		return runStatus(ctx, c, stdin, stdout, log)
 	case "version", "--version", "-version":
 		fmt.Fprintln(stdout, versionText())
 		return nil

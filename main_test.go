@@ -10,7 +10,7 @@ import (
 // runArgs runs the program in this process and returns what a user sees.
 func runArgs(env map[string]string, args ...string) (code int, stdout, stderr string) {
 	var out, errs bytes.Buffer
-	err := run(context.Background(), args, func(k string) string { return env[k] }, &out, &errs)
+	err := run(context.Background(), args, func(k string) string { return env[k] }, strings.NewReader(""), &out, &errs)
 	code = exitCode(err, &errs)
 	return code, out.String(), errs.String()
 }

@@ -140,7 +140,7 @@ func TestLineOfAFullRedis(t *testing.T) {
 func queueLast(t *testing.T, s *semaphores, id semaphoreID, length int) (token string) {
 	t.Helper()
 	token = uuid.NewString()
-	a, err := s.ask(context.Background(), id, question{token, length, joinLine})
+	a, err := s.ask(context.Background(), id, question{token, length, joinLine, ""})
 	must(t, err)
 	if a.status != acquireFull {
 		t.Fatalf("got %+v, want to stand in line", a)

@@ -17,6 +17,9 @@ type actor struct {
 	missed    bool // has not been heard since Redis was last away, or its clock was set
 }
 
+// pod is what p tells of its pod.
+func (p *actor) pod() string { return p.token + " node" }
+
 // alive reports whether it does in time what it has to do.
 func (p *actor) alive() bool { return !p.silent && (p.waiting || p.holding) }
 

@@ -4,6 +4,8 @@ import (
 	"context"
 	"maps"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -34,6 +36,13 @@ for base = 0, 6, 6 do
       redis.call('HSET', KEYS[base + 6], field, string.format('%.0f', at + by))
     end
   end
+  local names = redis.call('HGETALL', KEYS[base + 5])
+  for i = 1, #names, 2 do
+    local since, pod = string.match(names[i + 1], '^(%d+) (.*)$')
+    if since and since ~= '0' then
+      redis.call('HSET', KEYS[base + 5], names[i], string.format('%.0f %s', since + by, pod))
+    end
+  end
   for i = 1, 6 do
     local left = redis.call('PTTL', KEYS[base + i])
     if left >= 0 then
@@ -58,6 +67,8 @@ type dump struct {
 	waiters  map[string]int
 	seen     map[string]int
 	lengths  map[string]int
+	since    map[string]int    // token -> when its pod took it; 0 of a waiter
+	pods     map[string]string // token -> the pod
 	state    map[string]int
 	expiry   []int // Unix milliseconds, -1 for never, -2 where there is no such key
 }
@@ -68,7 +79,7 @@ func (d dump) equal(other dump) bool {
 
 func (d dump) equalButExpiry(other dump) bool {
 	return d.free == other.free && maps.Equal(d.inflight, other.inflight) && maps.Equal(d.waiters, other.waiters) &&
-		maps.Equal(d.seen, other.seen) && maps.Equal(d.lengths, other.lengths) && maps.Equal(d.state, other.state)
+		maps.Equal(d.seen, other.seen) && maps.Equal(d.lengths, other.lengths) && maps.Equal(d.since, other.since) && maps.Equal(d.pods, other.pods) && maps.Equal(d.state, other.state)
 }
 
 // modelScripts are the scripts that are tested.
@@ -197,8 +208,22 @@ func (s *store) dump() (d dump) {
 	values, err := redis.Values(modelDump.Do(s.redis.control, s.id.keys()...))
 	must(s.test, err)
 	d.free = int(values[0].(int64))
-	for i, m := range []*map[string]int{&d.inflight, &d.waiters, &d.seen, &d.lengths, &d.state} {
-		*m, err = redis.IntMap(values[i+1], nil)
+	for i, m := range map[int]*map[string]int{1: &d.inflight, 2: &d.waiters, 3: &d.seen, 5: &d.state} {
+		*m, err = redis.IntMap(values[i], nil)
+		must(s.test, err)
+	}
+	names, err := redis.StringMap(values[4], nil)
+	must(s.test, err)
+	d.lengths, d.since, d.pods = map[string]int{}, map[string]int{}, map[string]string{}
+	for field, text := range names {
+		var err error
+		if token, ok := strings.CutSuffix(field, "/pod"); ok {
+			since, pod, _ := strings.Cut(text, " ")
+			d.pods[token] = pod
+			d.since[token], err = strconv.Atoi(since)
+		} else {
+			d.lengths[field], err = strconv.Atoi(text)
+		}
 		must(s.test, err)
 	}
 	d.expiry, err = redis.Ints(values[6], nil)

@@ -250,6 +250,15 @@ func (w *world) check(d dump, reclaims bool) {
 	if len(d.seen) != len(d.waiters) || len(d.lengths) != len(d.waiters) {
 		w.fail("more is known of waiters than wait")
 	}
+	for token, since := range d.since {
+		_, held := d.inflight[token]
+		if _, waits := d.waiters[token]; held == waits || held != (since > 0) || d.pods[token] != w.pods[token].pod() {
+			w.fail("%s has pod %q since %d", token, d.pods[token], since)
+		}
+	}
+	if len(d.since) != len(d.inflight)+len(d.waiters) {
+		w.fail("%d pods are known, and %d tokens in use or waited for", len(d.since), len(d.inflight)+len(d.waiters))
+	}
 	for i, at := range d.expiry {
 		if at == -1 {
 			w.fail("key %d does not expire", i+1)

@@ -183,10 +183,10 @@ type modelCommand struct {
 
 func (w *world) drawCommand(p *actor) modelCommand {
 	return rapid.SampledFrom([]modelCommand{
-		{"heartbeat", w.scripts.heartbeat, []any{p.token}},
+		{"heartbeat", w.scripts.heartbeat, []any{p.token, p.pod(), 0}},
 		{"release", w.scripts.release, []any{p.token}},
-		{"question of who does not wait", w.scripts.acquire, []any{p.length, p.token, ""}},
-		{"question", w.scripts.acquire, []any{p.length, p.token, p.arrivalOf()}},
+		{"question of who does not wait", w.scripts.acquire, []any{p.length, p.token, "", p.pod()}},
+		{"question", w.scripts.acquire, []any{p.length, p.token, p.arrivalOf(), p.pod()}},
 		{"repair", w.scripts.maintain, []any{p.length, "1"}},
 	}).Draw(w.t, "command")
 }

@@ -124,7 +124,7 @@ func (w *world) note(length int) {
 // ask runs the acquire script for p.
 func (w *world) ask(p *actor, arrival string) answer {
 	w.note(p.length)
-	status, rest, d := w.command(w.scripts.acquire, p.length, p.token, arrival)
+	status, rest, d := w.command(w.scripts.acquire, p.length, p.token, arrival, p.pod())
 	a, err := parseAnswer(status, rest)
 	must(w.test, err)
 	k := w.known
@@ -231,7 +231,7 @@ func (w *world) beat(p *actor) {
 	w.arrive()
 	k := w.known
 	_, held := k.holders[p.token]
-	status, _, d := w.command(w.scripts.heartbeat, p.token)
+	status, _, d := w.command(w.scripts.heartbeat, p.token, p.pod(), 0)
 	if (status == heartbeatRejoined) == held {
 		w.fail("a heartbeat of %s was answered %d", p.token, status)
 	}

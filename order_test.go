@@ -23,7 +23,7 @@ func briefSemaphore(t *testing.T) *lineUp {
 // beat is the heartbeat of a holder that Redis has reclaimed or lost. It does not stand in line from then on.
 func (l *lineUp) beat(t *testing.T, token string) {
 	t.Helper()
-	rejoined, err := l.s.heartbeat(context.Background(), l.id, token)
+	rejoined, err := l.s.heartbeat(context.Background(), l.id, token, "", 0)
 	must(t, err)
 	if !rejoined {
 		t.Fatalf("%s was in flight", token)
@@ -36,7 +36,7 @@ func (l *lineUp) beat(t *testing.T, token string) {
 // wantNoOvertaking fails if a later pod gets a token, one that waits or one that does not; the one that waits joins the line.
 func (l *lineUp) wantNoOvertaking(t *testing.T, length int) {
 	t.Helper()
-	token, err := l.s.acquire(context.Background(), l.id, length, 10*time.Second)
+	token, _, err := l.s.acquire(context.Background(), l.id, "", length, 10*time.Second)
 	var full *fullError
 	if !errors.As(err, &full) {
 		t.Fatalf("a pod that does not wait got token %q, %v; %d hold one, %d are in line", token, err, len(l.holding), len(l.waiting))
@@ -131,7 +131,7 @@ func (l *lineUp) rollBack(t *testing.T, waiting ...int) (holder linePod) {
 	l.join(t, waiting...)
 	giveBack(t, l.s, l.id, former)
 	b := l.backup(t)
-	a, err := l.s.ask(t.Context(), l.id, question{token, 1, joinLine})
+	a, err := l.s.ask(t.Context(), l.id, question{token, 1, joinLine, ""})
 	must(t, err)
 	if a.status != acquireTaken {
 		t.Fatalf("the first in line got %+v", a)
@@ -195,7 +195,7 @@ func TestNewcomersAfterALossOfData(t *testing.T) {
 		return nil
 	})
 	wantFullError(t, l.s, l.id, 1, 0)
-	a, err := l.s.ask(t.Context(), l.id, question{uuid.NewString(), 1, joinLine})
+	a, err := l.s.ask(t.Context(), l.id, question{uuid.NewString(), 1, joinLine, ""})
 	must(t, err)
 	if a.status != acquireFull {
 		t.Errorf("a later waiter got %+v", a)
@@ -244,7 +244,7 @@ func TestNobodyOvertakesWhilePodsArePaused(t *testing.T) {
 			if err := sleep(ctx, pollMost+time.Second); err != nil {
 				return err
 			}
-			rejoined, err := s.heartbeat(ctx, id, w.token)
+			rejoined, err := s.heartbeat(ctx, id, w.token, "", 0)
 			if err != nil {
 				return err
 			}

@@ -122,7 +122,7 @@ func TestSecondOutage(t *testing.T) {
 				gap := interval + time.Duration(more)*time.Second
 				id := freshID()
 				holder := acquire(t, s, id, 1)
-				q := question{uuid.NewString(), 1, ""}
+				q := question{uuid.NewString(), 1, "", ""}
 				if inLine {
 					q.arrival = joinLine
 				}
@@ -266,7 +266,7 @@ func TestDeadHoldersAndSeldomAdmissions(t *testing.T) {
 			r.shift(t, id, -1000*time.Second)
 			start := time.Now()
 			w.wantFull(t, id, 3, 3)
-			if _, err := w.semaphores.heartbeat(context.Background(), id, live); err != nil {
+			if _, err := w.semaphores.heartbeat(context.Background(), id, live, "", 0); err != nil {
 				t.Error(err)
 			}
 			eventually(t, interval+6*time.Second-time.Since(start), func() error {

@@ -83,13 +83,19 @@ func wantSidecar(native bool, token string) map[string]any {
 			"seccompProfile":           map[string]any{"type": "RuntimeDefault"},
 		},
 	}
+	c["env"] = []any{fromField("POD_NAME", "metadata.name"), fromField("NODE_NAME", "spec.nodeName")}
 	if native {
 		c["restartPolicy"] = "Always"
 		c["args"] = []any{"sidecar", "--queue-redis-address=redis:6379", "--heartbeat-interval-seconds=30", "--stale-threshold-seconds=120",
 			"--length=3", "--expiration-seconds=10", "--lock-mode=redlock", "--redis-addresses=redis:6379", "shop/web", token}
-		c["env"] = []any{map[string]any{"name": "POD_UID", "valueFrom": map[string]any{"fieldRef": map[string]any{"fieldPath": "metadata.uid"}}}}
+		c["env"] = append(c["env"].([]any), fromField("POD_UID", "metadata.uid"))
 	}
 	return c
+}
+
+// fromField is a variable of a container that the kubelet fills in.
+func fromField(name, path string) map[string]any {
+	return map[string]any{"name": name, "valueFrom": map[string]any{"fieldRef": map[string]any{"fieldPath": path}}}
 }
 
 // wantAwait says what exactly the patch adds beside a native sidecar.
@@ -97,6 +103,7 @@ func wantAwait() map[string]any {
 	c := wantSidecar(true, "")
 	c["name"] = "at-least-semaphore-pod-await"
 	c["args"] = []any{"await"}
+	c["env"] = []any{fromField("POD_UID", "metadata.uid")}
 	delete(c, "restartPolicy")
 	return c
 }

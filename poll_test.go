@@ -65,7 +65,7 @@ func (a asker) poll(t *testing.T, place int) {
 
 func (a asker) ask(t *testing.T, token, arrival string) {
 	t.Helper()
-	_, err := a.s.ask(t.Context(), a.id, question{token, maxLength, arrival})
+	_, err := a.s.ask(t.Context(), a.id, question{token, maxLength, arrival, ""})
 	must(t, err)
 }
 
@@ -97,7 +97,7 @@ func TestCostOfALongLine(t *testing.T) {
 			{"the last leaves", func(t *testing.T, a asker) { giveBack(t, s, a.id, a.at(t, -1)) }},
 			{"a repair", func(t *testing.T, a asker) { maintain(t, s, a.id, maxLength) }},
 			{"a holder comes back late", func(t *testing.T, a asker) {
-				_, err := s.heartbeat(context.Background(), a.id, uuid.NewString())
+				_, err := s.heartbeat(context.Background(), a.id, uuid.NewString(), "", 0)
 				must(t, err)
 			}},
 		} {
@@ -139,7 +139,7 @@ func TestLongLineIsServedInAChain(t *testing.T) {
 		t.Fatal("not subscribed")
 	}
 
-	a, err := s.ask(t.Context(), id, question{uuid.NewString(), maxLength, joinLine}) // calls the first
+	a, err := s.ask(t.Context(), id, question{uuid.NewString(), maxLength, joinLine, ""}) // calls the first
 	must(t, err)
 	if a.status != acquireFull || a.place.position != waiting+1 {
 		t.Fatalf("got %+v, want to be the last", a)
@@ -155,7 +155,7 @@ func TestLongLineIsServedInAChain(t *testing.T) {
 		if string(m.Data) != yourTurn || holds[token] { // called by several that took theirs
 			continue
 		}
-		a, err := s.ask(t.Context(), id, question{token, maxLength, joinLine})
+		a, err := s.ask(t.Context(), id, question{token, maxLength, joinLine, ""})
 		must(t, err)
 		if a.status != acquireTaken {
 			t.Fatalf("number %d was called, and got %+v", len(served)+1, a)

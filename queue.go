@@ -27,6 +27,9 @@ type queue interface {
 	// at returns the server of an address, as a Cluster names it in its answers.
 	at(address string) *queueServer
 
+	// primaries are all servers that take writes: all semaphores are on them.
+	primaries(ctx context.Context) ([]*queueServer, error)
+
 	// part names the part of the queue that a semaphore is in: all of a part fails, and comes back, together.
 	part(id semaphoreID) int
 
@@ -78,7 +81,10 @@ func (q oneServer) failed(*queueServer, semaphoreID, error)                 {}
 func (q oneServer) at(string) *queueServer                                  { return q.server }
 func (q oneServer) part(semaphoreID) int                                    { return 0 }
 func (q oneServer) checks() []semaphoreID                                   { return []semaphoreID{checkID(0)} }
-func (q oneServer) close() error                                            { return q.server.close() }
+func (q oneServer) primaries(context.Context) ([]*queueServer, error) {
+	return []*queueServer{q.server}, nil
+}
+func (q oneServer) close() error { return q.server.close() }
 
 // checkID is a semaphore that no pod can have: there is no such namespace.
 func checkID(n int) semaphoreID { return semaphoreID{"-", fmt.Sprintf("check-%d", n)} }

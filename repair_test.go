@@ -35,7 +35,7 @@ func TestRepairIsWhole(t *testing.T) {
 			}
 		}, 4, 0},
 		{"the stale one comes back", 1, func(t *testing.T, _ *redisServer, s *semaphores, id semaphoreID, tokens []string) {
-			_, err := s.heartbeat(ctx, id, tokens[0])
+			_, err := s.heartbeat(ctx, id, tokens[0], "", 0)
 			must(t, err)
 		}, 0, 4},
 		{"the stale one is given back, and another goes stale", 1, func(t *testing.T, r *redisServer, s *semaphores, id semaphoreID, tokens []string) {

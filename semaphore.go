@@ -166,9 +166,10 @@ func yesNo(yes bool) string {
 	return "0"
 }
 
-// heartbeat keeps a token in flight, or puts it back there (rejoined) if it had been reclaimed or lost.
-func (s *semaphores) heartbeat(ctx context.Context, id semaphoreID, token string) (rejoined bool, err error) {
-	status, _, err := s.run(ctx, heartbeatScript, id, token)
+// heartbeat keeps a token in flight, or puts it back there (rejoined) if it had been reclaimed or lost. It tells which pod has it, and
+// for how long.
+func (s *semaphores) heartbeat(ctx context.Context, id semaphoreID, token string, pod podName, held time.Duration) (rejoined bool, err error) {
+	status, _, err := s.run(ctx, heartbeatScript, id, token, pod, seconds(held))
 	if err != nil {
 		return false, fmt.Errorf("heartbeat %s: %w", id, err)
 	}

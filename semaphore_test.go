@@ -45,7 +45,7 @@ func TestHeartbeatScoresByServerClock(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 1)
 	r.makeStale(t, id, token)
-	rejoined, err := s.heartbeat(context.Background(), id, token)
+	rejoined, err := s.heartbeat(context.Background(), id, token, "", 0)
 	must(t, err)
 	if rejoined {
 		t.Error("a token in flight is said to have rejoined")
@@ -70,7 +70,7 @@ func TestLateHeartbeatAndRelease(t *testing.T) {
 	if first == second {
 		t.Fatalf("token %s was handed out twice", first)
 	}
-	rejoined, err := s.heartbeat(ctx, id, first)
+	rejoined, err := s.heartbeat(ctx, id, first, "", 0)
 	must(t, err)
 	if !rejoined {
 		t.Error("the late heartbeat did not rejoin")
@@ -102,7 +102,7 @@ func TestHeartbeatTakesFreeToken(t *testing.T) {
 	r.do(t, "DEL", id.queueKey(), id.inflightKey())
 	maintain(t, s, id, 3)
 	r.wantCounts(t, id, 3, 0)
-	if _, err := s.heartbeat(context.Background(), id, token); err != nil {
+	if _, err := s.heartbeat(context.Background(), id, token, "", 0); err != nil {
 		t.Fatal(err)
 	}
 	r.wantCounts(t, id, 2, 1)
@@ -146,7 +146,7 @@ func TestDisagreementOnLength(t *testing.T) {
 	for i := range 20 {
 		wg.Go(func() {
 			for range 10 {
-				token, err := s.acquire(ctx, id, 20+i, 10*time.Second)
+				token, _, err := s.acquire(ctx, id, "", 20+i, 10*time.Second)
 				if err == nil {
 					_, err = s.release(ctx, id, token)
 				}
@@ -217,7 +217,7 @@ func TestKeysExpire(t *testing.T) {
 	acquire(t, s, id, 4)
 	token = acquire(t, s, id, 4)
 	wantRenewed("acquire", 86400)
-	_, err := s.heartbeat(ctx, id, token)
+	_, err := s.heartbeat(ctx, id, token, "", 0)
 	must(t, err)
 	wantRenewed("heartbeat", 86400)
 	_, err = s.release(ctx, id, token)
@@ -246,7 +246,7 @@ func TestLockOnlyForRepair(t *testing.T) {
 	wantFullError(t, s, id, 3, 3)
 
 	r.makeStale(t, id, token)
-	_, err := s.acquire(context.Background(), id, 3, 10*time.Second)
+	_, _, err := s.acquire(context.Background(), id, "", 3, 10*time.Second)
 	if err == nil || !strings.Contains(err.Error(), "lock Redis "+r.address) {
 		t.Errorf("got %v, want the lock server out of reach", err)
 	}
@@ -260,13 +260,13 @@ func TestWaitsForAnothersMaintenance(t *testing.T) {
 
 	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 	defer cancel()
-	_, err = s.acquire(ctx, id, 1, 10*time.Second)
+	_, _, err = s.acquire(ctx, id, "", 1, 10*time.Second)
 	if !errors.Is(err, context.DeadlineExceeded) {
 		t.Fatalf("got %v, want the deadline exceeded", err)
 	}
 	done := make(chan error)
 	go func() {
-		_, err := s.acquire(context.Background(), id, 1, 10*time.Second)
+		_, _, err := s.acquire(context.Background(), id, "", 1, 10*time.Second)
 		done <- err
 	}()
 	must(t, unlock(context.Background()))
@@ -294,7 +294,7 @@ func TestOneRepairPerProcess(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 100 {
 		wg.Go(func() {
-			if _, err := s.acquire(context.Background(), id, 100, 10*time.Second); err != nil {
+			if _, _, err := s.acquire(context.Background(), id, "", 100, 10*time.Second); err != nil {
 				t.Error(err)
 			}
 		})

@@ -63,6 +63,12 @@ func (q *sentinelQueue) find(ctx context.Context, _ semaphoreID) (*queueServer, 
 	return primary, nil
 }
 
+// primaries implements queue.
+func (q *sentinelQueue) primaries(ctx context.Context) ([]*queueServer, error) {
+	primary, err := q.find(ctx, semaphoreID{})
+	return []*queueServer{primary}, err
+}
+
 // known returns the primary, if it is known, and whether it need not be looked up first.
 func (q *sentinelQueue) known() (primary *queueServer, certain bool) {
 	q.mu.Lock()

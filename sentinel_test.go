@@ -53,7 +53,7 @@ func TestSentinelFailover(t *testing.T) {
 			}
 			held := g.primary(t)
 			held.wantCounts(t, f.held, 0, trafficHolders)
-			if reply, err := f.webhook.semaphores.heartbeat(context.Background(), f.held, f.holders[0]); reply || err != nil {
+			if reply, err := f.webhook.semaphores.heartbeat(context.Background(), f.held, f.holders[0], "", 0); reply || err != nil {
 				t.Errorf("a heartbeat after it: %t, %v", reply, err)
 			}
 			if f.webhook.scrape(t)[metricsPrefix+"failovers_total"] < 1 {
@@ -179,7 +179,7 @@ func TestSentinelsThatCannotHelp(t *testing.T) {
 	} {
 		s := semaphoresOf(t, groupConfig(t, c.address))
 		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
-		if _, err := s.acquire(ctx, freshID(), 1, time.Second); err == nil || !strings.Contains(err.Error(), c.want) {
+		if _, _, err := s.acquire(ctx, freshID(), "", 1, time.Second); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", name, err, c.want)
 		}
 		cancel()
@@ -212,7 +212,7 @@ func TestSentinelUsers(t *testing.T) {
 		defer s.queue.close()
 		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
 		defer cancel()
-		_, err := s.heartbeat(ctx, freshID(), uuid.NewString())
+		_, err := s.heartbeat(ctx, freshID(), uuid.NewString(), "", 0)
 		return err
 	}
 	must(t, beat())

@@ -28,6 +28,8 @@ type sidecar struct {
 	semaphores *semaphores
 	id         semaphoreID
 	token      string
+	pod        podName
+	held       time.Time // since when it has the token
 	interval   time.Duration
 	log        *slog.Logger
 	grace      context.Context // done when the grace period is over, or the process is to end
@@ -42,7 +44,7 @@ type sidecar struct {
 func runSidecar(ctx context.Context, c sidecarConfig, log *slog.Logger) error {
 	semaphores := newSemaphores(c.sharedConfig, nil, 1, log)
 	defer semaphores.queue.close()
-	s := &sidecar{semaphores: semaphores, locksClosed: make(chan struct{}), id: c.semaphore, token: c.token, interval: c.heartbeatInterval,
+	s := &sidecar{semaphores: semaphores, locksClosed: make(chan struct{}), id: c.semaphore, token: c.token, pod: c.pod, held: time.Now(), interval: c.heartbeatInterval,
 		log: log.With("namespace", c.semaphore.namespace, "key", c.semaphore.key, "token", c.token)}
 	grace, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
@@ -82,6 +84,7 @@ func (s *sidecar) guard(ctx context.Context, c sidecarConfig) (held bool, err er
 	}
 	if mark.isSet() {
 		s.log.Info("started again in a running pod")
+		s.held = mark.setAt()
 		s.loop(ctx, 0, d.asked)
 	} else if c.podUID != "" {
 		defer time.AfterFunc(awaitMissed, d.warnUnheard).Stop()
@@ -102,7 +105,7 @@ func (s *sidecar) admit(ctx context.Context, c sidecarConfig, d *door) (held boo
 	<-s.locksClosed // of the last time
 	s.semaphores.locks = newLocker(c.sharedConfig, 0)
 	defer s.closeLocks()
-	w := &waiter{semaphores: s.semaphores, id: s.id, token: s.token, length: c.length, expiration: c.expiration,
+	w := &waiter{semaphores: s.semaphores, id: s.id, token: s.token, pod: s.pod, length: c.length, expiration: c.expiration,
 		say: d.say, log: s.log}
 	fresh := min(c.heartbeatInterval, c.staleThreshold/4)
 	for first := true; ; first = false {
@@ -111,6 +114,7 @@ func (s *sidecar) admit(ctx context.Context, c sidecarConfig, d *door) (held boo
 			return false
 		}
 		if first || inLine {
+			s.held = asked
 			s.logHeld()
 		}
 		if c.podUID == "" { // there is nobody to hold back
@@ -173,7 +177,7 @@ func (s *sidecar) newBackoff() *backoff {
 func (s *sidecar) beat(ctx context.Context) error {
 	attempt, cancel := context.WithTimeout(context.WithoutCancel(ctx), min(beatTimeout, s.interval))
 	defer cancel()
-	rejoined, err := s.semaphores.heartbeat(attempt, s.id, s.token)
+	rejoined, err := s.semaphores.heartbeat(attempt, s.id, s.token, s.pod, time.Since(s.held))
 	switch {
 	case err != nil && (!s.failing || time.Since(s.logged) > logEvery):
 		s.log.Warn("heartbeat failed, to be retried", "error", err.Error())

@@ -148,7 +148,7 @@ func TestRefusingServerIsDropped(t *testing.T) {
 	r.do(t, "REPLICAOF", "127.0.0.1", portOf(freeAddress(t)))
 	for range 3 {
 		ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
-		if _, err := s.heartbeat(ctx, id, token); err == nil || !strings.Contains(err.Error(), "READONLY") && !strings.Contains(err.Error(), "is not a primary") {
+		if _, err := s.heartbeat(ctx, id, token, "", 0); err == nil || !strings.Contains(err.Error(), "READONLY") && !strings.Contains(err.Error(), "is not a primary") {
 			t.Errorf("got %v, want READONLY", err)
 		}
 		cancel()
@@ -157,7 +157,7 @@ func TestRefusingServerIsDropped(t *testing.T) {
 		}
 	}
 	r.do(t, "REPLICAOF", "NO", "ONE")
-	_, err := s.heartbeat(context.Background(), id, token)
+	_, err := s.heartbeat(context.Background(), id, token, "", 0)
 	must(t, err)
 }
 

@@ -21,8 +21,10 @@ import (
 
 // What the users of the webhook and of the sidecar need in Redis, as the README has it.
 const (
-	webhookACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* +ping +eval +evalsha +time +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount +zrange +zrangebyscore +zscore +zremrangebyscore +ttl +expire +publish +set +get"
+	webhookACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* +ping +eval +evalsha +time +scan +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount +zrange +zrangebyscore +zscore +zremrangebyscore +ttl +expire +publish +set +get"
 	sidecarACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* +eval +evalsha +time +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount +zrange +zrangebyscore +zrank +zscore +zremrangebyscore +ttl +expire +publish +subscribe +set +get"
+	statusACL  = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* +time +scan +llen +zcard +zcount +zrange +zscore +hmget"
+	releaseACL = "&waiters/* +eval +evalsha +exists +hset +hdel +zrem +zrangebyscore +rpush +ltrim +del +ttl +expire +publish" // of "status release", beside statusACL
 
 	// What both need beside it with Sentinels, and of these; and in a Cluster. TestSentinelUsers and TestClusterSlotMoving use them.
 	sentinelACL    = "+role"
@@ -66,7 +68,7 @@ func startSecureRedis(t *testing.T, dir string) *redisServer {
 func TestACLsAreDocumented(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
 	must(t, err)
-	for _, rule := range []string{webhookACL, sidecarACL, "`" + sentinelACL + "`", "`" + ofSentinelsACL + "`", "`" + clusterACL + "`", "`" + lockACL + "`"} {
+	for _, rule := range []string{webhookACL, sidecarACL, "status on >PASSWORD " + statusACL + "\n", "SETUSER status " + releaseACL + "\n", "`" + sentinelACL + "`", "`" + ofSentinelsACL + "`", "`" + clusterACL + "`", "`" + lockACL + "`"} {
 		if !strings.Contains(string(readme), rule) {
 			t.Errorf("not in the README: %s", rule)
 		}
@@ -83,6 +85,7 @@ func TestACLsAreDeployed(t *testing.T) {
 	want := map[string][]string{
 		"webhook": {withoutLock(webhookACL), lockACL},
 		"sidecar": {withoutLock(sidecarACL), lockACL},
+		"status":  {statusACL + " " + releaseACL + " " + sentinelACL},
 		"default": {"off", "on resetpass ~* &* +@all", "on nopass resetchannels -@all +ping " + ofSentinelsACL},
 	}
 	got := map[string][]string{}
@@ -209,7 +212,7 @@ func TestACLsAreMinimal(t *testing.T) {
 			}
 			r.askedLongAgo(t, id)
 		}
-		token, err := s.acquire(ctx, id, 1, time.Second)
+		token, _, err := s.acquire(ctx, id, "", 1, time.Second)
 		if err != nil {
 			return s, id, err
 		}
@@ -237,12 +240,12 @@ func TestACLsAreMinimal(t *testing.T) {
 		}
 		token := uuid.NewString()
 		for range 2 { // it rejoins, and renews
-			if _, err := s.heartbeat(ctx, id, token); err != nil {
+			if _, err := s.heartbeat(ctx, id, token, "", 0); err != nil {
 				return err
 			}
 		}
 		other := uuid.NewString()
-		if _, err := s.ask(ctx, id, question{other, 1, joinLine}); err != nil {
+		if _, err := s.ask(ctx, id, question{other, 1, joinLine, ""}); err != nil {
 			return err
 		}
 		if _, err := s.release(ctx, id, other); err != nil {
@@ -251,7 +254,7 @@ func TestACLsAreMinimal(t *testing.T) {
 		if _, err := s.release(ctx, id, token); err != nil { // to the queue, or it would not be popped
 			return err
 		}
-		if _, err := s.heartbeat(ctx, id, token); err != nil {
+		if _, err := s.heartbeat(ctx, id, token, "", 0); err != nil {
 			return err
 		}
 		attempt, cancel := context.WithCancel(ctx)
@@ -269,7 +272,7 @@ func TestACLsAreMinimal(t *testing.T) {
 	webhookLife := func() error {
 		s, _, err := life("webhook")
 		defer s.close(ctx)
-		return errors.Join(err, s.check(ctx))
+		return errors.Join(err, s.check(ctx), errOf(s.survey(ctx, "")))
 	}
 	for user, c := range map[string]struct {
 		rule string

@@ -185,7 +185,7 @@ func TestSidecarReadsItsArguments(t *testing.T) {
 	sidecar, _ = sidecarContainer(c, corev1.ResourceRequirements{}, testID, testSpec, testToken)
 	parsed, err = parseSidecarConfig(sidecar.Args[1:], func(string) string { return "" })
 	must(t, err)
-	if parsed.length != 0 || sidecar.RestartPolicy != nil || sidecar.Env != nil {
+	if parsed.length != 0 || sidecar.RestartPolicy != nil || len(sidecar.Env) != 2 || sidecar.Env[0].Name != "POD_NAME" || sidecar.Env[1].Name != "NODE_NAME" {
 		t.Errorf("a classic sidecar: %+v, %+v", parsed, sidecar)
 	}
 }

@@ -61,7 +61,7 @@ func (s *setup) startSidecar(p *pod) (err error) {
 	for _, a := range p.args {
 		args = append(args, p.expand(a))
 	}
-	if p.sidecar, err = s.start([]string{"POD_UID=" + p.uid}, s.options.program, args...); err != nil {
+	if p.sidecar, err = s.start([]string{"POD_UID=" + p.uid, "POD_NAME=" + p.name, "NODE_NAME=node-1"}, s.options.program, args...); err != nil {
 		return fmt.Errorf("start the sidecar of %s: %w", p.name, err)
 	}
 	s.pods[p.name] = p

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -87,6 +89,20 @@ func tell(ctx context.Context, s *setup) error {
 		if err := s.tellOfFailover(ctx, q); err != nil {
 			return err
 		}
+	}
+
+	say("The operator asks who holds the tokens.")
+	if err := s.wantStatus(ctx, "shop", "web "); err != nil {
+		return err
+	}
+	var holders []string
+	for name, p := range s.pods {
+		if !p.sidecar.ended() {
+			holders = append(holders, "\n"+name+" ")
+		}
+	}
+	if err := s.wantStatus(ctx, "shop/web", holders...); err != nil {
+		return err
 	}
 
 	say("All pods end, and the webhook.")
@@ -176,17 +192,40 @@ func (s *setup) wantAdmitted(ctx context.Context, name string) error {
 	return s.startAwait(p)
 }
 
-// wantRefused creates a pod that must be refused because that is in use, and prints what its user sees.
-func (s *setup) wantRefused(name, inUse string) error {
+// wantRefused creates a pod that must be refused because that is in use, and prints what its user sees, which has to contain more.
+func (s *setup) wantRefused(name, inUse string, more ...string) error {
 	a, err := s.create(name, "")
 	if err != nil {
 		return err
 	}
 	want := "no semaphore available: shop/web has " + inUse
-	if a.Allowed || a.Status.Code != 429 || a.Status.Message != want {
+	message := a.Status.Message
+	if a.Allowed || a.Status.Code != 429 || !strings.HasPrefix(message, want) {
 		return fmt.Errorf("%s was not refused with 429 %q: %+v", name, want, *a)
 	}
-	fmt.Printf("   %s  refused: admission webhook \"at-least-semaphore-pod-hook.kaidotio.github.io\" denied the request: %s\n", name, want)
+	for _, text := range append(more, ", by web-") {
+		if !strings.Contains(message, text) {
+			return fmt.Errorf("%s was refused without %q: %q", name, text, message)
+		}
+	}
+	fmt.Printf("   %s  refused: admission webhook \"at-least-semaphore-pod-hook.kaidotio.github.io\" denied the request: %s\n", name, message)
+	return nil
+}
+
+// wantStatus prints what "status" shows, which has to contain all that.
+func (s *setup) wantStatus(ctx context.Context, what string, all ...string) error {
+	args := []string{"status", "--queue-redis-address=" + s.queue.address(), "--heartbeat-interval-seconds=" + strconv.Itoa(s.options.heartbeatSeconds),
+		"--stale-threshold-seconds=" + strconv.Itoa(s.options.staleSeconds), what}
+	out, err := exec.CommandContext(ctx, s.options.program, args...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("status %s: %w: %s", what, err, out)
+	}
+	for _, text := range all {
+		if !strings.Contains(string(out), text) {
+			return fmt.Errorf("status %s does not show %q:\n%s", what, text, out)
+		}
+	}
+	fmt.Printf("   $ at-least-semaphore-pod-hook status %s\n   %s\n", what, strings.TrimRight(strings.ReplaceAll(string(out), "\n", "\n   "), " "))
 	return nil
 }
 

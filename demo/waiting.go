@@ -62,7 +62,7 @@ func (s *setup) tellOfWaiting(ctx context.Context) error {
 	if err := s.wantEnd("web-4"); err != nil {
 		return err
 	}
-	if err := s.wantRefused("web-8", "2 of 3 tokens in use, and 1 waiting in line"); err != nil {
+	if err := s.wantRefused("web-8", "2 of 3 tokens in use", "; 1 waiting in line"); err != nil {
 		return err
 	}
 	if err := s.wantTokensAndLine(ctx, 1, 2, 1); err != nil {

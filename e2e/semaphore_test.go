@@ -34,7 +34,7 @@ func TestTwoDeployments(t *testing.T) {
 	})
 	eventually(t, 30*time.Second, func() error {
 		events, err := n.try("get", "events", "--field-selector=reason=FailedCreate", "-o", "jsonpath={.items[*].message}")
-		want := fmt.Sprintf(`admission webhook "at-least-semaphore-pod-hook.kaidotio.github.io" denied the request: no semaphore available: %s/smtp has 3 of 3 tokens in use`, n.name)
+		want := fmt.Sprintf(`admission webhook "at-least-semaphore-pod-hook.kaidotio.github.io" denied the request: no semaphore available: %s/smtp has 3 of 3 tokens in use, by `, n.name)
 		if err == nil && !strings.Contains(events, want) {
 			err = fmt.Errorf("events: %s; want %s", events, want)
 		}

@@ -107,8 +107,8 @@ func TestWaitersGoFirst(t *testing.T) {
 	n.wantRunning("holder")
 	n.create(waiting(pod("waiter", "first", 1)))
 	n.wantWaiters("first", n.wantWaiting("waiter"))
-	want := fmt.Sprintf("denied the request: no semaphore available: %s/first has 1 of 1 tokens in use, and 1 waiting in line", n.name)
-	if got := n.wantRefused(pod("hasty", "first", 1)); !strings.Contains(got, want) {
+	want := fmt.Sprintf("denied the request: no semaphore available: %s/first has 1 of 1 tokens in use, by holder (", n.name)
+	if got := n.wantRefused(pod("hasty", "first", 1)); !strings.Contains(got, want) || !strings.Contains(got, "; 1 waiting in line") {
 		t.Errorf("refused with %q, want %q", got, want)
 	}
 	n.kubectl("delete", "pod", "holder", "--wait=false")

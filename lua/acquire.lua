@@ -7,17 +7,21 @@
 -- ARGV[5] length   how many tokens the semaphore has
 -- ARGV[6] token    the name; nobody else ever uses it
 -- ARGV[7] arrival  empty: does not wait; "0": joins the line; else as it was answered before
+-- ARGV[8] pod      "NAME NODE", or what is known of it; empty: not to be told
 --
--- Returns {1, time}             taken: the token is in flight
+-- Returns {1, time, agreed}     taken: the token is in flight. agreed: the greatest length that others asked for lately, or 0
 --         {2, time, stale}      to be repaired first: tokens are missing, or so many are stale
---         {0, time, tokens in use, waiters, doubt, position, arrival, seconds waited, seconds until one may be stale, reachable}
---                               full. doubt: if not 0, in so many seconds it is known whether some holders or waiters are gone.
+--         {0, time, tokens in use, waiters, doubt, holders, position, arrival, seconds waited, seconds until one may be stale,
+--          reachable}           full. doubt: if not 0, in so many seconds it is known whether some holders or waiters are gone.
+--                               holders: of some tokens in use, for how many seconds, and the pod; or -1, and the token.
 --                               From position on only for who waits
 local length = tonumber(ARGV[5])
 local token = ARGV[6]
 local arrival = ARGV[7]
+local pod = ARGV[8]
 local waits = arrival ~= ''
 local held = redis.call('ZSCORE', KEYS[2], token)
+local agreed = greatest > 0 and now - asked <= 300 and greatest or 0
 ask(length)
 if waits and arrival ~= '0' and tonumber(arrival) < created * 1000000 and lost < created then
   lost = now -- the waiter is older than what Redis knows
@@ -36,7 +40,8 @@ local function take()
     leave(token)
     call()
   end
-  return finish({1, micros})
+  tell(token, pod, now)
+  return finish({1, micros, agreed})
 end
 
 if held then
@@ -54,6 +59,7 @@ if waits then
     grown = true
     redis.call('ZADD', KEYS[3], joined, token)
     redis.call('HSET', KEYS[5], token, length)
+    tell(token, pod, 0)
   end
   redis.call('ZADD', KEYS[4], now, token)
   line = redis.call('ZCARD', KEYS[3])
@@ -99,14 +105,30 @@ if (missing or reclaimable) and not settled() then
 elseif now - resumed <= patience and redis.call('ZCOUNT', KEYS[4], '-inf', '(' .. (now - lineQuiet)) > 0 then
   doubt = resumed + patience + 1 - now
 end
-local full = {0, micros, inflight, redis.call('ZCARD', KEYS[3]), doubt}
+-- holders tells of five tokens in use at most, those with the oldest heartbeats.
+local function holders()
+  local list, fields = {}, {}
+  local tokens = redis.call('ZRANGE', KEYS[2], 0, 4)
+  for i, held in ipairs(tokens) do
+    fields[i] = held .. '/pod'
+  end
+  local pods = #fields > 0 and redis.call('HMGET', KEYS[5], unpack(fields))
+  for i, held in ipairs(tokens) do
+    local since, name = string.match(pods[i] or '', '^(%d+) (%S+)')
+    list[2 * i - 1] = since and math.max(0, now - since) or -1
+    list[2 * i] = name or held
+  end
+  return list
+end
+
+local full = {0, micros, inflight, redis.call('ZCARD', KEYS[3]), doubt, holders()}
 if waits then
   local at = redis.call('ZSCORE', KEYS[3], token)
   local oldest = tonumber(redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')[2]) or now
-  full[6] = ahead() + 1
-  full[7] = at
-  full[8] = math.max(0, now - math.floor(tonumber(at) / 1000000))
-  full[9] = math.max(0, oldest + threshold + 1 - now, math.max(resumed, lost) + quiet + 1 - now)
-  full[10] = send(token, 'can you hear me') and 1 or 0
+  full[7] = ahead() + 1
+  full[8] = at
+  full[9] = math.max(0, now - math.floor(tonumber(at) / 1000000))
+  full[10] = math.max(0, oldest + threshold + 1 - now, math.max(resumed, lost) + quiet + 1 - now)
+  full[11] = send(token, 'can you hear me') and 1 or 0
 end
 return finish(full)

@@ -3,6 +3,8 @@
 --
 -- KEYS, ARGV[1..4], and what every script returns: see semaphore.lua
 -- ARGV[5] token
+-- ARGV[6] pod    "NAME NODE"; empty: not to be told
+-- ARGV[7] held   seconds since the pod has the token
 --
 -- Returns {0, time}  rejoined: the token was not in flight and is now
 --         {1, time}  renewed
@@ -12,6 +14,8 @@ local rejoined = redis.call('ZADD', KEYS[2], now, ARGV[5])
 if rejoined == 1 then
   grown = true
   redis.call('LPOP', KEYS[1])
+  count('rejoined', 1)
   leave(ARGV[5]) -- it may stand there again if Redis has lost that it was taken
 end
+tell(ARGV[5], ARGV[6], now - tonumber(ARGV[7]))
 return finish({1 - rejoined, micros})

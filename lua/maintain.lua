@@ -15,7 +15,18 @@ catchUp(KEYS[2])
 catchUp(KEYS[4])
 local reclaimed, refilled = 0, 0
 if settled() then
+  local stale = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', '(' .. (now - threshold))
+  for i = 1, #stale, 1000 do
+    local pods = {}
+    for j = i, math.min(#stale, i + 999) do
+      pods[#pods + 1] = stale[j] .. '/pod'
+    end
+    redis.call('HDEL', KEYS[5], unpack(pods))
+  end
   reclaimed = redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', '(' .. (now - threshold))
+  if reclaimed > 0 then
+    count('reclaimed', reclaimed)
+  end
 end
 if mayRefill(ARGV[6] == '1') then
   local wanted = math.min(portion, length - redis.call('ZCARD', KEYS[2]))

@@ -4,10 +4,11 @@
 -- KEYS[2] inflight  Sorted Set, token in use -> its last heartbeat (Unix seconds)
 -- KEYS[3] waiters   Sorted Set, token that a waiter asks for -> when it joined the line (Unix microseconds)
 -- KEYS[4] seen      Sorted Set, the same tokens -> when the waiter asked last (Unix seconds)
--- KEYS[5] names     Hash, the same tokens -> the waiter's length
+-- KEYS[5] names     Hash, the same tokens -> the waiter's length; and of tokens in use or waited for, token/pod -> since when it is
+--                   in use (Unix seconds; 0 of a waiter), the pod's name, and its node where that is known
 -- KEYS[6] state     Hash, all times in Unix seconds: created; touched, when the last command came; resumed, when the last silence
 --                   ended; lost, when it was seen that Redis has lost its data; length, the greatest that was asked for lately,
---                   and asked, when
+--                   and asked, when. Beside them, for people: how many tokens were reclaimed, and rejoined, so far
 -- ARGV[1] deadline      Unix microseconds: a command that comes later is refused
 -- ARGV[2] interval      seconds between two heartbeats of a holder
 -- ARGV[3] threshold     seconds without a heartbeat after which a token is stale
@@ -93,11 +94,27 @@ local function catchUp(key)
   end
 end
 
--- leave takes a token out of the line.
+-- leave takes a token out of the line, and forgets its pod.
 local function leave(token)
   redis.call('ZREM', KEYS[4], token)
-  redis.call('HDEL', KEYS[5], token)
+  redis.call('HDEL', KEYS[5], token, token .. '/pod')
   return redis.call('ZREM', KEYS[3], token)
+end
+
+local grown = false -- this command may have made a key; see finish
+
+-- tell notes the pod of a token, "NAME NODE", and since when it has it, unless that is known. An empty pod tells nothing.
+local function tell(token, pod, since)
+  if pod == '' then
+    return
+  end
+  local known = redis.call('HMGET', KEYS[5], token .. '/pod')[1]
+  local at = known and tonumber(string.match(known, '^%d+')) or 0
+  local text = string.format('%.0f %s', at > 0 and at or since, pod)
+  if text ~= known then
+    grown = grown or redis.call('EXISTS', KEYS[5]) == 0
+    redis.pcall('HSET', KEYS[5], token .. '/pod', text) -- a full Redis does without
+  end
 end
 
 -- dropGone takes out of the line those that are gone, so that they block nobody: a hundred at most.
@@ -172,9 +189,14 @@ local function trim()
   return surplus
 end
 
+-- count adds to what state says for people.
+local function count(field, n)
+  local before = redis.call('HMGET', KEYS[6], field)[1]
+  redis.pcall('HSET', KEYS[6], field, string.format('%.0f', (tonumber(before) or 0) + n)) -- a full Redis does without
+end
+
 -- finish sees to it that the keys expire: within minutes once there are neither holders nor waiters. The time that state has left
 -- tells of all of them, unless this command may have made one (grown).
-local grown = false
 local function finish(answer)
   -- One by one: in a Cluster, keys that are on their way to another node can only be asked for alone.
   local busy = redis.call('EXISTS', KEYS[2]) + redis.call('EXISTS', KEYS[3]) > 0

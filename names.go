@@ -1,0 +1,88 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+// podName tells people which pod has a token, as "NAME NODE": NAME is the pod's, or what the API server will make one of, and NODE is
+// empty where it has none yet. It is empty where nothing is known.
+type podName string
+
+// objectName is what names of pods and nodes are made of. What a pod's creator writes has not been checked when the webhook is called.
+var objectName = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,252})$`)
+
+func newPodName(name, node string) podName {
+	if !objectName.MatchString(name) {
+		return ""
+	}
+	if !objectName.MatchString(node) {
+		node = ""
+	}
+	return podName(name + " " + node)
+}
+
+// holder is who has a token.
+type holder struct {
+	name string // the pod's, or the token where that is not known
+	held time.Duration
+}
+
+// heldUnknown is for how long a pod has a token that has not told.
+const heldUnknown = -time.Second
+
+// parseHolders reads what the acquire script says of them, and puts first who has a token longest.
+func parseHolders(list []any) (holders []holder, err error) {
+	for len(list) > 0 {
+		var held int
+		var h holder
+		if list, err = redis.Scan(list, &held, &h.name); err != nil {
+			return nil, err
+		}
+		h.held = time.Duration(held) * time.Second
+		holders = append(holders, h)
+	}
+	slices.SortStableFunc(holders, func(a, b holder) int { return cmp.Compare(b.held, a.held) })
+	return holders, nil
+}
+
+func (h holder) String() string {
+	switch {
+	case h.held == heldUnknown:
+		return h.name
+	case strings.HasSuffix(h.name, "-"): // the API server makes the name
+		return fmt.Sprintf("%s... (%s)", h.name, roughly(h.held))
+	}
+	return fmt.Sprintf("%s (%s)", h.name, roughly(h.held))
+}
+
+// byHolders names those who have the tokens in use, as many as fit into the message of an event of Kubernetes, which is cut at 1024
+// bytes.
+func byHolders(holders []holder, inUse int) string {
+	const most = 500
+	var text string
+	named := 0
+	for _, h := range holders {
+		if len(text)+len(h.String()) > most {
+			break
+		}
+		if named > 0 {
+			text += ", "
+		}
+		text += h.String()
+		named++
+	}
+	switch {
+	case named == 0:
+		return ""
+	case inUse > named:
+		return fmt.Sprintf("by %s, and %d more", text, inUse-named)
+	}
+	return "by " + text
+}

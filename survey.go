@@ -1,0 +1,372 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+// A survey reads what is in the queue, by commands that change nothing and that never make Redis look through all its keys at once.
+const (
+	scanCount   = 1000 // keys that Redis looks at in one step
+	surveyBatch = 100  // semaphores that are read at once
+	detailMost  = 1000 // holders, and waiters, that are shown of a semaphore
+)
+
+// semaphoreState is what is to be seen of a semaphore at a time.
+type semaphoreState struct {
+	id              semaphoreID
+	length          int           // the greatest that was asked for lately; 0 if nobody has asked
+	free            int           // tokens in the queue
+	inUse           int           // tokens in flight
+	late            int           // of those, how many have missed a heartbeat
+	stale           int           // and how many are stale
+	waiting         int           // how many are in line
+	longestWait     time.Duration // of the first in line
+	oldestHeartbeat time.Duration // since the oldest
+	reclaimed       int           // stale tokens that were taken back, since the semaphore is known
+	rejoined        int           // tokens that their holders put back
+}
+
+// lateAfter is after how long without a heartbeat a token is late: its holder has missed one. staleAfter is when it is stale; the
+// scripts have the same, see semaphore.lua.
+func (s *semaphores) lateAfter() time.Duration {
+	return s.heartbeatInterval + min(3*time.Second, s.heartbeatInterval)
+}
+
+func (s *semaphores) staleAfter() time.Duration { return max(s.staleThreshold, 2*s.lateAfter()) }
+
+// survey returns the state of all semaphores of a namespace, or of all namespaces, in the order of their names. Where it cannot see
+// all, before ctx is done, it returns what it has seen, and an error.
+func (s *semaphores) survey(ctx context.Context, namespace string) ([]semaphoreState, error) {
+	servers, err := s.queue.primaries(ctx)
+	if err != nil {
+		return nil, err
+	}
+	pattern := "state/{*}"
+	if namespace != "" {
+		pattern = "state/{" + globQuote(namespace) + "/*}"
+	}
+	type seen struct {
+		states []semaphoreState
+		err    error
+	}
+	var states []semaphoreState
+	var errs serverErrors
+	_ = askAll(ctx, servers, func(ctx context.Context, server *queueServer) (some seen, _ error) {
+		if some.states, some.err = s.surveyServer(ctx, server, pattern); some.err != nil {
+			some.err = fmt.Errorf("%s: %w", server, some.err)
+		}
+		return some, nil
+	}, func(some seen) (enough bool) {
+		states = append(states, some.states...)
+		if some.err != nil {
+			errs = append(errs, some.err)
+		}
+		return false
+	})
+	slices.SortFunc(states, func(a, b semaphoreState) int { return cmp.Compare(a.id.String(), b.id.String()) })
+	// One that moved meanwhile may have been seen twice.
+	states = slices.CompactFunc(states, func(a, b semaphoreState) bool { return a.id == b.id })
+	if len(errs) > 0 {
+		return states, errs
+	}
+	return states, nil
+}
+
+// globQuote takes their meaning from what a pattern of Redis could take for wildcards.
+func globQuote(text string) string {
+	return strings.NewReplacer(`*`, `\*`, `?`, `\?`, `[`, `\[`, `]`, `\]`, `\`, `\\`).Replace(text)
+}
+
+// surveyServer looks for semaphores on a server, and reads each as soon as it is found.
+func (s *semaphores) surveyServer(ctx context.Context, server *queueServer, pattern string) (states []semaphoreState, err error) {
+	conn, err := server.pool.GetContext(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	seen := map[semaphoreID]bool{} // SCAN may name a key twice
+	for cursor := "0"; ; {
+		reply, err := redis.Values(redis.DoContext(conn, ctx, "SCAN", cursor, "MATCH", pattern, "COUNT", scanCount))
+		var keys []string
+		if err == nil {
+			_, err = redis.Scan(reply, &cursor, &keys)
+		}
+		if err != nil {
+			return states, err
+		}
+		var ids []semaphoreID
+		for _, key := range keys {
+			if id, ok := idOfStateKey(key); ok && !seen[id] {
+				seen[id] = true
+				ids = append(ids, id)
+			}
+		}
+		for batch := range slices.Chunk(ids, surveyBatch) {
+			some, err := s.readStates(ctx, conn, batch)
+			states = append(states, some...)
+			if err != nil {
+				return states, err
+			}
+		}
+		if cursor == "0" {
+			return states, nil
+		}
+	}
+}
+
+// idOfStateKey is the semaphore whose state is kept under a key, if pods can have it: those of checkID are not shown.
+func idOfStateKey(key string) (id semaphoreID, ok bool) {
+	name, ok := strings.CutPrefix(key, "state/{")
+	name, ok2 := strings.CutSuffix(name, "}")
+	id.namespace, id.key, _ = strings.Cut(name, "/")
+	return id, ok && ok2 && id.namespace != "" && id.namespace != checkID(0).namespace && id.key != ""
+}
+
+// readStates reads semaphores by one round trip. One that is on its way to another node of a Cluster is left out.
+func (s *semaphores) readStates(ctx context.Context, conn redis.Conn, ids []semaphoreID) (states []semaphoreState, err error) {
+	now, err := redisTime(ctx, conn)
+	if err != nil {
+		return nil, err
+	}
+	for _, id := range ids {
+		late, stale := now-s.lateAfter().Seconds(), now-s.staleAfter().Seconds()
+		err = errors.Join(err,
+			conn.Send("LLEN", id.queueKey()),
+			conn.Send("ZCARD", id.inflightKey()),
+			conn.Send("ZCOUNT", id.inflightKey(), "-inf", exclusive(late)),
+			conn.Send("ZCOUNT", id.inflightKey(), "-inf", exclusive(stale)),
+			conn.Send("ZRANGE", id.inflightKey(), 0, 0, "WITHSCORES"),
+			conn.Send("ZCARD", id.waitersKey()),
+			conn.Send("ZRANGE", id.waitersKey(), 0, 0, "WITHSCORES"),
+			conn.Send("HMGET", id.stateKey(), "length", "reclaimed", "rejoined"))
+	}
+	if err != nil {
+		return nil, err
+	}
+	replies, err := redis.Values(redis.DoContext(conn, ctx, ""))
+	if err != nil {
+		return nil, err
+	}
+	for i, id := range ids {
+		const commands = 8
+		st, err := readState(id, now, replies[commands*i:commands*(i+1)])
+		var answered redis.Error
+		if errors.As(err, &answered) && isSlotMoving(err) {
+			continue
+		}
+		if err != nil {
+			return states, fmt.Errorf("%s: %w", id, err)
+		}
+		states = append(states, st)
+	}
+	return states, nil
+}
+
+// exclusive is a bound of a range of scores that does not belong to it.
+func exclusive(score float64) string { return fmt.Sprintf("(%.0f", score) }
+
+// redisTime is the time of a server, in Unix seconds.
+func redisTime(ctx context.Context, conn redis.Conn) (float64, error) {
+	now, err := redis.Ints(redis.DoContext(conn, ctx, "TIME"))
+	if err != nil {
+		return 0, err
+	}
+	if len(now) != 2 {
+		return 0, fmt.Errorf("unexpected answer to TIME: %v", now)
+	}
+	return float64(now[0]) + float64(now[1])/1e6, nil
+}
+
+// readState reads the answers to the commands of readStates.
+func readState(id semaphoreID, now float64, replies []any) (semaphoreState, error) {
+	st := semaphoreState{id: id}
+	for _, r := range replies {
+		if err, ok := r.(redis.Error); ok {
+			return st, err
+		}
+	}
+	var oldest, first, state []any
+	_, err := redis.Scan(replies, &st.free, &st.inUse, &st.late, &st.stale, &oldest, &st.waiting, &first, &state)
+	if err == nil {
+		_, err = redis.Scan(state, &st.length, &st.reclaimed, &st.rejoined)
+	}
+	if err == nil {
+		st.oldestHeartbeat, err = age(now, oldest, 1)
+	}
+	if err == nil {
+		st.longestWait, err = age(now, first, 1e6)
+	}
+	return st, err
+}
+
+// age is for how long there is what a range of one member, with its score, tells of; zero if there is none. unit is how much of a
+// score a second is.
+func age(now float64, memberAndScore []any, unit float64) (time.Duration, error) {
+	if len(memberAndScore) != 2 {
+		return 0, nil
+	}
+	score, err := redis.Float64(memberAndScore[1], nil)
+	return since(now, score/unit), err
+}
+
+// since is how long ago a time was; zero if it lies in the future, as the clock was set.
+func since(now, then float64) time.Duration {
+	return max(0, time.Duration((now-then)*float64(time.Second)))
+}
+
+// tokenState is what is to be seen of a token in use, or of a waiter.
+type tokenState struct {
+	token     string
+	pod, node string        // empty where they are not known
+	held      time.Duration // or waited; heldUnknown where that is not known
+	heard     time.Duration // since its last heartbeat, or since it has asked
+	length    int           // of a waiter
+	stale     bool          // of a token in use
+}
+
+func (t tokenState) name() string { return cmp.Or(t.pod, t.token) }
+
+// semaphoreDetail is a semaphore with its holders, those that have their tokens longest first, and its line.
+type semaphoreDetail struct {
+	semaphoreState
+	holders, line []tokenState // detailMost of each, at most
+}
+
+// inspect reads a semaphore. One that nobody has used for minutes is not known: all is zero.
+func (s *semaphores) inspect(ctx context.Context, id semaphoreID) (d semaphoreDetail, err error) {
+	server, err := s.queue.find(ctx, id)
+	if err != nil {
+		return d, err
+	}
+	conn, err := server.pool.GetContext(ctx)
+	if err != nil {
+		return d, fmt.Errorf("connect to %s: %w", server, err)
+	}
+	defer conn.Close()
+	states, err := s.readStates(ctx, conn, []semaphoreID{id})
+	if err == nil && len(states) == 0 {
+		err = errors.New("it is on its way to another node of the Cluster: ask again")
+	}
+	if err == nil {
+		d.semaphoreState = states[0]
+		err = s.readTokens(ctx, conn, &d)
+	}
+	if err != nil {
+		return d, fmt.Errorf("%s: %w", server, err)
+	}
+	return d, nil
+}
+
+// readTokens reads the holders and the line.
+func (s *semaphores) readTokens(ctx context.Context, conn redis.Conn, d *semaphoreDetail) error {
+	now, err := redisTime(ctx, conn)
+	if err != nil {
+		return err
+	}
+	for _, key := range []string{d.id.inflightKey(), d.id.waitersKey()} {
+		err = errors.Join(err, conn.Send("ZRANGE", key, 0, detailMost-1, "WITHSCORES"))
+	}
+	if err != nil {
+		return err
+	}
+	replies, err := redis.Values(redis.DoContext(conn, ctx, ""))
+	if err != nil {
+		return err
+	}
+	beats, err := redis.Float64Map(replies[0], nil)
+	if err != nil {
+		return err
+	}
+	arrivals, err := redis.Float64Map(replies[1], nil)
+	if err != nil {
+		return err
+	}
+	for token, at := range beats {
+		heard := since(now, at)
+		d.holders = append(d.holders, tokenState{token: token, held: heldUnknown, heard: heard, stale: heard > s.staleAfter()})
+	}
+	for token, at := range arrivals {
+		d.line = append(d.line, tokenState{token: token, held: since(now, at/1e6)})
+	}
+	err = errors.Join(readHolders(ctx, conn, d.id, now, d.holders), readLine(ctx, conn, d.id, now, d.line))
+	byAge := func(a, b tokenState) int { return cmp.Or(cmp.Compare(b.held, a.held), cmp.Compare(a.token, b.token)) }
+	slices.SortFunc(d.holders, byAge)
+	slices.SortFunc(d.line, byAge)
+	return err
+}
+
+// readHolders adds who has the tokens, and since when.
+func readHolders(ctx context.Context, conn redis.Conn, id semaphoreID, now float64, holders []tokenState) error {
+	texts, err := readNames(ctx, conn, id, holders, "/pod")
+	for i, text := range texts {
+		h := &holders[i]
+		var at float64
+		if h.pod, h.node, at = parseName(text); h.pod != "" {
+			h.held = since(now, at)
+		}
+	}
+	return err
+}
+
+// readLine adds who waits, and when they asked last.
+func readLine(ctx context.Context, conn redis.Conn, id semaphoreID, now float64, line []tokenState) error {
+	if len(line) == 0 {
+		return nil
+	}
+	texts, err := readNames(ctx, conn, id, line, "/pod")
+	if err != nil {
+		return err
+	}
+	lengths, err := readNames(ctx, conn, id, line, "")
+	if err != nil {
+		return err
+	}
+	for i := range line {
+		w := &line[i]
+		w.pod, w.node, _ = parseName(texts[i])
+		w.length, _ = strconv.Atoi(lengths[i]) // it may have left meanwhile
+		err = errors.Join(err, conn.Send("ZSCORE", id.seenKey(), w.token))
+	}
+	if err != nil {
+		return err
+	}
+	asked, err := redis.Values(redis.DoContext(conn, ctx, ""))
+	for i, reply := range asked {
+		if at, err := redis.Float64(reply, nil); err == nil {
+			line[i].heard = since(now, at)
+		}
+	}
+	return err
+}
+
+// readNames reads a field of the names of each token; empty where there is none.
+func readNames(ctx context.Context, conn redis.Conn, id semaphoreID, tokens []tokenState, suffix string) ([]string, error) {
+	if len(tokens) == 0 {
+		return nil, nil
+	}
+	fields := []any{id.namesKey()}
+	for _, t := range tokens {
+		fields = append(fields, t.token+suffix)
+	}
+	return redis.Strings(redis.DoContext(conn, ctx, "HMGET", fields...))
+}
+
+// parseName reads what the scripts keep of a pod; see semaphore.lua.
+func parseName(text string) (pod, node string, since float64) {
+	at, name, _ := strings.Cut(text, " ")
+	pod, node, _ = strings.Cut(name, " ")
+	since, err := strconv.ParseFloat(at, 64)
+	if err != nil || newPodName(pod, node) == "" {
+		return "", "", 0
+	}
+	return pod, node, since
+}
