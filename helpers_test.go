@@ -209,6 +209,7 @@ func startWebhook(t *testing.T, c webhookConfig) *testWebhook {
 	c.redis.counts = new(redisCounts)
 	w := &webhook{admitter: admitter{c, newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log)}, log: log}
 	w.semaphores.metrics = newMetrics(c.redis.counts)
+	w.semaphores.metrics.watchSemaphores(w.semaphores)
 	server := httptest.NewUnstartedServer(w.routes())
 	server.EnableHTTP2 = true
 	server.StartTLS()

@@ -100,7 +100,8 @@ func TestAlertRules(t *testing.T) {
 			t.Errorf("promtool %s: %v\n%s", strings.Join(args, " "), err, out)
 		}
 	}
-	w := startWebhook(t, testConfig(freeAddress(t)))
+	w := startWebhook(t, testConfig(commonRedis(t).address))
+	w.wantAdmitted(t, freshID(), 1)
 	dir := t.TempDir()
 	writeCertificate(t, dir, 1)
 	w.watchCertificate(t, dir)

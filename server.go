@@ -55,6 +55,7 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log)
 	s.metrics = newMetrics(c.redis.counts)
 	s.metrics.watchCertificate(cert)
+	s.metrics.watchSemaphores(s)
 	w := &webhook{admitter: admitter{c, s}, log: log, stopping: ctx.Done()}
 	admissions, endAdmissions := context.WithCancelCause(context.Background())
 	defer endAdmissions(nil)
