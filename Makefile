@@ -70,6 +70,10 @@ measure: build ## measure waiting pods there, for half an hour; E2E_FLAGS='-run 
 measure-sidecars: test-needs ## measure up to a thousand waiting sidecars against one Redis, for some ten minutes; needs no cluster
 	go test -count=1 -tags measure -timeout 30m -v -run TestMeasureWaiters .
 
+.PHONY: dashboard-picture
+dashboard-picture: test-needs ## draw docs/dashboard.svg from a real Prometheus's data, in some five minutes
+	go test -count=1 -tags measure -timeout 10m -run TestDrawDashboard .
+
 .PHONY: dev
 dev: ## develop on the current cluster with Skaffold: build, deploy, forward ports, and again on each change
 	@command -v skaffold >/dev/null || { echo "skaffold is missing: see https://skaffold.dev/docs/install/" >&2; exit 1; }

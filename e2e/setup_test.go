@@ -40,6 +40,7 @@ const (
 	webhookPassword     = "0123456789abcdef"
 	sidecarPassword     = "fedcba9876543210"
 	replicationPassword = "00112233445566778899"
+	statusPassword      = "99887766554433221100"
 )
 
 func TestMain(m *testing.M) {
@@ -164,7 +165,7 @@ func install() error {
 	if _, err := kubectl(text, "apply", "-f", "-"); err != nil {
 		return err
 	}
-	if _, err := hook("create", "secret", "generic", "redis", "--from-literal=webhook-password="+webhookPassword, "--from-literal=sidecar-password="+sidecarPassword, "--from-literal=replication-password="+replicationPassword); err != nil {
+	if _, err := hook("create", "secret", "generic", "redis", "--from-literal=webhook-password="+webhookPassword, "--from-literal=sidecar-password="+sidecarPassword, "--from-literal=replication-password="+replicationPassword, "--from-literal=status-password="+statusPassword); err != nil {
 		return err
 	}
 	if err := shell("deploy/certificate.sh"); err != nil {

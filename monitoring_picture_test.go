@@ -1,0 +1,170 @@
+//go:build measure
+
+package main
+
+import (
+	"fmt"
+	"html"
+	"math"
+	"net/url"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// drawnPanel is a panel of the dashboard, with the data of a real Prometheus.
+type drawnPanel struct {
+	title, unit string
+	lines       []drawnLine
+}
+
+type drawnLine struct {
+	name   string
+	values [][2]float64 // Unix seconds, value
+}
+
+// TestDrawDashboard draws docs/dashboard.svg from what a real Prometheus has of two webhooks, whose pods come and go for some minutes:
+// its panels have the queries, the titles and the legends of the dashboard.
+func TestDrawDashboard(t *testing.T) {
+	const length, lasts = 3, 4 * time.Minute
+	r, s, _ := newSemaphoreOn(t, startRedis(t))
+	var webhooks []*testWebhook
+	for range 2 {
+		w := startWebhook(t, testConfig(r.address))
+		dir := t.TempDir()
+		writeCertificate(t, dir, 1)
+		w.watchCertificate(t, dir)
+		webhooks = append(webhooks, w)
+	}
+	p := startPrometheus(t, webhooks...)
+	start := time.Now()
+	for i := 0; time.Since(start) < lasts; i++ {
+		id := semaphoreID{"shop", []string{"web", "mail", "report"}[i%3]}
+		works := time.Duration(4+i%5) * time.Second
+		if id.key == "web" { // waits
+			w := newWaiter(s, id, length)
+			w.pod = podName(fmt.Sprintf("web-%d node-%d", i, i%4))
+			go func() {
+				if w.waitOnly(t.Context()) == nil {
+					_ = sleep(t.Context(), works)
+					s.giveBack(id, w.token)
+				}
+			}()
+		} else {
+			a, err := webhooks[i%2].tryAdmit(review(t, id, length))
+			must(t, err)
+			if a.allowed && i%30 != 1 { // of some nothing is heard any more
+				time.AfterFunc(works, func() { s.giveBack(id, a.token) })
+			}
+		}
+		rush := 1 + math.Sin(2*math.Pi*time.Since(start).Seconds()/80)
+		_ = sleep(t.Context(), time.Duration((1000-450*rush)*float64(time.Millisecond)))
+	}
+	must(t, os.WriteFile("docs/dashboard.svg", []byte(draw(p.panels(t, start, time.Now()))), 0o644))
+}
+
+// panels asks for the dashboard's data.
+func (p *prometheusServer) panels(t *testing.T, from, to time.Time) (panels []drawnPanel) {
+	t.Helper()
+	for _, panel := range readDashboard(t) {
+		if panel.Type == "stat" { // a number
+			continue
+		}
+		d := drawnPanel{title: panel.Title, unit: panel.FieldConfig.Defaults.Unit}
+		for _, target := range panel.Targets {
+			var data struct {
+				Result []struct {
+					Metric map[string]string
+					Values [][2]any
+				}
+			}
+			must(t, p.get("query_range", url.Values{"query": {target.query()}, "start": {unix(from)}, "end": {unix(to)}, "step": {"2"}}, &data))
+			for _, r := range data.Result {
+				line := drawnLine{name: target.LegendFormat}
+				for label, value := range r.Metric {
+					line.name = strings.ReplaceAll(line.name, "{{"+label+"}}", value)
+				}
+				for _, v := range r.Values {
+					if value, err := strconv.ParseFloat(v[1].(string), 64); err == nil && !math.IsNaN(value) {
+						line.values = append(line.values, [2]float64{v[0].(float64), value})
+					}
+				}
+				d.lines = append(d.lines, line)
+			}
+		}
+		panels = append(panels, d)
+	}
+	return panels
+}
+
+func unix(t time.Time) string { return strconv.FormatInt(t.Unix(), 10) }
+
+// draw draws panels, three in a row.
+func draw(panels []drawnPanel) string {
+	const width, height, margin = 400, 220, 14
+	colours := []string{"#3274d9", "#e0752d", "#56a64b", "#b877d9", "#e02f44", "#8f8f8f"}
+	var b strings.Builder
+	rows := (len(panels) + 2) / 3
+	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" font-family="sans-serif" font-size="11">`+"\n", 3*width, rows*height)
+	fmt.Fprintf(&b, `<rect width="%d" height="%d" fill="#fff"/>`+"\n", 3*width, rows*height)
+	for i, p := range panels {
+		fmt.Fprintf(&b, `<g transform="translate(%d %d)">`+"\n", i%3*width, i/3*height)
+		fmt.Fprintf(&b, `<rect x="4" y="4" width="%d" height="%d" fill="none" stroke="#ddd"/><text x="%d" y="22" font-weight="bold">%s</text>`+"\n",
+			width-8, height-8, margin, html.EscapeString(p.title))
+		p.drawLines(&b, width-2*margin, 130, margin, 34, colours)
+		x := margin
+		for j, l := range p.lines {
+			if l.name == "" || x > width-100 {
+				continue
+			}
+			fmt.Fprintf(&b, `<text x="%d" y="%d" fill="%s">%s</text>`+"\n", x, height-18, colours[j%len(colours)], html.EscapeString(l.name))
+			x += 7*len(l.name) + 14
+		}
+		b.WriteString("</g>\n")
+	}
+	b.WriteString("</svg>\n")
+	return b.String()
+}
+
+func (p drawnPanel) drawLines(b *strings.Builder, width, height, left, top float64, colours []string) {
+	most, first, last := 0.0, math.Inf(1), 0.0
+	for _, l := range p.lines {
+		for _, v := range l.values {
+			most, first, last = max(most, v[1]), min(first, v[0]), max(last, v[0])
+		}
+	}
+	fmt.Fprintf(b, `<text x="%.0f" y="%.0f" fill="#777">%s</text><line x1="%.0f" y1="%.0f" x2="%.0f" y2="%.0f" stroke="#bbb"/>`+"\n",
+		left, top+10, inUnit(most, p.unit), left, top+height, left+width, top+height)
+	if most == 0 || last == first {
+		return
+	}
+	for i, l := range slices.Backward(p.lines) {
+		var points []string
+		for _, v := range l.values {
+			points = append(points, fmt.Sprintf("%.1f,%.1f", left+width*(v[0]-first)/(last-first), top+height-(height-14)*v[1]/most))
+		}
+		fmt.Fprintf(b, `<polyline fill="none" stroke="%s" stroke-width="1.5" points="%s"/>`+"\n", colours[i%len(colours)], strings.Join(points, " "))
+	}
+}
+
+// inUnit is a value in a unit of Grafana.
+func inUnit(v float64, unit string) string {
+	switch {
+	case unit == "bytes":
+		return fmt.Sprintf("%.1f MiB", v/(1<<20))
+	case unit == "percentunit":
+		return fmt.Sprintf("%.0f %%", 100*v)
+	case unit == "ops":
+		return fmt.Sprintf("%.1f/s", v)
+	case unit == "s" && v > 2*86400:
+		return fmt.Sprintf("%.0f d", v/86400)
+	case unit == "s" && v < 0.1:
+		return fmt.Sprintf("%.1f ms", 1000*v)
+	case unit == "s":
+		return fmt.Sprintf("%.0f s", v)
+	}
+	return fmt.Sprintf("%.3g", v)
+}
