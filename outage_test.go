@@ -299,3 +299,26 @@ func TestWatchOfALongInterval(t *testing.T) {
 	})
 	w.wantAdmitted(t, id, 1)
 }
+
+// What Redis has answered before it fell silent is said: it tells more than the silence.
+func TestAnswersBeforeASilenceAreSaid(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, startRedis(t))
+	r.do(t, "CONFIG", "SET", "min-replicas-to-write", "1")
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	done := make(chan error, 1)
+	before := commandCalls(t, r)["evalsha"]
+	go func() { done <- errOf(s.release(ctx, id, uuid.NewString())) }()
+	eventually(t, 5*time.Second, func() error {
+		if n := commandCalls(t, r)["evalsha"] - before; n < 3 {
+			return fmt.Errorf("asked %d times", n)
+		}
+		return nil
+	})
+	r.pause(t)
+	defer r.resume(t)
+	if err := <-done; err == nil || !strings.Contains(err.Error(), "NOREPLICAS") || !errors.Is(err, errUnanswered) {
+		t.Errorf("got %v", err)
+	}
+}

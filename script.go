@@ -29,6 +29,7 @@ func (s *semaphores) attemptTimeout() time.Duration {
 // return that long after ctx is done.
 func (s *semaphores) run(ctx context.Context, script *redis.Script, id semaphoreID, args ...any) (status int, rest []any, err error) {
 	late, sent := 0, false
+	var refused error // what Redis has answered to an attempt before the last
 	part := s.queue.part(id)
 	pause := newBackoff(10*time.Millisecond, 500*time.Millisecond)
 	for timeout := s.attemptTimeout(); ; {
@@ -48,6 +49,9 @@ func (s *semaphores) run(ctx context.Context, script *redis.Script, id semaphore
 		case err == nil && status == statusLate:
 			err = fmt.Errorf("queue Redis %s: refused as too late, again and again: its clock jumps, or commands take seconds to arrive", s.address)
 		case again:
+			if isTransient(err) {
+				refused = err
+			}
 			if time.Since(start) >= timeout {
 				timeout *= 2
 				continue
@@ -58,6 +62,9 @@ func (s *semaphores) run(ctx context.Context, script *redis.Script, id semaphore
 		}
 		if err != nil && sent && !errors.Is(err, errUnanswered) {
 			err = fmt.Errorf("%w (and %w before)", err, errUnanswered)
+		}
+		if err != nil && refused != nil && !isTransient(err) { // there was no time for another answer
+			err = fmt.Errorf("%w (before: %w)", err, refused)
 		}
 		return status, rest, err
 	}
