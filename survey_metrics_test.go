@@ -77,7 +77,7 @@ func TestMetricsOfManySemaphores(t *testing.T) {
 		}
 	}
 	t.Logf("a scrape of %d semaphores took %s", semaphores, fastest)
-	if fastest > 300*time.Millisecond {
+	if fastest > surveyTimeout { // it takes a fiftieth of that where nothing else runs
 		t.Errorf("a scrape took %s", fastest)
 	}
 	all := startWebhook(t, testConfig(r.address)).scrape(t)
