@@ -43,6 +43,17 @@ test-queues: test-needs ## let Sentinel groups, Clusters and moving addresses fa
 
 queue-tests = ^Test(SentinelFailover|PrimaryWithoutReplicas|SentinelsGone|SentinelsThatCannotHelp|SentinelOfThePast|SentinelUsers|SentinelsBehindSlowDNS|Cluster.*|Slots|ProviderFailover)$$
 
+.PHONY: test-abuse
+test-abuse: test-needs ## misuse a webhook in all ways, in some five minutes: what it needs, and what becomes of admissions beside it
+	go test -count=1 -tags abuse -timeout 15m -v -run TestAbuse .
+
+FUZZ_TIME ?= 10s
+
+.PHONY: fuzz
+fuzz: ## fuzz decoder, annotations, patch, flags, and Redis's answers; FUZZ_TIME=10m for so long each
+	for f in $$(grep -ho '^func Fuzz[A-Za-z]*' *_test.go | cut -c 6-); do \
+		go test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZ_TIME) -fuzzminimizetime 1s . || exit 1; done
+
 .PHONY: test-needs
 test-needs:
 	@./.ci/need redis-server:redis-server gcc:gcc:libc6-dev curl:curl promtool:prometheus
@@ -85,6 +96,7 @@ lint: ## check format, vet and staticcheck
 	go vet ./...
 	go vet -tags e2e ./e2e
 	go vet -tags failover .
+	go vet -tags abuse .
 	go vet -tags e2e,measure . ./e2e
 	go -C demo vet ./...
-	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover ./...
+	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover,abuse ./...

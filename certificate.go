@@ -1,94 +1,35 @@
 package main
 
 import (
-	"bytes"
-	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
-	"sync/atomic"
-	"time"
 )
 
-// certificatePollInterval is how often the certificate's files are looked at. They are read and compared: the
-// kubelet changes a mounted Secret by a symbolic link, which notifications on the files do not show.
-const certificatePollInterval = time.Second
-
 // certificate is a TLS key pair that follows its files.
-type certificate struct {
-	certFile, keyFile string
-	current           atomic.Pointer[tls.Certificate]
-	seen              []byte // content of both files, good or bad
-	log               *slog.Logger
-}
+type certificate struct{ *followed[tls.Certificate] }
 
 // loadCertificate reads tls.crt and tls.key in dir.
 func loadCertificate(dir string, log *slog.Logger) (*certificate, error) {
-	c := &certificate{certFile: filepath.Join(dir, "tls.crt"), keyFile: filepath.Join(dir, "tls.key"), log: log}
-	if _, err := c.reload(); err != nil {
+	f, err := follow(log, parsePair, func(pair tls.Certificate) {
+		// The serial number is as openssl prints it.
+		log.Info("certificate taken", "serialNumber", fmt.Sprintf("%X", pair.Leaf.SerialNumber), "notAfter", pair.Leaf.NotAfter, "dnsNames", pair.Leaf.DNSNames)
+	}, filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key"))
+	if err != nil {
 		return nil, fmt.Errorf("--certDir: %w", err)
 	}
-	c.logTaken()
-	return c, nil
+	return &certificate{f}, nil
 }
+
+func parsePair(texts [][]byte) (tls.Certificate, error) { return tls.X509KeyPair(texts[0], texts[1]) }
 
 // get is for tls.Config.GetCertificate.
 func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	return c.current.Load(), nil
-}
-
-// reload reads the files again. If they have changed since the last call, it takes the new pair, or says what is
-// wrong with it and keeps the old one.
-func (c *certificate) reload() (changed bool, err error) {
-	certPEM, err := os.ReadFile(c.certFile)
-	if err != nil {
-		return c.see([]byte(err.Error())), err
-	}
-	keyPEM, err := os.ReadFile(c.keyFile)
-	if err != nil {
-		return c.see([]byte(err.Error())), err
-	}
-	if !c.see(bytes.Join([][]byte{certPEM, keyPEM}, []byte{0})) {
-		return false, nil
-	}
-	pair, err := tls.X509KeyPair(certPEM, keyPEM)
-	if err != nil {
-		return true, fmt.Errorf("%s and %s: %w", c.certFile, c.keyFile, err)
-	}
-	c.current.Store(&pair)
-	return true, nil
-}
-
-// see remembers what was seen and reports whether it is new.
-func (c *certificate) see(what []byte) bool {
-	if bytes.Equal(what, c.seen) {
-		return false
-	}
-	c.seen = what
-	return true
-}
-
-// watch reloads every interval until ctx is done, and logs each change once.
-func (c *certificate) watch(ctx context.Context, interval time.Duration) {
-	for sleep(ctx, interval) == nil {
-		changed, err := c.reload()
-		switch {
-		case !changed:
-		case err != nil:
-			c.log.Error("new certificate not taken, the old one stays", "error", err.Error())
-		default:
-			c.logTaken()
-		}
-	}
-}
-
-// logTaken says which certificate is in use from now on; its serial number is as openssl prints it.
-func (c *certificate) logTaken() {
-	leaf := c.current.Load().Leaf
-	c.log.Info("certificate taken", "serialNumber", fmt.Sprintf("%X", leaf.SerialNumber), "notAfter", leaf.NotAfter, "dnsNames", leaf.DNSNames)
 }
 
 // readCA reads a file of PEM certificates; nil, for those of the system, if there is no file.
@@ -100,9 +41,20 @@ func readCA(file string) (*x509.CertPool, error) {
 	if err != nil {
 		return nil, err
 	}
+	pool, err := parseCA([][]byte{text})
+	if err != nil {
+		return nil, fmt.Errorf("%w in %s", err, file)
+	}
+	return pool, nil
+}
+
+// errNoCertificate says that a file of certificates has none.
+var errNoCertificate = errors.New("no PEM certificate")
+
+func parseCA(texts [][]byte) (*x509.CertPool, error) {
 	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(text) {
-		return nil, fmt.Errorf("no PEM certificate in %s", file)
+	if !pool.AppendCertsFromPEM(texts[0]) {
+		return nil, errNoCertificate
 	}
 	return pool, nil
 }

@@ -261,7 +261,16 @@ func (q *clusterQueue) askOne(ctx context.Context, node string) (ranges []slotRa
 			err = fmt.Errorf("%s: %w", node, err)
 		}
 	}()
-	entries, err := redis.Values(query(ctx, node, q.settings, "CLUSTER", "SLOTS"))
+	reply, err := query(ctx, node, q.settings, "CLUSTER", "SLOTS")
+	if err != nil {
+		return nil, err
+	}
+	return readSlots(node, reply)
+}
+
+// readSlots reads what a node says about the slots.
+func readSlots(node string, reply any) (ranges []slotRange, err error) {
+	entries, err := redis.Values(reply, nil)
 	if err != nil {
 		return nil, err
 	}

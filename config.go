@@ -40,6 +40,9 @@ type webhookConfig struct {
 	host                    string
 	port                    int
 	certDir                 string
+	pathSecretFile          string
+	clientCAFile            string
+	clientNames             []string
 	sidecarImage            string
 	sidecarImagePullSecret  string
 	sidecarLimits           corev1.ResourceList
@@ -159,6 +162,12 @@ func (c *webhookConfig) declareFlags(f *flags, getenv func(string) string) {
 	declare(f, &c.port, readNumber(1, 65535), "port", "9443", "TCP `PORT` to serve /mutate on")
 	declare(f, &c.certDir, readNonEmpty, "certDir", "/var/k8s-webhook-server/serving-certs",
 		"`DIRECTORY` of tls.crt and tls.key; reread when they change")
+	declare(f, &c.pathSecretFile, readText, "path-secret-file", "",
+		"`FILE` of a secret that the path must end with, /mutate/SECRET; one a line, reread when it changes; none for /mutate")
+	declare(f, &c.clientCAFile, readCAFile, "client-ca-file", "",
+		"`FILE` of the PEM certificates of those that sign the certificates of clients; none to ask for no certificate")
+	declare(f, &c.clientNames, readNameList, "client-name", "",
+		"`NAME,...` of clients: the common name, or a DNS name, of their certificates; none for all that are signed")
 	declare(f, &c.metricsBindAddress, readAddress(), "metrics-bind-address", "0.0.0.0:8080",
 		"`HOST:PORT` to serve /metrics, /healthz and /readyz on, over plain HTTP")
 	declare(f, &c.whenFull, readChoice(whenFullChoices...), "when-full", whenFullDeny,
@@ -217,6 +226,9 @@ func (c *webhookConfig) validate(f *flags) {
 	if c.restartAwait && !c.enableSidecarContainers && !f.wrong["enable-sidecar-containers"] {
 		f.problem("--await-restart: is not used with --enable-sidecar-containers=false: " +
 			"nothing holds back the app of a pod with a classic sidecar")
+	}
+	if len(c.clientNames) > 0 && c.clientCAFile == "" {
+		f.problem("--client-name: is not used: there is no --client-ca-file to check certificates by")
 	}
 	if f.NArg() > 0 {
 		f.problem("unexpected argument %q: the webhook takes flags only", f.Arg(0))

@@ -181,6 +181,15 @@ func readNonEmpty(text string) (string, error) {
 	return text, nil
 }
 
+// readNameList reads names with commas between them.
+func readNameList(text string) ([]string, error) {
+	names := strings.Split(text, ",")
+	if slices.Contains(names, "") {
+		return nil, fmt.Errorf("%q has an empty name", text)
+	}
+	return names, nil
+}
+
 // readIf reads text that is ok; its error says that any other text is not what is wanted.
 func readIf(ok func(text string) bool, wanted string) reader[string] {
 	return func(text string) (string, error) {

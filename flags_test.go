@@ -15,7 +15,7 @@ func TestFlagDefaults(t *testing.T) {
 		"redis-ca-file": "", "etcd-ca-file": "", "etcd-cert-file": "", "etcd-key-file": "",
 	}
 	webhook := map[string]string{
-		"host": "0.0.0.0", "port": "9443", "certDir": "/var/k8s-webhook-server/serving-certs",
+		"host": "0.0.0.0", "port": "9443", "certDir": "/var/k8s-webhook-server/serving-certs", "path-secret-file": "", "client-ca-file": "", "client-name": "",
 		"metrics-bind-address": "0.0.0.0:8080", "when-full": "deny", "enable-sidecar-containers": "true",
 		"sidecar-image": imageRepository + ":dev", "sidecar-image-pull-secret": "", "sidecar-resources": "cpu=100m,memory=64Mi",
 		"sidecar-requests": "cpu=5m,memory=32Mi", "await-restart": "false", "pod-annotations": "", "sidecar-redis-secret": "", "sidecar-redis-ca": "", "sidecar-etcd-secret": "",

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -136,4 +138,18 @@ func (p *process) wantLog(t *testing.T, message string) map[string]any {
 func startWaitingSidecar(t *testing.T, address string, id semaphoreID, token string, length int, flags ...string) *process {
 	t.Helper()
 	return startSidecar(t, address, id, token, append([]string{fmt.Sprintf("--length=%d", length), "--redis-addresses=" + address}, flags...)...)
+}
+
+// memory is a field of /proc/PID/status, in KB.
+func memory(t *testing.T, p *exec.Cmd, field string) int {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
+	must(t, err)
+	m := regexp.MustCompile(field + `:\s+(\d+) kB`).FindSubmatch(status)
+	if m == nil {
+		t.Fatalf("no %s in %s", field, status)
+	}
+	n, err := strconv.Atoi(string(m[1]))
+	must(t, err)
+	return n
 }

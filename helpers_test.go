@@ -207,11 +207,14 @@ func startWebhook(t *testing.T, c webhookConfig) *testWebhook {
 	var b syncBuffer
 	log := slog.New(slog.NewJSONHandler(&b, nil))
 	c.redis.counts = new(redisCounts)
-	w := &webhook{admitter: admitter{c, newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log)}, log: log}
+	who, err := newCallers(c, log)
+	must(t, err)
+	w := &webhook{admitter: admitter{c, newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log)}, callers: who, bounds: newBounds(), log: log}
 	w.semaphores.metrics = newMetrics(c.redis.counts)
 	w.semaphores.metrics.watchSemaphores(w.semaphores)
 	server := httptest.NewUnstartedServer(w.routes())
 	server.EnableHTTP2 = true
+	w.bounds.apply(server.Config)
 	server.StartTLS()
 	tw := &testWebhook{webhook: w, server: server, log: &b}
 	t.Cleanup(tw.close)

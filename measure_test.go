@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -109,18 +108,4 @@ func cpu(t *testing.T, p *exec.Cmd) time.Duration {
 		ticks += n
 	}
 	return time.Duration(ticks) * 10 * time.Millisecond
-}
-
-// memory is a field of /proc/PID/status, in KB.
-func memory(t *testing.T, p *exec.Cmd, field string) int {
-	t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
-	must(t, err)
-	m := regexp.MustCompile(field + `:\s+(\d+) kB`).FindSubmatch(status)
-	if m == nil {
-		t.Fatalf("no %s in %s", field, status)
-	}
-	n, err := strconv.Atoi(string(m[1]))
-	must(t, err)
-	return n
 }

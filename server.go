@@ -2,11 +2,9 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"mime"
 	"net"
@@ -36,7 +34,12 @@ const (
 
 // runWebhook serves until ctx is done, and then finishes what it has begun.
 func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
+	limitMemory(log)
 	cert, err := loadCertificate(c.certDir, log)
+	if err != nil {
+		return err
+	}
+	who, err := newCallers(c, log)
 	if err != nil {
 		return err
 	}
@@ -56,14 +59,14 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	s.metrics = newMetrics(c.redis.counts)
 	s.metrics.watchCertificate(cert)
 	s.metrics.watchSemaphores(s)
-	w := &webhook{admitter: admitter{c, s}, log: log, stopping: ctx.Done()}
+	w := &webhook{admitter: admitter{c, s}, callers: who, bounds: newBounds(), log: log, stopping: ctx.Done()}
 	admissions, endAdmissions := context.WithCancelCause(context.Background())
 	defer endAdmissions(nil)
-	errorLog := slog.NewLogLogger(log.Handler(), slog.LevelWarn)
+	errorLog := newHTTPErrors(log)
 	webhookServer := &http.Server{
 		Handler:           w.routes(),
 		BaseContext:       func(net.Listener) context.Context { return admissions },
-		TLSConfig:         &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: cert.get},
+		TLSConfig:         who.tls(cert),
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,
 		WriteTimeout:      maxTimeout + 5*time.Second,
@@ -78,11 +81,14 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 		IdleTimeout:       time.Minute,
 		ErrorLog:          errorLog,
 	}
+	w.bounds.apply(webhookServer)
+	newBounds().apply(healthServer)
 
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
-	go cert.watch(ctx, certificatePollInterval)
-	go func() { fail(webhookServer.ServeTLS(webhookListener, "", "")) }()
+	go cert.watch(ctx, followInterval)
+	who.watch(ctx)
+	go func() { fail(webhookServer.ServeTLS(countingListener{webhookListener}, "", "")) }()
 	go func() { fail(healthServer.Serve(healthListener)) }()
 	log.Info("serving", "address", webhookListener.Addr().String(), "healthAddress", healthListener.Addr().String(),
 		"version", version, "lockMode", c.lockMode, "queueRedis", c.queueRedisAddress.text)
@@ -119,17 +125,22 @@ func listen(flag, address string) (net.Listener, error) {
 // webhook is the HTTP side of the admitter.
 type webhook struct {
 	admitter
+	callers  *callers
+	bounds   *bounds
+	noise    noise // bad requests
 	log      *slog.Logger
 	stopping <-chan struct{}
 }
 
 func (w *webhook) routes() http.Handler {
-	mux := http.NewServeMux()
-	mux.HandleFunc("/mutate", w.mutate)
-	mux.HandleFunc("/", func(rw http.ResponseWriter, r *http.Request) {
-		http.Error(rw, "not found: admission reviews are served at /mutate", http.StatusNotFound)
+	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		if !w.callers.mayCall(r.URL.Path) {
+			refuseMore(r)
+			http.Error(rw, w.callers.refuseStranger(r.RemoteAddr), http.StatusNotFound)
+			return
+		}
+		w.mutate(rw, r)
 	})
-	return mux
 }
 
 func (w *webhook) healthRoutes() http.Handler {
@@ -161,11 +172,14 @@ func (w *webhook) ready(rw http.ResponseWriter, r *http.Request) {
 // with the reason as text, on which the failurePolicy of the cluster's administrator decides.
 func (w *webhook) mutate(rw http.ResponseWriter, r *http.Request) {
 	start := time.Now()
-	ctx, cancel := context.WithTimeout(r.Context(), answerWithin(r.URL.Query().Get("timeout")))
+	ctx, done := w.bounds.begin(rw, r)
+	defer done()
+	ctx, cancel := context.WithTimeout(ctx, answerWithin(r.URL.Query().Get("timeout")))
 	defer cancel()
 
 	var d decision
-	request, err := readReview(rw, r)
+	request, read, err := w.readReview(ctx, rw, r)
+	defer read()
 	if err == nil {
 		d, err = w.decide(ctx, request)
 	}
@@ -198,8 +212,11 @@ func refuse(rw http.ResponseWriter, err error) {
 	if errors.As(err, &wrong) {
 		status = wrong.status
 	}
-	if status == http.StatusMethodNotAllowed {
+	switch status {
+	case http.StatusMethodNotAllowed:
 		rw.Header().Set("Allow", http.MethodPost)
+	case http.StatusServiceUnavailable:
+		rw.Header().Set("Retry-After", "1")
 	}
 	http.Error(rw, err.Error(), status)
 }
@@ -219,8 +236,12 @@ func (w *webhook) logAdmission(r *http.Request, d decision, err error, took time
 	case "":
 		return
 	case verdictBadRequest:
+		dropped, ok := w.noise.take()
+		if !ok {
+			return
+		}
 		level = slog.LevelWarn
-		attrs = append(attrs, slog.String("remote", r.RemoteAddr), slog.String("verdict", d.verdict))
+		attrs = append(attrs, slog.String("remote", r.RemoteAddr), slog.String("verdict", d.verdict), slog.Int("notLoggedBefore", dropped))
 	default:
 		attrs = append(attrs, slog.String("namespace", d.semaphore.namespace), slog.String("key", d.semaphore.key),
 			slog.String("pod", d.pod), slog.String("verdict", d.verdict), slog.String("token", d.token))
@@ -245,24 +266,21 @@ func answerWithin(timeout string) time.Duration {
 	return d - min(d/10, 500*time.Millisecond)
 }
 
-// readReview checks the request and reads its body; its errors are *badRequest.
-func readReview(rw http.ResponseWriter, r *http.Request) (*admissionRequest, error) {
+// readReview checks the request and reads its body, whose memory is in use until done is called. Its errors are *badRequest.
+func (w *webhook) readReview(ctx context.Context, rw http.ResponseWriter, r *http.Request) (request *admissionRequest, done func(), err error) {
 	if r.Method != http.MethodPost {
-		return nil, &badRequest{http.StatusMethodNotAllowed, fmt.Sprintf("method %s is not allowed: POST an AdmissionReview", r.Method)}
+		return nil, func() {}, &badRequest{http.StatusMethodNotAllowed, fmt.Sprintf("method %s is not allowed: POST an AdmissionReview", r.Method)}
 	}
 	contentType := r.Header.Get("Content-Type")
 	if media, _, err := mime.ParseMediaType(contentType); err != nil || media != "application/json" {
-		return nil, &badRequest{http.StatusUnsupportedMediaType, fmt.Sprintf("Content-Type is %s: it must be application/json", quoteShort(contentType))}
+		return nil, func() {}, &badRequest{http.StatusUnsupportedMediaType, fmt.Sprintf("Content-Type is %s: it must be application/json", quoteShort(contentType))}
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(rw, r.Body, maxBody))
-	var tooLarge *http.MaxBytesError
-	if errors.As(err, &tooLarge) {
-		return nil, &badRequest{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is larger than %d bytes", maxBody)}
-	}
+	body, done, err := w.bounds.read(ctx, rw, r)
 	if err != nil {
-		return nil, bad("read the body: %v", err)
+		return nil, done, err
 	}
-	return decodeReview(body)
+	request, err = decodeReview(body)
+	return request, done, err
 }
 
 // deliver sends an answer, as far as can be told from here: an error says that the API server did not get it.

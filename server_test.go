@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -56,11 +57,11 @@ func TestCertificateFollowsItsFiles(t *testing.T) {
 	wantSerial(2)
 	wantLines("certificate taken", 2)
 
-	must(t, os.WriteFile(c.keyFile, []byte("not a key"), 0o600))
-	wantLines("new certificate not taken, the old one stays", 1)
+	must(t, os.WriteFile(filepath.Join(dir, "tls.key"), []byte("not a key"), 0o600))
+	wantLines("changed files not taken, what they held before stays in use", 1)
 	wantSerial(2)
-	must(t, os.Remove(c.keyFile))
-	wantLines("new certificate not taken, the old one stays", 2)
+	must(t, os.Remove(filepath.Join(dir, "tls.key")))
+	wantLines("changed files not taken, what they held before stays in use", 2)
 	wantSerial(2)
 	writeCertificate(t, dir, 3)
 	wantSerial(3)
@@ -72,13 +73,13 @@ func TestBadCertificateIsReportedOnce(t *testing.T) {
 	writeCertificate(t, dir, 1)
 	c, err := loadCertificate(dir, slog.New(slog.DiscardHandler))
 	must(t, err)
-	must(t, os.WriteFile(c.certFile, []byte("not a certificate"), 0o600))
+	must(t, os.WriteFile(filepath.Join(dir, "tls.crt"), []byte("not a certificate"), 0o600))
 	for i, want := range []bool{true, false, false} {
 		if changed, _ := c.reload(); changed != want {
 			t.Errorf("look %d: changed is %t", i, changed)
 		}
 	}
-	must(t, os.Remove(c.certFile))
+	must(t, os.Remove(filepath.Join(dir, "tls.crt")))
 	for i, want := range []bool{true, false} {
 		changed, err := c.reload()
 		if changed != want || !errors.Is(err, os.ErrNotExist) {

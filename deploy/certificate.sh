@@ -1,7 +1,8 @@
 #!/bin/sh
 # certificate.sh: for clusters without cert-manager. It makes a certificate for the webhook (ten years, with an authority of
 # its own whose key is thrown away), puts it into the Secret webhook-certificate, and the authority into the webhook's
-# configuration. Run it again to renew: both authorities are trusted meanwhile, so that no admission fails.
+# configuration. Run it again to renew: both authorities are trusted meanwhile, so that no admission fails. Where the webhook is not
+# called by a secret path yet, it makes one, too, by path-secret.sh.
 #
 # Needs openssl, and kubectl with KUBECONFIG as usual.
 set -eu
@@ -9,6 +10,7 @@ set -eu
 namespace=at-least-semaphore-pod-hook
 service=webhook.$namespace.svc
 configuration=mutatingwebhookconfiguration/at-least-semaphore-pod-hook
+here=$(cd "$(dirname "$0")" && pwd)
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 cd "$dir"
@@ -50,3 +52,8 @@ if [ -s old.crt ]; then # a renewal: the old authority is trusted until all webh
   done
 fi
 trust ca.crt
+
+case "$(kubectl get "$configuration" -o 'jsonpath={.webhooks[0].clientConfig.service.path}')" in
+/mutate/*) ;;
+*) "$here/path-secret.sh" ;;
+esac

@@ -1,0 +1,335 @@
+package main
+
+import (
+	"bytes"
+	"container/list"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// What all that call the webhook may use of it at once. Where there is more, the oldest goes: an API server uses its connections again
+// and again, and its requests take milliseconds, so that it is seldom among those.
+const (
+	maxStrangers  = 512      // connections on which nobody has known the path yet
+	maxCallers    = 512      // other connections
+	maxRequests   = 512      // that are being read, decided on or answered
+	maxStreams    = 100      // of an HTTP/2 connection
+	frameSize     = 16 << 10 // of HTTP/2, and what a stream may send before it is read
+	maxHeaderSize = 16 << 10
+
+	// strangerBytes are what a connection may send, with TLS and all, before somebody on it has known the path.
+	strangerBytes = 96 << 10 // more than what may come with the first request
+
+	// refusalTime is what an answer has to get away before the connection is closed.
+	refusalTime = 50 * time.Millisecond
+
+	// A body of more than smallBody bytes, or smallObjects JSON objects, which take more memory than their text, waits until it is one of
+	// maxLarge, and has largeBodyTime then to arrive. One of more than maxObjects is refused.
+	smallBody     = 32 << 10
+	smallObjects  = 1000
+	maxObjects    = 50000
+	maxLarge      = 2
+	largeBodyTime = 2 * time.Second
+
+	// memoryShare of what the container is allowed is what Go uses before it collects garbage at any cost.
+	memoryShare = 0.4
+
+	// noiseLogged lines of what strangers cause are logged in each noiseEvery.
+	noiseEvery  = time.Minute
+	noiseLogged = 10
+)
+
+// errCrowded is why a request is given up that was begun long ago.
+var errCrowded = errors.New("too many requests at once, of which this is the oldest: try again")
+
+// crowd is a number of things that come and go. If there are more than so many, the oldest has to go.
+type crowd struct {
+	most int
+
+	mu  sync.Mutex
+	all list.List // of func(): what makes one go
+}
+
+// join adds one. leave has to be called once it is gone, whatever the reason.
+func (c *crowd) join(goAway func()) (leave func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e := c.all.PushBack(goAway)
+	if c.all.Len() > c.most {
+		oldest := c.all.Remove(c.all.Front()).(func())
+		go oldest()
+	}
+	return func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.all.Remove(e) // does nothing if it is not there any more
+	}
+}
+
+// bounds are what the callers of a server use of it.
+type bounds struct {
+	strangers, callers, requests crowd
+	large                        chan struct{} // has room for as many bodies as may be large at once
+	connections                  sync.Map      // net.Conn -> *httpConnection
+}
+
+func newBounds() *bounds {
+	return &bounds{strangers: crowd{most: maxStrangers}, callers: crowd{most: maxCallers}, requests: crowd{most: maxRequests}, large: make(chan struct{}, maxLarge)}
+}
+
+// httpConnection is one to a server with bounds.
+type httpConnection struct {
+	net.Conn
+	bounds *bounds
+
+	counted *countedConn // nil in a test
+
+	mu     sync.Mutex
+	closed bool
+	leave  func() // its crowd
+}
+
+type connectionKey struct{}
+
+// apply makes a server keep the bounds.
+func (b *bounds) apply(s *http.Server) {
+	s.MaxHeaderBytes = maxHeaderSize
+	s.HTTP2 = &http.HTTP2Config{MaxConcurrentStreams: maxStreams, MaxReadFrameSize: frameSize, MaxReceiveBufferPerConnection: 64 << 10, MaxReceiveBufferPerStream: frameSize}
+	s.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
+		c := &httpConnection{Conn: conn, bounds: b}
+		if t, ok := conn.(*tls.Conn); ok {
+			c.counted, _ = t.NetConn().(*countedConn)
+		}
+		c.leave = b.strangers.join(c.end)
+		b.connections.Store(conn, c)
+		return context.WithValue(ctx, connectionKey{}, c)
+	}
+	s.ConnState = func(conn net.Conn, state http.ConnState) {
+		if state != http.StateClosed {
+			return
+		}
+		if c, ok := b.connections.LoadAndDelete(conn); ok {
+			c.(*httpConnection).ended()
+		}
+	}
+}
+
+// end closes the connection, without waiting for the other side.
+func (c *httpConnection) end() {
+	if t, ok := c.Conn.(*tls.Conn); ok {
+		_ = t.NetConn().Close()
+		return
+	}
+	_ = c.Conn.Close()
+}
+
+func (c *httpConnection) ended() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.closed = true
+	c.leave()
+}
+
+// used notes that a caller who knows the path has used the connection.
+func (c *httpConnection) used() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return
+	}
+	if c.counted != nil {
+		c.counted.trusted.Store(true)
+	}
+	c.leave()
+	c.leave = c.bounds.callers.join(c.end)
+}
+
+// refuseMore ends the connection of a request, unless a caller who knows the path has used it: who does not has nothing to ask.
+func refuseMore(r *http.Request) {
+	if c, ok := r.Context().Value(connectionKey{}).(*httpConnection); ok && c.counted != nil {
+		c.counted.refused.Store(true)
+	}
+}
+
+// countingListener counts what comes on each connection.
+type countingListener struct{ net.Listener }
+
+func (l countingListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return &countedConn{Conn: conn}, nil
+}
+
+// countedConn fails when more than strangerBytes have come, or somebody on it was refused, unless somebody is trusted.
+type countedConn struct {
+	net.Conn
+	trusted atomic.Bool
+	refused atomic.Bool
+	read    int // by one reader at a time
+}
+
+func (c *countedConn) Read(b []byte) (int, error) {
+	if c.trusted.Load() {
+		return c.Conn.Read(b)
+	}
+	if c.refused.Load() {
+		time.Sleep(refusalTime)
+		return 0, errTooMuch
+	}
+	if c.read >= strangerBytes {
+		return 0, errTooMuch
+	}
+	n, err := c.Conn.Read(b)
+	c.read += n
+	return n, err
+}
+
+// errTooMuch is why a connection is closed.
+var errTooMuch = errors.New("too much was sent by a client that does not know the path")
+
+// begin is for a request of a caller who knows the path: it is one of those that may be given up. The context ends when it is; done has
+// to be called at its end.
+func (b *bounds) begin(rw http.ResponseWriter, r *http.Request) (ctx context.Context, done func()) {
+	if c, ok := r.Context().Value(connectionKey{}).(*httpConnection); ok {
+		c.used()
+	}
+	ctx, giveUp := context.WithCancelCause(r.Context())
+	var mu sync.Mutex
+	over := false
+	leave := b.requests.join(func() {
+		mu.Lock()
+		defer mu.Unlock()
+		giveUp(errCrowded)
+		if control := http.NewResponseController(rw); !over { // they fail where there are none, as in a test
+			_ = control.SetReadDeadline(time.Now())
+			_ = control.SetWriteDeadline(time.Now().Add(time.Second))
+		}
+	})
+	return ctx, func() {
+		mu.Lock()
+		defer mu.Unlock()
+		over = true
+		leave()
+		giveUp(nil)
+	}
+}
+
+// read reads the body of a request. One that is large waits for its turn; its memory is in use until done is called, which has to be.
+// Its errors are *badRequest.
+func (b *bounds) read(ctx context.Context, rw http.ResponseWriter, r *http.Request) (body []byte, done func(), err error) {
+	done = func() {}
+	var read bytes.Buffer
+	limited := http.MaxBytesReader(rw, r.Body, maxBody)
+	tooLarge := &badRequest{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is larger than %d bytes", maxBody)}
+	if r.ContentLength > maxBody {
+		return nil, done, tooLarge
+	}
+	read.Grow(int(min(max(r.ContentLength, 0), smallBody)) + bytes.MinRead)
+	_, err = io.CopyN(&read, limited, smallBody)
+	if err == nil || objects(read.Bytes()) > smallObjects {
+		select {
+		case b.large <- struct{}{}:
+			done = func() { <-b.large }
+		case <-ctx.Done():
+			return nil, done, &badRequest{http.StatusServiceUnavailable, "too many large requests at once: try again"}
+		}
+	}
+	if err == nil {
+		if r.ContentLength > 0 {
+			read.Grow(int(r.ContentLength) - read.Len())
+		}
+		control := http.NewResponseController(rw)
+		_ = control.SetReadDeadline(time.Now().Add(largeBodyTime)) // fails where there is none, as in a test
+		_, err = read.ReadFrom(limited)
+		_ = control.SetReadDeadline(time.Time{})
+	}
+	var over *http.MaxBytesError
+	switch {
+	case errors.As(err, &over):
+		return nil, done, tooLarge
+	case context.Cause(ctx) == errCrowded:
+		return nil, done, &badRequest{http.StatusServiceUnavailable, errCrowded.Error()}
+	case err != nil && err != io.EOF:
+		return nil, done, bad("read the body: %v", err)
+	}
+	if n := objects(read.Bytes()); n > maxObjects {
+		return nil, done, &badRequest{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body has %d objects: at most %d are decoded", n, maxObjects)}
+	}
+	return read.Bytes(), done, nil
+}
+
+// objects is how many JSON objects a text has, at most.
+func objects(text []byte) int { return bytes.Count(text, []byte("{")) }
+
+// limitMemory tells Go what the container is allowed, unless GOMEMLIMIT does.
+func limitMemory(log *slog.Logger) {
+	if os.Getenv("GOMEMLIMIT") != "" {
+		return
+	}
+	for _, file := range []string{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"} { // cgroup v2, v1
+		text, err := os.ReadFile(file)
+		if err != nil {
+			continue
+		}
+		if allowed, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64); err == nil && allowed < 1<<40 { // else "max", or as good as that
+			debug.SetMemoryLimit(int64(memoryShare * float64(allowed)))
+			log.Info("memory limited", "containerBytes", allowed)
+		}
+		return
+	}
+}
+
+// noise is what strangers cause: it is logged, and must not fill the log.
+type noise struct {
+	mu      sync.Mutex
+	since   time.Time
+	lines   int
+	dropped int
+}
+
+// take reports whether a line may be logged now, and how many were not before it.
+func (n *noise) take() (dropped int, ok bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if time.Since(n.since) > noiseEvery {
+		n.since, n.lines = time.Now(), 0
+	}
+	if n.lines++; n.lines > noiseLogged {
+		n.dropped++
+		return 0, false
+	}
+	dropped, n.dropped = n.dropped, 0
+	return dropped, true
+}
+
+// httpErrors logs what a server of net/http has to say.
+type httpErrors struct {
+	log   *slog.Logger
+	noise noise
+}
+
+func newHTTPErrors(to *slog.Logger) *log.Logger { return log.New(&httpErrors{log: to}, "", 0) }
+
+// Write implements io.Writer.
+func (e *httpErrors) Write(line []byte) (int, error) {
+	if dropped, ok := e.noise.take(); ok {
+		e.log.Warn("a connection or request failed", "error", strings.TrimSpace(string(line)), "notLoggedBefore", dropped)
+	}
+	return len(line), nil
+}

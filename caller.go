@@ -1,0 +1,184 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+// mutatePath is where admission reviews are served, followed by a slash and a secret if there is one.
+const mutatePath = "/mutate"
+
+const (
+	// formerSecretFor is for how long a secret that was replaced is still good: whoever changes it by hand has to change the webhook's
+	// configuration, too.
+	formerSecretFor = 10 * time.Minute
+)
+
+// pathSecret is what may follow mutatePath. noPathSecret, on a line of its own, is for the path without any.
+var pathSecret = regexp.MustCompile(`^[A-Za-z0-9_-]{16,128}$`)
+
+const noPathSecret = "-"
+
+// goodPath is the digest of a path: comparing these tells nothing of what is good, not even by the time that it takes.
+type goodPath [sha256.Size]byte
+
+func newGoodPath(path string) goodPath { return sha256.Sum256([]byte(path)) }
+
+// goodPaths are those of a file, whose content has that digest.
+type goodPaths struct {
+	paths  []goodPath
+	digest string
+}
+
+// parsePathSecrets reads a secret from each line.
+func parsePathSecrets(texts [][]byte) (good goodPaths, err error) {
+	good.digest = fmt.Sprintf("%x", sha256.Sum256(texts[0]))[:16]
+	for n, line := range strings.Split(strings.TrimSpace(string(texts[0])), "\n") {
+		switch line = strings.TrimSpace(line); {
+		case line == noPathSecret:
+			good.paths = append(good.paths, newGoodPath(mutatePath))
+		case pathSecret.MatchString(line):
+			good.paths = append(good.paths, newGoodPath(mutatePath+"/"+line))
+		default: // it may be a secret, and is not shown
+			return good, fmt.Errorf("line %d is no secret: it must be 16 to 128 of A-Z a-z 0-9 _ - (or - alone, for the path without a secret)", n+1)
+		}
+	}
+	return good, nil
+}
+
+// callers tells who may call the webhook: whoever knows the path, and has a certificate if one is asked for.
+type callers struct {
+	secrets     *followed[goodPaths] // nil: the path has no secret
+	authorities *followed[*x509.CertPool]
+	names       []string // of certificates; empty for any that an authority has signed
+	log         *slog.Logger
+
+	noise noise // strangers
+
+	mu     sync.Mutex
+	last   []goodPath // of the file
+	former []formerPath
+}
+
+// formerPath is one that was replaced.
+type formerPath struct {
+	path  goodPath
+	until time.Time
+}
+
+// newCallers reads the files.
+func newCallers(c webhookConfig, log *slog.Logger) (*callers, error) {
+	w := &callers{names: c.clientNames, log: log}
+	var err error
+	if c.pathSecretFile != "" {
+		if w.secrets, err = follow(log, parsePathSecrets, w.takeSecrets, c.pathSecretFile); err != nil {
+			return nil, fmt.Errorf("--path-secret-file: %w", err)
+		}
+	}
+	if c.clientCAFile != "" {
+		w.authorities, err = follow(log, parseCA, func(*x509.CertPool) { log.Info("authorities of clients taken") }, c.clientCAFile)
+		if err != nil {
+			return nil, fmt.Errorf("--client-ca-file: %w", err)
+		}
+	}
+	return w, nil
+}
+
+// watch follows the files until ctx is done.
+func (w *callers) watch(ctx context.Context) {
+	if w.secrets != nil {
+		go w.secrets.watch(ctx, followInterval)
+	}
+	if w.authorities != nil {
+		go w.authorities.watch(ctx, followInterval)
+	}
+}
+
+// takeSecrets keeps those that are replaced for a while. The log has the digest of the file, by which deploy/path-secret.sh knows that
+// they are in use.
+func (w *callers) takeSecrets(good goodPaths) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, path := range w.last {
+		if !slices.Contains(good.paths, path) {
+			w.former = append(w.former, formerPath{path, time.Now().Add(formerSecretFor)})
+		}
+	}
+	w.last = good.paths
+	w.log.Info("path secret taken", "digest", good.digest, "paths", len(good.paths))
+}
+
+// mayCall reports whether a path is one at which admission reviews are served. It takes the same time for each.
+func (w *callers) mayCall(path string) bool {
+	if w.secrets == nil {
+		return path == mutatePath
+	}
+	asked := newGoodPath(path)
+	found := 0
+	for _, good := range w.secrets.current.Load().paths {
+		found |= subtle.ConstantTimeCompare(asked[:], good[:])
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.former = slices.DeleteFunc(w.former, func(f formerPath) bool { return time.Now().After(f.until) })
+	for _, f := range w.former {
+		found |= subtle.ConstantTimeCompare(asked[:], f.path[:])
+	}
+	return found == 1
+}
+
+// refuseStranger is the text for whoever calls another path. That somebody does is logged now and then, as it may be the API server, with
+// another secret.
+func (w *callers) refuseStranger(remote string) string {
+	if w.secrets == nil {
+		return "not found: admission reviews are served at " + mutatePath
+	}
+	if dropped, ok := w.noise.take(); ok {
+		w.log.Warn("somebody calls without the path's secret, or with another", "remote", remote, "notLoggedBefore", dropped)
+	}
+	return "not found: the path must end with the secret of --path-secret-file"
+}
+
+// tls are the TLS settings of the server.
+func (w *callers) tls(cert *certificate) *tls.Config {
+	c := &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: cert.get, NextProtos: []string{"h2", "http/1.1"}}
+	if w.authorities == nil {
+		return c
+	}
+	c.ClientAuth = tls.RequireAndVerifyClientCert
+	c.VerifyConnection = w.checkName
+	c.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		now := c.Clone()
+		now.ClientCAs = *w.authorities.current.Load()
+		return now, nil
+	}
+	return c
+}
+
+// checkName refuses a client whose certificate is of another name.
+func (w *callers) checkName(state tls.ConnectionState) error {
+	if len(w.names) == 0 {
+		return nil
+	}
+	if len(state.PeerCertificates) == 0 {
+		return errors.New("no client certificate")
+	}
+	leaf := state.PeerCertificates[0]
+	for _, name := range append(leaf.DNSNames, leaf.Subject.CommonName) {
+		if slices.Contains(w.names, name) {
+			return nil
+		}
+	}
+	return fmt.Errorf("the client certificate is of %s: --client-name is %s", quoteShort(leaf.Subject.CommonName), strings.Join(w.names, ","))
+}

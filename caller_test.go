@@ -1,0 +1,239 @@
+package main
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"math/big"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+const (
+	secretA = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
+	secretB = "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+)
+
+// statusAt posts a review to a path.
+func (w *testWebhook) statusAt(t *testing.T, path string, body []byte) (status int, text string) {
+	t.Helper()
+	response, err := w.server.Client().Post(w.server.URL+path, "application/json", bytes.NewReader(body))
+	must(t, err)
+	defer response.Body.Close()
+	all, err := io.ReadAll(response.Body)
+	must(t, err)
+	return response.StatusCode, string(all)
+}
+
+func (w *testWebhook) wantStatusAt(t *testing.T, path string, body []byte, want int) {
+	t.Helper()
+	if status, text := w.statusAt(t, path, body); status != want {
+		t.Errorf("%s: %d %s, want %d", path, status, text, want)
+	}
+}
+
+// Whoever does not know the secret gets no token, and learns nothing; one that is replaced is good for a while.
+func TestPathSecret(t *testing.T) {
+	r := commonRedis(t)
+	file := filepath.Join(t.TempDir(), "secret")
+	write := func(lines ...string) { must(t, os.WriteFile(file, []byte(strings.Join(lines, "\n")+"\n"), 0o600)) }
+	write(secretA)
+	c := testConfig(r.address)
+	c.pathSecretFile = file
+	w := startWebhook(t, c)
+	id := freshID()
+	body := review(t, id, maxLength)
+	for _, path := range []string{"/mutate", "/", "/mutate/", "/mutate/" + secretB, "/mutate/" + secretA[1:], "/mutate/" + secretA + "/", "/mutate//" + secretA,
+		"/" + secretA, "/mutate/" + secretA + "a", "/mutate/../mutate/" + secretB, "/mutate/-"} {
+		w.wantStatusAt(t, path, body, http.StatusNotFound)
+	}
+	if free, inUse, err := r.counts(id); free != 0 || inUse != 0 || err != nil {
+		t.Errorf("strangers took tokens: %d free, %d in use, %v", free, inUse, err)
+	}
+	w.wantStatusAt(t, "/mutate/"+secretA+"?timeout=10s", body, http.StatusOK)
+	r.wantCounts(t, id, 255, 1)
+	if n := len(w.log.lines(t, "somebody calls without the path's secret, or with another")); n != noiseLogged {
+		t.Errorf("strangers were logged %d times", n)
+	}
+
+	reload := func() {
+		t.Helper()
+		if _, err := w.callers.secrets.reload(); err != nil {
+			t.Error(err)
+		}
+	}
+	write(secretB, noPathSecret) // as in an upgrade from no secret
+	reload()
+	for _, path := range []string{"/mutate/" + secretA, "/mutate/" + secretB, "/mutate"} {
+		w.wantStatusAt(t, path, body, http.StatusOK)
+	}
+	write(secretB)
+	reload()
+	w.wantStatusAt(t, "/mutate", body, http.StatusOK) // for ten minutes
+	for i := range w.callers.former {
+		w.callers.former[i].until = time.Now()
+	}
+	w.wantStatusAt(t, "/mutate", body, http.StatusNotFound)
+	w.wantStatusAt(t, "/mutate/"+secretA, body, http.StatusNotFound)
+	w.wantStatusAt(t, "/mutate/"+secretB, body, http.StatusOK)
+
+	for _, bad := range []string{"", "short", secretA + "\nno secret at all", secretA + "\n\n" + secretB, strings.Repeat("a", 129)} {
+		must(t, os.WriteFile(file, []byte(bad), 0o600))
+		if _, err := w.callers.secrets.reload(); err == nil || strings.Contains(err.Error(), secretA) || strings.Contains(err.Error(), "no secret at all") {
+			t.Errorf("%q: %v", bad, err)
+		}
+		w.wantStatusAt(t, "/mutate/"+secretB, body, http.StatusOK)
+	}
+	if log := w.log.String(); strings.Contains(log, secretA) || strings.Contains(log, secretB) {
+		t.Errorf("a secret is in the log:\n%s", log)
+	}
+}
+
+// Without a file, the path has no secret, as before.
+func TestNoPathSecret(t *testing.T) {
+	w := startWebhook(t, testConfig(commonRedis(t).address))
+	w.wantStatusAt(t, "/mutate", review(t, freshID(), 1), http.StatusOK)
+	if status, text := w.statusAt(t, "/mutate/"+secretA, nil); status != http.StatusNotFound || !strings.Contains(text, "served at /mutate") {
+		t.Errorf("%d %s", status, text)
+	}
+}
+
+// The process follows the file, and logs the digest by which deploy/path-secret.sh waits for it.
+func TestPathSecretIsReread(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "secret")
+	must(t, os.WriteFile(file, []byte(secretA+"\n"), 0o600))
+	w := startWebhookProcess(t, commonRedis(t).address, "--path-secret-file="+file)
+	must(t, os.WriteFile(file, []byte(secretB+"\n-\n"), 0o600))
+	body := review(t, freshID(), maxLength)
+	eventually(t, 10*time.Second, func() error {
+		response, err := w.client.Post(w.url+"/mutate/"+secretB, "application/json", bytes.NewReader(body))
+		if err != nil {
+			return err
+		}
+		response.Body.Close()
+		if response.StatusCode != http.StatusOK {
+			return fmt.Errorf("%s", response.Status)
+		}
+		return nil
+	})
+	lines := w.log.lines(t, "path secret taken")
+	if len(lines) != 2 || lines[1]["digest"] != "3bba55b278fd10fe" {
+		t.Errorf("logged %v", lines)
+	}
+}
+
+// authority signs certificates of clients.
+type authority struct {
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+func newAuthority(t *testing.T) *authority {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	must(t, err)
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "authority"}, NotBefore: time.Now().Add(-time.Hour),
+		NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	must(t, err)
+	cert, err := x509.ParseCertificate(der)
+	must(t, err)
+	return &authority{cert, key}
+}
+
+func (a *authority) write(t *testing.T, file string) {
+	t.Helper()
+	must(t, os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.cert.Raw}), 0o600))
+}
+
+// sign makes the certificate of a client.
+func (a *authority) sign(t *testing.T, name string, notAfter time.Time, usage x509.ExtKeyUsage) tls.Certificate {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	must(t, err)
+	template := &x509.Certificate{SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name + ".example.org"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: notAfter, ExtKeyUsage: []x509.ExtKeyUsage{usage}}
+	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, &key.PublicKey, a.key)
+	must(t, err)
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+}
+
+// Where authorities are given, only clients with a certificate of one of them, of the right name, are served.
+func TestClientCertificates(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "ca.crt")
+	ours, others := newAuthority(t), newAuthority(t)
+	ours.write(t, file)
+	w := startWebhookProcess(t, commonRedis(t).address, "--client-ca-file="+file, "--client-name=kube-apiserver,api.example.org")
+	later := time.Now().Add(time.Hour)
+	body := review(t, freshID(), maxLength)
+	call := func(certificates ...tls.Certificate) error {
+		transport := &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{InsecureSkipVerify: true, Certificates: certificates}}
+		defer transport.CloseIdleConnections()
+		response, err := (&http.Client{Transport: transport}).Post(w.url+"/mutate?timeout=10s", "application/json", bytes.NewReader(body))
+		if err != nil {
+			return err
+		}
+		response.Body.Close()
+		if response.StatusCode != http.StatusOK || response.ProtoMajor != 2 {
+			t.Errorf("%s by %s", response.Status, response.Proto)
+		}
+		return nil
+	}
+	client := x509.ExtKeyUsageClientAuth
+	must(t, call(ours.sign(t, "kube-apiserver", later, client)))
+	must(t, call(ours.sign(t, "api", later, client)))
+	for what, certificates := range map[string][]tls.Certificate{
+		"none":              nil,
+		"another authority": {others.sign(t, "kube-apiserver", later, client)},
+		"another name":      {ours.sign(t, "kubelet", later, client)},
+		"one of a server":   {ours.sign(t, "kube-apiserver", later, x509.ExtKeyUsageServerAuth)},
+		"an old one":        {ours.sign(t, "kube-apiserver", time.Now().Add(-time.Minute), client)},
+	} {
+		if err := call(certificates...); err == nil {
+			t.Errorf("with %s: served", what)
+		}
+	}
+	others.write(t, file)
+	eventually(t, 10*time.Second, func() error { return call(others.sign(t, "kube-apiserver", later, client)) })
+	if err := call(ours.sign(t, "kube-apiserver", later, client)); err == nil {
+		t.Error("served by the authority of before")
+	}
+}
+
+func TestCallerUsage(t *testing.T) {
+	dir := t.TempDir()
+	writeCertificate(t, dir, 1)
+	bad := filepath.Join(dir, "bad")
+	must(t, os.WriteFile(bad, []byte("hello"), 0o600))
+	for flag, want := range map[string]string{
+		"--client-name=a":         "--client-name: is not used: there is no --client-ca-file",
+		"--client-name=a,":        `--client-name: "a," has an empty name`,
+		"--client-ca-file=/no":    "--client-ca-file: open /no",
+		"--client-ca-file=" + bad: "no PEM certificate",
+	} {
+		if code, _, stderr := runArgs(nil, "webhook", "--certDir="+dir, flag); code != 2 || !strings.Contains(stderr, want) {
+			t.Errorf("%s: %d %s", flag, code, stderr)
+		}
+	}
+	for flag, want := range map[string]string{
+		"--path-secret-file=/no":    "--path-secret-file: open /no",
+		"--path-secret-file=" + bad: "--path-secret-file: " + bad + ": line 1 is no secret",
+	} {
+		if code, _, stderr := runArgs(nil, "webhook", "--certDir="+dir, flag); code != 1 || !strings.Contains(stderr, want) || strings.Contains(stderr, "hello") {
+			t.Errorf("%s: %d %s", flag, code, stderr)
+		}
+	}
+}

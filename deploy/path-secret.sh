@@ -1,0 +1,52 @@
+#!/bin/sh
+# path-secret.sh: makes a secret that the API server shows to the webhook as a part of the path, and the webhook asks of whoever calls it:
+# it puts it into the Secret webhook-path, and into the webhook's configuration. Run it again for another one: both are good meanwhile, so
+# that no admission fails. certificate.sh runs it as well.
+#
+# Needs openssl, and kubectl with KUBECONFIG as usual.
+set -eu
+
+namespace=at-least-semaphore-pod-hook
+configuration=mutatingwebhookconfiguration/at-least-semaphore-pod-hook
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+cd "$dir"
+umask 077
+
+openssl rand -hex 32 >new
+# The path of now: none at all, /mutate, or one with a secret. By it, the webhooks of before are called until all know the new one.
+case "$(kubectl get "$configuration" -o 'jsonpath={.webhooks[0].clientConfig.service.path}')" in
+/mutate/*) kubectl get "$configuration" -o 'jsonpath={.webhooks[0].clientConfig.service.path}' | cut -d / -f 3 >old ;;
+/mutate) echo - >old ;;
+*) : >old ;;
+esac
+
+accept() { # accept FILE: what is good from now on, a line each
+  kubectl -n "$namespace" create secret generic webhook-path --from-file=secret="$1" --dry-run=client -o yaml | kubectl apply -f - >/dev/null
+}
+
+cat new old >both
+accept both
+if [ -s old ]; then
+  digest=$(openssl dgst -sha256 -r <both | cut -c 1-16)
+  # The webhooks that have not logged it.
+  behind() {
+    for pod in $(kubectl -n "$namespace" get pods -l app.kubernetes.io/component=webhook -o name); do
+      kubectl -n "$namespace" logs "$pod" 2>&1 | grep -q "\"digest\":\"$digest\"" || echo "$pod"
+    done
+  }
+  echo "waiting until all webhooks know the new secret, which takes the kubelets a minute or two"
+  deadline=$(($(date +%s) + 300))
+  while pods=$(behind) && [ -n "$pods" ]; do
+    if [ "$(date +%s)" -gt "$deadline" ]; then
+      echo "without the new secret:" $pods "- the old one stays in use" >&2
+      exit 1
+    fi
+    sleep 2
+  done
+fi
+step='{"op":"add","path":"/webhooks/%d/clientConfig/service/path","value":"/mutate/%s"}'
+printf '[%s,%s]' "$(printf "$step" 0 "$(cat new)")" "$(printf "$step" 1 "$(cat new)")" >patch.json
+kubectl patch "$configuration" --type=json --patch-file=patch.json
+# The webhooks go on to accept the old one for ten minutes.
+accept new
