@@ -85,13 +85,23 @@ measure-sidecars: test-needs ## measure up to a thousand waiting sidecars agains
 dashboard-picture: test-needs ## draw docs/dashboard.svg from a real Prometheus's data, in some five minutes
 	go test -count=1 -tags measure -timeout 10m -run TestDrawDashboard .
 
+RELEASE_IMAGE ?= ghcr.io/kaidotio/at-least-semaphore-pod-hook:$(VERSION)
+
+.PHONY: dist
+dist: build ## collect what belongs to a release in dist/: one manifest, scripts, licences, checksums. VERSION=v1.2.3 RELEASE_IMAGE=...
+	rm -rf dist && mkdir dist
+	kubectl kustomize deploy | sed 's|ghcr.io/kaidotio/at-least-semaphore-pod-hook:v[0-9.]*|$(RELEASE_IMAGE)|' >dist/install.yaml
+	cp deploy/certificate.sh deploy/path-secret.sh dist/
+	.ci/licences $(PROGRAM) >dist/licences.txt
+	cd dist && sha256sum * >checksums.txt
+
 .PHONY: dev
 dev: ## develop on the current cluster with Skaffold: build, deploy, forward ports, and again on each change
 	@command -v skaffold >/dev/null || { echo "skaffold is missing: see https://skaffold.dev/docs/install/" >&2; exit 1; }
 	skaffold dev --port-forward
 
 .PHONY: lint
-lint: ## check format, vet and staticcheck
+lint: ## check format, vet, staticcheck and the workflows
 	@test -z "$$(gofmt -l .)" || { echo "not gofmt-ed:"; gofmt -l .; exit 1; }
 	go vet ./...
 	go vet -tags e2e ./e2e
@@ -100,3 +110,4 @@ lint: ## check format, vet and staticcheck
 	go vet -tags e2e,measure . ./e2e
 	go -C demo vet ./...
 	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover,abuse ./...
+	go tool -modfile=tools/go.mod actionlint
