@@ -73,8 +73,16 @@ func TestPathSecret(t *testing.T) {
 			t.Error(err)
 		}
 	}
+	take := w.callers.secrets.taken
+	w.callers.secrets.taken = func(good goodPaths) {
+		if !w.callers.mayCall("/mutate/" + secretA) {
+			t.Error("there is a moment in which the secret of before is no good")
+		}
+		take(good)
+	}
 	write(secretB, noPathSecret) // as in an upgrade from no secret
 	reload()
+	w.callers.secrets.taken = take
 	for _, path := range []string{"/mutate/" + secretA, "/mutate/" + secretB, "/mutate"} {
 		w.wantStatusAt(t, path, body, http.StatusOK)
 	}

@@ -19,7 +19,7 @@ const followInterval = time.Second
 type followed[T any] struct {
 	files   []string
 	parse   func(texts [][]byte) (T, error) // of the files, in their order
-	taken   func(T)                         // is told, and logs, what is in use from now on
+	taken   func(T)                         // is told, and logs, what is in use a moment later
 	current atomic.Pointer[T]
 	seen    []byte // content of the files, good or bad
 	log     *slog.Logger
@@ -52,8 +52,8 @@ func (f *followed[T]) reload() (changed bool, err error) {
 	if err != nil {
 		return true, fmt.Errorf("%s: %w", strings.Join(f.files, " and "), err)
 	}
-	f.current.Store(&value)
 	f.taken(value)
+	f.current.Store(&value)
 	return true, nil
 }
 
