@@ -252,3 +252,26 @@ func TestSentinelsBehindSlowDNS(t *testing.T) {
 	g.servers[0].kill(t)
 	acquire(t, s, id, maxLength)
 }
+
+// Who only looks, as "status --watch" does, finds the new primary.
+func TestSentinelLook(t *testing.T) {
+	t.Parallel()
+	g := startSentinelGroup(t)
+	id := freshID()
+	acquire(t, semaphoresOf(t, groupConfig(t, g.address())), id, 3)
+	s := newSemaphores(groupConfig(t, g.address()).sharedConfig, nil, 1, slog.New(slog.DiscardHandler))
+	t.Cleanup(func() { must(t, s.queue.close()) })
+	look := func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		d, err := s.inspect(ctx, id)
+		if err == nil && d.inUse != 1 {
+			err = fmt.Errorf("%d in use", d.inUse)
+		}
+		return err
+	}
+	must(t, look())
+	s.queue.(*sentinelQueue).checked = time.Now().Add(-time.Hour) // it has looked for long, and asks no Sentinel any more
+	g.servers[0].kill(t)
+	eventually(t, 20*time.Second, look)
+}

@@ -112,7 +112,7 @@ func runStatus(ctx context.Context, c statusConfig, stdin io.Reader, stdout io.W
 			return err
 		}
 		if err != nil {
-			fmt.Fprintln(stdout, err)
+			log.Warn("not all can be shown", "error", err.Error())
 		}
 		if sleep(ctx, statusEvery) != nil {
 			return nil

@@ -88,6 +88,7 @@ func globQuote(text string) string {
 
 // surveyServer looks for semaphores on a server, and reads each as soon as it is found.
 func (s *semaphores) surveyServer(ctx context.Context, server *queueServer, pattern string) (states []semaphoreState, err error) {
+	defer func() { s.noteLook(server, semaphoreID{}, err) }()
 	conn, err := server.pool.GetContext(ctx)
 	if err != nil {
 		return nil, err
@@ -160,7 +161,7 @@ func (s *semaphores) readStates(ctx context.Context, conn redis.Conn, ids []sema
 		const commands = 8
 		st, err := readState(id, now, replies[commands*i:commands*(i+1)])
 		var answered redis.Error
-		if errors.As(err, &answered) && isSlotMoving(err) {
+		if errors.As(err, &answered) && (isSlotMoving(err) || strings.HasPrefix(answered.Error(), "MOVED ")) {
 			continue
 		}
 		if err != nil {
@@ -223,6 +224,13 @@ func since(now, then float64) time.Duration {
 	return max(0, time.Duration((now-then)*float64(time.Second)))
 }
 
+// noteLook tells the queue why a look at a server has failed, so that the next one finds its successor.
+func (s *semaphores) noteLook(server *queueServer, id semaphoreID, err error) {
+	if err != nil && (canRetry(err) || isUnreachable(err)) {
+		s.queue.failed(server, id, err)
+	}
+}
+
 // tokenState is what is to be seen of a token in use, or of a waiter.
 type tokenState struct {
 	token     string
@@ -230,6 +238,7 @@ type tokenState struct {
 	held      time.Duration // or waited; heldUnknown where that is not known
 	heard     time.Duration // since its last heartbeat, or since it has asked
 	length    int           // of a waiter
+	arrival   float64       // of a waiter: its place in line
 	stale     bool          // of a token in use
 }
 
@@ -247,6 +256,7 @@ func (s *semaphores) inspect(ctx context.Context, id semaphoreID) (d semaphoreDe
 	if err != nil {
 		return d, err
 	}
+	defer func() { s.noteLook(server, id, err) }()
 	conn, err := server.pool.GetContext(ctx)
 	if err != nil {
 		return d, fmt.Errorf("connect to %s: %w", server, err)
@@ -295,12 +305,14 @@ func (s *semaphores) readTokens(ctx context.Context, conn redis.Conn, d *semapho
 		d.holders = append(d.holders, tokenState{token: token, held: heldUnknown, heard: heard, stale: heard > s.staleAfter()})
 	}
 	for token, at := range arrivals {
-		d.line = append(d.line, tokenState{token: token, held: since(now, at/1e6)})
+		d.line = append(d.line, tokenState{token: token, arrival: at, held: since(now, at/1e6)})
 	}
 	err = errors.Join(readHolders(ctx, conn, d.id, now, d.holders), readLine(ctx, conn, d.id, now, d.line))
 	byAge := func(a, b tokenState) int { return cmp.Or(cmp.Compare(b.held, a.held), cmp.Compare(a.token, b.token)) }
 	slices.SortFunc(d.holders, byAge)
-	slices.SortFunc(d.line, byAge)
+	slices.SortFunc(d.line, func(a, b tokenState) int {
+		return cmp.Or(cmp.Compare(a.arrival, b.arrival), cmp.Compare(a.token, b.token))
+	})
 	return err
 }
 
