@@ -24,11 +24,12 @@ import (
 // What all that call the webhook may use of it at once. Where there is more, the oldest goes: an API server uses its connections again
 // and again, and its requests take milliseconds, so that it is seldom among those.
 const (
-	maxStrangers  = 512      // connections on which nobody has known the path yet
-	maxCallers    = 512      // other connections
-	maxRequests   = 512      // that are being read, decided on or answered
-	maxStreams    = 100      // of an HTTP/2 connection
-	frameSize     = 16 << 10 // of HTTP/2, and what a stream may send before it is read
+	maxStrangers  = 512       // connections on which nobody has known the path yet
+	maxCallers    = 128       // other connections
+	maxRequests   = 512       // that are being read, decided on or answered
+	maxStreams    = 100       // of an HTTP/2 connection
+	frameSize     = 16 << 10  // of HTTP/2, and what a stream may send before it is read
+	windowSize    = 512 << 10 // what all streams of a connection may
 	maxHeaderSize = 16 << 10
 
 	// strangerBytes are what a connection may send, with TLS and all, before somebody on it has known the path.
@@ -37,12 +38,14 @@ const (
 	// refusalTime is what an answer has to get away before the connection is closed.
 	refusalTime = 50 * time.Millisecond
 
-	// A body of more than smallBody bytes, or smallObjects JSON objects, which take more memory than their text, waits until it is one of
-	// maxLarge, and has largeBodyTime then to arrive. One of more than maxObjects is refused.
+	// A body of more than smallBody bytes, or smallObjects JSON objects, which take more memory than their text, is large: it waits until it
+	// is one of maxLarge, until its pod is decided on, and one of maxDecoded, until it is decoded. It has largeBodyTime to arrive. One of
+	// more than maxObjects is refused.
 	smallBody     = 32 << 10
 	smallObjects  = 1000
 	maxObjects    = 50000
-	maxLarge      = 2
+	maxLarge      = 8
+	maxDecoded    = 2
 	largeBodyTime = 2 * time.Second
 
 	// memoryShare of what the container is allowed is what Go uses before it collects garbage at any cost.
@@ -83,12 +86,26 @@ func (c *crowd) join(goAway func()) (leave func()) {
 // bounds are what the callers of a server use of it.
 type bounds struct {
 	strangers, callers, requests crowd
-	large                        chan struct{} // has room for as many bodies as may be large at once
-	connections                  sync.Map      // net.Conn -> *httpConnection
+	large, decoded               slots    // for large bodies
+	connections                  sync.Map // net.Conn -> *httpConnection
 }
 
 func newBounds() *bounds {
-	return &bounds{strangers: crowd{most: maxStrangers}, callers: crowd{most: maxCallers}, requests: crowd{most: maxRequests}, large: make(chan struct{}, maxLarge)}
+	return &bounds{strangers: crowd{most: maxStrangers}, callers: crowd{most: maxCallers}, requests: crowd{most: maxRequests},
+		large: make(slots, maxLarge), decoded: make(slots, maxDecoded)}
+}
+
+// slots are a number of things that may happen at once.
+type slots chan struct{}
+
+// take waits for a slot; free has to be called once it is not needed any more.
+func (s slots) take(ctx context.Context) (free func(), err error) {
+	select {
+	case s <- struct{}{}:
+		return sync.OnceFunc(func() { <-s }), nil
+	case <-ctx.Done():
+		return func() {}, &badRequest{http.StatusServiceUnavailable, "too many large requests at once: try again"}
+	}
 }
 
 // httpConnection is one to a server with bounds.
@@ -108,7 +125,7 @@ type connectionKey struct{}
 // apply makes a server keep the bounds.
 func (b *bounds) apply(s *http.Server) {
 	s.MaxHeaderBytes = maxHeaderSize
-	s.HTTP2 = &http.HTTP2Config{MaxConcurrentStreams: maxStreams, MaxReadFrameSize: frameSize, MaxReceiveBufferPerConnection: 64 << 10, MaxReceiveBufferPerStream: frameSize}
+	s.HTTP2 = &http.HTTP2Config{MaxConcurrentStreams: maxStreams, MaxReadFrameSize: frameSize, MaxReceiveBufferPerConnection: windowSize, MaxReceiveBufferPerStream: frameSize}
 	s.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
 		c := &httpConnection{Conn: conn, bounds: b}
 		if t, ok := conn.(*tls.Conn); ok {
@@ -230,48 +247,57 @@ func (b *bounds) begin(rw http.ResponseWriter, r *http.Request) (ctx context.Con
 	}
 }
 
-// read reads the body of a request. One that is large waits for its turn; its memory is in use until done is called, which has to be.
-// Its errors are *badRequest.
-func (b *bounds) read(ctx context.Context, rw http.ResponseWriter, r *http.Request) (body []byte, done func(), err error) {
-	done = func() {}
-	var read bytes.Buffer
-	limited := http.MaxBytesReader(rw, r.Body, maxBody)
+// body is what was read of a request. Both functions have to be called: decoded once it is decoded, and done once its pod is decided on.
+type body struct {
+	text          []byte
+	decoded, done func()
+}
+
+// read reads the body of a request. Its errors are *badRequest.
+func (b *bounds) read(ctx context.Context, rw http.ResponseWriter, r *http.Request) (read body, err error) {
+	read.decoded, read.done = func() {}, func() {}
 	tooLarge := &badRequest{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is larger than %d bytes", maxBody)}
 	if r.ContentLength > maxBody {
-		return nil, done, tooLarge
+		return read, tooLarge
 	}
-	read.Grow(int(min(max(r.ContentLength, 0), smallBody)) + bytes.MinRead)
-	_, err = io.CopyN(&read, limited, smallBody)
-	if err == nil || objects(read.Bytes()) > smallObjects {
-		select {
-		case b.large <- struct{}{}:
-			done = func() { <-b.large }
-		case <-ctx.Done():
-			return nil, done, &badRequest{http.StatusServiceUnavailable, "too many large requests at once: try again"}
+	var buffer bytes.Buffer
+	limited := http.MaxBytesReader(rw, r.Body, maxBody)
+	buffer.Grow(int(min(max(r.ContentLength, 0), smallBody)) + bytes.MinRead)
+	_, failed := io.CopyN(&buffer, limited, smallBody)
+	more := failed == nil
+	if more || objects(buffer.Bytes()) > smallObjects {
+		if read.done, err = b.large.take(ctx); err == nil {
+			read.decoded, err = b.decoded.take(ctx)
+		}
+		if err != nil {
+			return read, err
 		}
 	}
-	if err == nil {
+	if more {
 		if r.ContentLength > 0 {
-			read.Grow(int(r.ContentLength) - read.Len())
+			buffer.Grow(int(r.ContentLength) - buffer.Len() + bytes.MinRead)
 		}
 		control := http.NewResponseController(rw)
 		_ = control.SetReadDeadline(time.Now().Add(largeBodyTime)) // fails where there is none, as in a test
-		_, err = read.ReadFrom(limited)
-		_ = control.SetReadDeadline(time.Time{})
+		if _, failed = buffer.ReadFrom(limited); failed == nil {
+			_ = control.SetReadDeadline(time.Time{})
+		}
 	}
+	read.text = buffer.Bytes()
 	var over *http.MaxBytesError
-	switch {
-	case errors.As(err, &over):
-		return nil, done, tooLarge
+	switch n := objects(read.text); {
+	case errors.As(failed, &over):
+		return read, tooLarge
 	case context.Cause(ctx) == errCrowded:
-		return nil, done, &badRequest{http.StatusServiceUnavailable, errCrowded.Error()}
-	case err != nil && err != io.EOF:
-		return nil, done, bad("read the body: %v", err)
+		return read, &badRequest{http.StatusServiceUnavailable, errCrowded.Error()}
+	case errors.Is(failed, os.ErrDeadlineExceeded):
+		return read, &badRequest{http.StatusServiceUnavailable, "the body did not arrive in time"}
+	case failed != nil && failed != io.EOF:
+		return read, bad("read the body: %v", failed)
+	case n > maxObjects:
+		return read, &badRequest{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body has %d objects: at most %d are decoded", n, maxObjects)}
 	}
-	if n := objects(read.Bytes()); n > maxObjects {
-		return nil, done, &badRequest{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body has %d objects: at most %d are decoded", n, maxObjects)}
-	}
-	return read.Bytes(), done, nil
+	return read, nil
 }
 
 // objects is how many JSON objects a text has, at most.

@@ -196,13 +196,22 @@ func (w *webhook) mutate(rw http.ResponseWriter, r *http.Request) {
 		w.semaphores.giveBackLater(d.semaphore, d.token)
 	}
 	if d.verdict == "" && err != nil {
-		d.verdict = verdictBadRequest
+		d.verdict = verdictOf(err)
 	}
 	took := time.Since(start)
 	if d.verdict != "" {
 		w.semaphores.metrics.admission(d.verdict, took)
 	}
 	w.logAdmission(r, d, err, took)
+}
+
+// verdictOf is the verdict on a request that was not read: it may have been a good one, for which there was no room.
+func verdictOf(err error) string {
+	var wrong *badRequest
+	if errors.As(err, &wrong) && wrong.status == http.StatusServiceUnavailable {
+		return verdictFailed
+	}
+	return verdictBadRequest
 }
 
 // refuse answers a request on which nothing was decided.
@@ -245,7 +254,7 @@ func (w *webhook) logAdmission(r *http.Request, d decision, err error, took time
 	default:
 		attrs = append(attrs, slog.String("namespace", d.semaphore.namespace), slog.String("key", d.semaphore.key),
 			slog.String("pod", d.pod), slog.String("verdict", d.verdict), slog.String("token", d.token))
-		if d.response.Result != nil {
+		if d.response != nil && d.response.Result != nil {
 			attrs = append(attrs, slog.String("message", d.response.Result.Message))
 		}
 	}
@@ -275,12 +284,12 @@ func (w *webhook) readReview(ctx context.Context, rw http.ResponseWriter, r *htt
 	if media, _, err := mime.ParseMediaType(contentType); err != nil || media != "application/json" {
 		return nil, func() {}, &badRequest{http.StatusUnsupportedMediaType, fmt.Sprintf("Content-Type is %s: it must be application/json", quoteShort(contentType))}
 	}
-	body, done, err := w.bounds.read(ctx, rw, r)
-	if err != nil {
-		return nil, done, err
+	body, err := w.bounds.read(ctx, rw, r)
+	defer body.decoded()
+	if err == nil {
+		request, err = decodeReview(body.text)
 	}
-	request, err = decodeReview(body)
-	return request, done, err
+	return request, body.done, err
 }
 
 // deliver sends an answer, as far as can be told from here: an error says that the API server did not get it.

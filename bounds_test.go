@@ -1,0 +1,119 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+// largeReview is a review of more than smallBody.
+func largeReview(t *testing.T, id semaphoreID) []byte {
+	t.Helper()
+	return review(t, id, maxLength, func(r map[string]any) {
+		r["object"].(map[string]any)["metadata"].(map[string]any)["annotations"].(map[string]any)["large"] = strings.Repeat("x", 2*smallBody)
+	})
+}
+
+// While Redis hangs, as many large requests as may wait for it do; others are told to come again. Small ones are not in their way, and
+// all of them come over one connection.
+func TestLargeRequestsWait(t *testing.T) {
+	t.Parallel()
+	r := startRedis(t)
+	w := startWebhook(t, testConfig(r.address))
+	id := freshID()
+	w.wantAdmitted(t, id, maxLength)
+	r.pause(t)
+	var mu sync.Mutex
+	answers := map[int]int{}
+	var wg sync.WaitGroup
+	post := func(body []byte, timeout string, count map[int]int) {
+		status, text, err := w.post(context.Background(), body, timeout)
+		mu.Lock()
+		defer mu.Unlock()
+		if err != nil || status == http.StatusServiceUnavailable && !strings.Contains(text, "try again") {
+			t.Errorf("%d %s, %v", status, text, err)
+		}
+		count[status]++
+	}
+	for range maxLarge {
+		wg.Go(func() { post(largeReview(t, id), "4s", answers) })
+	}
+	eventually(t, 5*time.Second, func() error {
+		if n := len(w.bounds.large); n != maxLarge {
+			return fmt.Errorf("%d large requests wait", n)
+		}
+		return nil
+	})
+	for range 6 {
+		wg.Go(func() { post(largeReview(t, id), "2s", answers) })
+	}
+	small := map[int]int{}
+	for range 20 {
+		wg.Go(func() { post(review(t, freshID(), 0), "3s", small) }) // wrong annotations: needs no Redis
+	}
+	eventually(t, time.Second, func() error {
+		mu.Lock()
+		defer mu.Unlock()
+		if small[http.StatusOK] != 20 {
+			return fmt.Errorf("small requests were answered %v", small)
+		}
+		return nil
+	})
+	wg.Wait()
+	if answers[http.StatusInternalServerError] != maxLarge || answers[http.StatusServiceUnavailable] != 6 {
+		t.Errorf("large requests were answered %v", answers)
+	}
+	r.resume(t)
+	if failed := w.scrape(t)[metricsPrefix+`admission_duration_seconds_count{verdict="failed"}`]; failed != maxLarge+6 {
+		t.Errorf("%v admissions failed, by the metrics", failed)
+	}
+	eventually(t, 20*time.Second, func() error {
+		status, text, err := w.post(context.Background(), largeReview(t, id), "3s")
+		if err == nil && status != http.StatusOK {
+			err = fmt.Errorf("%d %s", status, text)
+		}
+		return err
+	})
+}
+
+// The oldest goes, and only that; whoever has left is not asked to.
+func TestCrowd(t *testing.T) {
+	c := crowd{most: 2}
+	gone := make(chan int, 10)
+	join := func(i int) func() { return c.join(func() { gone <- i }) }
+	join(1)
+	leave := join(2)
+	leave()
+	leave()
+	join(3)
+	join(4)
+	if i := <-gone; i != 1 {
+		t.Errorf("%d had to go", i)
+	}
+	join(5)
+	if i := <-gone; i != 3 {
+		t.Errorf("%d had to go", i)
+	}
+	if len(gone) != 0 || c.all.Len() != 2 {
+		t.Errorf("%d are left, and %d more had to go", c.all.Len(), len(gone))
+	}
+}
+
+// A semaphore that moves to another node of a Cluster is left out, and those beside it are not.
+func TestLookAtMovingSlots(t *testing.T) {
+	s := testSemaphores(t, commonRedis(t).address)
+	moved := strings.Repeat("-MOVED 1 127.0.0.1:7000\r\n", 8)
+	there := ":1\r\n:2\r\n:0\r\n:0\r\n*2\r\n$1\r\na\r\n$10\r\n1700000000\r\n:0\r\n*0\r\n*3\r\n$1\r\n3\r\n$-1\r\n$-1\r\n"
+	conn := redis.NewConn(answering{Reader: bytes.NewReader([]byte("*2\r\n$10\r\n1700000010\r\n$1\r\n0\r\n" + moved + there))}, time.Second, time.Second)
+	states, err := s.readStates(t.Context(), conn, []semaphoreID{{"shop", "moved"}, {"shop", "there"}})
+	if err != nil || len(states) != 1 || states[0].id.key != "there" || states[0].inUse != 2 || states[0].oldestHeartbeat != 10*time.Second {
+		t.Errorf("got %+v, %v", states, err)
+	}
+}
