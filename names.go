@@ -45,11 +45,19 @@ func parseHolders(list []any) (holders []holder, err error) {
 		if list, err = redis.Scan(list, &held, &h.name); err != nil {
 			return nil, err
 		}
-		h.held = time.Duration(held) * time.Second
+		h.held, h.name = time.Duration(held)*time.Second, shown(h.name)
 		holders = append(holders, h)
 	}
 	slices.SortStableFunc(holders, func(a, b holder) int { return cmp.Compare(b.held, a.held) })
 	return holders, nil
+}
+
+// shown is the name of a pod, or a token, as people may see it: whoever can write into Redis may have put anything there.
+func shown(name string) string {
+	if objectName.MatchString(name) {
+		return name
+	}
+	return printable(truncate(name, 40))
 }
 
 func (h holder) String() string {

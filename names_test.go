@@ -174,6 +174,9 @@ func TestParseHolders(t *testing.T) {
 	if want := "[b (9 s) a (5 s) token]"; err != nil || fmt.Sprint(got) != want {
 		t.Errorf("got %v, %v; want %s", got, err, want)
 	}
+	if got, err := parseHolders([]any{int64(5), []byte("\x1b[2J" + strings.Repeat("x", 1000))}); err != nil || strings.Contains(got[0].name, "\x1b") || len(got[0].name) > 60 {
+		t.Errorf("what a stranger has written is shown: %q, %v", got, err)
+	}
 	if _, err := parseHolders([]any{int64(5)}); err == nil {
 		t.Error("half a holder is accepted")
 	}
