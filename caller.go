@@ -25,8 +25,8 @@ const (
 	formerSecretFor = 10 * time.Minute
 )
 
-// pathSecret is what may follow mutatePath. noPathSecret, on a line of its own, is for the path without any.
-var pathSecret = regexp.MustCompile(`^[A-Za-z0-9_-]{16,128}$`)
+// pathSecret is what may follow mutatePath, and Kubernetes accepts. noPathSecret, on a line of its own, is for the path without any.
+var pathSecret = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{14,126}[a-z0-9]$`)
 
 const noPathSecret = "-"
 
@@ -51,7 +51,7 @@ func parsePathSecrets(texts [][]byte) (good goodPaths, err error) {
 		case pathSecret.MatchString(line):
 			good.paths = append(good.paths, newGoodPath(mutatePath+"/"+line))
 		default: // it may be a secret, and is not shown
-			return good, fmt.Errorf("line %d is no secret: it must be 16 to 128 of A-Z a-z 0-9 _ - (or - alone, for the path without a secret)", n+1)
+			return good, fmt.Errorf("line %d is no secret: it must be 16 to 128 of a-z 0-9 -, with no - at either end, as Kubernetes wants paths (or - alone, for the path without a secret)", n+1)
 		}
 	}
 	return good, nil

@@ -96,7 +96,7 @@ func TestPathSecret(t *testing.T) {
 	w.wantStatusAt(t, "/mutate/"+secretA, body, http.StatusNotFound)
 	w.wantStatusAt(t, "/mutate/"+secretB, body, http.StatusOK)
 
-	for _, bad := range []string{"", "short", secretA + "\nno secret at all", secretA + "\n\n" + secretB, strings.Repeat("a", 129)} {
+	for _, bad := range []string{"", "short", secretA + "\nno secret at all", secretA + "\n\n" + secretB, strings.Repeat("a", 129), strings.Repeat("A", 20), "-" + secretA} {
 		must(t, os.WriteFile(file, []byte(bad), 0o600))
 		if _, err := w.callers.secrets.reload(); err == nil || strings.Contains(err.Error(), secretA) || strings.Contains(err.Error(), "no secret at all") {
 			t.Errorf("%q: %v", bad, err)
