@@ -35,7 +35,9 @@ trust both.crt
 kubectl -n "$namespace" create secret tls webhook-certificate --cert=tls.crt --key=tls.key --dry-run=client -o yaml | kubectl apply -f -
 # Those of the running webhooks that have not logged the new certificate.
 behind() {
-  for pod in $(kubectl -n "$namespace" get pods -l app.kubernetes.io/component=webhook -o name); do
+  list=$(kubectl -n "$namespace" get pods -l app.kubernetes.io/component=webhook --field-selector=status.phase!=Failed,status.phase!=Succeeded -o name) ||
+    { echo unknown; return; }
+  for pod in $list; do
     kubectl -n "$namespace" logs "$pod" 2>&1 | grep -q "\"serialNumber\":\"$serial\"" || echo "$pod"
   done
 }

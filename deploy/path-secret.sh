@@ -15,8 +15,9 @@ umask 077
 
 openssl rand -hex 32 >new
 # The path of now: none at all, /mutate, or one with a secret. By it, the webhooks of before are called until all know the new one.
-case "$(kubectl get "$configuration" -o 'jsonpath={.webhooks[0].clientConfig.service.path}')" in
-/mutate/*) kubectl get "$configuration" -o 'jsonpath={.webhooks[0].clientConfig.service.path}' | cut -d / -f 3 >old ;;
+path=$(kubectl get "$configuration" -o 'jsonpath={.webhooks[0].clientConfig.service.path}')
+case "$path" in
+/mutate/*) echo "${path#/mutate/}" >old ;;
 /mutate) echo - >old ;;
 *) : >old ;;
 esac
@@ -31,7 +32,9 @@ if [ -s old ]; then
   digest=$(openssl dgst -sha256 -r <both | cut -c 1-16)
   # The webhooks that have not logged it.
   behind() {
-    for pod in $(kubectl -n "$namespace" get pods -l app.kubernetes.io/component=webhook -o name); do
+    list=$(kubectl -n "$namespace" get pods -l app.kubernetes.io/component=webhook --field-selector=status.phase!=Failed,status.phase!=Succeeded -o name) ||
+      { echo unknown; return; }
+    for pod in $list; do
       kubectl -n "$namespace" logs "$pod" 2>&1 | grep -q "\"digest\":\"$digest\"" || echo "$pod"
     done
   }
@@ -48,5 +51,6 @@ fi
 step='{"op":"add","path":"/webhooks/%d/clientConfig/service/path","value":"/mutate/%s"}'
 printf '[%s,%s]' "$(printf "$step" 0 "$(cat new)")" "$(printf "$step" 1 "$(cat new)")" >patch.json
 kubectl patch "$configuration" --type=json --patch-file=patch.json
-# The webhooks go on to accept the old one for ten minutes.
+# The webhooks go on to accept the old one for ten minutes. Those that start now learn it from the Secret, until all API servers know the new.
+[ ! -s old ] || sleep 10
 accept new
