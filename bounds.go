@@ -25,11 +25,11 @@ import (
 // and again, and its requests take milliseconds, so that it is seldom among those.
 const (
 	maxStrangers  = 512       // connections on which nobody has known the path yet
-	maxCallers    = 128       // other connections
+	maxCallers    = 512       // other connections
 	maxRequests   = 512       // that are being read, decided on or answered
 	maxStreams    = 100       // of an HTTP/2 connection
 	frameSize     = 16 << 10  // of HTTP/2, and what a stream may send before it is read
-	windowSize    = 512 << 10 // what all streams of a connection may
+	windowSize    = 128 << 10 // what all streams of a connection may
 	maxHeaderSize = 16 << 10
 
 	// strangerBytes are what a connection may send, with TLS and all, before somebody on it has known the path.
