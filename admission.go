@@ -170,6 +170,7 @@ const (
 	warningNotCompleting = "this pod will not complete: its semaphore sidecar is a classic container, which runs until the pod is deleted"
 	warningGrace         = "terminationGracePeriodSeconds is %d: a sidecar that does not reach Redis at once wants %d s to give the token back"
 	warningLength        = "this pod says that its semaphore has the length %d, others said %d lately: each gets tokens by its own"
+	warningForgotten     = "no sidecar starts here: Redis knows no user of this namespace; run deploy/namespace.sh %s"
 	warningStatic        = "a static pod gets no semaphore sidecar and no token: its semaphore does not count it"
 	warningJob           = "this Job will not complete: its pods' semaphore sidecar is a classic container, which runs until they are deleted"
 )
@@ -187,6 +188,15 @@ type decision struct {
 type admitter struct {
 	config     webhookConfig
 	semaphores *semaphores
+	users      *namespaceUsers
+}
+
+func newAdmitter(c webhookConfig, s *semaphores) admitter {
+	users := new(namespaceUsers)
+	if c.redis.username != "" && c.sidecarRedisSecret != "" {
+		users.queue = s.queue
+	}
+	return admitter{c, s, users}
 }
 
 // decide answers one request. An error is *badRequest, or that no decision could be made; what the decision
@@ -194,7 +204,7 @@ type admitter struct {
 func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, error) {
 	d := decision{response: &admissionv1.AdmissionResponse{UID: r.UID, Allowed: true}}
 	if r.Operation == admissionv1.Create && r.Kind.Group == "batch" && r.Kind.Kind == "Job" && r.SubResource == "" {
-		return d, a.warnOfJob(&d, r)
+		return d, a.warnOfJob(ctx, &d, r)
 	}
 	if r.Operation != admissionv1.Create || r.Kind.Group != "" || r.Kind.Kind != "Pod" || r.SubResource != "" {
 		return d, nil
@@ -209,7 +219,7 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 	d.pod = truncate(p.name(), maxKey)
 	if p.isStatic() {
 		d.verdict = verdictStatic
-		d.response.Warnings = []string{warningStatic}
+		d.warn(warningStatic)
 		return d, nil
 	}
 	if p.isWindows() {
@@ -227,12 +237,15 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 		d.deny(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "invalid annotations: "+strings.Join(problems, "; "))
 		return d, nil
 	}
+	if a.users.forgotten(ctx, r.Namespace) {
+		d.warn(warningForgotten, r.Namespace)
+	}
 	if spec.waits { // takes nothing here, dry run or not
 		d.verdict = verdictWait
 		if r.DryRun {
 			d.verdict = verdictDryRun
 		}
-		d.response.Warnings = []string{warningWaits}
+		d.warn(warningWaits)
 		return d, d.admit(a.config, p, spec, "")
 	}
 	if r.DryRun {
@@ -253,7 +266,7 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 	}
 	d.verdict = verdictAdmitted
 	if agreed != 0 && agreed != spec.length {
-		d.response.Warnings = append(d.response.Warnings, fmt.Sprintf(warningLength, spec.length, agreed))
+		d.warn(warningLength, spec.length, agreed)
 	}
 	return d, d.admit(a.config, p, spec, d.token)
 }
@@ -275,14 +288,14 @@ func (d *decision) admit(c webhookConfig, p *pod, spec semaphoreSpec, token stri
 	d.response.Patch, err = sidecarPatch(c, p, d.semaphore, spec, token)
 	d.response.PatchType = new(admissionv1.PatchTypeJSONPatch)
 	if !c.enableSidecarContainers && (p.Spec.RestartPolicy == "Never" || p.Spec.RestartPolicy == "OnFailure") {
-		d.response.Warnings = append(d.response.Warnings, warningNotCompleting)
+		d.warn(warningNotCompleting)
 	}
 	if grace := p.Spec.GracePeriod; grace != nil && *grace < giveBackSeconds {
-		d.response.Warnings = append(d.response.Warnings, fmt.Sprintf(warningGrace, *grace, giveBackSeconds))
+		d.warn(warningGrace, *grace, giveBackSeconds)
 	}
 	for _, name := range slices.Sorted(maps.Keys(c.podAnnotations)) {
 		if own, ok := p.Metadata.Annotations[name]; ok && own != c.podAnnotations[name] {
-			d.response.Warnings = append(d.response.Warnings, fmt.Sprintf("this pod keeps its own annotation %s; the cluster's is %s", name, quoteShort(c.podAnnotations[name])))
+			d.warn("this pod keeps its own annotation %s; the cluster's is %s", name, quoteShort(c.podAnnotations[name]))
 		}
 	}
 	return err
@@ -290,7 +303,7 @@ func (d *decision) admit(c webhookConfig, p *pod, spec semaphoreSpec, token stri
 
 // warnOfJob lets a Job pass, with a warning if its pods will not complete, or may wait. The warnings of its pods are for the
 // Job's controller: the user only hears those of the Job.
-func (a *admitter) warnOfJob(d *decision, r *admissionRequest) error {
+func (a *admitter) warnOfJob(ctx context.Context, d *decision, r *admissionRequest) error {
 	var job struct {
 		Spec struct {
 			Template pod `json:"template"`
@@ -300,12 +313,17 @@ func (a *admitter) warnOfJob(d *decision, r *admissionRequest) error {
 		return bad("decode request.object: %v", err)
 	}
 	annotations := job.Spec.Template.Metadata.Annotations
+	if annotations[annotationEnabled] != "true" {
+		return nil
+	}
+	if a.users.forgotten(ctx, r.Namespace) {
+		d.warn(warningForgotten, r.Namespace)
+	}
 	switch {
-	case annotations[annotationEnabled] != "true":
 	case !a.config.enableSidecarContainers:
-		d.response.Warnings = []string{warningJob}
+		d.warn(warningJob)
 	case waits(annotations, a.config.whenFull):
-		d.response.Warnings = []string{warningJobWaits}
+		d.warn(warningJobWaits)
 	}
 	return nil
 }
@@ -322,6 +340,11 @@ func (d *decision) audit() {
 	if d.token != "" {
 		d.response.AuditAnnotations["token"] = d.token
 	}
+}
+
+// warn tells the user something, whatever the decision.
+func (d *decision) warn(format string, args ...any) {
+	d.response.Warnings = append(d.response.Warnings, fmt.Sprintf(format, args...))
 }
 
 // deny turns the response into a denial.

@@ -56,7 +56,7 @@ func fuzzedWebhook(f *testing.F) *webhook {
 	}
 	s := newSemaphores(c.sharedConfig, nil, 1, log)
 	s.outages.parts[0] = outage{began: time.Now().Add(-time.Hour), last: time.Now()} // it does not wait for Redis
-	return &webhook{admitter: admitter{c, s}, callers: who, bounds: newBounds(), log: log}
+	return &webhook{admitter: newAdmitter(c, s), callers: who, bounds: newBounds(), log: log}
 }
 
 // Whatever is posted, the answer is an AdmissionReview of the same UID, or says what is wrong with the request.

@@ -209,7 +209,7 @@ func startWebhook(t *testing.T, c webhookConfig) *testWebhook {
 	c.redis.counts = new(redisCounts)
 	who, err := newCallers(c, log)
 	must(t, err)
-	w := &webhook{admitter: admitter{c, newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log)}, callers: who, bounds: newBounds(), log: log}
+	w := &webhook{admitter: newAdmitter(c, newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log)), callers: who, bounds: newBounds(), log: log}
 	w.semaphores.metrics = newMetrics(c.redis.counts)
 	w.semaphores.metrics.watchSemaphores(w.semaphores)
 	server := httptest.NewUnstartedServer(w.routes())

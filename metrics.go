@@ -203,5 +203,6 @@ func kindOfError(err error) string {
 
 // isPermissionError reports whether Redis answers so when the user of a script may not do something: 7.0, and later ones.
 func isPermissionError(text string) bool {
-	return strings.Contains(text, "can't run this command") || strings.Contains(text, "ACL failure in script")
+	return strings.Contains(text, "can't run this command") || strings.Contains(text, "can't access at least one of the keys") ||
+		strings.Contains(text, "ACL failure in script")
 }

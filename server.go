@@ -59,7 +59,7 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	s.metrics = newMetrics(c.redis.counts)
 	s.metrics.watchCertificate(cert)
 	s.metrics.watchSemaphores(s)
-	w := &webhook{admitter: admitter{c, s}, callers: who, bounds: newBounds(), log: log, stopping: ctx.Done()}
+	w := &webhook{admitter: newAdmitter(c, s), callers: who, bounds: newBounds(), log: log, stopping: ctx.Done()}
 	admissions, endAdmissions := context.WithCancelCause(context.Background())
 	defer endAdmissions(nil)
 	errorLog := newHTTPErrors(log)

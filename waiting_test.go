@@ -77,20 +77,25 @@ func TestWaitingWithClassicSidecarIsDenied(t *testing.T) {
 	}
 }
 
+// asJob makes a request to create a Job of its pod.
+func asJob(request map[string]any) {
+	request["kind"] = map[string]any{"group": "batch", "version": "v1", "kind": "Job"}
+	request["object"] = map[string]any{"spec": map[string]any{"template": request["object"]}}
+}
+
 // Whoever creates a Job hears that its pods may wait; Kubernetes cuts warnings at 120 characters.
 func TestWarningsOfWaiting(t *testing.T) {
 	for value, want := range map[string][]string{whenFullWait: {warningJobWaits}, whenFullDeny: nil} {
 		w := startWebhook(t, testConfig(freeAddress(t)))
 		body := review(t, freshID(), 1, func(r map[string]any) {
 			whenFull(value)(r)
-			r["kind"] = map[string]any{"group": "batch", "version": "v1", "kind": "Job"}
-			r["object"] = map[string]any{"spec": map[string]any{"template": r["object"]}}
+			asJob(r)
 		})
 		if a := w.admit(t, body); !a.allowed || a.patch != nil || !slices.Equal(a.warnings, want) {
 			t.Errorf("%s: answered %+v", value, a)
 		}
 	}
-	for _, w := range []string{warningWaits, warningJobWaits, warningJob, warningNotCompleting, warningStatic, fmt.Sprintf(warningGrace, 9, giveBackSeconds)} {
+	for _, w := range []string{warningWaits, warningJobWaits, warningJob, warningNotCompleting, warningStatic, fmt.Sprintf(warningGrace, 9, giveBackSeconds), fmt.Sprintf(warningForgotten, "shop-of-many-kinds-of-things")} {
 		if len(w) > 120 {
 			t.Errorf("%d characters: %s", len(w), w)
 		}

@@ -353,9 +353,19 @@ func TestUpgradeFromOneServer(t *testing.T) {
 		restartWebhook(t) // it is the same program, so that the manifests do not replace it
 		upgraded = true
 	}
-	t.Cleanup(upgrade)
+	t.Cleanup(func() {
+		upgrade()
+		_, err := hook("patch", "secret", "redis", "-p", `{"data": {"sidecar-password": null}}`)
+		must(t, err)
+		for i := range 3 {
+			for _, port := range []string{"6379", "6380"} {
+				_, err := hook("exec", fmt.Sprintf("redis-%d", i), "--", "sh", "-c", `. /etc/redis/namespaces; echo "ACL DELUSER sidecar" | acl `+port)
+				must(t, err)
+			}
+		}
+	})
 
-	_, err = hook("patch", "secret", "redis", "--type=json", "-p", `[{"op": "remove", "path": "/data/replication-password"}]`)
+	_, err = hook("patch", "secret", "redis", "-p", fmt.Sprintf(`{"data": {"replication-password": null}, "stringData": {"sidecar-password": %q}}`, sharedPassword))
 	must(t, err)
 	install(string(old))
 	addresses := object{"data": object{"QUEUE_REDIS_ADDRESS": serverName(0) + ":6379", "REDIS_ADDRESSES": serverName(0) + ":6379," + serverName(1) + ":6379," + serverName(2) + ":6379"}}
@@ -367,7 +377,8 @@ func TestUpgradeFromOneServer(t *testing.T) {
 	}
 	restartWebhook(t)
 
-	n := newNamespace(t)
+	n := forgottenNamespace(t)
+	n.kubectl("create", "secret", "generic", "at-least-semaphore-pod-redis", "--from-literal=username=sidecar", "--from-literal=password="+sharedPassword)
 	l := newLine(n)
 	n.create(pod("deny", "deny", 2))
 	n.wantRunning("deny")

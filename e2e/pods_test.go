@@ -34,6 +34,20 @@ type namespace struct {
 // newNamespace makes a namespace whose sidecars can log in to Redis.
 func newNamespace(t *testing.T, labels ...string) *namespace {
 	t.Helper()
+	n := forgottenNamespace(t, labels...)
+	n.enable()
+	return n
+}
+
+// enable lets sidecars of the namespace log in to Redis.
+func (n *namespace) enable(flags ...string) {
+	n.Helper()
+	must(n.T, shell("deploy/namespace.sh "+strings.Join(append(flags, n.name), " ")))
+}
+
+// forgottenNamespace makes one whose sidecars cannot.
+func forgottenNamespace(t *testing.T, labels ...string) *namespace {
+	t.Helper()
 	n := &namespace{t, fmt.Sprintf("e2e-%08x", rand.Uint32())}
 	_, err := kubectl("", "create", "namespace", n.name)
 	must(t, err)
@@ -46,7 +60,6 @@ func newNamespace(t *testing.T, labels ...string) *namespace {
 		}
 		_, _ = kubectl("", "delete", "namespace", n.name, "--wait=false")
 	})
-	n.kubectl("create", "secret", "generic", "at-least-semaphore-pod-redis", "--from-literal=username=sidecar", "--from-literal=password="+sidecarPassword)
 	eventually(t, 30*time.Second, func() error { return errOf(n.try("get", "serviceaccount", "default")) })
 	return n
 }

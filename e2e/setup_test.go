@@ -38,7 +38,7 @@ const (
 	staleSeconds     = 8
 
 	webhookPassword     = "0123456789abcdef"
-	sidecarPassword     = "fedcba9876543210"
+	sharedPassword      = "fedcba9876543210" // of sidecars of all namespaces, as before each had its own
 	replicationPassword = "00112233445566778899"
 	statusPassword      = "99887766554433221100"
 )
@@ -165,7 +165,7 @@ func install() error {
 	if _, err := kubectl(text, "apply", "-f", "-"); err != nil {
 		return err
 	}
-	if _, err := hook("create", "secret", "generic", "redis", "--from-literal=webhook-password="+webhookPassword, "--from-literal=sidecar-password="+sidecarPassword, "--from-literal=replication-password="+replicationPassword, "--from-literal=status-password="+statusPassword); err != nil {
+	if _, err := hook("create", "secret", "generic", "redis", "--from-literal=webhook-password="+webhookPassword, "--from-literal=replication-password="+replicationPassword, "--from-literal=status-password="+statusPassword); err != nil {
 		return err
 	}
 	if err := shell("deploy/certificate.sh"); err != nil {

@@ -1,0 +1,77 @@
+package main
+
+import (
+	"context"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+// Users of Redis, as deploy/ makes them.
+const (
+	namespacesUser = "namespaces" // makes those of the namespaces: deploy/namespace.sh logs in as it
+	sharedUser     = "sidecar"    // for the sidecars of namespaces that have none of their own
+)
+
+// namespaceUser is the user of Redis for the sidecars of a namespace.
+func namespaceUser(namespace string) string { return sharedUser + "/" + namespace }
+
+// namespaceUsers knows which namespaces have a user of Redis, to tell of one that was forgotten.
+type namespaceUsers struct {
+	queue queue // nil where Redis has no users
+
+	asking sync.Mutex
+	asked  time.Time
+	users  map[string]bool
+}
+
+// What is known of the users is believed for usersTime. A namespace that is not among them is asked for, but not more often than each
+// usersPause; without an answer in usersTimeout, nothing is known.
+const (
+	usersTime    = time.Minute
+	usersPause   = time.Second
+	usersTimeout = 300 * time.Millisecond
+)
+
+// forgotten reports whether the sidecars of a namespace cannot log in to Redis, as nobody has run deploy/namespace.sh for it. Where
+// that is not known, or users are made by other means, it is false.
+func (n *namespaceUsers) forgotten(ctx context.Context, namespace string) bool {
+	if n.queue == nil || !n.asking.TryLock() {
+		return false
+	}
+	defer n.asking.Unlock()
+	known := func() bool { return n.users[namespaceUser(namespace)] || n.users[sharedUser] }
+	if age := time.Since(n.asked); age > usersTime || age > usersPause && !known() {
+		n.users = n.ask(ctx)
+		n.asked = time.Now()
+	}
+	return n.users[namespacesUser] && !known()
+}
+
+// ask asks Redis for the names of its users, which the webhook's user may do by +acl|users.
+func (n *namespaceUsers) ask(ctx context.Context) map[string]bool {
+	ctx, cancel := context.WithTimeout(ctx, usersTimeout)
+	defer cancel()
+	server, err := n.queue.find(ctx, n.queue.checks()[0])
+	if err != nil {
+		return nil
+	}
+	conn, err := server.pool.GetContext(ctx)
+	if err != nil {
+		return nil
+	}
+	defer conn.Close()
+	names, err := redis.Strings(redis.DoContext(conn, ctx, "ACL", "USERS"))
+	if err != nil {
+		return nil
+	}
+	users := map[string]bool{}
+	for _, name := range names {
+		if name == namespacesUser || name == sharedUser || strings.HasPrefix(name, namespaceUser("")) {
+			users[name] = true
+		}
+	}
+	return users
+}

@@ -1,0 +1,305 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
+)
+
+// deployedScript is a script of deploy/base/redis-scripts.yaml.
+func deployedScript(t *testing.T, name string) string {
+	t.Helper()
+	text, err := os.ReadFile("deploy/base/redis-scripts.yaml")
+	must(t, err)
+	_, rest, ok := strings.Cut(string(text), "\n  "+name+": |\n")
+	if !ok {
+		t.Fatalf("there is no script %s", name)
+	}
+	var script strings.Builder
+	for line := range strings.Lines(rest) {
+		if strings.TrimSpace(line) != "" && !strings.HasPrefix(line, "    ") {
+			break
+		}
+		script.WriteString(strings.TrimPrefix(line, "    "))
+	}
+	return script.String()
+}
+
+// deployedServers are a Redis for tokens and one for locks, as a pod of deploy/ has them, and the folder of the passwords of namespaces.
+type deployedServers struct {
+	tokens, locks   *redisServer
+	scripts, folder string
+}
+
+func startDeployedServers(t *testing.T) *deployedServers {
+	t.Helper()
+	s := &deployedServers{tokens: startRedis(t), locks: startRedis(t), scripts: t.TempDir(), folder: t.TempDir()}
+	here := strings.NewReplacer("/etc/redis-namespaces", s.folder, "/etc/redis/", s.scripts+"/",
+		"6379", portOf(s.tokens.address), "6380", portOf(s.locks.address))
+	for _, name := range []string{"namespaces", "namespace"} {
+		must(t, os.WriteFile(filepath.Join(s.scripts, name), []byte(here.Replace(deployedScript(t, name))), 0o600))
+	}
+	for _, server := range []*redisServer{s.tokens, s.locks} {
+		server.do(t, "ACL", append([]any{"SETUSER", namespacesUser, "on", ">" + testPassword}, anys(strings.Fields(namespacesACL))...)...)
+	}
+	return s
+}
+
+// command is a shell that runs a script beside those of deploy/.
+func (s *deployedServers) command(script string) *exec.Cmd {
+	cmd := exec.Command("sh", "-c", script)
+	cmd.Dir = s.scripts
+	cmd.Env = append(os.Environ(), "REPLICATION_PASSWORD="+testPassword)
+	return cmd
+}
+
+func (s *deployedServers) run(t *testing.T, stdin, script string) string {
+	t.Helper()
+	cmd := s.command(script)
+	cmd.Stdin = strings.NewReader(stdin)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s: %v: %s", script, err, out)
+	}
+	return string(out)
+}
+
+// sidecars are what the sidecars of a namespace can do.
+func (s *deployedServers) sidecars(t *testing.T, namespace, password string) *semaphores {
+	t.Helper()
+	c := testConfig(s.tokens.address)
+	c.queueRedisAddress, c.redisAddresses = mustAddress(s.tokens.address), []string{s.locks.address}
+	c.redis = redisSettings{username: namespaceUser(namespace), password: password}
+	return semaphoresOf(t, c)
+}
+
+// lives reports whether they can do all that they need, on a semaphore of their own.
+func (s *deployedServers) lives(t *testing.T, all *semaphores, namespace string) error {
+	id := semaphoreID{namespace, uuid.NewString()}
+	token, _, err := all.acquire(t.Context(), id, "", 1, time.Second) // with a repair
+	if err != nil {
+		return err
+	}
+	w := newWaiter(all, id, 1)
+	done := make(chan error, 1)
+	go func() { done <- w.waitOnly(t.Context()) }()
+	eventually(t, 10*time.Second, func() error {
+		line, err := s.tokens.line(id)
+		if err == nil && !slices.Contains(line, w.token) {
+			err = fmt.Errorf("in line are %v", line)
+		}
+		return err
+	})
+	_, err = all.heartbeat(t.Context(), id, token, "", 0)
+	if _, e := all.release(t.Context(), id, token); e != nil || err != nil {
+		return errors.Join(err, e)
+	}
+	return <-done
+}
+
+// The sidecars of a namespace can do with its semaphores what they have to, and nothing with those of another: neither read, take, give
+// back, wait, call nor list.
+func TestNamespacesAreKeptApart(t *testing.T) {
+	s := startDeployedServers(t)
+	s.run(t, "shop-password\n", "sh namespace shop")
+	s.run(t, "other-password\n", "sh namespace shop-2")
+	shop := s.sidecars(t, "shop", "shop-password")
+	must(t, s.lives(t, shop, "shop"))
+	must(t, s.lives(t, s.sidecars(t, "shop-2", "other-password"), "shop-2"))
+
+	id := semaphoreID{"shop-2", "web"}
+	admin := testConfig(s.tokens.address)
+	admin.queueRedisAddress = mustAddress(s.tokens.address)
+	owner := semaphoresOf(t, admin)
+	token := acquire(t, owner, id, 2)
+	must(t, owner.maintain(t.Context(), id, 2, true))
+	wantDenied := func(what string, err error) {
+		t.Helper()
+		if err == nil || !isDenied(err) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	_, _, err := shop.acquire(t.Context(), id, "", 2, time.Second)
+	wantDenied("acquire", err)
+	_, err = shop.ask(t.Context(), id, question{uuid.NewString(), 2, joinLine, ""})
+	wantDenied("join the line", err)
+	_, err = shop.heartbeat(t.Context(), id, uuid.NewString(), "", 0)
+	wantDenied("heartbeat", err)
+	_, err = shop.release(t.Context(), id, token)
+	wantDenied("release", err)
+	wantDenied("maintain", shop.maintain(t.Context(), id, 2, true))
+	_, err = shop.locks.tryLock(t.Context(), id.lockKey(), time.Second)
+	wantDenied("lock", err)
+	_, err = shop.survey(t.Context(), "shop-2")
+	wantDenied("survey", err)
+	_, err = shop.inspect(t.Context(), id)
+	wantDenied("inspect", err)
+
+	server := serverOf(t, shop, id)
+	for _, command := range [][]any{
+		{"SUBSCRIBE", id.channel(token)}, {"PSUBSCRIBE", "*"}, {"PUBLISH", id.channel(token), yourTurn}, {"SCAN", 0}, {"KEYS", "*"}, {"RANDOMKEY"},
+		{"ACL", "LIST"}, {"ACL", "USERS"}, {"ACL", "WHOAMI"}, {"CONFIG", "GET", "*"}, {"MONITOR"}, {"FLUSHALL"}, {"PUBSUB", "CHANNELS"}, {"OBJECT", "FREQ", id.queueKey()},
+		{"ZRANGE", id.inflightKey(), 0, -1}, {"HMGET", id.namesKey(), token}, {"LLEN", id.queueKey()}, {"RPUSH", id.queueKey(), "free"}, {"DEL", id.stateKey()},
+		{"EVAL", "return redis.call('LPOP', '" + id.queueKey() + "')", 0}, {"EVAL", "return redis.call('DEL', KEYS[1])", 1, id.waitersKey()},
+	} {
+		conn := server.pool.Get()
+		_, err := conn.Do(command[0].(string), command[1:]...)
+		wantDenied(fmt.Sprint(command...), err)
+		conn.Close()
+	}
+	s.tokens.wantCounts(t, id, 1, 1)
+}
+
+// Passwords come, are replaced and go while the servers run: what is connected stays so, and older passwords are good for as long as they
+// are there.
+func TestNamespaceUsersFollowTheirFiles(t *testing.T) {
+	s := startDeployedServers(t)
+	write := func(namespace, passwords string) {
+		t.Helper()
+		must(t, os.WriteFile(filepath.Join(s.folder, namespace), []byte(passwords), 0o600))
+	}
+	wantUsers := func(want ...string) {
+		t.Helper()
+		eventually(t, 20*time.Second, func() error {
+			for _, server := range []*redisServer{s.tokens, s.locks} {
+				users, err := redis.Strings(server.control.Do("ACL", "USERS"))
+				users = slices.DeleteFunc(users, func(u string) bool { return !strings.HasPrefix(u, namespaceUser("")) })
+				slices.Sort(users)
+				if err != nil || !slices.Equal(users, want) {
+					return fmt.Errorf("%s has the users %q, want %q (%v)", server.address, users, want, err)
+				}
+			}
+			return nil
+		})
+	}
+	follow := &process{Cmd: s.command(". ./namespaces; follow"), done: make(chan struct{})}
+	follow.Stderr = &follow.log
+	follow.start(t)
+	write("shop", "first 2026-01-01T00:00:00Z\n")
+	wantUsers("sidecar/shop")
+	ofShop := func(rules string) string {
+		return sorted("user sidecar/shop on >first " + strings.NewReplacer("~lock/* ", "~lock/{shop/*} ", "&waiters/*", "&waiters/{shop/*", "/* ", "/{shop/*} ").Replace(rules))
+	}
+	for server, rules := range map[*redisServer]string{s.tokens: withoutLock(sidecarACL), s.locks: lockACL} {
+		if line := s.run(t, "", ". ./namespaces; users "+portOf(server.address)); sorted(line) != ofShop(rules) {
+			t.Errorf("in the configuration is\n%s, want\n%s", sorted(line), ofShop(rules))
+		}
+	}
+	old := s.sidecars(t, "shop", "first")
+	must(t, s.lives(t, old, "shop"))
+	id := semaphoreID{"shop", "held"}
+	connected, err := redis.Dial("tcp", s.tokens.address, redis.DialUsername(namespaceUser("shop")), redis.DialPassword("first"))
+	must(t, err)
+	defer connected.Close()
+
+	write("shop", "second 2026-01-02T00:00:00Z\nfirst 2026-01-01T00:00:00Z\n")
+	write("blog", "blog\n")
+	wantUsers("sidecar/blog", "sidecar/shop")
+	must(t, errOf(connected.Do("TIME")))
+	must(t, s.lives(t, s.sidecars(t, "shop", "second"), "shop"))
+	must(t, s.lives(t, s.sidecars(t, "shop", "first"), "shop"))
+	must(t, s.lives(t, old, "shop"))
+
+	// What was told at once is what the file says later.
+	s.run(t, "third\n", "sh namespace shop")
+	acquire(t, s.sidecars(t, "shop", "third"), id, 1)
+	must(t, errOf(connected.Do("TIME")))
+	write("shop", "third 2026-01-03T00:00:00Z\n")
+	must(t, os.Remove(filepath.Join(s.folder, "blog"))) // by mistake
+	eventually(t, 20*time.Second, func() error {
+		conn, err := redis.Dial("tcp", s.locks.address, redis.DialUsername(namespaceUser("shop")), redis.DialPassword("second"))
+		if err == nil {
+			conn.Close()
+			return errors.New("a password that is gone is good yet")
+		}
+		return nil
+	})
+	wantUsers("sidecar/blog", "sidecar/shop")
+	must(t, s.lives(t, s.sidecars(t, "shop", "third"), "shop"))
+	if err := s.lives(t, s.sidecars(t, "shop", "second"), "shop"); err == nil || !strings.Contains(err.Error(), "WRONGPASS") {
+		t.Errorf("with a password that is gone: %v", err)
+	}
+	for _, namespace := range []string{"shop", "blog"} {
+		s.run(t, "", "sh namespace "+namespace)
+	}
+	wantUsers()
+	if out, err := s.command("REPLICATION_PASSWORD=wrong sh namespace shop </dev/null").CombinedOutput(); err == nil || !strings.Contains(string(out), "WRONGPASS") {
+		t.Errorf("with a wrong password: %v: %s", err, out)
+	}
+}
+
+// Whoever creates a pod in a namespace that was forgotten hears the command that is missing, and nobody hears it where users are made
+// by other means.
+func TestForgottenNamespace(t *testing.T) {
+	r := startRedis(t)
+	setUser := func(name string, rules ...string) {
+		t.Helper()
+		r.do(t, "ACL", append([]any{"SETUSER", name, "on", ">" + testPassword}, anys(strings.Fields(strings.Join(rules, " ")))...)...)
+	}
+	setUser("webhook", webhookACL, "+role +cluster|slots")
+	c := testConfig(r.address)
+	c.redis = redisSettings{username: "webhook", password: testPassword}
+	c.sidecarRedisSecret = "redis"
+	warned := func(c webhookConfig) (w *testWebhook, warnings string) {
+		t.Helper()
+		w = startWebhook(t, c)
+		return w, strings.Join(w.admit(t, review(t, semaphoreID{"shop", uuid.NewString()}, 1)).warnings, "; ")
+	}
+	want := fmt.Sprintf(warningForgotten, "shop")
+	for _, step := range []struct {
+		what string
+		do   func()
+		want string
+	}{
+		{"without the right to ask", func() { setUser(namespacesUser) }, ""},
+		{"forgotten", func() { setUser("webhook", forgottenACL) }, want},
+		{"another namespace's user", func() { setUser(namespaceUser("shop-2")) }, want},
+		{"a shared user", func() { setUser(sharedUser) }, ""},
+		{"its own user", func() {
+			r.do(t, "ACL", "DELUSER", sharedUser)
+			setUser(namespaceUser("shop"))
+		}, ""},
+		{"users made by other means", func() { r.do(t, "ACL", "DELUSER", namespacesUser, namespaceUser("shop")) }, ""},
+	} {
+		step.do()
+		if _, got := warned(c); got != step.want {
+			t.Errorf("%s: warned of %q, want %q", step.what, got, step.want)
+		}
+	}
+
+	setUser(namespacesUser)
+	for _, whenFull := range whenFullChoices {
+		c.whenFull = whenFull
+		if w, got := warned(c); !strings.HasPrefix(got, want) {
+			t.Errorf("%s: warned of %q", whenFull, got)
+		} else if a := w.admit(t, review(t, semaphoreID{"shop", "job"}, 1, asJob)); len(a.warnings) == 0 || a.warnings[0] != want {
+			t.Errorf("of a Job: warned of %q", a.warnings)
+		}
+	}
+
+	// A webhook that runs notices it, and asks seldom.
+	w, _ := warned(c)
+	setUser(namespaceUser("shop"))
+	eventually(t, 10*time.Second, func() error {
+		if a := w.admit(t, review(t, semaphoreID{"shop", "web"}, 1000)); strings.Contains(strings.Join(a.warnings, "; "), want) {
+			return errors.New("warned yet")
+		}
+		return nil
+	})
+	before := commandCalls(t, r)["acl|users"]
+	for range 20 {
+		w.admit(t, review(t, semaphoreID{"shop", "web"}, 1000))
+	}
+	if n := commandCalls(t, r)["acl|users"] - before; n > 0 {
+		t.Errorf("asked %d times for 20 pods", n)
+	}
+}
