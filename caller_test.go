@@ -236,9 +236,12 @@ func TestCallerUsage(t *testing.T) {
 			t.Errorf("%s: %d %s", flag, code, stderr)
 		}
 	}
+	empty := filepath.Join(dir, "empty")
+	must(t, os.WriteFile(empty, nil, 0o600))
 	for flag, want := range map[string]string{
-		"--path-secret-file=/no":    "--path-secret-file: open /no",
-		"--path-secret-file=" + bad: "--path-secret-file: " + bad + ": line 1 is no secret",
+		"--path-secret-file=/no":      "--path-secret-file: open /no",
+		"--path-secret-file=" + empty: "--path-secret-file: " + empty + ": line 1 is no secret",
+		"--path-secret-file=" + bad:   "--path-secret-file: " + bad + ": line 1 is no secret",
 	} {
 		if code, _, stderr := runArgs(nil, "webhook", "--certDir="+dir, flag); code != 1 || !strings.Contains(stderr, want) || strings.Contains(stderr, "hello") {
 			t.Errorf("%s: %d %s", flag, code, stderr)

@@ -21,6 +21,7 @@ type followed[T any] struct {
 	parse   func(texts [][]byte) (T, error) // of the files, in their order
 	taken   func(T)                         // is told, and logs, what is in use a moment later
 	current atomic.Pointer[T]
+	looked  bool   // there is something seen
 	seen    []byte // content of the files, good or bad
 	log     *slog.Logger
 }
@@ -59,10 +60,10 @@ func (f *followed[T]) reload() (changed bool, err error) {
 
 // see remembers what was seen and reports whether it is new.
 func (f *followed[T]) see(what []byte) bool {
-	if bytes.Equal(what, f.seen) {
+	if f.looked && bytes.Equal(what, f.seen) {
 		return false
 	}
-	f.seen = what
+	f.looked, f.seen = true, what
 	return true
 }
 
