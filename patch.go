@@ -28,6 +28,11 @@ func (p *patch) remove(path ...string) {
 	*p = append(*p, patchOperation{Op: "remove", Path: jsonPointer(path...)})
 }
 
+// test lets the whole patch fail where the value is another one.
+func (p *patch) test(value any, path ...string) {
+	*p = append(*p, patchOperation{"test", jsonPointer(path...), value})
+}
+
 // removeNamed removes the items of a list in the pod's spec that have one of the names.
 func (p *patch) removeNamed(list string, items []string, names ...string) {
 	for i, item := range slices.Backward(items) {

@@ -1,0 +1,285 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	eventsv1 "k8s.io/api/events/v1"
+)
+
+// liftGate is the patch that removes our gate of a gatedPod.
+func liftGate(uid string) (steps patch) {
+	steps.test(uid, "metadata", "uid")
+	steps.test(testGate, "spec", "schedulingGates", "1", "name")
+	steps.remove("spec", "schedulingGates", "1")
+	return steps
+}
+
+// A patch is done once, and only to the pod that was meant.
+func TestKubernetesPatch(t *testing.T) {
+	t.Parallel()
+	s := newAPIServer(t)
+	n := s.namespace(t)
+	k, _ := newClient(t, s.settings)
+	wantGates := func(gates ...string) {
+		t.Helper()
+		p := new(corev1.Pod)
+		s.direct(t, http.MethodGet, podPath(n, "p"), nil, p)
+		var got []string
+		for _, g := range p.Spec.SchedulingGates {
+			got = append(got, g.Name)
+		}
+		if !slices.Equal(got, gates) {
+			t.Fatalf("gates %q, want %q", got, gates)
+		}
+	}
+	uid := string(s.createPod(t, n, gatedPod("p")).UID)
+	if err := k.patchPod(t.Context(), n, "p", liftGate("00000000-0000-0000-0000-000000000000")); !errors.Is(err, errPodChanged) {
+		t.Errorf("another pod's UID: %v", err)
+	}
+	wantGates("example.org/other", testGate)
+	must(t, k.patchPod(t.Context(), n, "p", liftGate(uid)))
+	wantGates("example.org/other")
+	if err := k.patchPod(t.Context(), n, "p", liftGate(uid)); !errors.Is(err, errPodChanged) {
+		t.Errorf("a second time: %v", err)
+	}
+	wantGates("example.org/other")
+	var old patch
+	old.test("1", "metadata", "resourceVersion")
+	old.add("false", "metadata", "labels", testLabel)
+	if err := k.patchPod(t.Context(), n, "p", old); !errors.Is(err, errPodChanged) {
+		t.Errorf("another version: %v", err)
+	}
+	s.deletePod(t, n, "p")
+	if err := k.patchPod(t.Context(), n, "p", liftGate(uid)); !errors.Is(err, errNoPod) {
+		t.Errorf("no pod: %v", err)
+	}
+	if err := k.patchPod(t.Context(), n+"-none", "p", liftGate(uid)); !errors.Is(err, errNoPod) {
+		t.Errorf("no namespace: %v", err)
+	}
+}
+
+// What the API server cannot do now is worth another try; what stands in front of it says nothing of pods.
+func TestKubernetesRefusals(t *testing.T) {
+	t.Parallel()
+	s := newAPIServer(t)
+	n := s.namespace(t)
+	uid := string(s.createPod(t, n, gatedPod("p")).UID)
+	k, _ := newClient(t, s.settings)
+	sentinels := []error{errNoPod, errPodChanged, errTryAgain, errExpired}
+	for _, c := range []struct {
+		code  int32
+		want  error // nil for none of them
+		fault apiFault
+	}{
+		{code: http.StatusUnauthorized, want: errTryAgain},
+		{code: http.StatusTooManyRequests, want: errTryAgain},
+		{code: http.StatusInternalServerError, want: errTryAgain},
+		{code: http.StatusServiceUnavailable, want: errTryAgain},
+		{code: http.StatusGatewayTimeout, want: errTryAgain},
+		{code: http.StatusConflict, want: errPodChanged},
+		{code: http.StatusForbidden},
+		{code: http.StatusBadRequest},
+		{code: http.StatusNotFound, fault: func(w http.ResponseWriter, r *http.Request) bool { http.NotFound(w, r); return true }},
+		{code: http.StatusFound, fault: func(w http.ResponseWriter, r *http.Request) bool {
+			http.Redirect(w, r, "https://"+s.settings.address+"/elsewhere", http.StatusFound)
+			return true
+		}},
+	} {
+		if c.fault == nil {
+			c.fault = func(w http.ResponseWriter, _ *http.Request) bool {
+				respond(w, 0, nil, failure(c.code, "", "said on purpose"))
+				return true
+			}
+		}
+		s.fail(c.fault)
+		err := k.patchPod(t.Context(), n, "p", liftGate(uid))
+		for _, sentinel := range sentinels {
+			if errors.Is(err, sentinel) != (sentinel == c.want) {
+				t.Errorf("%d: %v is %q: %v", c.code, err, sentinel, errors.Is(err, sentinel))
+			}
+		}
+		if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("API server %s: %d", s.settings.address, c.code)) {
+			t.Errorf("%d: %v", c.code, err)
+		}
+	}
+	if s.count(func(r string) bool { return strings.Contains(r, "elsewhere") }) > 0 {
+		t.Error("the token was sent to where the answer redirects to")
+	}
+
+	s.fail(nil)
+	s.stop()
+	if err := k.patchPod(t.Context(), n, "p", liftGate(uid)); !errors.Is(err, errTryAgain) {
+		t.Errorf("no server: %v", err)
+	}
+	s.start(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := k.patchPod(ctx, n, "p", liftGate(uid)); !errors.Is(err, context.Canceled) || errors.Is(err, errTryAgain) {
+		t.Errorf("a context that is done: %v", err)
+	}
+	must(t, k.patchPod(t.Context(), n, "p", liftGate(uid)))
+}
+
+// A patch whose answer is lost may be sent again.
+func TestKubernetesLostAnswer(t *testing.T) {
+	t.Parallel()
+	s := newAPIServer(t)
+	n := s.namespace(t)
+	uid := string(s.createPod(t, n, gatedPod("p")).UID)
+	k, _ := newClient(t, s.settings)
+	s.fail(func(_ http.ResponseWriter, r *http.Request) bool {
+		s.direct(t, r.Method, r.URL.Path, liftGate(uid), nil)
+		panic(http.ErrAbortHandler)
+	})
+	if err := k.patchPod(t.Context(), n, "p", liftGate(uid)); !errors.Is(err, errTryAgain) {
+		t.Errorf("the first time: %v", err)
+	}
+	s.fail(nil)
+	if err := k.patchPod(t.Context(), n, "p", liftGate(uid)); !errors.Is(err, errPodChanged) {
+		t.Errorf("the second time: %v", err)
+	}
+	p, err := k.getPod(t.Context(), n, "p", uid)
+	must(t, err)
+	if slices.Contains(p.gates, testGate) {
+		t.Errorf("gates %q", p.gates)
+	}
+}
+
+// Many changes at once come a few at a time, over one connection; and wait if the API server says so.
+func TestKubernetesIsGentle(t *testing.T) {
+	t.Parallel()
+	s := newAPIServer(t)
+	n := s.namespace(t)
+	proxy := startFaultyProxy(t, s.settings.address)
+	c := s.settings
+	c.address = proxy.address
+	k, _ := newClient(t, c)
+	const patches = 200
+	for i := range patches {
+		s.createPod(t, n, gatedPod(fmt.Sprintf("p%d", i)))
+	}
+	must(t, k.patchPod(t.Context(), n, "p0", patch{})) // those that dial at once close what they do not need
+	var inFlight, most, done atomic.Int32
+	var held atomic.Int64 // when the API server asked for a second
+	s.fail(func(w http.ResponseWriter, r *http.Request) bool {
+		now := inFlight.Add(1)
+		defer inFlight.Add(-1)
+		for old := most.Load(); now > old && !most.CompareAndSwap(old, now); old = most.Load() {
+		}
+		time.Sleep(2 * time.Millisecond) // so that they are in flight at once
+		if done.Add(1) == 100 {
+			held.Store(time.Now().UnixNano())
+			w.Header().Set("Retry-After", "1")
+			respond(w, 0, nil, failure(http.StatusTooManyRequests, "TooManyRequests", "the server has received too many requests"))
+			return true
+		}
+		if at := held.Load(); at != 0 {
+			if since := time.Since(time.Unix(0, at)); since > 200*time.Millisecond && since < 900*time.Millisecond {
+				t.Errorf("a request %s after the API server asked for a second", since)
+			}
+		}
+		return false
+	})
+	var wg sync.WaitGroup
+	var refused atomic.Int32
+	start := time.Now()
+	for i := range patches {
+		wg.Go(func() {
+			var steps patch
+			steps.add("yes", "metadata", "labels", annotationPrefix+"changed")
+			if err := k.patchPod(t.Context(), n, fmt.Sprintf("p%d", i), steps); errors.Is(err, errTryAgain) {
+				refused.Add(1)
+			} else if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if most.Load() > callsInFlight || refused.Load() != 1 || proxy.made.Load() != 1 {
+		t.Errorf("%d in flight, %d refused, %d connections", most.Load(), refused.Load(), proxy.made.Load())
+	}
+	if took, least := time.Since(start), time.Second*(patches-callsPerSecond/2)/callsPerSecond; took < least {
+		t.Errorf("%d patches in %s, want %s at least", patches, took, least)
+	}
+}
+
+// Events come once, from whichever process, and leave room for what matters.
+func TestKubernetesEvents(t *testing.T) {
+	t.Parallel()
+	s := newAPIServer(t)
+	n := s.namespace(t)
+	s.createPod(t, n, gatedPod("p"))
+	k, log := newClient(t, s.settings)
+	other, _ := newClient(t, s.settings)
+	var p watchedPod
+	{
+		created := new(corev1.Pod)
+		s.direct(t, http.MethodGet, podPath(n, "p"), nil, created)
+		p = watchedPod{namespace: n, name: "p", uid: string(created.UID), version: created.ResourceVersion}
+	}
+	events := func() []eventsv1.Event {
+		var list eventsv1.EventList
+		s.direct(t, http.MethodGet, "/apis/events.k8s.io/v1/namespaces/"+n+"/events", nil, &list)
+		return list.Items
+	}
+	s.failEvents(1)
+	line := podEvent{pod: &p, reason: "WaitingForToken", action: "Waiting", note: "waiting for a token of shop/web: 3 of 3 in use, 2nd in line", id: "1"}
+	k.createEvent(line)
+	other.createEvent(line)
+	again := line
+	again.id, again.warning, again.note = "2", true, strings.Repeat("x", 3000)
+	k.createEvent(again)
+	eventually(t, 20*time.Second, func() error {
+		if got := s.count(func(r string) bool { return strings.HasPrefix(r, "POST ") }); got != 4 {
+			return fmt.Errorf("%d events sent, want four: one was refused at first", got)
+		}
+		return nil
+	})
+	list := events()
+	if len(list) != 2 {
+		t.Fatalf("%d events, want 2: %+v", len(list), list)
+	}
+	slices.SortFunc(list, func(a, b eventsv1.Event) int { return strings.Compare(b.Note, a.Note) })
+	if e := list[1]; e.Reason != "WaitingForToken" || e.Note != line.note || e.Type != "Normal" || e.Regarding.Kind != "Pod" || e.Regarding.Name != "p" ||
+		string(e.Regarding.UID) != p.uid || e.ReportingController != eventReporter || time.Since(e.EventTime.Time) > time.Minute {
+		t.Errorf("got %+v", e)
+	}
+	if e := list[0]; e.Type != "Warning" || len(e.Note) != eventNoteMost {
+		t.Errorf("got %+v", e)
+	}
+
+	// A thousand at once are sent over time, and keep nothing else back; those that are too many are left out.
+	sent := s.count(func(r string) bool { return strings.HasPrefix(r, "POST ") })
+	start := time.Now()
+	for i := range eventsWaiting + 2*eventsPerSecond {
+		e := line
+		e.id = fmt.Sprint("more ", i)
+		k.createEvent(e)
+	}
+	if took := time.Since(start); took > time.Second {
+		t.Errorf("creating events blocks: %s", took)
+	}
+	if len(log.lines(t, "events of pods left out")) == 0 {
+		t.Error("nothing was left out")
+	}
+	const more = 2 * eventsPerSecond
+	eventually(t, 20*time.Second, func() error {
+		if got := s.count(func(r string) bool { return strings.HasPrefix(r, "POST ") }) - sent; got < more {
+			return fmt.Errorf("%d events sent, want %d", got, more)
+		}
+		return nil
+	})
+	if took := time.Since(start); took < time.Second/2 {
+		t.Errorf("%d events in %s", more, took)
+	}
+}

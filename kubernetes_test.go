@@ -1,0 +1,455 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// newAPIServer is in front of the pods of the tests below: of a store of our own; with the tag e2e, of the API server of KUBECONFIG.
+var newAPIServer = startAPIServer
+
+// newClient is a client of a server, which works until the test ends, and its log.
+func newClient(t *testing.T, c kubernetesSettings, change ...func(*kubernetes)) (*kubernetes, *syncBuffer) {
+	t.Helper()
+	b := new(syncBuffer)
+	k, err := newKubernetes(c, slog.New(slog.NewJSONHandler(b, nil)))
+	must(t, err)
+	for _, c := range change {
+		c(k)
+	}
+	inBackground(t, k.run)
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("log of the client:\n%s", b)
+		}
+	})
+	return k, b
+}
+
+// inBackground runs something until the test ends.
+func inBackground(t *testing.T, run func(context.Context)) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		run(ctx)
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-done
+	})
+}
+
+// podRecorder is a handler that remembers.
+type podRecorder struct {
+	mu     sync.Mutex
+	pods   map[string]*watchedPod // by name
+	syncs  int
+	told   int
+	drops  []string
+	wrongs []string
+}
+
+func (h *podRecorder) setPod(p *watchedPod) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.told++
+	h.pods[p.name] = p
+}
+
+func (h *podRecorder) dropPod(p *watchedPod) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.drops = append(h.drops, p.name)
+	switch now := h.pods[p.name]; {
+	case now == nil:
+		h.wrongs = append(h.wrongs, "told twice that there is no "+p.name)
+	case now.uid == p.uid:
+		delete(h.pods, p.name)
+	}
+}
+
+func (h *podRecorder) synced(string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.syncs++
+}
+
+func (h *podRecorder) get(name string) *watchedPod {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.pods[name]
+}
+
+// want waits until the handler has been told of these pods and no others, and has been synced so often.
+func (h *podRecorder) want(t *testing.T, syncs int, names ...string) {
+	t.Helper()
+	eventually(t, 30*time.Second, func() error {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		var got []string
+		for name := range h.pods {
+			got = append(got, name)
+		}
+		slices.Sort(got)
+		if !slices.Equal(got, names) || h.syncs != syncs || h.wrongs != nil {
+			return fmt.Errorf("told of %q after %d lists, want %q after %d; wrong: %q", got, h.syncs, names, syncs, h.wrongs)
+		}
+		return nil
+	})
+}
+
+// watching is a client that watches a namespace.
+type watching struct {
+	*kubernetes
+	*podRecorder
+	log *syncBuffer
+}
+
+const gatedSelector = testLabel + "=true"
+
+func startWatching(t *testing.T, c kubernetesSettings, namespace string, change ...func(*kubernetes)) *watching {
+	t.Helper()
+	k, log := newClient(t, c, change...)
+	h := &podRecorder{pods: map[string]*watchedPod{}}
+	inBackground(t, func(ctx context.Context) { k.watchPods(ctx, gatedSelector, namespace, h) })
+	return &watching{k, h, log}
+}
+
+func isList(r string) bool { return strings.HasPrefix(r, "GET ") && strings.Contains(r, "limit=") }
+func isWatched(r string) bool {
+	return strings.HasPrefix(r, "GET ") && strings.Contains(r, "watch=true")
+}
+
+// Lists in pages, and watches from where the list ended.
+func TestKubernetesListsAndWatches(t *testing.T) {
+	t.Parallel()
+	s := newAPIServer(t)
+	n := s.namespace(t)
+	for i := range 7 {
+		s.createPod(t, n, gatedPod(fmt.Sprintf("p%d", i)))
+	}
+	other := gatedPod("other")
+	delete(other.Labels, testLabel)
+	s.createPod(t, n, other)
+	s.fail(func(_ http.ResponseWriter, r *http.Request) bool {
+		if r.ProtoMajor != 2 {
+			t.Errorf("%s %s by %s, not HTTP/2", r.Method, r.URL, r.Proto)
+		}
+		return false
+	})
+	k := startWatching(t, s.settings, n, func(k *kubernetes) { k.bounds.page = 3 })
+	k.want(t, 1, "p0", "p1", "p2", "p3", "p4", "p5", "p6")
+	if got := s.count(isList); got != 3 {
+		t.Errorf("%d requests for seven pods in pages of three", got)
+	}
+	s.createPod(t, n, gatedPod("p7"))
+	s.label(t, n, "p1", annotationPrefix+"changed", "yes")
+	left := k.get("p2")
+	s.label(t, n, "p2", testLabel, "false")
+	gone := k.get("p3")
+	s.deletePod(t, n, "p3")
+	k.want(t, 1, "p0", "p1", "p4", "p5", "p6", "p7")
+	eventually(t, 5*time.Second, func() error {
+		if l := k.get("p1").labels; l[annotationPrefix+"changed"] != "yes" || l["app"] != "" {
+			return fmt.Errorf("labels %v", l)
+		}
+		return nil
+	})
+	if p := k.get("p7"); p.namespace != n || p.phase != "Pending" || p.scheduled.reason != "SchedulingGated" || time.Since(p.created) > time.Minute ||
+		!slices.Equal(p.gates, []string{"example.org/other", testGate}) || len(p.annotations) != 1 || p.annotations[annotationKey] != "web" {
+		t.Errorf("got %+v", p)
+	}
+	// A watch does not say why.
+	if p, err := k.getPod(t.Context(), n, "p2", left.uid); err != nil || p.labels[testLabel] != "false" {
+		t.Errorf("a pod that lost its label: %v, %+v", err, p)
+	}
+	if _, err := k.getPod(t.Context(), n, "p3", gone.uid); !errors.Is(err, errNoPod) {
+		t.Errorf("a pod that was deleted: %v", err)
+	}
+	if _, err := k.getPod(t.Context(), n, "p4", gone.uid); !errors.Is(err, errNoPod) {
+		t.Errorf("another pod of the name: %v", err)
+	}
+}
+
+// All namespaces, or some.
+func TestKubernetesNamespaces(t *testing.T) {
+	t.Parallel()
+	s := newAPIServer(t)
+	a, b := s.namespace(t), s.namespace(t)
+	s.createPod(t, a, gatedPod("in-a"))
+	one, all := startWatching(t, s.settings, a), startWatching(t, s.settings, "")
+	s.createPod(t, b, gatedPod("in-b"))
+	one.want(t, 1, "in-a")
+	eventually(t, 10*time.Second, func() error {
+		if p, q := all.get("in-a"), all.get("in-b"); p == nil || q == nil || p.namespace != a || q.namespace != b {
+			return fmt.Errorf("told of %v and %v", p, q)
+		}
+		return nil
+	})
+}
+
+// What ends a watch costs no list, as long as the API server knows what happened since.
+func TestKubernetesWatchEnds(t *testing.T) {
+	t.Parallel()
+	for name, end := range map[string]func(*testing.T, *apiServer){
+		"dropped":  func(_ *testing.T, s *apiServer) { s.dropWatches() },
+		"silent":   func(_ *testing.T, s *apiServer) { s.silenceWatches() },
+		"over":     func(*testing.T, *apiServer) {}, // each second
+		"restart":  func(t *testing.T, s *apiServer) { s.stop(); s.start(t) },
+		"token":    func(t *testing.T, s *apiServer) { s.setToken(t, "second-token"); s.dropWatches() },
+		"CA":       func(t *testing.T, s *apiServer) { writeCertificate(t, s.dir, 2); s.stop(); s.start(t) },
+		"failures": func(_ *testing.T, s *apiServer) { s.failWatches(2, http.StatusServiceUnavailable); s.dropWatches() },
+		"too many": func(_ *testing.T, s *apiServer) { s.failWatches(1, http.StatusTooManyRequests); s.dropWatches() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newAPIServer(t)
+			n := s.namespace(t)
+			s.createPod(t, n, gatedPod("old"))
+			s.createPod(t, n, gatedPod("gone"))
+			k := startWatching(t, s.settings, n, func(k *kubernetes) {
+				k.bounds.silence = 2 * time.Second
+				if name == "over" {
+					k.bounds.length = time.Second
+				}
+			})
+			k.want(t, 1, "gone", "old")
+			s.wantWatches(t, 1)
+			watches := s.count(isWatched)
+			end(t, s)
+			s.deletePod(t, n, "gone")
+			s.createPod(t, n, gatedPod("new"))
+			k.want(t, 1, "new", "old")
+			eventually(t, 20*time.Second, func() error {
+				if s.count(isWatched) == watches {
+					return errors.New("there is no other watch")
+				}
+				return nil
+			})
+			s.createPod(t, n, gatedPod("newer"))
+			k.want(t, 1, "new", "newer", "old")
+		})
+	}
+}
+
+// A connection that falls silent, with the watch on it, is found by asking.
+func TestKubernetesSilentConnection(t *testing.T) {
+	t.Parallel()
+	s := newAPIServer(t)
+	n := s.namespace(t)
+	proxy := startFaultyProxy(t, s.settings.address)
+	c := s.settings
+	c.address = proxy.address
+	k := startWatching(t, c, n)
+	k.want(t, 1)
+	s.wantWatches(t, 1)
+	proxy.silence()
+	s.createPod(t, n, gatedPod("p"))
+	start := time.Now()
+	k.want(t, 1, "p")
+	if took := time.Since(start); took > pingAfter+pingTimeout+3*time.Second {
+		t.Errorf("found after %s", took)
+	}
+}
+
+// What happened is no longer known: the list tells it, deletions too.
+func TestKubernetesExpired(t *testing.T) {
+	t.Parallel()
+	for name, expire := range map[string]func(*apiServer){
+		"event": func(s *apiServer) { s.fail(nil) }, // the store itself
+		"status": func(s *apiServer) {
+			s.failWatches(1, http.StatusGone)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newAPIServer(t)
+			n := s.namespace(t)
+			s.createPod(t, n, gatedPod("old"))
+			s.createPod(t, n, gatedPod("gone"))
+			k := startWatching(t, s.settings, n)
+			k.want(t, 1, "gone", "old")
+			s.wantWatches(t, 1)
+			s.failWatches(1000, http.StatusInternalServerError)
+			s.dropWatches()
+			s.wantWatches(t, 0)
+			s.deletePod(t, n, "gone")
+			s.createPod(t, n, gatedPod("new"))
+			again := s.createPod(t, n, gatedPod("gone")) // another one
+			s.expireWatches()
+			expire(s)
+			k.want(t, 2, "gone", "new", "old")
+			if got := k.get("gone").uid; got != string(again.UID) {
+				t.Errorf("the UID of the pod is %s, not that of the new one", got)
+			}
+			if !slices.Equal(k.drops, []string{"gone"}) {
+				t.Errorf("told of the end of %q", k.drops)
+			}
+			s.deletePod(t, n, "gone")
+			k.want(t, 2, "new", "old")
+		})
+	}
+}
+
+// A list that takes too long begins anew, and forgets nothing that it has told.
+func TestKubernetesExpiredList(t *testing.T) {
+	t.Parallel()
+	s := newAPIServer(t)
+	n := s.namespace(t)
+	for i := range 5 {
+		s.createPod(t, n, gatedPod(fmt.Sprintf("p%d", i)))
+	}
+	expired := sync.OnceFunc(func() { s.deletePod(t, n, "p0") })
+	var refused bool
+	s.fail(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Query().Get("continue") == "" || refused {
+			return false
+		}
+		refused = true
+		expired()
+		if s.store != nil {
+			s.store.compact()
+			return false
+		}
+		respond(w, 0, nil, failure(http.StatusGone, "Expired", "The provided continue parameter is too old to display a consistent list result."))
+		return true
+	})
+	k := startWatching(t, s.settings, n, func(k *kubernetes) { k.bounds.page = 2 })
+	k.want(t, 1, "p1", "p2", "p3", "p4")
+	if !slices.Equal(k.drops, []string{"p0"}) {
+		t.Errorf("told of the end of %q", k.drops)
+	}
+}
+
+// A bookmark is as good as an event: what others do does not make a watch too old.
+func TestKubernetesBookmarks(t *testing.T) {
+	t.Parallel()
+	s := newAPIServer(t)
+	if s.store == nil {
+		t.Skip("they take a minute there")
+	}
+	n := s.namespace(t)
+	s.createPod(t, n, gatedPod("p"))
+	other := gatedPod("other")
+	delete(other.Labels, testLabel)
+	s.createPod(t, n, other)
+	k := startWatching(t, s.settings, n, func(k *kubernetes) { k.bounds.silence = time.Second })
+	k.want(t, 1, "p")
+	s.label(t, n, "other", "example.org/changed", "yes")
+	before, _ := s.store.get(n, "other")
+	s.store.wantBookmark(t, before.ResourceVersion)
+	s.store.compact()
+	s.dropWatches()
+	s.createPod(t, n, gatedPod("q"))
+	k.want(t, 1, "p", "q")
+	if got := s.count(isWatched); got != 2 {
+		t.Errorf("%d watches: it was given up although there were bookmarks", got)
+	}
+}
+
+// Whatever fails at once is tried again, less and less often.
+func TestKubernetesBacksOff(t *testing.T) {
+	t.Parallel()
+	for name, fault := range map[string]apiFault{
+		"refused": func(w http.ResponseWriter, _ *http.Request) bool {
+			respond(w, 0, nil, failure(http.StatusInternalServerError, "InternalError", "etcdserver: no leader"))
+			return true
+		},
+		"forbidden": func(w http.ResponseWriter, _ *http.Request) bool {
+			respond(w, 0, nil, failure(http.StatusForbidden, "Forbidden", "pods is forbidden"))
+			return true
+		},
+		"nonsense":  func(w http.ResponseWriter, _ *http.Request) bool { fmt.Fprint(w, `{"items": 3}`); return true },
+		"hangs up":  func(http.ResponseWriter, *http.Request) bool { panic(http.ErrAbortHandler) },
+		"no events": func(_ http.ResponseWriter, r *http.Request) bool { return isWatch(r) },
+		"too old": func(w http.ResponseWriter, r *http.Request) bool {
+			if isWatch(r) {
+				respond(w, 0, nil, failure(http.StatusGone, "Expired", "too old resource version"))
+			}
+			return isWatch(r)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newAPIServer(t)
+			n := s.namespace(t)
+			var mu sync.Mutex
+			var first, fifth time.Time
+			attempts := 0
+			s.fail(func(w http.ResponseWriter, r *http.Request) bool {
+				mu.Lock()
+				if isWatch(r) || name != "no events" && name != "too old" {
+					if attempts++; attempts == 1 {
+						first = time.Now()
+					} else if attempts == 5 {
+						fifth = time.Now()
+					}
+				}
+				mu.Unlock()
+				return fault(w, r)
+			})
+			k := startWatching(t, s.settings, n)
+			eventually(t, 30*time.Second, func() error {
+				mu.Lock()
+				defer mu.Unlock()
+				if fifth.IsZero() {
+					return fmt.Errorf("%d attempts", attempts)
+				}
+				return nil
+			})
+			// The waits are of 0.2, 0.4, 0.8 and 1.6 s, and half of it at least.
+			if took := fifth.Sub(first); took < 1500*time.Millisecond {
+				t.Errorf("five attempts in %s", took)
+			}
+			if got := len(k.log.lines(t, "watch of pods ended, tries again")); got != 1 && name != "no events" {
+				t.Errorf("%d lines of log, want one a minute", got)
+			}
+			s.fail(nil)
+			s.createPod(t, n, gatedPod("p"))
+			eventually(t, 30*time.Second, func() error {
+				if k.get("p") == nil {
+					return errors.New("not told of the pod")
+				}
+				return nil
+			})
+		})
+	}
+}
+
+// The API server says when to come back.
+func TestKubernetesRetryAfter(t *testing.T) {
+	t.Parallel()
+	s := newAPIServer(t)
+	n := s.namespace(t)
+	s.createPod(t, n, gatedPod("p"))
+	refused := make(chan time.Time, 1)
+	var again time.Time
+	s.fail(func(w http.ResponseWriter, r *http.Request) bool {
+		select {
+		case refused <- time.Now():
+			w.Header().Set("Retry-After", "2")
+			respond(w, 0, nil, failure(http.StatusTooManyRequests, "TooManyRequests", "the server has received too many requests"))
+			return true
+		default:
+			if again.IsZero() {
+				again = time.Now()
+			}
+			return false
+		}
+	})
+	k := startWatching(t, s.settings, n)
+	k.want(t, 1, "p")
+	if took := again.Sub(<-refused); took < 2*time.Second {
+		t.Errorf("came back after %s", took)
+	}
+}
