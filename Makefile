@@ -71,6 +71,7 @@ e2e-test = PROGRAM=$(CURDIR)/$(PROGRAM) IMAGE=at-least-semaphore-pod-hook:e2e-$$
 
 .PHONY: e2e
 e2e: build ## test deploy/ on the cluster of KUBECONFIG, which gets and loses it; see e2e/setup_test.go for its settings
+	$(if $(E2E_FLAGS),,go test -count=1 -tags e2e -timeout 10m -run '^TestKubernetes' .)
 	$(e2e-test) -tags e2e -timeout 40m $(E2E_FLAGS) ./e2e
 
 .PHONY: measure
@@ -104,7 +105,7 @@ dev: ## develop on the current cluster with Skaffold: build, deploy, forward por
 lint: ## check format, vet, staticcheck and the workflows
 	@test -z "$$(gofmt -l .)" || { echo "not gofmt-ed:"; gofmt -l .; exit 1; }
 	go vet ./...
-	go vet -tags e2e ./e2e
+	go vet -tags e2e . ./e2e
 	go vet -tags failover .
 	go vet -tags abuse .
 	go vet -tags e2e,measure . ./e2e

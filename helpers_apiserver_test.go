@@ -190,6 +190,18 @@ func (s *apiServer) count(is func(request string) bool) int {
 // direct sends a request to the pods, past the faults, and decodes the answer into out unless that is nil.
 func (s *apiServer) direct(t *testing.T, method, path string, in, out any) {
 	t.Helper()
+	w := s.ask(t, method, path, in)
+	if w.Code/100 != 2 {
+		t.Fatalf("%s %s: %d %s", method, path, w.Code, w.Body)
+	}
+	if out != nil {
+		must(t, json.Unmarshal(w.Body.Bytes(), out))
+	}
+}
+
+// ask is direct with any answer.
+func (s *apiServer) ask(t *testing.T, method, path string, in any) *httptest.ResponseRecorder {
+	t.Helper()
 	var body []byte
 	if in != nil {
 		body = mustJSON(t, in)
@@ -201,12 +213,7 @@ func (s *apiServer) direct(t *testing.T, method, path string, in, out any) {
 	}
 	w := httptest.NewRecorder()
 	s.pods.ServeHTTP(w, r)
-	if w.Code/100 != 2 {
-		t.Fatalf("%s %s: %d %s", method, path, w.Code, w.Body)
-	}
-	if out != nil {
-		must(t, json.Unmarshal(w.Body.Bytes(), out))
-	}
+	return w
 }
 
 // Gated pods, which no scheduler and no kubelet touches.
@@ -257,22 +264,12 @@ func (s *apiServer) namespace(t *testing.T) string {
 	object := map[string]any{"apiVersion": "v1", "kind": "Namespace", "metadata": map[string]any{"name": name}}
 	s.direct(t, http.MethodPost, "/api/v1/namespaces", object, nil)
 	t.Cleanup(func() { s.direct(t, http.MethodDelete, "/api/v1/namespaces/"+name, nil, nil) })
-	s.waitForAccount(t, name)
+	// A controller does that, too, in a moment; without it there are no pods.
+	account := map[string]any{"apiVersion": "v1", "kind": "ServiceAccount", "metadata": map[string]any{"name": "default"}}
+	if w := s.ask(t, http.MethodPost, "/api/v1/namespaces/"+name+"/serviceaccounts", account); w.Code != http.StatusCreated && w.Code != http.StatusConflict {
+		t.Fatalf("create a ServiceAccount: %d %s", w.Code, w.Body)
+	}
 	return name
-}
-
-// waitForAccount waits until pods can be created in a namespace of a real API server.
-func (s *apiServer) waitForAccount(t *testing.T, namespace string) {
-	t.Helper()
-	path := "/api/v1/namespaces/" + namespace + "/serviceaccounts"
-	eventually(t, 20*time.Second, func() error {
-		w := httptest.NewRecorder()
-		s.pods.ServeHTTP(w, httptest.NewRequest(http.MethodGet, path+"/default", nil))
-		if w.Code != http.StatusOK {
-			return fmt.Errorf("%d %s", w.Code, w.Body)
-		}
-		return nil
-	})
 }
 
 // failWatches refuses so many watches.
@@ -288,11 +285,21 @@ func (s *apiServer) failWatches(times int32, code int32) {
 	})
 }
 
-// expireWatches makes the API server forget what happened.
+// expireWatches makes the API server forget what happened: the next watch is from a version that is too old.
 func (s *apiServer) expireWatches() {
 	if s.store != nil {
 		s.store.compact()
+		s.fail(nil)
+		return
 	}
+	var once atomic.Bool
+	s.fail(func(_ http.ResponseWriter, r *http.Request) bool {
+		if query := r.URL.Query(); isWatch(r) && once.CompareAndSwap(false, true) {
+			query.Set("resourceVersion", "1")
+			r.URL.RawQuery = query.Encode()
+		}
+		return false
+	})
 }
 
 // failEvents refuses so many events.

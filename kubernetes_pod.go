@@ -5,6 +5,7 @@ import (
 	"io"
 	"strings"
 	"time"
+	"unique"
 )
 
 // watchedPod is what is kept of a pod: some hundred bytes, as there may be thousands.
@@ -80,19 +81,22 @@ type podObject struct {
 func (o *podObject) watched() *watchedPod {
 	m := &o.Metadata
 	p := &watchedPod{
-		namespace: m.Namespace, name: m.Name, uid: m.UID, version: m.ResourceVersion, created: m.CreationTimestamp, deleted: m.DeletionTimestamp != nil,
-		labels: ours(m.Labels), annotations: ours(m.Annotations), gates: namesOf(o.Spec.SchedulingGates), node: o.Spec.NodeName, phase: o.Status.Phase,
+		namespace: shared(m.Namespace), name: m.Name, uid: m.UID, version: m.ResourceVersion, created: m.CreationTimestamp, deleted: m.DeletionTimestamp != nil,
+		labels: ours(m.Labels), annotations: ours(m.Annotations), node: shared(o.Spec.NodeName), phase: shared(o.Status.Phase),
+	}
+	for _, g := range o.Spec.SchedulingGates {
+		p.gates = append(p.gates, shared(g.Name))
 	}
 	for _, c := range o.Status.Conditions {
 		if c.Type == "PodScheduled" {
-			p.scheduled = podScheduled{c.Status, c.Reason, strings.Clone(truncate(c.Message, 500)), c.LastTransitionTime}
+			p.scheduled = podScheduled{shared(c.Status), shared(c.Reason), shared(truncate(c.Message, 500)), c.LastTransitionTime}
 		}
 	}
 	for _, s := range o.Status.InitContainerStatuses {
 		if s.Name != sidecarName && s.Name != awaitName {
 			continue
 		}
-		c := initContainer{name: s.Name, started: s.Started}
+		c := initContainer{name: shared(s.Name), started: s.Started}
 		switch {
 		case s.State.Terminated != nil:
 			c.state, c.since = "terminated", s.State.Terminated.FinishedAt
@@ -106,6 +110,9 @@ func (o *podObject) watched() *watchedPod {
 	return p
 }
 
+// shared is a text of which many pods have the same: they keep one.
+func shared(text string) string { return unique.Make(text).Value() }
+
 // ours are the labels or annotations that are for us. What others annotate may be long.
 func ours(all map[string]string) map[string]string {
 	var few map[string]string
@@ -114,7 +121,7 @@ func ours(all map[string]string) map[string]string {
 			if few == nil {
 				few = map[string]string{}
 			}
-			few[name] = value
+			few[shared(name)] = shared(value)
 		}
 	}
 	return few

@@ -199,6 +199,7 @@ func uninstall() error {
 	for _, args := range [][]string{
 		{"delete", "mutatingwebhookconfiguration", hookNamespace, "--ignore-not-found"},
 		{"delete", "namespace", "-l", "e2e=at-least-semaphore-pod-hook", "--ignore-not-found"},
+		{"delete", "-f", "../deploy/gate/rights.yaml", "--ignore-not-found"},
 		{"delete", "namespace", hookNamespace, "--ignore-not-found"},
 		{"delete", "persistentvolume", "-l", "e2e=at-least-semaphore-pod-hook", "--ignore-not-found"},
 	} {
