@@ -187,14 +187,14 @@ func podPath(namespace, name string) string { return podsPath(namespace) + "/" +
 
 // call sends a request that is about one object, in its turn, and reads the answer by read unless that is nil.
 func (k *kubernetes) call(ctx context.Context, method, path, contentType string, body []byte, read func(io.Reader) error) error {
-	if err := k.pace.wait(ctx); err != nil {
-		return err
-	}
 	select {
 	case k.slots <- struct{}{}:
 		defer func() { <-k.slots }()
 	case <-ctx.Done():
 		return context.Cause(ctx)
+	}
+	if err := k.pace.wait(ctx); err != nil {
+		return err
 	}
 	err := k.exchange(ctx, callTimeout, method, path, contentType, body, read)
 	if after := retryAfter(err); after > 0 {

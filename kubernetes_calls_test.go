@@ -170,29 +170,30 @@ func TestKubernetesIsGentle(t *testing.T) {
 	}
 	must(t, k.patchPod(t.Context(), n, "p0", patch{})) // those that dial at once close what they do not need
 	var inFlight, most, done atomic.Int32
-	var held atomic.Int64 // when the API server asked for a second
+	var mu sync.Mutex
+	var last time.Time
+	var rest time.Duration // the longest without a request
 	s.fail(func(w http.ResponseWriter, r *http.Request) bool {
 		now := inFlight.Add(1)
 		defer inFlight.Add(-1)
 		for old := most.Load(); now > old && !most.CompareAndSwap(old, now); old = most.Load() {
 		}
-		time.Sleep(2 * time.Millisecond) // so that they are in flight at once
-		if done.Add(1) == 100 {
-			held.Store(time.Now().UnixNano())
-			w.Header().Set("Retry-After", "1")
-			respond(w, 0, nil, failure(http.StatusTooManyRequests, "TooManyRequests", "the server has received too many requests"))
-			return true
+		mu.Lock()
+		if !last.IsZero() {
+			rest = max(rest, time.Since(last))
 		}
-		if at := held.Load(); at != 0 {
-			if since := time.Since(time.Unix(0, at)); since > 200*time.Millisecond && since < 900*time.Millisecond {
-				t.Errorf("a request %s after the API server asked for a second", since)
-			}
+		last = time.Now()
+		mu.Unlock()
+		time.Sleep(150 * time.Millisecond) // so that they are in flight at once, and fewer than may be sent
+		if done.Add(1) != 100 {
+			return false
 		}
-		return false
+		w.Header().Set("Retry-After", "3")
+		respond(w, 0, nil, failure(http.StatusTooManyRequests, "TooManyRequests", "the server has received too many requests"))
+		return true
 	})
 	var wg sync.WaitGroup
 	var refused atomic.Int32
-	start := time.Now()
 	for i := range patches {
 		wg.Go(func() {
 			var steps patch
@@ -208,8 +209,43 @@ func TestKubernetesIsGentle(t *testing.T) {
 	if most.Load() > callsInFlight || refused.Load() != 1 || proxy.made.Load() != 1 {
 		t.Errorf("%d in flight, %d refused, %d connections", most.Load(), refused.Load(), proxy.made.Load())
 	}
-	if took, least := time.Since(start), time.Second*(patches-callsPerSecond/2)/callsPerSecond; took < least {
-		t.Errorf("%d patches in %s, want %s at least", patches, took, least)
+	if rest < 2*time.Second {
+		t.Errorf("they rested for %s at most, though the API server asked for 3 s", rest)
+	}
+}
+
+// Calls pass in a burst after a rest, and then one each gap.
+func TestPacer(t *testing.T) {
+	t.Parallel()
+	const gap, burst = 10 * time.Millisecond, 5
+	p := newPacer(int(time.Second/gap), burst)
+	var passed []time.Time
+	pass := func() time.Time {
+		must(t, p.wait(t.Context()))
+		passed = append(passed, time.Now())
+		return passed[len(passed)-1]
+	}
+	start := time.Now()
+	for range 30 {
+		pass()
+	}
+	for i, at := range passed {
+		if least := time.Duration(i-burst) * gap; at.Sub(start) < least {
+			t.Errorf("call %d after %s, want %s at least", i, at.Sub(start), least)
+		}
+	}
+	held := time.Now()
+	p.hold(300 * time.Millisecond)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := p.wait(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("a context that is done: %v", err)
+	}
+	if at := pass(); at.Sub(held) < 300*time.Millisecond {
+		t.Errorf("passed after %s", at.Sub(held))
+	}
+	if at := pass(); at.Sub(held) < 300*time.Millisecond+gap {
+		t.Errorf("a burst after %s: to be held is no rest", at.Sub(held))
 	}
 }
 
