@@ -47,6 +47,10 @@ queue-tests = ^Test(SentinelFailover|PrimaryWithoutReplicas|SentinelsGone|Sentin
 test-abuse: test-needs ## misuse a webhook in all ways, in some five minutes: what it needs, and what becomes of admissions beside it
 	go test -count=1 -tags abuse -timeout 15m -v -run TestAbuse .
 
+.PHONY: test-upgrade
+test-upgrade: test-needs ## run the program of before beside this one, there and back, under load, in some three minutes; needs the history of git
+	go test -count=1 -tags upgrade -timeout 15m -v -run TestUpgrade .
+
 FUZZ_TIME ?= 10s
 
 .PHONY: fuzz
@@ -108,7 +112,8 @@ lint: ## check format, vet, staticcheck and the workflows
 	go vet -tags e2e . ./e2e
 	go vet -tags failover .
 	go vet -tags abuse .
+	go vet -tags upgrade .
 	go vet -tags e2e,measure . ./e2e
 	go -C demo vet ./...
-	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover,abuse ./...
+	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover,abuse,upgrade ./...
 	go tool -modfile=tools/go.mod actionlint

@@ -26,13 +26,25 @@ type process struct {
 // podUIDs are the UIDs of the pods, one for each test, in which its processes are.
 var podUIDs sync.Map
 
+// newProcess is a program that is not started yet.
+func newProcess(program string, args ...string) *process {
+	p := &process{Cmd: exec.Command(program, args...), done: make(chan struct{})}
+	p.Stderr, p.Stdout = &p.log, &p.stdout
+	return p
+}
+
 func startProcess(t *testing.T, args ...string) *process {
 	t.Helper()
-	p := &process{Cmd: exec.Command(binary, args...), done: make(chan struct{})}
+	return startProcessOf(t, binary, args...)
+}
+
+// startProcessOf is startProcess for another build of the program.
+func startProcessOf(t *testing.T, program string, args ...string) *process {
+	t.Helper()
+	p := newProcess(program, args...)
 	if podUID, ok := podUIDs.Load(t); ok {
 		p.Env = append(os.Environ(), "POD_UID="+podUID.(string))
 	}
-	p.Stderr, p.Stdout = &p.log, &p.stdout
 	p.start(t)
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -45,15 +57,26 @@ func startProcess(t *testing.T, args ...string) *process {
 // start starts the process, which ends with the test.
 func (p *process) start(t *testing.T) {
 	t.Helper()
-	must(t, p.Start())
+	must(t, p.launch())
+	t.Cleanup(p.kill)
+}
+
+// launch starts the process, which has to be ended.
+func (p *process) launch() error {
+	if err := p.Start(); err != nil {
+		return err
+	}
 	go func() {
 		_ = p.Wait()
 		close(p.done)
 	}()
-	t.Cleanup(func() {
-		_ = p.Process.Kill()
-		<-p.done
-	})
+	return nil
+}
+
+// kill ends the process, if it runs.
+func (p *process) kill() {
+	_ = p.Process.Kill()
+	<-p.done
 }
 
 func startSidecar(t *testing.T, address string, id semaphoreID, token string, flags ...string) *process {

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -50,8 +51,9 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-func build(binary string) error {
-	if out, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+func build(binary string, flags ...string) error {
+	args := slices.Concat([]string{"build"}, flags, []string{"-o", binary, "."})
+	if out, err := exec.Command("go", args...).CombinedOutput(); err != nil {
 		return fmt.Errorf("%w: %s", err, out)
 	}
 	return nil
@@ -296,6 +298,11 @@ func (w *testWebhook) tryAdmit(body []byte) (admission, error) {
 	if err != nil {
 		return admission{}, err
 	}
+	return readAdmission(status, text)
+}
+
+// readAdmission reads what a webhook has answered.
+func readAdmission(status int, text string) (admission, error) {
 	if status != http.StatusOK {
 		return admission{}, fmt.Errorf("status %d: %s", status, text)
 	}

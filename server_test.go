@@ -98,12 +98,18 @@ type webhookProcess struct {
 
 func startWebhookProcess(t *testing.T, redisAddress string, flags ...string) *webhookProcess {
 	t.Helper()
+	return startWebhookProcessOf(t, binary, redisAddress, flags...)
+}
+
+// startWebhookProcessOf is startWebhookProcess for another build of the program.
+func startWebhookProcessOf(t *testing.T, program, redisAddress string, flags ...string) *webhookProcess {
+	t.Helper()
 	w := &webhookProcess{certDir: t.TempDir()}
 	writeCertificate(t, w.certDir, 1)
 	address, health := freeAddress(t), freeAddress(t)
 	host, port, _ := net.SplitHostPort(address)
 	w.url, w.healthURL = "https://"+address, "http://"+health
-	w.process = startProcess(t, append([]string{"webhook", "--host=" + host, "--port=" + port, "--metrics-bind-address=" + health,
+	w.process = startProcessOf(t, program, append([]string{"webhook", "--host=" + host, "--port=" + port, "--metrics-bind-address=" + health,
 		"--certDir=" + w.certDir, "--queue-redis-address=" + redisAddress, "--redis-addresses=" + redisAddress}, flags...)...)
 	w.client = &http.Client{Transport: &http.Transport{
 		ForceAttemptHTTP2: true,
