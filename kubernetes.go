@@ -193,7 +193,7 @@ func (k *kubernetes) call(ctx context.Context, method, path, contentType string,
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	if err := k.pace.wait(ctx); err != nil {
+	if err := k.pace.wait(ctx); err != nil { // last, so that none that waited for a slot passes while all are held
 		return err
 	}
 	err := k.exchange(ctx, callTimeout, method, path, contentType, body, read)
