@@ -40,6 +40,7 @@ type pod struct {
 		Name         string            `json:"name"`
 		GenerateName string            `json:"generateName"`
 		Annotations  map[string]string `json:"annotations"`
+		Labels       map[string]string `json:"labels"`
 	} `json:"metadata"`
 	Spec struct {
 		InitContainers   []podContainer              `json:"initContainers"`
@@ -50,6 +51,8 @@ type pod struct {
 		Resources        corev1.ResourceRequirements `json:"resources"`
 		NodeSelector     map[string]string           `json:"nodeSelector"`
 		OS               named                       `json:"os"`
+		NodeName         string                      `json:"nodeName"`
+		SchedulingGates  []named                     `json:"schedulingGates"`
 		GracePeriod      *int64                      `json:"terminationGracePeriodSeconds"`
 	} `json:"spec"`
 }
@@ -147,6 +150,7 @@ func decodePod(r *admissionRequest) (*pod, error) {
 const (
 	verdictAdmitted      = "admitted"
 	verdictWait          = "wait" // admitted, to wait for its token
+	verdictGate          = "gate" // admitted, to be scheduled when it has its token
 	verdictFull          = "full"
 	verdictInvalid       = "invalid"
 	verdictDryRun        = "dry-run"
@@ -157,7 +161,7 @@ const (
 )
 
 // verdicts are all of them.
-var verdicts = []string{verdictAdmitted, verdictWait, verdictFull, verdictInvalid, verdictDryRun, verdictFailed, verdictUndeliverable,
+var verdicts = []string{verdictAdmitted, verdictWait, verdictGate, verdictFull, verdictInvalid, verdictDryRun, verdictFailed, verdictUndeliverable,
 	verdictStatic, verdictBadRequest}
 
 // deniedWindows is the message to users whose pods cannot run the sidecar.
@@ -166,6 +170,10 @@ const deniedWindows = "this is a Windows pod (by spec.os.name, or its nodeSelect
 // The warnings to users. Kubernetes cuts them at 120 characters.
 const (
 	warningWaits         = "this pod may wait in Init:1/2 for a token of its semaphore; its sidecar's log says where it stands in line"
+	warningGated         = "this pod stays SchedulingGated until it has a token of its semaphore; its events say where it stands in line"
+	warningJobGated      = "the pods of this Job stay SchedulingGated until they have a token of their semaphore; see their events"
+	warningNotGated      = "a pod with a nodeName cannot be gated: this one may wait in Init:1/2 for a token of its semaphore"
+	warningNoGate        = "no gate is at work, so that pods stay SchedulingGated: an operator has to look at deployment/gate"
 	warningJobWaits      = "the pods of this Job may wait in Init:1/2 for a token of their semaphore; their sidecars' logs say where they stand"
 	warningNotCompleting = "this pod will not complete: its semaphore sidecar is a classic container, which runs until the pod is deleted"
 	warningGrace         = "terminationGracePeriodSeconds is %d: a sidecar that does not reach Redis at once wants %d s to give the token back"
@@ -189,6 +197,7 @@ type admitter struct {
 	config     webhookConfig
 	semaphores *semaphores
 	users      *namespaceUsers
+	pulse      *gatePulse
 }
 
 func newAdmitter(c webhookConfig, s *semaphores) admitter {
@@ -196,7 +205,7 @@ func newAdmitter(c webhookConfig, s *semaphores) admitter {
 	if c.redis.username != "" && c.sidecarRedisSecret != "" {
 		users.queue = s.queue
 	}
-	return admitter{c, s, users}
+	return admitter{c, s, users, &gatePulse{queue: s.queue}}
 }
 
 // decide answers one request. An error is *badRequest, or that no decision could be made; what the decision
@@ -228,8 +237,9 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 		return d, nil
 	}
 	spec, problems := parseAnnotations(p.Metadata.Annotations, a.config.whenFull)
-	if spec.waits && !a.config.enableSidecarContainers {
-		problems = append(problems, annotationWhenFull+` is "wait": this needs native sidecars, and the webhook injects classic ones (--enable-sidecar-containers=false)`)
+	if (spec.whenFull == whenFullWait || spec.whenFull == whenFullGate) && !a.config.enableSidecarContainers {
+		problems = append(problems, fmt.Sprintf("%s is %q: this needs native sidecars, and the webhook injects classic ones (--enable-sidecar-containers=false)",
+			annotationWhenFull, spec.whenFull))
 	}
 	d.semaphore = semaphoreID{r.Namespace, truncate(spec.key, maxKey)}
 	if len(problems) > 0 {
@@ -240,12 +250,19 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 	if a.users.forgotten(ctx, r.Namespace) {
 		d.warn(warningForgotten, r.Namespace)
 	}
-	if spec.waits { // takes nothing here, dry run or not
-		d.verdict = verdictWait
-		if r.DryRun {
+	if spec.whenFull == whenFullGate && p.Spec.NodeName != "" {
+		spec.whenFull = whenFullWait
+		d.warn(warningNotGated)
+	} else {
+		d.response.Warnings = append(d.response.Warnings, a.warningsOfWaiting(ctx, spec.whenFull, warningWaits, warningGated)...)
+	}
+	if spec.whenFull == whenFullWait || spec.whenFull == whenFullGate { // takes nothing here, dry run or not
+		switch d.verdict = verdictWait; {
+		case r.DryRun:
 			d.verdict = verdictDryRun
+		case spec.whenFull == whenFullGate:
+			d.verdict = verdictGate
 		}
-		d.warn(warningWaits)
 		return d, d.admit(a.config, p, spec, "")
 	}
 	if r.DryRun {
@@ -319,13 +336,27 @@ func (a *admitter) warnOfJob(ctx context.Context, d *decision, r *admissionReque
 	if a.users.forgotten(ctx, r.Namespace) {
 		d.warn(warningForgotten, r.Namespace)
 	}
-	switch {
-	case !a.config.enableSidecarContainers:
+	if !a.config.enableSidecarContainers {
 		d.warn(warningJob)
-	case waits(annotations, a.config.whenFull):
-		d.warn(warningJobWaits)
+		return nil
 	}
+	whenFull := whenFullOf(annotations, a.config.whenFull)
+	d.response.Warnings = append(d.response.Warnings, a.warningsOfWaiting(ctx, whenFull, warningJobWaits, warningJobGated)...)
 	return nil
+}
+
+// warningsOfWaiting are those for who creates pods that may wait.
+func (a *admitter) warningsOfWaiting(ctx context.Context, whenFull, waits, gated string) (warnings []string) {
+	switch whenFull {
+	case whenFullWait:
+		warnings = append(warnings, waits)
+	case whenFullGate:
+		warnings = append(warnings, gated)
+		if a.pulse.missing(ctx) {
+			warnings = append(warnings, warningNoGate)
+		}
+	}
+	return warnings
 }
 
 // audit tells the API server's audit log what was decided; Kubernetes puts the webhook's name before the names.

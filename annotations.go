@@ -16,7 +16,7 @@ const (
 	annotationKey        = annotationPrefix + "key"                    // pods of a namespace with the same key share tokens
 	annotationLength     = annotationPrefix + "length"                 // how many tokens there are
 	annotationExpiration = annotationPrefix + "expiration"             // seconds that a maintenance lock may be held
-	annotationWhenFull   = annotationPrefix + "when-full"              // deny or wait; the webhook's --when-full if it is missing
+	annotationWhenFull   = annotationPrefix + "when-full"              // deny, wait or gate; the webhook's --when-full if it is missing
 	annotationToken      = annotationPrefix + "token"                  // set by the patch: the pod's token, if it was taken by the webhook
 )
 
@@ -34,7 +34,7 @@ type semaphoreSpec struct {
 	key        string
 	length     int
 	expiration time.Duration
-	waits      bool // for a token if none is free, instead of being refused
+	whenFull   string // what becomes of it if no token is free: one of whenFullChoices
 }
 
 // parseAnnotations reads the annotations of an annotated pod; problems are all that is wrong with them. whenFull is for pods that
@@ -63,20 +63,20 @@ func parseAnnotations(annotations map[string]string, whenFull string) (spec sema
 		key:        annotations[annotationKey],
 		length:     number(annotationLength, maxLength),
 		expiration: time.Duration(number(annotationExpiration, maxExpiration)) * time.Second,
-		waits:      waits(annotations, whenFull),
+		whenFull:   whenFullOf(annotations, whenFull),
 	}
 	if text, ok := annotations[annotationWhenFull]; ok && !slices.Contains(whenFullChoices, text) {
-		problem(annotationWhenFull, "is %s: it must be %s", quoteShort(text), strings.Join(whenFullChoices, " or "))
+		problem(annotationWhenFull, "is %s: it must be deny, wait or gate", quoteShort(text))
 	}
 	return spec, problems
 }
 
-// waits reports whether a pod with these annotations waits for a token if none is free.
-func waits(annotations map[string]string, whenFull string) bool {
+// whenFullOf is what the annotations say, or else the webhook.
+func whenFullOf(annotations map[string]string, whenFull string) string {
 	if own, ok := annotations[annotationWhenFull]; ok {
-		whenFull = own
+		return own
 	}
-	return whenFull == whenFullWait
+	return whenFull
 }
 
 // checkKey says what a key must be if this one is not.

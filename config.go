@@ -15,10 +15,11 @@ import (
 const (
 	whenFullDeny = "deny" // it is refused
 	whenFullWait = "wait" // it is admitted, and its sidecar waits for a token before any other container starts
+	whenFullGate = "gate" // it is admitted, and not scheduled before it has a token: see gate.go
 )
 
 // whenFullChoices are what --when-full and the annotation when-full may say.
-var whenFullChoices = []string{whenFullDeny, whenFullWait}
+var whenFullChoices = []string{whenFullDeny, whenFullWait, whenFullGate}
 
 const imageRepository = "ghcr.io/kaidotio/at-least-semaphore-pod-hook"
 
@@ -171,7 +172,7 @@ func (c *webhookConfig) declareFlags(f *flags, getenv func(string) string) {
 	declare(f, &c.metricsBindAddress, readAddress(), "metrics-bind-address", "0.0.0.0:8080",
 		"`HOST:PORT` to serve /metrics, /healthz and /readyz on, over plain HTTP")
 	declare(f, &c.whenFull, readChoice(whenFullChoices...), "when-full", whenFullDeny,
-		"what becomes of a pod for which no token is free: `deny|wait`; its annotation when-full wins")
+		"what becomes of a pod for which no token is free: `deny|wait|gate`; its annotation when-full wins")
 	declare(f, &c.enableSidecarContainers, readBool, "enable-sidecar-containers", "true",
 		"`true|false`: inject a native sidecar (Kubernetes 1.29 or later), or a classic container")
 	declare(f, &c.sidecarImage, readImage, "sidecar-image", imageRepository+":"+version, "`IMAGE` of the injected sidecar")
@@ -200,9 +201,9 @@ func (c *webhookConfig) declareFlags(f *flags, getenv func(string) string) {
 
 func (c *webhookConfig) validate(f *flags) {
 	c.sharedConfig.validate(f)
-	if c.whenFull == whenFullWait && !c.enableSidecarContainers && !f.wrong["enable-sidecar-containers"] {
-		f.problem("--when-full: wait needs native sidecars: with --enable-sidecar-containers=false the containers of a pod " +
-			"start all at once, with or without a token")
+	if c.whenFull != whenFullDeny && !c.enableSidecarContainers && !f.wrong["enable-sidecar-containers"] && !f.wrong["when-full"] {
+		f.problem("--when-full: %s needs native sidecars: with --enable-sidecar-containers=false the containers of a pod "+
+			"start all at once, with or without a token", c.whenFull)
 	}
 	if c.redis.password+c.redis.sentinelPassword != "" && c.sidecarRedisSecret == "" {
 		f.problem("--sidecar-redis-secret: is needed where REDIS_PASSWORD or REDIS_SENTINEL_PASSWORD is set: the sidecars would have no credentials")

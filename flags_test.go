@@ -21,10 +21,13 @@ func TestFlagDefaults(t *testing.T) {
 		"sidecar-requests": "cpu=5m,memory=32Mi", "await-restart": "false", "pod-annotations": "", "sidecar-redis-secret": "", "sidecar-redis-ca": "", "sidecar-etcd-secret": "",
 	}
 	sidecar := map[string]string{"length": "", "expiration-seconds": "10", "termination-grace-period-seconds": "10"}
+	gate := map[string]string{"kubernetes-address": "", "kubernetes-ca-file": "", "kubernetes-token-file": "", "namespaces": "", "unschedulable-seconds": "300",
+		"metrics-bind-address": "0.0.0.0:8080"}
+	maps.Copy(gate, shared)
 	maps.Copy(webhook, shared)
 	maps.Copy(sidecar, shared)
 	flagPattern := regexp.MustCompile(`(?m)^  --(\S+) \S+\n        .*?(?: \(default (.*)\))?$`)
-	for mode, want := range map[string]map[string]string{"webhook": webhook, "sidecar": sidecar} {
+	for mode, want := range map[string]map[string]string{"webhook": webhook, "sidecar": sidecar, "gate": gate} {
 		_, help, _ := runArgs(nil, mode, "--help")
 		got := map[string]string{}
 		for _, m := range flagPattern.FindAllStringSubmatch(help, -1) {

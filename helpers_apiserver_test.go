@@ -222,8 +222,8 @@ const (
 	testLabel = annotationPrefix + "gated"
 )
 
-// gatedPod is a pod with a gate of ours and one of others.
-func gatedPod(name string) *corev1.Pod {
+// testGatedPod is a pod with a gate of ours and one of others.
+func testGatedPod(name string) *corev1.Pod {
 	return &corev1.Pod{
 		TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},
 		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{testLabel: "true", "app": "test"},

@@ -214,6 +214,7 @@ func startWebhook(t *testing.T, c webhookConfig) *testWebhook {
 	w := &webhook{admitter: newAdmitter(c, newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log)), callers: who, bounds: newBounds(), log: log}
 	w.semaphores.metrics = newMetrics(c.redis.counts)
 	w.semaphores.metrics.watchSemaphores(w.semaphores)
+	w.semaphores.metrics.watchGate(w.pulse)
 	server := httptest.NewUnstartedServer(w.routes())
 	server.EnableHTTP2 = true
 	w.bounds.apply(server.Config)

@@ -16,7 +16,7 @@ import (
 	eventsv1 "k8s.io/api/events/v1"
 )
 
-// liftGate is the patch that removes our gate of a gatedPod.
+// liftGate is the patch that removes our gate of a testGatedPod.
 func liftGate(uid string) (steps patch) {
 	steps.test(uid, "metadata", "uid")
 	steps.test(testGate, "spec", "schedulingGates", "1", "name")
@@ -42,7 +42,7 @@ func TestKubernetesPatch(t *testing.T) {
 			t.Fatalf("gates %q, want %q", got, gates)
 		}
 	}
-	uid := string(s.createPod(t, n, gatedPod("p")).UID)
+	uid := string(s.createPod(t, n, testGatedPod("p")).UID)
 	if err := k.patchPod(t.Context(), n, "p", liftGate("00000000-0000-0000-0000-000000000000")); !errors.Is(err, errPodChanged) {
 		t.Errorf("another pod's UID: %v", err)
 	}
@@ -73,7 +73,7 @@ func TestKubernetesRefusals(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
 	n := s.namespace(t)
-	uid := string(s.createPod(t, n, gatedPod("p")).UID)
+	uid := string(s.createPod(t, n, testGatedPod("p")).UID)
 	k, _ := newClient(t, s.settings)
 	sentinels := []error{errNoPod, errPodChanged, errTryAgain, errExpired}
 	for _, c := range []struct {
@@ -135,7 +135,7 @@ func TestKubernetesLostAnswer(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
 	n := s.namespace(t)
-	uid := string(s.createPod(t, n, gatedPod("p")).UID)
+	uid := string(s.createPod(t, n, testGatedPod("p")).UID)
 	k, _ := newClient(t, s.settings)
 	s.fail(func(_ http.ResponseWriter, r *http.Request) bool {
 		s.direct(t, r.Method, r.URL.Path, liftGate(uid), nil)
@@ -166,7 +166,7 @@ func TestKubernetesIsGentle(t *testing.T) {
 	k, _ := newClient(t, c)
 	const patches = 200
 	for i := range patches {
-		s.createPod(t, n, gatedPod(fmt.Sprintf("p%d", i)))
+		s.createPod(t, n, testGatedPod(fmt.Sprintf("p%d", i)))
 	}
 	must(t, k.patchPod(t.Context(), n, "p0", patch{})) // those that dial at once close what they do not need
 	var inFlight, most, done atomic.Int32
@@ -254,7 +254,7 @@ func TestKubernetesEvents(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
 	n := s.namespace(t)
-	s.createPod(t, n, gatedPod("p"))
+	s.createPod(t, n, testGatedPod("p"))
 	k, log := newClient(t, s.settings)
 	other, _ := newClient(t, s.settings)
 	var p watchedPod

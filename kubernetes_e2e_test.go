@@ -97,7 +97,7 @@ func TestKubernetesRestartedAPIServer(t *testing.T) {
 	}
 	s := newAPIServer(t)
 	n := s.namespace(t)
-	s.createPod(t, n, gatedPod("old"))
+	s.createPod(t, n, testGatedPod("old"))
 	k := startWatching(t, s.settings, n)
 	k.want(t, 1, "old")
 	s.wantWatches(t, 1)
@@ -112,7 +112,7 @@ func TestKubernetesRestartedAPIServer(t *testing.T) {
 		}
 		return nil
 	})
-	s.createPod(t, n, gatedPod("new"))
+	s.createPod(t, n, testGatedPod("new"))
 	eventually(t, 40*time.Second, func() error { // with or without another list
 		if k.get("new") == nil || k.get("old") == nil {
 			return fmt.Errorf("told of %v", k.pods)
@@ -134,7 +134,7 @@ func TestKubernetesRights(t *testing.T) {
 	s := newAPIServer(t)
 	n := s.namespace(t)
 	k := clientOfGate(t, s)
-	p := gatedPod("p")
+	p := testGatedPod("p")
 	p.Annotations["example.org/second"] = "two"
 	p.Spec.InitContainers = []corev1.Container{{Name: "init", Image: "example.org/init:v1"}}
 	uid := string(s.createPod(t, n, p).UID)

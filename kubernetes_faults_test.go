@@ -21,8 +21,8 @@ func TestKubernetesExpired(t *testing.T) {
 			t.Parallel()
 			s := newAPIServer(t)
 			n := s.namespace(t)
-			s.createPod(t, n, gatedPod("old"))
-			s.createPod(t, n, gatedPod("gone"))
+			s.createPod(t, n, testGatedPod("old"))
+			s.createPod(t, n, testGatedPod("gone"))
 			k := startWatching(t, s.settings, n)
 			k.want(t, 1, "gone", "old")
 			s.wantWatches(t, 1)
@@ -30,8 +30,8 @@ func TestKubernetesExpired(t *testing.T) {
 			s.dropWatches()
 			s.wantWatches(t, 0)
 			s.deletePod(t, n, "gone")
-			s.createPod(t, n, gatedPod("new"))
-			again := s.createPod(t, n, gatedPod("gone")) // another one
+			s.createPod(t, n, testGatedPod("new"))
+			again := s.createPod(t, n, testGatedPod("gone")) // another one
 			expire(s)
 			k.want(t, 2, "gone", "new", "old")
 			if got := k.get("gone").uid; got != string(again.UID) {
@@ -52,7 +52,7 @@ func TestKubernetesExpiredList(t *testing.T) {
 	s := newAPIServer(t)
 	n := s.namespace(t)
 	for i := range 5 {
-		s.createPod(t, n, gatedPod(fmt.Sprintf("p%d", i)))
+		s.createPod(t, n, testGatedPod(fmt.Sprintf("p%d", i)))
 	}
 	expired := sync.OnceFunc(func() { s.deletePod(t, n, "p0") })
 	var refused bool
@@ -84,8 +84,8 @@ func TestKubernetesBookmarks(t *testing.T) {
 		t.Skip("they take a minute there")
 	}
 	n := s.namespace(t)
-	s.createPod(t, n, gatedPod("p"))
-	other := gatedPod("other")
+	s.createPod(t, n, testGatedPod("p"))
+	other := testGatedPod("other")
 	delete(other.Labels, testLabel)
 	s.createPod(t, n, other)
 	k := startWatching(t, s.settings, n, func(k *kubernetes) { k.bounds.silence = time.Second })
@@ -95,7 +95,7 @@ func TestKubernetesBookmarks(t *testing.T) {
 	s.store.wantBookmark(t, before.ResourceVersion)
 	s.store.compact()
 	s.dropWatches()
-	s.createPod(t, n, gatedPod("q"))
+	s.createPod(t, n, testGatedPod("q"))
 	k.want(t, 1, "p", "q")
 	if got := s.count(isWatched); got != 2 {
 		t.Errorf("%d watches: it was given up although there were bookmarks", got)
@@ -160,7 +160,7 @@ func TestKubernetesBacksOff(t *testing.T) {
 				t.Errorf("%d lines of log, want one a minute", got)
 			}
 			s.fail(nil)
-			s.createPod(t, n, gatedPod("p"))
+			s.createPod(t, n, testGatedPod("p"))
 			eventually(t, 30*time.Second, func() error {
 				if k.get("p") == nil {
 					return errors.New("not told of the pod")
@@ -176,7 +176,7 @@ func TestKubernetesRetryAfter(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
 	n := s.namespace(t)
-	s.createPod(t, n, gatedPod("p"))
+	s.createPod(t, n, testGatedPod("p"))
 	refused := make(chan time.Time, 1)
 	var again time.Time
 	s.fail(func(w http.ResponseWriter, r *http.Request) bool {

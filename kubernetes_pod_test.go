@@ -18,7 +18,7 @@ import (
 func TestWatchedPod(t *testing.T) {
 	t.Parallel()
 	at := metav1.NewTime(time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC))
-	p := gatedPod("p")
+	p := testGatedPod("p")
 	p.Namespace, p.UID, p.ResourceVersion, p.CreationTimestamp, p.DeletionTimestamp = "shop", "some-uid", "7", at, &at
 	p.Spec.NodeName = "node1"
 	p.Status = corev1.PodStatus{
@@ -65,7 +65,7 @@ func TestWatchedPodsAreSmall(t *testing.T) {
 	const pods, most = 5000, 1400 // bytes each
 	r, w := io.Pipe()
 	go func() {
-		p := gatedPod("")
+		p := testGatedPod("")
 		p.Namespace, p.Status.Phase = "shop", corev1.PodPending
 		p.Annotations["example.org/config"] = strings.Repeat("x", 20000)
 		p.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodScheduled, Status: "False", Reason: corev1.PodReasonSchedulingGated}}

@@ -136,9 +136,9 @@ func TestKubernetesListsAndWatches(t *testing.T) {
 	s := newAPIServer(t)
 	n := s.namespace(t)
 	for i := range 7 {
-		s.createPod(t, n, gatedPod(fmt.Sprintf("p%d", i)))
+		s.createPod(t, n, testGatedPod(fmt.Sprintf("p%d", i)))
 	}
-	other := gatedPod("other")
+	other := testGatedPod("other")
 	delete(other.Labels, testLabel)
 	s.createPod(t, n, other)
 	s.fail(func(_ http.ResponseWriter, r *http.Request) bool {
@@ -152,7 +152,7 @@ func TestKubernetesListsAndWatches(t *testing.T) {
 	if got := s.count(isList); got != 3 {
 		t.Errorf("%d requests for seven pods in pages of three", got)
 	}
-	s.createPod(t, n, gatedPod("p7"))
+	s.createPod(t, n, testGatedPod("p7"))
 	s.label(t, n, "p1", annotationPrefix+"changed", "yes")
 	left := k.get("p2")
 	s.label(t, n, "p2", testLabel, "false")
@@ -186,9 +186,9 @@ func TestKubernetesNamespaces(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
 	a, b := s.namespace(t), s.namespace(t)
-	s.createPod(t, a, gatedPod("in-a"))
+	s.createPod(t, a, testGatedPod("in-a"))
 	one, all := startWatching(t, s.settings, a), startWatching(t, s.settings, "")
-	s.createPod(t, b, gatedPod("in-b"))
+	s.createPod(t, b, testGatedPod("in-b"))
 	one.want(t, 1, "in-a")
 	eventually(t, 10*time.Second, func() error {
 		if p, q := all.get("in-a"), all.get("in-b"); p == nil || q == nil || p.namespace != a || q.namespace != b {
@@ -215,8 +215,8 @@ func TestKubernetesWatchEnds(t *testing.T) {
 			t.Parallel()
 			s := newAPIServer(t)
 			n := s.namespace(t)
-			s.createPod(t, n, gatedPod("old"))
-			s.createPod(t, n, gatedPod("gone"))
+			s.createPod(t, n, testGatedPod("old"))
+			s.createPod(t, n, testGatedPod("gone"))
 			k := startWatching(t, s.settings, n, func(k *kubernetes) {
 				k.bounds.silence = 2 * time.Second
 				if name == "over" {
@@ -228,7 +228,7 @@ func TestKubernetesWatchEnds(t *testing.T) {
 			watches := s.count(isWatched)
 			end(t, s)
 			s.deletePod(t, n, "gone")
-			s.createPod(t, n, gatedPod("new"))
+			s.createPod(t, n, testGatedPod("new"))
 			k.want(t, 1, "new", "old")
 			eventually(t, 20*time.Second, func() error {
 				if s.count(isWatched) == watches {
@@ -236,7 +236,7 @@ func TestKubernetesWatchEnds(t *testing.T) {
 				}
 				return nil
 			})
-			s.createPod(t, n, gatedPod("newer"))
+			s.createPod(t, n, testGatedPod("newer"))
 			k.want(t, 1, "new", "newer", "old")
 		})
 	}
@@ -254,7 +254,7 @@ func TestKubernetesSilentConnection(t *testing.T) {
 	k.want(t, 1)
 	s.wantWatches(t, 1)
 	proxy.silence()
-	s.createPod(t, n, gatedPod("p"))
+	s.createPod(t, n, testGatedPod("p"))
 	start := time.Now()
 	k.want(t, 1, "p")
 	if took := time.Since(start); took > pingAfter+pingTimeout+3*time.Second {

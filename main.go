@@ -1,11 +1,12 @@
 // at-least-semaphore-pod-hook gives annotated Kubernetes pods a counting semaphore: pods that share a key
 // share N tokens, and a pod is admitted with a token or not at all.
 //
-// It is one binary with four modes. As "webhook" it answers the API server's AdmissionReviews: it takes a
+// It is one binary with five modes. As "webhook" it answers the API server's AdmissionReviews: it takes a
 // token in Redis for each annotated pod and injects two containers. As "sidecar" it runs beside the pod's
 // containers, waits for a token where that is asked for, keeps it alive by heartbeats, and gives it back on SIGTERM or SIGINT.
-// As "await" it is an init container that ends when the sidecar holds the token, and so holds back the app. As "status" it prints
-// who holds tokens and who waits, and frees a token by hand.
+// As "await" it is an init container that ends when the sidecar holds the token, and so holds back the app. As "gate" it stands
+// in line for pods that are not scheduled before they have a token. As "status" it prints who holds tokens and who waits, and frees a
+// token by hand.
 //
 // Settings are flags (see config.go, or run a mode with --help), all but the secrets, which come from the
 // environment:
@@ -45,6 +46,7 @@ Modes:
   webhook   answer the API server's AdmissionReviews: take tokens, inject sidecar and await
   sidecar   wait for a pod's token, keep it alive, and give it back on SIGTERM
   await     wait until the sidecar of the pod POD_UID holds its token, however long; log what it waits for
+  gate      stand in line for the pods with our scheduling gate, and lift it when they have a token
   status    print who holds the tokens and who waits; free a token by hand
   version   print the version
   help      print this text
@@ -85,6 +87,12 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdin i
 			return &usageError{problems: []string{"await takes no arguments, and asks the sidecar of the pod that POD_UID names"}, help: usage}
 		}
 		return runAwait(ctx, podUID, log)
+	case "gate":
+		c, err := parseGateConfig(args[1:], getenv)
+		if err != nil {
+			return printHelp(err, stdout)
+		}
+		return runGate(ctx, c, log)
 	case "status":
 		c, err := parseStatusConfig(args[1:], getenv)
 		if err != nil {

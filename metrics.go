@@ -160,6 +160,10 @@ func nameOfScript(script *redis.Script) string {
 		return "maintain"
 	case heartbeatScript:
 		return "heartbeat"
+	case keepScript:
+		return "keep"
+	case holdScript:
+		return "hold"
 	}
 	return "release"
 }

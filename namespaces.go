@@ -28,11 +28,10 @@ type namespaceUsers struct {
 }
 
 // What is known of the users is believed for usersTime. A namespace that is not among them is asked for, but not more often than each
-// usersPause; without an answer in usersTimeout, nothing is known.
+// usersPause; without an answer in sideTimeout, nothing is known.
 const (
-	usersTime    = time.Minute
-	usersPause   = time.Second
-	usersTimeout = 300 * time.Millisecond
+	usersTime  = time.Minute
+	usersPause = time.Second
 )
 
 // forgotten reports whether the sidecars of a namespace cannot log in to Redis, as nobody has run deploy/namespace.sh for it. Where
@@ -52,18 +51,7 @@ func (n *namespaceUsers) forgotten(ctx context.Context, namespace string) bool {
 
 // ask asks Redis for the names of its users, which the webhook's user may do by +acl|users.
 func (n *namespaceUsers) ask(ctx context.Context) map[string]bool {
-	ctx, cancel := context.WithTimeout(ctx, usersTimeout)
-	defer cancel()
-	server, err := n.queue.find(ctx, n.queue.checks()[0])
-	if err != nil {
-		return nil
-	}
-	conn, err := server.pool.GetContext(ctx)
-	if err != nil {
-		return nil
-	}
-	defer conn.Close()
-	names, err := redis.Strings(redis.DoContext(conn, ctx, "ACL", "USERS"))
+	names, err := redis.Strings(askQueue(ctx, n.queue, "ACL", "USERS"))
 	if err != nil {
 		return nil
 	}

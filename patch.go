@@ -95,6 +95,7 @@ func sidecarPatch(c webhookConfig, p *pod, id semaphoreID, spec semaphoreSpec, t
 		there := p.Spec.ImagePullSecrets != nil
 		appendTo(&steps, "imagePullSecrets", &there, corev1.LocalObjectReference{Name: name})
 	}
+	setGate(&steps, p, spec.whenFull == whenFullGate)
 	if _, ok := p.Metadata.Annotations[annotationToken]; token != "" {
 		steps.add(token, "metadata", "annotations", annotationToken)
 	} else if ok {
@@ -106,4 +107,25 @@ func sidecarPatch(c webhookConfig, p *pod, id semaphoreID, spec semaphoreSpec, t
 		}
 	}
 	return json.Marshal(steps)
+}
+
+// setGate lets the pod have our scheduling gate and label, or not: one that is made from the YAML of another may have them already.
+func setGate(steps *patch, p *pod, gated bool) {
+	_, labelled := p.Metadata.Labels[labelGated]
+	if !gated {
+		steps.removeNamed("schedulingGates", namesOf(p.Spec.SchedulingGates), gateName)
+		if labelled {
+			steps.remove("metadata", "labels", labelGated)
+		}
+		return
+	}
+	if !slices.Contains(namesOf(p.Spec.SchedulingGates), gateName) {
+		there := p.Spec.SchedulingGates != nil
+		appendTo(steps, "schedulingGates", &there, named{gateName})
+	}
+	if p.Metadata.Labels == nil {
+		steps.add(map[string]string{labelGated: "true"}, "metadata", "labels")
+	} else {
+		steps.add("true", "metadata", "labels", labelGated)
+	}
 }

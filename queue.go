@@ -86,6 +86,28 @@ func (q oneServer) primaries(context.Context) ([]*queueServer, error) {
 }
 func (q oneServer) close() error { return q.server.close() }
 
+// sideTimeout bounds a question to the queue that an answer does not depend on.
+const sideTimeout = 300 * time.Millisecond
+
+// askQueue sends a command that is about no semaphore of a pod, once, and no longer than sideTimeout.
+func askQueue(ctx context.Context, q queue, command string, args ...any) (any, error) {
+	ctx, cancel := context.WithTimeout(ctx, sideTimeout)
+	defer cancel()
+	server, err := q.find(ctx, sideID)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := server.pool.GetContext(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("connect to %s: %w", server, err)
+	}
+	defer conn.Close()
+	return redis.DoContext(conn, ctx, command, args...)
+}
+
+// sideID is a semaphore that no pod can have, whose keys are for all else that is to be known: in a Cluster, they are on one node.
+var sideID = semaphoreID{checkID(0).namespace, "side"}
+
 // checkID is a semaphore that no pod can have: there is no such namespace.
 func checkID(n int) semaphoreID { return semaphoreID{"-", fmt.Sprintf("check-%d", n)} }
 

@@ -27,6 +27,12 @@ var heartbeatSource string
 //go:embed lua/release.lua
 var releaseSource string
 
+//go:embed lua/keep.lua
+var keepSource string
+
+//go:embed lua/hold.lua
+var holdSource string
+
 // scriptKeys is how many keys each script takes: all of a semaphore.
 const scriptKeys = 6
 
@@ -35,6 +41,8 @@ var (
 	maintainScript  = redis.NewScript(scriptKeys, commonSource+maintainSource)
 	heartbeatScript = redis.NewScript(scriptKeys, commonSource+heartbeatSource)
 	releaseScript   = redis.NewScript(scriptKeys, commonSource+releaseSource)
+	keepScript      = redis.NewScript(scriptKeys, commonSource+keepSource)
+	holdScript      = redis.NewScript(scriptKeys, commonSource+holdSource)
 )
 
 // The statuses that the scripts answer; see their headers.

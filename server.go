@@ -60,6 +60,7 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	s.metrics.watchCertificate(cert)
 	s.metrics.watchSemaphores(s)
 	w := &webhook{admitter: newAdmitter(c, s), callers: who, bounds: newBounds(), log: log, stopping: ctx.Done()}
+	s.metrics.watchGate(w.pulse)
 	admissions, endAdmissions := context.WithCancelCause(context.Background())
 	defer endAdmissions(nil)
 	errorLog := newHTTPErrors(log)

@@ -85,6 +85,7 @@ func TestACLsAreDeployed(t *testing.T) {
 	want := map[string][]string{
 		"webhook":    {withoutLock(webhookACL) + " " + forgottenACL, lockACL},
 		"sidecar":    {withoutLock(sidecarACL), lockACL},
+		"gate":       {withoutLock(sidecarACL), lockACL},
 		"namespaces": {namespacesACL, namespacesACL},
 		"status":     {statusACL + " " + releaseACL + " " + sentinelACL},
 		"default":    {"off", "on resetpass ~* &* +@all", "on nopass resetchannels -@all +ping " + ofSentinelsACL},
@@ -92,8 +93,8 @@ func TestACLsAreDeployed(t *testing.T) {
 	got := map[string][]string{}
 	for line := range strings.Lines(string(scripts)) {
 		line = strings.TrimSpace(line)
-		if rest, ok := strings.CutPrefix(line, "${SIDECAR_PASSWORD:+"); ok {
-			line = strings.TrimSuffix(rest, "}")
+		if _, rest, ok := strings.Cut(line, "_PASSWORD:+user "); ok && strings.HasPrefix(line, "${") {
+			line = "user " + strings.TrimSuffix(rest, "}")
 		}
 		words := strings.Fields(line)
 		if len(words) < 3 || words[0] != "user" || want[words[1]] == nil {

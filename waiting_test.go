@@ -72,7 +72,7 @@ func TestWaitingWithClassicSidecarIsDenied(t *testing.T) {
 		t.Errorf("answered %+v, want %s", a, want)
 	}
 	a = w.admit(t, review(t, freshID(), 1, whenFull("queue"), func(r map[string]any) { annotationsOf(r)[annotationLength] = "0" }))
-	if a.allowed || !strings.Contains(a.message, annotationLength+` is "0"`) || !strings.HasSuffix(a.message, "; "+annotationWhenFull+` is "queue": it must be deny or wait`) {
+	if a.allowed || !strings.Contains(a.message, annotationLength+` is "0"`) || !strings.HasSuffix(a.message, "; "+annotationWhenFull+` is "queue": it must be deny, wait or gate`) {
 		t.Errorf("answered %+v", a)
 	}
 }
@@ -85,7 +85,7 @@ func asJob(request map[string]any) {
 
 // Whoever creates a Job hears that its pods may wait; Kubernetes cuts warnings at 120 characters.
 func TestWarningsOfWaiting(t *testing.T) {
-	for value, want := range map[string][]string{whenFullWait: {warningJobWaits}, whenFullDeny: nil} {
+	for value, want := range map[string][]string{whenFullWait: {warningJobWaits}, whenFullGate: {warningJobGated}, whenFullDeny: nil} {
 		w := startWebhook(t, testConfig(freeAddress(t)))
 		body := review(t, freshID(), 1, func(r map[string]any) {
 			whenFull(value)(r)
@@ -95,7 +95,7 @@ func TestWarningsOfWaiting(t *testing.T) {
 			t.Errorf("%s: answered %+v", value, a)
 		}
 	}
-	for _, w := range []string{warningWaits, warningJobWaits, warningJob, warningNotCompleting, warningStatic, fmt.Sprintf(warningGrace, 9, giveBackSeconds), fmt.Sprintf(warningForgotten, "shop-of-many-kinds-of-things")} {
+	for _, w := range []string{warningWaits, warningJobWaits, warningJob, warningNotCompleting, warningStatic, warningGated, warningJobGated, warningNotGated, warningNoGate, fmt.Sprintf(warningGrace, 9, giveBackSeconds), fmt.Sprintf(warningForgotten, "shop-of-many-kinds-of-things")} {
 		if len(w) > 120 {
 			t.Errorf("%d characters: %s", len(w), w)
 		}

@@ -1,0 +1,358 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// What a gated pod has from the webhook.
+const (
+	gateName   = annotationPrefix + "token" // the scheduling gate
+	labelGated = annotationPrefix + "gated" // "true", and the Unix time at which the gate was lifted; until the sidecar has taken over
+)
+
+// The reasons of events.
+const (
+	reasonWaiting = "WaitingForToken"
+	reasonTaken   = "TokenTaken"
+	reasonLate    = "TokenLetGo"
+	reasonInvalid = "InvalidAnnotations"
+)
+
+// watchPatience is for how long a pod is left alone that was changed: the watch tells how it is by now.
+const watchPatience = 200 * time.Millisecond
+
+// gateConfig are the settings of the gate mode.
+type gateConfig struct {
+	sharedConfig
+	kubernetes         kubernetesSettings
+	unschedulable      time.Duration
+	metricsBindAddress string
+}
+
+// parseGateConfig reads the command line of "gate". Its errors are *usageError and *helpRequest.
+func parseGateConfig(args []string, getenv func(string) string) (c gateConfig, err error) {
+	err = parseFlags(&c, "gate", "[flags]", args, getenv)
+	return c, err
+}
+
+func (c *gateConfig) declareFlags(f *flags, getenv func(string) string) {
+	c.sharedConfig.declareFlags(f, getenv)
+	c.kubernetes.declareFlags(f, getenv)
+	declare(f, &c.unschedulable, readSeconds(1, 86400), "unschedulable-seconds", "300",
+		"`SECONDS` that a pod whose gate was lifted keeps its token without having started")
+	declare(f, &c.metricsBindAddress, readAddress(), "metrics-bind-address", "0.0.0.0:8080",
+		"`HOST:PORT` to serve /metrics, /healthz and /readyz on, over plain HTTP")
+}
+
+func (c *gateConfig) validate(f *flags) {
+	c.sharedConfig.validate(f)
+	c.kubernetes.validate(f)
+	if f.NArg() > 0 {
+		f.problem("unexpected argument %q: gate takes flags only", f.Arg(0))
+	}
+}
+
+// gate stands in line for the pods that have our scheduling gate, lifts it when they have a token, and keeps the token until their
+// sidecars do. All that it does is named by the pods' UIDs and safe to do twice, so that several may be at work at once.
+type gate struct {
+	kubernetes    *kubernetes
+	semaphores    *semaphores
+	calls         *gateCalls
+	unschedulable time.Duration
+	metrics       *gateMetrics
+	log           *slog.Logger
+	background    sync.WaitGroup // of lines, and changes of pods
+	ctx           context.Context
+
+	mu       sync.Mutex
+	lines    map[semaphoreID]*gateLine
+	ids      map[string]semaphoreID // of each pod, by UID
+	unlisted map[string]bool        // namespaces that are watched and not listed yet
+	early    []func()               // what was told of pods before all are listed
+}
+
+// runGate is the gate mode, until ctx is done.
+func runGate(ctx context.Context, c gateConfig, log *slog.Logger) (err error) {
+	listener, err := listen("--metrics-bind-address", c.metricsBindAddress)
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
+	g, err := newGate(c, log)
+	if err != nil {
+		return err
+	}
+	server := &http.Server{Handler: g.healthRoutes(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 5 * time.Second, WriteTimeout: 5 * time.Second,
+		IdleTimeout: time.Minute, ErrorLog: newHTTPErrors(log)}
+	newBounds().apply(server)
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	go func() { fail(server.Serve(listener)) }()
+	log.Info("standing in line for gated pods", "version", version, "lockMode", c.lockMode, "queueRedis", c.queueRedisAddress.text,
+		"apiServer", g.kubernetes.address, "namespaces", strings.Join(c.kubernetes.namespaces, ","))
+	g.run(ctx)
+	cause := context.Cause(ctx)
+	log.Info("stopping", "reason", cause.Error())
+	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), giveBackGrace)
+	defer cancel()
+	err = errors.Join(g.semaphores.close(ending), server.Close())
+	if !errors.Is(cause, context.Canceled) {
+		err = errors.Join(cause, err)
+	}
+	return err
+}
+
+func newGate(c gateConfig, log *slog.Logger) (*gate, error) {
+	k, err := newKubernetes(c.kubernetes, log)
+	if err != nil {
+		return nil, err
+	}
+	c.redis.counts = new(redisCounts)
+	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log)
+	s.metrics = newMetrics(c.redis.counts)
+	namespaces := c.kubernetes.namespaces
+	if len(namespaces) == 0 {
+		namespaces = []string{""}
+	}
+	g := &gate{kubernetes: k, semaphores: s, calls: newGateCalls(s.queue, log), unschedulable: c.unschedulable, log: log,
+		lines: map[semaphoreID]*gateLine{}, ids: map[string]semaphoreID{}, unlisted: map[string]bool{}}
+	for _, namespace := range namespaces {
+		g.unlisted[namespace] = true
+	}
+	g.metrics = newGateMetrics(g)
+	return g, nil
+}
+
+// run does its work until ctx is done. Places and tokens stay: another process, or this one when it is back, keeps them.
+func (g *gate) run(ctx context.Context) {
+	g.ctx = ctx
+	g.background.Go(func() { g.kubernetes.run(ctx) })
+	g.background.Go(func() { g.calls.run(ctx) })
+	g.background.Go(func() { g.pulse(ctx) })
+	for namespace := range g.unlisted {
+		g.background.Go(func() { g.kubernetes.watchPods(ctx, labelGated, namespace, g) })
+	}
+	<-ctx.Done()
+	g.background.Wait()
+}
+
+// setPod is told of each gated pod, and of each change of it.
+func (g *gate) setPod(p *watchedPod) {
+	g.whenListed(func() {
+		id, ok := g.ids[p.uid]
+		spec, problems := parseAnnotations(p.annotations, whenFullGate)
+		if !ok && len(problems) > 0 { // the webhook has let none such pass
+			g.log.Warn("a gated pod has wrong annotations, and stays gated", "namespace", p.namespace, "pod", p.name, "problems", strings.Join(problems, "; "))
+			g.event(p, true, reasonInvalid, "Waiting", "1", "invalid annotations: "+strings.Join(problems, "; "))
+			return
+		}
+		if !ok {
+			id = semaphoreID{p.namespace, spec.key}
+			g.ids[p.uid] = id
+		}
+		l := g.lines[id]
+		if l == nil {
+			l = newGateLine(g, id)
+			g.lines[id] = l
+			g.background.Go(func() { l.run(g.ctx) })
+		}
+		l.set(p, spec)
+	})
+}
+
+// dropPod is told of each that is gone, or needs us no longer.
+func (g *gate) dropPod(p *watchedPod) {
+	g.whenListed(func() {
+		if l := g.lines[g.ids[p.uid]]; l != nil {
+			l.drop(p.uid)
+		}
+		delete(g.ids, p.uid)
+	})
+}
+
+// whenListed does something with the lock, once all pods are listed: those that were created in the same second stand in the order of
+// their names.
+func (g *gate) whenListed(do func()) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if len(g.unlisted) > 0 {
+		g.early = append(g.early, do)
+		return
+	}
+	do()
+}
+
+func (g *gate) synced(namespace string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.unlisted, namespace)
+	if len(g.unlisted) > 0 {
+		return
+	}
+	for _, do := range g.early {
+		do()
+	}
+	g.early = nil
+}
+
+// closeIfEmpty ends a line without pods.
+func (g *gate) closeIfEmpty(l *gateLine) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.pods) > 0 {
+		return false
+	}
+	delete(g.lines, l.id)
+	return true
+}
+
+// holdEvery is how often tokens are kept in flight: as sidecars do it, and often enough for the threshold.
+func (g *gate) holdEvery() time.Duration {
+	return min(g.semaphores.heartbeatInterval, g.semaphores.staleThreshold/4)
+}
+
+// event tells of a pod what people look for.
+func (g *gate) event(p *watchedPod, warning bool, reason, action, id, note string) {
+	g.kubernetes.createEvent(podEvent{pod: p, warning: warning, reason: reason, action: action, note: note, id: id})
+}
+
+// lift lifts the gate of a pod that has a token since taken. It returns for how long it is not to be tried again.
+func (g *gate) lift(ctx context.Context, id semaphoreID, p *watchedPod, taken time.Time) (again time.Duration) {
+	index := slices.Index(p.gates, gateName)
+	var steps patch
+	steps.test(p.uid, "metadata", "uid")
+	steps.test(gateName, "spec", "schedulingGates", strconv.Itoa(index), "name")
+	steps.remove("spec", "schedulingGates", strconv.Itoa(index))
+	steps.add(strconv.FormatInt(time.Now().Unix(), 10), "metadata", "labels", labelGated)
+	err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps)
+	switch {
+	case err == nil:
+		waited := time.Since(p.created)
+		g.metrics.lifted(waited, taken)
+		g.log.Info("gate lifted", "namespace", id.namespace, "key", id.key, "pod", p.name, "token", p.uid, "waitedSeconds", seconds(waited))
+		g.event(p, false, reasonTaken, "LiftingGate", "1", fmt.Sprintf("token of %s taken after %s in line", id, roughly(max(0, waited))))
+		return watchPatience
+	case errors.Is(err, errPodChanged) || errors.Is(err, errNoPod): // somebody was faster
+		return watchPatience
+	case ctx.Err() == nil:
+		g.log.Warn("gate not lifted, to be retried", "namespace", id.namespace, "key", id.key, "pod", p.name, "error", err.Error())
+	}
+	return time.Second
+}
+
+// letGo removes our label: the pod needs us no longer.
+func (g *gate) letGo(ctx context.Context, p *watchedPod) (again time.Duration) {
+	var steps patch
+	steps.test(p.uid, "metadata", "uid")
+	steps.remove("metadata", "labels", labelGated)
+	err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps)
+	if err != nil && !errors.Is(err, errPodChanged) && !errors.Is(err, errNoPod) && ctx.Err() == nil {
+		g.log.Warn("label not removed, to be retried", "namespace", p.namespace, "pod", p.name, "error", err.Error())
+		return time.Second
+	}
+	return watchPatience
+}
+
+// pulseKey tells webhooks that a gate is at work.
+var pulseKey = sideID.stateKey()
+
+const (
+	pulseEvery = 5 * time.Second
+	pulseTime  = 30 * time.Second // without one for so long, none is at work
+)
+
+// pulse tells that it is at work.
+func (g *gate) pulse(ctx context.Context) {
+	for ctx.Err() == nil {
+		if g.isReady() {
+			_, err := askQueue(ctx, g.semaphores.queue, "HSET", pulseKey, "version", version)
+			if err == nil {
+				_, err = askQueue(ctx, g.semaphores.queue, "EXPIRE", pulseKey, seconds(pulseTime))
+			}
+			if err != nil && ctx.Err() == nil {
+				g.log.Debug("no pulse", "error", err.Error())
+			}
+		}
+		_ = sleep(ctx, pulseEvery)
+	}
+}
+
+// isReady reports whether all pods are known.
+func (g *gate) isReady() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.unlisted) == 0
+}
+
+func (g *gate) healthRoutes() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(rw http.ResponseWriter, _ *http.Request) { fmt.Fprintln(rw, "ok") })
+	mux.HandleFunc("GET /readyz", func(rw http.ResponseWriter, _ *http.Request) {
+		if !g.isReady() {
+			http.Error(rw, "gated pods are not listed yet", http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(rw, "ok")
+	})
+	mux.Handle("GET /metrics", g.semaphores.metrics.handler(g.log))
+	return mux
+}
+
+// gateMetrics are what gate tells Prometheus beside what webhooks do.
+type gateMetrics struct {
+	waits prometheus.Histogram
+	lifts prometheus.Histogram
+}
+
+func newGateMetrics(g *gate) *gateMetrics {
+	m := &gateMetrics{
+		waits: prometheus.NewHistogram(prometheus.HistogramOpts{Name: metricsPrefix + "gate_wait_seconds",
+			Help: "Time from a pod's creation to the lifting of its gate.", Buckets: []float64{.1, .5, 1, 5, 10, 30, 60, 300, 600, 1800, 3600, 14400, 86400}}),
+		lifts: prometheus.NewHistogram(prometheus.HistogramOpts{Name: metricsPrefix + "gate_lift_seconds",
+			Help: "Time from a token that was taken for a pod to the lifting of its gate.", Buckets: durationBuckets}),
+	}
+	r := g.semaphores.metrics.registry
+	r.MustRegister(m.waits, m.lifts)
+	for state, name := range map[lineState]string{podStands: "waiting", podHolds: "starting"} {
+		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "gated_pods",
+			Help:        "Pods in the care of this process: waiting in line, or starting with a token.",
+			ConstLabels: prometheus.Labels{"state": name}}, func() float64 { return float64(g.count(state)) }))
+	}
+	return m
+}
+
+func (m *gateMetrics) lifted(waited time.Duration, taken time.Time) {
+	m.waits.Observe(waited.Seconds())
+	if !taken.IsZero() {
+		m.lifts.Observe(time.Since(taken).Seconds())
+	}
+}
+
+// count is how many pods are in a state.
+func (g *gate) count(state lineState) (n int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, l := range g.lines {
+		l.mu.Lock()
+		for _, p := range l.pods {
+			if p.state == state {
+				n++
+			}
+		}
+		l.mu.Unlock()
+	}
+	return n
+}

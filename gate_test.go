@@ -1,0 +1,467 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	jsonpatch "gopkg.in/evanphx/json-patch.v4"
+	corev1 "k8s.io/api/core/v1"
+)
+
+// gateTest is an API server with pods, and a Redis, for gates.
+type gateTest struct {
+	*testing.T
+	redis  *redisServer
+	api    *apiServer
+	owner  *semaphores // does what sidecars do
+	id     semaphoreID
+	length int
+}
+
+func newGateTest(t *testing.T, length int) *gateTest {
+	t.Helper()
+	r := startRedis(t)
+	s := startAPIServer(t)
+	return &gateTest{t, r, s, testSemaphores(t, r.address), semaphoreID{s.namespace(t), "web"}, length}
+}
+
+// start starts a gate, which ends with the test or by stop.
+func (g *gateTest) start(change ...func(*gateConfig)) (started *gate, log *syncBuffer, stop func()) {
+	g.Helper()
+	c := gateConfig{sharedConfig: testConfig(g.redis.address).sharedConfig, kubernetes: g.api.settings, unschedulable: 5 * time.Minute}
+	for _, ch := range change {
+		ch(&c)
+	}
+	log = new(syncBuffer)
+	started, err := newGate(c, slog.New(slog.NewJSONHandler(log, nil)))
+	must(g.T, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		started.run(ctx)
+		must(g.T, started.semaphores.close(context.Background()))
+	}()
+	stop = func() {
+		cancel()
+		<-done
+	}
+	g.Cleanup(stop)
+	g.Cleanup(func() {
+		if g.Failed() {
+			g.Logf("log of gate:\n%s", log)
+		}
+	})
+	return started, log, stop
+}
+
+// create creates a pod as the webhook lets it pass, and returns its token.
+func (g *gateTest) create(name string) (token string) {
+	g.Helper()
+	p := testGatedPod(name)
+	p.Spec.SchedulingGates = p.Spec.SchedulingGates[1:]
+	p.Annotations = map[string]string{annotationEnabled: "true", annotationKey: g.id.key, annotationLength: strconv.Itoa(g.length), annotationExpiration: "10"}
+	return string(g.api.createPod(g.T, g.id.namespace, p).UID)
+}
+
+func (g *gateTest) createAll(names ...string) (tokens []string) {
+	g.Helper()
+	for _, name := range names {
+		tokens = append(tokens, g.create(name))
+	}
+	return tokens
+}
+
+func (g *gateTest) pod(name string) *corev1.Pod {
+	g.Helper()
+	p, status := g.api.store.get(g.id.namespace, name)
+	if status != nil {
+		g.Fatalf("pod %s: %s", name, status.Message)
+	}
+	return p
+}
+
+// lifted reports whether the pod's gate was lifted.
+func (g *gateTest) lifted(name string) bool { return len(g.pod(name).Spec.SchedulingGates) == 0 }
+
+// wantLifted waits until exactly those are lifted, of all that are given.
+func (g *gateTest) wantLifted(lifted []string, gated ...string) {
+	g.Helper()
+	eventually(g.T, 10*time.Second, func() error {
+		for _, name := range lifted {
+			if !g.lifted(name) {
+				return fmt.Errorf("%s is gated yet", name)
+			}
+		}
+		return nil
+	})
+	for _, name := range gated {
+		if g.lifted(name) {
+			g.Fatalf("the gate of %s was lifted", name)
+		}
+	}
+}
+
+// wantHolders waits until exactly these tokens are in flight.
+func (g *gateTest) wantHolders(want ...string) {
+	g.Helper()
+	want = slices.Sorted(slices.Values(want))
+	eventually(g.T, 20*time.Second, func() error {
+		got, err := redis.Strings(g.redis.control.Do("ZRANGE", g.id.inflightKey(), 0, -1))
+		slices.Sort(got)
+		if err == nil && !slices.Equal(got, want) {
+			err = fmt.Errorf("in flight are %v, want %v", got, want)
+		}
+		return err
+	})
+}
+
+// run lets a pod start, as a kubelet shows it.
+func (g *gateTest) run(name string) {
+	g.Helper()
+	now := corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}
+	ended := corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{}}
+	_, status := g.api.store.change(g.id.namespace, name, func(p *corev1.Pod) {
+		p.Spec.NodeName = "node-1"
+		p.Status.Phase = corev1.PodRunning
+		p.Status.InitContainerStatuses = []corev1.ContainerStatus{{Name: sidecarName, Started: new(true), State: now}, {Name: awaitName, State: ended}}
+	})
+	if status != nil {
+		g.Fatal(status.Message)
+	}
+	eventually(g.T, 10*time.Second, func() error {
+		if label, ok := g.pod(name).Labels[labelGated]; ok {
+			return fmt.Errorf("%s has the label %q yet", name, label)
+		}
+		return nil
+	})
+}
+
+// A gate is lifted when the pod has a token, in the order of creation, and not before. What the pod's sidecar has taken over is its own.
+func TestGate(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 2)
+	gate, _, _ := g.start()
+	tokens := g.createAll("a", "b", "c", "d")
+	g.wantLifted([]string{"a", "b"})
+	g.redis.wantLine(t, g.id, tokens[2:]...)
+	g.wantHolders(tokens[:2]...)
+	g.wantLifted(nil, "c", "d")
+	if at, err := strconv.ParseInt(g.pod("a").Labels[labelGated], 10, 64); err != nil || time.Since(time.Unix(at, 0)) > time.Minute {
+		t.Errorf("the label says %d, %v", at, err)
+	}
+	if p := g.pod("a"); p.Labels["app"] != "test" {
+		t.Errorf("other labels are %v", p.Labels)
+	}
+
+	g.run("a")
+	giveBack(t, g.owner, g.id, tokens[0]) // as the sidecar does
+	start := time.Now()
+	g.wantLifted([]string{"c"}, "d")
+	if took := time.Since(start); took > 2*time.Second {
+		t.Errorf("lifted after %s", took)
+	}
+	g.wantHolders(tokens[1], tokens[2])
+
+	// Deleted with a token, and while it waits.
+	e := g.create("e")
+	g.redis.wantLine(t, g.id, tokens[3], e)
+	g.api.deletePod(t, g.id.namespace, "b")
+	g.wantLifted([]string{"d"}, "e")
+	g.api.deletePod(t, g.id.namespace, "e")
+	g.redis.wantLine(t, g.id)
+	g.wantHolders(tokens[2], tokens[3])
+
+	// One that fails before it starts, such as by eviction.
+	_, status := g.api.store.change(g.id.namespace, "c", func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed })
+	if status != nil {
+		t.Fatal(status.Message)
+	}
+	g.wantHolders(tokens[3])
+	g.api.deletePod(t, g.id.namespace, "d")
+	g.redis.wantCounts(t, g.id, 2, 0)
+	eventually(t, 10*time.Second, func() error {
+		gate.mu.Lock()
+		defer gate.mu.Unlock()
+		if len(gate.lines)+len(gate.ids) > 0 {
+			return fmt.Errorf("%d lines, %d pods are left", len(gate.lines), len(gate.ids))
+		}
+		return nil
+	})
+	var reasons []string
+	eventually(t, 10*time.Second, func() error {
+		reasons = nil
+		for _, e := range g.api.store.eventsOf(g.id.namespace) {
+			reasons = append(reasons, e.Reason+" "+e.Regarding.Name)
+		}
+		slices.Sort(reasons)
+		if want := []string{"TokenTaken a", "TokenTaken b", "TokenTaken c", "TokenTaken d"}; !slices.Equal(slices.DeleteFunc(slices.Clone(reasons), func(r string) bool { return strings.HasPrefix(r, reasonWaiting) }), want) {
+			return fmt.Errorf("events %q", reasons)
+		}
+		return nil
+	})
+	if !slices.Contains(reasons, "WaitingForToken d") {
+		t.Errorf("events %q", reasons)
+	}
+}
+
+// Two at work do no more than one, and one alone does it all: places and tokens are not lost when one ends, and not even when both do.
+func TestTwoGates(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	_, _, stopFirst := g.start()
+	_, _, stopSecond := g.start()
+	tokens := g.createAll("a", "b", "c", "d")
+	g.wantLifted([]string{"a"}, "b")
+	stopFirst()
+	g.run("a")
+	giveBack(t, g.owner, g.id, tokens[0])
+	g.wantLifted([]string{"b"}, "c")
+	g.wantHolders(tokens[1])
+	stopSecond()
+
+	// Its token stays, and it starts meanwhile; the line is forgotten.
+	g.wantHolders(tokens[1])
+	g.redis.do(t, "DEL", g.id.waitersKey(), g.id.seenKey())
+	g.start()
+	g.redis.wantLine(t, g.id, tokens[2], tokens[3])
+	g.run("b")
+	giveBack(t, g.owner, g.id, tokens[1])
+	g.wantLifted([]string{"c"}, "d")
+}
+
+// The line has the order of creation, and of names within a second, whatever has forgotten it.
+func TestGateOrder(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	holder := acquire(t, g.owner, g.id, 1)
+	g.redis.do(t, "HSET", g.id.stateKey(), "created", int(g.redis.now(t))-1000)
+	names := []string{"n7", "n3", "n9", "n1", "n5"}
+	var want []string
+	tokens := map[string]string{}
+	for _, name := range names {
+		tokens[name] = g.create(name)
+	}
+	sameSecond := map[int64][]string{}
+	var order []int64
+	for _, name := range names {
+		at := g.pod(name).CreationTimestamp.Unix()
+		if sameSecond[at] == nil {
+			order = append(order, at)
+		}
+		sameSecond[at] = append(sameSecond[at], name)
+	}
+	for _, at := range order {
+		slices.Sort(sameSecond[at])
+		for _, name := range sameSecond[at] {
+			want = append(want, tokens[name])
+		}
+	}
+	_, log, stop := g.start()
+	g.redis.wantLine(t, g.id, want...)
+
+	// A pod that waits by its sidecar came later.
+	waiter, _ := stand(t, g.redis, g.owner, g.id, false)
+	g.redis.wantLine(t, g.id, append(slices.Clone(want), waiter)...)
+
+	// Redis is emptied: the holder comes back, and nobody was admitted meanwhile.
+	g.redis.do(t, "FLUSHALL")
+	g.redis.wantLine(t, g.id, want...)
+	if n, err := redis.Int(g.redis.control.Do("HGET", g.id.stateKey(), "lost")); err != nil || n == 0 {
+		t.Errorf("the loss was not seen: %d, %v", n, err)
+	}
+	for _, name := range names {
+		if g.lifted(name) {
+			t.Errorf("%s was lifted", name)
+		}
+	}
+	if _, err := g.owner.heartbeat(t.Context(), g.id, holder, "", 0); err != nil {
+		t.Error(err)
+	}
+	stop()
+	g.redis.do(t, "DEL", g.id.waitersKey(), g.id.seenKey())
+	g.start()
+	g.redis.wantLine(t, g.id, want...)
+	_ = log
+}
+
+// A pod that does not start in time lets its token go stale for the next one, and hears so.
+func TestGateUnschedulable(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	_, log, _ := g.start(func(c *gateConfig) { c.unschedulable = 2 * time.Second })
+	token := g.create("late")
+	g.wantLifted([]string{"late"})
+	next := g.create("next")
+	eventually(t, 15*time.Second, func() error {
+		if label, ok := g.pod("late").Labels[labelGated]; ok {
+			return fmt.Errorf("it has the label %q yet", label)
+		}
+		return nil
+	})
+	g.wantHolders(token) // until it is stale
+	g.redis.makeStale(t, g.id, token)
+	g.wantLifted([]string{"next"})
+	g.wantHolders(next)
+	eventually(t, 10*time.Second, func() error {
+		for _, e := range g.api.store.eventsOf(g.id.namespace) {
+			if e.Reason == reasonLate && e.Type == "Warning" && e.Regarding.Name == "late" {
+				return nil
+			}
+		}
+		return errors.New("there is no event")
+	})
+	if len(log.lines(t, "the pod has not started in time: its token goes stale")) != 1 {
+		t.Error("it was logged more than once, or not at all")
+	}
+}
+
+// Where the API server refuses to lift the gate for a while, the token is kept; where Redis is away, so are the gates.
+func TestGateThroughOutages(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	g.start()
+	g.api.fail(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method != http.MethodPatch {
+			return false
+		}
+		respond(w, 0, nil, failure(http.StatusServiceUnavailable, "ServiceUnavailable", "on purpose"))
+		return true
+	})
+	token := g.create("a")
+	g.wantHolders(token)
+	g.api.fail(nil)
+	g.wantLifted([]string{"a"})
+	g.api.stop()
+	g.api.start(t)
+	g.redis.stop()
+	b := g.create("b")
+	must(t, g.redis.start())
+	g.redis.wantLine(t, g.id, b)
+	g.api.deletePod(t, g.id.namespace, "a")
+	g.wantLifted([]string{"b"})
+	g.wantHolders(b)
+}
+
+// A token that was lost while the pod was being scheduled is waited for again, and one that the pod has given back is not.
+func TestGateTokenLost(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	_, log, _ := g.start(func(c *gateConfig) { c.heartbeatInterval, c.staleThreshold = time.Second, 8*time.Second })
+	a := g.create("a")
+	g.wantLifted([]string{"a"})
+	g.redis.do(t, "ZREM", g.id.inflightKey(), a)
+	eventually(t, 20*time.Second, func() error {
+		if len(log.lines(t, "the token was not in flight (reclaimed as stale, or lost with Redis): the pod stands in line again")) == 0 {
+			return errors.New("not noticed")
+		}
+		return nil
+	})
+	g.wantHolders(a)
+	g.run("a")
+	giveBack(t, g.owner, g.id, a)
+	g.redis.wantCounts(t, g.id, 1, 0)
+}
+
+// What the webhook makes of a pod that is to be gated, and of one that has a gate of ours and is not to have it.
+func TestGatedPatch(t *testing.T) {
+	t.Parallel()
+	w := startWebhook(t, testConfig(freeAddress(t))) // without Redis
+	apply := func(when string, change func(pod map[string]any)) (admission, *corev1.Pod) {
+		t.Helper()
+		var before []byte
+		a := w.admit(t, review(t, semaphoreID{"shop", "web"}, 3, whenFull(when), func(r map[string]any) {
+			if change != nil {
+				change(r["object"].(map[string]any))
+			}
+			before = mustJSON(t, r["object"])
+		}))
+		if !a.allowed {
+			t.Fatalf("refused: %s", a.message)
+		}
+		steps, err := jsonpatch.DecodePatch(a.patch)
+		must(t, err)
+		after, err := steps.Apply(before)
+		must(t, err)
+		p := new(corev1.Pod)
+		must(t, json.Unmarshal(after, p))
+		return a, p
+	}
+	gates := func(p *corev1.Pod) (names []string) {
+		for _, g := range p.Spec.SchedulingGates {
+			names = append(names, g.Name)
+		}
+		return names
+	}
+	spec := func(pod map[string]any) map[string]any { return pod["spec"].(map[string]any) }
+	metadata := func(pod map[string]any) map[string]any { return pod["metadata"].(map[string]any) }
+	ofAnother := func(pod map[string]any) {
+		spec(pod)["schedulingGates"] = []map[string]string{{"name": "example.org/other"}, {"name": gateName}}
+		metadata(pod)["labels"] = map[string]string{"app": "web", labelGated: "1764150000"}
+	}
+
+	a, p := apply(whenFullGate, nil)
+	_, waiting := apply(whenFullWait, nil)
+	if !slices.Equal(gates(p), []string{gateName}) || p.Labels[labelGated] != "true" || !slices.Equal(a.warnings, []string{warningGated}) || a.audit["verdict"] != verdictGate {
+		t.Errorf("gates %q, labels %v, warnings %q, %v", gates(p), p.Labels, a.warnings, a.audit)
+	}
+	if got, want := string(mustJSON(t, p.Spec.InitContainers)), string(mustJSON(t, waiting.Spec.InitContainers)); got != want {
+		t.Errorf("its containers are %s, want those of a pod that waits, %s", got, want)
+	}
+	if len(gates(waiting)) > 0 || waiting.Labels[labelGated] != "" {
+		t.Errorf("a pod that waits has the gates %q and labels %v", gates(waiting), waiting.Labels)
+	}
+	if _, p := apply(whenFullGate, func(pod map[string]any) { delete(metadata(pod), "labels") }); p.Labels[labelGated] != "true" {
+		t.Errorf("without labels before: %v", p.Labels)
+	}
+	if _, p := apply(whenFullGate, ofAnother); !slices.Equal(gates(p), []string{"example.org/other", gateName}) || p.Labels[labelGated] != "true" || p.Labels["app"] != "web" {
+		t.Errorf("made from another's YAML: gates %q, labels %v", gates(p), p.Labels)
+	}
+	if _, p := apply(whenFullWait, ofAnother); !slices.Equal(gates(p), []string{"example.org/other"}) || p.Labels[labelGated] != "" || p.Labels["app"] != "web" {
+		t.Errorf("made from another's YAML, to wait: gates %q, labels %v", gates(p), p.Labels)
+	}
+	a, p = apply(whenFullGate, func(pod map[string]any) { spec(pod)["nodeName"] = "node-1" })
+	if len(gates(p)) > 0 || p.Labels[labelGated] != "" || !slices.Equal(a.warnings, []string{warningNotGated}) || a.audit["verdict"] != verdictWait {
+		t.Errorf("with a node: gates %q, labels %v, warnings %q, %v", gates(p), p.Labels, a.warnings, a.audit)
+	}
+}
+
+// Who creates a pod with a gate hears that nobody is there to lift it.
+func TestNoGateAtWork(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	w := startWebhook(t, testConfig(g.redis.address))
+	warnings := func() []string {
+		w.pulse.asked = time.Time{} // a webhook believes what it knows for five seconds
+		return w.admit(t, review(t, freshID(), 1, whenFull(whenFullGate))).warnings
+	}
+	if got := warnings(); !slices.Equal(got, []string{warningGated, warningNoGate}) {
+		t.Errorf("warned of %q", got)
+	}
+	if got := w.scrape(t)[metricsPrefix+"gate_at_work"]; got != 0 {
+		t.Errorf("the metric is %v", got)
+	}
+	g.start()
+	eventually(t, 10*time.Second, func() error {
+		if got := warnings(); !slices.Equal(got, []string{warningGated}) {
+			return fmt.Errorf("warned of %q", got)
+		}
+		return nil
+	})
+	if got := w.scrape(t)[metricsPrefix+"gate_at_work"]; got != 1 {
+		t.Errorf("the metric is %v", got)
+	}
+	if ttl, err := redis.Int(g.redis.control.Do("TTL", pulseKey)); err != nil || ttl < 20 || ttl > seconds(pulseTime) {
+		t.Errorf("it stays for %d s, %v", ttl, err)
+	}
+}
