@@ -51,6 +51,14 @@ test-abuse: test-needs ## misuse a webhook in all ways, in some five minutes: wh
 test-upgrade: test-needs ## run the program of before beside this one, there and back, under load, in some three minutes; needs the history of git
 	go test -count=1 -tags upgrade -timeout 15m -v -run TestUpgrade .
 
+CHAOS_TIME ?= 1m
+CHAOS_SEED ?= 1
+CHAOS_FLAGS ?=
+
+.PHONY: chaos
+chaos: test-needs ## let pods and servers fail at random, check the history of who worked when, and break scripts on purpose; CHAOS_TIME=1h CHAOS_SEED=2
+	go test -count=1 -tags chaos -timeout 0 -v -run '^TestChaos' . -chaos.time=$(CHAOS_TIME) -chaos.seed=$(CHAOS_SEED) $(CHAOS_FLAGS)
+
 FUZZ_TIME ?= 10s
 
 .PHONY: fuzz
@@ -113,7 +121,8 @@ lint: ## check format, vet, staticcheck and the workflows
 	go vet -tags failover .
 	go vet -tags abuse .
 	go vet -tags upgrade .
+	go vet -tags chaos .
 	go vet -tags e2e,measure . ./e2e
 	go -C demo vet ./...
-	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover,abuse,upgrade ./...
+	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover,abuse,upgrade,chaos ./...
 	go tool -modfile=tools/go.mod actionlint

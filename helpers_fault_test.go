@@ -57,8 +57,10 @@ func semaphoresOf(t *testing.T, c webhookConfig) *semaphores {
 // faultyProxy is between clients and a server, and does to their connections what networks do.
 type faultyProxy struct {
 	address string
-	made    atomic.Int32 // connections
-	answers sync.RWMutex // while it is locked, answers are kept back
+	made    atomic.Int32        // connections
+	answers sync.RWMutex        // while it is locked, answers are kept back
+	rewrite func([]byte) []byte // what answers become; nil: see announce
+	delay   atomic.Int64        // of answers (nanoseconds)
 
 	mu    sync.Mutex
 	conns []*proxied
@@ -128,7 +130,13 @@ func (p *faultyProxy) connect(client net.Conn, server string) {
 	go c.forward(upstream, func(b []byte) error {
 		p.answers.RLock()
 		defer p.answers.RUnlock()
-		_, err := client.Write(announce(b, server, p.address))
+		time.Sleep(time.Duration(p.delay.Load()))
+		if p.rewrite != nil {
+			b = p.rewrite(b)
+		} else {
+			b = announce(b, server, p.address)
+		}
+		_, err := client.Write(b)
 		return err
 	})
 }

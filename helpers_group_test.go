@@ -1,4 +1,4 @@
-//go:build failover
+//go:build failover || chaos
 
 package main
 
@@ -16,6 +16,12 @@ import (
 
 // downAfter is after how long without an answer the Sentinels, and the nodes of a Cluster, take a server for gone.
 const downAfter = time.Second
+
+// testGroup is a queue of several servers, or whose server changes.
+type testGroup interface {
+	address() string
+	holder(t *testing.T, id semaphoreID) *redisServer
+}
 
 // kill ends the server as the loss of its machine does.
 func (s *redisServer) kill(t *testing.T) {
@@ -82,7 +88,11 @@ func (g *sentinelGroup) wantReady(t *testing.T, replicas int) {
 	eventually(t, 40*time.Second, func() error {
 		primary := g.primary(t)
 		if primary == nil {
-			return fmt.Errorf("there is not one primary")
+			var roles []string
+			for _, s := range g.servers {
+				roles = append(roles, s.address+": "+s.role(t))
+			}
+			return fmt.Errorf("there is not one primary: %v", roles)
 		}
 		info, err := redis.String(primary.control.Do("INFO", "replication"))
 		if n := strings.Count(info, "state=online"); err != nil || n < replicas {

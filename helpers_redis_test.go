@@ -76,8 +76,14 @@ func launchRedisOf(kind, dir string, listen func(port string) []string, options 
 	return nil, last
 }
 
+// redisEnvironment adds to the environment of a server; nil for nothing.
+var redisEnvironment func(s *redisServer) []string
+
 func (s *redisServer) start() error {
 	s.cmd = exec.Command(redisProgram, s.args...)
+	if redisEnvironment != nil {
+		s.cmd.Env = append(os.Environ(), redisEnvironment(s)...)
+	}
 	var out bytes.Buffer
 	s.cmd.Stdout, s.cmd.Stderr = &out, &out
 	if err := s.cmd.Start(); err != nil {

@@ -12,12 +12,6 @@ import (
 	"time"
 )
 
-// testGroup is a queue of several servers, or whose server changes.
-type testGroup interface {
-	address() string
-	holder(t *testing.T, id semaphoreID) *redisServer
-}
-
 const (
 	trafficInterval = 2 * time.Second // between two heartbeats
 	trafficHolders  = 20

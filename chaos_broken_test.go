@@ -1,0 +1,97 @@
+//go:build chaos
+
+package main
+
+import (
+	"encoding/json"
+	"flag"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+var chaosFind = flag.Duration("chaos.find", 45*time.Second, "for how long a broken script may stay unnoticed")
+
+// TestChaosFindsBrokenScripts breaks the scripts of the program in one way after the other, and wants the checker to find each. Of all
+// blows, a world gets those that are to show it, so that it does not take long.
+func TestChaosFindsBrokenScripts(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		edits []edit
+		blow  string
+		every time.Duration // between two blows
+		rush  bool
+		rules []string // one of which is to be broken
+	}{
+		{"a length is taken for one more", []edit{{"acquire.lua", "local length = tonumber(ARGV[5])", "local length = tonumber(ARGV[5]) + 1"},
+			{"maintain.lua", "local length = tonumber(ARGV[5])", "local length = tonumber(ARGV[5]) + 1"}},
+			"", time.Second, false, []string{ruleCount, ruleLetIn}},
+		{"who does not wait ignores the line", []edit{{"acquire.lua", "redis.call('ZRANK', KEYS[3], token) or redis.call('ZCARD', KEYS[3])",
+			"redis.call('ZRANK', KEYS[3], token) or 0"}}, "", time.Second, true, []string{ruleOrder}},
+		{"a token is stale after a third of the threshold", []edit{{"semaphore.lua", "math.max(tonumber(ARGV[3]), 2 * quiet)", "tonumber(ARGV[3]) / 3"}},
+			briefPause, time.Second, false, []string{ruleCount, ruleLetIn}},
+		{"a heartbeat does not put back what was lost", []edit{{"heartbeat.lua", "redis.call('ZADD', KEYS[2], now, ARGV[5])",
+			"redis.call('ZADD', KEYS[2], 'XX', now, ARGV[5])"}}, dataLoss, 20 * time.Second, false, []string{ruleCount, ruleLetIn}},
+		{"a repair does not reclaim", []edit{{"maintain.lua", "if settled() then\n  local stale", "if false then\n  local stale"}},
+			death, time.Minute, false, []string{ruleUnused, ruleFree, ruleDecided}},
+		{"silences do not count", []edit{{"semaphore.lua", "return now - math.max(resumed, lost) > quiet", "return true"}},
+			longOutage, 10 * time.Second, false, []string{ruleCount, ruleLetIn}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			w := startChaos(t, buildBroken(t, c.edits), "")
+			w.rush = c.rush
+			w.populate(*chaosSeed, *chaosPods)
+			defer w.finish()
+			n := &nemesis{w, rand.New(rand.NewPCG(*chaosSeed, 1<<32)), map[string]int{}}
+			last := ""
+			for next := 5 * time.Second; n.now() < *chaosFind; time.Sleep(time.Second) {
+				if c.blow != "" && n.now() > next {
+					n.strikeNamed(c.blow)
+					next = n.now() + c.every
+				}
+				for _, v := range check(w.history()).found {
+					last = v.String()
+					if slices.Contains(c.rules, v.rule) {
+						t.Logf("found after %.1f s: %s", n.now().Seconds(), v)
+						return
+					}
+				}
+			}
+			t.Errorf("not found within %s; found was %q, kept in %s", *chaosFind, last, w.keep(w.history(), *chaosSeed))
+		})
+	}
+}
+
+// edit is what is once in a script, and what takes its place.
+type edit struct{ file, from, to string }
+
+// buildBroken builds the program with scripts in which texts are replaced.
+func buildBroken(t *testing.T, edits []edit) string {
+	t.Helper()
+	dir := t.TempDir()
+	replace := map[string]string{}
+	for _, e := range edits {
+		source, err := os.ReadFile(filepath.Join("lua", e.file))
+		must(t, err)
+		if n := strings.Count(string(source), e.from); n != 1 {
+			t.Fatalf("%q is %d times in %s", e.from, n, e.file)
+		}
+		path, err := filepath.Abs(filepath.Join("lua", e.file))
+		must(t, err)
+		replace[path] = filepath.Join(dir, e.file)
+		must(t, os.WriteFile(replace[path], []byte(strings.Replace(string(source), e.from, e.to, 1)), 0o600))
+	}
+	overlay, err := json.Marshal(map[string]any{"Replace": replace})
+	must(t, err)
+	file, program := filepath.Join(dir, "overlay.json"), filepath.Join(dir, "program")
+	must(t, os.WriteFile(file, overlay, 0o600))
+	if out, err := exec.Command("go", "build", "-overlay", file, "-o", program, ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return program
+}

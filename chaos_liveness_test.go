@@ -1,0 +1,151 @@
+package main
+
+import (
+	"slices"
+	"time"
+)
+
+// disturbed returns when the queue of a semaphore was away, had to hear from all first, or could not be repaired.
+func (c *checker) disturbed(semaphore string) (all []span) {
+	for _, f := range c.faults {
+		if !f.hits(semaphore) {
+			continue
+		}
+		switch {
+		case f.away || f.shaken || f.loses != losesNothing:
+			all = append(all, span{f.from - slack, f.to + max(c.quiet(), patience*time.Second) + slack})
+		case f.unrepaired:
+			all = append(all, span{f.from - slack, f.to + 2*slack})
+		}
+	}
+	return all
+}
+
+// occupies returns when a pod may keep others from a token, or be about to give it back.
+func (c *checker) occupies(p *podLife) (all []span) {
+	stale := c.threshold + slack + time.Second // after its last heartbeat
+	gone := (patience + lineQuiet) * time.Second
+	switch {
+	case p.took.to != 0:
+		end := unending
+		if p.released != notYet {
+			end = p.released
+		}
+		if p.died != notYet {
+			end = min(end, p.died+stale)
+		}
+		all = append(all, span{p.took.from, end})
+	case !p.waits && !p.refused:
+		all = append(all, span{p.asked, cmpOr(p.answered, c.end) + stale + slack})
+	case !p.waits:
+		all = append(all, span{p.asked, p.answered})
+	}
+	if p.waits {
+		if p.inLine == notYet && p.took.to == 0 { // it is not known whether it waits
+			all = append(all, span{p.asked, min(c.end, c.ended(p)+gone)})
+		}
+		if p.died != notYet && p.took.to == 0 {
+			all = append(all, span{p.died, p.died + gone})
+		}
+		if p.ended != notYet && p.took.to == 0 {
+			all = append(all, span{p.ended, cmpOr(p.released, c.end) + slack})
+		}
+		for _, s := range p.silences {
+			all = append(all, span{s.from, s.to + gone})
+		}
+	}
+	return all
+}
+
+func cmpOr(at, other time.Duration) time.Duration {
+	if at == notYet {
+		return other
+	}
+	return at
+}
+
+// checkUnused looks for times in which somebody in line was entitled to a token that nobody could have. What comes free and is taken in
+// time does not count: a pod may have its token for heardLate before it is known.
+func (c *checker) checkUnused(pods []*podLife) {
+	const step = 250 * time.Millisecond
+	disturbed := c.disturbed(pods[0].semaphore)
+	occupied := map[*podLife][]span{}
+	for _, p := range pods {
+		occupied[p] = c.occupies(p)
+	}
+	in := func(spans []span, at time.Duration) bool {
+		return slices.ContainsFunc(spans, func(s span) bool { return s.from <= at && at <= s.to })
+	}
+	var since time.Duration
+	for at := time.Duration(0); at < c.end; at += step {
+		used := 0
+		var waiter *podLife
+		for _, p := range pods {
+			if p.asked == notYet || p.asked > at {
+				continue
+			}
+			if in(occupied[p], at) {
+				used++
+			}
+		}
+		for _, p := range pods {
+			waits := p.inLine != notYet && p.inLine <= at && at < c.ended(p) && (p.took.to == 0 || at < p.took.from) && !in(occupied[p], at)
+			if waits && (waiter == nil || p.length > waiter.length) {
+				waiter = p
+			}
+		}
+		if in(disturbed, at) || waiter == nil || used >= waiter.length {
+			since = at
+			continue
+		}
+		if at-since > taken {
+			c.fail(ruleUnused, waiter.semaphore, at,
+				"%s of length %d waits, %d tokens can be in use, and one more was free for %s", waiter.name, waiter.length, used, at-since)
+			return
+		}
+	}
+}
+
+// checkRefused looks at pods that do not wait and were refused, though not so many tokens could be in use, and nobody could wait.
+func (c *checker) checkRefused(pods []*podLife) {
+	disturbed := c.disturbed(pods[0].semaphore)
+	for _, p := range pods {
+		if !p.refused {
+			continue
+		}
+		asks := span{p.asked, p.answered}
+		if slices.ContainsFunc(disturbed, asks.overlaps) {
+			continue
+		}
+		used := 0
+		for _, q := range pods {
+			if q == p {
+				continue
+			}
+			occupies := slices.ContainsFunc(c.occupies(q), asks.overlaps)
+			waits := q.waits && asks.overlaps(span{q.asked, c.ended(q) + slack}) && (q.took.to == 0 || q.took.to >= asks.from)
+			if occupies || waits {
+				used++
+			}
+		}
+		if used < p.length {
+			c.fail(ruleFree, p.semaphore, p.answered, "%s of length %d was refused, and at most %d others had a token or waited", p.name, p.length, used)
+		}
+	}
+}
+
+// checkDecided looks for admissions that were not answered, though nothing had happened for a while. A few may be of a machine that is busy.
+func (c *checker) checkDecided(pods []*podLife) {
+	const few, while = 3, 10 * time.Second
+	failed := 0
+	for _, p := range pods {
+		asks := span{p.asked - while, p.answered}
+		if !p.failed || slices.ContainsFunc(c.faults, func(f fault) bool { return f.overlaps(asks) }) {
+			continue
+		}
+		if failed++; failed > few {
+			c.fail(ruleDecided, p.semaphore, p.answered, "%s was the %s whose admission nobody decided, and no fault explains it", p.name, ordinal(failed))
+			return
+		}
+	}
+}

@@ -1,0 +1,309 @@
+//go:build chaos
+
+package main
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"syscall"
+	"time"
+)
+
+// nemesis does what happens to processes, networks and clocks, in an order that its seed tells.
+type nemesis struct {
+	*chaosWorld
+	rng    *rand.Rand
+	counts map[string]int
+}
+
+// blow is something that the nemesis does. It returns once all is well again.
+type blow struct {
+	name   string
+	harms  bool // it may be an excuse for more at work than the length
+	strike func(n *nemesis, f *fault)
+}
+
+// between is a time by chance.
+func (n *nemesis) between(least, most time.Duration) time.Duration {
+	return least + within(n.rng, most-least)
+}
+
+func (n *nemesis) wait(least, most time.Duration) { time.Sleep(n.between(least, most)) }
+
+// one of a list.
+func pick[T any](n *nemesis, list []T) T { return list[n.rng.IntN(len(list))] }
+
+// primaryOf is a server that holds a semaphore, and all that it holds.
+func (n *nemesis) primaryOf(f *fault) *redisServer {
+	s := n.queue.holder(n.t, idOf(pick(n, n.semaphores())))
+	f.semaphores = nil
+	for _, name := range n.semaphores() {
+		if n.queue.holder(n.t, idOf(name)) == s {
+			f.semaphores = append(f.semaphores, name)
+		}
+	}
+	return s
+}
+
+// ready waits until the queue is whole.
+func (n *nemesis) ready() {
+	for _, s := range n.queue.data() {
+		if _, err := s.control.Do("PING"); err != nil {
+			s.redial(n.t)
+		}
+	}
+	n.queue.wantReady(n.t, map[bool]int{true: 2, false: 3}[len(n.queue.sentries()) > 0])
+}
+
+// The blows that tests ask for by name.
+const (
+	longOutage = "all of the queue is paused for longer than the threshold"
+	dataLoss   = "all data is lost"
+	briefPause = "sidecars are paused for less than the threshold"
+	death      = "all that work die"
+)
+
+// stabs are blows to some pods. Their histories tell of them: they are no faults of the world.
+var stabs = map[string]func(n *nemesis){
+	briefPause: func(n *nemesis) {
+		for range 3 {
+			n.stabOne(func(p *chaosPod) bool {
+				return p.pause(chaosThreshold - chaosInterval - slack/2 - 500*time.Millisecond)
+			})
+		}
+	},
+	death: func(n *nemesis) {
+		for _, p := range n.alive() {
+			if p.startedYet() {
+				p.vanish()
+			}
+		}
+	},
+}
+
+var blows = []blow{
+	{"a webhook is killed", false, func(n *nemesis, f *fault) {
+		h := pick(n, n.webhooks)
+		h.signal(n.t, syscall.SIGKILL)
+		<-h.done
+		n.wait(200*time.Millisecond, 2*time.Second)
+		h.launch(n.t)
+	}},
+	{"a webhook is paused", false, func(n *nemesis, f *fault) {
+		h := pick(n, n.webhooks)
+		h.signal(n.t, syscall.SIGSTOP)
+		n.wait(time.Second, 5*time.Second)
+		h.signal(n.t, syscall.SIGCONT)
+	}},
+	{"a lock server is killed", false, func(n *nemesis, f *fault) {
+		s := pick(n, n.locks)
+		s.kill(n.t)
+		n.wait(time.Second, 3*time.Second)
+		must(n.t, s.start())
+	}},
+	{"most lock servers are paused", false, func(n *nemesis, f *fault) {
+		f.unrepaired = true
+		for _, s := range n.locks[:2] {
+			s.pause(n.t)
+		}
+		n.wait(2*time.Second, 4*time.Second)
+		for _, s := range n.locks[:2] {
+			s.resume(n.t)
+		}
+	}},
+	{"a replica is killed", false, func(n *nemesis, f *fault) {
+		primary := n.primaryOf(f)
+		s := n.queue.replica(n.t, primary)
+		s.kill(n.t)
+		n.wait(300*time.Millisecond, 2*time.Second)
+		n.queue.restart(n.t, s)
+		n.ready()
+	}},
+	{"a Sentinel is killed", false, func(n *nemesis, f *fault) {
+		if sentries := n.queue.sentries(); len(sentries) > 0 {
+			s := pick(n, sentries)
+			s.kill(n.t)
+			n.wait(500*time.Millisecond, 2*time.Second)
+			must(n.t, s.start())
+			n.ready()
+		}
+	}},
+	{"a replica with all data takes over", false, func(n *nemesis, f *fault) {
+		f.away = true
+		n.queue.handOver(n.t, n.primaryOf(f))
+		n.ready()
+	}},
+	{"a primary is started again at once", false, func(n *nemesis, f *fault) {
+		f.away = true
+		s := n.primaryOf(f)
+		s.kill(n.t)
+		n.queue.restart(n.t, s)
+		n.ready()
+	}},
+	{longOutage, false, func(n *nemesis, f *fault) {
+		f.away = true
+		all := slices.Concat(n.queue.sentries(), n.queue.data())
+		for _, s := range all {
+			s.pause(n.t)
+		}
+		n.wait(chaosThreshold+time.Second, chaosThreshold+4*time.Second)
+		for _, s := range all {
+			s.resume(n.t)
+		}
+		n.ready()
+	}},
+	{"a clock is set", false, func(n *nemesis, f *fault) {
+		f.shaken = true
+		n.setClock(n.primaryOf(f), time.Duration(n.rng.IntN(51)-25)*time.Second)
+	}},
+	{"answers take longer", false, func(n *nemesis, f *fault) {
+		node := pick(n, n.nodes)
+		for _, p := range node.proxies {
+			p.delay.Store(int64(n.between(20*time.Millisecond, 150*time.Millisecond)))
+		}
+		n.wait(2*time.Second, 5*time.Second)
+		for _, p := range node.proxies {
+			p.delay.Store(0)
+		}
+	}},
+	{"connections fall silent", false, func(n *nemesis, f *fault) {
+		f.silent = true
+		for _, p := range pick(n, n.nodes).proxies {
+			p.silence()
+		}
+		n.wait(3*time.Second, 4*time.Second)
+	}},
+	{"a node is cut off for a while", false, func(n *nemesis, f *fault) { n.cut(f, time.Second, 3*time.Second) }},
+	{"a node is cut off", true, func(n *nemesis, f *fault) { n.cut(f, chaosThreshold, chaosThreshold+4*time.Second) }},
+	{"a node is lost", true, func(n *nemesis, f *fault) {
+		node := pick(n, n.nodes)
+		for _, p := range n.alive() {
+			if p.node == node {
+				p.vanish()
+			}
+		}
+	}},
+	{dataLoss, true, func(n *nemesis, f *fault) {
+		f.loses = losesAll
+		n.primaryOf(f).do(n.t, "FLUSHALL")
+	}},
+	{"a primary is killed", true, func(n *nemesis, f *fault) {
+		f.away, f.loses = true, losesRecent
+		s := n.primaryOf(f)
+		s.kill(n.t)
+		eventually(n.t, 20*time.Second, func() error {
+			if n.queue.serves(n.t, s, idOf(f.semaphores[0])) {
+				return fmt.Errorf("no other primary than %s", s.address)
+			}
+			return nil
+		})
+		n.queue.restart(n.t, s)
+		n.ready()
+	}},
+	{"a primary is paused", true, func(n *nemesis, f *fault) {
+		f.away, f.loses = true, losesRecent
+		s := n.primaryOf(f)
+		s.pause(n.t)
+		n.wait(500*time.Millisecond, 5*time.Second)
+		s.resume(n.t)
+		n.wait(time.Millisecond, 2*time.Second) // it may take itself for the primary
+		n.queue.rejoin(n.t, s)
+		n.ready()
+	}},
+}
+
+// cut cuts a node off. Its pods fall silent, those too that come meanwhile.
+func (n *nemesis) cut(f *fault, least, most time.Duration) {
+	node := pick(n, n.nodes)
+	f.silent = true
+	from := n.now()
+	for _, p := range node.proxies {
+		p.cut()
+	}
+	n.wait(least, most)
+	for _, p := range node.proxies {
+		p.mend()
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, p := range n.pods {
+		if p.node == node {
+			p.mu.Lock()
+			p.life.silences = append(p.life.silences, span{from, n.now() + time.Second})
+			slices.SortFunc(p.life.silences, func(a, b span) int { return int(a.from - b.from) })
+			p.mu.Unlock()
+		}
+	}
+}
+
+// strike does one of the blows.
+func (n *nemesis) strike(b blow) {
+	f := fault{name: b.name}
+	f.from = n.now()
+	n.counts[b.name]++
+	n.t.Logf("%7.2f s: %s", f.from.Seconds(), b.name)
+	b.strike(n, &f)
+	f.to = n.now()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.faults = append(n.faults, f)
+}
+
+// strikeNamed does the blow, or the stab, of that name.
+func (n *nemesis) strikeNamed(name string) {
+	if stab := stabs[name]; stab != nil {
+		stab(n)
+		return
+	}
+	n.strike(blows[slices.IndexFunc(blows, func(b blow) bool { return b.name == name })])
+}
+
+// stabOne does something to a pod by chance.
+func (n *nemesis) stabOne(do func(p *chaosPod) bool) {
+	if pods := n.alive(); len(pods) > 0 {
+		do(pick(n, pods))
+	}
+}
+
+// stab does something to one pod.
+func (n *nemesis) stab(harms bool) {
+	switch k := n.rng.IntN(8); {
+	case k == 0:
+		n.stabOne((*chaosPod).killSidecar)
+	case k == 1:
+		n.stabOne((*chaosPod).killAwait)
+	case k == 2 && harms:
+		n.stabOne((*chaosPod).vanish)
+	case k == 3 && harms:
+		n.stabOne(func(p *chaosPod) bool { return p.pause(n.between(chaosThreshold, chaosThreshold+4*time.Second)) })
+	case k >= 4:
+		n.stabOne(func(p *chaosPod) bool {
+			return p.pause(n.between(time.Second, chaosThreshold-chaosInterval-slack/2-500*time.Millisecond))
+		})
+	}
+}
+
+// relength changes the length for new pods of some semaphore.
+func (n *nemesis) relength() {
+	name := pick(n, n.semaphores()[1:])
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.lengths[name] = 1 + n.rng.IntN(5)
+}
+
+// rage goes on for so long; where it must not harm, with blows that are no excuse for anything.
+func (n *nemesis) rage(until time.Duration, harms bool) {
+	for n.now() < until && !n.t.Failed() {
+		if n.rng.IntN(6) == 0 {
+			n.relength()
+		}
+		for range n.rng.IntN(4) {
+			n.stab(harms)
+		}
+		if b := pick(n, blows); harms || !b.harms {
+			n.strike(b)
+		}
+		n.wait(300*time.Millisecond, 1500*time.Millisecond)
+	}
+}

@@ -1,0 +1,149 @@
+//go:build chaos
+
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+// chaosQueue is a queue whose servers can be struck.
+type chaosQueue interface {
+	testGroup
+	data() []*redisServer     // those with tokens
+	sentries() []*redisServer // those that only watch the others
+	wantReady(t *testing.T, replicas int)
+	replica(t *testing.T, primary *redisServer) *redisServer
+	handOver(t *testing.T, primary *redisServer)              // to a replica that has all
+	serves(t *testing.T, s *redisServer, id semaphoreID) bool // as the others see it
+	rejoin(t *testing.T, back *redisServer)                   // a server that was paused
+	restart(t *testing.T, s *redisServer)                     // a server that was killed
+}
+
+func startChaosQueue(t *testing.T, kind string) chaosQueue {
+	if kind == clusterTests {
+		return &chaosCluster{startCluster(t)}
+	}
+	return &chaosGroup{startSentinelGroup(t, "--min-replicas-to-write", "1", "--min-replicas-max-lag", "3")}
+}
+
+type chaosGroup struct{ *sentinelGroup }
+
+func (g *chaosGroup) data() []*redisServer     { return g.servers }
+func (g *chaosGroup) sentries() []*redisServer { return g.sentinels }
+
+func (g *chaosGroup) replica(_ *testing.T, primary *redisServer) *redisServer {
+	for _, s := range g.servers {
+		if s != primary {
+			return s
+		}
+	}
+	return nil
+}
+
+// handOver lets the primary take no more writes, and a replica take over once it has all.
+func (g *chaosGroup) handOver(t *testing.T, primary *redisServer) {
+	primary.do(t, "CLIENT", "PAUSE", 8000, "WRITE")
+	wantInStep(t, primary)
+	eventually(t, 20*time.Second, func() error {
+		_, err := g.sentinels[0].control.Do("SENTINEL", "FAILOVER", "tokens")
+		return err
+	})
+	eventually(t, 20*time.Second, func() error {
+		if g.named(t) == portOf(primary.address) {
+			return fmt.Errorf("%s is still the primary", primary.address)
+		}
+		return nil
+	})
+	g.rejoin(t, primary)
+	primary.do(t, "CLIENT", "UNPAUSE")
+}
+
+// named is the port of the primary that the first Sentinel names.
+func (g *chaosGroup) named(t *testing.T) string {
+	named, err := redis.Strings(g.sentinels[0].do(t, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", "tokens"), nil)
+	must(t, err)
+	return named[1]
+}
+
+func (g *chaosGroup) serves(t *testing.T, s *redisServer, _ semaphoreID) bool {
+	return g.named(t) == portOf(s.address)
+}
+
+// rejoin makes a server that runs, and that the Sentinels do not name any more, a replica of the one that they do. They would do it
+// themselves some ten seconds later.
+func (g *chaosGroup) rejoin(t *testing.T, back *redisServer) {
+	if port := g.named(t); port != portOf(back.address) {
+		back.redial(t)
+		back.do(t, "REPLICAOF", "127.0.0.1", port)
+	}
+}
+
+// restart starts a server that was killed. It has no configuration that tells it whose replica it was.
+func (g *chaosGroup) restart(t *testing.T, s *redisServer) {
+	if i := slices.Index(s.args, "--replicaof"); i >= 0 {
+		s.args = slices.Delete(s.args, i, i+2)
+	}
+	if port := g.named(t); port != portOf(s.address) {
+		s.args = append(s.args, "--replicaof", "127.0.0.1 "+port)
+	}
+	must(t, s.start())
+}
+
+// wantInStep waits until all replicas have what a server has, which takes no more writes.
+func wantInStep(t *testing.T, primary *redisServer) {
+	eventually(t, 10*time.Second, func() error {
+		info, err := redis.String(primary.control.Do("INFO", "replication"))
+		if err != nil {
+			return err
+		}
+		_, rest, _ := strings.Cut(info, "master_repl_offset:")
+		offset, _, _ := strings.Cut(rest, "\r")
+		if strings.Count(info, ",offset="+offset+",") != strings.Count(info, ",offset=") {
+			return fmt.Errorf("not in step: %s", info)
+		}
+		return nil
+	})
+}
+
+type chaosCluster struct{ *redisCluster }
+
+func (c *chaosCluster) data() []*redisServer     { return c.nodes }
+func (c *chaosCluster) sentries() []*redisServer { return nil }
+
+func (c *chaosCluster) replica(t *testing.T, primary *redisServer) *redisServer {
+	return c.replicaOf(t, primary)
+}
+
+func (c *chaosCluster) handOver(t *testing.T, primary *redisServer) {
+	replica := c.replicaOf(t, primary)
+	replica.do(t, "CLUSTER", "FAILOVER")
+	eventually(t, 20*time.Second, func() error {
+		if role := replica.role(t); role != "master" {
+			return fmt.Errorf("%s is a %s", replica.address, role)
+		}
+		return nil
+	})
+}
+
+func (c *chaosCluster) rejoin(*testing.T, *redisServer)      {}
+func (c *chaosCluster) restart(t *testing.T, s *redisServer) { must(t, s.start()) }
+
+func (c *chaosCluster) serves(t *testing.T, s *redisServer, id semaphoreID) bool {
+	for _, n := range c.nodes {
+		if n == s {
+			continue
+		}
+		for _, r := range c.ranges(t, n) {
+			if r.from <= id.slot() && id.slot() <= r.to {
+				return r.address == s.address
+			}
+		}
+	}
+	return false
+}

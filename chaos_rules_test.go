@@ -1,0 +1,319 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// The rules that follow are what the README and docs/ promise. A pod counts as counted unless a loss of data, or a silence of its own, of
+// a time close by, is named that explains why Redis may not know of it.
+
+const (
+	// heardLate is how long after a sidecar has its token that may be known here.
+	heardLate = 3 * time.Second
+
+	// recent is what Redis may lose in a failover: what was written in so short a time before.
+	recent = 1500 * time.Millisecond
+
+	// slack is for processes that share two cores with dozens.
+	slack = 2 * time.Second
+
+	// taken is within which time a free token is taken by somebody entitled: a call, or a question four seconds later; and a repair.
+	taken = 6*time.Second + slack
+)
+
+// violation is a rule that was broken.
+type violation struct {
+	rule      string
+	semaphore string
+	at        time.Duration
+	text      string
+}
+
+func (v violation) String() string {
+	return fmt.Sprintf("%s, %s at %.2f s: %s", v.rule, v.semaphore, v.at.Seconds(), v.text)
+}
+
+const (
+	ruleCount   = "never more at work than the length"
+	ruleLetIn   = "nobody is let in while the length is used up"
+	ruleOrder   = "first come, first served"
+	ruleUnused  = "no free token stays unused"
+	ruleDecided = "admissions are decided"
+	ruleFree    = "nobody is refused where a token is free"
+)
+
+// excuse is a named reason why a pod may not be counted, and when.
+type excuse struct {
+	span
+	pod  string
+	text string
+}
+
+// checker checks a history.
+type checker struct {
+	*history
+	excuses map[*podLife][]excuse
+	found   []violation
+	// over is for how long more worked than the length, all of which is explained; total, for how long anybody worked.
+	over, total time.Duration
+	named       map[string]bool // excuses that explain it
+}
+
+// check returns what is wrong with a history.
+func check(h *history) *checker {
+	c := &checker{history: h, excuses: map[*podLife][]excuse{}, named: map[string]bool{}}
+	groups := map[string][]*podLife{}
+	for _, p := range h.pods {
+		if p.took.to != 0 && p.waits {
+			p.took.from = max(p.asked, c.earliest(p))
+		}
+		c.excuses[p] = c.excusesOf(p)
+		groups[p.semaphore] = append(groups[p.semaphore], p)
+	}
+	for _, pods := range groups {
+		c.checkCount(pods)
+		c.checkLetIn(pods)
+		c.checkOrder(pods)
+		c.checkUnused(pods)
+		c.checkRefused(pods)
+		c.checkDecided(pods)
+	}
+	slices.SortFunc(c.found, func(a, b violation) int { return int(a.at - b.at) })
+	return c
+}
+
+func (c *checker) fail(rule, semaphore string, at time.Duration, format string, args ...any) {
+	c.found = append(c.found, violation{rule, semaphore, at, fmt.Sprintf(format, args...)})
+}
+
+// quiet is within which time a live holder is heard again.
+func (c *checker) quiet() time.Duration { return c.interval + min(3*time.Second, c.interval) }
+
+// backBy is when a pod is surely counted again whose loss, or silence, was over at a moment: it, and Redis, have been there for long enough.
+func (c *checker) backBy(p *podLife, at time.Duration) time.Duration {
+	for again := true; again; {
+		again = false
+		disturbed := slices.Clone(p.silences)
+		for _, f := range c.faults {
+			if f.hits(p.semaphore) && (f.away || f.loses != losesNothing) {
+				disturbed = append(disturbed, f.span)
+			}
+		}
+		for _, d := range disturbed {
+			if d.overlaps(span{at, at + c.quiet() + slack}) && d.to > at {
+				at, again = d.to, true
+			}
+		}
+	}
+	return at + c.quiet() + slack
+}
+
+// earliest is when a pod's token may have been taken, where the answers may not have arrived at once.
+func (c *checker) earliest(p *podLife) time.Duration {
+	from := p.took.from
+	late := slices.Clone(p.silences)
+	for _, f := range c.faults {
+		if f.hits(p.semaphore) && (f.silent || f.away || f.shaken || f.loses != losesNothing) {
+			late = append(late, f.span)
+		}
+	}
+	for _, s := range late {
+		if s.overlaps(span{p.took.from - heardLate, p.took.to}) {
+			from = min(from, s.from)
+		}
+	}
+	return from
+}
+
+// excusesOf returns when, and why, a pod may not be counted.
+func (c *checker) excusesOf(p *podLife) (all []excuse) {
+	if p.took.to == 0 {
+		return nil
+	}
+	add := func(from, to time.Duration, format string, args ...any) {
+		all = append(all, excuse{span{from, to}, p.name, fmt.Sprintf(format, args...)})
+	}
+	for _, f := range c.faults {
+		switch {
+		case !f.hits(p.semaphore):
+		case f.loses == losesAll && p.took.from <= f.to:
+			add(f.from, c.backBy(p, f.to), "Redis lost it: %s", f)
+		case f.loses == losesRecent && p.took.overlaps(span{f.from - recent, f.to}):
+			add(f.from-recent, c.backBy(p, f.to), "Redis lost it: %s", f)
+		}
+	}
+	silences := slices.Clone(p.silences)
+	if p.died != notYet {
+		silences = append(silences, span{p.died, unending})
+	}
+	if p.started == notYet { // its sidecar may not run yet, or not confirm
+		silences = append(silences, span{p.took.from, unending})
+	}
+	for i := 0; i < len(silences); i++ {
+		s := silences[i]
+		for i+1 < len(silences) && silences[i+1].from < s.to+c.quiet()+slack { // it may not have been heard between them
+			i++
+			s.to = max(s.to, silences[i].to)
+		}
+		for _, f := range c.faults { // Redis was away before or after, for so short a time that it did not notice
+			if f.away && f.hits(p.semaphore) && f.overlaps(span{s.from - c.quiet() - slack, s.to + c.quiet() + slack}) {
+				s.from, s.to = min(s.from, f.from), max(s.to, f.to)
+			}
+		}
+		stale := s.from - c.interval - slack/2 + c.threshold
+		if stale < s.to {
+			add(stale, c.backBy(p, s.to), "%s was silent, %s", p.name, s)
+		}
+	}
+	return all
+}
+
+// excuseWithin returns why a pod may not have been counted at some moment of a time.
+func (c *checker) excuseWithin(p *podLife, s span) (e excuse, ok bool) {
+	for _, e := range c.excuses[p] {
+		if e.overlaps(s) {
+			return e, true
+		}
+	}
+	return e, false
+}
+
+// fits reports whether pods with these lengths could have been let in one after the other.
+func fits(lengths []int) bool {
+	slices.Sort(lengths)
+	for i, length := range lengths {
+		if length <= i {
+			return false
+		}
+	}
+	return true
+}
+
+func names(pods []*podLife) string {
+	var all []string
+	for _, p := range pods {
+		all = append(all, fmt.Sprintf("%s (length %d)", p.name, p.length))
+	}
+	return strings.Join(all, ", ")
+}
+
+// checkCount looks at who worked at each moment: those that were never lost nor silent are no more than their lengths allow.
+func (c *checker) checkCount(pods []*podLife) {
+	var moments []time.Duration
+	for _, p := range pods {
+		if p.started != notYet {
+			moments = append(moments, p.started, min(c.end, max(p.ended, p.died)))
+		}
+	}
+	slices.Sort(moments)
+	for i, at := range moments {
+		next := c.end
+		if i+1 < len(moments) {
+			next = moments[i+1]
+		}
+		var lengths, certain []int
+		var who []*podLife
+		var because []excuse
+		for _, p := range pods {
+			if !p.works(at) {
+				continue
+			}
+			lengths = append(lengths, p.length)
+			if e, ok := c.excuseWithin(p, span{p.took.from, at}); ok {
+				because = append(because, e)
+				continue
+			}
+			certain, who = append(certain, p.length), append(who, p)
+		}
+		if len(lengths) > 0 {
+			c.total += next - at
+		}
+		if !fits(lengths) {
+			c.over += next - at
+			for _, e := range because {
+				c.named[fmt.Sprintf("%s: %s", e.pod, e.text)] = true
+			}
+		}
+		if !fits(certain) {
+			c.fail(ruleCount, pods[0].semaphore, at, "%d at work, and neither loss nor silence explains it: %s", len(who), names(who))
+			return // all that follows is the same
+		}
+	}
+}
+
+// certain are those of the pods, but for some, that surely had a token, and were counted, all that time.
+func (c *checker) certain(pods []*podLife, s span, but ...*podLife) (all []*podLife) {
+	for _, p := range pods {
+		if slices.Contains(but, p) || !p.holds(s) {
+			continue
+		}
+		if _, ok := c.excuseWithin(p, s); !ok {
+			all = append(all, p)
+		}
+	}
+	return all
+}
+
+// checkLetIn looks at each token that was taken, with all that had rejoined by then: so overshoots end by themselves.
+func (c *checker) checkLetIn(pods []*podLife) {
+	for _, p := range pods {
+		if p.took.to == 0 {
+			continue
+		}
+		if others := c.certain(pods, p.took, p); len(others) >= p.length {
+			c.fail(ruleLetIn, p.semaphore, p.took.to,
+				"%s of length %d took a token within %s, when %d had one: %s", p.name, p.length, p.took, len(others), names(others))
+		}
+	}
+}
+
+// checkOrder looks at each token that was taken while somebody surely stood in line before, and there was no second one.
+func (c *checker) checkOrder(pods []*podLife) {
+	for _, q := range pods {
+		if q.took.to == 0 {
+			continue
+		}
+		for _, p := range pods {
+			if p == q || p.inLine == notYet || p.inLine > q.asked || p.length < q.length || p.took.to != 0 && p.took.from <= q.took.to {
+				continue
+			}
+			if c.ended(p) <= q.took.to || c.displaced(p, q.took.to) {
+				continue
+			}
+			if others := c.certain(pods, q.took, p, q); len(others) >= q.length-1 && q.length <= p.length && len(others)+2 > p.length {
+				c.fail(ruleOrder, q.semaphore, q.took.to, "%s, which asked at %.2f s, took the last token within %s, and %s was in line since %.2f s; %d had one: %s",
+					q.name, q.asked.Seconds(), q.took, p.name, p.inLine.Seconds(), len(others), names(others))
+			}
+		}
+	}
+}
+
+// ended is when a pod ended, in order or not.
+func (c *checker) ended(p *podLife) time.Duration {
+	end := unending
+	for _, at := range []time.Duration{p.ended, p.died} {
+		if at != notYet {
+			end = min(end, at)
+		}
+	}
+	return end
+}
+
+// displaced reports whether a pod may have lost its place in line for a while, before a moment: with Redis's data, or as it could not ask.
+func (c *checker) displaced(p *podLife, at time.Duration) bool {
+	const again = 4*time.Second + slack // a waiter asks again
+	for _, f := range c.faults {
+		if f.hits(p.semaphore) && f.loses != losesNothing && f.to >= p.inLine-recent && f.from <= at && at <= f.to+again+c.threshold {
+			return true
+		}
+	}
+	for _, s := range p.silences {
+		if s.to-s.from > lineQuiet*time.Second && s.from <= at && at <= s.to+again {
+			return true
+		}
+	}
+	return false
+}
