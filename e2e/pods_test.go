@@ -128,12 +128,17 @@ func pod(name, key string, length int, spec ...object) object {
 }
 
 // waiting makes a pod, or those of a workload, wait in line for their token.
-func waiting(o object) object {
+func waiting(o object) object { return whenFull(o, "wait") }
+
+// gated makes them wait for it unscheduled.
+func gated(o object) object { return whenFull(o, "gate") }
+
+func whenFull(o object, value string) object {
 	template := o
 	if spec := o["spec"].(object); spec["template"] != nil {
 		template = spec["template"].(object)
 	}
-	template["metadata"].(object)["annotations"].(object)[annotationPrefix+"when-full"] = "wait"
+	template["metadata"].(object)["annotations"].(object)[annotationPrefix+"when-full"] = value
 	return o
 }
 

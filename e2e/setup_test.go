@@ -41,6 +41,7 @@ const (
 	sharedPassword      = "fedcba9876543210" // of sidecars of all namespaces, as before each had its own
 	replicationPassword = "00112233445566778899"
 	statusPassword      = "99887766554433221100"
+	gatePassword        = "55667788990011223344"
 )
 
 func TestMain(m *testing.M) {
@@ -165,7 +166,7 @@ func install() error {
 	if _, err := kubectl(text, "apply", "-f", "-"); err != nil {
 		return err
 	}
-	if _, err := hook("create", "secret", "generic", "redis", "--from-literal=webhook-password="+webhookPassword, "--from-literal=replication-password="+replicationPassword, "--from-literal=status-password="+statusPassword); err != nil {
+	if _, err := hook("create", "secret", "generic", "redis", "--from-literal=webhook-password="+webhookPassword, "--from-literal=replication-password="+replicationPassword, "--from-literal=status-password="+statusPassword, "--from-literal=gate-password="+gatePassword); err != nil {
 		return err
 	}
 	if err := shell("deploy/certificate.sh"); err != nil {
@@ -199,7 +200,7 @@ func uninstall() error {
 	for _, args := range [][]string{
 		{"delete", "mutatingwebhookconfiguration", hookNamespace, "--ignore-not-found"},
 		{"delete", "namespace", "-l", "e2e=at-least-semaphore-pod-hook", "--ignore-not-found"},
-		{"delete", "-f", "../deploy/gate/rights.yaml", "--ignore-not-found"},
+		{"delete", "-k", "../deploy/gate", "--ignore-not-found"},
 		{"delete", "namespace", hookNamespace, "--ignore-not-found"},
 		{"delete", "persistentvolume", "-l", "e2e=at-least-semaphore-pod-hook", "--ignore-not-found"},
 	} {
