@@ -23,9 +23,12 @@ func TestKubernetesExpired(t *testing.T) {
 			n := s.namespace(t)
 			s.createPod(t, n, testGatedPod("old"))
 			s.createPod(t, n, testGatedPod("gone"))
+			s.createPod(t, n, testGatedPod("early"))
 			k := startWatching(t, s.settings, n)
-			k.want(t, 1, "gone", "old")
+			k.want(t, 1, "early", "gone", "old")
 			s.wantWatches(t, 1)
+			s.deletePod(t, n, "early") // which no list tells again
+			k.want(t, 1, "gone", "old")
 			s.failWatches(1000, http.StatusInternalServerError)
 			s.dropWatches()
 			s.wantWatches(t, 0)
@@ -37,7 +40,7 @@ func TestKubernetesExpired(t *testing.T) {
 			if got := k.get("gone").uid; got != string(again.UID) {
 				t.Errorf("the UID of the pod is %s, not that of the new one", got)
 			}
-			if !slices.Equal(k.drops, []string{"gone"}) {
+			if !slices.Equal(k.drops, []string{"early", "gone"}) {
 				t.Errorf("told of the end of %q", k.drops)
 			}
 			s.deletePod(t, n, "gone")
