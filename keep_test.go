@@ -1,0 +1,105 @@
+package main
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+
+	"github.com/google/uuid"
+)
+
+// places are so many, a microsecond after the other, from an arrival on.
+func places(n int, arrival int64, length int) (all []keptPlace) {
+	for i := range n {
+		all = append(all, keptPlace{uuid.NewString(), arrival + int64(i), length, newPodName(fmt.Sprintf("pod-%d", i), "")})
+	}
+	return all
+}
+
+func tokensOf(places []keptPlace) (tokens []string) {
+	for _, p := range places {
+		tokens = append(tokens, p.token)
+	}
+	return tokens
+}
+
+// Places are where the arrivals say, however often and in what order they are told; who is served is told, also of others.
+func TestKeepPlaces(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, startRedis(t))
+	holder := acquire(t, s, id, 2)
+	now := int64(r.now(t)) * 1e6
+	all := places(3*keepMost/2, now-1e9, 2) // in two commands
+	waiter, _ := stand(t, r, s, id, false)  // came later, as it counts
+	kept, err := s.keep(t.Context(), id, 0, all[1:])
+	must(t, err)
+	if kept.inUse != 1 || kept.waiters != len(all) || len(kept.joined) != len(all)-1 || kept.joined[all[5].token] != 5 || len(kept.held) > 0 {
+		t.Errorf("%d in use, %d waiters, %d joined, the sixth at %d, held %v", kept.inUse, kept.waiters, len(kept.joined), kept.joined[all[5].token], kept.held)
+	}
+	kept, err = s.keep(t.Context(), id, kept.created, all)
+	must(t, err)
+	want := append(tokensOf(all), waiter)
+	r.wantLine(t, id, want...)
+	if len(kept.joined) != 1 || kept.joined[all[0].token] != 1 {
+		t.Errorf("joined %v, want the first only", kept.joined)
+	}
+	if n := r.state(t, id, "lost"); n != 0 {
+		t.Errorf("taken for a loss: %d", n)
+	}
+	if names := r.do(t, "HGET", id.namesKey(), all[3].token+"/pod"); fmt.Sprintf("%s", names) != "0 pod-3 " {
+		t.Errorf("its pod is %q", names)
+	}
+
+	// One free token is for the first, the holder's too when it comes back.
+	maintain(t, s, id, 2)
+	kept, err = s.keep(t.Context(), id, kept.created, all[:1])
+	must(t, err)
+	if !slices.Equal(kept.served, []string{all[0].token}) {
+		t.Errorf("served %v", kept.served)
+	}
+	giveBack(t, s, id, holder)
+	kept, err = s.keep(t.Context(), id, kept.created, all[:1])
+	must(t, err)
+	if !slices.Equal(kept.served, tokensOf(all[:2])) {
+		t.Errorf("served %v", kept.served)
+	}
+	a, err := s.ask(t.Context(), id, question{all[0].token, 2, joinLine, ""})
+	if err != nil || a.status != acquireTaken {
+		t.Fatalf("got %+v, %v", a, err)
+	}
+	kept, err = s.keep(t.Context(), id, kept.created, all[:2])
+	must(t, err)
+	if !slices.Equal(kept.held, tokensOf(all[:1])) || len(kept.joined) > 0 {
+		t.Errorf("held %v, joined %v", kept.held, kept.joined)
+	}
+}
+
+// Who knows the semaphore for longer than Redis does tells of the loss: nothing is refilled before the holders are back.
+func TestKeepTellsOfALoss(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, startRedis(t))
+	all := places(1, 1, 1)
+	kept, err := s.keep(t.Context(), id, int64(r.now(t))-1000, all)
+	must(t, err)
+	if n := r.state(t, id, "lost"); n == 0 || kept.created < int64(n)-1 {
+		t.Errorf("lost is %d, created %d", n, kept.created)
+	}
+	if a, err := s.ask(t.Context(), id, question{all[0].token, 1, joinLine, ""}); err != nil || a.status != acquireFull || a.doubt == 0 {
+		t.Errorf("got %+v, %v", a, err)
+	}
+}
+
+// What is held stays, and what is not there is not put back.
+func TestHold(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, startRedis(t))
+	token, gone := acquire(t, s, id, 2), uuid.NewString()
+	r.makeStale(t, id, token)
+	lost, err := s.hold(t.Context(), id, []string{token, gone})
+	if err != nil || !slices.Equal(lost, []string{gone}) {
+		t.Errorf("lost %v, %v", lost, err)
+	}
+	r.wantInflight(t, id, token)
+	maintain(t, s, id, 2)
+	r.wantInflight(t, id, token)
+}
