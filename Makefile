@@ -104,6 +104,7 @@ RELEASE_IMAGE ?= ghcr.io/kaidotio/at-least-semaphore-pod-hook:$(VERSION)
 dist: build ## collect what belongs to a release in dist/: one manifest, scripts, licences, checksums. VERSION=v1.2.3 RELEASE_IMAGE=...
 	rm -rf dist && mkdir dist
 	kubectl kustomize deploy | sed 's|ghcr.io/kaidotio/at-least-semaphore-pod-hook:v[0-9.]*|$(RELEASE_IMAGE)|' >dist/install.yaml
+	kubectl kustomize deploy/gate | sed 's|ghcr.io/kaidotio/at-least-semaphore-pod-hook:v[0-9.]*|$(RELEASE_IMAGE)|' >dist/gate.yaml
 	cp deploy/certificate.sh deploy/path-secret.sh dist/
 	.ci/licences $(PROGRAM) >dist/licences.txt
 	cd dist && sha256sum * >checksums.txt
