@@ -19,10 +19,10 @@ import (
 // when.
 
 var (
-	chaosTime  = flag.Duration("chaos.time", time.Minute, "for how long the nemesis rages, with each queue")
-	chaosSeed  = flag.Uint64("chaos.seed", 1, "of all that is by chance")
+	chaosTime      = flag.Duration("chaos.time", time.Minute, "for how long the nemesis rages, with each queue")
+	chaosSeed      = flag.Uint64("chaos.seed", 1, "of all that is by chance")
 	chaosQueueFlag = flag.String("chaos.queue", "sentinel,cluster", "queues")
-	chaosPods  = flag.Int("chaos.pods", 28, "how many pods live at a time")
+	chaosPods      = flag.Int("chaos.pods", 28, "how many pods live at a time")
 )
 
 func TestChaos(t *testing.T) {
