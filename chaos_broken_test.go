@@ -3,14 +3,9 @@
 package main
 
 import (
-	"encoding/json"
 	"flag"
 	"math/rand/v2"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 )
@@ -28,18 +23,18 @@ func TestChaosFindsBrokenScripts(t *testing.T) {
 		rush  bool
 		rules []string // one of which is to be broken
 	}{
-		{"a length is taken for one more", []edit{{"acquire.lua", "local length = tonumber(ARGV[5])", "local length = tonumber(ARGV[5]) + 1"},
-			{"maintain.lua", "local length = tonumber(ARGV[5])", "local length = tonumber(ARGV[5]) + 1"}},
+		{"a length is taken for one more", []edit{{"lua/acquire.lua", "local length = tonumber(ARGV[5])", "local length = tonumber(ARGV[5]) + 1"},
+			{"lua/maintain.lua", "local length = tonumber(ARGV[5])", "local length = tonumber(ARGV[5]) + 1"}},
 			"", time.Second, false, []string{ruleCount, ruleLetIn}},
-		{"who does not wait ignores the line", []edit{{"acquire.lua", "redis.call('ZRANK', KEYS[3], token) or redis.call('ZCARD', KEYS[3])",
+		{"who does not wait ignores the line", []edit{{"lua/acquire.lua", "redis.call('ZRANK', KEYS[3], token) or redis.call('ZCARD', KEYS[3])",
 			"redis.call('ZRANK', KEYS[3], token) or 0"}}, "", time.Second, true, []string{ruleOrder}},
-		{"a token is stale after a third of the threshold", []edit{{"semaphore.lua", "math.max(tonumber(ARGV[3]), 2 * quiet)", "tonumber(ARGV[3]) / 3"}},
+		{"a token is stale after a third of the threshold", []edit{{"lua/semaphore.lua", "math.max(tonumber(ARGV[3]), 2 * quiet)", "tonumber(ARGV[3]) / 3"}},
 			briefPause, time.Second, false, []string{ruleCount, ruleLetIn}},
-		{"a heartbeat does not put back what was lost", []edit{{"heartbeat.lua", "redis.call('ZADD', KEYS[2], now, ARGV[5])",
+		{"a heartbeat does not put back what was lost", []edit{{"lua/heartbeat.lua", "redis.call('ZADD', KEYS[2], now, ARGV[5])",
 			"redis.call('ZADD', KEYS[2], 'XX', now, ARGV[5])"}}, dataLoss, 20 * time.Second, false, []string{ruleCount, ruleLetIn}},
-		{"a repair does not reclaim", []edit{{"maintain.lua", "if settled() then\n  local stale", "if false then\n  local stale"}},
+		{"a repair does not reclaim", []edit{{"lua/maintain.lua", "if settled() then\n  local stale", "if false then\n  local stale"}},
 			death, time.Minute, false, []string{ruleUnused, ruleFree, ruleDecided}},
-		{"silences do not count", []edit{{"semaphore.lua", "return now - math.max(resumed, lost) > quiet", "return true"}},
+		{"silences do not count", []edit{{"lua/semaphore.lua", "return now - math.max(resumed, lost) > quiet", "return true"}},
 			longOutage, 10 * time.Second, false, []string{ruleCount, ruleLetIn}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -65,33 +60,4 @@ func TestChaosFindsBrokenScripts(t *testing.T) {
 			t.Errorf("not found within %s; found was %q, kept in %s", *chaosFind, last, w.keep(w.history(), *chaosSeed))
 		})
 	}
-}
-
-// edit is what is once in a script, and what takes its place.
-type edit struct{ file, from, to string }
-
-// buildBroken builds the program with scripts in which texts are replaced.
-func buildBroken(t *testing.T, edits []edit) string {
-	t.Helper()
-	dir := t.TempDir()
-	replace := map[string]string{}
-	for _, e := range edits {
-		source, err := os.ReadFile(filepath.Join("lua", e.file))
-		must(t, err)
-		if n := strings.Count(string(source), e.from); n != 1 {
-			t.Fatalf("%q is %d times in %s", e.from, n, e.file)
-		}
-		path, err := filepath.Abs(filepath.Join("lua", e.file))
-		must(t, err)
-		replace[path] = filepath.Join(dir, e.file)
-		must(t, os.WriteFile(replace[path], []byte(strings.Replace(string(source), e.from, e.to, 1)), 0o600))
-	}
-	overlay, err := json.Marshal(map[string]any{"Replace": replace})
-	must(t, err)
-	file, program := filepath.Join(dir, "overlay.json"), filepath.Join(dir, "program")
-	must(t, os.WriteFile(file, overlay, 0o600))
-	if out, err := exec.Command("go", "build", "-overlay", file, "-o", program, ".").CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	return program
 }

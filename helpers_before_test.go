@@ -122,7 +122,7 @@ func deployedUsers(t *testing.T, folder string) (queue, lock []string) {
 	read := func(text string) []string {
 		args := strings.Fields("--user tester on >" + testPassword + " ~* &* +@all")
 		for line := range strings.Lines(text) {
-			words := strings.Fields(line)
+			words := userLine(line)
 			if len(words) > 3 && words[0] == "user" && (words[1] == "webhook" || words[1] == "sidecar") && words[2] == "on" {
 				args = append(append(args, "--user", words[1], "on", ">"+testPassword), words[4:]...) // words[3] is a password of another
 			}

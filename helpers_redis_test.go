@@ -11,6 +11,7 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -217,4 +218,13 @@ func anys(texts []string) (all []any) {
 		all = append(all, text)
 	}
 	return all
+}
+
+// userLine is a line of deploy/base/redis-scripts.yaml, as words, that begin with "user" if it makes one, if need be where there is a password.
+func userLine(line string) []string {
+	line = strings.TrimSpace(line)
+	if _, user, ok := strings.Cut(line, "_PASSWORD:+user "); ok && strings.HasPrefix(line, "${") {
+		line = "user " + strings.TrimSuffix(user, "}")
+	}
+	return strings.Fields(line)
 }

@@ -92,11 +92,7 @@ func TestACLsAreDeployed(t *testing.T) {
 	}
 	got := map[string][]string{}
 	for line := range strings.Lines(string(scripts)) {
-		line = strings.TrimSpace(line)
-		if _, rest, ok := strings.Cut(line, "_PASSWORD:+user "); ok && strings.HasPrefix(line, "${") {
-			line = "user " + strings.TrimSuffix(rest, "}")
-		}
-		words := strings.Fields(line)
+		words := userLine(line)
 		if len(words) < 3 || words[0] != "user" || want[words[1]] == nil {
 			continue
 		}

@@ -3,10 +3,8 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"maps"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -274,7 +272,7 @@ func TestUpgradeFindsWhatIsBroken(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			now := programBuild{"example.org/sidecar:now", binary}
 			if c.file != "" {
-				now.path = buildBroken(t, c.file, c.old, c.new)
+				now.path = buildBroken(t, []edit{{c.file, c.old, c.new}})
 			}
 			u := startUpgrade(t, ".", c.without)
 			u.roll(before, now, upgradeStage)
@@ -289,25 +287,4 @@ func TestUpgradeFindsWhatIsBroken(t *testing.T) {
 			t.Errorf("not found: %q", u.problems)
 		})
 	}
-}
-
-// buildBroken builds this program with something replaced in one of its files.
-func buildBroken(t *testing.T, file, old, new string) (path string) {
-	t.Helper()
-	text, err := os.ReadFile(file)
-	must(t, err)
-	if n := strings.Count(string(text), old); n != 1 {
-		t.Fatalf("%q is %d times in %s", old, n, file)
-	}
-	folder := t.TempDir()
-	here, err := filepath.Abs(file)
-	must(t, err)
-	broken, overlay := filepath.Join(folder, "broken"), filepath.Join(folder, "overlay.json")
-	must(t, os.WriteFile(broken, []byte(strings.Replace(string(text), old, new, 1)), 0o600))
-	list, err := json.Marshal(map[string]any{"Replace": map[string]string{here: broken}})
-	must(t, err)
-	must(t, os.WriteFile(overlay, list, 0o600))
-	path = filepath.Join(folder, "program")
-	must(t, build(path, "-overlay", overlay))
-	return path
 }
