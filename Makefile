@@ -94,6 +94,13 @@ measure: build ## measure waiting pods there, for half an hour; E2E_FLAGS='-run 
 measure-sidecars: test-needs ## measure up to a thousand waiting sidecars against one Redis, for some ten minutes; needs no cluster
 	go test -count=1 -tags measure -timeout 30m -v -run TestMeasureWaiters .
 
+BENCH_ROUNDS ?= 15
+
+.PHONY: bench
+bench: test-needs ## measure admissions side by side with a server that does nothing, in some three minutes; BENCH_ROUNDS=50 to be more sure
+	BENCH_ROUNDS=$(BENCH_ROUNDS) go test -count=1 -tags bench -timeout 60m -v -run '^TestBench$$' .
+	go test -run '^$$' -bench . .
+
 .PHONY: dashboard-picture
 dashboard-picture: test-needs ## draw docs/dashboard.svg from a real Prometheus's data, in some five minutes
 	go test -count=1 -tags measure -timeout 10m -run TestDrawDashboard .
@@ -123,7 +130,8 @@ lint: ## check format, vet, staticcheck and the workflows
 	go vet -tags abuse .
 	go vet -tags upgrade .
 	go vet -tags chaos .
+	go vet -tags bench .
 	go vet -tags e2e,measure . ./e2e
 	go -C demo vet ./...
-	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover,abuse,upgrade,chaos ./...
+	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover,abuse,upgrade,chaos,bench ./...
 	go tool -modfile=tools/go.mod actionlint

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"regexp"
@@ -124,7 +125,7 @@ func (s *redisServer) during(t *testing.T, f func()) scriptCost {
 }
 
 // median sorts the values.
-func median(values []int) int {
+func median[T cmp.Ordered](values []T) T {
 	slices.Sort(values)
 	return values[len(values)/2]
 }

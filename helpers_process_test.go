@@ -35,22 +35,11 @@ func newProcess(program string, args ...string) *process {
 
 func startProcess(t *testing.T, args ...string) *process {
 	t.Helper()
-	return startProcessOf(t, binary, args...)
-}
-
-// startProcessOf is startProcess for another build of the program.
-func startProcessOf(t *testing.T, program string, args ...string) *process {
-	t.Helper()
-	p := newProcess(program, args...)
+	p := newProcess(binary, args...)
 	if podUID, ok := podUIDs.Load(t); ok {
 		p.Env = append(os.Environ(), "POD_UID="+podUID.(string))
 	}
 	p.start(t)
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("log of %v:\n%s", args, p.log.String())
-		}
-	})
 	return p
 }
 
@@ -58,7 +47,12 @@ func startProcessOf(t *testing.T, program string, args ...string) *process {
 func (p *process) start(t *testing.T) {
 	t.Helper()
 	must(t, p.launch())
-	t.Cleanup(p.kill)
+	t.Cleanup(func() {
+		p.kill()
+		if t.Failed() {
+			t.Logf("log of %v:\n%s", p.Args[1:], p.log.String())
+		}
+	})
 }
 
 // launch starts the process, which has to be ended.

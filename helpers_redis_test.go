@@ -35,7 +35,7 @@ type redisServer struct {
 }
 
 // startRedis starts a redis-server of the test's own, with an append-only file so that it can be restarted.
-func startRedis(t *testing.T) *redisServer {
+func startRedis(t testing.TB) *redisServer {
 	t.Helper()
 	s, err := launchRedis(t.TempDir(), plain)
 	must(t, err)
@@ -126,7 +126,7 @@ var (
 )
 
 // commonRedis is one server for all tests that do not disturb it.
-func commonRedis(t *testing.T) *redisServer {
+func commonRedis(t testing.TB) *redisServer {
 	t.Helper()
 	sharedRedisOnce.Do(func() { sharedRedis, sharedRedisErr = launchRedis(filepath.Dir(binary), plain) })
 	must(t, sharedRedisErr)
@@ -141,7 +141,7 @@ func freshID() semaphoreID {
 	return semaphoreID{"shop", fmt.Sprintf("web-%d", lastKey.Add(1))}
 }
 
-func (s *redisServer) do(t *testing.T, command string, args ...any) any {
+func (s *redisServer) do(t testing.TB, command string, args ...any) any {
 	t.Helper()
 	reply, err := s.control.Do(command, args...)
 	must(t, err)

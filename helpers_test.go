@@ -60,7 +60,7 @@ func build(binary string, flags ...string) error {
 }
 
 // eventually polls until check returns nil, and fails with its last error.
-func eventually(t *testing.T, within time.Duration, check func() error) {
+func eventually(t testing.TB, within time.Duration, check func() error) {
 	t.Helper()
 	deadline := time.Now().Add(within)
 	for {
@@ -75,7 +75,7 @@ func eventually(t *testing.T, within time.Duration, check func() error) {
 	}
 }
 
-func must(t *testing.T, err error) {
+func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
@@ -83,7 +83,7 @@ func must(t *testing.T, err error) {
 }
 
 // freeAddress is an address on which nothing listens.
-func freeAddress(t *testing.T) string {
+func freeAddress(t testing.TB) string {
 	t.Helper()
 	for {
 		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10000+lastPort.Add(1)%20000))
@@ -204,7 +204,7 @@ type testWebhook struct {
 	log    *syncBuffer
 }
 
-func startWebhook(t *testing.T, c webhookConfig) *testWebhook {
+func startWebhook(t testing.TB, c webhookConfig) *testWebhook {
 	t.Helper()
 	var b syncBuffer
 	log := slog.New(slog.NewJSONHandler(&b, nil))
@@ -232,7 +232,7 @@ func (w *testWebhook) close() {
 }
 
 // review makes the AdmissionReview of a Deployment's pod, out of one that a real API server sent.
-func review(t *testing.T, id semaphoreID, length int, change ...func(request map[string]any)) []byte {
+func review(t testing.TB, id semaphoreID, length int, change ...func(request map[string]any)) []byte {
 	t.Helper()
 	r := readFixture(t, "deployment-pod.json")
 	request := r["request"].(map[string]any)
@@ -247,7 +247,7 @@ func review(t *testing.T, id semaphoreID, length int, change ...func(request map
 	return body
 }
 
-func readFixture(t *testing.T, name string) map[string]any {
+func readFixture(t testing.TB, name string) map[string]any {
 	t.Helper()
 	body, err := os.ReadFile(filepath.Join("testdata", "admission-reviews", name))
 	must(t, err)

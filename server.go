@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -64,16 +65,9 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	admissions, endAdmissions := context.WithCancelCause(context.Background())
 	defer endAdmissions(nil)
 	errorLog := newHTTPErrors(log)
-	webhookServer := &http.Server{
-		Handler:           w.routes(),
-		BaseContext:       func(net.Listener) context.Context { return admissions },
-		TLSConfig:         who.tls(cert),
-		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       10 * time.Second,
-		WriteTimeout:      maxTimeout + 5*time.Second,
-		IdleTimeout:       2 * time.Minute,
-		ErrorLog:          errorLog,
-	}
+	webhookServer := newWebhookServer(w.routes(), who.tls(cert), w.bounds)
+	webhookServer.BaseContext = func(net.Listener) context.Context { return admissions }
+	webhookServer.ErrorLog = errorLog
 	healthServer := &http.Server{
 		Handler:           w.healthRoutes(),
 		ReadHeaderTimeout: 5 * time.Second,
@@ -82,7 +76,6 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 		IdleTimeout:       time.Minute,
 		ErrorLog:          errorLog,
 	}
-	w.bounds.apply(webhookServer)
 	newBounds().apply(healthServer)
 
 	ctx, fail := context.WithCancelCause(ctx)
@@ -113,6 +106,20 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 		log.Info("stopped")
 	}
 	return err
+}
+
+// newWebhookServer is the server that the API server calls.
+func newWebhookServer(handler http.Handler, tls *tls.Config, b *bounds) *http.Server {
+	s := &http.Server{
+		Handler:           handler,
+		TLSConfig:         tls,
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      maxTimeout + 5*time.Second,
+		IdleTimeout:       2 * time.Minute,
+	}
+	b.apply(s)
+	return s
 }
 
 func listen(flag, address string) (net.Listener, error) {

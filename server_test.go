@@ -104,17 +104,32 @@ func startWebhookProcess(t *testing.T, redisAddress string, flags ...string) *we
 // startWebhookProcessOf is startWebhookProcess for another build of the program.
 func startWebhookProcessOf(t *testing.T, program, redisAddress string, flags ...string) *webhookProcess {
 	t.Helper()
+	w := newWebhookProcess(t, program, redisAddress, flags...)
+	w.begin(t)
+	return w
+}
+
+// newWebhookProcess is a webhook that is not started yet.
+func newWebhookProcess(t *testing.T, program, redisAddress string, flags ...string) *webhookProcess {
+	t.Helper()
 	w := &webhookProcess{certDir: t.TempDir()}
 	writeCertificate(t, w.certDir, 1)
 	address, health := freeAddress(t), freeAddress(t)
 	host, port, _ := net.SplitHostPort(address)
 	w.url, w.healthURL = "https://"+address, "http://"+health
-	w.process = startProcessOf(t, program, append([]string{"webhook", "--host=" + host, "--port=" + port, "--metrics-bind-address=" + health,
+	w.process = newProcess(program, append([]string{"webhook", "--host=" + host, "--port=" + port, "--metrics-bind-address=" + health,
 		"--certDir=" + w.certDir, "--queue-redis-address=" + redisAddress, "--redis-addresses=" + redisAddress}, flags...)...)
 	w.client = &http.Client{Transport: &http.Transport{
 		ForceAttemptHTTP2: true,
 		TLSClientConfig:   &tls.Config{InsecureSkipVerify: true}, // the certificate changes; what matters is its serial number
 	}}
+	return w
+}
+
+// begin starts it and waits until it serves.
+func (w *webhookProcess) begin(t *testing.T) {
+	t.Helper()
+	w.start(t)
 	t.Cleanup(w.client.CloseIdleConnections)
 	eventually(t, 20*time.Second, func() error {
 		response, err := http.Get(w.healthURL + "/readyz")
@@ -127,7 +142,6 @@ func startWebhookProcessOf(t *testing.T, program, redisAddress string, flags ...
 		}
 		return nil
 	})
-	return w
 }
 
 func (w *webhookProcess) post(body []byte) (status int, text string, serial int64, err error) {

@@ -25,7 +25,7 @@ import (
 
 // writeCertificate puts a new self-signed pair, tls.crt and tls.key, with that serial number into dir. It is good for a
 // server at 127.0.0.1 and for a client, and is its own authority.
-func writeCertificate(t *testing.T, dir string, serial int64) {
+func writeCertificate(t testing.TB, dir string, serial int64) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(t, err)
