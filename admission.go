@@ -33,6 +33,8 @@ type admissionRequest struct {
 	Operation   admissionv1.Operation   `json:"operation"`
 	DryRun      bool                    `json:"dryRun"`
 	Object      json.RawMessage         `json:"object"`
+
+	pod *pod // what the object is if it is a pod, where it was scanned
 }
 
 type pod struct {
@@ -114,9 +116,12 @@ func decodeReview(body []byte) (*admissionRequest, error) {
 	if len(body) == 0 {
 		return nil, bad("empty body: an AdmissionReview is expected")
 	}
-	var review admissionReview
-	if err := json.Unmarshal(body, &review); err != nil {
-		return nil, bad("decode AdmissionReview: %v", err)
+	review, ok := scanReview(body)
+	if !ok {
+		review = admissionReview{}
+		if err := json.Unmarshal(body, &review); err != nil {
+			return nil, bad("decode AdmissionReview: %v", err)
+		}
 	}
 	if v := admissionv1.SchemeGroupVersion.String(); review.APIVersion != v || review.Kind != "AdmissionReview" {
 		return nil, bad("got %s of %s: only AdmissionReview of %s is served", quoteShort(review.Kind), quoteShort(review.APIVersion), v)
@@ -138,6 +143,9 @@ func decodePod(r *admissionRequest) (*pod, error) {
 	}
 	if len(r.Object) == 0 || string(r.Object) == "null" {
 		return nil, bad("AdmissionReview of a pod without request.object")
+	}
+	if r.pod != nil {
+		return r.pod, nil
 	}
 	p := new(pod)
 	if err := json.Unmarshal(r.Object, p); err != nil {

@@ -80,9 +80,7 @@ func BenchmarkScript(b *testing.B) {
 
 // annotated changes an annotation of a review's pod.
 func annotated(name, value string) func(map[string]any) {
-	return func(request map[string]any) {
-		request["object"].(map[string]any)["metadata"].(map[string]any)["annotations"].(map[string]any)[name] = value
-	}
+	return func(request map[string]any) { annotationsOf(request)[name] = value }
 }
 
 // The webhook without HTTP/2 and TLS, by verdict.
