@@ -203,17 +203,19 @@ type decision struct {
 // admitter decides on admission requests.
 type admitter struct {
 	config     webhookConfig
+	injector   *injector
 	semaphores *semaphores
 	users      *namespaceUsers
 	pulse      *gatePulse
 }
 
-func newAdmitter(c webhookConfig, s *semaphores) admitter {
+func newAdmitter(c webhookConfig, s *semaphores) (admitter, error) {
+	i, err := newInjector(c)
 	users := new(namespaceUsers)
 	if c.redis.username != "" && c.sidecarRedisSecret != "" {
 		users.queue = s.queue
 	}
-	return admitter{c, s, users, &gatePulse{queue: s.queue}}
+	return admitter{c, i, s, users, &gatePulse{queue: s.queue}}, err
 }
 
 // decide answers one request. An error is *badRequest, or that no decision could be made; what the decision
@@ -271,11 +273,13 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 		case spec.whenFull == whenFullGate:
 			d.verdict = verdictGate
 		}
-		return d, d.admit(a.config, p, spec, "")
+		d.admit(a.injector, p, spec, "")
+		return d, nil
 	}
 	if r.DryRun {
 		d.verdict = verdictDryRun
-		return d, d.admit(a.config, p, spec, uuid.Nil.String())
+		d.admit(a.injector, p, spec, uuid.Nil.String())
+		return d, nil
 	}
 	var agreed int
 	d.token, agreed, err = a.semaphores.acquire(ctx, d.semaphore, newPodName(p.name(), ""), spec.length, spec.expiration)
@@ -293,7 +297,8 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 	if agreed != 0 && agreed != spec.length {
 		d.warn(warningLength, spec.length, agreed)
 	}
-	return d, d.admit(a.config, p, spec, d.token)
+	d.admit(a.injector, p, spec, d.token)
+	return d, nil
 }
 
 // refusal is the message to a user whose pod gets no token.
@@ -309,8 +314,9 @@ func refusal(e *fullError) string {
 }
 
 // admit puts the patch into the response: for a token, or without one for a pod that waits.
-func (d *decision) admit(c webhookConfig, p *pod, spec semaphoreSpec, token string) (err error) {
-	d.response.Patch, err = sidecarPatch(c, p, d.semaphore, spec, token)
+func (d *decision) admit(i *injector, p *pod, spec semaphoreSpec, token string) {
+	c := i.config
+	d.response.Patch = i.patch(p, d.semaphore, spec, token)
 	d.response.PatchType = new(admissionv1.PatchTypeJSONPatch)
 	if !c.enableSidecarContainers && (p.Spec.RestartPolicy == "Never" || p.Spec.RestartPolicy == "OnFailure") {
 		d.warn(warningNotCompleting)
@@ -323,7 +329,6 @@ func (d *decision) admit(c webhookConfig, p *pod, spec semaphoreSpec, token stri
 			d.warn("this pod keeps its own annotation %s; the cluster's is %s", name, quoteShort(c.podAnnotations[name]))
 		}
 	}
-	return err
 }
 
 // warnOfJob lets a Job pass, with a warning if its pods will not complete, or may wait. The warnings of its pods are for the

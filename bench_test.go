@@ -36,7 +36,8 @@ func BenchmarkDecode(b *testing.B) {
 
 // All of a decision but for the token: the decoding of the pod, the annotations, and the patch.
 func BenchmarkDecide(b *testing.B) {
-	a := &admitter{config: testConfig("127.0.0.1:6379")}
+	a, err := newAdmitter(testConfig("127.0.0.1:6379"), nil)
+	must(b, err)
 	r := benchmarkRequest(b, func(request map[string]any) { request["dryRun"] = true })
 	b.ReportAllocs()
 	for b.Loop() {
@@ -48,13 +49,12 @@ func BenchmarkDecide(b *testing.B) {
 }
 
 func BenchmarkPatch(b *testing.B) {
-	c := testConfig("127.0.0.1:6379")
+	i := mustInject(b, testConfig("127.0.0.1:6379"))
 	p, err := decodePod(benchmarkRequest(b))
 	must(b, err)
 	b.ReportAllocs()
 	for b.Loop() {
-		_, err := sidecarPatch(c, p, testID, testSpec, testToken)
-		must(b, err)
+		i.patch(p, testID, testSpec, testToken)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"path"
 	"strconv"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 )
@@ -35,6 +36,9 @@ var (
 	nodeNameVariable = fieldVariable("NODE_NAME", "spec.nodeName")
 )
 
+// podUIDReference is what Kubernetes replaces in arguments: the token of a pod that takes it itself.
+const podUIDReference = "$(POD_UID)"
+
 func fieldVariable(name, path string) corev1.EnvVar {
 	return corev1.EnvVar{Name: name, ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: path}}}
 }
@@ -60,8 +64,7 @@ func injectedContainer(c webhookConfig, name string, resources corev1.ResourceRe
 	}
 }
 
-// sidecarContainer is the container that runs the sidecar mode, and the volumes that it needs. An empty token is for a pod that
-// takes its token itself.
+// sidecarContainer is the container that runs the sidecar mode, and the volumes that it needs.
 func sidecarContainer(c webhookConfig, resources corev1.ResourceRequirements, id semaphoreID, spec semaphoreSpec, token string) (corev1.Container, []corev1.Volume) {
 	sidecar := injectedContainer(c, sidecarName, resources,
 		"sidecar",
@@ -87,12 +90,14 @@ func sidecarContainer(c webhookConfig, resources corev1.ResourceRequirements, id
 	}
 	if c.enableSidecarContainers {
 		volumes = append(volumes, addNative(&sidecar, c, spec)...)
-		if token == "" {
-			token = "$(POD_UID)"
-		}
 	}
 	sidecar.Args = append(sidecar.Args, id.String(), token)
 	return sidecar, volumes
+}
+
+func lengthFlag(length int) string { return "--length=" + strconv.Itoa(length) }
+func expirationFlag(expiration time.Duration) string {
+	return "--expiration-seconds=" + strconv.Itoa(seconds(expiration))
 }
 
 // addNative makes it a native sidecar that acquires its token, in line if need be. It returns the volumes that this needs.
@@ -100,8 +105,8 @@ func addNative(sidecar *corev1.Container, c webhookConfig, spec semaphoreSpec) (
 	sidecar.RestartPolicy = new(corev1.ContainerRestartPolicyAlways)
 	sidecar.Env = append(sidecar.Env, podUIDVariable)
 	sidecar.Args = append(sidecar.Args,
-		"--length="+strconv.Itoa(spec.length),
-		"--expiration-seconds="+strconv.Itoa(seconds(spec.expiration)),
+		lengthFlag(spec.length),
+		expirationFlag(spec.expiration),
 		"--lock-mode="+c.lockMode)
 	if c.lockMode != lockModeEtcd {
 		sidecar.Args = append(sidecar.Args, "--redis-addresses="+strings.Join(c.redisAddresses, ","))
@@ -162,14 +167,31 @@ func caVolume(from objectReference) corev1.Volume {
 	return volume
 }
 
-// resourcesFor are the requests and limits of each container that is injected into a pod. A pod of the QoS class Guaranteed
-// keeps it. One that has resources as a whole has them for the injected containers, too: it may be refused if the requests of its
-// containers add up to more.
-func resourcesFor(c webhookConfig, p *pod) corev1.ResourceRequirements {
+// resourceKind tells which requests and limits each container has that is injected into a pod.
+type resourceKind int
+
+const (
+	resourcesBurstable  resourceKind = iota
+	resourcesGuaranteed              // a pod of this QoS class keeps it
+	resourcesOfPod                   // it has resources as a whole, and may be refused if the requests of its containers add up to more
+	resourceKinds
+)
+
+func resourceKindOf(p *pod) resourceKind {
 	switch {
 	case len(p.Spec.Resources.Limits)+len(p.Spec.Resources.Requests) > 0:
-		return corev1.ResourceRequirements{}
+		return resourcesOfPod
 	case p.isGuaranteed():
+		return resourcesGuaranteed
+	}
+	return resourcesBurstable
+}
+
+func (k resourceKind) resources(c webhookConfig) corev1.ResourceRequirements {
+	switch k {
+	case resourcesOfPod:
+		return corev1.ResourceRequirements{}
+	case resourcesGuaranteed:
 		return corev1.ResourceRequirements{Requests: c.sidecarLimits, Limits: c.sidecarLimits}
 	}
 	return corev1.ResourceRequirements{Requests: c.sidecarRequests, Limits: c.sidecarLimits}

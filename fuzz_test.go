@@ -56,7 +56,9 @@ func fuzzedWebhook(f *testing.F) *webhook {
 	}
 	s := newSemaphores(c.sharedConfig, nil, 1, log)
 	s.outages.parts[0] = outage{began: time.Now().Add(-time.Hour), last: time.Now()} // it does not wait for Redis
-	return &webhook{admitter: newAdmitter(c, s), callers: who, bounds: newBounds(), log: log}
+	a, err := newAdmitter(c, s)
+	must(f, err)
+	return &webhook{admitter: a, callers: who, bounds: newBounds(), log: log}
 }
 
 // Whatever is posted, the answer is an AdmissionReview of the same UID, or says what is wrong with the request.
@@ -117,9 +119,7 @@ func FuzzPod(f *testing.F) {
 		c := testConfig("redis:6379")
 		c.enableSidecarContainers = native
 		c.sidecarImagePullSecret, c.sidecarRedisCA = "pull", objectReference{"secret", "ca"}
-		patch, err := sidecarPatch(c, p, testID, testSpec, testToken)
-		must(t, err)
-		wantApplies(t, object, patch)
+		wantApplies(t, object, mustInject(t, c).patch(p, testID, testSpec, testToken))
 	})
 }
 

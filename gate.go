@@ -233,10 +233,10 @@ func (g *gate) event(p *watchedPod, warning bool, reason, action, id, note strin
 func (g *gate) lift(ctx context.Context, id semaphoreID, p *watchedPod, taken time.Time) (again time.Duration) {
 	index := slices.Index(p.gates, gateName)
 	var steps patch
-	steps.test(p.uid, "metadata", "uid")
-	steps.test(gateName, "spec", "schedulingGates", strconv.Itoa(index), "name")
+	steps.test(jsonText(p.uid), "metadata", "uid")
+	steps.test(jsonText(gateName), "spec", "schedulingGates", strconv.Itoa(index), "name")
 	steps.remove("spec", "schedulingGates", strconv.Itoa(index))
-	steps.add(strconv.FormatInt(time.Now().Unix(), 10), "metadata", "labels", labelGated)
+	steps.add(jsonText(strconv.FormatInt(time.Now().Unix(), 10)), "metadata", "labels", labelGated)
 	err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps)
 	switch {
 	case err == nil:
@@ -256,7 +256,7 @@ func (g *gate) lift(ctx context.Context, id semaphoreID, p *watchedPod, taken ti
 // letGo removes our label: the pod needs us no longer.
 func (g *gate) letGo(ctx context.Context, p *watchedPod) (again time.Duration) {
 	var steps patch
-	steps.test(p.uid, "metadata", "uid")
+	steps.test(jsonText(p.uid), "metadata", "uid")
 	steps.remove("metadata", "labels", labelGated)
 	err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps)
 	if err != nil && !errors.Is(err, errPodChanged) && !errors.Is(err, errNoPod) && ctx.Err() == nil {

@@ -250,7 +250,7 @@ func (s *apiServer) deletePod(t *testing.T, namespace, name string) {
 func (s *apiServer) label(t *testing.T, namespace, name, label, value string) {
 	t.Helper()
 	var steps patch
-	steps.add(value, "metadata", "labels", label)
+	steps.add(jsonText(value), "metadata", "labels", label)
 	s.direct(t, http.MethodPatch, podPath(namespace, name), steps, nil)
 }
 
@@ -313,3 +313,6 @@ func (s *apiServer) failEvents(times int32) {
 		return true
 	})
 }
+
+// MarshalJSON implements json.Marshaler.
+func (p patch) MarshalJSON() ([]byte, error) { return p.json(), nil }

@@ -211,7 +211,9 @@ func startWebhook(t testing.TB, c webhookConfig) *testWebhook {
 	c.redis.counts = new(redisCounts)
 	who, err := newCallers(c, log)
 	must(t, err)
-	w := &webhook{admitter: newAdmitter(c, newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log)), callers: who, bounds: newBounds(), log: log}
+	a, err := newAdmitter(c, newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log))
+	must(t, err)
+	w := &webhook{admitter: a, callers: who, bounds: newBounds(), log: log}
 	w.semaphores.metrics = newMetrics(c.redis.counts)
 	w.semaphores.metrics.watchSemaphores(w.semaphores)
 	w.semaphores.metrics.watchGate(w.pulse)
@@ -315,7 +317,10 @@ func readAdmission(status int, text string) (admission, error) {
 	if r := answer.Response.Result; r != nil {
 		a.code, a.message = r.Code, r.Message
 	}
-	var patch []patchOperation
+	var patch []struct {
+		Path  string
+		Value any
+	}
 	if a.patch != nil {
 		if err := json.Unmarshal(a.patch, &patch); err != nil {
 			return admission{}, err

@@ -169,11 +169,7 @@ func (k *kubernetes) getPod(ctx context.Context, namespace, name, uid string) (p
 // patchPod changes a pod by a JSON patch, which should test all that it relies on, the UID first: then it is safe to send it twice.
 // Its errors are errNoPod, errPodChanged, errTryAgain, and others (see there).
 func (k *kubernetes) patchPod(ctx context.Context, namespace, name string, steps patch) error {
-	body, err := json.Marshal(steps)
-	if err != nil {
-		return err
-	}
-	return k.call(ctx, http.MethodPatch, podPath(namespace, name), "application/json-patch+json", body, nil)
+	return k.call(ctx, http.MethodPatch, podPath(namespace, name), "application/json-patch+json", steps.json(), nil)
 }
 
 func podsPath(namespace string) string {

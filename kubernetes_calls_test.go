@@ -18,8 +18,8 @@ import (
 
 // liftGate is the patch that removes our gate of a testGatedPod.
 func liftGate(uid string) (steps patch) {
-	steps.test(uid, "metadata", "uid")
-	steps.test(testGate, "spec", "schedulingGates", "1", "name")
+	steps.test(jsonText(uid), "metadata", "uid")
+	steps.test(jsonText(testGate), "spec", "schedulingGates", "1", "name")
 	steps.remove("spec", "schedulingGates", "1")
 	return steps
 }
@@ -54,8 +54,8 @@ func TestKubernetesPatch(t *testing.T) {
 	}
 	wantGates("example.org/other")
 	var old patch
-	old.test("1", "metadata", "resourceVersion")
-	old.add("false", "metadata", "labels", testLabel)
+	old.test(jsonText("1"), "metadata", "resourceVersion")
+	old.add(jsonText("false"), "metadata", "labels", testLabel)
 	if err := k.patchPod(t.Context(), n, "p", old); !errors.Is(err, errPodChanged) {
 		t.Errorf("another version: %v", err)
 	}
@@ -197,7 +197,7 @@ func TestKubernetesIsGentle(t *testing.T) {
 	for i := range patches {
 		wg.Go(func() {
 			var steps patch
-			steps.add("yes", "metadata", "labels", annotationPrefix+"changed")
+			steps.add(jsonText("yes"), "metadata", "labels", annotationPrefix+"changed")
 			if err := k.patchPod(t.Context(), n, fmt.Sprintf("p%d", i), steps); errors.Is(err, errTryAgain) {
 				refused.Add(1)
 			} else if err != nil {

@@ -2,35 +2,46 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"maps"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 )
 
-// patchOperation is one step of a JSON patch (RFC 6902).
-type patchOperation struct {
-	Op    string `json:"op"`
-	Path  string `json:"path"`
-	Value any    `json:"value,omitempty"`
+// patch is a JSON patch (RFC 6902) in the making: the text of its steps, without the brackets around all of them.
+type patch struct{ text []byte }
+
+// step begins a step; what follows the path, and the end of it, is to be appended.
+func (p *patch) step(op string, path []string) {
+	if len(p.text) > 0 {
+		p.text = append(p.text, ',')
+	}
+	p.text = append(p.text, `{"op":"`...)
+	p.text = append(p.text, op...)
+	p.text = append(p.text, `","path":`...)
+	p.text = append(p.text, jsonText(jsonPointer(path...))...)
 }
 
-// patch is a JSON patch in the making.
-type patch []patchOperation
-
-func (p *patch) add(value any, path ...string) {
-	*p = append(*p, patchOperation{"add", jsonPointer(path...), value})
-}
+// add adds a value, which is JSON.
+func (p *patch) add(value []byte, path ...string) { p.valued("add", value, path) }
 
 func (p *patch) remove(path ...string) {
-	*p = append(*p, patchOperation{Op: "remove", Path: jsonPointer(path...)})
+	p.step("remove", path)
+	p.text = append(p.text, '}')
 }
 
-// test lets the whole patch fail where the value is another one.
-func (p *patch) test(value any, path ...string) {
-	*p = append(*p, patchOperation{"test", jsonPointer(path...), value})
+// test lets the whole patch fail where the value, which is JSON, is another one.
+func (p *patch) test(value []byte, path ...string) { p.valued("test", value, path) }
+
+// valued is a step with a value.
+func (p *patch) valued(op string, value []byte, path []string) {
+	p.step(op, path)
+	p.text = append(p.text, `,"value":`...)
+	p.text = append(append(p.text, value...), '}')
 }
 
 // removeNamed removes the items of a list in the pod's spec that have one of the names.
@@ -43,27 +54,133 @@ func (p *patch) removeNamed(list string, items []string, names ...string) {
 }
 
 // appendTo appends an item to a list in the pod's spec, or makes the list if it is not there; then it is.
-func appendTo[T any](p *patch, list string, there *bool, item T) {
+func (p *patch) appendTo(list string, there *bool, item []byte) {
 	if !*there {
-		p.add([]T{item}, "spec", list)
+		p.add(jsonList(item), "spec", list)
 	} else {
 		p.add(item, "spec", list, "-")
 	}
 	*there = true
 }
 
+func (p *patch) json() []byte { return jsonList(p.text) }
+
+// jsonList is a list of items.
+func jsonList(items ...[]byte) []byte {
+	size := 2
+	for _, i := range items {
+		size += len(i) + 1
+	}
+	list := append(make([]byte, 0, size), '[')
+	for n, i := range items {
+		if n > 0 {
+			list = append(list, ',')
+		}
+		list = append(list, i...)
+	}
+	return append(list, ']')
+}
+
+// jsonText is a text as JSON.
+func jsonText(text string) []byte {
+	encoded, _ := json.Marshal(text) // which a string does not make fail
+	return encoded
+}
+
 // jsonPointer joins the steps of a path (RFC 6901).
 func jsonPointer(steps ...string) string {
-	escape := strings.NewReplacer("~", "~0", "/", "~1")
 	var b strings.Builder
 	for _, s := range steps {
 		b.WriteByte('/')
-		b.WriteString(escape.Replace(s))
+		b.WriteString(pointerEscapes.Replace(s))
 	}
 	return b.String()
 }
 
-// sidecarPatch is the JSON patch that gives a pod its sidecar, for a token that the webhook has taken, or without one for a
+var pointerEscapes = strings.NewReplacer("~", "~0", "/", "~1")
+
+// injector makes the patches that give pods their sidecars. What it injects is made once, with holes for the few values that differ from pod
+// to pod.
+type injector struct {
+	config   webhookConfig
+	sidecars [resourceKinds]template
+	awaits   [resourceKinds][]byte
+	volumes  [][]byte
+	secret   []byte // of imagePullSecrets
+}
+
+func newInjector(c webhookConfig) (*injector, error) {
+	i := &injector{config: c}
+	for kind := range resourceKinds {
+		resources := kind.resources(c)
+		sidecar, volumes := sidecarContainer(c, resources, holes.id, holes.spec, holes.token)
+		text, err := json.Marshal(sidecar)
+		if err != nil {
+			return nil, fmt.Errorf("encode the sidecar: %w", err)
+		}
+		i.sidecars[kind] = newTemplate(string(text))
+		if i.awaits[kind], err = json.Marshal(awaitContainer(c, resources)); err != nil {
+			return nil, fmt.Errorf("encode the await: %w", err)
+		}
+		i.volumes = nil
+		for _, v := range volumes {
+			text, err := json.Marshal(v)
+			if err != nil {
+				return nil, fmt.Errorf("encode a volume: %w", err)
+			}
+			i.volumes = append(i.volumes, text)
+		}
+	}
+	var err error
+	i.secret, err = json.Marshal(corev1.LocalObjectReference{Name: c.sidecarImagePullSecret})
+	return i, err
+}
+
+// holes are values that no pod can have. Each makes one argument of the sidecar, which newTemplate finds.
+var holes = struct {
+	id    semaphoreID
+	spec  semaphoreSpec
+	token string
+}{semaphoreID{"{namespace}", "{key}"}, semaphoreSpec{length: 123456789, expiration: 987654321 * time.Second}, "{token}"}
+
+// template is the text of a sidecar, in pieces; hole n is behind piece n.
+type template struct {
+	pieces []string
+	holes  []int // indexes into what fill is given
+}
+
+func newTemplate(text string) (t template) {
+	arguments := []string{lengthFlag(holes.spec.length), expirationFlag(holes.spec.expiration), holes.id.String(), holes.token}
+	for {
+		at, hole := len(text), -1
+		for n, argument := range arguments {
+			if i := strings.Index(text, string(jsonText(argument))); i >= 0 && i < at {
+				at, hole = i, n
+			}
+		}
+		t.pieces = append(t.pieces, text[:at])
+		if hole < 0 {
+			return t
+		}
+		t.holes = append(t.holes, hole)
+		text = text[at+len(jsonText(arguments[hole])):]
+	}
+}
+
+// fill is the text for a pod.
+func (t template) fill(id semaphoreID, spec semaphoreSpec, token string) []byte {
+	arguments := [...]string{lengthFlag(spec.length), expirationFlag(spec.expiration), id.String(), token}
+	text := make([]byte, 0, 2048)
+	for n, piece := range t.pieces {
+		text = append(text, piece...)
+		if n < len(t.holes) {
+			text = append(text, jsonText(arguments[t.holes[n]])...)
+		}
+	}
+	return text
+}
+
+// patch is the JSON patch that gives a pod its sidecar, for a token that the webhook has taken, or without one for a
 // pod that is to wait for it. It only adds to the pod, but for what another such patch has added, as in a pod that was made from
 // the YAML of another: that is removed.
 //
@@ -71,42 +188,46 @@ func jsonPointer(steps ...string) string {
 // containers in order, and none before the one before it has started, if it is a sidecar, or else has ended well: so no other
 // container runs without a token. It stops sidecars in reverse order after the app. A classic sidecar goes last in containers,
 // so that the app stays the default container of kubectl.
-func sidecarPatch(c webhookConfig, p *pod, id semaphoreID, spec semaphoreSpec, token string) ([]byte, error) {
-	var steps patch
+func (i *injector) patch(p *pod, id semaphoreID, spec semaphoreSpec, token string) []byte {
+	steps := patch{make([]byte, 0, 4096)}
 	steps.removeNamed("initContainers", namesOf(p.Spec.InitContainers), sidecarName, awaitName)
 	steps.removeNamed("containers", namesOf(p.Spec.Containers), sidecarName, awaitName)
 	steps.removeNamed("volumes", namesOf(p.Spec.Volumes), caVolumeName, etcdVolumeName)
-	resources := resourcesFor(c, p)
-	sidecar, volumes := sidecarContainer(c, resources, id, spec, token)
+	kind := resourceKindOf(p)
+	argument := token
+	if token == "" && i.config.enableSidecarContainers {
+		argument = podUIDReference
+	}
+	sidecar := i.sidecars[kind].fill(id, spec, argument)
 	switch {
-	case !c.enableSidecarContainers:
+	case !i.config.enableSidecarContainers:
 		steps.add(sidecar, "spec", "containers", "-")
 	case p.Spec.InitContainers == nil:
-		steps.add([]corev1.Container{sidecar, awaitContainer(c, resources)}, "spec", "initContainers")
+		steps.add(jsonList(sidecar, i.awaits[kind]), "spec", "initContainers")
 	default:
 		steps.add(sidecar, "spec", "initContainers", "0")
-		steps.add(awaitContainer(c, resources), "spec", "initContainers", "1")
+		steps.add(i.awaits[kind], "spec", "initContainers", "1")
 	}
 	there := p.Spec.Volumes != nil
-	for _, v := range volumes {
-		appendTo(&steps, "volumes", &there, v)
+	for _, v := range i.volumes {
+		steps.appendTo("volumes", &there, v)
 	}
-	if name := c.sidecarImagePullSecret; name != "" && !slices.Contains(namesOf(p.Spec.ImagePullSecrets), name) {
+	if name := i.config.sidecarImagePullSecret; name != "" && !slices.Contains(namesOf(p.Spec.ImagePullSecrets), name) {
 		there := p.Spec.ImagePullSecrets != nil
-		appendTo(&steps, "imagePullSecrets", &there, corev1.LocalObjectReference{Name: name})
+		steps.appendTo("imagePullSecrets", &there, i.secret)
 	}
 	setGate(&steps, p, spec.whenFull == whenFullGate)
 	if _, ok := p.Metadata.Annotations[annotationToken]; token != "" {
-		steps.add(token, "metadata", "annotations", annotationToken)
+		steps.add(jsonText(token), "metadata", "annotations", annotationToken)
 	} else if ok {
 		steps.remove("metadata", "annotations", annotationToken)
 	}
-	for _, name := range slices.Sorted(maps.Keys(c.podAnnotations)) {
+	for _, name := range slices.Sorted(maps.Keys(i.config.podAnnotations)) {
 		if _, ok := p.Metadata.Annotations[name]; !ok {
-			steps.add(c.podAnnotations[name], "metadata", "annotations", name)
+			steps.add(jsonText(i.config.podAnnotations[name]), "metadata", "annotations", name)
 		}
 	}
-	return json.Marshal(steps)
+	return steps.json()
 }
 
 // setGate lets the pod have our scheduling gate and label, or not: one that is made from the YAML of another may have them already.
@@ -121,11 +242,11 @@ func setGate(steps *patch, p *pod, gated bool) {
 	}
 	if !slices.Contains(namesOf(p.Spec.SchedulingGates), gateName) {
 		there := p.Spec.SchedulingGates != nil
-		appendTo(steps, "schedulingGates", &there, named{gateName})
+		steps.appendTo("schedulingGates", &there, []byte(`{"name":"`+gateName+`"}`))
 	}
 	if p.Metadata.Labels == nil {
-		steps.add(map[string]string{labelGated: "true"}, "metadata", "labels")
+		steps.add([]byte(`{"`+labelGated+`":"true"}`), "metadata", "labels")
 	} else {
-		steps.add("true", "metadata", "labels", labelGated)
+		steps.add(jsonText("true"), "metadata", "labels", labelGated)
 	}
 }

@@ -20,14 +20,19 @@ var (
 
 const testToken = "b7a1f0de-8a0e-4b0c-9d52-0a3c1a7de001"
 
+func mustInject(t testing.TB, c webhookConfig) *injector {
+	t.Helper()
+	i, err := newInjector(c)
+	must(t, err)
+	return i
+}
+
 // patched applies the patch for a token to the JSON of a pod.
 func patched(t *testing.T, c webhookConfig, object []byte, token string) map[string]any {
 	t.Helper()
 	p := new(pod)
 	must(t, json.Unmarshal(object, p))
-	encoded, err := sidecarPatch(c, p, testID, testSpec, token)
-	must(t, err)
-	patch, err := jsonpatch.DecodePatch(encoded)
+	patch, err := jsonpatch.DecodePatch(mustInject(t, c).patch(p, testID, testSpec, token))
 	must(t, err)
 	result, err := patch.Apply(object)
 	must(t, err)

@@ -52,7 +52,7 @@ func TestSidecarsOfASentinelGroup(t *testing.T) {
 	}
 	c, err := parseWebhookConfig([]string{"--queue-redis-address=" + address, "--sidecar-redis-secret=s"}, getenv)
 	must(t, err)
-	sidecar, _ := sidecarContainer(c, resourcesFor(c, new(pod)), testID, testSpec, testToken)
+	sidecar, _ := sidecarContainer(c, resourcesBurstable.resources(c), testID, testSpec, testToken)
 	if !slices.Contains(sidecar.Args, "--queue-redis-address="+address) {
 		t.Errorf("args %v", sidecar.Args)
 	}

@@ -60,7 +60,11 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	s.metrics = newMetrics(c.redis.counts)
 	s.metrics.watchCertificate(cert)
 	s.metrics.watchSemaphores(s)
-	w := &webhook{admitter: newAdmitter(c, s), callers: who, bounds: newBounds(), log: log, stopping: ctx.Done()}
+	a, err := newAdmitter(c, s)
+	if err != nil {
+		return err
+	}
+	w := &webhook{admitter: a, callers: who, bounds: newBounds(), log: log, stopping: ctx.Done()}
 	s.metrics.watchGate(w.pulse)
 	admissions, endAdmissions := context.WithCancelCause(context.Background())
 	defer endAdmissions(nil)
