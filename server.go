@@ -198,6 +198,9 @@ func (w *webhook) mutate(rw http.ResponseWriter, r *http.Request) {
 	if err == nil {
 		d.audit()
 		err = deliver(ctx, rw, d.response)
+		if err == nil && d.verdict != "" {
+			err = wantDelivered(rw)
+		}
 		if err != nil && d.verdict != "" {
 			d.verdict = verdictUndeliverable
 		}
@@ -304,7 +307,7 @@ func (w *webhook) readReview(ctx context.Context, rw http.ResponseWriter, r *htt
 	return request, body.done, err
 }
 
-// deliver sends an answer, as far as can be told from here: an error says that the API server did not get it.
+// deliver writes an answer; an error says that the API server does not get it.
 func deliver(ctx context.Context, rw http.ResponseWriter, response *admissionv1.AdmissionResponse) error {
 	body, err := json.Marshal(admissionv1.AdmissionReview{
 		TypeMeta: metav1.TypeMeta{APIVersion: admissionv1.SchemeGroupVersion.String(), Kind: "AdmissionReview"},
@@ -323,6 +326,11 @@ func deliver(ctx context.Context, rw http.ResponseWriter, response *admissionv1.
 	if _, err := rw.Write(body); err != nil {
 		return fmt.Errorf("deliver the answer: %w", err)
 	}
+	return nil
+}
+
+// wantDelivered sends what was written, which costs a packet more than to let the server do that: its error is that of deliver.
+func wantDelivered(rw http.ResponseWriter) error {
 	if err := http.NewResponseController(rw).Flush(); err != nil {
 		return fmt.Errorf("deliver the answer: %w", err)
 	}
