@@ -19,6 +19,7 @@ import (
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -44,7 +45,7 @@ func init() {
 	}
 }
 
-// serveFloor answers each POST with what was PUT last, and a GET with its memory statistics, as /metrics has them.
+// serveFloor answers each POST with what was PUT last, and a GET with what /metrics tells of a process.
 func serveFloor(address, folder string) error {
 	log := slog.New(slog.DiscardHandler)
 	cert, err := loadCertificate(folder, log)
@@ -71,7 +72,10 @@ func serveFloor(address, folder string) error {
 		case r.Method == http.MethodGet:
 			var m runtime.MemStats
 			runtime.ReadMemStats(&m)
-			fmt.Fprintf(rw, "go_memstats_mallocs_total %d\ngo_memstats_alloc_bytes_total %d\n", m.Mallocs, m.TotalAlloc)
+			var u syscall.Rusage
+			_ = syscall.Getrusage(syscall.RUSAGE_SELF, &u)
+			fmt.Fprintf(rw, "go_memstats_mallocs_total %d\ngo_memstats_alloc_bytes_total %d\nprocess_cpu_seconds_total %g\n",
+				m.Mallocs, m.TotalAlloc, float64(u.Utime.Nano()+u.Stime.Nano())/1e9)
 		default:
 			text := *answer.Load()
 			rw.Header().Set("Content-Type", "application/json")
@@ -145,24 +149,26 @@ func (f *target) do(method string, body []byte) ([]byte, error) {
 	return text, err
 }
 
-// memory is how many allocations the process has made, and of how many bytes.
-func (f *target) memory(t *testing.T) (allocations, size float64) {
+// statistic reads numbers of the process.
+func (f *target) statistic(t *testing.T) func(name string) float64 {
 	t.Helper()
 	response, err := f.client.Get(f.statistics)
 	must(t, err)
 	defer response.Body.Close()
 	text, err := io.ReadAll(response.Body)
 	must(t, err)
-	number := func(name string) float64 {
-		m := regexp.MustCompile(`(?m)^` + name + ` (\S+)$`).FindSubmatch(text)
-		if m == nil {
-			t.Fatalf("no %s in %s", name, text)
-		}
-		n, err := strconv.ParseFloat(string(m[1]), 64)
-		must(t, err)
-		return n
+	return func(name string) float64 { return numberIn(t, text, `(?m)^`+name+` (\S+)$`) }
+}
+
+func numberIn(t *testing.T, text []byte, pattern string) float64 {
+	t.Helper()
+	m := regexp.MustCompile(pattern).FindSubmatch(text)
+	if m == nil {
+		t.Fatalf("no %s in %s", pattern, text)
 	}
-	return number("go_memstats_mallocs_total"), number("go_memstats_alloc_bytes_total")
+	n, err := strconv.ParseFloat(string(m[1]), 64)
+	must(t, err)
+	return n
 }
 
 // benchCase is a kind of request.
@@ -239,10 +245,10 @@ func ratios(a, b []float64) (all []float64) {
 func TestBench(t *testing.T) {
 	r := deployedRedis(t)
 	webhook, floor := startBenchWebhook(t, r), startFloor(t)
-	fmt.Printf("%d processors, %s, %d pairs of slices of %s for each line; times in ms\n\n%s\n%s\n",
+	fmt.Printf("%d processors, %s, %d pairs of slices of %s for each line\n\n%s\n%s\n",
 		runtime.NumCPU(), runtime.Version(), benchRounds, benchSlice,
-		"| | at once | requests/s | floor | ratio | p50 | floor | ratio | p99 | floor | ratio | allocations | KB | commands |",
-		"| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+		"| | at once | requests/s | floor | ratio | p50, ms | to floor | p99, ms | to floor | CPU, us | floor | Redis | allocations | KB | commands |",
+		"| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
 	for _, c := range benchCases(t, r) {
 		answer, err := webhook.do(http.MethodPost, c.bodies[0])
 		must(t, err)
@@ -251,10 +257,8 @@ func TestBench(t *testing.T) {
 		for _, n := range []int{1, 8, 32} {
 			c.slice(t, webhook, n)
 			c.slice(t, floor, n)
-			before := webhook.costs(t, r)
-			look := webhook.costs(t, r).minus(before)
-			before = webhook.costs(t, r)
 			var ours, theirs benchSeries
+			floorBefore, before := floor.costs(t, r), webhook.costs(t, r)
 			for round := range benchRounds {
 				if round%2 == 0 {
 					ours.add(c.slice(t, webhook, n))
@@ -264,32 +268,40 @@ func TestBench(t *testing.T) {
 					ours.add(c.slice(t, webhook, n))
 				}
 			}
-			cost := webhook.costs(t, r).minus(before).minus(look).per(len(ours.all))
+			after := webhook.costs(t, r)
+			look := webhook.costs(t, r).each(after, 1) // at what it costs
+			cost, floorCost := after.each(before, len(ours.all)), floor.costs(t, r).each(floorBefore, len(theirs.all))
+			cost = cost.each(look.each(costs{}, len(ours.all)), 1)
 			p99, floor99 := quantile(ours.all, 0.99), quantile(theirs.all, 0.99)
 			rate, p50 := median(ratios(ours.rates, theirs.rates)), median(ratios(ours.p50s, theirs.p50s))
-			fmt.Printf("| %s | %d | %.0f | %.0f | %.2f | %.2f | %.2f | %.2f | %.1f | %.1f | %.2f | %.0f | %.1f | %.2f |\n", c.name, n,
-				median(ours.rates), median(theirs.rates), rate, median(ours.p50s), median(theirs.p50s), p50, p99, floor99, p99/floor99,
-				cost.allocations, cost.bytes/1024, cost.commands)
+			fmt.Printf("| %s | %d | %.0f | %.0f | %.2f | %.2f | %.2f | %.1f | %.2f | %.0f | %.0f | %.0f | %.0f | %.1f | %.2f |\n", c.name, n,
+				median(ours.rates), median(theirs.rates), rate, median(ours.p50s), p50, p99, p99/floor99,
+				1e6*cost.cpu, 1e6*floorCost.cpu, 1e6*cost.redisCPU, cost.allocations, cost.bytes/1024, cost.commands)
 		}
 	}
 }
 
 // costs are those of a process, and of its Redis.
-type costs struct{ allocations, bytes, commands float64 }
-
-func (c costs) minus(other costs) costs {
-	return costs{c.allocations - other.allocations, c.bytes - other.bytes, c.commands - other.commands}
+type costs struct {
+	cpu, redisCPU      float64 // seconds
+	allocations, bytes float64
+	commands           float64
 }
 
-func (c costs) per(requests int) costs {
+// each is what is left of c if other is taken away, for each of so many requests.
+func (c costs) each(other costs, requests int) costs {
 	n := float64(requests)
-	return costs{c.allocations / n, c.bytes / n, c.commands / n}
+	return costs{(c.cpu - other.cpu) / n, (c.redisCPU - other.redisCPU) / n, (c.allocations - other.allocations) / n, (c.bytes - other.bytes) / n,
+		(c.commands - other.commands) / n}
 }
 
 // costs are those so far. Commands are what is sent to Redis for admissions.
 func (f *target) costs(t *testing.T, r *redisServer) (c costs) {
 	t.Helper()
-	c.allocations, c.bytes = f.memory(t)
+	process := f.statistic(t)
+	c.cpu, c.allocations, c.bytes = process("process_cpu_seconds_total"), process("go_memstats_mallocs_total"), process("go_memstats_alloc_bytes_total")
+	info := r.do(t, "INFO", "cpu").([]byte)
+	c.redisCPU = numberIn(t, info, `used_cpu_user:([0-9.]+)`) + numberIn(t, info, `used_cpu_sys:([0-9.]+)`)
 	calls := commandCalls(t, r)
 	for _, command := range []string{"evalsha", "eval", "ping", "role", "script|load"} {
 		c.commands += float64(calls[command])
