@@ -146,6 +146,12 @@ func (c *redisConn) Do(command string, args ...any) (any, error) {
 	return reply, c.remember(err)
 }
 
+// DoWithTimeout implements redis.ConnWithTimeout.
+func (c *redisConn) DoWithTimeout(timeout time.Duration, command string, args ...any) (any, error) {
+	reply, err := c.contextConn.DoWithTimeout(timeout, command, args...)
+	return reply, c.remember(err)
+}
+
 // DoContext implements redis.ConnWithContext.
 func (c *redisConn) DoContext(ctx context.Context, command string, args ...any) (any, error) {
 	reply, err := c.contextConn.DoContext(ctx, command, args...)

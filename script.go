@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"sync"
 	"time"
@@ -128,7 +129,27 @@ func (s *semaphores) attempt(ctx context.Context, timeout time.Duration, script 
 type runner func(ctx context.Context, conn redis.Conn, script *redis.Script, keysAndArgs []any) (any, error)
 
 func runScript(ctx context.Context, conn redis.Conn, script *redis.Script, keysAndArgs []any) (any, error) {
-	return script.DoContext(ctx, conn, keysAndArgs...)
+	deadline, _ := ctx.Deadline()
+	return script.Do(timedConn{conn, deadline}, keysAndArgs...)
+}
+
+// timedConn is a connection whose commands are given up at a deadline. A context, which could end at any time, costs a goroutine for each.
+type timedConn struct {
+	redis.Conn
+	deadline time.Time
+}
+
+// Do implements redis.Conn. Its error is context.DeadlineExceeded if the answer does not come in time.
+func (c timedConn) Do(command string, args ...any) (any, error) {
+	left := time.Until(c.deadline)
+	if left <= 0 { // which DoWithTimeout would take for no limit
+		return nil, context.DeadlineExceeded
+	}
+	reply, err := redis.DoWithTimeout(c.Conn, left, command, args...)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		err = context.DeadlineExceeded
+	}
+	return reply, err
 }
 
 // runScriptAsking runs a script on a node of a Cluster to which its slot is moving. ASKING is for one command, so that it cannot be
