@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"encoding/json"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -75,13 +74,14 @@ func (s *scanner) fields(known []string, visit func(name string)) {
 	s.list('{', '}', func() {
 		name, plain := s.quoted()
 		s.take(':')
-		if i := slices.IndexFunc(known, func(k string) bool { return k == string(name) }); i >= 0 {
-			visit(known[i])
-			return
-		}
-		// encoding/json knows these as well.
-		if len(known) > 0 && (!plain || slices.ContainsFunc(known, func(k string) bool { return strings.EqualFold(k, string(name)) })) {
-			s.fail()
+		for _, k := range known {
+			switch {
+			case string(name) == k:
+				visit(k)
+				return
+			case !plain, len(name) == len(k) && strings.EqualFold(string(name), k): // encoding/json may know it
+				s.fail()
+			}
 		}
 		s.skip()
 	})
@@ -160,20 +160,21 @@ func (s *scanner) quoted() (text []byte, plain bool) {
 	s.take('"')
 	start := s.at
 	plain = true
-	for s.at < len(s.text) {
-		switch c := s.text[s.at]; {
+	for at := start; at < len(s.text); {
+		switch c := s.text[at]; {
 		case c == '"':
-			text = s.text[start:s.at]
-			s.at++
-			return text, plain
+			s.at = at + 1
+			return s.text[start:at], plain
 		case c == '\\':
 			plain = false
+			s.at = at
 			s.escape()
+			at = s.at
 		case c < ' ':
-			s.fail()
+			at = len(s.text)
 		default:
 			plain = plain && c < 0x80
-			s.at++
+			at++
 		}
 	}
 	s.fail()
