@@ -231,9 +231,9 @@ var (
 	requestFields  = []string{"uid", "kind", "subResource", "namespace", "operation", "object", "dryRun"}
 	kindFields     = []string{"group", "version", "kind"}
 	objectFields   = []string{"metadata", "spec"}
-	metadataFields = []string{"name", "generateName", "annotations"}
+	metadataFields = []string{"name", "generateName", "annotations", "labels"}
 	specFields     = []string{"volumes", "initContainers", "containers", "restartPolicy", "terminationGracePeriodSeconds", "nodeSelector",
-		"imagePullSecrets", "os", "resources"}
+		"imagePullSecrets", "os", "resources", "nodeName", "schedulingGates"}
 	containerFields = []string{"name", "resources"}
 	namedFields     = []string{"name"}
 )
@@ -312,6 +312,8 @@ func (s *scanner) pod() *pod {
 					p.Metadata.GenerateName = s.string()
 				case "annotations":
 					s.strings(&p.Metadata.Annotations)
+				case "labels":
+					s.strings(&p.Metadata.Labels)
 				}
 			})
 		case "spec":
@@ -342,6 +344,10 @@ func (s *scanner) spec(p *pod, name string) {
 		s.strings(&p.Spec.NodeSelector)
 	case "imagePullSecrets":
 		scanItems(s, &p.Spec.ImagePullSecrets, s.named)
+	case "schedulingGates":
+		scanItems(s, &p.Spec.SchedulingGates, s.named)
+	case "nodeName":
+		p.Spec.NodeName = s.string()
 	case "os":
 		p.Spec.OS = s.named()
 	case "resources":
