@@ -112,7 +112,8 @@ dist: build ## collect what belongs to a release in dist/: one manifest, scripts
 	rm -rf dist && mkdir dist
 	kubectl kustomize deploy | sed 's|ghcr.io/kaidotio/at-least-semaphore-pod-hook:v[0-9.]*|$(RELEASE_IMAGE)|' >dist/install.yaml
 	kubectl kustomize deploy/gate | sed 's|ghcr.io/kaidotio/at-least-semaphore-pod-hook:v[0-9.]*|$(RELEASE_IMAGE)|' >dist/gate.yaml
-	cp deploy/certificate.sh deploy/path-secret.sh dist/
+	cp deploy/certificate.sh deploy/path-secret.sh deploy/namespace.sh dist/
+	cp deploy/cert-manager/certificate.yaml dist/cert-manager.yaml
 	.ci/licences $(PROGRAM) >dist/licences.txt
 	cd dist && sha256sum * >checksums.txt
 
