@@ -40,6 +40,7 @@ type gatedPod struct {
 	arrival int64         // its place in line: Unix microseconds; 0 while it has none
 	state   lineState
 	gone    bool      // the watch has lost it: it was deleted, or has lost the label
+	placed  bool      // its place was kept
 	told    bool      // it was told where it stands
 	taken   time.Time // when its token was
 	busy    bool      // a change of it is under way
@@ -271,13 +272,12 @@ func (l *gateLine) setArrival(p *seenGatedPod) {
 // repaired. It returns in what time somebody has to ask again.
 func (l *gateLine) stand(ctx context.Context, pods []*seenGatedPod) (pause time.Duration, err error) {
 	var waiting []*seenGatedPod
-	fresh := false
 	for _, p := range pods {
 		if state, gone := l.stateOf(p); state != podStands || gone {
 			continue
 		}
 		if p.arrival == 0 {
-			p.arrival, fresh = l.place(p.created), true
+			p.arrival = l.place(p.created)
 			l.setArrival(p)
 		}
 		waiting = append(waiting, p)
@@ -289,7 +289,7 @@ func (l *gateLine) stand(ctx context.Context, pods []*seenGatedPod) (pause time.
 	slices.SortFunc(waiting, func(a, b *seenGatedPod) int { return cmp.Compare(a.arrival, b.arrival) })
 	l.subscribe(waiting)
 	served := l.takeCalls()
-	all, err := l.keep(ctx, waiting, fresh)
+	all, err := l.keep(ctx, waiting)
 	if err != nil {
 		return 0, err
 	}
@@ -299,11 +299,18 @@ func (l *gateLine) stand(ctx context.Context, pods []*seenGatedPod) (pause time.
 	return l.ask(ctx, waiting, served)
 }
 
-// keep keeps the places of all, or if they were kept lately, of the first: before anybody asks, Redis is told what it may have lost.
-func (l *gateLine) keep(ctx context.Context, waiting []*seenGatedPod, fresh bool) (all kept, err error) {
-	whole := fresh || time.Since(l.keptAt) >= keepEvery
+// keep keeps the places of all, or if they were kept lately, of the first and of those that are new: before anybody asks, Redis is told
+// what it may have lost.
+func (l *gateLine) keep(ctx context.Context, waiting []*seenGatedPod) (all kept, err error) {
+	whole := time.Since(l.keptAt) >= keepEvery
 	if !whole {
-		waiting = waiting[:min(len(waiting), servedMost)]
+		some := slices.Clone(waiting[:min(len(waiting), servedMost)])
+		for _, p := range waiting[len(some):] {
+			if !p.placed {
+				some = append(some, p)
+			}
+		}
+		waiting = some
 	}
 	byToken := map[string]*seenGatedPod{}
 	var places []keptPlace
@@ -318,11 +325,20 @@ func (l *gateLine) keep(ctx context.Context, waiting []*seenGatedPod, fresh bool
 	if whole {
 		l.keptAt = time.Now()
 	}
+	l.setPlaced(waiting)
 	l.tellJoined(byToken, all)
 	for _, token := range all.held {
 		l.setState(byToken[token], podStands, podHolds)
 	}
 	return all, nil
+}
+
+func (l *gateLine) setPlaced(pods []*seenGatedPod) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, p := range pods {
+		p.of.placed = true
+	}
 }
 
 // place is where a pod stands that was created in a second: behind those of the same second that came before.
@@ -421,7 +437,11 @@ func (l *gateLine) hold(ctx context.Context, pods []*seenGatedPod) (pause time.D
 func (l *gateLine) settle(ctx context.Context, pods []*seenGatedPod) {
 	for _, p := range pods {
 		state, gone := l.stateOf(p)
-		switch late := p.lifted(); {
+		late := p.lifted()
+		if late.IsZero() && !p.isGated() { // somebody else has lifted it
+			late = p.taken
+		}
+		switch {
 		case gone:
 			l.change(p, func() time.Duration { return l.giveUp(ctx, p.watchedPod) })
 		case state == podEnded:
