@@ -94,6 +94,10 @@ measure: build ## measure waiting pods there, for half an hour; E2E_FLAGS='-run 
 measure-sidecars: test-needs ## measure up to a thousand waiting sidecars against one Redis, for some ten minutes; needs no cluster
 	go test -count=1 -tags measure -timeout 30m -v -run TestMeasureWaiters .
 
+.PHONY: measure-gate
+measure-gate: test-needs ## measure 5,000 gated pods of 50 semaphores, in some three minutes; needs no cluster
+	go test -count=1 -tags measure -timeout 15m -v -run TestMeasureGate .
+
 BENCH_ROUNDS ?= 15
 
 .PHONY: bench
