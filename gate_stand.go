@@ -17,9 +17,13 @@ func (l *gateLine) setArrival(p *seenGatedPod) {
 // stand keeps the places of those that stand, and lets those ask whom a token is free for, and the first, who sees what is to be
 // repaired. It returns in what time somebody has to ask again.
 func (l *gateLine) stand(ctx context.Context, pods []*seenGatedPod) (pause time.Duration, err error) {
-	var waiting []*seenGatedPod
+	var waiting, leaving []*seenGatedPod
 	for _, p := range pods {
-		if state, gone := l.stateOf(p); state != podStands || gone {
+		state, gone := l.stateOf(p)
+		if gone && state == podStands && p.placed {
+			leaving = append(leaving, p)
+		}
+		if state != podStands || gone {
 			continue
 		}
 		if p.arrival == 0 {
@@ -28,14 +32,14 @@ func (l *gateLine) stand(ctx context.Context, pods []*seenGatedPod) (pause time.
 		}
 		waiting = append(waiting, p)
 	}
-	if len(waiting) == 0 {
+	if len(waiting)+len(leaving) == 0 {
 		l.subscribe(nil)
 		return keepEvery, nil
 	}
 	slices.SortFunc(waiting, func(a, b *seenGatedPod) int { return cmp.Compare(a.arrival, b.arrival) })
 	l.subscribe(waiting)
 	served := l.takeCalls()
-	all, err := l.keep(ctx, waiting)
+	all, err := l.keep(ctx, waiting, leaving)
 	if err != nil {
 		return 0, err
 	}
@@ -47,7 +51,7 @@ func (l *gateLine) stand(ctx context.Context, pods []*seenGatedPod) (pause time.
 
 // keep keeps the places of all, or if they were kept lately, of the first and of those that are new: before anybody asks, Redis is told
 // what it may have lost.
-func (l *gateLine) keep(ctx context.Context, waiting []*seenGatedPod) (all kept, err error) {
+func (l *gateLine) keep(ctx context.Context, waiting, leaving []*seenGatedPod) (all kept, err error) {
 	whole := time.Since(l.keptAt) >= keepEvery
 	if !whole {
 		some := slices.Clone(waiting[:min(len(waiting), servedMost)])
@@ -64,14 +68,19 @@ func (l *gateLine) keep(ctx context.Context, waiting []*seenGatedPod) (all kept,
 		byToken[p.uid] = p
 		places = append(places, keptPlace{p.uid, p.arrival, p.spec.length, newPodName(p.name, "")})
 	}
-	if all, err = l.gate.semaphores.keep(ctx, l.id, l.known, places); err != nil {
+	var gone []string
+	for _, p := range leaving {
+		gone = append(gone, p.uid)
+	}
+	if all, err = l.gate.semaphores.keep(ctx, l.id, l.known, gone, places); err != nil {
 		return all, err
 	}
 	l.known = all.created
 	if whole {
 		l.keptAt = time.Now()
 	}
-	l.setPlaced(waiting)
+	l.setPlaced(waiting, true)
+	l.setPlaced(leaving, false)
 	l.tellJoined(byToken, all)
 	for _, token := range all.held {
 		l.setState(byToken[token], podStands, podHolds)
@@ -79,11 +88,11 @@ func (l *gateLine) keep(ctx context.Context, waiting []*seenGatedPod) (all kept,
 	return all, nil
 }
 
-func (l *gateLine) setPlaced(pods []*seenGatedPod) {
+func (l *gateLine) setPlaced(pods []*seenGatedPod, placed bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, p := range pods {
-		p.of.placed = true
+		p.of.placed = placed
 	}
 }
 

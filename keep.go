@@ -28,13 +28,16 @@ type kept struct {
 	joined         map[string]int // those that were not in line, and their positions
 }
 
-// keep keeps the places of pods in the line of a semaphore, where they are put if they are not there. known is what created was before,
-// or zero. With an error, some of them may be kept.
-func (s *semaphores) keep(ctx context.Context, id semaphoreID, known int64, pods []keptPlace) (all kept, err error) {
+// keep keeps the places of pods in the line of a semaphore, where they are put if they are not there, and takes those out whose tokens
+// are gone. known is what created was before, or zero. With an error, some of it may be done.
+func (s *semaphores) keep(ctx context.Context, id semaphoreID, known int64, gone []string, pods []keptPlace) (all kept, err error) {
 	all = kept{created: known, joined: map[string]int{}}
-	for chunk := range slices.Chunk(pods, keepMost) {
-		args := []any{all.created}
-		for _, p := range chunk {
+	for len(gone)+len(pods) > 0 {
+		leaving := gone[:min(len(gone), keepMost)]
+		staying := pods[:min(len(pods), keepMost-len(leaving))]
+		gone, pods = gone[len(leaving):], pods[len(staying):]
+		args := append([]any{all.created, len(leaving)}, anySlice(leaving)...)
+		for _, p := range staying {
 			args = append(args, p.token, p.arrival, p.length, p.pod)
 		}
 		_, rest, err := s.run(ctx, keepScript, id, args...)

@@ -31,12 +31,12 @@ func TestKeepPlaces(t *testing.T) {
 	now := int64(r.now(t)) * 1e6
 	all := places(3*keepMost/2, now-1e9, 2) // in two commands
 	waiter, _ := stand(t, r, s, id, false)  // came later, as it counts
-	kept, err := s.keep(t.Context(), id, 0, all[1:])
+	kept, err := s.keep(t.Context(), id, 0, nil, all[1:])
 	must(t, err)
 	if kept.inUse != 1 || kept.waiters != len(all) || len(kept.joined) != len(all)-1 || kept.joined[all[5].token] != 5 || len(kept.held) > 0 {
 		t.Errorf("%d in use, %d waiters, %d joined, the sixth at %d, held %v", kept.inUse, kept.waiters, len(kept.joined), kept.joined[all[5].token], kept.held)
 	}
-	kept, err = s.keep(t.Context(), id, kept.created, all)
+	kept, err = s.keep(t.Context(), id, kept.created, nil, all)
 	must(t, err)
 	want := append(tokensOf(all), waiter)
 	r.wantLine(t, id, want...)
@@ -50,15 +50,23 @@ func TestKeepPlaces(t *testing.T) {
 		t.Errorf("its pod is %q", names)
 	}
 
+	// Those who are gone leave, and nobody else; a token that one of them has is not given back.
+	_, err = s.keep(t.Context(), id, kept.created, append(tokensOf(all[1:keepMost+10]), holder, uuid.NewString()), all[:1])
+	must(t, err)
+	r.wantLine(t, id, append(append(tokensOf(all[:1]), tokensOf(all[keepMost+10:])...), waiter)...)
+	r.wantInflight(t, id, holder)
+	_, err = s.keep(t.Context(), id, kept.created, nil, all)
+	must(t, err)
+
 	// One free token is for the first, the holder's too when it comes back.
 	maintain(t, s, id, 2)
-	kept, err = s.keep(t.Context(), id, kept.created, all[:1])
+	kept, err = s.keep(t.Context(), id, kept.created, nil, all[:1])
 	must(t, err)
 	if !slices.Equal(kept.served, []string{all[0].token}) {
 		t.Errorf("served %v", kept.served)
 	}
 	giveBack(t, s, id, holder)
-	kept, err = s.keep(t.Context(), id, kept.created, all[:1])
+	kept, err = s.keep(t.Context(), id, kept.created, nil, all[:1])
 	must(t, err)
 	if !slices.Equal(kept.served, tokensOf(all[:2])) {
 		t.Errorf("served %v", kept.served)
@@ -67,7 +75,7 @@ func TestKeepPlaces(t *testing.T) {
 	if err != nil || a.status != acquireTaken {
 		t.Fatalf("got %+v, %v", a, err)
 	}
-	kept, err = s.keep(t.Context(), id, kept.created, all[:2])
+	kept, err = s.keep(t.Context(), id, kept.created, nil, all[:2])
 	must(t, err)
 	if !slices.Equal(kept.held, tokensOf(all[:1])) || len(kept.joined) > 0 {
 		t.Errorf("held %v, joined %v", kept.held, kept.joined)
@@ -79,7 +87,7 @@ func TestKeepTellsOfALoss(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphoreOn(t, startRedis(t))
 	all := places(1, 1, 1)
-	kept, err := s.keep(t.Context(), id, int64(r.now(t))-1000, all)
+	kept, err := s.keep(t.Context(), id, int64(r.now(t))-1000, nil, all)
 	must(t, err)
 	if n := r.state(t, id, "lost"); n == 0 || kept.created < int64(n)-1 {
 		t.Errorf("lost is %d, created %d", n, kept.created)
