@@ -130,11 +130,8 @@ func (l *gateLine) look(ctx context.Context) time.Duration {
 	pods := l.snapshot()
 	l.settle(ctx, pods)
 	pause, err := l.stand(ctx, pods)
-	if err == nil {
-		var due time.Duration
-		due, err = l.hold(ctx, pods)
-		pause = min(pause, due)
-	}
+	due, held := l.hold(ctx, pods) // whatever keeps others from getting theirs
+	err = errors.Join(err, held)
 	l.lift(ctx, pods)
 	switch {
 	case err == nil:
@@ -146,7 +143,7 @@ func (l *gateLine) look(ctx context.Context) time.Duration {
 	if err != nil {
 		return l.retry.next()
 	}
-	return min(pause, keepEvery)
+	return min(pause, due, keepEvery)
 }
 
 // snapshot is all pods, in their order.

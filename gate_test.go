@@ -465,3 +465,32 @@ func TestNoGateAtWork(t *testing.T) {
 		t.Errorf("it stays for %d s, %v", ttl, err)
 	}
 }
+
+// Where nothing can be repaired, as the lock servers are away, tokens are kept all the same.
+func TestGateHoldsWithoutLocks(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 2)
+	maintain(t, g.owner, g.id, 2)
+	g.start(func(c *gateConfig) {
+		c.heartbeatInterval, c.staleThreshold = time.Second, 8*time.Second
+		c.redisAddresses = []string{freeAddress(t)}
+	})
+	token := g.create("a")
+	g.wantLifted([]string{"a"})
+	g.redis.do(t, "ZREM", g.id.inflightKey(), acquire(t, g.owner, g.id, 2)) // it is missing now
+	g.redis.wantLine(t, g.id, g.create("b"))
+	score := func() int {
+		t.Helper()
+		n, err := redis.Int(g.redis.control.Do("ZSCORE", g.id.inflightKey(), token))
+		must(t, err)
+		return n
+	}
+	before := score()
+	eventually(t, 20*time.Second, func() error {
+		if now := score(); now < before+4 {
+			return fmt.Errorf("its last heartbeat was at %d, and at %d at first", now, before)
+		}
+		return nil
+	})
+	g.wantLifted(nil, "b")
+}
