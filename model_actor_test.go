@@ -9,6 +9,7 @@ type actor struct {
 	stands    bool // asks as one who waits in line, not for an admission
 	waiting   bool // in line, as far as it knows
 	holding   bool // a token, as far as it knows
+	kept      bool // another process stands for it, which keeps its place and asks
 	silent    bool // paused or killed: does nothing, but may wake up
 	reachable bool // hears when it is called
 	arrival   int  // that it was told, by Redis's clock (Unix microseconds); 0: none yet
@@ -28,7 +29,7 @@ func (p *actor) arrivalOf() string {
 	switch {
 	case !p.stands:
 		return ""
-	case p.arrival == 0:
+	case p.arrival == 0 || p.kept:
 		return joinLine
 	}
 	return strconv.Itoa(p.arrival)

@@ -26,7 +26,7 @@ func TestModelFindsBrokenScripts(t *testing.T) {
 		{"silences do not count", "return now - math.max(resumed, lost) > quiet", "return true"},
 		{"Redis does not notice that its clock was set back", " or touched > now) or", ") or"},
 		{"a loss of data is not told", "lost = now -- the waiter", "-- the waiter"},
-		{"a loss of data is told for ever", "and lost < created then", "and now - lost > quiet then"},
+		{"a loss of data is told for ever", "created * 1000000 and lost < created then", "created * 1000000 and now - lost > quiet then"},
 		{"who takes a token stays in line", "    leave(token)\n    call()\n", "    call()\n"},
 		{"who rejoins stays in line", "  leave(ARGV[5])", "  -- "},
 		{"who rejoins leaves a token free", "  redis.call('LPOP', KEYS[1])\n  count", "  count"},
@@ -44,6 +44,15 @@ func TestModelFindsBrokenScripts(t *testing.T) {
 		{"who takes a token counts as a waiter", "  tell(token, pod, now)\n", "  tell(token, pod, 0)\n"},
 		{"the pod of who leaves is kept", "redis.call('HDEL', KEYS[5], token, token .. '/pod')", "redis.call('HDEL', KEYS[5], token)"},
 		{"the pod of a stale token is kept", "    redis.call('HDEL', KEYS[5], unpack(pods))\n", ""},
+		{"hold puts back what is not there", "if redis.call('ZSCORE', KEYS[2], ARGV[i]) then\n    redis.call('ZADD'", "if true then\n    redis.call('ZADD'"},
+		{"hold keeps nothing", "    redis.call('ZADD', KEYS[2], now, ARGV[i])\n", ""},
+		{"keep does not see who holds", "if redis.call('ZSCORE', KEYS[2], token) then\n    held", "if false then\n    held"},
+		{"keep leaves those in line who are gone", "    leave(ARGV[i])\n", ""},
+		{"keep takes the names of holders", "if redis.call('ZSCORE', KEYS[3], ARGV[i]) then -- else", "if true then -- else"},
+		{"keep moves places back", "tonumber(place) > tonumber(arrival)", "tonumber(place) ~= tonumber(arrival)"},
+		{"keep does not note who was seen", "    redis.call('ZADD', KEYS[4], now, token)\n    if not place", "    if not place"},
+		{"keep calls nobody", "if first > 7 then\n  call()", "if false then\n  call()"},
+		{"keep says too few are served", "end, 100)\nreturn finish({1, micros, created", "end, 1)\nreturn finish({1, micros, created"},
 		{"keys do not expire", "if grown or left < seconds / 2 or left > seconds then", "if false then"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -64,7 +73,7 @@ func TestModelFindsBrokenScripts(t *testing.T) {
 func breakScripts(t *testing.T, from, to string) modelScripts {
 	t.Helper()
 	places := 0
-	for _, source := range []string{commonSource, acquireSource, maintainSource, heartbeatSource, releaseSource} {
+	for _, source := range []string{commonSource, acquireSource, maintainSource, heartbeatSource, releaseSource, keepSource, holdSource} {
 		places += strings.Count(source, from)
 	}
 	if places != 1 {
@@ -73,7 +82,7 @@ func breakScripts(t *testing.T, from, to string) modelScripts {
 	script := func(source string) *redis.Script {
 		return redis.NewScript(scriptKeys, strings.Replace(commonSource+source, from, to, 1))
 	}
-	return modelScripts{script(acquireSource), script(maintainSource), script(heartbeatSource), script(releaseSource)}
+	return modelScripts{script(acquireSource), script(maintainSource), script(heartbeatSource), script(releaseSource), script(keepSource), script(holdSource)}
 }
 
 // findBroken plays one sequence; it returns the rule that the scripts break, or "".

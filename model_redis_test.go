@@ -83,9 +83,9 @@ func (d dump) equalButExpiry(other dump) bool {
 }
 
 // modelScripts are the scripts that are tested.
-type modelScripts struct{ acquire, maintain, heartbeat, release *redis.Script }
+type modelScripts struct{ acquire, maintain, heartbeat, release, keep, hold *redis.Script }
 
-var realScripts = modelScripts{acquireScript, maintainScript, heartbeatScript, releaseScript}
+var realScripts = modelScripts{acquireScript, maintainScript, heartbeatScript, releaseScript, keepScript, holdScript}
 
 // store is the Redis side of the model: one semaphore, time that is moved by hand, and a replica that may take over.
 type store struct {

@@ -56,6 +56,8 @@ func playModel(t *rapid.T, s store, broken func(rule string)) (commands int) {
 		"repeat":   {2, w.playRepeat},
 		"unheard":  {1, w.playUnheard},
 		"maintain": {1, w.playMaintain},
+		"keep":     {3, w.playKeep},
+		"hold":     {1, w.playHold},
 		"live":     {6, w.playLive},
 		"outage":   {1, w.playOutage},
 		"clock":    {1, w.playClock},

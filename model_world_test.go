@@ -177,9 +177,13 @@ func (w *world) join(p *actor, arrival string, d dump) {
 
 // try asks for a token for p; where something is to be repaired first, it repairs it and asks once more.
 func (w *world) try(p *actor) answer {
+	if p.kept { // as whoever stands for it does before it asks
+		w.arrive()
+		w.keep(nil, []*actor{p}, map[string]int{p.token: p.arrival})
+	}
 	w.arrive()
 	k, arrival := w.known, p.arrivalOf()
-	if p.arrival != 0 && p.arrival < k.born*1e6 { // it is older than what Redis knows
+	if p.arrival != 0 && !p.kept && p.arrival < k.born*1e6 { // it is older than what Redis knows
 		k.born = 0 // once is enough
 		k.told, k.shaken, k.resumed = w.now, w.now, int(w.second)
 	}
