@@ -23,6 +23,9 @@ const (
 	upgradeWorkers = 16              // pods that come and go at any time
 )
 
+// upgradeKinds are what the pods of this test say of themselves by the annotation when-full.
+var upgradeKinds = []string{whenFullDeny, whenFullWait}
+
 // usersOfBeforeDo says whether this program works with the users that the deploy/ of before has made. If it cannot, the changelog has to
 // name the new rules, as "Upgrade" in docs/operating.md says that it does.
 const usersOfBeforeDo = true
@@ -134,7 +137,7 @@ func (u *upgrade) wantAllCombinations() {
 		u.mu.Lock()
 		met := maps.Clone(u.done)
 		u.mu.Unlock()
-		if len(met) == len(u.serving)*len(whenFullChoices) {
+		if len(met) == len(u.serving)*len(upgradeKinds) {
 			return
 		}
 		if time.Now().After(deadline) {
