@@ -36,7 +36,10 @@ func BenchmarkDecode(b *testing.B) {
 
 // All of a decision but for the token: the decoding of the pod, the annotations, and the patch.
 func BenchmarkDecide(b *testing.B) {
-	a, err := newAdmitter(testConfig("127.0.0.1:6379"), nil)
+	c := testConfig("127.0.0.1:6379") // is not asked
+	s := newSemaphores(c.sharedConfig, nil, 1, slog.New(slog.DiscardHandler))
+	defer s.queue.close()
+	a, err := newAdmitter(c, s)
 	must(b, err)
 	r := benchmarkRequest(b, func(request map[string]any) { request["dryRun"] = true })
 	b.ReportAllocs()

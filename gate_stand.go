@@ -118,7 +118,7 @@ func (l *gateLine) ask(ctx context.Context, waiting []*seenGatedPod, served map[
 		asked++
 		w := &waiter{semaphores: l.gate.semaphores, id: l.id, token: p.uid, pod: newPodName(p.name, ""), length: p.spec.length,
 			expiration: p.spec.expiration, say: func(string) {}, log: l.log}
-		_, a, err := w.try(ctx, joinLine)
+		a, err := l.askFor(ctx, w, p)
 		if err != nil {
 			return 0, err
 		}
@@ -133,6 +133,20 @@ func (l *gateLine) ask(ctx context.Context, waiting []*seenGatedPod, served map[
 		pause = min(pause, w.untilPoll(a))
 	}
 	return pause, nil
+}
+
+// askFor asks for the token of a pod. Where something is to be repaired first, Redis may have lost its data since it was told of the
+// places: it is told again before anything is made anew.
+func (l *gateLine) askFor(ctx context.Context, w *waiter, p *seenGatedPod) (answer, error) {
+	a, err := l.gate.semaphores.ask(ctx, l.id, question{w.token, w.length, joinLine, w.pod})
+	if err != nil || a.status != acquireRepair {
+		return a, err
+	}
+	if _, err := l.gate.semaphores.keep(ctx, l.id, l.known, nil, []keptPlace{{p.uid, p.arrival, p.spec.length, w.pod}}); err != nil {
+		return a, err
+	}
+	_, a, err = w.try(ctx, joinLine)
+	return a, err
 }
 
 // tellJoined says of those that have joined the line where they stand.

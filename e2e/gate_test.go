@@ -3,7 +3,6 @@
 package e2e
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -137,15 +136,9 @@ func TestGateLeavesRoom(t *testing.T) {
 		}},
 	}
 	n.create(gated(job))
-	phases := func() (gatedPods, running int, err error) {
-		out, err := n.try("get", "pods", "-l", "job-name=eight", "-o", `jsonpath={range .items[*]}{.status.phase}{.spec.schedulingGates[*].name}{"\n"}{end}`)
-		lines := strings.Fields(out)
-		running = len(slices.DeleteFunc(slices.Clone(lines), func(l string) bool { return l != "Running" }))
-		return strings.Count(out, annotationPrefix+"token"), running, err
-	}
 	eventually(t, 30*time.Second, func() error {
-		n, _, err := phases()
-		if err == nil && n != 7 {
+		out, err := n.try("get", "pods", "-l", "job-name=eight", "-o", `jsonpath={.items[*].spec.schedulingGates[*].name}`)
+		if n := strings.Count(out, annotationPrefix+"token"); err == nil && n != 7 {
 			err = fmt.Errorf("%d are gated", n)
 		}
 		return err
@@ -158,15 +151,20 @@ func TestGateLeavesRoom(t *testing.T) {
 		t.Errorf("the unrelated pod runs after %s", took)
 	}
 	eventually(t, 2*time.Minute, func() error {
-		_, running, err := phases()
-		if running > 1 {
-			t.Errorf("%d run at once", running)
+		out, err := n.try("get", "job", "eight", "-o", "jsonpath={.status.succeeded}")
+		if err == nil && out != "8" {
+			err = fmt.Errorf("%q have completed", out)
 		}
-		out, err2 := n.try("get", "job", "eight", "-o", "jsonpath={.status.succeeded}")
-		if err := errors.Join(err, err2); err != nil || out != "8" {
-			return fmt.Errorf("%s have completed, %v", out, err)
-		}
-		return nil
+		return err
 	})
+	shifts := strings.Fields(n.kubectl("get", "pods", "-l", "job-name=eight", "-o",
+		`jsonpath={range .items[*]}{.status.containerStatuses[?(@.name=="app")].state.terminated.startedAt}/{.status.containerStatuses[?(@.name=="app")].state.terminated.finishedAt}{"\n"}{end}`))
+	slices.Sort(shifts)
+	for i, shift := range shifts[1:] {
+		started, _, _ := strings.Cut(shift, "/")
+		if _, ended, _ := strings.Cut(shifts[i], "/"); started < ended {
+			t.Errorf("one worked in %s, and another in %s", shifts[i], shift)
+		}
+	}
 	n.wantCounts("room", 1, 0)
 }
