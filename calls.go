@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"sync"
 	"time"
 
@@ -54,40 +55,54 @@ func (c *calls) redial() {
 // heard.
 func (w *waiter) listen(ctx context.Context) *calls {
 	c := &calls{ring: make(chan struct{}, 1)}
-	go func() {
-		var logged time.Time
-		for retry := newBackoff(250*time.Millisecond, pollMost); ; {
-			start := time.Now()
-			err := w.hear(ctx, c)
-			if ctx.Err() != nil {
-				return
-			}
-			if time.Since(start) > 2*pollMost {
-				retry = newBackoff(250*time.Millisecond, pollMost)
-			}
-			if time.Since(logged) > logEvery {
-				w.log.Warn("cannot be called when a token comes free, asks every few seconds", "error", err.Error())
-				logged = time.Now()
-			}
-			if sleep(ctx, retry.next()) != nil {
-				return
-			}
-		}
-	}()
+	go hearAgain(ctx, w.log, func() error { return w.hear(ctx, c) })
 	return c
+}
+
+// hearAgain listens by hear, which returns when the subscription fails, until ctx is done.
+func hearAgain(ctx context.Context, log *slog.Logger, hear func() error) {
+	var logged time.Time
+	for retry := newBackoff(250*time.Millisecond, pollMost); ; {
+		start := time.Now()
+		err := hear()
+		if ctx.Err() != nil {
+			return
+		}
+		if time.Since(start) > 2*pollMost {
+			retry = newBackoff(250*time.Millisecond, pollMost)
+		}
+		if time.Since(logged) > logEvery {
+			log.Warn("cannot be called when a token comes free, asks every few seconds", "error", err.Error())
+			logged = time.Now()
+		}
+		if sleep(ctx, retry.next()) != nil {
+			return
+		}
+	}
+}
+
+// dialToHear connects to the server on which is heard what the scripts of a semaphore say. The connection is closed when ctx is done.
+func dialToHear(ctx context.Context, q queue, id semaphoreID) (redis.Conn, *queueServer, error) {
+	server, err := q.find(ctx, id)
+	if err != nil {
+		return nil, nil, err
+	}
+	conn, err := server.pool.DialContext(ctx) // not the pool's: it would keep it
+	if err != nil {
+		return nil, nil, fmt.Errorf("connect to %s: %w", server, err)
+	}
+	context.AfterFunc(ctx, func() { conn.Close() })
+	return conn, server, nil
 }
 
 // hear subscribes and passes on each call until the connection fails or ctx is done.
 func (w *waiter) hear(ctx context.Context, c *calls) error {
-	server, err := w.semaphores.queue.find(ctx, w.id) // messages reach those that listen on the server that runs the scripts
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	conn, server, err := dialToHear(ctx, w.semaphores.queue, w.id)
 	if err != nil {
 		return err
 	}
-	conn, err := server.pool.DialContext(ctx) // not the pool's: it would keep it
-	if err != nil {
-		return fmt.Errorf("connect to %s: %w", server, err)
-	}
-	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	defer conn.Close()
 	defer c.subscribed(nil)
 	subscription := redis.PubSubConn{Conn: conn}

@@ -11,8 +11,6 @@ import (
 	"strings"
 	"sync"
 	"time"
-
-	"github.com/prometheus/client_golang/prometheus"
 )
 
 // What a gated pod has from the webhook.
@@ -266,30 +264,6 @@ func (g *gate) letGo(ctx context.Context, p *watchedPod) (again time.Duration) {
 	return watchPatience
 }
 
-// pulseKey tells webhooks that a gate is at work.
-var pulseKey = sideID.stateKey()
-
-const (
-	pulseEvery = 5 * time.Second
-	pulseTime  = 30 * time.Second // without one for so long, none is at work
-)
-
-// pulse tells that it is at work.
-func (g *gate) pulse(ctx context.Context) {
-	for ctx.Err() == nil {
-		if g.isReady() {
-			_, err := askQueue(ctx, g.semaphores.queue, "HSET", pulseKey, "version", version)
-			if err == nil {
-				_, err = askQueue(ctx, g.semaphores.queue, "EXPIRE", pulseKey, seconds(pulseTime))
-			}
-			if err != nil && ctx.Err() == nil {
-				g.log.Debug("no pulse", "error", err.Error())
-			}
-		}
-		_ = sleep(ctx, pulseEvery)
-	}
-}
-
 // isReady reports whether all pods are known.
 func (g *gate) isReady() bool {
 	g.mu.Lock()
@@ -309,50 +283,4 @@ func (g *gate) healthRoutes() http.Handler {
 	})
 	mux.Handle("GET /metrics", g.semaphores.metrics.handler(g.log))
 	return mux
-}
-
-// gateMetrics are what gate tells Prometheus beside what webhooks do.
-type gateMetrics struct {
-	waits prometheus.Histogram
-	lifts prometheus.Histogram
-}
-
-func newGateMetrics(g *gate) *gateMetrics {
-	m := &gateMetrics{
-		waits: prometheus.NewHistogram(prometheus.HistogramOpts{Name: metricsPrefix + "gate_wait_seconds",
-			Help: "Time from a pod's creation to the lifting of its gate.", Buckets: []float64{.1, .5, 1, 5, 10, 30, 60, 300, 600, 1800, 3600, 14400, 86400}}),
-		lifts: prometheus.NewHistogram(prometheus.HistogramOpts{Name: metricsPrefix + "gate_lift_seconds",
-			Help: "Time from a token that was taken for a pod to the lifting of its gate.", Buckets: durationBuckets}),
-	}
-	r := g.semaphores.metrics.registry
-	r.MustRegister(m.waits, m.lifts)
-	for state, name := range map[lineState]string{podStands: "waiting", podHolds: "starting"} {
-		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "gated_pods",
-			Help:        "Pods in the care of this process: waiting in line, or starting with a token.",
-			ConstLabels: prometheus.Labels{"state": name}}, func() float64 { return float64(g.count(state)) }))
-	}
-	return m
-}
-
-func (m *gateMetrics) lifted(waited time.Duration, taken time.Time) {
-	m.waits.Observe(waited.Seconds())
-	if !taken.IsZero() {
-		m.lifts.Observe(time.Since(taken).Seconds())
-	}
-}
-
-// count is how many pods are in a state.
-func (g *gate) count(state lineState) (n int) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	for _, l := range g.lines {
-		l.mu.Lock()
-		for _, p := range l.pods {
-			if p.state == state {
-				n++
-			}
-		}
-		l.mu.Unlock()
-	}
-	return n
 }

@@ -85,35 +85,17 @@ func (c *gateCalls) redial(name string) {
 
 // run listens until ctx is done.
 func (c *gateCalls) run(ctx context.Context) {
-	var logged time.Time
-	for retry := newGateBackoff(); ctx.Err() == nil; {
-		start := time.Now()
-		err := c.hear(ctx)
-		if ctx.Err() != nil {
-			return
-		}
-		if time.Since(start) > 2*pollMost {
-			retry = newGateBackoff()
-		}
-		if time.Since(logged) > logEvery {
-			c.log.Warn("cannot be called when a token comes free, asks every few seconds", "error", err.Error())
-			logged = time.Now()
-		}
-		_ = sleep(ctx, retry.next())
-	}
+	hearAgain(ctx, c.log, func() error { return c.hear(ctx) })
 }
 
 // hear subscribes to all channels and passes on the calls, until the connection fails or ctx is done.
 func (c *gateCalls) hear(ctx context.Context) error {
-	server, err := c.queue.find(ctx, c.queue.checks()[0]) // in a Cluster, each node hears what is said on any
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	conn, server, err := dialToHear(ctx, c.queue, sideID) // in a Cluster, each node hears what is said on any
 	if err != nil {
 		return err
 	}
-	conn, err := server.pool.DialContext(ctx) // not the pool's: it would keep it
-	if err != nil {
-		return fmt.Errorf("connect to %s: %w", server, err)
-	}
-	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	defer conn.Close()
 	subscription := &redis.PubSubConn{Conn: conn}
 	c.connected(subscription)

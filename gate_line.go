@@ -19,6 +19,9 @@ const (
 	// lineRest is between two looks at a line, however often it is called.
 	lineRest = 20 * time.Millisecond
 
+	// secondsMost is how many seconds in which pods were created a line remembers without need.
+	secondsMost = 1000
+
 	// servedMost is how many pods ask for their tokens in one look.
 	servedMost = 32
 )

@@ -10,6 +10,30 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
+// pulseKey tells webhooks that a gate is at work.
+var pulseKey = sideID.stateKey()
+
+const (
+	pulseEvery = 5 * time.Second
+	pulseTime  = 30 * time.Second // without one for so long, none is at work
+)
+
+// pulse tells that it is at work.
+func (g *gate) pulse(ctx context.Context) {
+	for ctx.Err() == nil {
+		if g.isReady() {
+			_, err := askQueue(ctx, g.semaphores.queue, "HSET", pulseKey, "version", version)
+			if err == nil {
+				_, err = askQueue(ctx, g.semaphores.queue, "EXPIRE", pulseKey, seconds(pulseTime))
+			}
+			if err != nil && ctx.Err() == nil {
+				g.log.Debug("no pulse", "error", err.Error())
+			}
+		}
+		_ = sleep(ctx, pulseEvery)
+	}
+}
+
 // gatePulse knows whether a gate is at work, by what it tells the queue.
 type gatePulse struct {
 	queue queue

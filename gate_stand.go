@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 )
@@ -37,6 +38,7 @@ func (l *gateLine) stand(ctx context.Context, pods []*seenGatedPod) (pause time.
 		return keepEvery, nil
 	}
 	slices.SortFunc(waiting, func(a, b *seenGatedPod) int { return cmp.Compare(a.arrival, b.arrival) })
+	l.forgetSeconds(waiting)
 	l.subscribe(waiting)
 	served := l.takeCalls()
 	all, err := l.keep(ctx, waiting, leaving)
@@ -104,6 +106,15 @@ func (l *gateLine) place(created time.Time) int64 {
 	return second*1_000_000 + n
 }
 
+// forgetSeconds forgets the seconds before that of the first in line, now and then: a line may be there for years.
+func (l *gateLine) forgetSeconds(waiting []*seenGatedPod) {
+	if len(l.next) <= secondsMost || len(waiting) == 0 {
+		return
+	}
+	first := waiting[0].created.Unix()
+	maps.DeleteFunc(l.next, func(second, _ int64) bool { return second < first })
+}
+
 // ask asks for the tokens of the first, and of those for whom one is free, for as long as there are any.
 func (l *gateLine) ask(ctx context.Context, waiting []*seenGatedPod, served map[string]bool) (pause time.Duration, err error) {
 	pause = pollMost
@@ -135,9 +146,11 @@ func (l *gateLine) ask(ctx context.Context, waiting []*seenGatedPod, served map[
 	return pause, nil
 }
 
-// askFor asks for the token of a pod. Where something is to be repaired first, Redis may have lost its data since it was told of the
+// askFor asks for the token of a pod, within askTimeout. Where something is to be repaired first, Redis may have lost its data since it was told of the
 // places: it is told again before anything is made anew.
 func (l *gateLine) askFor(ctx context.Context, w *waiter, p *seenGatedPod) (answer, error) {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
 	a, err := l.gate.semaphores.ask(ctx, l.id, question{w.token, w.length, joinLine, w.pod})
 	if err != nil || a.status != acquireRepair {
 		return a, err

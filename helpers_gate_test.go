@@ -1,0 +1,143 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	corev1 "k8s.io/api/core/v1"
+)
+
+// gateTest is an API server with pods, and a Redis, for gates.
+type gateTest struct {
+	*testing.T
+	redis  *redisServer
+	api    *apiServer
+	owner  *semaphores // does what sidecars do
+	id     semaphoreID
+	length int
+}
+
+func newGateTest(t *testing.T, length int) *gateTest {
+	t.Helper()
+	r := startRedis(t)
+	s := startAPIServer(t)
+	return &gateTest{t, r, s, testSemaphores(t, r.address), semaphoreID{s.namespace(t), "web"}, length}
+}
+
+// start starts a gate, which ends with the test or by stop.
+func (g *gateTest) start(change ...func(*gateConfig)) (started *gate, log *syncBuffer, stop func()) {
+	g.Helper()
+	c := gateConfig{sharedConfig: testConfig(g.redis.address).sharedConfig, kubernetes: g.api.settings, unschedulable: 5 * time.Minute}
+	for _, ch := range change {
+		ch(&c)
+	}
+	log = new(syncBuffer)
+	started, err := newGate(c, slog.New(slog.NewJSONHandler(log, nil)))
+	must(g.T, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		started.run(ctx)
+		must(g.T, started.semaphores.close(context.Background()))
+	}()
+	stop = func() {
+		cancel()
+		<-done
+	}
+	g.Cleanup(stop)
+	g.Cleanup(func() {
+		if g.Failed() {
+			g.Logf("log of gate:\n%s", log)
+		}
+	})
+	return started, log, stop
+}
+
+// create creates a pod as the webhook lets it pass, and returns its token.
+func (g *gateTest) create(name string) (token string) {
+	g.Helper()
+	p := testGatedPod(name)
+	p.Spec.SchedulingGates = p.Spec.SchedulingGates[1:]
+	p.Annotations = map[string]string{annotationEnabled: "true", annotationKey: g.id.key, annotationLength: strconv.Itoa(g.length), annotationExpiration: "10"}
+	return string(g.api.createPod(g.T, g.id.namespace, p).UID)
+}
+
+func (g *gateTest) createAll(names ...string) (tokens []string) {
+	g.Helper()
+	for _, name := range names {
+		tokens = append(tokens, g.create(name))
+	}
+	return tokens
+}
+
+func (g *gateTest) pod(name string) *corev1.Pod {
+	g.Helper()
+	p, status := g.api.store.get(g.id.namespace, name)
+	if status != nil {
+		g.Fatalf("pod %s: %s", name, status.Message)
+	}
+	return p
+}
+
+// lifted reports whether the pod's gate was lifted.
+func (g *gateTest) lifted(name string) bool { return len(g.pod(name).Spec.SchedulingGates) == 0 }
+
+// wantLifted waits until exactly those are lifted, of all that are given.
+func (g *gateTest) wantLifted(lifted []string, gated ...string) {
+	g.Helper()
+	eventually(g.T, 10*time.Second, func() error {
+		for _, name := range lifted {
+			if !g.lifted(name) {
+				return fmt.Errorf("%s is gated yet", name)
+			}
+		}
+		return nil
+	})
+	for _, name := range gated {
+		if g.lifted(name) {
+			g.Fatalf("the gate of %s was lifted", name)
+		}
+	}
+}
+
+// wantHolders waits until exactly these tokens are in flight.
+func (g *gateTest) wantHolders(want ...string) {
+	g.Helper()
+	want = slices.Sorted(slices.Values(want))
+	eventually(g.T, 20*time.Second, func() error {
+		got, err := redis.Strings(g.redis.control.Do("ZRANGE", g.id.inflightKey(), 0, -1))
+		slices.Sort(got)
+		if err == nil && !slices.Equal(got, want) {
+			err = fmt.Errorf("in flight are %v, want %v", got, want)
+		}
+		return err
+	})
+}
+
+// run lets a pod start, as a kubelet shows it.
+func (g *gateTest) run(name string) {
+	g.Helper()
+	now := corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}
+	ended := corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{}}
+	_, status := g.api.store.change(g.id.namespace, name, func(p *corev1.Pod) {
+		p.Spec.NodeName = "node-1"
+		p.Status.Phase = corev1.PodRunning
+		p.Status.InitContainerStatuses = []corev1.ContainerStatus{{Name: sidecarName, Started: new(true), State: now}, {Name: awaitName, State: ended}}
+	})
+	if status != nil {
+		g.Fatal(status.Message)
+	}
+	eventually(g.T, 10*time.Second, func() error {
+		if label, ok := g.pod(name).Labels[labelGated]; ok {
+			return fmt.Errorf("%s has the label %q yet", name, label)
+		}
+		return nil
+	})
+}
