@@ -35,6 +35,10 @@ const (
 	// strangerBytes are what a connection may send, with TLS and all, before somebody on it has known the path.
 	strangerBytes = 96 << 10 // more than what may come with the first request
 
+	// restTime is for how long a caller's connection has not been used when it has to go for another one's, which waits for that. It is
+	// longer than a request waits for its turn where all are busy.
+	restTime = time.Second
+
 	// refusalTime is what an answer has to get away before the connection is closed.
 	refusalTime = 50 * time.Millisecond
 
@@ -64,23 +68,51 @@ type crowd struct {
 	most int
 
 	mu  sync.Mutex
-	all list.List // of func(): what makes one go
+	all list.List // of member, the oldest first
+}
+
+// member is one of a crowd, since when, and what makes it go.
+type member struct {
+	since  time.Time
+	goAway func()
 }
 
 // join adds one. leave has to be called once it is gone, whatever the reason.
 func (c *crowd) join(goAway func()) (leave func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	e := c.all.PushBack(goAway)
+	e := c.all.PushBack(member{time.Now(), goAway})
 	if c.all.Len() > c.most {
-		oldest := c.all.Remove(c.all.Front()).(func())
-		go oldest()
+		oldest := c.all.Remove(c.all.Front()).(member)
+		go oldest.goAway()
 	}
 	return func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.all.Remove(e) // does nothing if it is not there any more
 	}
+}
+
+// waitToJoin waits until one more would make nobody go who has joined less than restTime ago; for restTime at most, or until ctx is done.
+func (c *crowd) waitToJoin(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, restTime)
+	defer cancel()
+	for {
+		wait := c.untilRested()
+		if wait <= 0 || sleep(ctx, wait) != nil {
+			return
+		}
+	}
+}
+
+// untilRested is how long it takes until the oldest of a crowd that is full has joined restTime ago.
+func (c *crowd) untilRested() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.all.Len() < c.most {
+		return 0
+	}
+	return time.Until(c.all.Front().Value.(member).since.Add(restTime))
 }
 
 // bounds are what the callers of a server use of it.
@@ -117,6 +149,7 @@ type httpConnection struct {
 
 	mu     sync.Mutex
 	closed bool
+	caller bool   // one who knows the path has used it
 	leave  func() // its crowd
 }
 
@@ -161,18 +194,24 @@ func (c *httpConnection) ended() {
 	c.leave()
 }
 
-// used notes that a caller who knows the path has used the connection.
-func (c *httpConnection) used() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.closed {
-		return
-	}
+// used notes that a caller who knows the path has used the connection. The first time, it waits for its turn while all others are busy.
+func (c *httpConnection) used(ctx context.Context) {
 	if c.counted != nil {
 		c.counted.trusted.Store(true)
 	}
+	c.mu.Lock()
+	known := c.caller
+	c.mu.Unlock()
+	if !known {
+		c.bounds.callers.waitToJoin(ctx)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed || ctx.Err() != nil {
+		return
+	}
 	c.leave()
-	c.leave = c.bounds.callers.join(c.end)
+	c.caller, c.leave = true, c.bounds.callers.join(c.end)
 }
 
 // refuseMore ends the connection of a request, unless a caller who knows the path has used it: who does not has nothing to ask.
@@ -223,9 +262,6 @@ var errTooMuch = errors.New("too much was sent by a client that does not know th
 // begin is for a request of a caller who knows the path: it is one of those that may be given up. The context ends when it is; done has
 // to be called at its end.
 func (b *bounds) begin(rw http.ResponseWriter, r *http.Request) (ctx context.Context, done func()) {
-	if c, ok := r.Context().Value(connectionKey{}).(*httpConnection); ok {
-		c.used()
-	}
 	ctx, giveUp := context.WithCancelCause(r.Context())
 	var mu sync.Mutex
 	over := false
@@ -238,6 +274,9 @@ func (b *bounds) begin(rw http.ResponseWriter, r *http.Request) (ctx context.Con
 			_ = control.SetWriteDeadline(time.Now().Add(time.Second))
 		}
 	})
+	if c, ok := r.Context().Value(connectionKey{}).(*httpConnection); ok {
+		c.used(ctx)
+	}
 	return ctx, func() {
 		mu.Lock()
 		defer mu.Unlock()

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
@@ -104,6 +105,50 @@ func TestCrowd(t *testing.T) {
 	if len(gone) != 0 || c.all.Len() != 2 {
 		t.Errorf("%d are left, and %d more had to go", c.all.Len(), len(gone))
 	}
+}
+
+// Who comes to a crowd that is full waits until the oldest has rested, is gone, or has been waited for long enough.
+func TestCrowdWaits(t *testing.T) {
+	for name, test := range map[string]struct {
+		meanwhile func(rejoin func())
+		want      time.Duration
+	}{
+		"rests":        {func(func()) {}, restTime - 300*time.Millisecond},
+		"used again":   {func(rejoin func()) { time.Sleep(200 * time.Millisecond); rejoin() }, restTime},
+		"already idle": {nil, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := crowd{most: 1}
+				leave := c.join(func() {})
+				if test.meanwhile == nil {
+					time.Sleep(restTime)
+				} else {
+					time.Sleep(300 * time.Millisecond)
+					go test.meanwhile(func() { leave(); leave = c.join(func() {}) })
+				}
+				start := time.Now()
+				c.waitToJoin(t.Context())
+				if took := time.Since(start); took != test.want {
+					t.Errorf("waited for %s, not %s", took, test.want)
+				}
+			})
+		})
+	}
+	synctest.Test(t, func(t *testing.T) {
+		c := crowd{most: 1}
+		leave := c.join(func() {})
+		leave()
+		start := time.Now()
+		c.waitToJoin(t.Context())
+		c.join(func() {})
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+		defer cancel()
+		c.waitToJoin(ctx)
+		if took := time.Since(start); took != 10*time.Millisecond {
+			t.Errorf("waited for %s in a crowd with room, and for 10ms", took)
+		}
+	})
 }
 
 // A semaphore that moves to another node of a Cluster is left out, and those beside it are not.
