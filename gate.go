@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
 	"slices"
 	"strconv"
@@ -138,7 +139,7 @@ func (g *gate) run(ctx context.Context) {
 	g.background.Go(func() { g.kubernetes.run(ctx) })
 	g.background.Go(func() { g.calls.run(ctx) })
 	g.background.Go(func() { g.pulse(ctx) })
-	for namespace := range g.unlisted {
+	for _, namespace := range slices.Collect(maps.Keys(g.unlisted)) { // synced takes them away
 		g.background.Go(func() { g.kubernetes.watchPods(ctx, labelGated, namespace, g) })
 	}
 	<-ctx.Done()

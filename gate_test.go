@@ -222,6 +222,26 @@ func TestGateThroughOutages(t *testing.T) {
 	g.wantHolders(b)
 }
 
+// A gate of some namespaces lifts the gates there, once it knows the pods of all of them, and no others.
+func TestGateOfSomeNamespaces(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	elsewhere := gateTest{t, g.redis, g.api, g.owner, semaphoreID{g.api.namespace(t), "web"}, 1}
+	elsewhere.create("a")
+	g.create("a")
+	_, log, _ := g.start(func(c *gateConfig) {
+		c.kubernetes.namespaces = []string{g.id.namespace}
+		for range 20 {
+			c.kubernetes.namespaces = append(c.kubernetes.namespaces, g.api.namespace(t))
+		}
+	})
+	g.wantLifted([]string{"a"})
+	elsewhere.wantLifted(nil, "a")
+	if n := len(log.lines(t, "pods listed")); n != 21 {
+		t.Errorf("listed %d namespaces", n)
+	}
+}
+
 // A token that was lost while the pod was being scheduled is waited for again, and one that the pod has given back is not.
 func TestGateTokenLost(t *testing.T) {
 	t.Parallel()
