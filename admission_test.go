@@ -19,8 +19,8 @@ func TestDryRunTakesNothing(t *testing.T) {
 	if !a.allowed || a.token != "00000000-0000-0000-0000-000000000000" {
 		t.Fatalf("answered %+v", a)
 	}
-	lines := w.log.lines(t, "admission")
-	if len(lines) != 1 || lines[0]["verdict"] != verdictDryRun || lines[0]["token"] != "" {
+	lines := w.log.wantLines(t, "admission", 1)
+	if lines[0]["verdict"] != verdictDryRun || lines[0]["token"] != "" {
 		t.Errorf("logged %v", lines)
 	}
 }
@@ -273,7 +273,7 @@ func TestStaticPodIsLeftAlone(t *testing.T) {
 	if !a.allowed || a.patch != nil || !slices.Equal(a.warnings, []string{warningStatic}) {
 		t.Errorf("answered %+v", a)
 	}
-	if lines := w.log.lines(t, "admission"); len(lines) != 1 || lines[0]["verdict"] != verdictStatic || lines[0]["token"] != "" {
+	if lines := w.log.wantLines(t, "admission", 1); lines[0]["verdict"] != verdictStatic || lines[0]["token"] != "" {
 		t.Errorf("logged %v", lines)
 	}
 }

@@ -151,6 +151,21 @@ func (b *syncBuffer) String() string {
 	return b.b.String()
 }
 
+// wantLines waits for that many lines with a message, and no more: a line about an answer comes after it.
+func (b *syncBuffer) wantLines(t *testing.T, message string, n int) (found []map[string]any) {
+	t.Helper()
+	eventually(t, 10*time.Second, func() error {
+		if found = b.lines(t, message); len(found) < n {
+			return fmt.Errorf("logged %q %d times, not %d:\n%s", message, len(found), n, b)
+		}
+		return nil
+	})
+	if len(found) > n {
+		t.Fatalf("logged %q %d times, not %d: %v", message, len(found), n, found)
+	}
+	return found
+}
+
 // lines are the JSON lines of a log with that message.
 func (b *syncBuffer) lines(t *testing.T, message string) []map[string]any {
 	t.Helper()

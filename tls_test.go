@@ -143,9 +143,7 @@ func TestSecretsAreNotShown(t *testing.T) {
 	if !strings.Contains(string(answer), "WRONGPASS") || strings.Contains(string(answer), testPassword) {
 		t.Errorf("answered %s", answer)
 	}
-	if lines := p.log.lines(t, "admission"); len(lines) != 1 {
-		t.Errorf("logged %v", lines)
-	}
+	p.log.wantLines(t, "admission", 1)
 	wantNoSecret(t, p)
 }
 

@@ -42,7 +42,7 @@ func TestWaitingPodIsAdmitted(t *testing.T) {
 		if c.change != nil && c.whenFull == whenFullWait {
 			want = verdictDryRun
 		}
-		if lines := w.log.lines(t, "admission"); len(lines) != 1 || lines[0]["verdict"] != want || lines[0]["token"] != "" {
+		if lines := w.log.wantLines(t, "admission", 1); lines[0]["verdict"] != want || lines[0]["token"] != "" {
 			t.Errorf("%s: logged %v", name, lines)
 		}
 	}

@@ -89,8 +89,8 @@ func TestRedisUnreachable(t *testing.T) {
 	if status != http.StatusInternalServerError || !strings.Contains(text, "acquire "+id.String()+": "+unreachedText(address)) {
 		t.Errorf("answered %d %q", status, text)
 	}
-	lines := w.log.lines(t, "admission")
-	if len(lines) != 1 || lines[0]["verdict"] != verdictFailed || lines[0]["error"] == "" || lines[0]["level"] != "ERROR" {
+	lines := w.log.wantLines(t, "admission", 1)
+	if lines[0]["verdict"] != verdictFailed || lines[0]["error"] == "" || lines[0]["level"] != "ERROR" {
 		t.Errorf("logged %v", lines)
 	}
 }
@@ -162,8 +162,8 @@ func TestUndeliverableAnswerIsGivenBack(t *testing.T) {
 	request.Header.Set("Content-Type", "application/json")
 	w.mutate(new(brokenWriter), request)
 	r.wantCounts(t, id, 3, 0)
-	lines := w.log.lines(t, "admission")
-	if len(lines) != 1 || lines[0]["verdict"] != verdictUndeliverable || lines[0]["error"] != "deliver the answer: broken pipe" {
+	lines := w.log.wantLines(t, "admission", 1)
+	if lines[0]["verdict"] != verdictUndeliverable || lines[0]["error"] != "deliver the answer: broken pipe" {
 		t.Errorf("logged %v", lines)
 	}
 }
@@ -176,8 +176,8 @@ func TestUndeliverableAnswerOfWaitingPod(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	w.mutate(httptest.NewRecorder(), request.WithContext(ctx))
-	lines := w.log.lines(t, "admission")
-	if len(lines) != 1 || lines[0]["verdict"] != verdictUndeliverable || lines[0]["level"] != "WARN" {
+	lines := w.log.wantLines(t, "admission", 1)
+	if lines[0]["verdict"] != verdictUndeliverable || lines[0]["level"] != "WARN" {
 		t.Errorf("logged %v", lines)
 	}
 }
@@ -189,16 +189,12 @@ func TestOneLogLinePerAdmission(t *testing.T) {
 	token := w.wantAdmitted(t, id, 1)
 	w.wantFull(t, id, 1, 1)
 	w.admit(t, review(t, id, 0))
-	lines := w.log.lines(t, "admission")
 	want := []map[string]any{
 		{"verdict": verdictAdmitted, "token": token},
 		{"verdict": verdictFull, "token": "", "message": fmt.Sprintf("no semaphore available: %s has 1 of 1 tokens in use, by web-67d4947b99-... (", id)},
 		{"verdict": verdictInvalid, "token": ""},
 	}
-	if len(lines) != len(want) {
-		t.Fatalf("%d lines: %v", len(lines), lines)
-	}
-	for i, line := range lines {
+	for i, line := range w.log.wantLines(t, "admission", len(want)) {
 		want[i]["namespace"], want[i]["key"], want[i]["pod"], want[i]["level"] = id.namespace, id.key, "web-67d4947b99-", "INFO"
 		for k, v := range want[i] {
 			if got, _ := line[k].(string); got != v && (k != "message" || !strings.HasPrefix(got, v.(string))) {
