@@ -31,17 +31,20 @@ if held then
   redis.call('EXPIRE', KEYS[2], ARGV[4]) -- a full Redis lets a script go on that has written what needs no memory
 end
 catchUp(KEYS[2])
-catchUp(KEYS[4])
+if line > 0 then
+  catchUp(KEYS[4])
+end
+local inflight = redis.call('ZCARD', KEYS[2])
 
 local function take()
-  grown = grown or redis.call('EXISTS', KEYS[2]) == 0
+  grown = grown or inflight == 0
   redis.call('ZADD', KEYS[2], now, token)
   if line > 0 then
     leave(token)
     call()
   end
   tell(token, pod, now)
-  return finish({1, micros, agreed})
+  return finish({1, micros, agreed}, 'busy')
 end
 
 if held then
@@ -72,15 +75,17 @@ end
 
 -- mine reports whether a free token is left for the one that asks when those ahead have theirs.
 local function mine()
+  if line == 0 then
+    return true
+  end
   local before = ahead()
-  if redis.call('ZCARD', KEYS[2]) >= length or before > 100 then
+  if before > 100 then
     return false
   end
   local free, used = served(function() end, before)
   return free > 0 and used < length
 end
 
-local inflight = redis.call('ZCARD', KEYS[2])
 if inflight < length and redis.call('LLEN', KEYS[1]) > 0 then
   if mine() then
     redis.call('LPOP', KEYS[1])

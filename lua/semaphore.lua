@@ -196,10 +196,10 @@ local function count(field, n)
 end
 
 -- finish sees to it that the keys expire: within minutes once there are neither holders nor waiters. The time that state has left
--- tells of all of them, unless this command may have made one (grown).
-local function finish(answer)
+-- tells of all of them, unless this command may have made one (grown). busy is for who knows that there are some.
+local function finish(answer, busy)
   -- One by one: in a Cluster, keys that are on their way to another node can only be asked for alone.
-  local busy = redis.call('EXISTS', KEYS[2]) + redis.call('EXISTS', KEYS[3]) > 0
+  busy = busy or redis.call('EXISTS', KEYS[2]) + redis.call('EXISTS', KEYS[3]) > 0
   local seconds = busy and tonumber(ARGV[4]) or 300
   local left = redis.call('TTL', KEYS[6])
   if grown or left < seconds / 2 or left > seconds then
