@@ -383,3 +383,35 @@ func TestGateHoldsWithoutLocks(t *testing.T) {
 	})
 	g.wantLifted(nil, "b")
 }
+
+// With the rules of its user, it stays able to be called while pods come and go.
+func TestGateUser(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	g.redis.do(t, "ACL", append([]any{"SETUSER", "gate", "on", ">" + testPassword}, anys(strings.Fields(sidecarACL+" "+gateACL))...)...)
+	_, log, _ := g.start(func(c *gateConfig) { c.redis = redisSettings{username: "gate", password: testPassword} })
+	a := g.create("a")
+	g.wantLifted([]string{"a"}) // and not to be called any more
+	b := g.create("b")
+	g.wantLifted(nil, "b")
+	g.run("a")
+	eventually(t, 10*time.Second, func() error {
+		channels, err := redis.Strings(g.redis.control.Do("PUBSUB", "CHANNELS", "waiters/*"))
+		if want := []string{g.id.channel(b)}; err == nil && !slices.Equal(channels, want) {
+			err = fmt.Errorf("called by %q, want %q", channels, want)
+		}
+		return err
+	})
+	g.owner.giveBack(g.id, a)
+	g.wantLifted([]string{"b"})
+	eventually(t, 10*time.Second, func() error {
+		channels, err := redis.Strings(g.redis.control.Do("PUBSUB", "CHANNELS", "waiters/*"))
+		if err == nil && len(channels) > 0 {
+			err = fmt.Errorf("called by %q, want none", channels)
+		}
+		return err
+	})
+	if text := log.String(); strings.Contains(text, "NOPERM") || strings.Contains(text, "cannot be called") {
+		t.Error("the user may not do all that it needs")
+	}
+}

@@ -26,6 +26,7 @@ const (
 	statusACL  = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* +time +scan +llen +zcard +zcount +zrange +zscore +hmget"
 	releaseACL = "&waiters/* +eval +evalsha +exists +hset +hdel +zrem +zrangebyscore +rpush +ltrim +del +ttl +expire +publish" // of "status release", beside statusACL
 
+	gateACL       = "+unsubscribe"              // of the gate, beside sidecarACL
 	forgottenACL  = "+acl|users"                // of the webhook, to warn of namespaces that have no user
 	namespacesACL = "+acl|setuser +acl|deluser" // of deploy/namespace.sh
 
@@ -66,7 +67,7 @@ func startSecureRedis(t *testing.T, dir string) *redisServer {
 func TestACLsAreDocumented(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
 	must(t, err)
-	for _, rule := range []string{webhookACL, sidecarACL, "status on >PASSWORD " + statusACL + "\n", "`" + forgottenACL + "`", "SETUSER status " + releaseACL + "\n", "`" + sentinelACL + "`", "`" + ofSentinelsACL + "`", "`" + clusterACL + "`", "`" + lockACL + "`"} {
+	for _, rule := range []string{webhookACL, sidecarACL, "status on >PASSWORD " + statusACL + "\n", "`" + gateACL + "`", "`" + forgottenACL + "`", "SETUSER status " + releaseACL + "\n", "`" + sentinelACL + "`", "`" + ofSentinelsACL + "`", "`" + clusterACL + "`", "`" + lockACL + "`"} {
 		if !strings.Contains(string(readme), rule) {
 			t.Errorf("not in the README: %s", rule)
 		}
@@ -85,7 +86,7 @@ func TestACLsAreDeployed(t *testing.T) {
 	want := map[string][]string{
 		"webhook":    {withoutLock(webhookACL) + " " + forgottenACL, lockACL},
 		"sidecar":    {withoutLock(sidecarACL), lockACL},
-		"gate":       {withoutLock(sidecarACL), lockACL},
+		"gate":       {withoutLock(sidecarACL) + " " + gateACL, lockACL},
 		"namespaces": {namespacesACL, namespacesACL},
 		"status":     {statusACL + " " + releaseACL + " " + sentinelACL},
 		"default":    {"off", "on resetpass ~* &* +@all", "on nopass resetchannels -@all +ping " + ofSentinelsACL},

@@ -21,6 +21,9 @@ func installGate(t *testing.T) {
 	_, err = kubectl(text, "apply", "-f", "-")
 	must(t, err)
 	t.Cleanup(func() {
+		if log, err := hook("logs", "-l", "app.kubernetes.io/component=gate", "--tail=-1"); err != nil || strings.Contains(log, "NOPERM") {
+			t.Errorf("gate lacks rights in Redis, or has no log: %v\n%s", err, log)
+		}
 		_, err := kubectl(text, "delete", "-f", "-")
 		must(t, err)
 	})
