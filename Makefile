@@ -87,7 +87,7 @@ e2e: build ## test deploy/ on the cluster of KUBECONFIG, which gets and loses it
 	$(e2e-test) -tags e2e -timeout 40m $(E2E_FLAGS) ./e2e
 
 .PHONY: measure
-measure: build ## measure waiting pods there, for half an hour; E2E_FLAGS='-run X' for one, by the names in e2e/measure_*_test.go
+measure: build ## measure waiting pods there, for three quarters of an hour; E2E_FLAGS='-run X' for one, by the names in e2e/measure_*_test.go
 	$(e2e-test) -tags e2e,measure -timeout 120m -v -run TestMeasure $(E2E_FLAGS) ./e2e
 
 .PHONY: measure-sidecars

@@ -18,7 +18,7 @@ func TestMeasureHandOver(t *testing.T) {
 
 	n := newNamespace(t)
 	d := newDiary(n)
-	wholes := d.handOver(handOverCount, inLine)
+	wholes := d.handOver(handOverCount, inLine, waiting, func(int) {})
 	d.wantNeverMoreThan(1)
 	shifts := d.shifts()
 	f := figuresOf(turnovers(shifts, 1))

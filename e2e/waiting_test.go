@@ -186,7 +186,7 @@ func TestJobsInLine(t *testing.T) {
 func TestHandOver(t *testing.T) {
 	n := newNamespace(t)
 	d := newDiary(n)
-	d.handOver(5, 2)
+	d.handOver(5, 2, waiting, func(int) {})
 	for _, gap := range turnovers(d.shifts(), 1) {
 		if gap >= 3*time.Second {
 			t.Errorf("an app started %s after the one before had ended", inSeconds(gap))

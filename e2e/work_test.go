@@ -278,13 +278,14 @@ func turnovers(shifts []shift, length int) (gaps []time.Duration) {
 	return gaps
 }
 
-// handOver lets pods follow one another on a semaphore of length 1, with as many always in line. It returns the times from the
-// command that deletes one to the start of the next one's app.
-func (d *diary) handOver(times, inLine int) (wholes []time.Duration) {
+// handOver lets pods follow one another on a semaphore of length 1, with as many always in line, as when says. Before a pod is deleted,
+// it calls before with the number of pods that were. It returns the times from the command that deletes one to the start of the next
+// one's app.
+func (d *diary) handOver(times, inLine int, when func(object) object, before func(turn int)) (wholes []time.Duration) {
 	d.Helper()
 	created := 0
 	create := func() {
-		d.create(waiting(pod(fmt.Sprintf("p-%d", created), "turns", 1, d.app(untilTold))))
+		d.create(when(pod(fmt.Sprintf("p-%d", created), "turns", 1, d.app(untilTold))))
 		created++
 	}
 	create()
@@ -300,6 +301,7 @@ func (d *diary) handOver(times, inLine int) (wholes []time.Duration) {
 			}
 			return err
 		})
+		before(i)
 		told := uptime(d.T)
 		d.kubectl("delete", "pod", d.shifts()[i].pod, "--wait=false")
 		d.wantStarts(time.Minute, i+2)
