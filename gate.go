@@ -228,8 +228,9 @@ func (g *gate) event(p *watchedPod, warning bool, reason, action, id, note strin
 	g.kubernetes.createEvent(podEvent{pod: p, warning: warning, reason: reason, action: action, note: note, id: id})
 }
 
-// lift lifts the gate of a pod that has a token since taken. It returns for how long it is not to be tried again.
-func (g *gate) lift(ctx context.Context, id semaphoreID, p *watchedPod, taken time.Time) (again time.Duration) {
+// lift lifts the gate of a pod that has a token since taken. It returns for how long it is not to be tried again, and whether the pod is not
+// as it was seen.
+func (g *gate) lift(ctx context.Context, id semaphoreID, p *watchedPod, taken time.Time) (again time.Duration, refused bool) {
 	index := slices.Index(p.gates, gateName)
 	var steps patch
 	steps.test(jsonText(p.uid), "metadata", "uid")
@@ -243,13 +244,13 @@ func (g *gate) lift(ctx context.Context, id semaphoreID, p *watchedPod, taken ti
 		g.metrics.lifted(waited, taken)
 		g.log.Info("gate lifted", "namespace", id.namespace, "key", id.key, "pod", p.name, "token", p.uid, "waitedSeconds", seconds(waited))
 		g.event(p, false, reasonTaken, "LiftingGate", "1", fmt.Sprintf("token of %s taken after %s in line", id, roughly(max(0, waited))))
-		return watchPatience
+		return watchPatience, false
 	case errors.Is(err, errPodChanged) || errors.Is(err, errNoPod): // somebody was faster
-		return watchPatience
+		return watchPatience, true
 	case ctx.Err() == nil:
 		g.log.Warn("gate not lifted, to be retried", "namespace", id.namespace, "key", id.key, "pod", p.name, "error", err.Error())
 	}
-	return time.Second
+	return time.Second, false
 }
 
 // letGo removes our label: the pod needs us no longer.

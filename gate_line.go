@@ -87,9 +87,9 @@ func (l *gateLine) set(w *watchedPod, spec semaphoreSpec) {
 		p = &gatedPod{spec: spec}
 		l.pods[w.uid] = p
 	}
-	p.watchedPod, p.gone = w, false
+	p.watchedPod, p.gone, p.refused = w, false, false
 	switch {
-	case p.phase == "Succeeded" || p.phase == "Failed" || p.deleted && p.isGated():
+	case p.hasEnded() || p.deleted && p.isGated():
 		p.state = podEnded
 	case p.hasStarted():
 		p.state = podLeaves
@@ -203,7 +203,7 @@ func (l *gateLine) setState(seen *seenGatedPod, from, to lineState) {
 	if p := seen.of; p.state == from {
 		p.state = to
 		if to == podHolds {
-			p.taken = time.Now()
+			p.taken, p.placed = time.Now(), false
 		}
 	}
 }
@@ -276,14 +276,15 @@ func (l *gateLine) settle(ctx context.Context, pods []*seenGatedPod) {
 	}
 }
 
-// giveUp ends what a pod has that the watch has lost, if it was deleted; if it has lost the label, its sidecar has the token.
+// giveUp ends what a pod has that the watch has lost, if it was deleted, or has ended; else it has lost the label, and its sidecar has the
+// token.
 func (l *gateLine) giveUp(ctx context.Context, p *watchedPod) (again time.Duration) {
 	now, err := l.gate.kubernetes.getPod(ctx, p.namespace, p.name, p.uid)
 	switch {
 	case err == nil && now.labels[labelGated] != "": // the watch tells it again
 		return time.Second
-	case err == nil:
-	case errors.Is(err, errNoPod):
+	case err == nil && !(&gatedPod{watchedPod: now}).hasEnded():
+	case err == nil || errors.Is(err, errNoPod):
 		if again := l.giveBack(ctx, p.uid); again > 0 {
 			return again
 		}
@@ -315,7 +316,36 @@ func (l *gateLine) lift(ctx context.Context, pods []*seenGatedPod) {
 		if state, gone := l.stateOf(p); state != podHolds || gone || !p.isGated() {
 			continue
 		}
-		taken := p.taken
-		l.change(p, func() time.Duration { return l.gate.lift(ctx, l.id, p.watchedPod, taken) })
+		l.change(p, func() time.Duration {
+			if p.refused {
+				return l.lookAgain(ctx, p)
+			}
+			again, refused := l.gate.lift(ctx, l.id, p.watchedPod, p.taken)
+			if refused {
+				l.setRefused(p)
+			}
+			return again
+		})
 	}
+}
+
+func (l *gateLine) setRefused(p *seenGatedPod) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	p.of.refused = true
+}
+
+// lookAgain learns how a pod is that the watch has told nothing new of, though its gate could not be lifted. It may have ended long ago.
+func (l *gateLine) lookAgain(ctx context.Context, p *seenGatedPod) (again time.Duration) {
+	now, err := l.gate.kubernetes.getPod(ctx, p.namespace, p.name, p.uid)
+	switch {
+	case err == nil:
+		l.set(now, p.spec)
+	case !errors.Is(err, errNoPod):
+		return time.Second
+	}
+	if err != nil || now.labels[labelGated] == "" {
+		l.drop(p.uid)
+	}
+	return 0
 }

@@ -23,10 +23,11 @@ type gatedPod struct {
 	arrival int64         // its place in line: Unix microseconds; 0 while it has none
 	state   lineState
 	gone    bool      // the watch has lost it: it was deleted, or has lost the label
-	placed  bool      // its place was kept
+	placed  bool      // its place was kept, and has not become a token
 	told    bool      // it was told where it stands
 	taken   time.Time // when its token was
 	busy    bool      // a change of it is under way
+	refused bool      // its gate was not to be lifted as it is seen: the watch may be behind
 	wake    time.Time // not before, as the last change failed
 }
 
@@ -47,6 +48,9 @@ func (p *gatedPod) lifted() time.Time {
 	}
 	return time.Unix(n, 0)
 }
+
+// hasEnded reports whether the pod has run, or failed: its sidecar does nothing any more.
+func (p *gatedPod) hasEnded() bool { return p.phase == "Succeeded" || p.phase == "Failed" }
 
 // hasStarted reports whether the pod's sidecar has confirmed the token, and keeps it from now on.
 func (p *gatedPod) hasStarted() bool {

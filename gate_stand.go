@@ -21,7 +21,7 @@ func (l *gateLine) stand(ctx context.Context, pods []*seenGatedPod) (pause time.
 	var waiting, leaving []*seenGatedPod
 	for _, p := range pods {
 		state, gone := l.stateOf(p)
-		if gone && state == podStands && p.placed {
+		if p.placed && (gone || state != podStands) {
 			leaving = append(leaving, p)
 		}
 		if state != podStands || gone {

@@ -226,7 +226,8 @@ func TestGateThroughOutages(t *testing.T) {
 func TestGateOfSomeNamespaces(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 1)
-	elsewhere := gateTest{t, g.redis, g.api, g.owner, semaphoreID{g.api.namespace(t), "web"}, 1}
+	elsewhere := *g
+	elsewhere.id.namespace = g.api.namespace(t)
 	elsewhere.create("a")
 	g.create("a")
 	_, log, _ := g.start(func(c *gateConfig) {

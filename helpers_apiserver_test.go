@@ -33,6 +33,8 @@ type apiServer struct {
 	pods     http.Handler
 	store    *apiStore // nil if the pods are in a real API server
 
+	late sync.RWMutex // while it is locked, watches tell nothing, and then all that they have missed
+
 	mu       sync.Mutex
 	server   *http.Server
 	token    string
@@ -121,7 +123,7 @@ func (s *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
-	served := &servedWatch{ResponseWriter: w, drop: func() { cancel(http.ErrAbortHandler) }}
+	served := &servedWatch{ResponseWriter: w, late: &s.late, drop: func() { cancel(http.ErrAbortHandler) }}
 	s.mu.Lock()
 	s.watches[served] = true
 	s.mu.Unlock()
@@ -141,11 +143,14 @@ func isWatch(r *http.Request) bool { return r.URL.Query().Get("watch") == "true"
 // servedWatch is a watch under way.
 type servedWatch struct {
 	http.ResponseWriter
+	late   *sync.RWMutex
 	drop   func()
 	silent atomic.Bool // what is written vanishes
 }
 
 func (w *servedWatch) Write(b []byte) (int, error) {
+	w.late.RLock()
+	defer w.late.RUnlock()
 	if w.silent.Load() {
 		return len(b), nil
 	}

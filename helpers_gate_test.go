@@ -18,7 +18,8 @@ type gateTest struct {
 	*testing.T
 	redis  *redisServer
 	api    *apiServer
-	owner  *semaphores // does what sidecars do
+	config webhookConfig // of gates and owner, what they share
+	owner  *semaphores   // does what sidecars do
 	id     semaphoreID
 	length int
 }
@@ -26,14 +27,20 @@ type gateTest struct {
 func newGateTest(t *testing.T, length int) *gateTest {
 	t.Helper()
 	r := startRedis(t)
+	return newGateTestOn(t, r, testConfig(r.address), length)
+}
+
+// newGateTestOn is newGateTest with a Redis that is there.
+func newGateTestOn(t *testing.T, r *redisServer, c webhookConfig, length int) *gateTest {
+	t.Helper()
 	s := startAPIServer(t)
-	return &gateTest{t, r, s, testSemaphores(t, r.address), semaphoreID{s.namespace(t), "web"}, length}
+	return &gateTest{t, r, s, c, semaphoresOf(t, c), semaphoreID{s.namespace(t), "web"}, length}
 }
 
 // start starts a gate, which ends with the test or by stop.
 func (g *gateTest) start(change ...func(*gateConfig)) (started *gate, log *syncBuffer, stop func()) {
 	g.Helper()
-	c := gateConfig{sharedConfig: testConfig(g.redis.address).sharedConfig, kubernetes: g.api.settings, unschedulable: 5 * time.Minute}
+	c := gateConfig{sharedConfig: g.config.sharedConfig, kubernetes: g.api.settings, unschedulable: 5 * time.Minute}
 	for _, ch := range change {
 		ch(&c)
 	}
@@ -63,7 +70,12 @@ func (g *gateTest) start(change ...func(*gateConfig)) (started *gate, log *syncB
 // create creates a pod as the webhook lets it pass, and returns its token.
 func (g *gateTest) create(name string) (token string) {
 	g.Helper()
-	p := testGatedPod(name)
+	return g.createAs(testGatedPod(name))
+}
+
+// createAs is create for a pod that is made already.
+func (g *gateTest) createAs(p *corev1.Pod) (token string) {
+	g.Helper()
 	p.Spec.SchedulingGates = p.Spec.SchedulingGates[1:]
 	p.Annotations = map[string]string{annotationEnabled: "true", annotationKey: g.id.key, annotationLength: strconv.Itoa(g.length), annotationExpiration: "10"}
 	return string(g.api.createPod(g.T, g.id.namespace, p).UID)
@@ -92,7 +104,7 @@ func (g *gateTest) lifted(name string) bool { return len(g.pod(name).Spec.Schedu
 // wantLifted waits until exactly those are lifted, of all that are given.
 func (g *gateTest) wantLifted(lifted []string, gated ...string) {
 	g.Helper()
-	eventually(g.T, 10*time.Second, func() error {
+	eventually(g.T, 20*time.Second, func() error {
 		for _, name := range lifted {
 			if !g.lifted(name) {
 				return fmt.Errorf("%s is gated yet", name)
@@ -124,13 +136,7 @@ func (g *gateTest) wantHolders(want ...string) {
 // run lets a pod start, as a kubelet shows it.
 func (g *gateTest) run(name string) {
 	g.Helper()
-	now := corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}
-	ended := corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{}}
-	_, status := g.api.store.change(g.id.namespace, name, func(p *corev1.Pod) {
-		p.Spec.NodeName = "node-1"
-		p.Status.Phase = corev1.PodRunning
-		p.Status.InitContainerStatuses = []corev1.ContainerStatus{{Name: sidecarName, Started: new(true), State: now}, {Name: awaitName, State: ended}}
-	})
+	_, status := g.api.store.change(g.id.namespace, name, runs)
 	if status != nil {
 		g.Fatal(status.Message)
 	}
@@ -140,4 +146,13 @@ func (g *gateTest) run(name string) {
 		}
 		return nil
 	})
+}
+
+// runs makes a pod one that a kubelet has started: its sidecar runs, and its await has ended.
+func runs(p *corev1.Pod) {
+	now := corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}
+	ended := corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{}}
+	p.Spec.NodeName = "node-1"
+	p.Status.Phase = corev1.PodRunning
+	p.Status.InitContainerStatuses = []corev1.ContainerStatus{{Name: sidecarName, Started: new(true), State: now}, {Name: awaitName, State: ended}}
 }

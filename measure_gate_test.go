@@ -27,8 +27,7 @@ func TestMeasureGate(t *testing.T) {
 			holders = append(holders, acquire(t, g.owner, id, length))
 		}
 	}
-	p := startProcess(t, "gate", "--queue-redis-address="+g.redis.address, "--redis-addresses="+g.redis.address, "--metrics-bind-address="+freeAddress(t),
-		"--kubernetes-address="+g.api.settings.address, "--kubernetes-ca-file="+g.api.settings.caFile, "--kubernetes-token-file="+g.api.settings.tokenFile)
+	p := g.process()
 	wantInLine := func(want int) (took time.Duration) {
 		t.Helper()
 		start := time.Now()
