@@ -41,7 +41,7 @@ test-queues: test-needs ## let Sentinel groups, Clusters and moving addresses fa
 	TEST_QUEUE=sentinel go test -race -count=1 -parallel 8 -shuffle=on .
 	TEST_QUEUE=cluster go test -race -count=1 -parallel 8 -shuffle=on .
 
-queue-tests = ^Test(SentinelFailover|PrimaryWithoutReplicas|SentinelsGone|SentinelsThatCannotHelp|SentinelOfThePast|SentinelUsers|SentinelLook|SentinelsBehindSlowDNS|Cluster.*|Slots|ProviderFailover)$$
+queue-tests = ^Test(SentinelFailover|GateFailover|PrimaryWithoutReplicas|SentinelsGone|SentinelsThatCannotHelp|SentinelOfThePast|SentinelUsers|SentinelLook|SentinelsBehindSlowDNS|Cluster.*|Slots|ProviderFailover)$$
 
 .PHONY: test-abuse
 test-abuse: test-needs ## misuse a webhook in all ways, in some five minutes: what it needs, and what becomes of admissions beside it

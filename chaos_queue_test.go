@@ -5,11 +5,8 @@ package main
 import (
 	"fmt"
 	"slices"
-	"strings"
 	"testing"
 	"time"
-
-	"github.com/gomodule/redigo/redis"
 )
 
 // chaosQueue is a queue whose servers can be struck.
@@ -64,17 +61,6 @@ func (g *chaosGroup) handOver(t *testing.T, primary *redisServer) {
 	primary.do(t, "CLIENT", "UNPAUSE")
 }
 
-// named is the port of the primary that the first Sentinel names.
-func (g *chaosGroup) named(t *testing.T) string {
-	named, err := redis.Strings(g.sentinels[0].do(t, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", "tokens"), nil)
-	must(t, err)
-	return named[1]
-}
-
-func (g *chaosGroup) serves(t *testing.T, s *redisServer, _ semaphoreID) bool {
-	return g.named(t) == portOf(s.address)
-}
-
 // rejoin makes a server that runs, and that the Sentinels do not name any more, a replica of the one that they do. They would do it
 // themselves some ten seconds later.
 func (g *chaosGroup) rejoin(t *testing.T, back *redisServer) {
@@ -93,22 +79,6 @@ func (g *chaosGroup) restart(t *testing.T, s *redisServer) {
 		s.args = append(s.args, "--replicaof", "127.0.0.1 "+port)
 	}
 	must(t, s.start())
-}
-
-// wantInStep waits until all replicas have what a server has, which takes no more writes.
-func wantInStep(t *testing.T, primary *redisServer) {
-	eventually(t, 10*time.Second, func() error {
-		info, err := redis.String(primary.control.Do("INFO", "replication"))
-		if err != nil {
-			return err
-		}
-		_, rest, _ := strings.Cut(info, "master_repl_offset:")
-		offset, _, _ := strings.Cut(rest, "\r")
-		if strings.Count(info, ",offset="+offset+",") != strings.Count(info, ",offset=") {
-			return fmt.Errorf("not in step: %s", info)
-		}
-		return nil
-	})
 }
 
 type chaosCluster struct{ *redisCluster }
@@ -133,17 +103,3 @@ func (c *chaosCluster) handOver(t *testing.T, primary *redisServer) {
 
 func (c *chaosCluster) rejoin(*testing.T, *redisServer)      {}
 func (c *chaosCluster) restart(t *testing.T, s *redisServer) { must(t, s.start()) }
-
-func (c *chaosCluster) serves(t *testing.T, s *redisServer, id semaphoreID) bool {
-	for _, n := range c.nodes {
-		if n == s {
-			continue
-		}
-		for _, r := range c.ranges(t, n) {
-			if r.from <= id.slot() && id.slot() <= r.to {
-				return r.address == s.address
-			}
-		}
-	}
-	return false
-}

@@ -30,6 +30,22 @@ func (s *redisServer) kill(t *testing.T) {
 	_ = s.cmd.Wait()
 }
 
+// wantInStep waits until all replicas have what a server has, which takes no more writes.
+func wantInStep(t *testing.T, primary *redisServer) {
+	eventually(t, 10*time.Second, func() error {
+		info, err := redis.String(primary.control.Do("INFO", "replication"))
+		if err != nil {
+			return err
+		}
+		_, rest, _ := strings.Cut(info, "master_repl_offset:")
+		offset, _, _ := strings.Cut(rest, "\r")
+		if strings.Count(info, ",offset="+offset+",") != strings.Count(info, ",offset=") {
+			return fmt.Errorf("not in step: %s", info)
+		}
+		return nil
+	})
+}
+
 func (s *redisServer) role(t *testing.T) string {
 	t.Helper()
 	reply, err := redis.Values(s.control.Do("ROLE"))
@@ -154,6 +170,18 @@ func (g *sentinelGroup) holder(t *testing.T, _ semaphoreID) *redisServer {
 	}
 	t.Fatal("no Sentinel knows a primary")
 	return nil
+}
+
+// named is the port of the primary that the first Sentinel names.
+func (g *sentinelGroup) named(t *testing.T) string {
+	named, err := redis.Strings(g.sentinels[0].do(t, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", "tokens"), nil)
+	must(t, err)
+	return named[1]
+}
+
+// serves reports whether a server is the primary, as the first Sentinel sees it.
+func (g *sentinelGroup) serves(t *testing.T, s *redisServer, _ semaphoreID) bool {
+	return g.named(t) == portOf(s.address)
 }
 
 // redisCluster is a Cluster of three masters and three replicas.
@@ -282,4 +310,19 @@ func (c *redisCluster) otherID(t *testing.T, id semaphoreID) semaphoreID {
 			return other
 		}
 	}
+}
+
+// serves reports whether a node serves a semaphore, as another one sees it.
+func (c *redisCluster) serves(t *testing.T, s *redisServer, id semaphoreID) bool {
+	for _, n := range c.nodes {
+		if n == s {
+			continue
+		}
+		for _, r := range c.ranges(t, n) {
+			if r.from <= id.slot() && id.slot() <= r.to {
+				return r.address == s.address
+			}
+		}
+	}
+	return false
 }
