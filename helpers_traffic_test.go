@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -189,6 +190,19 @@ func (f *traffic) since(after time.Duration) (all []tried) {
 		}
 	}
 	return all
+}
+
+// recoveredBy is how long after a fault all is to work again: the bound, or two seconds after the servers themselves have failed over, which
+// takes them longer on a machine that is busy.
+func (f *traffic) recoveredBy(t *testing.T, bound time.Duration, serves func() bool) time.Duration {
+	t.Helper()
+	eventually(t, 20*time.Second, func() error {
+		if serves() {
+			return errors.New("the servers have not failed over")
+		}
+		return nil
+	})
+	return max(bound, time.Since(f.fault)+2*time.Second)
 }
 
 // wantRecovered waits until the queue works again, and for some seconds more. It fails unless all admissions with ten seconds of
