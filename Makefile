@@ -56,7 +56,7 @@ CHAOS_SEED ?= 1
 CHAOS_FLAGS ?=
 
 .PHONY: chaos
-chaos: test-needs ## let pods and servers fail at random, check the history of who worked when, and break scripts on purpose; CHAOS_TIME=1h CHAOS_SEED=2
+chaos: test-needs ## let pods, gates and servers fail at random, check the history of who worked when, and break scripts on purpose; CHAOS_TIME=1h CHAOS_SEED=2
 	go test -count=1 -tags chaos -timeout 0 -v -run '^TestChaos' . -chaos.time=$(CHAOS_TIME) -chaos.seed=$(CHAOS_SEED) $(CHAOS_FLAGS)
 
 FUZZ_TIME ?= 10s

@@ -28,6 +28,8 @@ func TestChaosFindsBrokenScripts(t *testing.T) {
 			"", time.Second, false, []string{ruleCount, ruleLetIn}},
 		{"who does not wait ignores the line", []edit{{"lua/acquire.lua", "redis.call('ZRANK', KEYS[3], token) or redis.call('ZCARD', KEYS[3])",
 			"redis.call('ZRANK', KEYS[3], token) or 0"}}, "", time.Second, true, []string{ruleOrder}},
+		{"a gate is lifted without a token", []edit{{"gate_line.go", "state != podHolds || gone || !p.isGated()", "state == podEnded || gone || !p.isGated()"}},
+			"", time.Second, false, []string{ruleLifted}},
 		{"a token is stale after a third of the threshold", []edit{{"lua/semaphore.lua", "math.max(tonumber(ARGV[3]), 2 * quiet)", "tonumber(ARGV[3]) / 3"}},
 			briefPause, time.Second, false, []string{ruleCount, ruleLetIn}},
 		{"a heartbeat does not put back what was lost", []edit{{"lua/heartbeat.lua", "redis.call('ZADD', KEYS[2], now, ARGV[5])",

@@ -30,6 +30,19 @@ func inLineSince(name string, length, from, to, end int) *podLife {
 	return l
 }
 
+// gatedSince is a pod that waits gated from a second on, is lifted then, and works half a second later.
+func gatedSince(name string, length, from, to, end int) *podLife {
+	l := inLineSince(name, length, from, to, end)
+	l.gated = true
+	if to > 0 {
+		lifted := time.Duration(to) * time.Second
+		l.lifted = span{lifted, lifted + 100*time.Millisecond}
+		l.took = span{l.lifted.from, lifted + 400*time.Millisecond}
+		l.started = lifted + 500*time.Millisecond
+	}
+	return l
+}
+
 func refusedAt(name string, length, at int) *podLife {
 	asked := time.Duration(at) * time.Second
 	answered := asked + 50*time.Millisecond
@@ -44,6 +57,11 @@ func undecided(at int) *podLife {
 
 func (p *podLife) silent(from, to int) *podLife {
 	p.silences = append(p.silences, span{time.Duration(from) * time.Second, time.Duration(to) * time.Second})
+	return p
+}
+
+func (p *podLife) deletedAt(at int) *podLife {
+	p.ended = time.Duration(at) * time.Second
 	return p
 }
 
@@ -95,6 +113,17 @@ func TestChaosChecker(t *testing.T) {
 			nil, ruleOrder},
 		"out of order after a loss": {[]*podLife{worker("a", 1, 1, 10), inLineSince("b", 1, 2, 20, 30), inLineSince("c", 1, 4, 10, 20)},
 			[]fault{lost(9)}, ""},
+		"gated, and in order":              {[]*podLife{worker("a", 1, 1, 10), gatedSince("b", 1, 2, 10, 20), gatedSince("c", 1, 4, 20, 30)}, nil, ""},
+		"gated, and out of order":          {[]*podLife{worker("a", 1, 1, 10), gatedSince("b", 1, 2, 20, 30), gatedSince("c", 1, 4, 10, 20)}, nil, ruleOrder},
+		"gated within a second":            {[]*podLife{worker("a", 1, 1, 10), gatedSince("b", 1, 2, 20, 30), gatedSince("c", 1, 2, 10, 20)}, nil, ""},
+		"gated, before one that waits":     {[]*podLife{worker("a", 1, 1, 10), inLineSince("b", 1, 2, 20, 30), gatedSince("c", 1, 4, 10, 20)}, nil, ruleOrder},
+		"gated, after a clock was set":     {[]*podLife{worker("a", 1, 1, 10), inLineSince("b", 1, 2, 20, 30), gatedSince("c", 1, 4, 10, 20)}, []fault{during(fault{shaken: true}, 1, 1)}, ""},
+		"lifted without a token":           {[]*podLife{worker("a", 1, 1, 20), gatedSince("b", 1, 2, 10, 0).diesAt(11)}, nil, ruleLifted},
+		"lifted late":                      {[]*podLife{worker("a", 1, 1, 10), gatedSince("b", 1, 2, 13, 20)}, []fault{during(fault{blind: true}, 9, 12)}, ""},
+		"lifted too late":                  {[]*podLife{worker("a", 1, 1, 10), gatedSince("b", 1, 2, 22, 30)}, nil, ruleUnused},
+		"a stopped gate does not stop all": {[]*podLife{worker("a", 1, 1, 10), gatedSince("b", 1, 2, 22, 30)}, []fault{during(fault{unlifted: true}, 9, 18)}, ruleUnused},
+		"deleted while it was gated, and in the way": {[]*podLife{worker("a", 1, 1, 10), gatedSince("b", 1, 2, 0, 0).deletedAt(5), inLineSince("c", 1, 4, 30, 40)},
+			nil, ruleUnused},
 		"passed by a greater length": {[]*podLife{worker("a", 1, 1, 20), inLineSince("b", 1, 2, 20, 30), worker("c", 2, 10, 20)}, nil, ""},
 		"a token unused":             {[]*podLife{worker("a", 1, 1, 5), inLineSince("b", 1, 2, 20, 30)}, nil, ruleUnused},
 		"for ever":                   {[]*podLife{worker("a", 1, 1, 5), inLineSince("b", 1, 2, 0, 0)}, nil, ruleUnused},

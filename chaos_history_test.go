@@ -35,6 +35,7 @@ type podLife struct {
 	semaphore string
 	length    int
 	waits     bool // it waits in line where no token is free; else it is refused
+	gated     bool // it waits before it is scheduled
 	started   time.Duration
 	asked     time.Duration // when its admission was asked for
 	answered  time.Duration // when that was over
@@ -42,6 +43,7 @@ type podLife struct {
 	refused   bool          // as all tokens are in use
 	failed    bool          // no webhook answered: a token may have been taken for it
 	inLine    time.Duration // when it was heard that it stands in line
+	lifted    span          // of a gated pod: in which the token was taken for which its gate was lifted
 	took      span          // in which its token was taken; zero: it has none. Nobody knows the moment better
 	ended     time.Duration // when its work ended, or it was told to end before: from here on its token may be given back
 	released  time.Duration // when its sidecar had ended in order
@@ -56,6 +58,17 @@ func (p *podLife) holds(s span) bool {
 
 func (p *podLife) works(at time.Duration) bool {
 	return p.started != notYet && p.started <= at && at < cmp.Or(p.ended, p.died, unending)
+}
+
+// manner is what becomes of the pod where no token is free.
+func (p *podLife) manner() string {
+	switch {
+	case p.gated:
+		return "waits gated"
+	case p.waits:
+		return "waits"
+	}
+	return "does not wait"
 }
 
 // loss is what a fault makes Redis lose.
@@ -77,6 +90,8 @@ type fault struct {
 	shaken     bool     // their Redis, afterwards, first has to hear from all
 	silent     bool     // commands may be carried out whose answers do not arrive
 	unrepaired bool     // most lock servers are away
+	unlifted   bool     // a gate is away: tokens may be taken long before the gates of their pods are lifted
+	blind      bool     // so it is with all gates, or they do not see the pods
 }
 
 func (f fault) hits(semaphore string) bool {
@@ -107,9 +122,10 @@ func (h *history) around(semaphore string, s span) string {
 		if p.semaphore != semaphore {
 			continue
 		}
-		say(p.asked, "%s asks, length %d, %s", p.name, p.length, map[bool]string{true: "waits", false: "does not wait"}[p.waits])
+		say(p.asked, "%s asks, length %d, %s", p.name, p.length, p.manner())
 		say(p.answered, "%s is answered: admitted %t, refused %t, failed %t", p.name, p.admitted, p.refused, p.failed)
 		say(p.inLine, "%s is in line", p.name)
+		say(p.lifted.to, "the gate of %s is lifted, its token taken within %s", p.name, p.lifted)
 		say(p.took.to, "%s has a token, taken within %s", p.name, p.took)
 		say(p.started, "%s works", p.name)
 		say(p.ended, "%s ends", p.name)

@@ -14,6 +14,8 @@ func (c *checker) disturbed(semaphore string) (all []span) {
 		switch {
 		case f.away || f.shaken || f.loses != losesNothing:
 			all = append(all, span{f.from - slack, f.to + max(c.quiet(), patience*time.Second) + slack})
+		case f.blind: // a watch is tried again some seconds later
+			all = append(all, span{f.from - slack, f.to + taken})
 		case f.unrepaired:
 			all = append(all, span{f.from - slack, f.to + 2*slack})
 		}
@@ -26,15 +28,18 @@ func (c *checker) occupies(p *podLife) (all []span) {
 	stale := c.threshold + slack + time.Second // after its last heartbeat
 	gone := (patience + lineQuiet) * time.Second
 	switch {
-	case p.took.to != 0:
-		end := unending
+	case p.took.to != 0 || p.lifted.to != 0:
+		end, from := unending, p.took.from
+		if p.lifted.to != 0 {
+			from = p.lifted.from
+		}
 		if p.released != notYet {
 			end = p.released
 		}
 		if p.died != notYet {
 			end = min(end, p.died+stale)
 		}
-		all = append(all, span{p.took.from, end})
+		all = append(all, span{from, end})
 	case !p.waits && !p.refused:
 		all = append(all, span{p.asked, cmpOr(p.answered, c.end) + stale + slack})
 	case !p.waits:
@@ -47,8 +52,11 @@ func (c *checker) occupies(p *podLife) (all []span) {
 		if p.died != notYet && p.took.to == 0 {
 			all = append(all, span{p.died, p.died + gone})
 		}
-		if p.ended != notYet && p.took.to == 0 {
+		if p.ended != notYet && p.took.to == 0 && !p.gated {
 			all = append(all, span{p.ended, cmpOr(p.released, c.end) + slack})
+		}
+		if p.gated && p.ended != notYet && p.lifted.to == 0 { // a gate may have taken a token, and is to hear that it is deleted
+			all = append(all, span{p.ended - heardLate, p.ended + taken})
 		}
 		for _, s := range p.silences {
 			all = append(all, span{s.from, s.to + gone})
@@ -123,7 +131,7 @@ func (c *checker) checkRefused(pods []*podLife) {
 				continue
 			}
 			occupies := slices.ContainsFunc(c.occupies(q), asks.overlaps)
-			waits := q.waits && asks.overlaps(span{q.asked, c.ended(q) + slack}) && (q.took.to == 0 || q.took.to >= asks.from)
+			waits := q.waits && asks.overlaps(span{q.asked, c.ended(q) + taken}) && (q.took.to == 0 || q.took.to >= asks.from)
 			if occupies || waits {
 				used++
 			}

@@ -82,7 +82,9 @@ var stabs = map[string]func(n *nemesis){
 	},
 }
 
-var blows = []blow{
+var blows = slices.Concat(serverBlows, gateBlows)
+
+var serverBlows = []blow{
 	{"a webhook is killed", false, func(n *nemesis, f *fault) {
 		h := pick(n, n.webhooks)
 		h.signal(n.t, syscall.SIGKILL)

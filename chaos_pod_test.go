@@ -92,6 +92,8 @@ func (p *chaosPod) heard(line string) {
 		if l.inLine == notYet {
 			l.inLine = now
 		}
+	case strings.Contains(line, `"msg":"`+heldText+`"`) && l.gated && !p.lost:
+		l.took = span{l.lifted.from, now}
 	case strings.Contains(line, `"msg":"`+heldText+`"`) && (l.waits || p.lost):
 		l.took = span{max(l.asked, now-heardLate), now}
 	}
@@ -101,7 +103,10 @@ func (p *chaosPod) heard(line string) {
 // not admitted.
 func (p *chaosPod) ask(rng *rand.Rand) *corev1.Container {
 	whenFull := whenFullDeny
-	if p.life.waits {
+	switch {
+	case p.life.gated:
+		whenFull = whenFullGate
+	case p.life.waits:
 		whenFull = whenFullWait
 	}
 	body := p.w.review(p.life, p.uid, whenFull)
@@ -192,6 +197,12 @@ func (p *chaosPod) live(rng *rand.Rand) {
 		p.mu.Unlock()
 		return
 	}
+	if p.life.gated {
+		defer p.remove()
+		if !p.passGate(rng) {
+			return
+		}
+	}
 	_ = sleep(p.w.ctx, within(rng, 500*time.Millisecond)) // it is scheduled
 	args := p.node.args(sidecar.Args, p.uid)
 	start := func() *chaosProcess { return p.launch(args, p.heard) }
@@ -200,12 +211,14 @@ func (p *chaosPod) live(rng *rand.Rand) {
 	p.await = p.launch([]string{"await"}, func(string) {})
 	sc := p.sidecar
 	p.mu.Unlock()
+	p.show(isScheduled)
 	defer os.Remove(newStartMark(p.uid, p.tokenOf()).path)
 
 	patience := time.NewTimer(p.w.patience + within(rng, p.w.patience)) // a pod that waits is deleted some day
 	defer patience.Stop()
 	work := time.NewTimer(time.Hour)
 	defer work.Stop()
+	last := p.w.last
 	for {
 		select {
 		case <-p.awaitDone():
@@ -217,6 +230,7 @@ func (p *chaosPod) live(rng *rand.Rand) {
 			case p.await.cmd.ProcessState.ExitCode() == 0:
 				p.life.started = now
 				p.await = nil
+				p.show(runs)
 				work.Reset(p.w.work(rng))
 			default: // it was killed
 				p.await = p.launch([]string{"await"}, func(string) {})
@@ -238,6 +252,13 @@ func (p *chaosPod) live(rng *rand.Rand) {
 			sc = p.sidecar
 			p.silenceEnds()
 			p.mu.Unlock()
+			continue
+		case <-last:
+			last = nil
+			patience.Stop()
+			if p.startedYet() {
+				work.Reset(0)
+			}
 			continue
 		case <-work.C:
 		case <-patience.C:
@@ -262,6 +283,7 @@ func (p *chaosPod) end() {
 	sidecar.signal(syscall.SIGTERM)
 	died := p.life.died != notYet
 	p.mu.Unlock()
+	p.delete()
 	select {
 	case <-sidecar.done:
 	case <-time.After((giveBackSeconds + 15) * time.Second):

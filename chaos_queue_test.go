@@ -43,19 +43,24 @@ func (g *chaosGroup) replica(_ *testing.T, primary *redisServer) *redisServer {
 	return nil
 }
 
-// handOver lets the primary take no more writes, and a replica take over once it has all.
+// handOver lets the primary take no more writes, and a replica take over once it has all. Sentinels that were paused do nothing for half a
+// minute (TILT).
 func (g *chaosGroup) handOver(t *testing.T, primary *redisServer) {
-	primary.do(t, "CLIENT", "PAUSE", 8000, "WRITE")
-	wantInStep(t, primary)
-	eventually(t, 20*time.Second, func() error {
-		_, err := g.sentinels[0].control.Do("SENTINEL", "FAILOVER", "tokens")
-		return err
-	})
-	eventually(t, 20*time.Second, func() error {
-		if g.named(t) == portOf(primary.address) {
-			return fmt.Errorf("%s is still the primary", primary.address)
+	const try = 6 * time.Second
+	var asked time.Time
+	eventually(t, 40*time.Second, func() error {
+		if g.named(t) != portOf(primary.address) {
+			return nil
 		}
-		return nil
+		if time.Since(asked) > try {
+			primary.do(t, "CLIENT", "PAUSE", (try + 2*time.Second).Milliseconds(), "WRITE")
+			wantInStep(t, primary)
+			if _, err := g.sentinels[0].control.Do("SENTINEL", "FAILOVER", "tokens"); err != nil {
+				return err
+			}
+			asked = time.Now()
+		}
+		return fmt.Errorf("%s is still the primary", primary.address)
 	})
 	g.rejoin(t, primary)
 	primary.do(t, "CLIENT", "UNPAUSE")

@@ -39,6 +39,7 @@ func (v violation) String() string {
 const (
 	ruleCount   = "never more at work than the length"
 	ruleLetIn   = "nobody is let in while the length is used up"
+	ruleLifted  = "no gate is lifted while the length is used up"
 	ruleOrder   = "first come, first served"
 	ruleUnused  = "no free token stays unused"
 	ruleDecided = "admissions are decided"
@@ -68,7 +69,10 @@ func check(h *history) *checker {
 	groups := map[string][]*podLife{}
 	for _, p := range h.pods {
 		if p.took.to != 0 && p.waits {
-			p.took.from = max(p.asked, c.earliest(p))
+			p.took.from = max(p.asked, c.earliest(p, p.took))
+		}
+		if p.lifted.to != 0 {
+			p.lifted.from = max(p.asked, c.earliest(p, p.lifted))
 		}
 		c.excuses[p] = c.excusesOf(p)
 		groups[p.semaphore] = append(groups[p.semaphore], p)
@@ -76,6 +80,7 @@ func check(h *history) *checker {
 	for _, pods := range groups {
 		c.checkCount(pods)
 		c.checkLetIn(pods)
+		c.checkLifted(pods)
 		c.checkOrder(pods)
 		c.checkUnused(pods)
 		c.checkRefused(pods)
@@ -112,16 +117,16 @@ func (c *checker) backBy(p *podLife, at time.Duration) time.Duration {
 }
 
 // earliest is when a pod's token may have been taken, where the answers may not have arrived at once.
-func (c *checker) earliest(p *podLife) time.Duration {
-	from := p.took.from
+func (c *checker) earliest(p *podLife, taken span) time.Duration {
+	from := taken.from
 	late := slices.Clone(p.silences)
 	for _, f := range c.faults {
-		if f.hits(p.semaphore) && (f.silent || f.away || f.shaken || f.loses != losesNothing) {
+		if f.hits(p.semaphore) && (f.silent || f.away || f.shaken || f.loses != losesNothing || p.gated && (f.unlifted || f.blind)) {
 			late = append(late, f.span)
 		}
 	}
 	for _, s := range late {
-		if s.overlaps(span{p.took.from - heardLate, p.took.to}) {
+		if s.overlaps(span{taken.from - heardLate, taken.to}) {
 			from = min(from, s.from)
 		}
 	}
@@ -270,6 +275,19 @@ func (c *checker) checkLetIn(pods []*podLife) {
 	}
 }
 
+// checkLifted looks at each gate that was lifted, as checkLetIn at tokens.
+func (c *checker) checkLifted(pods []*podLife) {
+	for _, p := range pods {
+		if p.lifted.to == 0 {
+			continue
+		}
+		if others := c.certain(pods, p.lifted, p); len(others) >= p.length {
+			c.fail(ruleLifted, p.semaphore, p.lifted.to,
+				"the gate of %s of length %d was lifted for a token taken within %s, when %d had one: %s", p.name, p.length, p.lifted, len(others), names(others))
+		}
+	}
+}
+
 // checkOrder looks at each token that was taken while somebody surely stood in line before, and there was no second one.
 func (c *checker) checkOrder(pods []*podLife) {
 	for _, q := range pods {
@@ -280,7 +298,7 @@ func (c *checker) checkOrder(pods []*podLife) {
 			if p == q || p.inLine == notYet || p.inLine > q.asked || p.length < q.length || p.took.to != 0 && p.took.from <= q.took.to {
 				continue
 			}
-			if c.ended(p) <= q.took.to || c.displaced(p, q.took.to) {
+			if c.ended(p) <= q.took.to || c.displaced(p, q.took.to) || c.mayPass(q, p) {
 				continue
 			}
 			if others := c.certain(pods, q.took, p, q); len(others) >= q.length-1 && q.length <= p.length && len(others)+2 > p.length {
@@ -289,6 +307,13 @@ func (c *checker) checkOrder(pods []*podLife) {
 			}
 		}
 	}
+}
+
+// mayPass reports whether a gated pod may stand before one that was in line before it. Its place is the second of its creation, by the
+// API server's clock; pods of one second may stand in the order of their names; and who waits by its sidecar joined by the clock of Redis.
+func (c *checker) mayPass(q, p *podLife) bool {
+	shaken := func(f fault) bool { return f.shaken && f.from <= q.took.to }
+	return q.gated && (p.inLine+time.Second > q.asked || !p.gated && slices.ContainsFunc(c.faults, shaken))
 }
 
 // ended is when a pod ended, in order or not.

@@ -44,18 +44,22 @@ func TestChaos(t *testing.T) {
 			c := w.verdict(*chaosSeed)
 			if !t.Failed() {
 				w.wantAddUp()
+				w.wantTurns()
 			}
 			w.finish()
 			if !t.Failed() {
 				w.wantNothingLeft()
 			}
-			worked := 0
+			worked, gated := 0, 0
 			for _, p := range c.pods {
 				if p.started != notYet {
 					worked++
+					if p.gated {
+						gated++
+					}
 				}
 			}
-			t.Logf("%d pods, %d worked; more than the length for %.1f %% of the time that anybody did, explained by %d losses and silences", len(c.pods), worked,
+			t.Logf("%d pods, %d worked, %d of them had been gated; more than the length for %.1f %% of the time that anybody did, explained by %d losses and silences", len(c.pods), worked, gated,
 				100*c.over.Seconds()/c.total.Seconds(), len(c.named))
 			for _, name := range slices.Sorted(maps.Keys(n.counts)) {
 				t.Logf("%3d times: %s", n.counts[name], name)
@@ -95,6 +99,11 @@ func (w *chaosWorld) keep(h *history, seed uint64) string {
 	}
 	for i, h := range w.webhooks {
 		text += fmt.Sprintf("\nlog of webhook %d:\n%s", i, h.log.String())
+	}
+	for i, g := range w.gates {
+		for n, p := range g.all {
+			text += fmt.Sprintf("\nlog of gate %d, process %d:\n%s", i, n, p.log.String())
+		}
 	}
 	must(w.t, os.WriteFile(file, []byte(text), 0o600))
 	return file

@@ -38,12 +38,15 @@ type chaosWorld struct {
 	queue    chaosQueue
 	locks    redlockServers
 	webhooks []*chaosWebhook
+	api      *apiServer
+	gates    []*chaosServer
 	nodes    []*chaosNode
 	rush     bool          // who is refused asks again at once
 	patience time.Duration // of pods that wait, at least
 	clocks   string        // folder of the servers' clocks
 
 	slots sync.WaitGroup
+	last  chan struct{} // closed when no more pods are to come, and those that are there are to end once they have had their turn
 
 	mu        sync.Mutex
 	lengths   map[string]int // of new pods, by semaphore
@@ -69,19 +72,25 @@ func (w *chaosWorld) note(l *podLife) {
 	w.lives = append(w.lives, l)
 }
 
-// chaosWebhook is a webhook that is started again and again.
-type chaosWebhook struct {
+// chaosServer is a process that is started again and again.
+type chaosServer struct {
 	*process
-	binary  string
-	args    []string
-	address string
-	client  *http.Client
+	binary string
+	args   []string
+	all    []*process // so far
 }
 
-func (h *chaosWebhook) launch(t *testing.T) {
-	h.process = &process{Cmd: exec.Command(h.binary, h.args...), done: make(chan struct{})}
-	h.process.Stderr = &h.process.log
-	h.process.start(t)
+func (s *chaosServer) launch(t *testing.T) {
+	s.process = newProcess(s.binary, s.args...)
+	s.all = append(s.all, s.process)
+	s.process.start(t)
+}
+
+// chaosWebhook is a webhook.
+type chaosWebhook struct {
+	chaosServer
+	address string
+	client  *http.Client
 }
 
 // chaosNode is where pods run: what is between them and all servers is its own.
@@ -126,7 +135,7 @@ func (n *chaosNode) args(args []string, uid string) (all []string) {
 
 // startChaos starts a world.
 func startChaos(t *testing.T, program, kind string) *chaosWorld {
-	w := &chaosWorld{t: t, binary: program, patience: 20 * time.Second,
+	w := &chaosWorld{t: t, binary: program, last: make(chan struct{}), patience: 20 * time.Second,
 		clocks: t.TempDir(), lengths: map[string]int{"shop/one": 1, "shop/two": 2, "shop/few": 3, "shop/some": 4}}
 	w.ctx, w.stop = context.WithCancel(t.Context())
 	shim := filepath.Join(w.clocks, "clock.so")
@@ -173,6 +182,7 @@ func startChaos(t *testing.T, program, kind string) *chaosWorld {
 			return err
 		})
 	}
+	w.startGates()
 	return w
 }
 
@@ -180,11 +190,11 @@ func (w *chaosWorld) newWebhook(node *chaosNode) *chaosWebhook {
 	dir := w.t.TempDir()
 	writeCertificate(w.t, dir, 1)
 	address := freeAddress(w.t)
-	h := &chaosWebhook{binary: w.binary, address: address, args: node.args([]string{"webhook", "--host=127.0.0.1", "--port=" + portOf(address),
+	h := &chaosWebhook{chaosServer: chaosServer{binary: w.binary, args: node.args([]string{"webhook", "--host=127.0.0.1", "--port=" + portOf(address),
 		"--metrics-bind-address=" + freeAddress(w.t), "--certDir=" + dir, "--queue-redis-address=" + w.queue.address(),
 		"--redis-addresses=" + strings.Join(w.locks.addresses(), ","),
 		fmt.Sprintf("--heartbeat-interval-seconds=%d", seconds(chaosInterval)),
-		fmt.Sprintf("--stale-threshold-seconds=%d", seconds(chaosThreshold))}, ""),
+		fmt.Sprintf("--stale-threshold-seconds=%d", seconds(chaosThreshold))}, "")}, address: address,
 		client: &http.Client{Timeout: 4 * time.Second, Transport: &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}}
 	h.launch(w.t)
 	return h
@@ -215,6 +225,9 @@ func (w *chaosWorld) length(semaphore string) int {
 }
 
 func (w *chaosWorld) work(rng *rand.Rand) time.Duration {
+	if w.ending() {
+		return 200 * time.Millisecond
+	}
 	if rng.IntN(4) == 0 {
 		return 8*time.Second + within(rng, 12*time.Second)
 	}
@@ -227,10 +240,11 @@ func (w *chaosWorld) populate(seed uint64, many int) {
 		w.slots.Go(func() {
 			rng := rand.New(rand.NewPCG(seed, uint64(slot)))
 			_ = sleep(w.ctx, within(rng, 3*time.Second))
-			for n := 0; w.ctx.Err() == nil; n++ {
+			for n := 0; w.ctx.Err() == nil && !w.ending(); n++ {
 				semaphore := w.semaphores()[slot%len(w.semaphores())]
 				waits := slot%7 < 6 && rng.IntN(8) > 0 // the others would seldom come to ask
 				p := w.newPod(fmt.Sprintf("pod-%d-%d", slot, n), semaphore, w.length(semaphore), waits, w.nodes[rng.IntN(len(w.nodes))])
+				p.life.gated = waits && rng.IntN(3) == 0
 				w.mu.Lock()
 				w.pods = append(w.pods, p)
 				w.mu.Unlock()
@@ -242,6 +256,40 @@ func (w *chaosWorld) populate(seed uint64, many int) {
 				_ = sleep(w.ctx, within(rng, pause))
 			}
 		})
+	}
+}
+
+// ending reports whether all are to come to an end.
+func (w *chaosWorld) ending() bool {
+	select {
+	case <-w.last:
+		return true
+	default:
+		return false
+	}
+}
+
+// wantTurns lets no more pods come, and wants all that are there to have their turn.
+func (w *chaosWorld) wantTurns() {
+	w.t.Helper()
+	close(w.last)
+	begun := w.now() + time.Second // those that have lost their patience are gone by then
+	done := make(chan struct{})
+	go func() {
+		w.slots.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(time.Minute):
+		w.t.Error("a minute after the last one came, not all pods have ended")
+	}
+	for _, p := range w.pods {
+		p.mu.Lock()
+		if l := p.life; l.waits && l.admitted && l.started == notYet && l.died == notYet && (l.ended == notYet || l.ended > begun) {
+			w.t.Errorf("%s of %s never had its turn", l.name, l.semaphore)
+		}
+		p.mu.Unlock()
 	}
 }
 
