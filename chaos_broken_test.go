@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-var chaosFind = flag.Duration("chaos.find", 45*time.Second, "for how long a broken script may stay unnoticed")
+var chaosFind = flag.Duration("chaos.find", 2*time.Minute, "for how long a broken script may stay unnoticed")
 
 // TestChaosFindsBrokenScripts breaks the scripts of the program in one way after the other, and wants the checker to find each. Of all
 // blows, a world gets those that are to show it, so that it does not take long.
