@@ -25,8 +25,14 @@ const (
 	formerSecretFor = 10 * time.Minute
 )
 
-// pathSecret is what may follow mutatePath, and Kubernetes accepts. noPathSecret, on a line of its own, is for the path without any.
-var pathSecret = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{14,126}[a-z0-9]$`)
+// pathSecret is what may follow mutatePath, and Kubernetes accepts, if it has leastPathSecret to mostPathSecret characters. noPathSecret, on a
+// line of its own, is for the path without any.
+var pathSecret = regexp.MustCompile(`^[a-z0-9][a-z0-9-]*[a-z0-9]$`)
+
+const (
+	leastPathSecret = 16
+	mostPathSecret  = 128
+)
 
 const noPathSecret = "-"
 
@@ -48,7 +54,7 @@ func parsePathSecrets(texts [][]byte) (good goodPaths, err error) {
 		switch line = strings.TrimSpace(line); {
 		case line == noPathSecret:
 			good.paths = append(good.paths, newGoodPath(mutatePath))
-		case pathSecret.MatchString(line):
+		case len(line) >= leastPathSecret && len(line) <= mostPathSecret && pathSecret.MatchString(line):
 			good.paths = append(good.paths, newGoodPath(mutatePath+"/"+line))
 		default: // it may be a secret, and is not shown
 			return good, fmt.Errorf("line %d is no secret: it must be 16 to 128 of a-z 0-9 -, with no - at either end, as Kubernetes wants paths (or - alone, for the path without a secret)", n+1)

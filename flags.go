@@ -202,7 +202,8 @@ func readIf(ok func(text string) bool, wanted string) reader[string] {
 
 var (
 	readImage      = readIf(regexp.MustCompile(`^[^ \t\n]+$`).MatchString, "an image")
-	readObjectName = readIf(regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$`).MatchString, "the name of an object")
+	readObjectName = readIf(func(text string) bool { return isObjectName(text) && lastOfName.MatchString(text) }, "the name of an object")
+	lastOfName     = regexp.MustCompile(`[a-z0-9]$`)
 )
 
 func readChoice(choices ...string) reader[string] {

@@ -15,14 +15,23 @@ import (
 // empty where it has none yet. It is empty where nothing is known.
 type podName string
 
-// objectName is what names of pods and nodes are made of. What a pod's creator writes has not been checked when the webhook is called.
-var objectName = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,252})$`)
+// maxObjectName is how long the name of an object may be.
+const maxObjectName = 253
+
+// objectName is what names of pods and nodes are made of. How long they may be is for isObjectName: as part of the expression, it would take
+// each process 200 KB to read it.
+var objectName = regexp.MustCompile(`^[a-z0-9][a-z0-9.-]*$`)
+
+// isObjectName reports whether a pod or a node can have this name. What a pod's creator writes has not been checked when the webhook is called.
+func isObjectName(name string) bool {
+	return len(name) <= maxObjectName && objectName.MatchString(name)
+}
 
 func newPodName(name, node string) podName {
-	if !objectName.MatchString(name) {
+	if !isObjectName(name) {
 		return ""
 	}
-	if !objectName.MatchString(node) {
+	if !isObjectName(node) {
 		node = ""
 	}
 	return podName(name + " " + node)
@@ -54,7 +63,7 @@ func parseHolders(list []any) (holders []holder, err error) {
 
 // shown is the name of a pod, or a token, as people may see it: whoever can write into Redis may have put anything there.
 func shown(name string) string {
-	if objectName.MatchString(name) {
+	if isObjectName(name) {
 		return name
 	}
 	return printable(truncate(name, 40))

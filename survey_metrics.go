@@ -119,7 +119,7 @@ func (v *surveyor) look() {
 	v.states, v.err = v.semaphores.survey(ctx, "")
 	v.looked, v.took = time.Now(), time.Since(start)
 	v.states = slices.DeleteFunc(v.states, func(st semaphoreState) bool { // a stranger's, which may not even be text
-		return !objectName.MatchString(st.id.namespace) || checkKey(st.id.key) != ""
+		return !isObjectName(st.id.namespace) || checkKey(st.id.key) != ""
 	})
 	slices.SortStableFunc(v.states, func(a, b semaphoreState) int {
 		return cmp.Or(cmp.Compare(b.waiting, a.waiting), cmp.Compare(b.inUse, a.inUse))
