@@ -105,6 +105,12 @@ bench: test-needs ## measure admissions side by side with a server that does not
 	BENCH_ROUNDS=$(BENCH_ROUNDS) go test -count=1 -tags bench -timeout 60m -v -run '^TestBench$$' .
 	go test -run '^$$' -bench . .
 
+SIDECAR_TIME ?= 10m
+
+.PHONY: bench-sidecar
+bench-sidecar: test-needs ## measure sidecars for SIDECAR_TIME=10m, then up to 10,000 simulated ones for six minutes; fails where one takes too much
+	SIDECAR_TIME=$(SIDECAR_TIME) go test -count=1 -tags bench -timeout 0 -v -run '^TestBench(Many)?Sidecars?$$' .
+
 .PHONY: dashboard-picture
 dashboard-picture: test-needs ## draw docs/dashboard.svg from a real Prometheus's data, in some five minutes
 	go test -count=1 -tags measure -timeout 10m -run TestDrawDashboard .
