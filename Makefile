@@ -111,6 +111,15 @@ SIDECAR_TIME ?= 10m
 bench-sidecar: test-needs ## measure sidecars for SIDECAR_TIME=10m, then up to 10,000 simulated ones for six minutes; fails where one takes too much
 	SIDECAR_TIME=$(SIDECAR_TIME) go test -count=1 -tags bench -timeout 0 -v -run '^TestBench(Many)?Sidecars?$$' .
 
+OTHERS ?= redis-semaphore@5.8.0 ioredis@6.0.0
+
+.PHONY: bench-others
+bench-others: test-needs ## measure taking and giving back side by side with an npm package and a plain script, in a minute; needs Node.js and npm
+	@./.ci/need node:nodejs npm:npm
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+		npm install --prefix "$$folder" --silent --no-audit --no-fund --ignore-scripts $(OTHERS) && \
+		NODE_PATH="$$folder/node_modules" BENCH_ROUNDS=$(BENCH_ROUNDS) go test -count=1 -tags bench -timeout 15m -v -run '^TestBenchOthers$$' .
+
 .PHONY: dashboard-picture
 dashboard-picture: test-needs ## draw docs/dashboard.svg from a real Prometheus's data, in some five minutes
 	go test -count=1 -tags measure -timeout 10m -run TestDrawDashboard .
