@@ -89,6 +89,28 @@ func TestRepairIsWhole(t *testing.T) {
 	}
 }
 
+// More stale tokens than one command reclaims are all reclaimed, and what they held is told of no more; a live one stays.
+func TestRepairOfManyStaleTokens(t *testing.T) {
+	const many = 1200
+	r, s, id := newSemaphore(t)
+	live := acquire(t, s, id, many+1)
+	r.do(t, "DEL", id.namesKey())
+	for range many {
+		token := uuid.NewString()
+		must(t, r.control.Send("ZADD", id.inflightKey(), 1, token))
+		must(t, r.control.Send("HSET", id.namesKey(), token+"/pod", "1 web-1"))
+	}
+	r.do(t, "") // waits for all of it
+	maintain(t, s, id, many+1)
+	r.wantInflight(t, id, live)
+	if n := r.do(t, "HLEN", id.namesKey()); n != int64(0) {
+		t.Errorf("%d pods are told of that have no token any more", n)
+	}
+	if n := r.state(t, id, "reclaimed"); n != many {
+		t.Errorf("%d were reclaimed, by Redis's own count, want %d", n, many)
+	}
+}
+
 // withLocker are the semaphores of one process with another lock.
 func withLocker(t *testing.T, address string, locks locker) *semaphores {
 	t.Helper()

@@ -150,18 +150,23 @@ func (s *semaphores) timeToLive() int {
 // maintain reclaims, refills and trims. newcomer says that the caller was not in line before: it does not wait for tokens that Redis
 // may have lost.
 func (s *semaphores) maintain(ctx context.Context, id semaphoreID, length int, newcomer bool) error {
-	_, rest, err := s.run(ctx, maintainScript, id, length, yesNo(newcomer))
 	var reclaimed, refilled, trimmed int
-	if err == nil {
-		_, err = redis.Scan(rest, &reclaimed, &refilled, &trimmed)
-	}
-	if err != nil {
-		return fmt.Errorf("maintain %s: %w", id, err)
+	var err error
+	for left := 1; left > 0 && err == nil; { // many stale tokens take more than one command, so that none holds Redis for long
+		var rest []any
+		var r, f, t int
+		if _, rest, err = s.run(ctx, maintainScript, id, length, yesNo(newcomer)); err == nil {
+			_, err = redis.Scan(rest, &r, &f, &t, &left)
+		}
+		reclaimed, refilled, trimmed = reclaimed+r, refilled+f, trimmed+t
 	}
 	s.metrics.repair(reclaimed, refilled, trimmed)
 	if reclaimed+refilled+trimmed > 0 {
 		s.log.Info("maintained", "namespace", id.namespace, "key", id.key, "length", length,
 			"reclaimed", reclaimed, "refilled", refilled, "trimmed", trimmed)
+	}
+	if err != nil {
+		return fmt.Errorf("maintain %s: %w", id, err)
 	}
 	return nil
 }

@@ -84,11 +84,11 @@ local function mayRefill(newcomer)
   return settled() or newcomer and now - lost > quiet
 end
 
--- catchUp brings scores that lie in the future, from before the clock was set back, to now: a thousand at most.
+-- catchUp brings scores that lie in the future, from before the clock was set back, to now: three hundred at most.
 local function catchUp(key)
   local newest = redis.call('ZRANGE', key, -1, -1, 'WITHSCORES')[2]
   if newest and tonumber(newest) > now then
-    for _, token in ipairs(redis.call('ZRANGEBYSCORE', key, '(' .. now, '+inf', 'LIMIT', 0, 1000)) do
+    for _, token in ipairs(redis.call('ZRANGEBYSCORE', key, '(' .. now, '+inf', 'LIMIT', 0, 300)) do
       redis.call('ZADD', key, now, token)
     end
   end
