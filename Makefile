@@ -120,6 +120,16 @@ bench-others: test-needs ## measure taking and giving back side by side with an 
 		npm install --prefix "$$folder" --silent --no-audit --no-fund --ignore-scripts $(OTHERS) && \
 		NODE_PATH="$$folder/node_modules" BENCH_ROUNDS=$(BENCH_ROUNDS) go test -count=1 -tags bench -timeout 15m -v -run '^TestBenchOthers$$' .
 
+HERD_AT_ONCE ?= 5000
+
+.PHONY: bench-growth
+bench-growth: test-needs ## measure 10 to 10,000 pods in flight and in line, how long repairs hold Redis, and 5,000 pods at once; HERD_AT_ONCE=500
+	HERD_AT_ONCE=$(HERD_AT_ONCE) go test -count=1 -tags bench -timeout 10m -v -run '^TestBench(Growth|Repair|Herd)$$' .
+
+.PHONY: bench-memory
+bench-memory: test-needs ## measure a webhook's memory over a million admissions, in some ten minutes; MEMORY_ADMISSIONS=100000 for fewer
+	go test -count=1 -tags bench -timeout 120m -v -run '^TestBenchMemory$$' .
+
 .PHONY: dashboard-picture
 dashboard-picture: test-needs ## draw docs/dashboard.svg from a real Prometheus's data, in some five minutes
 	go test -count=1 -tags measure -timeout 10m -run TestDrawDashboard .

@@ -114,12 +114,11 @@ func startFloor(t *testing.T) *target {
 }
 
 // startBenchWebhook starts the webhook as it is installed, which logs into a file.
-func startBenchWebhook(t *testing.T, r *redisServer) *target {
+func startBenchWebhook(t *testing.T, r *redisServer, logFile string) *target {
 	t.Helper()
-	folder := t.TempDir()
-	secret := filepath.Join(folder, "secret")
+	secret := filepath.Join(t.TempDir(), "secret")
 	must(t, os.WriteFile(secret, []byte(benchSecret), 0o600))
-	log, err := os.Create(filepath.Join(folder, "log"))
+	log, err := os.Create(logFile)
 	must(t, err)
 	t.Cleanup(func() { log.Close() })
 	w := newWebhookProcess(t, binary, r.address, "--path-secret-file="+secret)
@@ -244,7 +243,7 @@ func ratios(a, b []float64) (all []float64) {
 
 func TestBench(t *testing.T) {
 	r := deployedRedis(t)
-	webhook, floor := startBenchWebhook(t, r), startFloor(t)
+	webhook, floor := startBenchWebhook(t, r, filepath.Join(t.TempDir(), "log")), startFloor(t)
 	fmt.Printf("%d processors, %s, %d pairs of slices of %s for each line\n\n%s\n%s\n",
 		runtime.NumCPU(), runtime.Version(), benchRounds, benchSlice,
 		"| | at once | requests/s | floor | ratio | p50, ms | to floor | p99, ms | to floor | CPU, us | floor | Redis | allocations | KB | commands |",
