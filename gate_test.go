@@ -389,7 +389,7 @@ func TestGateHoldsWithoutLocks(t *testing.T) {
 func TestGateUser(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 1)
-	g.redis.do(t, "ACL", append([]any{"SETUSER", "gate", "on", ">" + testPassword}, anys(strings.Fields(sidecarACL+" "+gateACL))...)...)
+	g.redis.do(t, "ACL", append([]any{"SETUSER", "gate", "on", ">" + testPassword}, anys(strings.Fields(sidecarACL+" "+gateACL+" "+sentinelACL+" "+clusterACL))...)...)
 	_, log, _ := g.start(func(c *gateConfig) { c.redis = redisSettings{username: "gate", password: testPassword} })
 	a := g.create("a")
 	g.wantLifted([]string{"a"}) // and not to be called any more
