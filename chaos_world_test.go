@@ -42,6 +42,7 @@ type chaosWorld struct {
 	gates    []*chaosServer
 	nodes    []*chaosNode
 	rush     bool          // who is refused asks again at once
+	gating   bool          // of those that wait, some are gated
 	patience time.Duration // of pods that wait, at least
 	clocks   string        // folder of the servers' clocks
 
@@ -135,7 +136,7 @@ func (n *chaosNode) args(args []string, uid string) (all []string) {
 
 // startChaos starts a world.
 func startChaos(t *testing.T, program, kind string) *chaosWorld {
-	w := &chaosWorld{t: t, binary: program, last: make(chan struct{}), patience: 20 * time.Second,
+	w := &chaosWorld{t: t, binary: program, last: make(chan struct{}), patience: 20 * time.Second, gating: true,
 		clocks: t.TempDir(), lengths: map[string]int{"shop/one": 1, "shop/two": 2, "shop/few": 3, "shop/some": 4}}
 	w.ctx, w.stop = context.WithCancel(t.Context())
 	shim := filepath.Join(w.clocks, "clock.so")
@@ -244,7 +245,7 @@ func (w *chaosWorld) populate(seed uint64, many int) {
 				semaphore := w.semaphores()[slot%len(w.semaphores())]
 				waits := slot%7 < 6 && rng.IntN(8) > 0 // the others would seldom come to ask
 				p := w.newPod(fmt.Sprintf("pod-%d-%d", slot, n), semaphore, w.length(semaphore), waits, w.nodes[rng.IntN(len(w.nodes))])
-				p.life.gated = waits && rng.IntN(3) == 0
+				p.life.gated = waits && w.gating && rng.IntN(3) == 0
 				w.mu.Lock()
 				w.pods = append(w.pods, p)
 				w.mu.Unlock()
