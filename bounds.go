@@ -35,8 +35,8 @@ const (
 	// strangerBytes are what a connection may send, with TLS and all, before somebody on it has known the path.
 	strangerBytes = 96 << 10 // more than what may come with the first request
 
-	// restTime is for how long a caller's connection has not been used when it has to go for another one's, which waits for that. It is
-	// longer than a request waits for its turn where all are busy.
+	// restTime is for how long a new connection of a caller waits until the oldest has not been used for as long, and has to go. It is longer
+	// than a request waits for its turn where all are busy: so hardly one is cut off that has one under way.
 	restTime = time.Second
 
 	// refusalTime is what an answer has to get away before the connection is closed.

@@ -151,6 +151,19 @@ func TestCrowdWaits(t *testing.T) {
 	})
 }
 
+// An admission that has waited for its connection's turn is answered in time all the same.
+func TestAnswerInTimeAfterWaiting(t *testing.T) {
+	w := startWebhook(t, testConfig(freeAddress(t))) // no Redis: it tries for as long as it has time
+	w.bounds.callers.most = 1
+	defer w.bounds.callers.join(func() {})()
+	start := time.Now()
+	status, text, err := w.post(context.Background(), review(t, freshID(), 1), "3s")
+	took := time.Since(start)
+	if err != nil || status != http.StatusInternalServerError || took < restTime/2 || took > 3*time.Second {
+		t.Errorf("answered %d %q, %v, after %s", status, text, err, took)
+	}
+}
+
 // A semaphore that moves to another node of a Cluster is left out, and those beside it are not.
 func TestLookAtMovingSlots(t *testing.T) {
 	s := testSemaphores(t, commonRedis(t).address)

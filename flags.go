@@ -202,8 +202,7 @@ func readIf(ok func(text string) bool, wanted string) reader[string] {
 
 var (
 	readImage      = readIf(regexp.MustCompile(`^[^ \t\n]+$`).MatchString, "an image")
-	readObjectName = readIf(func(text string) bool { return isObjectName(text) && lastOfName.MatchString(text) }, "the name of an object")
-	lastOfName     = regexp.MustCompile(`[a-z0-9]$`)
+	readObjectName = readIf(func(text string) bool { return isObjectName(text) && strings.TrimRight(text, ".-") == text }, "the name of an object")
 )
 
 func readChoice(choices ...string) reader[string] {

@@ -186,7 +186,7 @@ func (w *webhook) mutate(rw http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	ctx, done := w.bounds.begin(rw, r)
 	defer done()
-	ctx, cancel := context.WithTimeout(ctx, answerWithin(r.URL.Query().Get("timeout")))
+	ctx, cancel := context.WithDeadline(ctx, start.Add(answerWithin(r.URL.Query().Get("timeout"))))
 	defer cancel()
 
 	var d decision
