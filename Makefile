@@ -32,7 +32,7 @@ bin/demo:
 	@go build -C demo -o ../bin/demo .
 
 .PHONY: test
-test: test-needs ## run all tests with the race detector; installs redis-server, gcc, curl and promtool if missing
+test: test-needs ## run all tests with the race detector; installs redis-server, gcc, curl, promtool and openssl if missing
 	go test -race -count=1 -parallel 8 -shuffle=on ./...
 
 .PHONY: test-queues
@@ -68,7 +68,7 @@ fuzz: ## fuzz decoder, annotations, patch, flags, and Redis's answers; FUZZ_TIME
 
 .PHONY: test-needs
 test-needs:
-	@./.ci/need redis-server:redis-server gcc:gcc:libc6-dev curl:curl promtool:prometheus
+	@./.ci/need redis-server:redis-server gcc:gcc:libc6-dev curl:curl promtool:prometheus openssl:openssl
 
 # How the image gets into the cluster, how to run a script on its node, and how to restart a component of it, for the cluster
 # tests; these are for kind. For k3d:

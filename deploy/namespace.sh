@@ -52,10 +52,19 @@ put() {
 # tell_redis FILE: the passwords, to all servers at once. What one does not hear, it reads in the Secret: new passwords within two minutes.
 tell_redis() {
   for pod in $(kubectl -n "$hook" get pods -l app.kubernetes.io/component=redis --field-selector=status.phase=Running -o name); do
-    kubectl -n "$hook" exec -i "$pod" -c redis -- sh /etc/redis/namespace "$namespace" <"$1" ||
-      echo "$pod does not answer: it learns new passwords within two minutes, and forgets old users when it starts again" >&2 &
+    tell "$pod" "$1" || echo "$pod does not answer: it learns new passwords within two minutes, and forgets old users when it starts again" >&2 &
   done
   wait
+}
+
+# tell POD FILE: fails after twenty seconds, as an exec into a pod that is just being replaced may never end.
+tell() {
+  kubectl -n "$hook" exec -i "$1" -c redis -- sh /etc/redis/namespace "$namespace" <"$2" &
+  exec=$!
+  { sleep 20 && kill "$exec"; } >/dev/null 2>&1 &
+  limit=$!
+  wait "$exec" || return 1
+  kill "$limit"
 }
 
 # pods: those that have a sidecar, by the time of their creation.

@@ -20,6 +20,7 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -83,9 +84,12 @@ func hook(args ...string) (string, error) {
 	return kubectl("", append([]string{"-n", hookNamespace}, args...)...)
 }
 
+// shell runs a command, for a quarter of an hour at most: an image may have to be built.
 func shell(script string) error {
-	cmd := exec.Command("sh", "-c", script)
-	cmd.Dir = ".."
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "sh", "-c", script)
+	cmd.Dir, cmd.WaitDelay = "..", 10*time.Second
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("%s: %w: %s", script, err, out)
 	}
