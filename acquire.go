@@ -17,8 +17,13 @@ const (
 	// unlockTimeout bounds the freeing of a lock, which nobody waits for.
 	unlockTimeout = 3 * time.Second
 
-	// repairTimeout bounds a repair: the lock and the script.
+	// repairTimeout bounds a repair, lock and script, and the wait for its turn before that.
 	repairTimeout = 10 * time.Second
+
+	// Of each process, at each server of the queue: so many take a token at once, over a connection each, and so many semaphores are repaired.
+	// The others wait for their turn: hundreds of connections that are opened at once take longer than all of that.
+	maxAsking    = 128
+	maxRepairing = lockConnections
 
 	// lockPatience is for how long lock servers that do not answer are tried again.
 	lockPatience = 2 * time.Second
@@ -158,7 +163,7 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, l
 				last = err
 			}
 			return "", 0, fmt.Errorf("%w (%w)", last, context.Cause(ctx))
-		case errors.Is(err, errLockTaken): // somebody else is doing our work
+		case errors.Is(err, errLockTaken) || errors.Is(err, errTooMany): // somebody else is doing our work, or we may be next
 			last, wait = err, lockRetryLeast+rand.N(lockRetryMost-lockRetryLeast)
 		case errors.As(err, &unlocked): // the lock servers may be back in a moment
 			if lockFailing.IsZero() {
@@ -188,13 +193,20 @@ func (e *lockError) Unwrap() error { return e.err }
 
 // repair is a repair of a semaphore by this process, and those who wait for it.
 type repair struct {
-	locked atomic.Bool   // the lock is taken
-	done   chan struct{} // closed at its end
-	err    error
+	stage atomic.Int32  // what it waits for
+	done  chan struct{} // closed at its end
+	err   error
 }
 
+// What a repair waits for.
+const (
+	repairQueue int32 = iota
+	repairTurn
+	repairLock
+)
+
 // repair repairs a semaphore, or waits for the end of a repair of it that this process does already. Its errors are errLockTaken,
-// *lockError, or that Redis is out of reach; or ctx's, which does not end the repair. newcomer: see maintain.
+// *lockError, errTooMany, or that Redis is out of reach; or ctx's, which does not end the repair. newcomer: see maintain.
 func (s *semaphores) repair(ctx context.Context, id semaphoreID, length int, expiration time.Duration, newcomer bool) error {
 	s.mu.Lock()
 	r, running := s.repairs[id]
@@ -202,9 +214,12 @@ func (s *semaphores) repair(ctx context.Context, id semaphoreID, length int, exp
 		r = &repair{done: make(chan struct{})}
 		s.repairs[id] = r
 		s.background.Go(func() {
-			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), repairTimeout)
-			defer cancel()
-			r.err = s.repairLocked(ctx, r, id, length, expiration, newcomer)
+			ctx := context.WithoutCancel(ctx)
+			var free func()
+			if free, r.err = s.turnToRepair(ctx, r, id); r.err == nil {
+				r.err = s.repairLocked(ctx, r, id, length, expiration, newcomer)
+				free()
+			}
 			s.mu.Lock()
 			delete(s.repairs, id)
 			s.mu.Unlock()
@@ -217,14 +232,35 @@ func (s *semaphores) repair(ctx context.Context, id semaphoreID, length int, exp
 		return r.err
 	case <-ctx.Done():
 	}
-	if r.locked.Load() {
-		return unanswered([]string{"queue Redis " + s.address.text}, context.Cause(ctx))
+	switch r.stage.Load() {
+	case repairTurn:
+		return fmt.Errorf("repairs: %w (%w)", errTooMany, context.Cause(ctx))
+	case repairLock:
+		return &lockError{id, unanswered(s.locks.servers(), context.Cause(ctx))}
 	}
-	return &lockError{id, unanswered(s.locks.servers(), context.Cause(ctx))}
+	return unanswered([]string{"queue Redis " + s.address.text}, context.Cause(ctx))
+}
+
+// turnToRepair waits until a repair may begin; free has to be called at its end. Its error is errTooMany.
+func (s *semaphores) turnToRepair(ctx context.Context, r *repair, id semaphoreID) (free func(), err error) {
+	ctx, cancel := context.WithTimeout(ctx, repairTimeout)
+	defer cancel()
+	server, err := s.queue.find(ctx, id)
+	if err != nil { // the script is tried until the queue is back
+		return func() {}, nil
+	}
+	r.stage.Store(repairTurn)
+	if free, err = server.repairing.take(ctx); err != nil {
+		err = fmt.Errorf("repairs: %w", err)
+	}
+	return free, err
 }
 
 // repairLocked does a repair under the lock.
 func (s *semaphores) repairLocked(ctx context.Context, r *repair, id semaphoreID, length int, expiration time.Duration, newcomer bool) error {
+	ctx, cancel := context.WithTimeout(ctx, repairTimeout)
+	defer cancel()
+	r.stage.Store(repairLock)
 	unlock, err := s.locks.tryLock(ctx, id.lockKey(), expiration)
 	s.metrics.lock(err)
 	if errors.Is(err, errLockTaken) {
@@ -233,7 +269,7 @@ func (s *semaphores) repairLocked(ctx context.Context, r *repair, id semaphoreID
 	if err != nil {
 		return &lockError{id, err}
 	}
-	r.locked.Store(true)
+	r.stage.Store(repairQueue)
 	taken := time.Now()
 	defer s.background.Go(func() { // the pod need not wait for it
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), unlockTimeout)
@@ -277,7 +313,11 @@ func (s *semaphores) watch(id semaphoreID, length int, expiration, doubt time.Du
 			ctx, cancel := context.WithTimeout(context.Background(), repairTimeout)
 			err := s.repair(ctx, id, length, expiration, false)
 			cancel()
-			if err != nil && !errors.Is(err, errLockTaken) {
+			if errors.Is(err, errTooMany) { // once more, at least
+				if now := time.Now(); now.After(known) {
+					known = now
+				}
+			} else if err != nil && !errors.Is(err, errLockTaken) {
 				s.log.Warn("tokens of dead holders may stay in use until the next admission", "namespace", id.namespace, "key", id.key, "error", err.Error())
 				return
 			}

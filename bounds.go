@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"container/list"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -13,8 +12,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"runtime/debug"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -26,7 +23,8 @@ import (
 const (
 	maxStrangers  = 512       // connections on which nobody has known the path yet
 	maxCallers    = 512       // other connections
-	maxRequests   = 512       // that are being read, decided on or answered
+	maxRequests   = 5120      // that are being read, decided on or answered
+	maxBodies     = 24 << 20  // bytes of their bodies, of each at most smallBody
 	maxStreams    = 100       // of an HTTP/2 connection
 	frameSize     = 16 << 10  // of HTTP/2, and what a stream may send before it is read
 	windowSize    = 128 << 10 // what all streams of a connection may
@@ -36,7 +34,7 @@ const (
 	strangerBytes = 96 << 10 // more than what may come with the first request
 
 	// restTime is for how long a new connection of a caller waits until the oldest has not been used for as long, and has to go. It is longer
-	// than a request waits for its turn where all are busy: so hardly one is cut off that has one under way.
+	// than a request takes where all are busy: so hardly one is cut off that has one under way, unless thousands wait for Redis.
 	restTime = time.Second
 
 	// refusalTime is what an answer has to get away before the connection is closed.
@@ -52,9 +50,6 @@ const (
 	maxDecoded    = 2
 	largeBodyTime = 2 * time.Second
 
-	// memoryShare of what the container is allowed is what Go uses before it collects garbage at any cost.
-	memoryShare = 0.4
-
 	// noiseLogged lines of what strangers cause are logged in each noiseEvery.
 	noiseEvery  = time.Minute
 	noiseLogged = 10
@@ -62,58 +57,6 @@ const (
 
 // errCrowded is why a request is given up that was begun long ago.
 var errCrowded = errors.New("too many requests at once, of which this is the oldest: try again")
-
-// crowd is a number of things that come and go. If there are more than so many, the oldest has to go.
-type crowd struct {
-	most int
-
-	mu  sync.Mutex
-	all list.List // of member, the oldest first
-}
-
-// member is one of a crowd, since when, and what makes it go.
-type member struct {
-	since  time.Time
-	goAway func()
-}
-
-// join adds one. leave has to be called once it is gone, whatever the reason.
-func (c *crowd) join(goAway func()) (leave func()) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	e := c.all.PushBack(member{time.Now(), goAway})
-	if c.all.Len() > c.most {
-		oldest := c.all.Remove(c.all.Front()).(member)
-		go oldest.goAway()
-	}
-	return func() {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		c.all.Remove(e) // does nothing if it is not there any more
-	}
-}
-
-// waitToJoin waits until one more would make nobody go who has joined less than restTime ago; for restTime at most, or until ctx is done.
-func (c *crowd) waitToJoin(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, restTime)
-	defer cancel()
-	for {
-		wait := c.untilRested()
-		if wait <= 0 || sleep(ctx, wait) != nil {
-			return
-		}
-	}
-}
-
-// untilRested is how long it takes until the oldest of a crowd that is full has joined restTime ago.
-func (c *crowd) untilRested() time.Duration {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.all.Len() < c.most {
-		return 0
-	}
-	return time.Until(c.all.Front().Value.(member).since.Add(restTime))
-}
 
 // bounds are what the callers of a server use of it.
 type bounds struct {
@@ -123,21 +66,8 @@ type bounds struct {
 }
 
 func newBounds() *bounds {
-	return &bounds{strangers: crowd{most: maxStrangers}, callers: crowd{most: maxCallers}, requests: crowd{most: maxRequests},
+	return &bounds{strangers: crowd{most: maxStrangers}, callers: crowd{most: maxCallers}, requests: crowd{most: maxRequests, mostBytes: maxBodies},
 		large: make(slots, maxLarge), decoded: make(slots, maxDecoded)}
-}
-
-// slots are a number of things that may happen at once.
-type slots chan struct{}
-
-// take waits for a slot; free has to be called once it is not needed any more.
-func (s slots) take(ctx context.Context) (free func(), err error) {
-	select {
-	case s <- struct{}{}:
-		return sync.OnceFunc(func() { <-s }), nil
-	case <-ctx.Done():
-		return func() {}, &badRequest{http.StatusServiceUnavailable, "too many large requests at once: try again"}
-	}
 }
 
 // httpConnection is one to a server with bounds.
@@ -164,7 +94,7 @@ func (b *bounds) apply(s *http.Server) {
 		if t, ok := conn.(*tls.Conn); ok {
 			c.counted, _ = t.NetConn().(*countedConn)
 		}
-		c.leave = b.strangers.join(c.end)
+		c.leave = b.strangers.join(0, c.end)
 		b.connections.Store(conn, c)
 		return context.WithValue(ctx, connectionKey{}, c)
 	}
@@ -211,7 +141,7 @@ func (c *httpConnection) used(ctx context.Context) {
 		return
 	}
 	c.leave()
-	c.caller, c.leave = true, c.bounds.callers.join(c.end)
+	c.caller, c.leave = true, c.bounds.callers.join(0, c.end)
 }
 
 // refuseMore ends the connection of a request, unless a caller who knows the path has used it: who does not has nothing to ask.
@@ -265,7 +195,7 @@ func (b *bounds) begin(rw http.ResponseWriter, r *http.Request) (ctx context.Con
 	ctx, giveUp := context.WithCancelCause(r.Context())
 	var mu sync.Mutex
 	over := false
-	leave := b.requests.join(func() {
+	leave := b.requests.join(bytesInHand(r), func() {
 		mu.Lock()
 		defer mu.Unlock()
 		giveUp(errCrowded)
@@ -286,6 +216,14 @@ func (b *bounds) begin(rw http.ResponseWriter, r *http.Request) (ctx context.Con
 	}
 }
 
+// bytesInHand is how many bytes of a request's body are read before it is known to be large.
+func bytesInHand(r *http.Request) int {
+	if r.ContentLength < 0 { // it does not say
+		return smallBody
+	}
+	return int(min(r.ContentLength, smallBody))
+}
+
 // body is what was read of a request. Both functions have to be called: decoded once it is decoded, and done once its pod is decided on.
 type body struct {
 	text          []byte
@@ -301,7 +239,7 @@ func (b *bounds) read(ctx context.Context, rw http.ResponseWriter, r *http.Reque
 	}
 	var buffer bytes.Buffer
 	limited := http.MaxBytesReader(rw, r.Body, maxBody)
-	buffer.Grow(int(min(max(r.ContentLength, 0), smallBody)) + bytes.MinRead)
+	buffer.Grow(bytesInHand(r) + bytes.MinRead)
 	_, failed := io.CopyN(&buffer, limited, smallBody)
 	more := failed == nil
 	if more || objects(buffer.Bytes()) > smallObjects {
@@ -309,7 +247,7 @@ func (b *bounds) read(ctx context.Context, rw http.ResponseWriter, r *http.Reque
 			read.decoded, err = b.decoded.take(ctx)
 		}
 		if err != nil {
-			return read, err
+			return read, &badRequest{http.StatusServiceUnavailable, "large requests: " + err.Error()}
 		}
 	}
 	if more {
@@ -341,24 +279,6 @@ func (b *bounds) read(ctx context.Context, rw http.ResponseWriter, r *http.Reque
 
 // objects is how many JSON objects a text has, at most.
 func objects(text []byte) int { return bytes.Count(text, []byte("{")) }
-
-// limitMemory tells Go what the container is allowed, unless GOMEMLIMIT does.
-func limitMemory(log *slog.Logger) {
-	if os.Getenv("GOMEMLIMIT") != "" {
-		return
-	}
-	for _, file := range []string{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"} { // cgroup v2, v1
-		text, err := os.ReadFile(file)
-		if err != nil {
-			continue
-		}
-		if allowed, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64); err == nil && allowed < 1<<40 { // else "max", or as good as that
-			debug.SetMemoryLimit(int64(memoryShare * float64(allowed)))
-			log.Info("memory limited", "containerBytes", allowed)
-		}
-		return
-	}
-}
 
 // noise is what strangers cause: it is logged, and must not fill the log.
 type noise struct {

@@ -59,7 +59,7 @@ func TestLargeRequestsWait(t *testing.T) {
 	for range 20 {
 		wg.Go(func() { post(review(t, freshID(), 0), "3s", small) }) // wrong annotations: needs no Redis
 	}
-	eventually(t, time.Second, func() error {
+	eventually(t, 3*time.Second, func() error {
 		mu.Lock()
 		defer mu.Unlock()
 		if small[http.StatusOK] != 20 {
@@ -88,7 +88,7 @@ func TestLargeRequestsWait(t *testing.T) {
 func TestCrowd(t *testing.T) {
 	c := crowd{most: 2}
 	gone := make(chan int, 10)
-	join := func(i int) func() { return c.join(func() { gone <- i }) }
+	join := func(i int) func() { return c.join(0, func() { gone <- i }) }
 	join(1)
 	leave := join(2)
 	leave()
@@ -107,6 +107,25 @@ func TestCrowd(t *testing.T) {
 	}
 }
 
+// As many of the oldest go as it takes for the bytes of a new one; what has left or gone has none any more.
+func TestCrowdOfBytes(t *testing.T) {
+	c := crowd{most: 10, mostBytes: 100}
+	gone := make(chan int, 10)
+	join := func(i, bytes int) func() { return c.join(bytes, func() { gone <- i }) }
+	leave := join(1, 60)
+	join(2, 40)
+	leave()
+	leave()
+	join(3, 60)
+	if len(gone) != 0 || c.bytes != 100 {
+		t.Errorf("%d had to go, and %d bytes are there", len(gone), c.bytes)
+	}
+	join(4, 70)
+	if a, b := <-gone, <-gone; a+b != 5 || c.bytes != 70 || c.all.Len() != 1 {
+		t.Errorf("%d and %d had to go, and %d bytes of %d are there", a, b, c.bytes, c.all.Len())
+	}
+}
+
 // Who comes to a crowd that is full waits until the oldest has rested, is gone, or has been waited for long enough.
 func TestCrowdWaits(t *testing.T) {
 	for name, test := range map[string]struct {
@@ -120,12 +139,12 @@ func TestCrowdWaits(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				c := crowd{most: 1}
-				leave := c.join(func() {})
+				leave := c.join(0, func() {})
 				if test.meanwhile == nil {
 					time.Sleep(restTime)
 				} else {
 					time.Sleep(300 * time.Millisecond)
-					go test.meanwhile(func() { leave(); leave = c.join(func() {}) })
+					go test.meanwhile(func() { leave(); leave = c.join(0, func() {}) })
 				}
 				start := time.Now()
 				c.waitToJoin(t.Context())
@@ -137,11 +156,11 @@ func TestCrowdWaits(t *testing.T) {
 	}
 	synctest.Test(t, func(t *testing.T) {
 		c := crowd{most: 1}
-		leave := c.join(func() {})
+		leave := c.join(0, func() {})
 		leave()
 		start := time.Now()
 		c.waitToJoin(t.Context())
-		c.join(func() {})
+		c.join(0, func() {})
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 		defer cancel()
 		c.waitToJoin(ctx)
@@ -155,7 +174,7 @@ func TestCrowdWaits(t *testing.T) {
 func TestAnswerInTimeAfterWaiting(t *testing.T) {
 	w := startWebhook(t, testConfig(freeAddress(t))) // no Redis: it tries for as long as it has time
 	w.bounds.callers.most = 1
-	defer w.bounds.callers.join(func() {})()
+	defer w.bounds.callers.join(0, func() {})()
 	start := time.Now()
 	status, text, err := w.post(context.Background(), review(t, freshID(), 1), "3s")
 	took := time.Since(start)

@@ -34,10 +34,10 @@ func (s *redisServer) wantInUse(t *testing.T, id semaphoreID, token string) {
 // holdAnswer lets a sidecar that starts take its token and keeps back the answer, until the function that is returned is called.
 func holdAnswer(t *testing.T, p *faultyProxy, start func()) (deliver func()) {
 	t.Helper()
-	first := p.holdFirst(t, acquireScript.Hash(), false) // is answered with Redis's time only
+	first := p.holdFirst(t, acquireScript.made().Hash(), false) // is answered with Redis's time only
 	start()
 	<-first.held
-	second := p.holdFirst(t, acquireScript.Hash(), false)
+	second := p.holdFirst(t, acquireScript.made().Hash(), false)
 	first.deliver()
 	<-second.held
 	p.answers.Lock()

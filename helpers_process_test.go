@@ -33,6 +33,12 @@ func newProcess(program string, args ...string) *process {
 	return p
 }
 
+// limitMemoryAsDeployed gives the processes that are started from now on the memory of a webhook's container in deploy/.
+func limitMemoryAsDeployed(t *testing.T) {
+	t.Helper()
+	t.Setenv("GOMEMLIMIT", fmt.Sprintf("%.0f", memoryShare*(256<<20)))
+}
+
 func startProcess(t *testing.T, args ...string) *process {
 	t.Helper()
 	p := newProcess(binary, args...)

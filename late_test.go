@@ -35,7 +35,7 @@ func TestCommandsAfterTheirDeadline(t *testing.T) {
 	waiter := uuid.NewString()
 	r.makeStale(t, id, stale)
 	for name, c := range map[string]struct {
-		script *redis.Script
+		script *script
 		args   []any
 	}{
 		"acquire":             {acquireScript, []any{3, uuid.NewString(), "", "pod node"}},
@@ -50,7 +50,7 @@ func TestCommandsAfterTheirDeadline(t *testing.T) {
 		before := r.dump(t, id)
 		run := func(deadline int64) int {
 			args := append(id.keys(), deadline, 30, 120, 3600)
-			reply, err := redis.Values(c.script.Do(r.control, append(args, c.args...)...))
+			reply, err := redis.Values(c.script.made().Do(r.control, append(args, c.args...)...))
 			must(t, err)
 			return int(reply[0].(int64))
 		}
@@ -102,7 +102,7 @@ func TestLateHeartbeat(t *testing.T) {
 				}
 				return nil
 			})
-			h := p.holdFirst(t, heartbeatScript.Hash(), hangUp)
+			h := p.holdFirst(t, heartbeatScript.made().Hash(), hangUp)
 			<-h.held
 			made := p.made.Load()
 			eventually(t, 10*time.Second, func() error {
@@ -129,7 +129,7 @@ func TestLateAcquire(t *testing.T) {
 	p := startFaultyProxy(t, r.address)
 	w := startWebhook(t, testConfig(p.address))
 	holder := w.wantAdmitted(t, id, 1)
-	h := p.holdFirst(t, acquireScript.Hash(), true)
+	h := p.holdFirst(t, acquireScript.made().Hash(), true)
 	w.wantFull(t, id, 1, 1)
 	<-h.held
 	giveBack(t, s, id, holder)

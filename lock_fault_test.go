@@ -205,7 +205,7 @@ func TestPausedMaintainer(t *testing.T) {
 	t.Parallel()
 	forEachLock(t, 1, func(t *testing.T, s lockServers) {
 		queue := startRedis(t)
-		proxy := startHoldingProxy(t, queue.address, maintainScript.Hash())
+		proxy := startHoldingProxy(t, queue.address, maintainScript.made().Hash())
 		id := freshID()
 		const length = 5
 		body := review(t, id, length, func(request map[string]any) { annotationsOf(request)[annotationExpiration] = "1" })

@@ -25,7 +25,7 @@ type redlock struct {
 }
 
 // lockConnections is how many connections a webhook keeps to each lock server.
-const lockConnections = 16
+const lockConnections = 32
 
 func newRedlock(addresses []string, settings redisSettings, maxIdle int) *redlock {
 	l := &redlock{addresses: addresses}

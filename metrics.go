@@ -112,11 +112,11 @@ func (m *metrics) admission(verdict string, took time.Duration) {
 }
 
 // script counts an attempt to run one.
-func (m *metrics) script(script *redis.Script, took time.Duration, err error) {
+func (m *metrics) script(script *script, took time.Duration, err error) {
 	switch {
 	case m == nil:
 	case err == nil:
-		m.scripts.WithLabelValues(nameOfScript(script)).Observe(took.Seconds())
+		m.scripts.WithLabelValues(script.name).Observe(took.Seconds())
 	default:
 		m.failures.WithLabelValues(kindOfError(err)).Inc()
 	}
@@ -151,22 +151,6 @@ func (m *metrics) repair(reclaimed, refilled, trimmed int) {
 
 // scriptNames are those that a webhook runs.
 var scriptNames = []string{"acquire", "maintain", "release"}
-
-func nameOfScript(script *redis.Script) string {
-	switch script {
-	case acquireScript:
-		return "acquire"
-	case maintainScript:
-		return "maintain"
-	case heartbeatScript:
-		return "heartbeat"
-	case keepScript:
-		return "keep"
-	case holdScript:
-		return "hold"
-	}
-	return "release"
-}
 
 // errorKinds are the kinds of errors of the queue: by the first word of what Redis answers, and those without an answer.
 var errorKinds = []string{"READONLY", "LOADING", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "MOVED", "ASK", "TRYAGAIN", "OOM", "BUSY", "MISCONF",

@@ -4,7 +4,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/gomodule/redigo/redis"
 	"pgregory.net/rapid"
 )
 
@@ -79,10 +78,10 @@ func breakScripts(t *testing.T, from, to string) modelScripts {
 	if places != 1 {
 		t.Fatalf("%q is %d times in the scripts", from, places)
 	}
-	script := func(source string) *redis.Script {
-		return redis.NewScript(scriptKeys, strings.Replace(commonSource+source, from, to, 1))
+	changed := func(source string) *script {
+		return newScript("broken", strings.Replace(commonSource+source, from, to, 1))
 	}
-	return modelScripts{script(acquireSource), script(maintainSource), script(heartbeatSource), script(releaseSource), script(keepSource), script(holdSource)}
+	return modelScripts{changed(acquireSource), changed(maintainSource), changed(heartbeatSource), changed(releaseSource), changed(keepSource), changed(holdSource)}
 }
 
 // findBroken plays one sequence; it returns the rule that the scripts break, or "".

@@ -83,7 +83,7 @@ func (d dump) equalButExpiry(other dump) bool {
 }
 
 // modelScripts are the scripts that are tested.
-type modelScripts struct{ acquire, maintain, heartbeat, release, keep, hold *redis.Script }
+type modelScripts struct{ acquire, maintain, heartbeat, release, keep, hold *script }
 
 var realScripts = modelScripts{acquireScript, maintainScript, heartbeatScript, releaseScript, keepScript, holdScript}
 
@@ -136,14 +136,14 @@ func (s *store) setClock(seconds int) {
 
 // run runs a script as semaphores.run does, but has all the time of the world. late is by how many seconds the clock has moved on
 // meanwhile.
-func (s *store) run(script *redis.Script, args ...any) (status int, rest []any, late int) {
+func (s *store) run(script *script, args ...any) (status int, rest []any, late int) {
 	status = statusLate
 	for try := 0; status == statusLate; try++ { // the first may not know the time
 		if try == 3 {
 			s.test.Fatal("refused as late")
 		}
 		var err error
-		status, rest, err = s.s.attempt(context.Background(), time.Minute, script, s.id, args)
+		status, rest, err = s.s.attempt(context.Background(), serverOf(s.test, s.s, s.id), time.Minute, script, s.id, args)
 		must(s.test, err)
 	}
 	clock := &serverOf(s.test, s.s, s.id).clock
@@ -155,10 +155,10 @@ func (s *store) run(script *redis.Script, args ...any) (status int, rest []any, 
 }
 
 // runLate runs a script after its deadline.
-func (s *store) runLate(script *redis.Script, by time.Duration, args ...any) (status int) {
+func (s *store) runLate(script *script, by time.Duration, args ...any) (status int) {
 	deadline := time.Now().Add(-by).UnixMicro()
 	all := append(s.id.keys(), deadline, seconds(s.s.heartbeatInterval), seconds(s.s.staleThreshold), s.s.timeToLive())
-	values, err := redis.Values(script.Do(s.redis.control, append(all, args...)...))
+	values, err := redis.Values(script.made().Do(s.redis.control, append(all, args...)...))
 	must(s.test, err)
 	_, err = redis.Scan(values, &status)
 	must(s.test, err)

@@ -179,7 +179,7 @@ func (w *world) playLate() {
 
 type modelCommand struct {
 	name   string
-	script *redis.Script
+	script *script
 	args   []any
 }
 

@@ -5,7 +5,6 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/gomodule/redigo/redis"
 	"pgregory.net/rapid"
 )
 
@@ -107,7 +106,7 @@ func (w *world) arrive() {
 }
 
 // command runs a script for somebody.
-func (w *world) command(script *redis.Script, args ...any) (status int, rest []any, d dump) {
+func (w *world) command(script *script, args ...any) (status int, rest []any, d dump) {
 	w.commands++
 	status, rest, late := w.run(script, args...)
 	w.now += late

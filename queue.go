@@ -60,10 +60,13 @@ type queueServer struct {
 	pool    *redisPool
 	clock   serverClock
 	left    atomic.Bool // the queue has another server now, and the pool is closed
+
+	asking, repairing slots // of this process, for its semaphores
 }
 
 func newQueueServer(address string, settings redisSettings, maxIdle int) *queueServer {
-	return &queueServer{address: address, pool: newRedisPool(address, settings, maxIdle, redisReadTimeout)}
+	return &queueServer{address: address, pool: newRedisPool(address, settings, maxIdle, redisReadTimeout),
+		asking: make(slots, maxAsking), repairing: make(slots, maxRepairing)}
 }
 
 func (s *queueServer) String() string { return "queue Redis " + s.address }

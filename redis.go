@@ -36,8 +36,8 @@ func (s redisSettings) ofSentinels() redisSettings {
 	return redisSettings{username: s.sentinelUsername, password: s.sentinelPassword, caFile: s.caFile, counts: s.counts, resolver: s.resolver}
 }
 
-// redisPool keeps connections to one server for minutes. There is no limit to the connections in use: a hung server must not
-// make admissions queue up behind connections that will never answer when its successor is there already.
+// redisPool keeps connections to one server for minutes. It does not limit those in use: what is given up at a server that hangs must not stand in
+// the way of what else is asked. Questions for tokens have slots for that, which who waits for one leaves when the server has a successor.
 type redisPool struct {
 	*redis.Pool
 	broke atomic.Int64 // when a connection broke last (Unix nanoseconds): idle ones from before are as good as broken

@@ -27,20 +27,27 @@ func (s *semaphores) attemptTimeout() time.Duration {
 // repeated on another connection, with twice the time, and one whose connection breaks, or whose server is not the one to ask (any
 // more), after a moment; until ctx is done, or the queue has failed for failoverPatience. Redis refuses an attempt that it sees after
 // its time: when run returns, nothing of it is under way any more, but for an attempt whose connection broke; see straying. It may
-// return that long after ctx is done.
-func (s *semaphores) run(ctx context.Context, script *redis.Script, id semaphoreID, args ...any) (status int, rest []any, err error) {
+// return that long after ctx is done. A question for a token waits for its turn; its error is errTooMany if that is not before ctx is done.
+func (s *semaphores) run(ctx context.Context, script *script, id semaphoreID, args ...any) (status int, rest []any, err error) {
 	late, sent := 0, false
 	var refused error // what Redis has answered to an attempt before the last
 	part := s.queue.part(id)
 	pause := newBackoff(10*time.Millisecond, 500*time.Millisecond)
 	for timeout := s.attemptTimeout(); ; {
+		var server *queueServer
+		var free func()
+		server, free, err = s.turn(ctx, script, id)
 		start := time.Now()
-		status, rest, err = s.attempt(ctx, timeout, script, id, args)
+		if err == nil {
+			status, rest, err = s.attempt(ctx, server, timeout, script, id, args)
+			free()
+		}
 		sent = sent || errors.Is(err, errUnanswered)
 		again := err != nil && canRetry(err)
-		if again {
+		switch {
+		case again:
 			again = s.outages.failed(part) < failoverPatience && hasTime(ctx)
-		} else {
+		case !errors.Is(err, errTooMany):
 			s.outages.ended(part)
 		}
 		switch {
@@ -99,15 +106,40 @@ func hasTime(ctx context.Context) bool {
 	return ctx.Err() == nil && (!ok || time.Until(deadline) > 10*time.Millisecond)
 }
 
-// attempt runs a script once. It is not cut off by the end of ctx, but takes no more time than ctx has.
-func (s *semaphores) attempt(ctx context.Context, timeout time.Duration, script *redis.Script, id semaphoreID, args []any) (status int, rest []any, err error) {
-	var start time.Time
-	defer func() { s.metrics.script(script, time.Since(start), err) }()
-	server, err := s.queue.find(ctx, id)
-	if err != nil {
-		return 0, nil, err
+// turn finds the server that runs a script for a semaphore, and waits for the turn of a question for a token there. free has to be called once
+// it is answered. Its errors are those of the queue's find; errUnreached, if there is no room as the queue has failed for failoverPatience; and
+// errTooMany, which is no failure of Redis.
+func (s *semaphores) turn(ctx context.Context, script *script, id semaphoreID) (server *queueServer, free func(), err error) {
+	defer func() {
+		if err != nil && !errors.Is(err, errTooMany) {
+			s.metrics.script(script, 0, err)
+		}
+	}()
+	server, err = s.queue.find(ctx, id)
+	for err == nil {
+		if script != acquireScript {
+			return server, func() {}, nil
+		}
+		if failing := s.outages.lasts(s.queue.part(id)); failing > failoverPatience && server.asking.used() {
+			return nil, nil, fmt.Errorf("%w: %s has not answered for %s, and others ask it already", errUnreached, server, failing.Round(time.Second))
+		}
+		free, err = server.asking.take(ctx)
+		if err != nil {
+			return nil, nil, fmt.Errorf("questions to %s: %w", server, err)
+		}
+		asked := server
+		if server, err = s.queue.find(ctx, id); err == nil && server == asked {
+			return server, free, nil
+		}
+		free() // it has a successor by now, or is about to
 	}
-	start = time.Now()
+	return nil, nil, err
+}
+
+// attempt runs a script once. It is not cut off by the end of ctx, but takes no more time than ctx has.
+func (s *semaphores) attempt(ctx context.Context, server *queueServer, timeout time.Duration, script *script, id semaphoreID, args []any) (status int, rest []any, err error) {
+	start := time.Now()
+	defer func() { s.metrics.script(script, time.Since(start), err) }()
 	deadline := start.Add(timeout)
 	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
 		deadline = d
@@ -126,11 +158,11 @@ func (s *semaphores) attempt(ctx context.Context, timeout time.Duration, script 
 }
 
 // runner sends a script over a connection.
-type runner func(ctx context.Context, conn redis.Conn, script *redis.Script, keysAndArgs []any) (any, error)
+type runner func(ctx context.Context, conn redis.Conn, script *script, keysAndArgs []any) (any, error)
 
-func runScript(ctx context.Context, conn redis.Conn, script *redis.Script, keysAndArgs []any) (any, error) {
+func runScript(ctx context.Context, conn redis.Conn, script *script, keysAndArgs []any) (any, error) {
 	deadline, _ := ctx.Deadline()
-	return script.Do(timedConn{conn, deadline}, keysAndArgs...)
+	return script.made().Do(timedConn{conn, deadline}, keysAndArgs...)
 }
 
 // timedConn is a connection whose commands are given up at a deadline. A context, which could end at any time, costs a goroutine for each.
@@ -154,8 +186,8 @@ func (c timedConn) Do(command string, args ...any) (any, error) {
 
 // runScriptAsking runs a script on a node of a Cluster to which its slot is moving. ASKING is for one command, so that it cannot be
 // tried first whether the node knows the script.
-func runScriptAsking(ctx context.Context, conn redis.Conn, script *redis.Script, keysAndArgs []any) (any, error) {
-	err := errors.Join(conn.Send("ASKING"), script.Send(conn, keysAndArgs...))
+func runScriptAsking(ctx context.Context, conn redis.Conn, script *script, keysAndArgs []any) (any, error) {
+	err := errors.Join(conn.Send("ASKING"), script.made().Send(conn, keysAndArgs...))
 	if err != nil {
 		return nil, err
 	}
@@ -172,7 +204,7 @@ func runScriptAsking(ctx context.Context, conn redis.Conn, script *redis.Script,
 }
 
 // send runs a script on a server.
-func (s *semaphores) send(ctx context.Context, server *queueServer, deadline time.Time, run runner, script *redis.Script, id semaphoreID, args []any) (int, []any, error) {
+func (s *semaphores) send(ctx context.Context, server *queueServer, deadline time.Time, run runner, script *script, id semaphoreID, args []any) (int, []any, error) {
 	conn, err := server.pool.GetContext(ctx)
 	if err != nil {
 		if isUnreachable(err) || server.left.Load() {
@@ -232,6 +264,17 @@ func (o *outages) failed(part int) time.Duration {
 	known.last = now
 	o.parts[part] = known
 	return now.Sub(known.began)
+}
+
+// lasts is for how long a part has failed, or 0.
+func (o *outages) lasts(part int) time.Duration {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	known, ok := o.parts[part]
+	if !ok || time.Since(known.last) > failoverPatience {
+		return 0
+	}
+	return time.Since(known.began)
 }
 
 // ended notes that a part answers.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 
@@ -37,13 +38,23 @@ var holdSource string
 const scriptKeys = 6
 
 var (
-	acquireScript   = redis.NewScript(scriptKeys, commonSource+acquireSource)
-	maintainScript  = redis.NewScript(scriptKeys, commonSource+maintainSource)
-	heartbeatScript = redis.NewScript(scriptKeys, commonSource+heartbeatSource)
-	releaseScript   = redis.NewScript(scriptKeys, commonSource+releaseSource)
-	keepScript      = redis.NewScript(scriptKeys, commonSource+keepSource)
-	holdScript      = redis.NewScript(scriptKeys, commonSource+holdSource)
+	acquireScript   = newScript("acquire", commonSource, acquireSource)
+	maintainScript  = newScript("maintain", commonSource, maintainSource)
+	heartbeatScript = newScript("heartbeat", commonSource, heartbeatSource)
+	releaseScript   = newScript("release", commonSource, releaseSource)
+	keepScript      = newScript("keep", commonSource, keepSource)
+	holdScript      = newScript("hold", commonSource, holdSource)
 )
+
+// script is one that Redis runs. What is sent is made when it is first wanted: that takes 25 KB of memory, and a sidecar sends two or three.
+type script struct {
+	name string
+	made func() *redis.Script
+}
+
+func newScript(name string, sources ...string) *script {
+	return &script{name, sync.OnceValue(func() *redis.Script { return redis.NewScript(scriptKeys, strings.Join(sources, "")) })}
+}
 
 // The statuses that the scripts answer; see their headers.
 const (

@@ -154,6 +154,32 @@ func (w *webhookProcess) post(body []byte) (status int, text string, serial int6
 	return response.StatusCode, string(b), response.TLS.PeerCertificates[0].SerialNumber.Int64(), err
 }
 
+// Garbage is collected seldom where something limits the memory, unless the operator says how often.
+func TestGarbageIsCollectedSeldom(t *testing.T) {
+	for name, c := range map[string]struct {
+		limit, percent string
+		want           string
+	}{
+		"limited":   {"100MiB", "", "400"},
+		"unlimited": {"off", "", "100"},
+		"told":      {"100MiB", "50", "50"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Setenv("GOMEMLIMIT", c.limit)
+			t.Setenv("GOGC", c.percent)
+			w := startWebhookProcess(t, commonRedis(t).address)
+			response, err := http.Get(w.healthURL + "/metrics")
+			must(t, err)
+			defer response.Body.Close()
+			text, err := io.ReadAll(response.Body)
+			must(t, err)
+			if !strings.Contains(string(text), "\ngo_gc_gogc_percent "+c.want+"\n") {
+				t.Errorf("want go_gc_gogc_percent %s in\n%s", c.want, text)
+			}
+		})
+	}
+}
+
 func TestCertificateIsRereadWithoutRestart(t *testing.T) {
 	t.Parallel()
 	r := commonRedis(t)

@@ -70,7 +70,8 @@ type surveyor struct {
 	mu     sync.Mutex // is held while one looks, so that others have the same
 	looked time.Time
 	took   time.Duration
-	states []semaphoreState
+	shown  []semaphoreState // those with metrics of their own
+	seen   int              // all semaphores
 	err    error
 	logged time.Time
 }
@@ -95,8 +96,7 @@ func (v *surveyor) Collect(metrics chan<- prometheus.Metric) {
 	if time.Since(v.looked) > surveyFresh {
 		v.look()
 	}
-	shown := v.states[:min(len(v.states), mostMeasured)]
-	for _, st := range shown {
+	for _, st := range v.shown {
 		for _, g := range semaphoreGauges {
 			metrics <- prometheus.MustNewConstMetric(g.desc, g.kind, g.value(st), st.id.namespace, st.id.key)
 		}
@@ -106,7 +106,7 @@ func (v *surveyor) Collect(metrics chan<- prometheus.Metric) {
 		success = 0
 	}
 	for desc, value := range map[*prometheus.Desc]float64{surveySuccess: success, surveyDuration: v.took.Seconds(),
-		semaphoresSeen: float64(len(v.states)), semaphoresLeft: float64(len(v.states) - len(shown))} {
+		semaphoresSeen: float64(v.seen), semaphoresLeft: float64(v.seen - len(v.shown))} {
 		metrics <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, value)
 	}
 }
@@ -116,14 +116,16 @@ func (v *surveyor) look() {
 	ctx, cancel := context.WithTimeout(context.Background(), surveyTimeout)
 	defer cancel()
 	start := time.Now()
-	v.states, v.err = v.semaphores.survey(ctx, "")
+	states, err := v.semaphores.survey(ctx, "")
+	v.err = err
 	v.looked, v.took = time.Now(), time.Since(start)
-	v.states = slices.DeleteFunc(v.states, func(st semaphoreState) bool { // a stranger's, which may not even be text
+	states = slices.DeleteFunc(states, func(st semaphoreState) bool { // a stranger's, which may not even be text
 		return !isObjectName(st.id.namespace) || checkKey(st.id.key) != ""
 	})
-	slices.SortStableFunc(v.states, func(a, b semaphoreState) int {
+	slices.SortStableFunc(states, func(a, b semaphoreState) int {
 		return cmp.Or(cmp.Compare(b.waiting, a.waiting), cmp.Compare(b.inUse, a.inUse))
 	})
+	v.seen, v.shown = len(states), slices.Clone(states[:min(len(states), mostMeasured)]) // the others are not kept until the next look
 	if v.err != nil && time.Since(v.logged) > surveyLogEvery {
 		v.semaphores.log.Warn("the semaphores cannot be read for the metrics", "error", v.err.Error())
 		v.logged = time.Now()
