@@ -13,8 +13,9 @@ COPY lua/*.lua lua/
 ARG VERSION=dev
 # Set by BuildKit for each platform of docker buildx build --platform; where they are not set, it is the builder's own.
 ARG TARGETOS TARGETARCH
+# Without gRPC's tracing, which takes a fifth of the binary.
 RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
-    go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$VERSION" -o /at-least-semaphore-pod-hook .
+    go build -trimpath -buildvcs=false -tags grpcnotrace -ldflags "-s -w -X main.version=$VERSION" -o /at-least-semaphore-pod-hook .
 
 # No shell, no package manager; certificates of the public authorities, for rediss:// and https://. User and group 65532.
 FROM gcr.io/distroless/static:nonroot

@@ -24,8 +24,8 @@ REDIS_SERVER ?= redis-server
 demo-queue = $(if $(filter embedded,$(QUEUE)),,$(if $(filter sentinel,$(QUEUE)),-sentinels $(REDIS_SERVER),$(error QUEUE is $(QUEUE): it must be embedded or sentinel)))
 
 .PHONY: build
-build: ## build the static binary into bin/
-	@CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$(VERSION)" -o $(PROGRAM) .
+build: ## build the static binary into bin/, without gRPC's tracing, which takes a fifth of it
+	@CGO_ENABLED=0 go build -trimpath -tags grpcnotrace -ldflags "-s -w -X main.version=$(VERSION)" -o $(PROGRAM) .
 
 .PHONY: bin/demo
 bin/demo:

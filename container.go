@@ -36,6 +36,10 @@ var (
 	nodeNameVariable = fieldVariable("NODE_NAME", "spec.nodeName")
 )
 
+// oneProcessor is all that the injected containers need: for each processor, Go keeps memory of its own, on a node with two a tenth of what a
+// sidecar has. Go reads it before main begins; to say so later would cost more.
+var oneProcessor = corev1.EnvVar{Name: "GOMAXPROCS", Value: "1"}
+
 // podUIDReference is what Kubernetes replaces in arguments: the token of a pod that takes it itself.
 const podUIDReference = "$(POD_UID)"
 
@@ -50,6 +54,7 @@ func injectedContainer(c webhookConfig, name string, resources corev1.ResourceRe
 		Image:                    c.sidecarImage,
 		ImagePullPolicy:          corev1.PullIfNotPresent,
 		Args:                     args,
+		Env:                      []corev1.EnvVar{oneProcessor},
 		Resources:                resources,
 		TerminationMessagePolicy: corev1.TerminationMessageFallbackToLogsOnError,
 		SecurityContext: &corev1.SecurityContext{
@@ -142,7 +147,7 @@ func addNative(sidecar *corev1.Container, c webhookConfig, spec semaphoreSpec) (
 // awaitContainer is the init container that ends when the sidecar holds the token.
 func awaitContainer(c webhookConfig, resources corev1.ResourceRequirements) corev1.Container {
 	await := injectedContainer(c, awaitName, resources, "await")
-	await.Env = []corev1.EnvVar{podUIDVariable}
+	await.Env = append(await.Env, podUIDVariable)
 	if c.restartAwait {
 		await.RestartPolicy = new(corev1.ContainerRestartPolicyOnFailure)
 	}

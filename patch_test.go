@@ -88,7 +88,7 @@ func wantSidecar(native bool, token string) map[string]any {
 			"seccompProfile":           map[string]any{"type": "RuntimeDefault"},
 		},
 	}
-	c["env"] = []any{fromField("POD_NAME", "metadata.name"), fromField("NODE_NAME", "spec.nodeName")}
+	c["env"] = []any{map[string]any{"name": "GOMAXPROCS", "value": "1"}, fromField("POD_NAME", "metadata.name"), fromField("NODE_NAME", "spec.nodeName")}
 	if native {
 		c["restartPolicy"] = "Always"
 		c["args"] = []any{"sidecar", "--queue-redis-address=redis:6379", "--heartbeat-interval-seconds=30", "--stale-threshold-seconds=120",
@@ -108,7 +108,7 @@ func wantAwait() map[string]any {
 	c := wantSidecar(true, "")
 	c["name"] = "at-least-semaphore-pod-await"
 	c["args"] = []any{"await"}
-	c["env"] = []any{fromField("POD_UID", "metadata.uid")}
+	c["env"] = []any{map[string]any{"name": "GOMAXPROCS", "value": "1"}, fromField("POD_UID", "metadata.uid")}
 	delete(c, "restartPolicy")
 	return c
 }

@@ -52,10 +52,15 @@ var sidecarKinds = []sidecarKind{
 	{"classic", func(string) []string { return nil }, false},
 }
 
+// podEnvironment is that of the containers that are injected into a pod.
+func podEnvironment() []string {
+	return append(os.Environ(), oneProcessor.Name+"="+oneProcessor.Value, "POD_UID="+uuid.NewString(), "POD_NAME=web-5d8f7c9b6-x2x7k", "NODE_NAME=node-1")
+}
+
 // start starts a sidecar with the settings that are built in, as in a pod whose app runs.
 func (k sidecarKind) start(t *testing.T, program, address string, id semaphoreID, token string) *process {
 	t.Helper()
-	pod := append(os.Environ(), "POD_UID="+uuid.NewString(), "POD_NAME=web-5d8f7c9b6-x2x7k", "NODE_NAME=node-1")
+	pod := podEnvironment()
 	args := append([]string{"sidecar", "--queue-redis-address=" + address}, k.flags(address)...)
 	p := newProcess(program, append(args, id.String(), token)...)
 	await := newProcess(program, "await")
@@ -76,7 +81,7 @@ func TestBenchSidecar(t *testing.T) {
 	const each = 5
 	program := filepath.Join(t.TempDir(), "at-least-semaphore-pod-hook")
 	t.Setenv("CGO_ENABLED", "0")
-	must(t, build(program, "-trimpath", "-ldflags", "-s -w"))
+	must(t, build(program, "-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w"))
 	r, over := deployedRedis(t), benchTime(t)
 	fmt.Printf("%d processors, %s, %d sidecars of each kind for %s\n\n%s\n%s\n", runtime.NumCPU(), runtime.Version(), each, over,
 		"| sidecar | memory, its own, KB | with the binary's | CPU a heartbeat, ms | start to the first heartbeat, ms | worst | connections |",
@@ -148,6 +153,7 @@ func startTime(t *testing.T, r *redisServer, kind sidecarKind, program string, i
 	t.Helper()
 	token := uuid.NewString()
 	p := newProcess(program, append(append([]string{"sidecar", "--queue-redis-address=" + r.address}, kind.flags(r.address)...), id.String(), token)...)
+	p.Env = podEnvironment()
 	start := time.Now()
 	must(t, p.launch())
 	for {

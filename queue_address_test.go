@@ -58,7 +58,7 @@ func TestSidecarsOfASentinelGroup(t *testing.T) {
 	}
 	optional := map[string]bool{}
 	for _, e := range sidecar.Env {
-		if e.ValueFrom.SecretKeyRef != nil {
+		if e.ValueFrom != nil && e.ValueFrom.SecretKeyRef != nil {
 			optional[e.Name+" "+e.ValueFrom.SecretKeyRef.Key] = *e.ValueFrom.SecretKeyRef.Optional
 		}
 	}

@@ -157,7 +157,7 @@ func TestPatchForSecureRedis(t *testing.T) {
 			again := patched(t, c, mustJSON(t, first), testToken)
 			for _, p := range []map[string]any{first, again} {
 				sidecar := containers(p, "initContainers")[0].(map[string]any)
-				if env := string(mustJSON(t, sidecar["env"])); env != `[{"name":"POD_NAME","valueFrom":{"fieldRef":{"fieldPath":"metadata.name"}}},{"name":"NODE_NAME","valueFrom":{"fieldRef":{"fieldPath":"spec.nodeName"}}},`+
+				if env := string(mustJSON(t, sidecar["env"])); env != `[{"name":"GOMAXPROCS","value":"1"},{"name":"POD_NAME","valueFrom":{"fieldRef":{"fieldPath":"metadata.name"}}},{"name":"NODE_NAME","valueFrom":{"fieldRef":{"fieldPath":"spec.nodeName"}}},`+
 					`{"name":"REDIS_USERNAME","valueFrom":{"secretKeyRef":{"key":"username","name":"redis-sidecar","optional":true}}},`+
 					`{"name":"REDIS_PASSWORD","valueFrom":{"secretKeyRef":{"key":"password","name":"redis-sidecar","optional":false}}},`+
 					`{"name":"POD_UID","valueFrom":{"fieldRef":{"fieldPath":"metadata.uid"}}}]` {

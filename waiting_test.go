@@ -154,7 +154,7 @@ func TestPatchForEtcd(t *testing.T) {
 		}
 		var env, files []string
 		for _, e := range sidecar.Env {
-			if e.ValueFrom.SecretKeyRef != nil {
+			if e.ValueFrom != nil && e.ValueFrom.SecretKeyRef != nil {
 				env = append(env, e.Name+" "+e.ValueFrom.SecretKeyRef.Name+"/"+e.ValueFrom.SecretKeyRef.Key)
 			}
 		}
@@ -190,7 +190,7 @@ func TestSidecarReadsItsArguments(t *testing.T) {
 	sidecar, _ = sidecarContainer(c, corev1.ResourceRequirements{}, testID, testSpec, testToken)
 	parsed, err = parseSidecarConfig(sidecar.Args[1:], func(string) string { return "" })
 	must(t, err)
-	if parsed.length != 0 || sidecar.RestartPolicy != nil || len(sidecar.Env) != 2 || sidecar.Env[0].Name != "POD_NAME" || sidecar.Env[1].Name != "NODE_NAME" {
+	if parsed.length != 0 || sidecar.RestartPolicy != nil || len(sidecar.Env) != 3 || sidecar.Env[1].Name != "POD_NAME" || sidecar.Env[2].Name != "NODE_NAME" {
 		t.Errorf("a classic sidecar: %+v, %+v", parsed, sidecar)
 	}
 }
