@@ -57,7 +57,7 @@ type answer struct {
 	stale   int // with acquireRepair: how many tokens are stale; if none, some are missing
 	inUse   int // with acquireFull, as all below
 	waiters int
-	doubt   time.Duration // if not zero: Redis was away, and knows only after that time which holders or waiters are gone
+	doubt   time.Duration // if not zero: Redis was away, or has lost data, and knows only after that time which holders or waiters are gone
 	holders []holder      // some of those who have the tokens
 	place   place         // of a waiter
 }
@@ -115,6 +115,7 @@ type fullError struct {
 	id                     semaphoreID
 	inUse, length, waiters int
 	holders                []holder
+	doubt                  time.Duration
 }
 
 func (e *fullError) Error() string {
@@ -149,7 +150,7 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, l
 			if s.straying() > 0 { // it may still take a token
 				s.giveBackLater(id, q.token)
 			}
-			return "", 0, &fullError{id, a.inUse, length, a.waiters, a.holders}
+			return "", 0, &fullError{id, a.inUse, length, a.waiters, a.holders, a.doubt}
 		}
 		start := time.Now()
 		err = s.repair(ctx, id, length, expiration, true)

@@ -172,7 +172,7 @@ func refusal(e *fullError) string {
 	if e.waiters > 0 {
 		text += fmt.Sprintf("; %d waiting in line", e.waiters)
 	}
-	return text
+	return text + inDoubt(e.doubt)
 }
 
 // admit puts the patch into the response: for a token, or without one for a pod that waits.

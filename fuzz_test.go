@@ -241,7 +241,7 @@ func FuzzAnswers(f *testing.F) {
 			if rest, err := redis.Scan(values, &status, &micros); err == nil {
 				if a, err := parseAnswer(status, rest); err == nil {
 					_ = waitingText(testID, 3, a)
-					_ = refusal(&fullError{testID, a.inUse, 3, a.waiters, a.holders})
+					_ = refusal(&fullError{testID, a.inUse, 3, a.waiters, a.holders, a.doubt})
 				}
 			}
 		}

@@ -178,10 +178,15 @@ func waitingText(id semaphoreID, length int, a answer) string {
 	if by := byHolders(a.holders, a.inUse); by != "" {
 		text += "; in use " + by
 	}
-	if a.doubt > 0 {
-		text += fmt.Sprintf("; Redis was away, in %s it is known who is gone", roughly(a.doubt))
+	return text + inDoubt(a.doubt)
+}
+
+// inDoubt says why nobody gets what seems to be free.
+func inDoubt(doubt time.Duration) string {
+	if doubt <= 0 {
+		return ""
 	}
-	return text
+	return fmt.Sprintf("; Redis was away or has lost data, in %s it is known who is gone", roughly(doubt))
 }
 
 func ordinal(n int) string {
