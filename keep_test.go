@@ -85,15 +85,17 @@ func TestKeepPlaces(t *testing.T) {
 // Who knows the semaphore for longer than Redis does tells of the loss: nothing is refilled before the holders are back.
 func TestKeepTellsOfALoss(t *testing.T) {
 	t.Parallel()
-	r, s, id := newSemaphoreOn(t, startRedis(t))
-	all := places(1, 1, 1)
-	kept, err := s.keep(t.Context(), id, int64(r.now(t))-1000, nil, all)
-	must(t, err)
-	if n := r.state(t, id, "lost"); n == 0 || kept.created < int64(n)-1 {
-		t.Errorf("lost is %d, created %d", n, kept.created)
-	}
-	if a, err := s.ask(t.Context(), id, question{all[0].token, 1, joinLine, ""}); err != nil || a.status != acquireFull || a.doubt == 0 {
-		t.Errorf("got %+v, %v", a, err)
+	r, s, _ := newSemaphoreOn(t, startRedis(t))
+	for _, ago := range []int64{1000, -1} { // the latter as if in this very second
+		id, all := freshID(), places(1, 1, 1)
+		kept, err := s.keep(t.Context(), id, int64(r.now(t))-ago, nil, all)
+		must(t, err)
+		if n := r.state(t, id, "lost"); n == 0 || kept.created < int64(n)-1 {
+			t.Errorf("lost is %d, created %d", n, kept.created)
+		}
+		if a, err := s.ask(t.Context(), id, question{all[0].token, 1, joinLine, ""}); err != nil || a.status != acquireFull || a.doubt == 0 {
+			t.Errorf("got %+v, %v", a, err)
+		}
 	}
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"syscall"
@@ -30,6 +31,61 @@ func TestEmptiedRedisWithALine(t *testing.T) {
 	wantDone(t, done)
 	r.wantLine(t, id, second, third)
 	r.wantCounts(t, id, 0, 1)
+}
+
+// A waiter that asks again in the second in which it joined notices, too, that Redis has lost its data.
+func TestRedisEmptiedInTheSecondOfJoining(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	acquire(t, s, id, 1)
+	r.do(t, "DEL", id.queueKey(), id.inflightKey(), id.namesKey(), id.stateKey())
+	a, err := s.ask(t.Context(), id, question{token: uuid.NewString(), length: 1, arrival: fmt.Sprint(r.now(t)+1, "000000")}) // as if in this very second
+	if err != nil || a.status != acquireFull || a.doubt == 0 {
+		t.Errorf("%+v, %v: want to be told to wait for who holds the token", a, err)
+	}
+}
+
+// A holder that comes back tells that Redis has lost its data: what others hold is not given to pods that are new, and what was made free
+// before is no longer.
+func TestHolderTellsOfALoss(t *testing.T) {
+	for name, newcomers := range map[string]int{"first": 0, "after two that are new": 2} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r, s, id := newSemaphore(t)
+			var holders []string
+			for range 4 {
+				holders = append(holders, acquire(t, s, id, 4))
+			}
+			r.do(t, "DEL", id.keys()...)
+			for range newcomers {
+				acquire(t, s, id, 4)
+			}
+			for i, holder := range holders {
+				if rejoined, err := s.heartbeat(t.Context(), id, holder, "", time.Minute); err != nil || !rejoined {
+					t.Fatalf("rejoined %t, %v", rejoined, err)
+				}
+				r.wantCounts(t, id, 0, newcomers+i+1)
+				_, _, err := s.acquire(t.Context(), id, "", 4, time.Second)
+				var full *fullError
+				if !errors.As(err, &full) || newcomers+i+1 < 4 && !strings.Contains(refusal(full), "; Redis was away or has lost data, in ") {
+					t.Errorf("%d are back: %v, %+v; want to be told to wait for the others", i+1, err, full)
+				}
+			}
+		})
+	}
+}
+
+// The first heartbeat of a pod whose token is gone tells nothing of others: a pod that is new gets what is missing.
+func TestLateStartTellsOfNoLoss(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	token := acquire(t, s, id, 2)
+	r.do(t, "DEL", id.keys()...)
+	if rejoined, err := s.heartbeat(t.Context(), id, token, "", 0); err != nil || !rejoined {
+		t.Fatalf("rejoined %t, %v", rejoined, err)
+	}
+	acquire(t, s, id, 2)
+	r.wantCounts(t, id, 0, 2)
 }
 
 // What is missing while Redis was never away, and has not lost its data, is replaced at once.

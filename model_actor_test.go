@@ -15,6 +15,7 @@ type actor struct {
 	arrival   int  // that it was told, by Redis's clock (Unix microseconds); 0: none yet
 	pace      int  // seconds between two questions
 	due       int  // when it asks or beats next
+	since     int  // when it took its token
 	missed    bool // has not been heard since Redis was last away, or its clock was set
 }
 
@@ -46,13 +47,18 @@ func (w *world) act(p *actor) {
 	w.answered(p, w.try(p))
 }
 
+// takes is for p, which knows now that it has its token.
+func (w *world) takes(p *actor) {
+	p.waiting, p.holding, p.since, p.due = false, true, w.now, w.now+w.interval
+}
+
 // answered is for an answer that p reads.
 func (w *world) answered(p *actor, a answer) {
-	p.waiting, p.holding, p.due = a.status != acquireTaken, a.status == acquireTaken, w.now+p.pace
-	if p.holding {
-		p.due = w.now + w.interval
+	if a.status == acquireTaken {
+		w.takes(p)
 		return
 	}
+	p.waiting, p.due = true, w.now+p.pace
 	at, err := strconv.Atoi(a.place.arrival)
 	must(w.test, err)
 	p.arrival = at

@@ -108,7 +108,7 @@ func anyPod(*actor) bool { return true }
 func (w *world) playAdmission() {
 	p := w.newPod()
 	if w.try(p).status == acquireTaken {
-		p.holding, p.due = true, w.now+w.interval
+		w.takes(p)
 	}
 }
 
@@ -117,7 +117,7 @@ func (w *world) playWaiter() {
 	p := w.newPod()
 	p.pace = rapid.IntRange(2, 4).Draw(w.t, "asks every")
 	if w.try(p).status == acquireTaken {
-		p.holding, p.due = true, w.now+w.interval
+		w.takes(p)
 		return
 	}
 	if p.reachable = rapid.Bool().Draw(w.t, "reachable"); p.reachable {
@@ -226,7 +226,8 @@ func (w *world) playUnheard() {
 	if rapid.Bool().Draw(w.t, "admission") {
 		p := w.newPod()
 		w.try(p)
-		p.holding, p.silent = true, true
+		w.takes(p)
+		p.silent = true
 		return
 	}
 	p := w.pick(func(p *actor) bool { return p.alive() && p.waiting })

@@ -95,9 +95,9 @@ func (w *world) arrive() {
 	second := int(w.second)
 	if k.touched > 0 && (second-k.touched > silence || second < k.touched) {
 		k.shaken, k.resumed = w.now, second
-		if second < k.touched && k.told != never {
-			k.told = w.now // may have been in the time that comes again
-		}
+	}
+	if (k.clockSet || second < k.touched) && k.told != never {
+		k.told = w.now // may have been in the time that comes again
 	}
 	if k.clockSet || second-k.touched > max(w.interval, lineQuiet) {
 		k.shaken = w.now // a second silence soon after the first
@@ -174,17 +174,25 @@ func (w *world) join(p *actor, arrival string, d dump) {
 	w.known.line[p.token] = at
 }
 
+// tellLoss is for a waiter or a holder that is older than what Redis knows: what is free was made by who could not know of the holders.
+func (w *world) tellLoss() {
+	k := w.known
+	w.last.free = 0
+	k.born = 0 // once is enough
+	k.told, k.shaken, k.resumed = w.now, w.now, int(w.second)
+}
+
 // try asks for a token for p; where something is to be repaired first, it repairs it and asks once more.
 func (w *world) try(p *actor) answer {
 	if p.kept { // as whoever stands for it does before it asks
 		w.arrive()
 		w.keep(nil, []*actor{p}, map[string]int{p.token: p.arrival})
 	}
+	empty := len(w.last.state) == 0 // where p's place may be later than this second, if the clock was set back
 	w.arrive()
 	k, arrival := w.known, p.arrivalOf()
-	if p.arrival != 0 && !p.kept && p.arrival < k.born*1e6 { // it is older than what Redis knows
-		k.born = 0 // once is enough
-		k.told, k.shaken, k.resumed = w.now, w.now, int(w.second)
+	if p.arrival != 0 && !p.kept && (empty || p.arrival < k.born*1e6) { // it is older than what Redis knows
+		w.tellLoss()
 	}
 	mustGet := w.mustGet(p, arrival)
 	a := w.ask(p, arrival)
@@ -234,7 +242,11 @@ func (w *world) beat(p *actor) {
 	w.arrive()
 	k := w.known
 	_, held := k.holders[p.token]
-	status, _, d := w.command(w.scripts.heartbeat, p.token, p.pod(), 0)
+	seconds := w.now - p.since
+	status, _, d := w.command(w.scripts.heartbeat, p.token, p.pod(), seconds)
+	if !held && int(w.second)-seconds < k.born { // it is older than what Redis knows
+		w.tellLoss()
+	}
 	if (status == heartbeatRejoined) == held {
 		w.fail("a heartbeat of %s was answered %d", p.token, status)
 	}

@@ -64,6 +64,13 @@ func TestHoldersAreNamed(t *testing.T) {
 		t.Errorf("refused with %q, want %q", got, want)
 	}
 
+	// An old sidecar tells nothing, and is known by its token.
+	old := acquire(t, s, id, 2)
+	if got := w.admit(t, review(t, id, 2)).message; !strings.Contains(got, ", "+old) {
+		t.Errorf("refused with %q, want %s in it", got, old)
+	}
+	giveBack(t, s, id, old)
+
 	// It is known again when Redis has lost it, with all else.
 	r.do(t, "DEL", id.keys()...)
 	p.wantLog(t, "the token was not in flight (reclaimed as stale, or lost with Redis): counted again")
@@ -71,12 +78,6 @@ func TestHoldersAreNamed(t *testing.T) {
 		t.Errorf("it has the token since %s", got)
 	}
 
-	// An old sidecar tells nothing, and is known by its token.
-	old := acquire(t, s, id, 2)
-	if got := w.admit(t, review(t, id, 2)).message; !strings.Contains(got, ", "+old) {
-		t.Errorf("refused with %q, want %s in it", got, old)
-	}
-	giveBack(t, s, id, old)
 	p.signal(t, syscall.SIGTERM)
 	p.wantExit(t, 0)
 	if names := r.names(t, id); len(names) != 0 {

@@ -23,8 +23,8 @@ local waits = arrival ~= ''
 local held = redis.call('ZSCORE', KEYS[2], token)
 local agreed = greatest > 0 and now - asked <= 300 and greatest or 0
 ask(length)
-if waits and arrival ~= '0' and tonumber(arrival) < created * 1000000 and lost < created then
-  lost = now -- the waiter is older than what Redis knows
+if waits and arrival ~= '0' and (not state[1] or tonumber(arrival) < created * 1000000) then
+  tellLoss()
 end
 touch(held and redis.pcall)
 if held then

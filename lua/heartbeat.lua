@@ -8,6 +8,10 @@
 --
 -- Returns {0, time}  rejoined: the token was not in flight and is now
 --         {1, time}  renewed
+local since = now - tonumber(ARGV[7])
+if since < created and not redis.call('ZSCORE', KEYS[2], ARGV[5]) then
+  tellLoss()
+end
 touch(redis.pcall)
 redis.call('EXPIRE', KEYS[2], ARGV[4]) -- a full Redis lets a script go on that has written what needs no memory
 local rejoined = redis.call('ZADD', KEYS[2], now, ARGV[5])
@@ -17,5 +21,5 @@ if rejoined == 1 then
   count('rejoined', 1)
   leave(ARGV[5]) -- it may stand there again if Redis has lost that it was taken
 end
-tell(ARGV[5], ARGV[6], now - tonumber(ARGV[7]))
+tell(ARGV[5], ARGV[6], since)
 return finish({1 - rejoined, micros})

@@ -12,8 +12,8 @@
 -- a free one is left for; held those of the pods that are in flight already; joined of those that were not in line the token and
 -- its position, one after the other
 local known = tonumber(ARGV[5])
-if known > 0 and created > known and lost < created then
-  lost = now -- Redis knows less than the one that asks
+if known > 0 and (not state[1] or created > known) then
+  tellLoss()
 end
 touch()
 catchUp(KEYS[2])

@@ -66,6 +66,15 @@ local function touch(write)
   write('HSET', KEYS[6], 'created', created, 'touched', now, 'resumed', resumed, 'lost', lost, 'length', greatest, 'asked', asked)
 end
 
+-- tellLoss is for a caller that is older than what Redis knows. What is free then was made by some who could not know how many hold
+-- a token, and is made anew once the holders are back.
+local function tellLoss()
+  if lost < created then -- else it has been told
+    lost = now
+    redis.call('DEL', KEYS[1])
+  end
+end
+
 -- ask notes for what length somebody asks; touch writes it.
 local function ask(length)
   if length >= greatest or now - asked > 300 or asked > now then
