@@ -94,7 +94,7 @@ func TestDemoWithEtcd(t *testing.T) {
 func TestDemoWithSentinels(t *testing.T) {
 	t.Parallel()
 	out := testDemo(t, "-sentinels", redisProgram, "story")
-	if !regexp.MustCompile(`that was \d\.\d s after the kill; the primary was [\d.:]+, and is [\d.:]+\n   => queue 0, inflight 3`).MatchString(out) {
+	if !regexp.MustCompile(`that was \d+\.\d s after the kill; the primary was [\d.:]+, and is [\d.:]+\n   => queue 0, inflight 3`).MatchString(out) {
 		t.Errorf("no failover in\n%s", out)
 	}
 }
@@ -126,7 +126,7 @@ func testDemo(t *testing.T, args ...string) string {
 			t.Errorf("no %q in\n%s", want, out)
 		}
 	}
-	if took := time.Since(start); took > 30*time.Second {
+	if took := time.Since(start); took > time.Minute {
 		t.Errorf("took %s", took)
 	}
 	p.wantNothingLeft(t)

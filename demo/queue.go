@@ -176,7 +176,11 @@ func (s *setup) tellOfFailover(ctx context.Context, q *sentinelQueue) error {
 		return err
 	}
 	killed := time.Now()
-	if err := s.wantRefused("web-9", allInUse); err != nil {
+	err = s.wantRefused("web-9", allInUse)
+	for errors.Is(err, errUndecided) && time.Since(killed) < failoverTimeout { // the Sentinels agreed on none, and vote again
+		err = s.wantRefused("web-9", allInUse)
+	}
+	if err != nil {
 		return err
 	}
 	next, err := q.primary()

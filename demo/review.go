@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -55,6 +56,9 @@ type patchOperation struct {
 	Value json.RawMessage `json:"value"`
 }
 
+// errUndecided is for a pod that the webhook could not decide about in time.
+var errUndecided = errors.New("no verdict")
+
 // create asks the webhook as the API server does when a pod is created.
 func (s *setup) create(pod, whenFull string) (*answer, error) {
 	body, err := newReview(pod, whenFull)
@@ -69,6 +73,9 @@ func (s *setup) create(pod, whenFull string) (*answer, error) {
 	text, err := io.ReadAll(response.Body)
 	if err != nil {
 		return nil, err
+	}
+	if response.StatusCode == http.StatusInternalServerError {
+		return nil, fmt.Errorf("%w: %s", errUndecided, text)
 	}
 	if response.StatusCode != http.StatusOK || response.ProtoMajor != 2 {
 		return nil, fmt.Errorf("the webhook answered %s %s: %s", response.Proto, response.Status, text)
