@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -47,6 +48,7 @@ type upgrade struct {
 type upgradeWebhook struct {
 	*webhookProcess
 	of, sidecars programBuild
+	asked        sync.WaitGroup // those it has to answer
 }
 
 const (
@@ -87,15 +89,16 @@ func (u *upgrade) problemLocked(format string, args ...any) {
 // serve starts a webhook.
 func (u *upgrade) serve(of, sidecars programBuild) {
 	u.t.Helper()
-	w := &upgradeWebhook{startWebhookProcessOf(u.t, of.path, u.queue.address, append(u.flags, "--sidecar-image="+sidecars.image)...), of, sidecars}
+	w := &upgradeWebhook{webhookProcess: startWebhookProcessOf(u.t, of.path, u.queue.address, append(u.flags, "--sidecar-image="+sidecars.image)...),
+		of: of, sidecars: sidecars}
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.paths[sidecars.image] = sidecars.path
 	u.serving = append(u.serving, w)
 }
 
-// retire ends the webhooks of one build, or that inject one's sidecars, as a rollout does: nobody new is sent to them, and they finish what
-// they have begun.
+// retire ends the webhooks of one build, or that inject one's sidecars, as a rollout does: nobody new is sent to them, and they are told to
+// stop some time after that.
 func (u *upgrade) retire(b programBuild) {
 	u.mu.Lock()
 	var leaving []*upgradeWebhook
@@ -108,6 +111,7 @@ func (u *upgrade) retire(b programBuild) {
 	})
 	u.mu.Unlock()
 	for _, w := range leaving {
+		w.asked.Wait()
 		u.end(w.process, "the webhook of "+w.of.image)
 	}
 }
@@ -142,12 +146,14 @@ func (u *upgrade) readLog(p *process, name string) {
 	}
 }
 
-// webhook is the next that serves.
+// webhook is the next that serves. It is not told to stop before the caller says that it has been asked.
 func (u *upgrade) webhook() *upgradeWebhook {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.asked++
-	return u.serving[u.asked%len(u.serving)]
+	w := u.serving[u.asked%len(u.serving)]
+	w.asked.Add(1)
+	return w
 }
 
 // upgradePod is a pod of a Deployment that is admitted, runs for a while, and ends.
@@ -233,6 +239,7 @@ func (u *upgrade) create(p upgradePod) (*corev1.Pod, string) {
 		w := u.webhook()
 		met := fmt.Sprintf("webhook of %s, sidecar of %s", w.of.image, w.sidecars.image)
 		status, text, _, err := w.post(body)
+		w.asked.Done()
 		var a admission
 		if err == nil {
 			a, err = readAdmission(status, text)
@@ -303,8 +310,8 @@ func (u *upgrade) container(c corev1.Container, p upgradePod, podUID string) (st
 	started.Env = os.Environ()
 	known := map[string]string{"POD_UID": podUID, "POD_NAME": p.name, "NODE_NAME": "node-1", "REDIS_USERNAME": "sidecar", "REDIS_PASSWORD": testPassword}
 	for _, e := range c.Env {
-		value, ok := known[e.Name]
-		if !ok {
+		value := cmp.Or(e.Value, known[e.Name])
+		if value == "" {
 			u.problem("the container %s of the pod %s wants %s, which this test does not know", c.Name, p.name, e.Name)
 		}
 		started.Env = append(started.Env, e.Name+"="+value)
