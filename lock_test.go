@@ -172,7 +172,7 @@ func wantNothingLeft(t *testing.T, s lockServers) {
 	}
 	wg.Wait()
 	t.Logf("%d locked, %d cancelled", locked.Load(), cancelled.Load())
-	if locked.Load() < 100 || cancelled.Load() < 50 {
+	if locked.Load() < 20 || cancelled.Load() < 20 { // on a slow machine, most find the lock of one that was cancelled
 		t.Errorf("%d locked, %d cancelled", locked.Load(), cancelled.Load())
 	}
 	wantNoMore := func(goroutines int) {

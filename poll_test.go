@@ -102,7 +102,7 @@ func TestCostOfALongLine(t *testing.T) {
 			}},
 		} {
 			t.Run(c.name+", those in line are "+line.name, func(t *testing.T) {
-				var few, lots []int
+				var few, lots, published []int
 				for range rounds { // in turn, so that what disturbs one disturbs the other
 					a := asker{r, s, freshID()}
 					seedLine(t, r, s, a.id, short/2, short, line.silent)
@@ -111,9 +111,10 @@ func TestCostOfALongLine(t *testing.T) {
 					r.allSeen(t, many.id, line.silent)
 					cost := r.during(t, func() { c.do(t, many) })
 					lots = append(lots, cost.micros)
-					if cost.published > line.called {
-						t.Errorf("published %d times", cost.published)
-					}
+					published = append(published, cost.published)
+				}
+				if n := median(published); n > line.called { // Sentinels publish now and then, too
+					t.Errorf("published %d times", n)
 				}
 				t.Logf("%d µs with %d in line, %d µs with %d", median(few), short, median(lots), long)
 				if median(lots) > line.ratio*median(few) {
