@@ -84,7 +84,7 @@ e2e-test = PROGRAM=$(CURDIR)/$(PROGRAM) IMAGE=at-least-semaphore-pod-hook:e2e-$$
 .PHONY: e2e
 e2e: build ## test deploy/ on the cluster of KUBECONFIG, which gets and loses it; see e2e/setup_test.go for its settings
 	$(if $(E2E_FLAGS),,go test -count=1 -tags e2e -timeout 10m -run '^TestKubernetes' .)
-	$(e2e-test) -tags e2e -timeout 40m $(E2E_FLAGS) ./e2e
+	$(e2e-test) -tags e2e -timeout 55m $(E2E_FLAGS) ./e2e
 
 .PHONY: measure
 measure: build ## measure waiting pods there, for three quarters of an hour; E2E_FLAGS='-run X' for one, by the names in e2e/measure_*_test.go

@@ -126,6 +126,7 @@ func TestQoSClass(t *testing.T) {
 	t.Parallel()
 	n := newNamespace(t)
 	all := object{"cpu": "10m", "memory": "16Mi"}
+	whole := object{"cpu": "100m", "memory": "64Mi"} // with 10m for all containers, each takes ten seconds to start
 	for name, c := range map[string]struct {
 		spec object
 		want corev1.PodQOSClass
@@ -135,7 +136,7 @@ func TestQoSClass(t *testing.T) {
 			"containers":     []object{container("app", forever, object{"resources": object{"requests": all, "limits": all}})},
 		}, corev1.PodQOSGuaranteed},
 		"guaranteed-as-a-whole": {object{
-			"resources":  object{"requests": all, "limits": all},
+			"resources":  object{"requests": whole, "limits": whole},
 			"containers": []object{container("app", forever)},
 		}, corev1.PodQOSGuaranteed},
 		"burstable": {object{

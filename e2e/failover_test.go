@@ -15,11 +15,12 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// admissions are attempts to create pods, one after the other started at a fixed rate, whether or not those before have ended.
+// admissions are attempts to create pods, one after the other started at a fixed rate, whether or not those before have ended, until end is called
+// or the test ends.
 type admissions struct {
 	*namespace
-	stopping chan struct{}
-	running  sync.WaitGroup
+	end     func() // and waits for those that are under way
+	running sync.WaitGroup
 
 	mu  sync.Mutex
 	all []admission
@@ -30,20 +31,37 @@ type admission struct {
 	err        error
 }
 
-const admissionsEvery = 250 * time.Millisecond
+// Pods are created so often, unless so many are being created: each is a process, and a node that is too slow for them would come to a standstill.
+const (
+	admissionsEvery  = 250 * time.Millisecond
+	admissionsAtOnce = 8
+)
 
 func startAdmissions(n *namespace) *admissions {
-	a := &admissions{namespace: n, stopping: make(chan struct{})}
+	stopping := make(chan struct{})
+	a := &admissions{namespace: n}
+	a.end = sync.OnceFunc(func() {
+		close(stopping)
+		a.running.Wait()
+	})
+	n.Cleanup(a.end)
 	a.running.Go(func() {
 		tick := time.NewTicker(admissionsEvery)
 		defer tick.Stop()
+		under := make(chan struct{}, admissionsAtOnce)
 		for i := 0; ; i++ {
 			select {
-			case <-a.stopping:
+			case <-stopping:
 				return
 			case <-tick.C:
 			}
+			select {
+			case under <- struct{}{}:
+			default:
+				continue
+			}
 			a.running.Go(func() {
+				defer func() { <-under }()
 				start := time.Now()
 				err := n.tryCreate(pod(fmt.Sprintf("stream-%d", i), "stream", 5000, unschedulable))
 				a.mu.Lock()
@@ -77,8 +95,7 @@ func (a *admissions) wantAdmittedSince(after time.Time) {
 // stop ends them, and checks that whatever was created later than that time after the fault was admitted.
 func (a *admissions) stop(fault time.Time, within time.Duration) {
 	a.Helper()
-	close(a.stopping)
-	a.running.Wait()
+	a.end()
 	var failed int
 	var until, slowest time.Duration
 	var last error
