@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -252,63 +251,6 @@ func TestRedisRollingRestart(t *testing.T) {
 		must(t, rolledOut("statefulset/redis"))
 	})
 	wantAtRest(t)
-}
-
-// A Sentinel that is busy for nothing, as one of its connections was refused at first, and came about all the same, starts anew.
-func TestSentinelBusyForNothing(t *testing.T) {
-	wantAtRest(t)
-	address, err := hook("get", "pod", "redis-0", "-o", "jsonpath={.status.podIP}")
-	must(t, err)
-	// The first SYN of a connection is refused, and not the second; two of 60 bytes are for the other two Sentinels.
-	rule := fmt.Sprintf("FORWARD -s %s -p tcp --dport 26379 --syn -m quota --quota 120 -j REJECT", address)
-	for tries := 1; ; tries++ {
-		must(t, onNode("iptables -I "+rule))
-		remove := sync.OnceFunc(func() { must(t, onNode("iptables -D "+rule)) })
-		t.Cleanup(remove)
-		_, err = hook("exec", "redis-0", "-c", "sentinel", "--", "sh", "-c", "kill 1")
-		must(t, err)
-		var used int
-		eventually(t, time.Minute, func() error {
-			used, err = usedBySentinel(0)
-			return err
-		})
-		remove()
-		t.Logf("it uses %d hundredths of a second within two seconds", used)
-		if used >= 50 {
-			break
-		}
-		if tries == 5 {
-			t.Fatal("it was never busy for nothing")
-		}
-	}
-	wantAtRest(t)
-	log, err := hook("logs", "redis-0", "-c", "sentinel", "--previous")
-	if err != nil || !strings.Contains(log, "busy for nothing: ") {
-		t.Errorf("it did not end itself: %v, %s", err, log)
-	}
-}
-
-// wantAtRest waits until each Sentinel takes less than a tenth of a processor: one that is busy for nothing ends itself within a minute.
-func wantAtRest(t *testing.T) {
-	t.Helper()
-	eventually(t, 2*time.Minute, func() error {
-		for i := range 3 {
-			if used, err := usedBySentinel(i); err != nil || used >= 20 {
-				return fmt.Errorf("the Sentinel of redis-%d has used %d hundredths of a second within two seconds, %v", i, used, err)
-			}
-		}
-		return nil
-	})
-}
-
-// usedBySentinel is how much of a processor one uses within two seconds, in hundredths of a second.
-func usedBySentinel(ordinal int) (int, error) {
-	out, err := hook("exec", fmt.Sprintf("redis-%d", ordinal), "-c", "sentinel", "--", "sh", "-c",
-		`used() { read -r stat </proc/1/stat; set -- ${stat##*) }; echo $((${12} + ${13})); }; before=$(used); sleep 2; echo $(($(used) - before))`)
-	if err != nil {
-		return 0, err
-	}
-	return strconv.Atoi(strings.TrimSpace(out))
 }
 
 // The primary's pod is deleted by force: it comes back with another address.

@@ -10,7 +10,7 @@
 //	LOAD_IMAGE  shell command that makes the image and gets it into the cluster, for example
 //	            kind:  docker build -t $IMAGE . && kind load docker-image $IMAGE
 //	            k3d:   docker build -t $IMAGE . && k3d image import $IMAGE
-//	NODE_SHELL  command that runs a script on the node, for the tests that kill processes and read files there, for example
+//	NODE_SHELL  command that runs a script on the node, for the tests that kill processes, refuse connections (iptables) and read files there, for example
 //	            kind:  docker exec kind-control-plane sh -c
 //	            k3d:   docker exec k3d-k3s-default-server-0 sh -c
 //	NODE_RESTART  shell command that ends COMPONENT (kubelet, containerd, apiserver, scheduler or controller-manager) by SIGNAL
