@@ -45,6 +45,59 @@ func TestSentinelBusyForNothing(t *testing.T) {
 	}
 }
 
+// A primary that hands over tells all its replicas of the next one, also one that the Sentinels do not reach: here, as the packets of
+// their connections get lost, so that they find out only by and by.
+func TestHandOverIsToldToAll(t *testing.T) {
+	wantSettled(t)
+	primary := primaryPod(t)
+	var others, addresses []string
+	for i := range 3 {
+		name := fmt.Sprintf("redis-%d", i)
+		if name == primary {
+			continue
+		}
+		address, err := hook("get", "pod", name, "-o", "jsonpath={.status.podIP}")
+		must(t, err)
+		others, addresses = append(others, name), append(addresses, address)
+	}
+	for i := range others {
+		rule := fmt.Sprintf("FORWARD -s %s -d %s -p tcp --dport 6379 -j DROP", addresses[i], addresses[1-i])
+		must(t, onNode("iptables -I "+rule))
+		t.Cleanup(func() { must(t, onNode("iptables -D "+rule)) })
+	}
+	for _, name := range others {
+		eventually(t, 10*time.Second, func() error {
+			out, err := hook("exec", name, "-c", "sentinel", "--", "sh", "-c", `. /etc/redis/functions; sentinel "$me" SENTINEL REPLICAS tokens`)
+			if err == nil && strings.Count(out, "last-ping-sent\n0\n") > 1 {
+				err = fmt.Errorf("the Sentinel of %s reaches all replicas: %s", name, out)
+			}
+			return err
+		})
+	}
+	start := time.Now()
+	_, err := hook("exec", primary, "--", "sh", "/etc/redis/resign")
+	must(t, err)
+	t.Logf("handed over after %s", inSeconds(time.Since(start)))
+	next := primaryPod(t)
+	for i := range 3 {
+		name := fmt.Sprintf("redis-%d", i)
+		want := "slave " + next
+		if name == next {
+			want = "master"
+		}
+		got, err := hook("exec", name, "--", "sh", "-c", `. /etc/redis/functions; redis 127.0.0.1 ROLE | {
+			read -r role && read -r primary
+			for pod in $pods; do
+				[ "$role $(address_of "$pod")" != "slave $primary" ] || role="slave $pod"
+			done
+			echo "$role"
+		}`)
+		if err != nil || strings.TrimSpace(got) != want || next == primary {
+			t.Errorf("%s: %q, %v; want %q, and no more %s as the primary", name, got, err, want, primary)
+		}
+	}
+}
+
 // Processes whose parents have ended, as each probe may leave one, do not stay behind in the containers of Redis: a server that is the
 // first process there would read their ends one by one before it notices that a replica has got all data.
 func TestRedisHasNoZombies(t *testing.T) {
