@@ -330,8 +330,7 @@ func TestAllRedisDeleted(t *testing.T) {
 	})
 	t.Run("by force, without the first volume", func(t *testing.T) {
 		if primaryPod(t) == "redis-0" {
-			_, err := hook("exec", "redis-0", "--", "sh", "/etc/redis/resign")
-			must(t, err)
+			must(t, resign("redis-0"))
 		}
 		eventually(t, time.Minute, func() error {
 			if primaryPod(t) == "redis-0" {

@@ -49,16 +49,14 @@ func TestSentinelBusyForNothing(t *testing.T) {
 // their connections get lost, so that they find out only by and by.
 func TestHandOverIsToldToAll(t *testing.T) {
 	wantSettled(t)
+	t.Cleanup(func() { wantSettled(t) })
 	primary := primaryPod(t)
-	var others, addresses []string
-	for i := range 3 {
-		name := fmt.Sprintf("redis-%d", i)
-		if name == primary {
-			continue
-		}
+	others := otherPods(primary)
+	var addresses []string
+	for _, name := range others {
 		address, err := hook("get", "pod", name, "-o", "jsonpath={.status.podIP}")
 		must(t, err)
-		others, addresses = append(others, name), append(addresses, address)
+		addresses = append(addresses, address)
 	}
 	for i := range others {
 		rule := fmt.Sprintf("FORWARD -s %s -d %s -p tcp --dport 6379 -j DROP", addresses[i], addresses[1-i])
@@ -67,7 +65,7 @@ func TestHandOverIsToldToAll(t *testing.T) {
 	}
 	for _, name := range others {
 		eventually(t, 10*time.Second, func() error {
-			out, err := hook("exec", name, "-c", "sentinel", "--", "sh", "-c", `. /etc/redis/functions; sentinel "$me" SENTINEL REPLICAS tokens`)
+			out, err := withFunctions(name, `sentinel "$me" SENTINEL REPLICAS tokens`)
 			if err == nil && strings.Count(out, "last-ping-sent\n0\n") > 1 {
 				err = fmt.Errorf("the Sentinel of %s reaches all replicas: %s", name, out)
 			}
@@ -75,25 +73,105 @@ func TestHandOverIsToldToAll(t *testing.T) {
 		})
 	}
 	start := time.Now()
-	_, err := hook("exec", primary, "--", "sh", "/etc/redis/resign")
-	must(t, err)
+	must(t, resign(primary))
 	t.Logf("handed over after %s", inSeconds(time.Since(start)))
-	next := primaryPod(t)
+	wantHandedOver(t, primary)
+}
+
+// A primary hands over when all replicas that may be promoted have got its data, and takes writes until then.
+func TestHandOverWaitsForReplicas(t *testing.T) {
+	wantSettled(t)
+	t.Cleanup(func() { wantSettled(t) })
+	primary := primaryPod(t)
+	away := otherPods(primary)[1]
+	follow := func(address string) {
+		t.Helper()
+		out, err := withFunctions(away, "redis 127.0.0.1 REPLICAOF "+address+" 6379")
+		must(t, err)
+		if strings.TrimSpace(out) != "OK" {
+			t.Fatal(out)
+		}
+	}
+	stats := func() (online, pauses int) {
+		t.Helper()
+		out, err := withFunctions(primary, "redis 127.0.0.1 INFO replication commandstats")
+		must(t, err)
+		if _, calls, found := strings.Cut(out, "cmdstat_client|pause:calls="); found {
+			_, err = fmt.Sscan(calls[:strings.IndexByte(calls, ',')], &pauses)
+			must(t, err)
+		}
+		return strings.Count(out, "state=online"), pauses
+	}
+	address, err := withFunctions(primary, `echo "$me"`)
+	must(t, err)
+	follow("192.0.2.1") // nobody has this one (RFC 5737)
+	eventually(t, 10*time.Second, func() error {
+		if online, _ := stats(); online != 1 {
+			return fmt.Errorf("%d replicas are online", online)
+		}
+		return nil
+	})
+	_, before := stats()
+	done := make(chan error, 1)
+	go func() { done <- resign(primary) }()
+	const looks = 10
+	for range looks {
+		select {
+		case err := <-done:
+			t.Fatalf("it has handed over: %v", err)
+		default:
+		}
+		if _, pauses := stats(); pauses != before {
+			t.Fatalf("it took no writes for a while: CLIENT PAUSE was called %d times more", pauses-before)
+		}
+	}
+	follow(strings.TrimSpace(address))
+	must(t, <-done)
+	wantHandedOver(t, primary)
+}
+
+// otherPods are those of Redis that are not the primary.
+func otherPods(primary string) (names []string) {
+	for i := range 3 {
+		if name := fmt.Sprintf("redis-%d", i); name != primary {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// withFunctions runs a script in a pod of Redis, with what the scripts there share.
+func withFunctions(pod, script string) (string, error) {
+	return hook("exec", pod, "--", "sh", "-c", ". /etc/redis/functions; "+script)
+}
+
+// resign lets the primary hand over.
+func resign(primary string) error {
+	return errOf(hook("exec", primary, "--", "sh", "/etc/redis/resign"))
+}
+
+// wantHandedOver checks that there is another primary, and that all follow it.
+func wantHandedOver(t *testing.T, before string) {
+	t.Helper()
+	primary := primaryPod(t)
+	if primary == before {
+		t.Errorf("%s is the primary still", before)
+	}
 	for i := range 3 {
 		name := fmt.Sprintf("redis-%d", i)
-		want := "slave " + next
-		if name == next {
+		want := "slave " + primary
+		if name == primary {
 			want = "master"
 		}
-		got, err := hook("exec", name, "--", "sh", "-c", `. /etc/redis/functions; redis 127.0.0.1 ROLE | {
+		got, err := withFunctions(name, `redis 127.0.0.1 ROLE | {
 			read -r role && read -r primary
 			for pod in $pods; do
 				[ "$role $(address_of "$pod")" != "slave $primary" ] || role="slave $pod"
 			done
 			echo "$role"
 		}`)
-		if err != nil || strings.TrimSpace(got) != want || next == primary {
-			t.Errorf("%s: %q, %v; want %q, and no more %s as the primary", name, got, err, want, primary)
+		if err != nil || strings.TrimSpace(got) != want {
+			t.Errorf("%s: %q, %v; want %q", name, got, err, want)
 		}
 	}
 }
