@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -11,7 +12,8 @@ import (
 	"time"
 )
 
-// A Sentinel that is busy for nothing, as one of its connections was refused at first, and came about all the same, starts anew.
+// A Sentinel that is busy for nothing, as one of its connections was refused at first, and came about all the same, starts anew: when the
+// others are there, as two of them must be where the primary fails.
 func TestSentinelBusyForNothing(t *testing.T) {
 	wantAtRest(t)
 	address, err := hook("get", "pod", "redis-0", "-o", "jsonpath={.status.podIP}")
@@ -38,6 +40,22 @@ func TestSentinelBusyForNothing(t *testing.T) {
 			t.Fatal("it was never busy for nothing")
 		}
 	}
+	// Another one stands still.
+	signal := func(name string) {
+		_, err := hook("exec", "redis-1", "-c", "sentinel", "--", "sh", "-c", "kill -"+name+" "+sentinelProcess)
+		must(t, err)
+	}
+	signal("STOP")
+	resume := sync.OnceFunc(func() { signal("CONT") })
+	t.Cleanup(resume)
+	eventually(t, 90*time.Second, func() error {
+		log, err := hook("logs", "redis-0", "-c", "sentinel")
+		if err == nil && !strings.Contains(log, "busy for nothing, but needed: ") {
+			err = errors.New(log)
+		}
+		return err
+	})
+	resume()
 	wantAtRest(t)
 	log, err := hook("logs", "redis-0", "-c", "sentinel", "--previous")
 	if err != nil || !strings.Contains(log, "busy for nothing: ") {
@@ -208,10 +226,13 @@ func wantAtRest(t *testing.T) {
 	})
 }
 
+// sentinelProcess is the process of Sentinel, in a shell of its container.
+const sentinelProcess = "$(grep -lsx redis-server /proc/[0-9]*/comm | cut -d/ -f3)"
+
 // usedBySentinel is how much of a processor one uses within two seconds, in hundredths of a second.
 func usedBySentinel(ordinal int) (int, error) {
 	out, err := hook("exec", fmt.Sprintf("redis-%d", ordinal), "-c", "sentinel", "--", "sh", "-c",
-		`pid=$(grep -lsx redis-server /proc/[0-9]*/comm | cut -d/ -f3); used() { read -r stat </proc/$pid/stat; set -- ${stat##*) }; echo $((${12} + ${13})); }; before=$(used); sleep 2; echo $(($(used) - before))`)
+		`pid=`+sentinelProcess+`; used() { read -r stat </proc/$pid/stat; set -- ${stat##*) }; echo $((${12} + ${13})); }; before=$(used); sleep 2; echo $(($(used) - before))`)
 	if err != nil {
 		return 0, err
 	}
