@@ -82,13 +82,13 @@ E2E_FLAGS ?=
 e2e-test = PROGRAM=$(CURDIR)/$(PROGRAM) IMAGE=at-least-semaphore-pod-hook:e2e-$$(sha256sum $(PROGRAM) | cut -c1-12) go test -count=1
 
 .PHONY: e2e
-e2e: build ## test deploy/ on the cluster of KUBECONFIG, which gets and loses it; see e2e/setup_test.go for its settings
+e2e: build ## test deploy/ on the cluster of KUBECONFIG, which gets and loses it; see test/e2e/setup_test.go for its settings
 	$(if $(E2E_FLAGS),,go test -count=1 -tags e2e -timeout 10m -run '^TestKubernetes' .)
-	$(e2e-test) -tags e2e -timeout 55m $(E2E_FLAGS) ./e2e
+	$(e2e-test) -tags e2e -timeout 55m $(E2E_FLAGS) ./test/e2e
 
 .PHONY: measure
-measure: build ## measure waiting pods there, for three quarters of an hour; E2E_FLAGS='-run X' for one, by the names in e2e/measure_*_test.go
-	$(e2e-test) -tags e2e,measure -timeout 120m -v -run TestMeasure $(E2E_FLAGS) ./e2e
+measure: build ## measure waiting pods there, for three quarters of an hour; E2E_FLAGS='-run X' for one, by the names in test/e2e/measure_*_test.go
+	$(e2e-test) -tags e2e,measure -timeout 120m -v -run TestMeasure $(E2E_FLAGS) ./test/e2e
 
 .PHONY: measure-sidecars
 measure-sidecars: test-needs ## measure up to a thousand waiting sidecars against one Redis, for some ten minutes; needs no cluster
@@ -155,13 +155,13 @@ dev: ## develop on the current cluster with Skaffold: build, deploy, forward por
 lint: ## check format, vet, staticcheck and the workflows
 	@test -z "$$(gofmt -l .)" || { echo "not gofmt-ed:"; gofmt -l .; exit 1; }
 	go vet ./...
-	go vet -tags e2e . ./e2e
+	go vet -tags e2e . ./test/e2e
 	go vet -tags failover .
 	go vet -tags abuse .
 	go vet -tags upgrade .
 	go vet -tags chaos .
 	go vet -tags bench .
-	go vet -tags e2e,measure . ./e2e
+	go vet -tags e2e,measure . ./test/e2e
 	go -C demo vet ./...
 	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover,abuse,upgrade,chaos,bench ./...
 	go tool -modfile=tools/go.mod actionlint
