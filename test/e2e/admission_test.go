@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"encoding/json"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -190,7 +191,7 @@ func TestOtherPodsAreLeftAlone(t *testing.T) {
 func TestExamples(t *testing.T) {
 	t.Parallel()
 	n := newNamespace(t)
-	out := n.kubectl("apply", "--dry-run=server", "-f", "../deploy/examples/")
+	out := n.kubectl("apply", "--dry-run=server", "-f", filepath.Join(root, "deploy/examples"))
 	for _, want := range []string{"deployment.apps/mail created", "deployment.apps/web created", "job.batch/import created", "statefulset.apps/worker created"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("no %q in\n%s", want, out)

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -47,7 +48,7 @@ func forwarded(t *testing.T) (address string) {
 func call(t *testing.T, path, namespace string) (status int, err error) {
 	t.Helper()
 	address := forwarded(t)
-	body, err := os.ReadFile("../testdata/admission-reviews/deployment-pod.json")
+	body, err := os.ReadFile(filepath.Join(root, "testdata/admission-reviews/deployment-pod.json"))
 	must(t, err)
 	body = bytes.ReplaceAll(body, []byte(`"namespace": "shop"`), []byte(fmt.Sprintf(`"namespace": %q`, namespace)))
 	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}

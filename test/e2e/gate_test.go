@@ -5,6 +5,7 @@ package e2e
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -14,7 +15,7 @@ import (
 // installGate adds deploy/gate, as an operator does, until the test ends.
 func installGate(t *testing.T) {
 	t.Helper()
-	text, err := kubectl("", "kustomize", "../deploy/gate")
+	text, err := kubectl("", "kustomize", filepath.Join(root, "deploy/gate"))
 	must(t, err)
 	text = strings.ReplaceAll(text, releasedImage, os.Getenv("IMAGE"))
 	text = strings.ReplaceAll(text, "--unschedulable-seconds=300", "--unschedulable-seconds=15")

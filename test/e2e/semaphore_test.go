@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"maps"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -20,7 +21,7 @@ import (
 func TestTwoDeployments(t *testing.T) {
 	t.Parallel()
 	n := newNamespace(t)
-	n.kubectl("apply", "-f", "../deploy/examples/two-deployments.yaml")
+	n.kubectl("apply", "-f", filepath.Join(root, "deploy/examples/two-deployments.yaml"))
 	running := func() (names []string, err error) {
 		out, err := n.try("get", "pods", "--field-selector=status.phase=Running", "-o", "name")
 		return strings.Fields(out), err

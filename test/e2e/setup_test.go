@@ -32,6 +32,8 @@ import (
 )
 
 const (
+	root = "../.." // of the repository
+
 	hookNamespace = "at-least-semaphore-pod-hook"
 	releasedImage = "ghcr.io/kaidotio/at-least-semaphore-pod-hook:v0.1.0"
 
@@ -89,7 +91,7 @@ func shell(script string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "sh", "-c", script)
-	cmd.Dir, cmd.WaitDelay = "..", 10*time.Second
+	cmd.Dir, cmd.WaitDelay = root, 10*time.Second
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("%s: %w: %s", script, err, out)
 	}
@@ -128,7 +130,7 @@ func restartOnNode(t *testing.T, component, signal string) {
 
 // manifests are those of a folder of deploy/, with the image of this run and short thresholds.
 func manifests(folder string) (string, error) {
-	text, err := kubectl("", "kustomize", filepath.Join("..", folder))
+	text, err := kubectl("", "kustomize", filepath.Join(root, folder))
 	if err != nil {
 		return "", err
 	}
@@ -204,7 +206,7 @@ func uninstall() error {
 	for _, args := range [][]string{
 		{"delete", "mutatingwebhookconfiguration", hookNamespace, "--ignore-not-found"},
 		{"delete", "namespace", "-l", "e2e=at-least-semaphore-pod-hook", "--ignore-not-found"},
-		{"delete", "-k", "../deploy/gate", "--ignore-not-found"},
+		{"delete", "-k", filepath.Join(root, "deploy/gate"), "--ignore-not-found"},
 		{"delete", "namespace", hookNamespace, "--ignore-not-found"},
 		{"delete", "persistentvolume", "-l", "e2e=at-least-semaphore-pod-hook", "--ignore-not-found"},
 	} {
