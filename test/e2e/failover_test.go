@@ -5,7 +5,6 @@ package e2e
 import (
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -344,75 +343,4 @@ func TestAllRedisDeleted(t *testing.T) {
 			remove(t, "--grace-period=0", "--force")
 		})
 	})
-}
-
-// From one Redis server, as it was installed before, to the three of today, with pods running and waiting.
-func TestUpgradeFromOneServer(t *testing.T) {
-	old, err := os.ReadFile("testdata/one-server.yaml")
-	must(t, err)
-	install := func(manifests string) {
-		_, err := hook("delete", "statefulset", "redis", "--cascade=foreground", "--timeout=2m")
-		must(t, err)
-		_, err = kubectl(manifests, "apply", "-f", "-")
-		must(t, err)
-		must(t, rolledOut("statefulset/redis"))
-	}
-	today, err := manifests("deploy")
-	must(t, err)
-	upgraded := false
-	upgrade := func() {
-		if upgraded {
-			return
-		}
-		_, err := hook("patch", "secret", "redis", "-p", fmt.Sprintf(`{"stringData": {"replication-password": %q}}`, replicationPassword))
-		must(t, err)
-		install(today)
-		restartWebhook(t) // it is the same program, so that the manifests do not replace it
-		upgraded = true
-	}
-	t.Cleanup(func() {
-		upgrade()
-		_, err := hook("patch", "secret", "redis", "-p", `{"data": {"sidecar-password": null}}`)
-		must(t, err)
-		for i := range 3 {
-			for _, port := range []string{"6379", "6380"} {
-				_, err := hook("exec", fmt.Sprintf("redis-%d", i), "--", "sh", "-c", `. /etc/redis/namespaces; echo "ACL DELUSER sidecar" | acl `+port)
-				must(t, err)
-			}
-		}
-	})
-
-	_, err = hook("patch", "secret", "redis", "-p", fmt.Sprintf(`{"data": {"replication-password": null}, "stringData": {"sidecar-password": %q}}`, sharedPassword))
-	must(t, err)
-	install(string(old))
-	addresses := object{"data": object{"QUEUE_REDIS_ADDRESS": serverName(0) + ":6379", "REDIS_ADDRESSES": serverName(0) + ":6379," + serverName(1) + ":6379," + serverName(2) + ":6379"}}
-	_, err = hook("patch", "configmap", "settings", "-p", encode(addresses))
-	must(t, err)
-	for i := range 3 {
-		_, err := hook("exec", fmt.Sprintf("redis-%d", i), "--", "sh", "-c", "rm -f /data/sentinel.conf")
-		must(t, err)
-	}
-	restartWebhook(t)
-
-	n := forgottenNamespace(t)
-	n.kubectl("create", "secret", "generic", "at-least-semaphore-pod-redis", "--from-literal=username=sidecar", "--from-literal=password="+sharedPassword)
-	l := newLine(n)
-	n.create(pod("deny", "deny", 2))
-	n.wantRunning("deny")
-	n.wantCounts("deny", 1, 1)
-	upgrade()
-	if got := primaryPod(t); got != "redis-0" {
-		t.Errorf("the primary is %s", got)
-	}
-	n.wantCounts("deny", 1, 1)
-	n.create(waiting(pod("new", "line", 2, l.app(untilTold))))
-	l.waiters = append(l.waiters, n.wantWaiting("new"))
-	l.wantWhole()
-
-	// Those from before go on to ask redis-0 only.
-	n.create(pod("next", "deny", 2))
-	n.wantRunning("next")
-	n.wantFull("third", "deny", 2, 2)
-	n.kubectl("delete", "pod", "deny")
-	n.wantCounts("deny", 1, 1)
 }

@@ -41,7 +41,6 @@ const (
 	staleSeconds     = 8
 
 	webhookPassword     = "0123456789abcdef"
-	sharedPassword      = "fedcba9876543210" // of sidecars of all namespaces, as before each had its own
 	replicationPassword = "00112233445566778899"
 	statusPassword      = "99887766554433221100"
 	gatePassword        = "55667788990011223344"
