@@ -88,7 +88,7 @@ e2e: build ## test deploy/ on the cluster of KUBECONFIG, which gets and loses it
 
 .PHONY: measure
 measure: build ## measure waiting pods there, for three quarters of an hour; E2E_FLAGS='-run X' for one, by the names in test/e2e/measure_*_test.go
-	$(e2e-test) -tags e2e,measure -timeout 120m -v -run TestMeasure $(E2E_FLAGS) ./test/e2e
+	MEASURE=1 $(e2e-test) -tags e2e -timeout 120m -v -run '^TestMeasure' $(E2E_FLAGS) ./test/e2e
 
 .PHONY: measure-sidecars
 measure-sidecars: test-needs ## measure up to a thousand waiting sidecars against one Redis, for some ten minutes; needs no cluster

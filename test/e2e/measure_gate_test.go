@@ -1,4 +1,4 @@
-//go:build e2e && measure
+//go:build e2e
 
 package e2e
 
@@ -25,6 +25,7 @@ import (
 
 // For how long a pod that does not wait is kept from a node with two cores, while seven of eight pods that ask for 400m wait in line.
 func TestMeasureGateRoom(t *testing.T) {
+	needMeasure(t)
 	took := roomBesideGated(t)
 	t.Logf("gate: a pod of 300m runs %s after its creation, beside one of 400m that works and seven that are gated", inSeconds(took))
 	if most := 5 * time.Second; took > most {
@@ -42,6 +43,7 @@ func TestMeasureGateRoom(t *testing.T) {
 //
 // In the middle, both gates are killed, and the app is told to end at once. That turn is told by itself.
 func TestMeasureGateHandOver(t *testing.T) {
+	needMeasure(t)
 	const turns, inLine, killed = 51, 5, 25
 	n := newNamespace(t)
 	installGate(t)
@@ -139,6 +141,7 @@ func (o *otherGate) lift() {
 // A pod's time of creation, and so its place, is exact to the second. How far those of one second stand in another order than they
 // were created in is told, by the API server's counter of changes: creation was the only change of a gated pod.
 func TestMeasureGateThousand(t *testing.T) {
+	needMeasure(t)
 	const many, length, fewer = 1000, 5, 500
 	n := newNamespace(t)
 	installGate(t)

@@ -1,4 +1,4 @@
-//go:build e2e && measure
+//go:build e2e
 
 package e2e
 
@@ -17,6 +17,7 @@ const pods = 100 // that wait
 // What it costs the node that a hundred pods wait in line for one token, beside as many pods that have the same two containers,
 // of which both only sleep.
 func TestMeasureWaitingPods(t *testing.T) {
+	needMeasure(t)
 	const period = time.Minute
 	var rows strings.Builder
 	row := func(name string, cost usage) {

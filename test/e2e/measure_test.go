@@ -1,14 +1,23 @@
-//go:build e2e && measure
+//go:build e2e
 
 package e2e
 
 import (
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"testing"
 	"time"
 )
+
+// needMeasure skips a measurement unless MEASURE is set.
+func needMeasure(t *testing.T) {
+	t.Helper()
+	if os.Getenv("MEASURE") == "" {
+		t.Skip("MEASURE is not set; run \"make measure\"")
+	}
+}
 
 // From the end of an app to the start of the one that waits first in line. Beside it, the same for pods that are refused and
 // tried again by their controller, after four minutes of that.

@@ -1,4 +1,4 @@
-//go:build e2e && measure
+//go:build e2e
 
 package e2e
 
@@ -10,6 +10,7 @@ import (
 
 // A hundred pods of a Job share five tokens and work five seconds each.
 func TestMeasureJobs(t *testing.T) {
+	needMeasure(t)
 	const length = 5
 	n := newNamespace(t)
 	shifts := n.wantJobsDone(100, length, 5, 10*time.Minute)
@@ -27,6 +28,7 @@ func TestMeasureJobs(t *testing.T) {
 
 // All that runs of the holder's pod is killed while its kubelet is stopped.
 func TestMeasureHolderLost(t *testing.T) {
+	needMeasure(t)
 	for range 3 {
 		token, app := loseHolder(t)
 		t.Logf("with a stale threshold of %d s, the first in line had the token %s after the kill, and its app ran after %s", staleSeconds, inSeconds(token), inSeconds(app))
@@ -38,6 +40,7 @@ func TestMeasureHolderLost(t *testing.T) {
 
 // Deployments of as many replicas as tokens, with and without room to go.
 func TestMeasureRollingUpdate(t *testing.T) {
+	needMeasure(t)
 	for _, s := range []struct{ maxSurge, maxUnavailable int }{{1, 1}, {0, 1}} {
 		t.Logf("maxSurge %d, maxUnavailable %d: three replicas on three tokens updated in %s", s.maxSurge, s.maxUnavailable, inSeconds(wantRolledOut(t, s.maxSurge, s.maxUnavailable)))
 	}
