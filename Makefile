@@ -83,8 +83,8 @@ e2e-test = PROGRAM=$(CURDIR)/$(PROGRAM) IMAGE=at-least-semaphore-pod-hook:e2e-$$
 
 .PHONY: e2e
 e2e: build ## test deploy/ on the cluster of KUBECONFIG, which gets and loses it; see test/e2e/setup_test.go for its settings
-	$(if $(E2E_FLAGS),,go test -count=1 -tags e2e -timeout 10m -run '^TestKubernetes' .)
-	$(e2e-test) -tags e2e -timeout 55m $(E2E_FLAGS) ./test/e2e
+	$(if $(E2E_FLAGS),,go test -count=1 -tags e2e -timeout 10m -parallel 8 -run '^TestKubernetes' .)
+	$(e2e-test) -tags e2e -timeout 55m -parallel 10 -v $(E2E_FLAGS) ./test/e2e
 
 .PHONY: measure
 measure: build ## measure waiting pods there, for three quarters of an hour; E2E_FLAGS='-run X' for one, by the names in test/e2e/measure_*_test.go

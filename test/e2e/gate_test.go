@@ -10,9 +10,11 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	corev1 "k8s.io/api/core/v1"
 )
 
-// installGate adds deploy/gate, as an operator does, until the test ends.
+// installGate installs deploy/gate, as operators do, until the test ends.
 func installGate(t *testing.T) {
 	t.Helper()
 	text, err := kubectl("", "kustomize", filepath.Join(root, "deploy/gate"))
@@ -22,19 +24,19 @@ func installGate(t *testing.T) {
 	_, err = kubectl(text, "apply", "-f", "-")
 	must(t, err)
 	t.Cleanup(func() {
-		if log, err := hook("logs", "-l", "app.kubernetes.io/component=gate", "--tail=-1"); err != nil || strings.Contains(log, "NOPERM") {
+		log, err := hook("logs", "-l", "app.kubernetes.io/component=gate", "--tail=-1")
+		if err != nil || strings.Contains(log, "NOPERM") {
 			t.Errorf("gate lacks rights in Redis, or has no log: %v\n%s", err, log)
 		}
-		_, err := kubectl(text, "delete", "-f", "-")
-		must(t, err)
+		must(t, errOf(kubectl(text, "delete", "-f", "-")))
 	})
 	must(t, rolledOut("deployment/gate"))
 }
 
-// wantGated waits until the pod is there and not to be scheduled.
+// wantGated waits until the scheduler ignores the pod.
 func (n *namespace) wantGated(name string) {
 	n.Helper()
-	eventually(n.T, 30*time.Second, func() error {
+	eventually(n.T, patience, func() error {
 		p, err := n.get(name)
 		if err != nil {
 			return err
@@ -48,11 +50,17 @@ func (n *namespace) wantGated(name string) {
 	})
 }
 
+// events returns the messages of the events of a pod with that reason.
+func (n *namespace) events(pod, reason string) (string, error) {
+	return n.try("get", "events", "--field-selector", "involvedObject.name="+pod+",reason="+reason,
+		"-o", "jsonpath={.items[*].message}")
+}
+
 // wantEvent waits until there is an event of a pod.
 func (n *namespace) wantEvent(pod, reason, text string) {
 	n.Helper()
-	eventually(n.T, 30*time.Second, func() error {
-		out, err := n.try("get", "events", "--field-selector", "involvedObject.name="+pod+",reason="+reason, "-o", "jsonpath={.items[*].message}")
+	eventually(n.T, patience, func() error {
+		out, err := n.events(pod, reason)
 		if err == nil && !strings.Contains(out, text) {
 			err = fmt.Errorf("the events %s of %s say %q, want %q", reason, pod, out, text)
 		}
@@ -60,19 +68,35 @@ func (n *namespace) wantEvent(pod, reason, text string) {
 	})
 }
 
-// Pods that are gated hold nothing of a node until they have a token. Then each is scheduled, one after the other; those who are killed
-// meanwhile, all that stand in line for them, lose nothing.
+// TestGate installs the gate, once for all that is tested with it.
 func TestGate(t *testing.T) {
+	t.Parallel()
 	n := newNamespace(t)
-	if _, warnings, err := kubectlWarned(encode(gated(pod("nobody", "none", 1))), "-n", n.name, "create", "--dry-run=server", "-f", "-"); err != nil || !strings.Contains(warnings, "no gate is at work") {
+	warnings, err := n.createWarned(gated(pod("nobody", "none", 1)), "--dry-run=server")
+	if err != nil || !strings.Contains(warnings, "no gate is at work") {
 		t.Errorf("without a gate: warned of %q, %v", warnings, err)
 	}
 	installGate(t)
+	for name, test := range map[string]func(*testing.T){
+		"Line":          testGateLine,
+		"Unschedulable": testGateUnschedulable,
+		"LeavesRoom":    func(t *testing.T) { roomBesideGated(t, "250m", "260m") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			test(t)
+		})
+	}
+}
 
+// Gated pods take no room on a node until they have a token. Then they run one after the
+// other. All gates are killed meanwhile, and no pod loses its place.
+func testGateLine(t *testing.T) {
+	n := newNamespace(t)
 	n.create(gated(pod("first", "gate", 1)))
 	n.wantOneSidecar(n.wantRunning("first"))
 	n.wantEvent("first", "TokenTaken", "token of "+n.name+"/gate taken after")
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, patience, func() error {
 		p, err := n.get("first")
 		if label, ok := p.Labels[annotationPrefix+"gated"]; err == nil && ok {
 			err = fmt.Errorf("it has the label %q yet", label)
@@ -92,30 +116,29 @@ func TestGate(t *testing.T) {
 	wantStatus(t, n.name+"/gate", `1st +second .*`, `2nd +third .*`)
 
 	start := time.Now()
-	n.kubectl("delete", "pod", "first")
+	n.delete("first")
 	n.wantRunning("second")
-	t.Logf("the second runs %s after the first was to be deleted", time.Since(start))
+	t.Logf("the second runs %s after the deletion of the first", inSeconds(time.Since(start)))
 	n.wantGated("third")
 
-	// Both are gone, and all their memory.
+	// Both gates are gone, with their memory.
 	_, err = hook("delete", "pod", "-l", "app.kubernetes.io/component=gate", "--grace-period=0", "--force")
 	must(t, err)
 	n.create(gated(pod("fourth", "gate", 1)))
 	must(t, rolledOut("deployment/gate"))
 	n.wantGated("fourth")
-	n.kubectl("delete", "pod", "second")
+	n.delete("second")
 	n.wantRunning("third")
 	n.wantGated("fourth")
-	n.kubectl("delete", "pod", "third", "--wait=false")
+	n.end("third")
 	n.wantRunning("fourth")
-	n.kubectl("delete", "pod", "fourth")
+	n.delete("fourth")
 	n.wantCounts("gate", 1, 0)
 }
 
-// A pod that finds no node lets its token go, and the next one runs; it hears so.
-func TestGateUnschedulable(t *testing.T) {
+// A pod that finds no node loses its token to the next one. An event tells it.
+func testGateUnschedulable(t *testing.T) {
 	n := newNamespace(t)
-	installGate(t)
 	nowhere := gated(pod("nowhere", "node", 1))
 	nowhere["spec"].(object)["nodeSelector"] = object{"example.org/no-such": "node"}
 	n.create(nowhere)
@@ -126,49 +149,56 @@ func TestGateUnschedulable(t *testing.T) {
 	n.wantRunning("next")
 }
 
-// The Job of eight pods that leave no room on the node while they wait in Init:1/2, does so when they are gated: a pod that has nothing
-// to do with it runs. All complete, never two at once.
-func TestGateLeavesRoom(t *testing.T) {
-	if took := roomBesideGated(t); took > 10*time.Second {
-		t.Errorf("the unrelated pod runs after %s", took)
-	}
-}
-
-// roomBesideGated checks that and returns how long the unrelated pod takes to run.
-func roomBesideGated(t *testing.T) (took time.Duration) {
+// roomBesideGated runs a Job of eight gated pods, and an unrelated pod beside them, with
+// these requests of CPU. If the eight were scheduled at once, a node of two cores would
+// have no room for it. The pods of the Job complete one after the other. It returns the
+// time until the unrelated pod runs.
+func roomBesideGated(t *testing.T, each, unrelated string) (took time.Duration) {
 	t.Helper()
 	n := newNamespace(t)
-	installGate(t)
-	job := object{
-		"apiVersion": "batch/v1", "kind": "Job", "metadata": object{"name": "eight"},
-		"spec": object{"completions": 8, "parallelism": 8, "template": object{
-			"metadata": object{"annotations": annotations("room", 1)},
-			"spec": object{"restartPolicy": "Never", "containers": []object{{"name": "app", "image": "busybox", "command": []string{"sleep", "2"},
-				"resources": object{"requests": object{"cpu": "400m"}}}}},
-		}},
-	}
-	n.create(gated(job))
-	eventually(t, 30*time.Second, func() error {
-		out, err := n.try("get", "pods", "-l", "job-name=eight", "-o", `jsonpath={.items[*].spec.schedulingGates[*].name}`)
-		if n := strings.Count(out, annotationPrefix+"token"); err == nil && n != 7 {
-			err = fmt.Errorf("%d are gated", n)
+	requests := func(cpu string) object { return object{"resources": object{"requests": object{"cpu": cpu}}} }
+	eight := job("eight", "room", 1, "", object{"containers": []object{container("app", "sleep 2", requests(each))}})
+	eight["spec"].(object)["completions"], eight["spec"].(object)["parallelism"] = 8, 8
+	n.create(gated(eight))
+	eventually(t, patience, func() error {
+		var pods corev1.PodList
+		if err := api.get(n.path()+"?labelSelector=job-name%3Deight", &pods); err != nil {
+			return err
 		}
-		return err
+		gated, lifted := 0, 0
+		for _, p := range pods.Items {
+			switch {
+			case slices.Contains(p.Spec.SchedulingGates, corev1.PodSchedulingGate{Name: annotationPrefix + "token"}):
+				gated++
+			case p.Status.Phase != corev1.PodSucceeded:
+				lifted++
+			}
+		}
+		if len(pods.Items) != 8 || gated < 5 || lifted > 2 { // one ends while the next one starts
+			return fmt.Errorf("of %d pods, %d are gated and %d may run", len(pods.Items), gated, lifted)
+		}
+		return nil
 	})
 	start := time.Now()
-	n.create(object{"apiVersion": "v1", "kind": "Pod", "metadata": object{"name": "unrelated"}, "spec": object{"terminationGracePeriodSeconds": 1,
-		"containers": []object{{"name": "app", "image": "busybox", "command": []string{"sleep", "600"}, "resources": object{"requests": object{"cpu": "300m"}}}}}})
+	n.create(object{
+		"apiVersion": "v1", "kind": "Pod", "metadata": object{"name": "unrelated"},
+		"spec": object{"containers": []object{container("app", forever, requests(unrelated))}},
+	})
 	n.wantRunning("unrelated")
 	took = time.Since(start)
-	eventually(t, 2*time.Minute, func() error {
+	if refused, err := n.events("unrelated", "FailedScheduling"); err != nil || refused != "" {
+		t.Errorf("the unrelated pod found no room at first: %s, %v", refused, err)
+	}
+	eventually(t, patience, func() error {
 		out, err := n.try("get", "job", "eight", "-o", "jsonpath={.status.succeeded}")
 		if err == nil && out != "8" {
 			err = fmt.Errorf("%q have completed", out)
 		}
 		return err
 	})
+	terminated := `.status.containerStatuses[?(@.name=="app")].state.terminated`
 	shifts := strings.Fields(n.kubectl("get", "pods", "-l", "job-name=eight", "-o",
-		`jsonpath={range .items[*]}{.status.containerStatuses[?(@.name=="app")].state.terminated.startedAt}/{.status.containerStatuses[?(@.name=="app")].state.terminated.finishedAt}{"\n"}{end}`))
+		"jsonpath={range .items[*]}{"+terminated+".startedAt}/{"+terminated+`.finishedAt}{"\n"}{end}`))
 	slices.Sort(shifts)
 	for i, shift := range shifts[1:] {
 		started, _, _ := strings.Cut(shift, "/")
