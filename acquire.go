@@ -20,11 +20,6 @@ const (
 	// repairTimeout bounds a repair, lock and script, and the wait for its turn before that.
 	repairTimeout = 10 * time.Second
 
-	// Of each process, at each server of the queue: so many take a token at once, over a connection each, and so many semaphores are repaired.
-	// The others wait for their turn: hundreds of connections that are opened at once take longer than all of that.
-	maxAsking    = 128
-	maxRepairing = lockConnections
-
 	// lockPatience is for how long lock servers that do not answer are tried again.
 	lockPatience = 2 * time.Second
 
@@ -34,6 +29,13 @@ const (
 
 	// watchEvery is how often a semaphore is looked at whose holders may be gone, or more often with a short interval; see watch.
 	watchEvery = 4 * time.Second
+)
+
+// Of each process, at each server of the queue: so many take a token at once, over a connection each, and so many semaphores are repaired.
+// The others wait for their turn: hundreds of connections that are opened at once take longer than all of that.
+const (
+	maxAsking    = 128
+	maxRepairing = lockConnections
 )
 
 // question is what the acquire script is asked.

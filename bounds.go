@@ -49,8 +49,10 @@ const (
 	maxLarge      = 8
 	maxDecoded    = 2
 	largeBodyTime = 2 * time.Second
+)
 
-	// noiseLogged lines of what strangers cause are logged in each noiseEvery.
+// noiseLogged lines of what strangers cause are logged in each noiseEvery.
+const (
 	noiseEvery  = time.Minute
 	noiseLogged = 10
 )

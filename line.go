@@ -32,10 +32,12 @@ const (
 	// Everybody asks at once when a token goes stale, within this time.
 	staleJitter = 500 * time.Millisecond
 
-	// logEvery is how often a waiter logs that it waits; logMoved, if it has moved up meanwhile.
-	logEvery = time.Minute
+	// logMoved is how often a waiter logs that it waits, if it has moved up meanwhile; see logEvery.
 	logMoved = 5 * time.Second
 )
+
+// logEvery is how often a waiter logs that it waits.
+const logEvery = time.Minute
 
 // errKeptRepairing says that a repair was done and has not helped.
 var errKeptRepairing = errors.New("other processes kept repairing it, or their pods took what was there")

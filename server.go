@@ -18,9 +18,6 @@ import (
 )
 
 const (
-	// maxBody is more than any AdmissionReview: etcd refuses objects over 1.5 MiB, and a review may hold two.
-	maxBody = 4 << 20
-
 	// defaultTimeout and maxTimeout are the API server's for webhooks.
 	defaultTimeout = 10 * time.Second
 	maxTimeout     = 30 * time.Second
@@ -32,6 +29,9 @@ const (
 
 	idleConnections = 64
 )
+
+// maxBody is more than any AdmissionReview: etcd refuses objects over 1.5 MiB, and a review may hold two.
+const maxBody = 4 << 20
 
 // runWebhook serves until ctx is done, and then finishes what it has begun.
 func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {

@@ -16,12 +16,12 @@ const (
 	// locksPatience bounds the wait for the end of a repair when the pod ends.
 	locksPatience = 2 * time.Second
 
-	// giveBackSeconds is for how long a sidecar tries to give its token back, if it is not told otherwise.
-	giveBackSeconds = 10
-
 	// awaitMissed is after how long a sidecar logs that no init container has asked: the app may run without a token.
 	awaitMissed = time.Minute
 )
+
+// giveBackSeconds is for how long a sidecar tries to give its token back, if it is not told otherwise.
+const giveBackSeconds = 10
 
 // sidecar keeps one token alive.
 type sidecar struct {
