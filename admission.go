@@ -6,11 +6,16 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
+	"time"
 
+	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
+	"github.com/prometheus/client_golang/prometheus"
 	admissionv1 "k8s.io/api/admission/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -259,4 +264,108 @@ func (d *decision) deny(code int32, reason metav1.StatusReason, message string) 
 		UID:    d.response.UID,
 		Result: &metav1.Status{Status: metav1.StatusFailure, Code: code, Reason: reason, Message: message},
 	}
+}
+
+// pulseKey tells webhooks that a gate is at work.
+var pulseKey = sideID.stateKey()
+
+const (
+	pulseEvery = 5 * time.Second
+	pulseTime  = 30 * time.Second // without one for so long, none is at work
+)
+
+// gatePulse knows whether a gate is at work, by what it tells the queue.
+type gatePulse struct {
+	queue queue
+
+	asking sync.Mutex
+	asked  time.Time
+	lost   bool
+}
+
+// missing reports whether no gate is at work. While that is not known, it is false.
+func (g *gatePulse) missing(ctx context.Context) bool {
+	if !g.asking.TryLock() {
+		return false
+	}
+	defer g.asking.Unlock()
+	if time.Since(g.asked) > pulseEvery {
+		there, err := g.look(ctx)
+		g.asked, g.lost = time.Now(), err == nil && !there
+	}
+	return g.lost
+}
+
+func (g *gatePulse) look(ctx context.Context) (there bool, err error) {
+	return redis.Bool(askQueue(ctx, g.queue, "EXISTS", pulseKey))
+}
+
+// watchGate adds whether a gate is at work; NaN while the queue does not answer.
+func (m *metrics) watchGate(g *gatePulse) {
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "gate_at_work",
+		Help: "1 if a gate is at work, which lifts the gates of pods, and 0 if none is."}, func() float64 {
+		there, err := g.look(context.Background())
+		switch {
+		case err != nil:
+			return math.NaN()
+		case there:
+			return 1
+		}
+		return 0
+	}))
+}
+
+// Users of Redis, as deploy/ makes them.
+const (
+	namespacesUser = "namespaces" // makes those of the namespaces: deploy/namespace.sh logs in as it
+	sharedUser     = "sidecar"    // for the sidecars of namespaces that have none of their own
+)
+
+// namespaceUser is the user of Redis for the sidecars of a namespace.
+func namespaceUser(namespace string) string { return sharedUser + "/" + namespace }
+
+// namespaceUsers knows which namespaces have a user of Redis, to tell of one that was forgotten.
+type namespaceUsers struct {
+	queue queue // nil where Redis has no users
+
+	asking sync.Mutex
+	asked  time.Time
+	users  map[string]bool
+}
+
+// What is known of the users is believed for usersTime. A namespace that is not among them is asked for, but not more often than each
+// usersPause; without an answer in sideTimeout, nothing is known.
+const (
+	usersTime  = time.Minute
+	usersPause = time.Second
+)
+
+// forgotten reports whether the sidecars of a namespace cannot log in to Redis, as nobody has run deploy/namespace.sh for it. Where
+// that is not known, or users are made by other means, it is false.
+func (n *namespaceUsers) forgotten(ctx context.Context, namespace string) bool {
+	if n.queue == nil || !n.asking.TryLock() {
+		return false
+	}
+	defer n.asking.Unlock()
+	known := func() bool { return n.users[namespaceUser(namespace)] || n.users[sharedUser] }
+	if age := time.Since(n.asked); age > usersTime || age > usersPause && !known() {
+		n.users = n.ask(ctx)
+		n.asked = time.Now()
+	}
+	return n.users[namespacesUser] && !known()
+}
+
+// ask asks Redis for the names of its users, which the webhook's user may do by +acl|users.
+func (n *namespaceUsers) ask(ctx context.Context) map[string]bool {
+	names, err := redis.Strings(askQueue(ctx, n.queue, "ACL", "USERS"))
+	if err != nil {
+		return nil
+	}
+	users := map[string]bool{}
+	for _, name := range names {
+		if name == namespacesUser || name == sharedUser || strings.HasPrefix(name, namespaceUser("")) {
+			users[name] = true
+		}
+	}
+	return users
 }

@@ -99,14 +99,31 @@ func parseDigits(s string) (int, bool) {
 	return n, err == nil
 }
 
-// truncate cuts what a user wrote to at most so many bytes.
-func truncate(s string, most int) string { return s[:min(len(s), most)] }
+// What a gated pod has from the webhook.
+const (
+	gateName   = annotationPrefix + "token" // the scheduling gate
+	labelGated = annotationPrefix + "gated" // "true", and the Unix time at which the gate was lifted; until the sidecar has taken over
+)
 
-// quoteShort quotes the beginning of a value that a user wrote, on one line.
-func quoteShort(s string) string {
-	const most = 40
-	if len(s) > most {
-		return strconv.Quote(s[:most]) + "..."
-	}
-	return strconv.Quote(s)
+// The names of the injected containers.
+const (
+	sidecarName = "at-least-semaphore-pod-sidecar"
+	awaitName   = "at-least-semaphore-pod-await"
+)
+
+// What becomes of a pod for which no token is free.
+const (
+	whenFullDeny = "deny" // it is refused
+	whenFullWait = "wait" // it is admitted, and its sidecar waits for a token before any other container starts
+	whenFullGate = "gate" // it is admitted, and not scheduled before it has a token: see gate.go
+)
+
+// whenFullChoices are what --when-full and the annotation when-full may say.
+var whenFullChoices = []string{whenFullDeny, whenFullWait, whenFullGate}
+
+// named is a part of a pod that has a name.
+type named struct {
+	Name string `json:"name"`
 }
+
+func (n named) name() string { return n.Name }

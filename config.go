@@ -1,7 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"path"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -11,29 +17,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// What becomes of a pod for which no token is free.
-const (
-	whenFullDeny = "deny" // it is refused
-	whenFullWait = "wait" // it is admitted, and its sidecar waits for a token before any other container starts
-	whenFullGate = "gate" // it is admitted, and not scheduled before it has a token: see gate.go
-)
-
-// whenFullChoices are what --when-full and the annotation when-full may say.
-var whenFullChoices = []string{whenFullDeny, whenFullWait, whenFullGate}
-
 const imageRepository = "ghcr.io/kaidotio/at-least-semaphore-pod-hook"
-
-// sharedConfig are the settings that both modes have.
-type sharedConfig struct {
-	lockMode          string
-	redisAddresses    []string
-	etcdAddresses     []string
-	queueRedisAddress queueAddress
-	heartbeatInterval time.Duration
-	staleThreshold    time.Duration
-	redis             redisSettings
-	etcd              etcdSettings
-}
 
 // webhookConfig are the settings of the webhook mode.
 type webhookConfig struct {
@@ -58,9 +42,6 @@ type webhookConfig struct {
 	metricsBindAddress      string
 }
 
-// objectReference names a Secret or a ConfigMap; empty for none.
-type objectReference struct{ kind, name string }
-
 // sidecarConfig are the settings of the sidecar mode.
 type sidecarConfig struct {
 	sharedConfig
@@ -73,6 +54,31 @@ type sidecarConfig struct {
 	pod                    podName
 }
 
+// gateConfig are the settings of the gate mode.
+type gateConfig struct {
+	sharedConfig
+	kubernetes         kubernetesSettings
+	unschedulable      time.Duration
+	metricsBindAddress string
+}
+
+// What "status" prints.
+const (
+	outputTable = "table"
+	outputJSON  = "json"
+)
+
+// statusConfig are the settings of the status mode.
+type statusConfig struct {
+	sharedConfig
+	output    string
+	watch     bool
+	yes       bool
+	namespace string      // empty for all
+	semaphore semaphoreID // empty for all of the namespace
+	release   string      // the token, or the pod, to release; empty for none
+}
+
 // parseWebhookConfig reads the webhook's command line. Its errors are *usageError and *helpRequest.
 func parseWebhookConfig(args []string, getenv func(string) string) (c webhookConfig, err error) {
 	err = parseFlags(&c, "webhook", "[flags]", args, getenv)
@@ -82,6 +88,18 @@ func parseWebhookConfig(args []string, getenv func(string) string) (c webhookCon
 // parseSidecarConfig reads the sidecar's command line. Its errors are *usageError and *helpRequest.
 func parseSidecarConfig(args []string, getenv func(string) string) (c sidecarConfig, err error) {
 	err = parseFlags(&c, "sidecar", "[flags] NAMESPACE/KEY TOKEN", args, getenv)
+	return c, err
+}
+
+// parseGateConfig reads the command line of "gate". Its errors are *usageError and *helpRequest.
+func parseGateConfig(args []string, getenv func(string) string) (c gateConfig, err error) {
+	err = parseFlags(&c, "gate", "[flags]", args, getenv)
+	return c, err
+}
+
+// parseStatusConfig reads the command line of "status". Its errors are *usageError and *helpRequest.
+func parseStatusConfig(args []string, getenv func(string) string) (c statusConfig, err error) {
+	err = parseFlags(&c, "status", "[flags] [NAMESPACE | NAMESPACE/KEY]\n       at-least-semaphore-pod-hook status [flags] release NAMESPACE/KEY TOKEN|POD", args, getenv)
 	return c, err
 }
 
@@ -273,4 +291,156 @@ func (c *sidecarConfig) validate(f *flags) {
 	if uuid.Validate(c.token) != nil {
 		f.problem("TOKEN: %q is not a UUID", c.token)
 	}
+}
+
+// declareFlags declares flags that need no values in a pod.
+func (c *kubernetesSettings) declareFlags(f *flags, getenv func(string) string) {
+	var address, caFile, tokenFile string
+	if host := getenv("KUBERNETES_SERVICE_HOST"); host != "" {
+		address = net.JoinHostPort(host, cmp.Or(getenv("KUBERNETES_SERVICE_PORT"), "443"))
+		caFile, tokenFile = path.Join(serviceAccount, "ca.crt"), path.Join(serviceAccount, "token")
+	}
+	declare(f, &c.address, readAddress("https://"), "kubernetes-address", address,
+		"API server: `HOST:PORT`; in a pod, that of its cluster")
+	declare(f, &c.caFile, readCAFile, "kubernetes-ca-file", caFile,
+		"`FILE` of the PEM certificates to trust for the API server, reread when it changes; none for those of the system")
+	declare(f, &c.tokenFile, readText, "kubernetes-token-file", tokenFile,
+		"`FILE` of the ServiceAccount's token, reread when it changes")
+	declare(f, &c.namespaces, readNameList, "namespaces", "",
+		"`NAMESPACE,...` to look for gated pods in; none for all")
+}
+
+func (c *kubernetesSettings) validate(f *flags) {
+	if c.address == "" && !f.wrong["kubernetes-address"] {
+		f.problem("--kubernetes-address: is needed outside of a pod")
+	}
+	if c.tokenFile == "" {
+		f.problem("--kubernetes-token-file: is needed outside of a pod")
+	}
+}
+
+func (c *gateConfig) declareFlags(f *flags, getenv func(string) string) {
+	c.sharedConfig.declareFlags(f, getenv)
+	c.kubernetes.declareFlags(f, getenv)
+	declare(f, &c.unschedulable, readSeconds(1, 86400), "unschedulable-seconds", "300",
+		"`SECONDS` that a pod whose gate was lifted keeps its token without having started")
+	declare(f, &c.metricsBindAddress, readAddress(), "metrics-bind-address", "0.0.0.0:8080",
+		"`HOST:PORT` to serve /metrics, /healthz and /readyz on, over plain HTTP")
+}
+
+func (c *gateConfig) validate(f *flags) {
+	c.sharedConfig.validate(f)
+	c.kubernetes.validate(f)
+	if f.NArg() > 0 {
+		f.problem("unexpected argument %q: gate takes flags only", f.Arg(0))
+	}
+}
+
+func (c *statusConfig) declareFlags(f *flags, getenv func(string) string) {
+	c.declareQueueFlags(f, getenv)
+	if password := getenv("STATUS_REDIS_PASSWORD"); password != "" {
+		c.redis.username, c.redis.password = getenv("STATUS_REDIS_USERNAME"), password
+	}
+	// In a container of the webhook, that is where it has its own from.
+	for name, variable := range map[string]string{"queue-redis-address": "QUEUE_REDIS_ADDRESS",
+		"heartbeat-interval-seconds": "HEARTBEAT_INTERVAL_SECONDS", "stale-threshold-seconds": "STALE_THRESHOLD_SECONDS"} {
+		if text := getenv(variable); text != "" {
+			f.setDefault(name, text)
+		}
+	}
+	declare(f, &c.output, readChoice(outputTable, outputJSON), "o", outputTable, "output: `table|json`")
+	declare(f, &c.watch, readBool, "watch", "false", "`true|false`: print it again every two seconds")
+	declare(f, &c.yes, readBool, "yes", "false", "`true|false`: release without asking")
+}
+
+func (c *statusConfig) validate(f *flags) {
+	c.sharedConfig.validate(f)
+	operands := f.operands
+	releases := len(operands) > 0 && operands[0] == "release"
+	if releases {
+		operands = operands[1:]
+		if len(operands) != 2 {
+			f.problem("release: %d arguments; they are NAMESPACE/KEY TOKEN|POD", len(operands))
+			return
+		}
+		c.release = operands[1]
+		operands = operands[:1]
+	}
+	switch {
+	case len(operands) > 1:
+		f.problem("%d arguments: there may be one, NAMESPACE or NAMESPACE/KEY", len(operands))
+	case len(operands) == 1:
+		namespace, key, isOne := strings.Cut(operands[0], "/")
+		if namespace == "" || isOne && checkKey(key) != "" || releases && !isOne {
+			f.problem("%q is not a namespace, a slash and a key", operands[0])
+		}
+		c.namespace = namespace
+		if isOne {
+			c.semaphore = semaphoreID{namespace, key}
+		}
+	}
+	if c.watch && releases {
+		f.problem("--watch and release do not go together")
+	}
+}
+
+// giveBackSeconds is for how long a sidecar tries to give its token back, if it is not told otherwise.
+const giveBackSeconds = 10
+
+// Examples of right addresses, for messages.
+const (
+	sentinelExample = "redis+sentinel://a:26379,b:26379,c:26379/NAME"
+	clusterExample  = "redis+cluster://a:6379,b:6379,c:6379"
+)
+
+// primaryName is a name that Sentinels accept.
+var primaryName = regexp.MustCompile(`^[A-Za-z0-9._-]+$`)
+
+// readQueueAddress reads an address of any kind.
+func readQueueAddress(text string) (queueAddress, error) {
+	scheme, rest, _ := strings.Cut(text, "://")
+	plain, engine, isGroup := strings.Cut(scheme, "+")
+	a := queueAddress{text: text}
+	if !isGroup || strings.Contains(text, "@") || strings.Contains(text, "%40") {
+		server, err := readAddress("redis://", "rediss://")(text)
+		a.servers, a.text = []string{server}, server
+		if err != nil && !strings.Contains(err.Error(), "credentials") {
+			err = fmt.Errorf("%w (for a group of servers: %s or %s)", err, sentinelExample, clusterExample)
+		}
+		return a, err
+	}
+	example := clusterExample
+	var problems []error
+	switch {
+	case plain != "redis" && plain != "rediss":
+		return a, fmt.Errorf("%q is no scheme: an address is HOST:PORT, or like %s or %s", scheme+"://", sentinelExample, clusterExample)
+	case engine == "sentinel":
+		a.kind, example = queueSentinel, sentinelExample
+		var found bool
+		rest, a.name, found = strings.Cut(rest, "/")
+		switch {
+		case !found || a.name == "":
+			problems = append(problems, errors.New("the name of the primary is missing"))
+		case !primaryName.MatchString(a.name):
+			problems = append(problems, fmt.Errorf("%s is no name of a primary: it has letters, digits, and the characters ._- only", quoteShort(a.name)))
+		}
+	case engine == "cluster":
+		a.kind = queueCluster
+	default:
+		return a, fmt.Errorf("%q is no scheme: an address is HOST:PORT, or like %s or %s", scheme+"://", sentinelExample, clusterExample)
+	}
+	servers, err := readAddresses()(rest)
+	if err != nil {
+		problems = append(problems, err)
+	}
+	for _, s := range servers {
+		if plain == "rediss" {
+			s = "rediss://" + s
+		}
+		a.servers = append(a.servers, s)
+	}
+	if len(problems) > 0 {
+		return a, fmt.Errorf("%s (an example: %s)", strings.ReplaceAll(errors.Join(problems...).Error(), "\n", "; "), example)
+	}
+	return a, nil
 }

@@ -17,6 +17,9 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 )
 
+// version is the release, set by the linker: -ldflags "-X main.version=v1.2.3".
+var version = "dev"
+
 // usageError says what is wrong with the command line, all of it at once.
 type usageError struct {
 	problems []string
@@ -348,3 +351,6 @@ func readObject(text string) (objectReference, error) {
 	_, err := readObjectName(name)
 	return object, err
 }
+
+// objectReference names a Secret or a ConfigMap; empty for none.
+type objectReference struct{ kind, name string }

@@ -12,12 +12,8 @@ import (
 	"strings"
 	"sync"
 	"time"
-)
 
-// What a gated pod has from the webhook.
-const (
-	gateName   = annotationPrefix + "token" // the scheduling gate
-	labelGated = annotationPrefix + "gated" // "true", and the Unix time at which the gate was lifted; until the sidecar has taken over
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // The reasons of events.
@@ -30,37 +26,6 @@ const (
 
 // watchPatience is for how long a pod is left alone that was changed: the watch tells how it is by now.
 const watchPatience = 200 * time.Millisecond
-
-// gateConfig are the settings of the gate mode.
-type gateConfig struct {
-	sharedConfig
-	kubernetes         kubernetesSettings
-	unschedulable      time.Duration
-	metricsBindAddress string
-}
-
-// parseGateConfig reads the command line of "gate". Its errors are *usageError and *helpRequest.
-func parseGateConfig(args []string, getenv func(string) string) (c gateConfig, err error) {
-	err = parseFlags(&c, "gate", "[flags]", args, getenv)
-	return c, err
-}
-
-func (c *gateConfig) declareFlags(f *flags, getenv func(string) string) {
-	c.sharedConfig.declareFlags(f, getenv)
-	c.kubernetes.declareFlags(f, getenv)
-	declare(f, &c.unschedulable, readSeconds(1, 86400), "unschedulable-seconds", "300",
-		"`SECONDS` that a pod whose gate was lifted keeps its token without having started")
-	declare(f, &c.metricsBindAddress, readAddress(), "metrics-bind-address", "0.0.0.0:8080",
-		"`HOST:PORT` to serve /metrics, /healthz and /readyz on, over plain HTTP")
-}
-
-func (c *gateConfig) validate(f *flags) {
-	c.sharedConfig.validate(f)
-	c.kubernetes.validate(f)
-	if f.NArg() > 0 {
-		f.problem("unexpected argument %q: gate takes flags only", f.Arg(0))
-	}
-}
 
 // gate stands in line for the pods that have our scheduling gate, lifts it when they have a token, and keeps the token until their
 // sidecars do. All that it does is named by the pods' UIDs and safe to do twice, so that several may be at work at once.
@@ -285,4 +250,66 @@ func (g *gate) healthRoutes() http.Handler {
 	})
 	mux.Handle("GET /metrics", g.semaphores.metrics.handler(g.log))
 	return mux
+}
+
+// pulse tells that it is at work.
+func (g *gate) pulse(ctx context.Context) {
+	for ctx.Err() == nil {
+		if g.isReady() {
+			_, err := askQueue(ctx, g.semaphores.queue, "HSET", pulseKey, "version", version)
+			if err == nil {
+				_, err = askQueue(ctx, g.semaphores.queue, "EXPIRE", pulseKey, seconds(pulseTime))
+			}
+			if err != nil && ctx.Err() == nil {
+				g.log.Debug("no pulse", "error", err.Error())
+			}
+		}
+		_ = sleep(ctx, pulseEvery)
+	}
+}
+
+// gateMetrics are what gate tells Prometheus beside what webhooks do.
+type gateMetrics struct {
+	waits prometheus.Histogram
+	lifts prometheus.Histogram
+}
+
+func newGateMetrics(g *gate) *gateMetrics {
+	m := &gateMetrics{
+		waits: prometheus.NewHistogram(prometheus.HistogramOpts{Name: metricsPrefix + "gate_wait_seconds",
+			Help: "Time from a pod's creation to the lifting of its gate.", Buckets: []float64{.1, .5, 1, 5, 10, 30, 60, 300, 600, 1800, 3600, 14400, 86400}}),
+		lifts: prometheus.NewHistogram(prometheus.HistogramOpts{Name: metricsPrefix + "gate_lift_seconds",
+			Help: "Time from a token that was taken for a pod to the lifting of its gate.", Buckets: durationBuckets}),
+	}
+	r := g.semaphores.metrics.registry
+	r.MustRegister(m.waits, m.lifts)
+	for state, name := range map[lineState]string{podStands: "waiting", podHolds: "starting"} {
+		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "gated_pods",
+			Help:        "Pods in the care of this process: waiting in line, or starting with a token.",
+			ConstLabels: prometheus.Labels{"state": name}}, func() float64 { return float64(g.count(state)) }))
+	}
+	return m
+}
+
+func (m *gateMetrics) lifted(waited time.Duration, taken time.Time) {
+	m.waits.Observe(waited.Seconds())
+	if !taken.IsZero() {
+		m.lifts.Observe(time.Since(taken).Seconds())
+	}
+}
+
+// count is how many pods are in a state.
+func (g *gate) count(state lineState) (n int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, l := range g.lines {
+		l.mu.Lock()
+		for _, p := range l.pods {
+			if p.state == state {
+				n++
+			}
+		}
+		l.mu.Unlock()
+	}
+	return n
 }

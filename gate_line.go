@@ -6,11 +6,70 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"strconv"
 	"sync"
 	"time"
 )
+
+// lineState is where a pod is on its way from its gate to its sidecar.
+type lineState int
+
+const (
+	podStands lineState = iota // in line for a token
+	podHolds                   // the token is in flight: its gate is lifted, or about to be, and its sidecar has not taken over
+	podEnded                   // it has failed, completed or been deleted: what it has is given back
+	podLeaves                  // it needs the gate no longer: its sidecar has taken over, or it has used up its time
+)
+
+// gatedPod is a pod of a gateLine.
+type gatedPod struct {
+	*watchedPod
+	spec    semaphoreSpec // as it was when the pod was seen first
+	arrival int64         // its place in line: Unix microseconds; 0 while it has none
+	state   lineState
+	gone    bool      // the watch has lost it: it was deleted, or has lost the label
+	placed  bool      // its place was kept, and has not become a token
+	told    bool      // it was told where it stands
+	taken   time.Time // when its token was
+	busy    bool      // a change of it is under way
+	refused bool      // its gate was not to be lifted as it is seen: the watch may be behind
+	wake    time.Time // not before, as the last change failed
+}
+
+// seenGatedPod is a pod of a line as it was at the beginning of a look.
+type seenGatedPod struct {
+	gatedPod
+	of *gatedPod
+}
+
+// isGated reports whether the pod has our gate yet.
+func (p *gatedPod) isGated() bool { return slices.Contains(p.gates, gateName) }
+
+// lifted is when the gate was lifted, by its label; zero if it was not.
+func (p *gatedPod) lifted() time.Time {
+	n, err := strconv.ParseInt(p.labels[labelGated], 10, 64)
+	if err != nil || p.isGated() {
+		return time.Time{}
+	}
+	return time.Unix(n, 0)
+}
+
+// hasEnded reports whether the pod has run, or failed: its sidecar does nothing any more.
+func (p *gatedPod) hasEnded() bool { return p.phase == "Succeeded" || p.phase == "Failed" }
+
+// hasStarted reports whether the pod's sidecar has confirmed the token, and keeps it from now on.
+func (p *gatedPod) hasStarted() bool {
+	return slices.ContainsFunc(p.initContainers, func(c initContainer) bool { return c.name == awaitName && c.state == "terminated" })
+}
+
+// sidecarRan reports whether the sidecar runs, or has run: it may have given the token back.
+func (p *gatedPod) sidecarRan() bool {
+	return slices.ContainsFunc(p.initContainers, func(c initContainer) bool {
+		return c.name == sidecarName && (c.state == "running" || c.state == "terminated")
+	})
+}
 
 const (
 	// keepEvery is how often the places of pods are kept: Redis forgets one after "patience" seconds; see semaphore.lua.
@@ -348,4 +407,193 @@ func (l *gateLine) lookAgain(ctx context.Context, p *seenGatedPod) (again time.D
 		l.drop(p.uid)
 	}
 	return 0
+}
+
+func (l *gateLine) setArrival(p *seenGatedPod) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	p.of.arrival = p.arrival
+}
+
+// stand keeps the places of those that stand, and lets those ask whom a token is free for, and the first, who sees what is to be
+// repaired. It returns in what time somebody has to ask again.
+func (l *gateLine) stand(ctx context.Context, pods []*seenGatedPod) (pause time.Duration, err error) {
+	var waiting, leaving []*seenGatedPod
+	for _, p := range pods {
+		state, gone := l.stateOf(p)
+		if p.placed && (gone || state != podStands) {
+			leaving = append(leaving, p)
+		}
+		if state != podStands || gone {
+			continue
+		}
+		if p.arrival == 0 {
+			p.arrival = l.place(p.created)
+			l.setArrival(p)
+		}
+		waiting = append(waiting, p)
+	}
+	if len(waiting)+len(leaving) == 0 {
+		l.subscribe(nil)
+		return keepEvery, nil
+	}
+	slices.SortFunc(waiting, func(a, b *seenGatedPod) int { return cmp.Compare(a.arrival, b.arrival) })
+	l.forgetSeconds(waiting)
+	l.subscribe(waiting)
+	served := l.takeCalls()
+	all, err := l.keep(ctx, waiting, leaving)
+	if err != nil {
+		return 0, err
+	}
+	for _, token := range all.served {
+		served[token] = true
+	}
+	return l.ask(ctx, waiting, served)
+}
+
+// keep keeps the places of all, or if they were kept lately, of the first and of those that are new: before anybody asks, Redis is told
+// what it may have lost.
+func (l *gateLine) keep(ctx context.Context, waiting, leaving []*seenGatedPod) (all kept, err error) {
+	whole := time.Since(l.keptAt) >= keepEvery
+	if !whole {
+		some := slices.Clone(waiting[:min(len(waiting), servedMost)])
+		for _, p := range waiting[len(some):] {
+			if !p.placed {
+				some = append(some, p)
+			}
+		}
+		waiting = some
+	}
+	byToken := map[string]*seenGatedPod{}
+	var places []keptPlace
+	for _, p := range waiting {
+		byToken[p.uid] = p
+		places = append(places, keptPlace{p.uid, p.arrival, p.spec.length, newPodName(p.name, "")})
+	}
+	var gone []string
+	for _, p := range leaving {
+		gone = append(gone, p.uid)
+	}
+	if all, err = l.gate.semaphores.keep(ctx, l.id, l.known, gone, places); err != nil {
+		return all, err
+	}
+	l.known = all.created
+	if whole {
+		l.keptAt = time.Now()
+	}
+	l.setPlaced(waiting, true)
+	l.setPlaced(leaving, false)
+	l.tellJoined(byToken, all)
+	for _, token := range all.held {
+		l.setState(byToken[token], podStands, podHolds)
+	}
+	return all, nil
+}
+
+func (l *gateLine) setPlaced(pods []*seenGatedPod, placed bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, p := range pods {
+		p.of.placed = placed
+	}
+}
+
+// place is where a pod stands that was created in a second: behind those of the same second that came before.
+func (l *gateLine) place(created time.Time) int64 {
+	second := created.Unix()
+	n := l.next[second]
+	l.next[second] = min(n+1, 999_999)
+	return second*1_000_000 + n
+}
+
+// forgetSeconds forgets the seconds before that of the first in line, now and then: a line may be there for years.
+func (l *gateLine) forgetSeconds(waiting []*seenGatedPod) {
+	if len(l.next) <= secondsMost || len(waiting) == 0 {
+		return
+	}
+	first := waiting[0].created.Unix()
+	maps.DeleteFunc(l.next, func(second, _ int64) bool { return second < first })
+}
+
+// ask asks for the tokens of the first, and of those for whom one is free, for as long as there are any.
+func (l *gateLine) ask(ctx context.Context, waiting []*seenGatedPod, served map[string]bool) (pause time.Duration, err error) {
+	pause = pollMost
+	asked := 0 // without success, since the last success
+	for _, p := range waiting {
+		if state, gone := l.stateOf(p); state != podStands || gone || asked > 0 && !served[p.uid] {
+			continue
+		}
+		if asked == servedMost {
+			break
+		}
+		asked++
+		w := &waiter{semaphores: l.gate.semaphores, id: l.id, token: p.uid, pod: newPodName(p.name, ""), length: p.spec.length,
+			expiration: p.spec.expiration, say: func(string) {}, log: l.log}
+		a, err := l.askFor(ctx, w, p)
+		if err != nil {
+			return 0, err
+		}
+		if a.status == acquireTaken {
+			l.setState(p, podStands, podHolds)
+			asked = 0 // the next one may be served, too
+			continue
+		}
+		if !a.place.reachable {
+			l.gate.calls.redial(l.id.channel(p.uid))
+		}
+		pause = min(pause, w.untilPoll(a))
+	}
+	return pause, nil
+}
+
+// askFor asks for the token of a pod, within askTimeout. Where something is to be repaired first, Redis may have lost its data since it was told of the
+// places: it is told again before anything is made anew.
+func (l *gateLine) askFor(ctx context.Context, w *waiter, p *seenGatedPod) (answer, error) {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	a, err := l.gate.semaphores.ask(ctx, l.id, question{w.token, w.length, joinLine, w.pod})
+	if err != nil || a.status != acquireRepair {
+		return a, err
+	}
+	if _, err := l.gate.semaphores.keep(ctx, l.id, l.known, nil, []keptPlace{{p.uid, p.arrival, p.spec.length, w.pod}}); err != nil {
+		return a, err
+	}
+	_, a, err = w.try(ctx, joinLine)
+	return a, err
+}
+
+// tellJoined says of those that have joined the line where they stand.
+func (l *gateLine) tellJoined(pods map[string]*seenGatedPod, all kept) {
+	for token, position := range all.joined {
+		p := pods[token]
+		if p == nil || p.told {
+			continue
+		}
+		l.mu.Lock()
+		p.of.told = true
+		l.mu.Unlock()
+		l.gate.event(p.watchedPod, false, reasonWaiting, "Waiting", "1",
+			fmt.Sprintf("waiting for a token of %s: %d of %d in use, %s in line", l.id, all.inUse, p.spec.length, ordinal(position)))
+	}
+}
+
+// subscribe lets Redis call for those that stand in line, and no others.
+func (l *gateLine) subscribe(waiting []*seenGatedPod) {
+	stand := map[string]bool{}
+	var more, less []string
+	for _, p := range waiting {
+		stand[p.uid] = true
+		if !l.subscribed[p.uid] {
+			l.subscribed[p.uid] = true
+			more = append(more, p.uid)
+		}
+	}
+	for token := range l.subscribed {
+		if !stand[token] {
+			delete(l.subscribed, token)
+			less = append(less, token)
+		}
+	}
+	l.gate.calls.add(l, more)
+	l.gate.calls.remove(l, less)
 }

@@ -3,8 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
-	"strings"
 	"sync"
 	"time"
 )
@@ -29,36 +27,6 @@ type locker interface {
 	// servers names the lock servers, for errors: "lock Redis HOST:PORT".
 	servers() []string
 	close() error
-}
-
-// newLocker makes the lock of the chosen mode; maxIdle is how many connections to each Redis server are kept.
-func newLocker(c sharedConfig, maxIdle int) locker {
-	if c.lockMode == lockModeEtcd {
-		return newEtcdLock(c.etcdAddresses, c.etcd)
-	}
-	return newRedlock(c.redisAddresses, c.redis, maxIdle)
-}
-
-// serverErrors are the errors of several servers, on one line.
-type serverErrors []error
-
-func (e serverErrors) Unwrap() []error { return e }
-
-func (e serverErrors) Error() string {
-	var texts []string
-	for _, err := range e {
-		texts = append(texts, err.Error())
-	}
-	return strings.Join(texts, "; ")
-}
-
-// unanswered is the error of an attempt that was given up before the servers had answered.
-func unanswered(servers []string, cause error) error {
-	var errs serverErrors
-	for _, s := range servers {
-		errs = append(errs, fmt.Errorf("%s: no answer yet: %w", s, cause))
-	}
-	return errs
 }
 
 // attempts are attempts to lock that outlive the contexts of their callers: one that was cut off between two servers could not

@@ -35,9 +35,6 @@ import (
 	"syscall"
 )
 
-// version is the release, set by the linker: -ldflags "-X main.version=v1.2.3".
-var version = "dev"
-
 const usage = `Usage: at-least-semaphore-pod-hook MODE [flags]
 
 Gives annotated Kubernetes pods a counting semaphore.

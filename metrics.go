@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"runtime"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
@@ -31,24 +30,6 @@ type metrics struct {
 	locks      *prometheus.CounterVec   // by outcome
 	locked     prometheus.Histogram
 	repaired   *prometheus.CounterVec // by what was done
-}
-
-// redisCounts are what the connections to Redis have in common. A nil one counts nothing.
-type redisCounts struct {
-	open      atomic.Int64 // connections
-	failovers atomic.Int64 // that another server was found in the place of one
-}
-
-func (c *redisCounts) opened(n int64) {
-	if c != nil {
-		c.open.Add(n)
-	}
-}
-
-func (c *redisCounts) failedOver() {
-	if c != nil {
-		c.failovers.Add(1)
-	}
 }
 
 // newMetrics makes the metrics of a webhook whose connections are counted there.

@@ -15,6 +15,56 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
+// semaphoreID names a semaphore: a namespace, and the key that its pods share.
+type semaphoreID struct{ namespace, key string }
+
+func (id semaphoreID) String() string { return id.namespace + "/" + id.key }
+
+// The keys in Redis. The braces are a Redis Cluster hash tag: all keys of a script lie in one slot.
+func (id semaphoreID) queueKey() string    { return "queue/{" + id.String() + "}" }
+func (id semaphoreID) inflightKey() string { return "inflight/{" + id.String() + "}" }
+func (id semaphoreID) waitersKey() string  { return "waiters/{" + id.String() + "}" }
+func (id semaphoreID) seenKey() string     { return "seen/{" + id.String() + "}" }
+func (id semaphoreID) namesKey() string    { return "names/{" + id.String() + "}" }
+func (id semaphoreID) stateKey() string    { return "state/{" + id.String() + "}" }
+func (id semaphoreID) lockKey() string     { return "lock/{" + id.String() + "}" }
+
+// channel is where a waiter is called when a token is free for it.
+func (id semaphoreID) channel(token string) string { return id.waitersKey() + "/" + token }
+
+// keys are those of the scripts, in their order.
+func (id semaphoreID) keys() []any {
+	return []any{id.queueKey(), id.inflightKey(), id.waitersKey(), id.seenKey(), id.namesKey(), id.stateKey()}
+}
+
+// queueKind is how the queue's Redis outlives a failure.
+type queueKind int
+
+const (
+	queueServerAlone queueKind = iota // one server, or an address behind which a provider puts the primary
+	queueSentinel                     // the primary that Sentinels name
+	queueCluster                      // a Redis Cluster
+)
+
+// queueAddress is where the queue's Redis is found.
+type queueAddress struct {
+	kind    queueKind
+	servers []string // HOST:PORT with the scheme of one server: the server, the Sentinels, or some nodes of the Cluster
+	name    string   // of the primary, for the Sentinels
+	text    string   // as in the flag
+}
+
+func (a queueAddress) String() string { return a.text }
+
+// scheme is that of the servers: "", "redis://" or "rediss://".
+func (a queueAddress) scheme() string {
+	scheme, _, found := strings.Cut(a.servers[0], "://")
+	if !found {
+		return ""
+	}
+	return scheme + "://"
+}
+
 // queue is the Redis that holds the tokens: one server, a Sentinel group or a Cluster. It knows which server to ask, and learns it
 // anew when that one fails.
 type queue interface {
@@ -364,4 +414,37 @@ func query(ctx context.Context, address string, settings redisSettings, command 
 	}
 	defer conn.Close()
 	return conn.DoContext(ctx, command, args...)
+}
+
+// Of each process, at each server of the queue: so many take a token at once, over a connection each, and so many semaphores are repaired.
+// The others wait for their turn: hundreds of connections that are opened at once take longer than all of that.
+const (
+	maxAsking    = 128
+	maxRepairing = lockConnections
+)
+
+// serverClock estimates the clock of a Redis server, by which commands have their deadlines. The estimate is never ahead of the
+// server, unless its clock was set back since: a command that was given up here is late there, too. Where it is behind, the server
+// refuses a command and tells the time again.
+type serverClock struct {
+	mu     sync.Mutex
+	micros int64     // what the server said (Unix microseconds); zero: nothing yet
+	heard  time.Time // when that was read here
+}
+
+// observe takes the time that the server said in an answer that has just been read.
+func (c *serverClock) observe(micros int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.micros, c.heard = micros, time.Now()
+}
+
+// at is the server's time (Unix microseconds) at a moment here; zero, which is always too late, while the server has said nothing.
+func (c *serverClock) at(t time.Time) int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.micros == 0 {
+		return 0
+	}
+	return c.micros + t.Sub(c.heard).Microseconds()
 }

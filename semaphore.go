@@ -1,17 +1,39 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	_ "embed"
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
 )
+
+// sharedConfig are the settings that both modes have.
+type sharedConfig struct {
+	lockMode          string
+	redisAddresses    []string
+	etcdAddresses     []string
+	queueRedisAddress queueAddress
+	heartbeatInterval time.Duration
+	staleThreshold    time.Duration
+	redis             redisSettings
+	etcd              etcdSettings
+}
+
+// newLocker makes the lock of the chosen mode; maxIdle is how many connections to each Redis server are kept.
+func newLocker(c sharedConfig, maxIdle int) locker {
+	if c.lockMode == lockModeEtcd {
+		return newEtcdLock(c.etcdAddresses, c.etcd)
+	}
+	return newRedlock(c.redisAddresses, c.redis, maxIdle)
+}
 
 //go:embed lua/semaphore.lua
 var commonSource string
@@ -69,28 +91,6 @@ const (
 	releaseDone = 1
 	releaseLeft = 2
 )
-
-// semaphoreID names a semaphore: a namespace, and the key that its pods share.
-type semaphoreID struct{ namespace, key string }
-
-func (id semaphoreID) String() string { return id.namespace + "/" + id.key }
-
-// The keys in Redis. The braces are a Redis Cluster hash tag: all keys of a script lie in one slot.
-func (id semaphoreID) queueKey() string    { return "queue/{" + id.String() + "}" }
-func (id semaphoreID) inflightKey() string { return "inflight/{" + id.String() + "}" }
-func (id semaphoreID) waitersKey() string  { return "waiters/{" + id.String() + "}" }
-func (id semaphoreID) seenKey() string     { return "seen/{" + id.String() + "}" }
-func (id semaphoreID) namesKey() string    { return "names/{" + id.String() + "}" }
-func (id semaphoreID) stateKey() string    { return "state/{" + id.String() + "}" }
-func (id semaphoreID) lockKey() string     { return "lock/{" + id.String() + "}" }
-
-// channel is where a waiter is called when a token is free for it.
-func (id semaphoreID) channel(token string) string { return id.waitersKey() + "/" + token }
-
-// keys are those of the scripts, in their order.
-func (id semaphoreID) keys() []any {
-	return []any{id.queueKey(), id.inflightKey(), id.waitersKey(), id.seenKey(), id.namesKey(), id.stateKey()}
-}
 
 // semaphores are the counting semaphores in a queue.
 type semaphores struct {
@@ -158,38 +158,6 @@ func (s *semaphores) timeToLive() int {
 	return int(max(24*time.Hour, 10*s.staleThreshold) / time.Second)
 }
 
-// maintain reclaims, refills and trims. newcomer says that the caller was not in line before: it does not wait for tokens that Redis
-// may have lost.
-func (s *semaphores) maintain(ctx context.Context, id semaphoreID, length int, newcomer bool) error {
-	var reclaimed, refilled, trimmed int
-	var err error
-	for left := 1; left > 0 && err == nil; { // many stale tokens take more than one command, so that none holds Redis for long
-		var rest []any
-		var r, f, t int
-		if _, rest, err = s.run(ctx, maintainScript, id, length, yesNo(newcomer)); err == nil {
-			_, err = redis.Scan(rest, &r, &f, &t, &left)
-		}
-		reclaimed, refilled, trimmed = reclaimed+r, refilled+f, trimmed+t
-	}
-	s.metrics.repair(reclaimed, refilled, trimmed)
-	if reclaimed+refilled+trimmed > 0 {
-		s.log.Info("maintained", "namespace", id.namespace, "key", id.key, "length", length,
-			"reclaimed", reclaimed, "refilled", refilled, "trimmed", trimmed)
-	}
-	if err != nil {
-		return fmt.Errorf("maintain %s: %w", id, err)
-	}
-	return nil
-}
-
-// yesNo is how the scripts take a yes or no.
-func yesNo(yes bool) string {
-	if yes {
-		return "1"
-	}
-	return "0"
-}
-
 // heartbeat keeps a token in flight, or puts it back there (rejoined) if it had been reclaimed or lost. It tells which pod has it, and
 // for how long.
 func (s *semaphores) heartbeat(ctx context.Context, id semaphoreID, token string, pod podName, held time.Duration) (rejoined bool, err error) {
@@ -198,4 +166,209 @@ func (s *semaphores) heartbeat(ctx context.Context, id semaphoreID, token string
 		return false, fmt.Errorf("heartbeat %s: %w", id, err)
 	}
 	return status == heartbeatRejoined, nil
+}
+
+// release gives a token back, or leaves the line; status is releaseDone, releaseLeft, or zero if there was nothing to do.
+func (s *semaphores) release(ctx context.Context, id semaphoreID, token string) (status int, err error) {
+	status, _, err = s.run(ctx, releaseScript, id, token)
+	if err != nil {
+		return 0, fmt.Errorf("release %s: %w", id, err)
+	}
+	return status, nil
+}
+
+// releaseWithin releases a token and retries until it is released or ctx is done; then the error is that of the last attempt. Where
+// an earlier command may still come and count the token again, it releases it once more after that.
+func (s *semaphores) releaseWithin(ctx context.Context, id semaphoreID, token string) (status int, err error) {
+	status, err = s.releaseRetrying(ctx, id, token)
+	if wait := s.straying(); err == nil && wait > 0 && sleep(ctx, wait) == nil {
+		_, err = s.releaseRetrying(ctx, id, token)
+	}
+	return status, err
+}
+
+func (s *semaphores) releaseRetrying(ctx context.Context, id semaphoreID, token string) (status int, err error) {
+	for retry := newBackoff(50*time.Millisecond, time.Second); ; {
+		attempt, cancel := context.WithTimeout(ctx, s.attemptTimeout())
+		status, err = s.release(attempt, id, token)
+		cancel()
+		if err == nil {
+			return status, nil
+		}
+		if sleep(ctx, retry.next()) != nil {
+			return 0, err
+		}
+		s.log.Warn("release failed, to be retried", "namespace", id.namespace, "key", id.key, "token", token, "error", err.Error())
+	}
+}
+
+// giveBack releases a token that nobody will use, and retries until it is stale anyway.
+func (s *semaphores) giveBack(id semaphoreID, token string) {
+	ctx, cancel := context.WithTimeout(context.Background(), s.staleThreshold)
+	defer cancel()
+	s.releasing <- struct{}{} // a Redis that is slow is not asked by hundreds at once
+	defer func() { <-s.releasing }()
+	status, err := s.releaseWithin(ctx, id, token)
+	log := s.log.With("namespace", id.namespace, "key", id.key, "token", token)
+	switch {
+	case err != nil:
+		log.Error("unused token left to go stale", "staleThreshold", s.staleThreshold.String(), "error", err.Error())
+	case status == releaseDone:
+		log.Info("unused token given back")
+	}
+}
+
+// giveBackLater is giveBack in the background; close waits for it.
+func (s *semaphores) giveBackLater(id semaphoreID, token string) {
+	s.background.Go(func() { s.giveBack(id, token) })
+}
+
+// keepMost is how many places, or tokens, one command keeps: it takes Redis some two milliseconds.
+const keepMost = 250
+
+// keptPlace is a pod that a process stands in line for.
+type keptPlace struct {
+	token   string
+	arrival int64 // its place: Unix microseconds
+	length  int
+	pod     podName
+}
+
+// kept is what became of the places in a line.
+type kept struct {
+	created        int64 // when Redis began to know the semaphore (its Unix seconds), to be told the next time
+	inUse, waiters int
+	served         []string       // those in line, also others', that a token is free for: they are to ask for it
+	held           []string       // those that have their token already
+	joined         map[string]int // those that were not in line, and their positions
+}
+
+// keep keeps the places of pods in the line of a semaphore, where they are put if they are not there, and takes those out whose tokens
+// are gone. known is what created was before, or zero. With an error, some of it may be done.
+func (s *semaphores) keep(ctx context.Context, id semaphoreID, known int64, gone []string, pods []keptPlace) (all kept, err error) {
+	all = kept{created: known, joined: map[string]int{}}
+	for len(gone)+len(pods) > 0 {
+		leaving := gone[:min(len(gone), keepMost)]
+		staying := pods[:min(len(pods), keepMost-len(leaving))]
+		gone, pods = gone[len(leaving):], pods[len(staying):]
+		args := append([]any{all.created, len(leaving)}, anySlice(leaving)...)
+		for _, p := range staying {
+			args = append(args, p.token, p.arrival, p.length, p.pod)
+		}
+		_, rest, err := s.run(ctx, keepScript, id, args...)
+		if err != nil {
+			return all, fmt.Errorf("keep the line of %s: %w", id, err)
+		}
+		var served, held []string
+		var joined []any
+		_, err = redis.Scan(rest, &all.created, &all.inUse, &all.waiters, &served, &held, &joined)
+		for ; err == nil && len(joined) >= 2; joined = joined[2:] {
+			var token string
+			var position int
+			_, err = redis.Scan(joined, &token, &position)
+			all.joined[token] = position
+		}
+		if err != nil {
+			return all, fmt.Errorf("keep the line of %s: unexpected answer of queue Redis %s: %w", id, s.address, err)
+		}
+		all.served, all.held = served, append(all.held, held...)
+	}
+	return all, nil
+}
+
+// hold keeps tokens in flight, and returns those that are not there, and are not put back.
+func (s *semaphores) hold(ctx context.Context, id semaphoreID, tokens []string) (lost []string, err error) {
+	for chunk := range slices.Chunk(tokens, keepMost) {
+		_, rest, err := s.run(ctx, holdScript, id, anySlice(chunk)...)
+		if err != nil {
+			return lost, fmt.Errorf("hold tokens of %s: %w", id, err)
+		}
+		var some []string
+		if _, err := redis.Scan(rest, &some); err != nil {
+			return lost, fmt.Errorf("hold tokens of %s: unexpected answer of queue Redis %s: %w", id, s.address, err)
+		}
+		lost = append(lost, some...)
+	}
+	return lost, nil
+}
+
+// podName tells people which pod has a token, as "NAME NODE": NAME is the pod's, or what the API server will make one of, and NODE is
+// empty where it has none yet. It is empty where nothing is known.
+type podName string
+
+func newPodName(name, node string) podName {
+	if !isObjectName(name) {
+		return ""
+	}
+	if !isObjectName(node) {
+		node = ""
+	}
+	return podName(name + " " + node)
+}
+
+// holder is who has a token.
+type holder struct {
+	name string // the pod's, or the token where that is not known
+	held time.Duration
+}
+
+// heldUnknown is for how long a pod has a token that has not told.
+const heldUnknown = -time.Second
+
+// parseHolders reads what the acquire script says of them, and puts first who has a token longest.
+func parseHolders(list []any) (holders []holder, err error) {
+	for len(list) > 0 {
+		var held int
+		var h holder
+		if list, err = redis.Scan(list, &held, &h.name); err != nil {
+			return nil, err
+		}
+		h.held, h.name = time.Duration(held)*time.Second, shown(h.name)
+		holders = append(holders, h)
+	}
+	slices.SortStableFunc(holders, func(a, b holder) int { return cmp.Compare(b.held, a.held) })
+	return holders, nil
+}
+
+// shown is the name of a pod, or a token, as people may see it: whoever can write into Redis may have put anything there.
+func shown(name string) string {
+	if isObjectName(name) {
+		return name
+	}
+	return printable(truncate(name, 40))
+}
+
+func (h holder) String() string {
+	switch {
+	case h.held == heldUnknown:
+		return h.name
+	case strings.HasSuffix(h.name, "-"): // the API server makes the name
+		return fmt.Sprintf("%s... (%s)", h.name, roughly(h.held))
+	}
+	return fmt.Sprintf("%s (%s)", h.name, roughly(h.held))
+}
+
+// byHolders names those who have the tokens in use, as many as fit into the message of an event of Kubernetes, which is cut at 1024
+// bytes.
+func byHolders(holders []holder, inUse int) string {
+	const most = 500
+	var text string
+	named := 0
+	for _, h := range holders {
+		if len(text)+len(h.String()) > most {
+			break
+		}
+		if named > 0 {
+			text += ", "
+		}
+		text += h.String()
+		named++
+	}
+	switch {
+	case named == 0:
+		return ""
+	case inUse > named:
+		return fmt.Sprintf("by %s, and %d more", text, inUse-named)
+	}
+	return "by " + text
 }

@@ -20,9 +20,6 @@ const (
 	awaitMissed = time.Minute
 )
 
-// giveBackSeconds is for how long a sidecar tries to give its token back, if it is not told otherwise.
-const giveBackSeconds = 10
-
 // sidecar keeps one token alive.
 type sidecar struct {
 	semaphores *semaphores

@@ -23,77 +23,6 @@ const (
 	statusEvery = 2 * time.Second
 )
 
-// What "status" prints.
-const (
-	outputTable = "table"
-	outputJSON  = "json"
-)
-
-// statusConfig are the settings of the status mode.
-type statusConfig struct {
-	sharedConfig
-	output    string
-	watch     bool
-	yes       bool
-	namespace string      // empty for all
-	semaphore semaphoreID // empty for all of the namespace
-	release   string      // the token, or the pod, to release; empty for none
-}
-
-// parseStatusConfig reads the command line of "status". Its errors are *usageError and *helpRequest.
-func parseStatusConfig(args []string, getenv func(string) string) (c statusConfig, err error) {
-	err = parseFlags(&c, "status", "[flags] [NAMESPACE | NAMESPACE/KEY]\n       at-least-semaphore-pod-hook status [flags] release NAMESPACE/KEY TOKEN|POD", args, getenv)
-	return c, err
-}
-
-func (c *statusConfig) declareFlags(f *flags, getenv func(string) string) {
-	c.declareQueueFlags(f, getenv)
-	if password := getenv("STATUS_REDIS_PASSWORD"); password != "" {
-		c.redis.username, c.redis.password = getenv("STATUS_REDIS_USERNAME"), password
-	}
-	// In a container of the webhook, that is where it has its own from.
-	for name, variable := range map[string]string{"queue-redis-address": "QUEUE_REDIS_ADDRESS",
-		"heartbeat-interval-seconds": "HEARTBEAT_INTERVAL_SECONDS", "stale-threshold-seconds": "STALE_THRESHOLD_SECONDS"} {
-		if text := getenv(variable); text != "" {
-			f.setDefault(name, text)
-		}
-	}
-	declare(f, &c.output, readChoice(outputTable, outputJSON), "o", outputTable, "output: `table|json`")
-	declare(f, &c.watch, readBool, "watch", "false", "`true|false`: print it again every two seconds")
-	declare(f, &c.yes, readBool, "yes", "false", "`true|false`: release without asking")
-}
-
-func (c *statusConfig) validate(f *flags) {
-	c.sharedConfig.validate(f)
-	operands := f.operands
-	releases := len(operands) > 0 && operands[0] == "release"
-	if releases {
-		operands = operands[1:]
-		if len(operands) != 2 {
-			f.problem("release: %d arguments; they are NAMESPACE/KEY TOKEN|POD", len(operands))
-			return
-		}
-		c.release = operands[1]
-		operands = operands[:1]
-	}
-	switch {
-	case len(operands) > 1:
-		f.problem("%d arguments: there may be one, NAMESPACE or NAMESPACE/KEY", len(operands))
-	case len(operands) == 1:
-		namespace, key, isOne := strings.Cut(operands[0], "/")
-		if namespace == "" || isOne && checkKey(key) != "" || releases && !isOne {
-			f.problem("%q is not a namespace, a slash and a key", operands[0])
-		}
-		c.namespace = namespace
-		if isOne {
-			c.semaphore = semaphoreID{namespace, key}
-		}
-	}
-	if c.watch && releases {
-		f.problem("--watch and release do not go together")
-	}
-}
-
 // runStatus prints what there is to see, or releases a token.
 func runStatus(ctx context.Context, c statusConfig, stdin io.Reader, stdout io.Writer, log *slog.Logger) error {
 	s := newSemaphores(c.sharedConfig, nil, 1, log)
@@ -226,14 +155,6 @@ func podText(pod string) string {
 		return pod + "..."
 	}
 	return pod
-}
-
-// printable is a text from Redis, where anybody with its password may have put anything, as it can be shown on a terminal.
-func printable(text string) string {
-	if quoted := fmt.Sprintf("%+q", text); quoted != `"`+text+`"` {
-		return quoted
-	}
-	return text
 }
 
 // The JSON of "status". Fields are added, and never renamed or removed. All times are in seconds.

@@ -7,10 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"mime"
 	"net"
 	"net/http"
+	"os"
+	"runtime/debug"
 	"strconv"
+	"strings"
 	"time"
 
 	admissionv1 "k8s.io/api/admission/v1"
@@ -29,9 +33,6 @@ const (
 
 	idleConnections = 64
 )
-
-// maxBody is more than any AdmissionReview: etcd refuses objects over 1.5 MiB, and a review may hold two.
-const maxBody = 4 << 20
 
 // runWebhook serves until ctx is done, and then finishes what it has begun.
 func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
@@ -124,14 +125,6 @@ func newWebhookServer(handler http.Handler, tls *tls.Config, b *bounds) *http.Se
 	}
 	b.apply(s)
 	return s
-}
-
-func listen(flag, address string) (net.Listener, error) {
-	l, err := net.Listen("tcp", address)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", flag, err)
-	}
-	return l, nil
 }
 
 // webhook is the HTTP side of the admitter.
@@ -335,4 +328,36 @@ func wantDelivered(rw http.ResponseWriter) error {
 		return fmt.Errorf("deliver the answer: %w", err)
 	}
 	return nil
+}
+
+const (
+	// memoryShare of what the container is allowed is what Go uses before it collects garbage at any cost. Below that, the heap may grow by
+	// heapGrowth percent, not by Go's 100, before it does: the heap is so small that it would do so dozens of times a second.
+	memoryShare = 0.5
+	heapGrowth  = 400
+)
+
+// limitMemory tells Go what the container is allowed, unless GOMEMLIMIT does, and to collect garbage seldom, unless GOGC does or nothing
+// limits the memory.
+func limitMemory(log *slog.Logger) {
+	if os.Getenv("GOMEMLIMIT") == "" {
+		limitToContainer(log)
+	}
+	if os.Getenv("GOGC") == "" && debug.SetMemoryLimit(-1) < math.MaxInt64 {
+		debug.SetGCPercent(heapGrowth)
+	}
+}
+
+func limitToContainer(log *slog.Logger) {
+	for _, file := range []string{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"} { // cgroup v2, v1
+		text, err := os.ReadFile(file)
+		if err != nil {
+			continue
+		}
+		if allowed, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64); err == nil && allowed < 1<<40 { // else "max", or as good as that
+			debug.SetMemoryLimit(int64(memoryShare * float64(allowed)))
+			log.Info("memory limited", "containerBytes", allowed)
+		}
+		return
+	}
 }

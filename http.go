@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"container/list"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -17,6 +18,9 @@ import (
 	"sync/atomic"
 	"time"
 )
+
+// maxBody is more than any AdmissionReview: etcd refuses objects over 1.5 MiB, and a review may hold two.
+const maxBody = 4 << 20
 
 // What all that call the webhook may use of it at once. Where there is more, the oldest goes: an API server uses its connections again
 // and again, and its requests take milliseconds, so that it is seldom among those.
@@ -49,12 +53,6 @@ const (
 	maxLarge      = 8
 	maxDecoded    = 2
 	largeBodyTime = 2 * time.Second
-)
-
-// noiseLogged lines of what strangers cause are logged in each noiseEvery.
-const (
-	noiseEvery  = time.Minute
-	noiseLogged = 10
 )
 
 // errCrowded is why a request is given up that was begun long ago.
@@ -282,29 +280,6 @@ func (b *bounds) read(ctx context.Context, rw http.ResponseWriter, r *http.Reque
 // objects is how many JSON objects a text has, at most.
 func objects(text []byte) int { return bytes.Count(text, []byte("{")) }
 
-// noise is what strangers cause: it is logged, and must not fill the log.
-type noise struct {
-	mu      sync.Mutex
-	since   time.Time
-	lines   int
-	dropped int
-}
-
-// take reports whether a line may be logged now, and how many were not before it.
-func (n *noise) take() (dropped int, ok bool) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if time.Since(n.since) > noiseEvery {
-		n.since, n.lines = time.Now(), 0
-	}
-	if n.lines++; n.lines > noiseLogged {
-		n.dropped++
-		return 0, false
-	}
-	dropped, n.dropped = n.dropped, 0
-	return dropped, true
-}
-
 // httpErrors logs what a server of net/http has to say.
 type httpErrors struct {
 	log   *slog.Logger
@@ -319,4 +294,75 @@ func (e *httpErrors) Write(line []byte) (int, error) {
 		e.log.Warn("a connection or request failed", "error", strings.TrimSpace(string(line)), "notLoggedBefore", dropped)
 	}
 	return len(line), nil
+}
+
+// crowd is a number of things that come and go. If there are more than so many, or they have more bytes than all may, the oldest have to
+// go.
+type crowd struct {
+	most, mostBytes int
+
+	mu    sync.Mutex
+	all   list.List // of member, the oldest first
+	bytes int       // of all
+}
+
+// member is one of a crowd: since when, how many bytes it has, and what makes it go.
+type member struct {
+	since  time.Time
+	bytes  int
+	goAway func()
+}
+
+// join adds one. leave has to be called once it is gone, whatever the reason.
+func (c *crowd) join(bytes int, goAway func()) (leave func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e := c.all.PushBack(&member{time.Now(), bytes, goAway})
+	c.bytes += bytes
+	for c.all.Len() > c.most || c.bytes > c.mostBytes {
+		go c.remove(c.all.Front()).goAway()
+	}
+	return func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.remove(e)
+	}
+}
+
+// remove takes one out, unless it is not there any more.
+func (c *crowd) remove(e *list.Element) *member {
+	m := c.all.Remove(e).(*member)
+	c.bytes -= m.bytes
+	m.bytes = 0
+	return m
+}
+
+// waitToJoin waits until one more would make nobody go who has joined less than restTime ago; for restTime at most, or until ctx is done.
+func (c *crowd) waitToJoin(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, restTime)
+	defer cancel()
+	for {
+		wait := c.untilRested()
+		if wait <= 0 || sleep(ctx, wait) != nil {
+			return
+		}
+	}
+}
+
+// untilRested is how long it takes until the oldest of a crowd that is full has joined restTime ago.
+func (c *crowd) untilRested() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.all.Len() < c.most {
+		return 0
+	}
+	return time.Until(c.all.Front().Value.(*member).since.Add(restTime))
+}
+
+func listen(flag, address string) (net.Listener, error) {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", flag, err)
+	}
+	return l, nil
 }

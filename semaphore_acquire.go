@@ -31,13 +31,6 @@ const (
 	watchEvery = 4 * time.Second
 )
 
-// Of each process, at each server of the queue: so many take a token at once, over a connection each, and so many semaphores are repaired.
-// The others wait for their turn: hundreds of connections that are opened at once take longer than all of that.
-const (
-	maxAsking    = 128
-	maxRepairing = lockConnections
-)
-
 // question is what the acquire script is asked.
 type question struct {
 	token   string // the name that the token gets; nobody else ever uses it, so that asking again is safe
@@ -326,4 +319,36 @@ func (s *semaphores) watch(id semaphoreID, length int, expiration, doubt time.Du
 			}
 		}
 	})
+}
+
+// maintain reclaims, refills and trims. newcomer says that the caller was not in line before: it does not wait for tokens that Redis
+// may have lost.
+func (s *semaphores) maintain(ctx context.Context, id semaphoreID, length int, newcomer bool) error {
+	var reclaimed, refilled, trimmed int
+	var err error
+	for left := 1; left > 0 && err == nil; { // many stale tokens take more than one command, so that none holds Redis for long
+		var rest []any
+		var r, f, t int
+		if _, rest, err = s.run(ctx, maintainScript, id, length, yesNo(newcomer)); err == nil {
+			_, err = redis.Scan(rest, &r, &f, &t, &left)
+		}
+		reclaimed, refilled, trimmed = reclaimed+r, refilled+f, trimmed+t
+	}
+	s.metrics.repair(reclaimed, refilled, trimmed)
+	if reclaimed+refilled+trimmed > 0 {
+		s.log.Info("maintained", "namespace", id.namespace, "key", id.key, "length", length,
+			"reclaimed", reclaimed, "refilled", refilled, "trimmed", trimmed)
+	}
+	if err != nil {
+		return fmt.Errorf("maintain %s: %w", id, err)
+	}
+	return nil
+}
+
+// yesNo is how the scripts take a yes or no.
+func yesNo(yes bool) string {
+	if yes {
+		return "1"
+	}
+	return "0"
 }

@@ -1,0 +1,149 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+)
+
+// sleep waits for d, or until ctx is done, whose error it returns.
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// backoff doubles from first to most; each wait is jittered by up to half, so that what failed together does
+// not return together.
+type backoff struct{ wait, most time.Duration }
+
+func newBackoff(first, most time.Duration) *backoff { return &backoff{first, most} }
+
+func (b *backoff) next() time.Duration {
+	wait := b.wait
+	b.wait = min(2*b.wait, b.most)
+	return wait - rand.N(wait/2+1)
+}
+
+// slots are a number of things that may happen at once.
+type slots chan struct{}
+
+// errTooMany is why something was not begun: it was not its turn in time.
+var errTooMany = errors.New("too many at once: try again")
+
+// take waits for a slot, first come, first served; free has to be called once it is not needed any more. Its error is errTooMany.
+func (s slots) take(ctx context.Context) (free func(), err error) {
+	free = sync.OnceFunc(func() { <-s })
+	select {
+	case s <- struct{}{}: // whether ctx is done or not
+		return free, nil
+	default:
+	}
+	select {
+	case s <- struct{}{}:
+		return free, nil
+	case <-ctx.Done():
+		return func() {}, fmt.Errorf("%w (%w)", errTooMany, context.Cause(ctx))
+	}
+}
+
+// used reports whether none is left.
+func (s slots) used() bool { return len(s) == cap(s) }
+
+// pacer lets calls pass in their order, one each gap, and a burst of them after a rest.
+type pacer struct {
+	gap  time.Duration
+	rest time.Duration // no more than so much of it counts
+	head chan struct{} // full while a call is at the head of the line
+
+	mu   sync.Mutex
+	next time.Time // when the next call may pass
+}
+
+func newPacer(perSecond, burst int) *pacer {
+	gap := time.Second / time.Duration(perSecond)
+	return &pacer{gap: gap, rest: gap * time.Duration(burst), head: make(chan struct{}, 1)}
+}
+
+// wait waits for the caller's turn. Its error is that of ctx.
+func (p *pacer) wait(ctx context.Context) error {
+	select {
+	case p.head <- struct{}{}:
+		defer func() { <-p.head }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	for {
+		due := p.pass()
+		if due <= 0 {
+			return nil
+		}
+		if err := sleep(ctx, due); err != nil {
+			return err
+		}
+	}
+}
+
+// pass lets a call pass, or says in what time it may.
+func (p *pacer) pass() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	if rested := now.Add(-p.rest); p.next.Before(rested) {
+		p.next = rested
+	}
+	if p.next.After(now) {
+		return p.next.Sub(now)
+	}
+	p.next = p.next.Add(p.gap)
+	return 0
+}
+
+// hold lets none pass for d.
+func (p *pacer) hold(d time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if until := time.Now().Add(d); p.next.Before(until) {
+		p.next = until
+	}
+}
+
+// logEvery is how often a waiter logs that it waits.
+const logEvery = time.Minute
+
+// noiseLogged lines of what strangers cause are logged in each noiseEvery.
+const (
+	noiseEvery  = time.Minute
+	noiseLogged = 10
+)
+
+// noise is what strangers cause: it is logged, and must not fill the log.
+type noise struct {
+	mu      sync.Mutex
+	since   time.Time
+	lines   int
+	dropped int
+}
+
+// take reports whether a line may be logged now, and how many were not before it.
+func (n *noise) take() (dropped int, ok bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if time.Since(n.since) > noiseEvery {
+		n.since, n.lines = time.Now(), 0
+	}
+	if n.lines++; n.lines > noiseLogged {
+		n.dropped++
+		return 0, false
+	}
+	dropped, n.dropped = n.dropped, 0
+	return dropped, true
+}
