@@ -300,6 +300,22 @@ func (g *gatePulse) look(ctx context.Context) (there bool, err error) {
 	return redis.Bool(askQueue(ctx, g.queue, "EXISTS", pulseKey))
 }
 
+// countVerdicts adds the metric of admissions, with each verdict at zero.
+func (m *metrics) countVerdicts() {
+	m.admissions = prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: metricsPrefix + "admission_duration_seconds",
+		Help: "Time from an admission request for an annotated pod to its answer.", Buckets: durationBuckets}, []string{"verdict"})
+	m.registry.MustRegister(m.admissions)
+	for _, verdict := range verdicts {
+		m.admissions.WithLabelValues(verdict)
+	}
+}
+
+func (m *metrics) admission(verdict string, took time.Duration) {
+	if m != nil {
+		m.admissions.WithLabelValues(verdict).Observe(took.Seconds())
+	}
+}
+
 // watchGate adds whether a gate is at work; NaN while the queue does not answer.
 func (m *metrics) watchGate(g *gatePulse) {
 	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "gate_at_work",

@@ -63,7 +63,7 @@ func TestPathSecret(t *testing.T) {
 	}
 	w.wantStatusAt(t, "/mutate/"+secretA+"?timeout=10s", body, http.StatusOK)
 	r.wantCounts(t, id, 255, 1)
-	if n := len(w.log.lines(t, "somebody calls without the path's secret, or with another")); n != noiseLogged {
+	if n := len(w.log.lines(t, "somebody calls without the path's secret, or with another")); n != badCallersLogged {
 		t.Errorf("strangers were logged %d times", n)
 	}
 

@@ -202,7 +202,7 @@ func (g *gate) lift(ctx context.Context, id semaphoreID, p *watchedPod, taken ti
 	steps.test(jsonText(gateName), "spec", "schedulingGates", strconv.Itoa(index), "name")
 	steps.remove("spec", "schedulingGates", strconv.Itoa(index))
 	steps.add(jsonText(strconv.FormatInt(time.Now().Unix(), 10)), "metadata", "labels", labelGated)
-	err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps)
+	err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps.json())
 	switch {
 	case err == nil:
 		waited := time.Since(p.created)
@@ -223,7 +223,7 @@ func (g *gate) letGo(ctx context.Context, p *watchedPod) (again time.Duration) {
 	var steps patch
 	steps.test(jsonText(p.uid), "metadata", "uid")
 	steps.remove("metadata", "labels", labelGated)
-	err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps)
+	err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps.json())
 	if err != nil && !errors.Is(err, errPodChanged) && !errors.Is(err, errNoPod) && ctx.Err() == nil {
 		g.log.Warn("label not removed, to be retried", "namespace", p.namespace, "pod", p.name, "error", err.Error())
 		return time.Second

@@ -103,7 +103,7 @@ type gateLine struct {
 	heldAt     time.Time       // and the tokens
 	subscribed map[string]bool // tokens
 	retry      *backoff
-	logged     time.Time
+	limit      logLimiter
 }
 
 func newGateLine(g *gate, id semaphoreID) *gateLine {
@@ -198,9 +198,10 @@ func (l *gateLine) look(ctx context.Context) time.Duration {
 	switch {
 	case err == nil:
 		l.retry = newGateBackoff()
-	case ctx.Err() == nil && time.Since(l.logged) > logEvery:
-		l.log.Warn("the line is not kept, to be retried", "error", err.Error())
-		l.logged = time.Now()
+	case ctx.Err() == nil:
+		if _, ok := l.limit.allow(); ok {
+			l.log.Warn("the line is not kept, to be retried", "error", err.Error())
+		}
 	}
 	if err != nil {
 		return l.retry.next()
@@ -326,7 +327,7 @@ func (l *gateLine) settle(ctx context.Context, pods []*seenGatedPod) {
 		case state == podLeaves:
 			l.change(p, func() time.Duration { return l.gate.letGo(ctx, p.watchedPod) })
 		case !late.IsZero() && time.Since(late) > l.gate.unschedulable && !p.sidecarRan():
-			l.log.Warn("the pod has not started in time: its token goes stale", "pod", p.name, "token", p.uid, "reason", p.scheduled.reason)
+			l.log.Warn("the pod has not started in time: its token goes stale", "pod", p.name, "token", p.uid, "reason", p.unscheduledReason)
 			l.gate.event(p.watchedPod, true, reasonLate, "LettingGo", strconv.FormatInt(late.Unix(), 10), fmt.Sprintf(
 				"not started %s after its gate was lifted: its token of %s goes to another pod; should it start after all, it waits in Init:1/2", roughly(l.gate.unschedulable), l.id))
 			l.setState(p, state, podLeaves)

@@ -36,7 +36,8 @@ func newProcess(program string, args ...string) *process {
 // limitMemoryAsDeployed gives the processes that are started from now on the memory of a webhook's container in deploy/.
 func limitMemoryAsDeployed(t *testing.T) {
 	t.Helper()
-	t.Setenv("GOMEMLIMIT", fmt.Sprintf("%.0f", memoryShare*(256<<20)))
+	t.Setenv("GOMEMLIMIT", "128MiB")
+	t.Setenv("GOGC", "400")
 }
 
 func startProcess(t *testing.T, args ...string) *process {

@@ -228,8 +228,9 @@ func startWebhook(t testing.TB, c webhookConfig) *testWebhook {
 	must(t, err)
 	a, err := newAdmitter(c, newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log))
 	must(t, err)
-	w := &webhook{admitter: a, callers: who, bounds: newBounds(), log: log}
+	w := &webhook{admitter: a, callers: who, bounds: newBounds(), limit: logLimiter{most: badCallersLogged}, log: log}
 	w.semaphores.metrics = newMetrics(c.redis.counts)
+	w.semaphores.metrics.countVerdicts()
 	w.semaphores.metrics.watchSemaphores(w.semaphores)
 	w.semaphores.metrics.watchGate(w.pulse)
 	server := httptest.NewUnstartedServer(w.routes())

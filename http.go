@@ -280,17 +280,22 @@ func (b *bounds) read(ctx context.Context, rw http.ResponseWriter, r *http.Reque
 // objects is how many JSON objects a text has, at most.
 func objects(text []byte) int { return bytes.Count(text, []byte("{")) }
 
+// badCallersLogged is how many lines about bad requests and connections are logged in each logEvery.
+const badCallersLogged = 10
+
 // httpErrors logs what a server of net/http has to say.
 type httpErrors struct {
 	log   *slog.Logger
-	noise noise
+	limit logLimiter
 }
 
-func newHTTPErrors(to *slog.Logger) *log.Logger { return log.New(&httpErrors{log: to}, "", 0) }
+func newHTTPErrors(to *slog.Logger) *log.Logger {
+	return log.New(&httpErrors{log: to, limit: logLimiter{most: badCallersLogged}}, "", 0)
+}
 
 // Write implements io.Writer.
 func (e *httpErrors) Write(line []byte) (int, error) {
-	if dropped, ok := e.noise.take(); ok {
+	if dropped, ok := e.limit.allow(); ok {
 		e.log.Warn("a connection or request failed", "error", strings.TrimSpace(string(line)), "notLoggedBefore", dropped)
 	}
 	return len(line), nil

@@ -17,7 +17,6 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 )
 
@@ -64,7 +63,7 @@ type kubernetes struct {
 	http    *http.Client
 	token   *followed[string]
 	ca      *followed[*x509.CertPool] // nil for the certificates of the system
-	slots   chan struct{}             // one for each call in flight
+	slots   slots                     // of calls in flight
 	pace    *pacer
 	events  *eventQueue
 	bounds  watchBounds
@@ -73,7 +72,7 @@ type kubernetes struct {
 
 // newKubernetes reads the files, and connects when it is first used. Its method run has to run beside it.
 func newKubernetes(c kubernetesSettings, log *slog.Logger) (*kubernetes, error) {
-	k := &kubernetes{address: strings.TrimPrefix(c.address, "https://"), slots: make(chan struct{}, callsInFlight),
+	k := &kubernetes{address: strings.TrimPrefix(c.address, "https://"), slots: make(slots, callsInFlight),
 		pace: newPacer(callsPerSecond, callsPerSecond/2), events: newEventQueue(), bounds: newWatchBounds(), log: log}
 	var err error
 	if k.token, err = follow(log, parseToken, func(string) {}, c.tokenFile); err != nil {
@@ -143,8 +142,8 @@ func (k *kubernetes) getPod(ctx context.Context, namespace, name, uid string) (p
 
 // patchPod changes a pod by a JSON patch, which should test all that it relies on, the UID first: then it is safe to send it twice.
 // Its errors are errNoPod, errPodChanged, errTryAgain, and others (see there).
-func (k *kubernetes) patchPod(ctx context.Context, namespace, name string, steps patch) error {
-	return k.call(ctx, http.MethodPatch, podPath(namespace, name), "application/json-patch+json", steps.json(), nil)
+func (k *kubernetes) patchPod(ctx context.Context, namespace, name string, patch []byte) error {
+	return k.call(ctx, http.MethodPatch, podPath(namespace, name), "application/json-patch+json", patch, nil)
 }
 
 func podsPath(namespace string) string {
@@ -158,16 +157,15 @@ func podPath(namespace, name string) string { return podsPath(namespace) + "/" +
 
 // call sends a request that is about one object, in its turn, and reads the answer by read unless that is nil.
 func (k *kubernetes) call(ctx context.Context, method, path, contentType string, body []byte, read func(io.Reader) error) error {
-	select {
-	case k.slots <- struct{}{}:
-		defer func() { <-k.slots }()
-	case <-ctx.Done():
-		return context.Cause(ctx)
+	free, err := k.slots.take(ctx)
+	if err != nil {
+		return err
 	}
+	defer free()
 	if err := k.pace.wait(ctx); err != nil { // last, so that none that waited for a slot passes while all are held
 		return err
 	}
-	err := k.exchange(ctx, callTimeout, method, path, contentType, body, read)
+	err = k.exchange(ctx, callTimeout, method, path, contentType, body, read)
 	if after := retryAfter(err); after > 0 {
 		k.pace.hold(after)
 	}
@@ -300,9 +298,7 @@ type podEvent struct {
 type eventQueue struct {
 	waiting chan podEvent
 	pace    *pacer
-
-	mu     sync.Mutex
-	logged time.Time
+	limit   logLimiter
 }
 
 func newEventQueue() *eventQueue {
@@ -333,11 +329,8 @@ func (k *kubernetes) sendEvents(ctx context.Context) {
 }
 
 func (k *kubernetes) logEventFailure(err error) {
-	k.events.mu.Lock()
-	defer k.events.mu.Unlock()
-	if time.Since(k.events.logged) > logEvery {
+	if _, ok := k.events.limit.allow(); ok {
 		k.log.Warn("events of pods left out", "error", err.Error())
-		k.events.logged = time.Now()
 	}
 }
 

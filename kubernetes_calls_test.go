@@ -43,27 +43,27 @@ func TestKubernetesPatch(t *testing.T) {
 		}
 	}
 	uid := string(s.createPod(t, n, testGatedPod("p")).UID)
-	if err := k.patchPod(t.Context(), n, "p", liftGate("00000000-0000-0000-0000-000000000000")); !errors.Is(err, errPodChanged) {
+	if err := k.patchPod(t.Context(), n, "p", liftGate("00000000-0000-0000-0000-000000000000").json()); !errors.Is(err, errPodChanged) {
 		t.Errorf("another pod's UID: %v", err)
 	}
 	wantGates("example.org/other", testGate)
-	must(t, k.patchPod(t.Context(), n, "p", liftGate(uid)))
+	must(t, k.patchPod(t.Context(), n, "p", liftGate(uid).json()))
 	wantGates("example.org/other")
-	if err := k.patchPod(t.Context(), n, "p", liftGate(uid)); !errors.Is(err, errPodChanged) {
+	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errPodChanged) {
 		t.Errorf("a second time: %v", err)
 	}
 	wantGates("example.org/other")
 	var old patch
 	old.test(jsonText("1"), "metadata", "resourceVersion")
 	old.add(jsonText("false"), "metadata", "labels", testLabel)
-	if err := k.patchPod(t.Context(), n, "p", old); !errors.Is(err, errPodChanged) {
+	if err := k.patchPod(t.Context(), n, "p", old.json()); !errors.Is(err, errPodChanged) {
 		t.Errorf("another version: %v", err)
 	}
 	s.deletePod(t, n, "p")
-	if err := k.patchPod(t.Context(), n, "p", liftGate(uid)); !errors.Is(err, errNoPod) {
+	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errNoPod) {
 		t.Errorf("no pod: %v", err)
 	}
-	if err := k.patchPod(t.Context(), n+"-none", "p", liftGate(uid)); !errors.Is(err, errNoPod) {
+	if err := k.patchPod(t.Context(), n+"-none", "p", liftGate(uid).json()); !errors.Is(err, errNoPod) {
 		t.Errorf("no namespace: %v", err)
 	}
 }
@@ -102,7 +102,7 @@ func TestKubernetesRefusals(t *testing.T) {
 			}
 		}
 		s.fail(c.fault)
-		err := k.patchPod(t.Context(), n, "p", liftGate(uid))
+		err := k.patchPod(t.Context(), n, "p", liftGate(uid).json())
 		for _, sentinel := range sentinels {
 			if errors.Is(err, sentinel) != (sentinel == c.want) {
 				t.Errorf("%d: %v is %q: %v", c.code, err, sentinel, errors.Is(err, sentinel))
@@ -118,16 +118,16 @@ func TestKubernetesRefusals(t *testing.T) {
 
 	s.fail(nil)
 	s.stop()
-	if err := k.patchPod(t.Context(), n, "p", liftGate(uid)); !errors.Is(err, errTryAgain) {
+	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errTryAgain) {
 		t.Errorf("no server: %v", err)
 	}
 	s.start(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := k.patchPod(ctx, n, "p", liftGate(uid)); !errors.Is(err, context.Canceled) || errors.Is(err, errTryAgain) {
+	if err := k.patchPod(ctx, n, "p", liftGate(uid).json()); !errors.Is(err, context.Canceled) || errors.Is(err, errTryAgain) {
 		t.Errorf("a context that is done: %v", err)
 	}
-	must(t, k.patchPod(t.Context(), n, "p", liftGate(uid)))
+	must(t, k.patchPod(t.Context(), n, "p", liftGate(uid).json()))
 }
 
 // A patch whose answer is lost may be sent again.
@@ -141,11 +141,11 @@ func TestKubernetesLostAnswer(t *testing.T) {
 		s.direct(t, r.Method, r.URL.Path, liftGate(uid), nil)
 		panic(http.ErrAbortHandler)
 	})
-	if err := k.patchPod(t.Context(), n, "p", liftGate(uid)); !errors.Is(err, errTryAgain) {
+	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errTryAgain) {
 		t.Errorf("the first time: %v", err)
 	}
 	s.fail(nil)
-	if err := k.patchPod(t.Context(), n, "p", liftGate(uid)); !errors.Is(err, errPodChanged) {
+	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errPodChanged) {
 		t.Errorf("the second time: %v", err)
 	}
 	p, err := k.getPod(t.Context(), n, "p", uid)
@@ -168,7 +168,7 @@ func TestKubernetesIsGentle(t *testing.T) {
 	for i := range patches {
 		s.createPod(t, n, testGatedPod(fmt.Sprintf("p%d", i)))
 	}
-	must(t, k.patchPod(t.Context(), n, "p0", patch{})) // those that dial at once close what they do not need
+	must(t, k.patchPod(t.Context(), n, "p0", patch{}.json())) // those that dial at once close what they do not need
 	var inFlight, most, done atomic.Int32
 	var mu sync.Mutex
 	var last time.Time
@@ -198,7 +198,7 @@ func TestKubernetesIsGentle(t *testing.T) {
 		wg.Go(func() {
 			var steps patch
 			steps.add(jsonText("yes"), "metadata", "labels", annotationPrefix+"changed")
-			if err := k.patchPod(t.Context(), n, fmt.Sprintf("p%d", i), steps); errors.Is(err, errTryAgain) {
+			if err := k.patchPod(t.Context(), n, fmt.Sprintf("p%d", i), steps.json()); errors.Is(err, errTryAgain) {
 				refused.Add(1)
 			} else if err != nil {
 				t.Error(err)

@@ -169,7 +169,7 @@ func TestKubernetesRights(t *testing.T) {
 	var annotate patch
 	refused["new annotation"](&annotate)
 	eventually(t, time.Minute, func() error {
-		err := k.patchPod(t.Context(), n, "p", annotate)
+		err := k.patchPod(t.Context(), n, "p", annotate.json())
 		if err == nil {
 			var back patch
 			back.remove("metadata", "annotations", "example.org/new")
@@ -183,7 +183,7 @@ func TestKubernetesRights(t *testing.T) {
 	for name, steps := range refused {
 		var p patch
 		steps(&p)
-		if err := k.patchPod(t.Context(), n, "p", p); !isPolicy(err) {
+		if err := k.patchPod(t.Context(), n, "p", p.json()); !isPolicy(err) {
 			t.Errorf("%s: %v", name, err)
 		}
 		// The policy is about this account, and the change itself is possible.
@@ -202,7 +202,7 @@ func TestKubernetesRights(t *testing.T) {
 	} {
 		var p patch
 		steps(&p)
-		must(t, k.patchPod(t.Context(), n, "p", p))
+		must(t, k.patchPod(t.Context(), n, "p", p.json()))
 	}
 	got, err := k.getPod(t.Context(), n, "p", uid)
 	must(t, err)

@@ -36,8 +36,7 @@ func TestWatchedPod(t *testing.T) {
 	got := fmt.Sprintf("%+v", *o.watched())
 	want := fmt.Sprintf("%+v", watchedPod{namespace: "shop", name: "p", uid: "some-uid", version: "7", created: at.Time, deleted: true,
 		labels: map[string]string{testLabel: "true"}, annotations: map[string]string{annotationKey: "web"}, gates: []string{"example.org/other", testGate},
-		node: "node1", phase: "Pending", scheduled: podScheduled{"False", "Unschedulable", strings.Repeat("x", 500), at.Time},
-		initContainers: []initContainer{{sidecarName, true, "running", at.Time}, {awaitName, false, "terminated", at.Time}}})
+		phase: "Pending", unscheduledReason: "Unschedulable", initContainers: []initContainer{{sidecarName, "running"}, {awaitName, "terminated"}}})
 	if got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}

@@ -24,25 +24,15 @@ type watchedPod struct {
 	deleted              bool              // it is being deleted
 	labels, annotations  map[string]string // ours, those with annotationPrefix
 	gates                []string
-	node                 string // empty until it is scheduled
 	phase                string
-	scheduled            podScheduled
+	unscheduledReason    string          // of the condition PodScheduled, such as Unschedulable
 	initContainers       []initContainer // ours
-}
-
-// podScheduled is the condition PodScheduled. It is empty until something looked at the pod.
-type podScheduled struct {
-	status, reason string // True; False with SchedulingGated or Unschedulable
-	message        string
-	since          time.Time
 }
 
 // initContainer is the state of the sidecar, or of await.
 type initContainer struct {
-	name    string
-	started bool
-	state   string    // waiting, running or terminated; empty if the kubelet has not said
-	since   time.Time // if it runs, or ended
+	name  string
+	state string // waiting, running or terminated; empty if the kubelet has not said
 }
 
 // podObject is what is read of a pod in JSON.
@@ -59,28 +49,19 @@ type podObject struct {
 	} `json:"metadata"`
 	Spec struct {
 		SchedulingGates []named `json:"schedulingGates"`
-		NodeName        string  `json:"nodeName"`
 	} `json:"spec"`
 	Status struct {
 		Phase      string `json:"phase"`
 		Conditions []struct {
-			Type               string    `json:"type"`
-			Status             string    `json:"status"`
-			Reason             string    `json:"reason"`
-			Message            string    `json:"message"`
-			LastTransitionTime time.Time `json:"lastTransitionTime"`
+			Type   string `json:"type"`
+			Reason string `json:"reason"`
 		} `json:"conditions"`
 		InitContainerStatuses []struct {
-			Name    string `json:"name"`
-			Started bool   `json:"started"`
-			State   struct {
-				Waiting *struct{} `json:"waiting"`
-				Running *struct {
-					StartedAt time.Time `json:"startedAt"`
-				} `json:"running"`
-				Terminated *struct {
-					FinishedAt time.Time `json:"finishedAt"`
-				} `json:"terminated"`
+			Name  string `json:"name"`
+			State struct {
+				Waiting    *struct{} `json:"waiting"`
+				Running    *struct{} `json:"running"`
+				Terminated *struct{} `json:"terminated"`
 			} `json:"state"`
 		} `json:"initContainerStatuses"`
 	} `json:"status"`
@@ -90,26 +71,26 @@ func (o *podObject) watched() *watchedPod {
 	m := &o.Metadata
 	p := &watchedPod{
 		namespace: shared(m.Namespace), name: m.Name, uid: m.UID, version: m.ResourceVersion, created: m.CreationTimestamp, deleted: m.DeletionTimestamp != nil,
-		labels: ours(m.Labels), annotations: ours(m.Annotations), node: shared(o.Spec.NodeName), phase: shared(o.Status.Phase),
+		labels: ours(m.Labels), annotations: ours(m.Annotations), phase: shared(o.Status.Phase),
 	}
 	for _, g := range o.Spec.SchedulingGates {
 		p.gates = append(p.gates, shared(g.Name))
 	}
 	for _, c := range o.Status.Conditions {
 		if c.Type == "PodScheduled" {
-			p.scheduled = podScheduled{shared(c.Status), shared(c.Reason), shared(truncate(c.Message, 500)), c.LastTransitionTime}
+			p.unscheduledReason = shared(c.Reason)
 		}
 	}
 	for _, s := range o.Status.InitContainerStatuses {
 		if s.Name != sidecarName && s.Name != awaitName {
 			continue
 		}
-		c := initContainer{name: shared(s.Name), started: s.Started}
+		c := initContainer{name: shared(s.Name)}
 		switch {
 		case s.State.Terminated != nil:
-			c.state, c.since = "terminated", s.State.Terminated.FinishedAt
+			c.state = "terminated"
 		case s.State.Running != nil:
-			c.state, c.since = "running", s.State.Running.StartedAt
+			c.state = "running"
 		case s.State.Waiting != nil:
 			c.state = "waiting"
 		}
@@ -221,7 +202,7 @@ type podWatch struct {
 	version   string                 // up to which it was told
 	retry     *backoff
 	waited    time.Duration // last, in pause
-	logged    time.Time     // when a failure was logged
+	limit     logLimiter    // of lines about failures
 	log       *slog.Logger
 }
 
@@ -306,9 +287,8 @@ func (w *podWatch) follow(ctx context.Context) error {
 
 // pause waits before the next attempt, however the last one ended. Its error is that of ctx.
 func (w *podWatch) pause(ctx context.Context, failed error) error {
-	if ctx.Err() == nil && failed != nil && time.Since(w.logged) > logEvery {
+	if _, ok := w.limit.allow(); ok && ctx.Err() == nil && failed != nil {
 		w.log.Warn("watch of pods ended, tries again", "error", failed.Error())
-		w.logged = time.Now()
 	}
 	w.waited = w.retry.next()
 	if after := retryAfter(failed); after > 0 {

@@ -165,7 +165,7 @@ func TestKubernetesListsAndWatches(t *testing.T) {
 		}
 		return nil
 	})
-	if p := k.get("p7"); p.namespace != n || p.phase != "Pending" || p.scheduled.reason != "SchedulingGated" || time.Since(p.created) > time.Minute ||
+	if p := k.get("p7"); p.namespace != n || p.phase != "Pending" || p.unscheduledReason != "SchedulingGated" || time.Since(p.created) > time.Minute ||
 		!slices.Equal(p.gates, []string{"example.org/other", testGate}) || len(p.annotations) != 1 || p.annotations[annotationKey] != "web" {
 		t.Errorf("got %+v", p)
 	}

@@ -24,7 +24,7 @@ var durationBuckets = []float64{.0002, .0005, .001, .002, .005, .01, .02, .05, .
 // metrics are what a webhook tells Prometheus. A sidecar has none: nil counts nothing.
 type metrics struct {
 	registry   *prometheus.Registry
-	admissions *prometheus.HistogramVec // by verdict
+	admissions *prometheus.HistogramVec // by verdict; see countVerdicts
 	scripts    *prometheus.HistogramVec // by script: attempts that were answered
 	failures   *prometheus.CounterVec   // by kind: attempts that were not, or with an error
 	locks      *prometheus.CounterVec   // by outcome
@@ -36,8 +36,6 @@ type metrics struct {
 func newMetrics(counts *redisCounts) *metrics {
 	m := &metrics{
 		registry: prometheus.NewRegistry(),
-		admissions: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: metricsPrefix + "admission_duration_seconds",
-			Help: "Time from an admission request for an annotated pod to its answer.", Buckets: durationBuckets}, []string{"verdict"}),
 		scripts: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: metricsPrefix + "script_duration_seconds",
 			Help: "Time from sending a script to the queue to its answer.", Buckets: durationBuckets}, []string{"script"}),
 		failures: prometheus.NewCounterVec(prometheus.CounterOpts{Name: metricsPrefix + "redis_errors_total",
@@ -48,9 +46,6 @@ func newMetrics(counts *redisCounts) *metrics {
 			Help: "Time for which the lock was held for a repair.", Buckets: durationBuckets}),
 		repaired: prometheus.NewCounterVec(prometheus.CounterOpts{Name: metricsPrefix + "repaired_tokens_total",
 			Help: "Tokens that repairs have reclaimed (stale ones), refilled (missing ones) or trimmed (surplus ones)."}, []string{"action"}),
-	}
-	for _, verdict := range verdicts {
-		m.admissions.WithLabelValues(verdict)
 	}
 	for _, script := range scriptNames {
 		m.scripts.WithLabelValues(script)
@@ -64,7 +59,7 @@ func newMetrics(counts *redisCounts) *metrics {
 	for _, action := range []string{"reclaimed", "refilled", "trimmed"} {
 		m.repaired.WithLabelValues(action)
 	}
-	m.registry.MustRegister(m.admissions, m.scripts, m.failures, m.locks, m.locked, m.repaired,
+	m.registry.MustRegister(m.scripts, m.failures, m.locks, m.locked, m.repaired,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "redis_connections",
 			Help: "Open connections to Redis: to the queue, Sentinels and lock servers."}, func() float64 { return float64(counts.open.Load()) }),
 		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: metricsPrefix + "failovers_total",
@@ -86,18 +81,12 @@ func (m *metrics) handler(log *slog.Logger) http.Handler {
 	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn), MaxRequestsInFlight: 4})
 }
 
-func (m *metrics) admission(verdict string, took time.Duration) {
-	if m != nil {
-		m.admissions.WithLabelValues(verdict).Observe(took.Seconds())
-	}
-}
-
-// script counts an attempt to run one.
-func (m *metrics) script(script *script, took time.Duration, err error) {
+// script counts an attempt to run the script of a name.
+func (m *metrics) script(name string, took time.Duration, err error) {
 	switch {
 	case m == nil:
 	case err == nil:
-		m.scripts.WithLabelValues(script.name).Observe(took.Seconds())
+		m.scripts.WithLabelValues(name).Observe(took.Seconds())
 	default:
 		m.failures.WithLabelValues(kindOfError(err)).Inc()
 	}

@@ -64,7 +64,7 @@ func (p *patch) appendTo(list string, there *bool, item []byte) {
 	*there = true
 }
 
-func (p *patch) json() []byte { return jsonList(p.text) }
+func (p patch) json() []byte { return jsonList(p.text) }
 
 // jsonList is a list of items.
 func jsonList(items ...[]byte) []byte {

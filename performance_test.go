@@ -50,7 +50,6 @@ func init() {
 // serveFloor answers each POST with what was PUT last, and a GET with what /metrics tells of a process.
 func serveFloor(address, folder, redisAddress string) error {
 	log := slog.New(slog.DiscardHandler)
-	limitMemory(log)
 	cert, err := loadCertificate(folder, log)
 	if err != nil {
 		return err

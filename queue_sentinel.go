@@ -20,9 +20,6 @@ const (
 	// sentinelsSettle is for how long after a look-up any other process asks as often. Two Sentinels can each promote a replica at
 	// the same time; the one that loses takes writes until it is made a replica of the other, some ten seconds later.
 	sentinelsSettle = 20 * time.Second
-
-	// sentinelsAwayEvery is how often it is logged that no Sentinel answers.
-	sentinelsAwayEvery = time.Minute
 )
 
 // sentinelQueue is a queue of a primary and its replicas: the primary is the one that the Sentinels name.
@@ -31,7 +28,8 @@ type sentinelQueue struct {
 	address   queueAddress
 	settings  redisSettings
 	maxIdle   int
-	watchful  bool // always asks every sentinelsAskedEvery
+	watchful  bool       // always asks every sentinelsAskedEvery
+	limit     logLimiter // of lines about Sentinels that do not answer
 	log       *slog.Logger
 	lookups   *lookups
 
@@ -41,7 +39,6 @@ type sentinelQueue struct {
 	doubted bool         // a command has failed since it was known to be one
 	checked time.Time    // when it was last found to be one
 	asked   time.Time    // when the Sentinels were asked last
-	warned  time.Time    // when it was logged that no Sentinel answers
 }
 
 func newSentinelQueue(address queueAddress, settings redisSettings, maxIdle int, log *slog.Logger) *sentinelQueue {
@@ -202,10 +199,9 @@ func (q *sentinelQueue) askOne(ctx context.Context, sentinel string) (a sentinel
 func (q *sentinelQueue) warn(err error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if time.Since(q.warned) > sentinelsAwayEvery {
+	if _, ok := q.limit.allow(); ok {
 		q.log.Warn("no Sentinel answers, going on with the primary that is known", "queueRedis", q.address.text,
 			"primary", q.primary.address, "error", err.Error())
-		q.warned = time.Now()
 	}
 }
 

@@ -92,6 +92,14 @@ const (
 	releaseLeft = 2
 )
 
+const (
+	// giveBackGrace bounds the time in which a process that ends gives back the tokens that no pod will use.
+	giveBackGrace = 5 * time.Second
+
+	// idleConnections is how many connections to each queue server a process that serves many pods keeps.
+	idleConnections = 64
+)
+
 // semaphores are the counting semaphores in a queue.
 type semaphores struct {
 	address           queueAddress
@@ -110,8 +118,8 @@ type semaphores struct {
 
 	background sync.WaitGroup // of repairs, watches, and tokens that are given back
 	closing    context.Context
-	stop       func()        // ends closing
-	releasing  chan struct{} // has room for as many as may be given back at once
+	stop       func() // ends closing
+	releasing  slots  // of tokens that are given back at once: a slow Redis is not asked by hundreds
 }
 
 func newSemaphores(c sharedConfig, locks locker, maxIdle int, log *slog.Logger) *semaphores {
@@ -128,7 +136,7 @@ func newSemaphores(c sharedConfig, locks locker, maxIdle int, log *slog.Logger) 
 		closing:           closing,
 		outages:           outages{parts: map[int]outage{}},
 		stop:              stop,
-		releasing:         make(chan struct{}, 4),
+		releasing:         make(slots, 4),
 	}
 }
 
@@ -206,9 +214,12 @@ func (s *semaphores) releaseRetrying(ctx context.Context, id semaphoreID, token 
 func (s *semaphores) giveBack(id semaphoreID, token string) {
 	ctx, cancel := context.WithTimeout(context.Background(), s.staleThreshold)
 	defer cancel()
-	s.releasing <- struct{}{} // a Redis that is slow is not asked by hundreds at once
-	defer func() { <-s.releasing }()
-	status, err := s.releaseWithin(ctx, id, token)
+	var status int
+	free, err := s.releasing.take(ctx)
+	if err == nil {
+		status, err = s.releaseWithin(ctx, id, token)
+		free()
+	}
 	log := s.log.With("namespace", id.namespace, "key", id.key, "token", token)
 	switch {
 	case err != nil:

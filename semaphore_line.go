@@ -56,7 +56,7 @@ type waiter struct {
 
 	logged         time.Time // that it waits
 	loggedPosition int
-	failed         time.Time // logged why there is no token yet
+	limit          logLimiter // of lines about why there is no token yet
 }
 
 // wait returns when the token is in flight: when Redis was asked that said so, and whether the waiter stood in line before; or the
@@ -142,9 +142,8 @@ func (w *waiter) repair(ctx context.Context, asked time.Time, q question) error 
 // fail says why there is no token yet.
 func (w *waiter) fail(err error) {
 	w.say(err.Error())
-	if time.Since(w.failed) > logEvery {
+	if _, ok := w.limit.allow(); ok {
 		w.log.Warn("no token yet, to be retried", "error", err.Error())
-		w.failed = time.Now()
 	}
 }
 
@@ -243,7 +242,7 @@ func (w *waiter) listen(ctx context.Context) *calls {
 
 // hearAgain listens by hear, which returns when the subscription fails, until ctx is done.
 func hearAgain(ctx context.Context, log *slog.Logger, hear func() error) {
-	var logged time.Time
+	var limit logLimiter
 	for retry := newBackoff(250*time.Millisecond, pollMost); ; {
 		start := time.Now()
 		err := hear()
@@ -253,9 +252,8 @@ func hearAgain(ctx context.Context, log *slog.Logger, hear func() error) {
 		if time.Since(start) > 2*pollMost {
 			retry = newBackoff(250*time.Millisecond, pollMost)
 		}
-		if time.Since(logged) > logEvery {
+		if _, ok := limit.allow(); ok {
 			log.Warn("cannot be called when a token comes free, asks every few seconds", "error", err.Error())
-			logged = time.Now()
 		}
 		if sleep(ctx, retry.next()) != nil {
 			return

@@ -112,7 +112,7 @@ func hasTime(ctx context.Context) bool {
 func (s *semaphores) turn(ctx context.Context, script *script, id semaphoreID) (server *queueServer, free func(), err error) {
 	defer func() {
 		if err != nil && !errors.Is(err, errTooMany) {
-			s.metrics.script(script, 0, err)
+			s.metrics.script(script.name, 0, err)
 		}
 	}()
 	server, err = s.queue.find(ctx, id)
@@ -139,7 +139,7 @@ func (s *semaphores) turn(ctx context.Context, script *script, id semaphoreID) (
 // attempt runs a script once. It is not cut off by the end of ctx, but takes no more time than ctx has.
 func (s *semaphores) attempt(ctx context.Context, server *queueServer, timeout time.Duration, script *script, id semaphoreID, args []any) (status int, rest []any, err error) {
 	start := time.Now()
-	defer func() { s.metrics.script(script, time.Since(start), err) }()
+	defer func() { s.metrics.script(script.name, time.Since(start), err) }()
 	deadline := start.Add(timeout)
 	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
 		deadline = d

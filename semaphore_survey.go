@@ -392,9 +392,6 @@ const (
 	// surveyFresh is for how long scrapes share a look.
 	surveyFresh = time.Second
 
-	// surveyLogEvery is how often it is logged that Redis cannot be looked at.
-	surveyLogEvery = time.Minute
-
 	// mostMeasured is of how many semaphores there are metrics. Those that are left out have the fewest tokens in use, and no line.
 	mostMeasured = 1000
 )
@@ -448,7 +445,7 @@ type surveyor struct {
 	shown  []semaphoreState // those with metrics of their own
 	seen   int              // all semaphores
 	err    error
-	logged time.Time
+	limit  logLimiter
 }
 
 // watchSemaphores adds what is in the queue.
@@ -501,8 +498,9 @@ func (v *surveyor) look() {
 		return cmp.Or(cmp.Compare(b.waiting, a.waiting), cmp.Compare(b.inUse, a.inUse))
 	})
 	v.seen, v.shown = len(states), slices.Clone(states[:min(len(states), mostMeasured)]) // the others are not kept until the next look
-	if v.err != nil && time.Since(v.logged) > surveyLogEvery {
-		v.semaphores.log.Warn("the semaphores cannot be read for the metrics", "error", v.err.Error())
-		v.logged = time.Now()
+	if v.err != nil {
+		if _, ok := v.limit.allow(); ok {
+			v.semaphores.log.Warn("the semaphores cannot be read for the metrics", "error", v.err.Error())
+		}
 	}
 }

@@ -31,7 +31,7 @@ type sidecar struct {
 	log        *slog.Logger
 	grace      context.Context // done when the grace period is over, or the process is to end
 	failing    bool            // the last heartbeat failed
-	logged     time.Time       // when that was logged
+	limit      logLimiter      // of lines about that
 
 	locksClosed chan struct{} // closed while there are no connections to lock servers
 }
@@ -176,16 +176,18 @@ func (s *sidecar) beat(ctx context.Context) error {
 	defer cancel()
 	rejoined, err := s.semaphores.heartbeat(attempt, s.id, s.token, s.pod, time.Since(s.held))
 	switch {
-	case err != nil && (!s.failing || time.Since(s.logged) > logEvery):
-		s.log.Warn("heartbeat failed, to be retried", "error", err.Error())
-		s.logged = time.Now()
 	case err != nil:
+		if _, ok := s.limit.allow(); ok {
+			s.log.Warn("heartbeat failed, to be retried", "error", err.Error())
+		}
 	case rejoined:
 		s.log.Warn("the token was not in flight (reclaimed as stale, or lost with Redis): counted again")
 	case s.failing:
 		s.log.Info("heartbeat succeeds again")
 	}
-	s.failing = err != nil
+	if s.failing = err != nil; !s.failing {
+		s.limit.reset()
+	}
 	return err
 }
 

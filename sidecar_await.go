@@ -58,12 +58,12 @@ func runAwait(ctx context.Context, podUID string, log *slog.Logger) error {
 
 // await asks a pod's sidecar.
 type await struct {
-	podUID     string
-	log        *slog.Logger
-	now        func() time.Time
-	heard      string    // what it said last
-	answered   time.Time // when it was there last
-	complained time.Time
+	podUID   string
+	log      *slog.Logger
+	now      func() time.Time
+	heard    string     // what it said last
+	answered time.Time  // when it was there last
+	limit    logLimiter // of lines about a sidecar that does not answer
 }
 
 func newAwait(podUID string, log *slog.Logger) *await {
@@ -119,11 +119,12 @@ func (a *await) ask(ctx context.Context) (held bool, err error) {
 
 // complain logs that no sidecar answers, after a while and then every logEvery.
 func (a *await) complain(err error) {
-	now := a.now()
-	if now.Sub(a.answered) < awaitPatience || now.Sub(a.complained) < logEvery {
+	if a.now().Sub(a.answered) < awaitPatience {
 		return
 	}
-	a.complained = now
+	if _, ok := a.limit.allow(); !ok {
+		return
+	}
 	a.log.Warn("the sidecar does not answer, to be asked again; it must be the init container before this one, and run",
 		"container", sidecarName, "error", err.Error())
 }

@@ -116,34 +116,37 @@ func (p *pacer) hold(d time.Duration) {
 	}
 }
 
-// logEvery is how often a waiter logs that it waits.
+// logEvery is the time between two log lines about the same lasting condition.
 const logEvery = time.Minute
 
-// noiseLogged lines of what strangers cause are logged in each noiseEvery.
-const (
-	noiseEvery  = time.Minute
-	noiseLogged = 10
-)
+// logLimiter caps how often one kind of line is logged: most lines, or one if most is zero, in each logEvery.
+type logLimiter struct {
+	most int
 
-// noise is what strangers cause: it is logged, and must not fill the log.
-type noise struct {
 	mu      sync.Mutex
 	since   time.Time
 	lines   int
 	dropped int
 }
 
-// take reports whether a line may be logged now, and how many were not before it.
-func (n *noise) take() (dropped int, ok bool) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	if time.Since(n.since) > noiseEvery {
-		n.since, n.lines = time.Now(), 0
+// allow reports whether a line may be logged now, and how many were dropped before it.
+func (l *logLimiter) allow() (dropped int, ok bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if time.Since(l.since) > logEvery {
+		l.since, l.lines = time.Now(), 0
 	}
-	if n.lines++; n.lines > noiseLogged {
-		n.dropped++
+	if l.lines++; l.lines > max(1, l.most) {
+		l.dropped++
 		return 0, false
 	}
-	dropped, n.dropped = n.dropped, 0
+	dropped, l.dropped = l.dropped, 0
 	return dropped, true
+}
+
+// reset makes the next line allowed: it is about another condition.
+func (l *logLimiter) reset() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.since = time.Time{}
 }

@@ -7,14 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math"
 	"mime"
 	"net"
 	"net/http"
-	"os"
-	"runtime/debug"
 	"strconv"
-	"strings"
 	"time"
 
 	admissionv1 "k8s.io/api/admission/v1"
@@ -26,17 +22,13 @@ const (
 	defaultTimeout = 10 * time.Second
 	maxTimeout     = 30 * time.Second
 
-	// After SIGTERM, admissions that have begun get admissionGrace to be finished, and then an error; what they took is
-	// given back within giveBackGrace after that. Kubernetes kills after 30 seconds.
+	// admissionGrace is the time after SIGTERM in which admissions that have begun may finish; then they get an error, and
+	// giveBackGrace begins. Kubernetes kills after 30 seconds.
 	admissionGrace = 20 * time.Second
-	giveBackGrace  = 5 * time.Second
-
-	idleConnections = 64
 )
 
 // runWebhook serves until ctx is done, and then finishes what it has begun.
 func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
-	limitMemory(log)
 	cert, err := loadCertificate(c.certDir, log)
 	if err != nil {
 		return err
@@ -59,13 +51,14 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	c.redis.counts = new(redisCounts)
 	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log)
 	s.metrics = newMetrics(c.redis.counts)
+	s.metrics.countVerdicts()
 	s.metrics.watchCertificate(cert)
 	s.metrics.watchSemaphores(s)
 	a, err := newAdmitter(c, s)
 	if err != nil {
 		return err
 	}
-	w := &webhook{admitter: a, callers: who, bounds: newBounds(), log: log, stopping: ctx.Done()}
+	w := &webhook{admitter: a, callers: who, bounds: newBounds(), limit: logLimiter{most: badCallersLogged}, log: log, stopping: ctx.Done()}
 	s.metrics.watchGate(w.pulse)
 	admissions, endAdmissions := context.WithCancelCause(context.Background())
 	defer endAdmissions(nil)
@@ -132,7 +125,7 @@ type webhook struct {
 	admitter
 	callers  *callers
 	bounds   *bounds
-	noise    noise // bad requests
+	limit    logLimiter // of lines about bad requests
 	log      *slog.Logger
 	stopping <-chan struct{}
 }
@@ -253,7 +246,7 @@ func (w *webhook) logAdmission(r *http.Request, d decision, err error, took time
 	case "":
 		return
 	case verdictBadRequest:
-		dropped, ok := w.noise.take()
+		dropped, ok := w.limit.allow()
 		if !ok {
 			return
 		}
@@ -328,36 +321,4 @@ func wantDelivered(rw http.ResponseWriter) error {
 		return fmt.Errorf("deliver the answer: %w", err)
 	}
 	return nil
-}
-
-const (
-	// memoryShare of what the container is allowed is what Go uses before it collects garbage at any cost. Below that, the heap may grow by
-	// heapGrowth percent, not by Go's 100, before it does: the heap is so small that it would do so dozens of times a second.
-	memoryShare = 0.5
-	heapGrowth  = 400
-)
-
-// limitMemory tells Go what the container is allowed, unless GOMEMLIMIT does, and to collect garbage seldom, unless GOGC does or nothing
-// limits the memory.
-func limitMemory(log *slog.Logger) {
-	if os.Getenv("GOMEMLIMIT") == "" {
-		limitToContainer(log)
-	}
-	if os.Getenv("GOGC") == "" && debug.SetMemoryLimit(-1) < math.MaxInt64 {
-		debug.SetGCPercent(heapGrowth)
-	}
-}
-
-func limitToContainer(log *slog.Logger) {
-	for _, file := range []string{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"} { // cgroup v2, v1
-		text, err := os.ReadFile(file)
-		if err != nil {
-			continue
-		}
-		if allowed, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64); err == nil && allowed < 1<<40 { // else "max", or as good as that
-			debug.SetMemoryLimit(int64(memoryShare * float64(allowed)))
-			log.Info("memory limited", "containerBytes", allowed)
-		}
-		return
-	}
 }

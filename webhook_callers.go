@@ -70,7 +70,7 @@ type callers struct {
 	names       []string // of certificates; empty for any that an authority has signed
 	log         *slog.Logger
 
-	noise noise // strangers
+	limit logLimiter // of lines about callers that do not know the path
 
 	mu     sync.Mutex
 	last   []goodPath // of the file
@@ -85,7 +85,7 @@ type formerPath struct {
 
 // newCallers reads the files.
 func newCallers(c webhookConfig, log *slog.Logger) (*callers, error) {
-	w := &callers{names: c.clientNames, log: log}
+	w := &callers{names: c.clientNames, limit: logLimiter{most: badCallersLogged}, log: log}
 	var err error
 	if c.pathSecretFile != "" {
 		if w.secrets, err = follow(log, parsePathSecrets, w.takeSecrets, c.pathSecretFile); err != nil {
@@ -150,7 +150,7 @@ func (w *callers) refuseStranger(remote string) string {
 	if w.secrets == nil {
 		return "not found: admission reviews are served at " + mutatePath
 	}
-	if dropped, ok := w.noise.take(); ok {
+	if dropped, ok := w.limit.allow(); ok {
 		w.log.Warn("somebody calls without the path's secret, or with another", "remote", remote, "notLoggedBefore", dropped)
 	}
 	return "not found: the path must end with the secret of --path-secret-file"
