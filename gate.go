@@ -32,7 +32,7 @@ const watchPatience = 200 * time.Millisecond
 type gate struct {
 	kubernetes    *kubernetes
 	semaphores    *semaphores
-	calls         *gateCalls
+	calls         *subscription
 	unschedulable time.Duration
 	metrics       *gateMetrics
 	log           *slog.Logger
@@ -89,7 +89,7 @@ func newGate(c gateConfig, log *slog.Logger) (*gate, error) {
 	if len(namespaces) == 0 {
 		namespaces = []string{""}
 	}
-	g := &gate{kubernetes: k, semaphores: s, calls: newGateCalls(s.queue, log), unschedulable: c.unschedulable, log: log,
+	g := &gate{kubernetes: k, semaphores: s, calls: newSubscription(s.queue, sideID, log), unschedulable: c.unschedulable, log: log,
 		lines: map[semaphoreID]*gateLine{}, ids: map[string]semaphoreID{}, unlisted: map[string]bool{}}
 	for _, namespace := range namespaces {
 		g.unlisted[namespace] = true
@@ -102,7 +102,7 @@ func newGate(c gateConfig, log *slog.Logger) (*gate, error) {
 func (g *gate) run(ctx context.Context) {
 	g.ctx = ctx
 	g.background.Go(func() { g.kubernetes.run(ctx) })
-	g.background.Go(func() { g.calls.run(ctx) })
+	g.background.Go(func() { g.calls.receiveRetrying(ctx) })
 	g.background.Go(func() { g.pulse(ctx) })
 	for _, namespace := range slices.Collect(maps.Keys(g.unlisted)) { // synced takes them away
 		g.background.Go(func() { g.kubernetes.watchPods(ctx, labelGated, namespace, g) })

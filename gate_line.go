@@ -87,10 +87,10 @@ const (
 
 // gateLine stands in the line of one semaphore for all pods that do not run yet.
 type gateLine struct {
-	gate *gate
-	id   semaphoreID
-	log  *slog.Logger
-	ring chan struct{} // something has happened
+	gate   *gate
+	id     semaphoreID
+	log    *slog.Logger
+	wakeup // something has happened
 
 	mu     sync.Mutex
 	pods   map[string]*gatedPod // by UID
@@ -107,20 +107,13 @@ type gateLine struct {
 }
 
 func newGateLine(g *gate, id semaphoreID) *gateLine {
-	return &gateLine{gate: g, id: id, log: g.log.With("namespace", id.namespace, "key", id.key), ring: make(chan struct{}, 1),
+	return &gateLine{gate: g, id: id, log: g.log.With("namespace", id.namespace, "key", id.key), wakeup: newWakeup(),
 		pods: map[string]*gatedPod{}, called: map[string]bool{}, next: map[int64]int64{}, subscribed: map[string]bool{}, retry: newGateBackoff()}
 }
 
 func newGateBackoff() *backoff { return newBackoff(250*time.Millisecond, pollMost) }
 
-func (l *gateLine) wake() {
-	select {
-	case l.ring <- struct{}{}:
-	default:
-	}
-}
-
-// call notes that Redis has called for a token.
+// call implements subscriber: it notes that Redis has called for a token.
 func (l *gateLine) call(token string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -178,7 +171,7 @@ func (l *gateLine) run(ctx context.Context) {
 		timer := time.NewTimer(max(pause, lineRest))
 		select {
 		case <-timer.C:
-		case <-l.ring:
+		case <-l.wakeup:
 			timer.Stop()
 			_ = sleep(ctx, lineRest) // for what happens at the same time
 		case <-ctx.Done():
@@ -540,7 +533,7 @@ func (l *gateLine) ask(ctx context.Context, waiting []*seenGatedPod, served map[
 			continue
 		}
 		if !a.place.reachable {
-			l.gate.calls.redial(l.id.channel(p.uid))
+			l.gate.calls.redial(l.id, p.uid)
 		}
 		pause = min(pause, w.untilPoll(a))
 	}
@@ -595,6 +588,6 @@ func (l *gateLine) subscribe(waiting []*seenGatedPod) {
 			less = append(less, token)
 		}
 	}
-	l.gate.calls.add(l, more)
-	l.gate.calls.remove(l, less)
+	l.gate.calls.add(l, l.id, more...)
+	l.gate.calls.remove(l.id, less...)
 }

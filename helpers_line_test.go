@@ -86,9 +86,11 @@ func stand(t *testing.T, r *redisServer, s *semaphores, id semaphoreID, reachabl
 	ctx, cancel := context.WithCancel(context.Background())
 	t.Cleanup(cancel)
 	if reachable {
-		c := &calls{ring: make(chan struct{}, 1)}
-		go func() { _ = (&waiter{semaphores: s, id: id, token: token}).hear(ctx, c) }()
-		<-c.ring
+		subscribed := newWakeup()
+		calls := newSubscription(s.queue, id, s.log)
+		calls.add(subscribed, id, token)
+		go func() { _ = calls.receive(ctx) }()
+		<-subscribed
 	}
 	if a, err := s.ask(ctx, id, question{token, 1, joinLine, ""}); err != nil || a.status != acquireFull {
 		t.Fatalf("got %+v, %v", a, err)

@@ -71,16 +71,19 @@ func (w *waiter) wait(ctx context.Context) (asked time.Time, inLine bool, err er
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	calls := w.listen(ctx) // first, so as to hear of what happens once it is in line
-	if err := calls.waitFor(ctx, subscribePatience); err != nil {
+	called := newWakeup()
+	calls := newSubscription(w.semaphores.queue, w.id, w.log)
+	calls.add(called, w.id, w.token)
+	go calls.receiveRetrying(ctx) // before it joins the line, so that no call is missed
+	if err := called.waitFor(ctx, subscribePatience); err != nil {
 		return asked, false, err
 	}
-	asked, err = w.stand(ctx, calls)
+	asked, err = w.stand(ctx, calls, called)
 	return asked, true, err
 }
 
 // stand joins the line and stands in it until the token is in flight, or ctx is done.
-func (w *waiter) stand(ctx context.Context, calls *calls) (asked time.Time, err error) {
+func (w *waiter) stand(ctx context.Context, calls *subscription, called wakeup) (asked time.Time, err error) {
 	arrival := joinLine
 	for retry := w.newBackoff(); ; {
 		asked, a, err := w.try(ctx, arrival)
@@ -99,11 +102,11 @@ func (w *waiter) stand(ctx context.Context, calls *calls) (asked time.Time, err 
 		default:
 			arrival, retry = a.place.arrival, w.newBackoff()
 			if !a.place.reachable {
-				calls.redial()
+				calls.redial(w.id, w.token)
 			}
 			w.tell(a)
 		}
-		if err := calls.waitFor(ctx, pause); err != nil {
+		if err := called.waitFor(ctx, pause); err != nil {
 			return asked, err
 		}
 	}
@@ -194,21 +197,27 @@ func inDoubt(doubt time.Duration) string {
 // yourTurn is the message to a waiter for which a token is free; see semaphore.lua.
 const yourTurn = "your turn"
 
-// calls are what a waiter hears from Redis.
-type calls struct {
-	ring chan struct{}
+// wakeup wakes a loop; several wakes before it runs are one.
+type wakeup chan struct{}
 
-	mu    sync.Mutex
-	conn  redis.Conn // while it is subscribed
-	since time.Time
+func newWakeup() wakeup { return make(wakeup, 1) }
+
+func (w wakeup) wake() {
+	select {
+	case w <- struct{}{}:
+	default:
+	}
 }
 
-// waitFor waits for a call, but no longer than d. Its error is that of ctx.
-func (c *calls) waitFor(ctx context.Context, d time.Duration) error {
+// call implements subscriber, for a loop that has one token.
+func (w wakeup) call(string) { w.wake() }
+
+// waitFor waits for a wake, but no longer than d. Its error is that of ctx.
+func (w wakeup) waitFor(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
-	case <-c.ring:
+	case <-w:
 		return nil
 	case <-t.C:
 		return nil
@@ -217,35 +226,95 @@ func (c *calls) waitFor(ctx context.Context, d time.Duration) error {
 	}
 }
 
-func (c *calls) subscribed(conn redis.Conn) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.conn, c.since = conn, time.Now()
+// subscriber is told what a subscription receives. Its methods must not block.
+type subscriber interface {
+	// wake is for a channel that has just been subscribed: what was published before was not received.
+	wake()
+	// call is for a token that is free for the pod of this name.
+	call(token string)
 }
 
-// redial is for a subscription that is no good: the server has forgotten it, or is another one by now.
-func (c *calls) redial() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.conn != nil && time.Since(c.since) > time.Second {
-		c.conn.Close()
+// subscription receives the calls of Redis for the pods that a process has in line: one for a sidecar, thousands for a gate.
+type subscription struct {
+	queue queue
+	id    semaphoreID // the subscription is on its server; in a Cluster, each node publishes what any of them does
+	log   *slog.Logger
+
+	mu       sync.Mutex
+	channels map[string]*channel // by name
+	conn     *redis.PubSubConn   // nil while there is none
+}
+
+// channel is where the scripts call for one token.
+type channel struct {
+	to    subscriber
+	token string
+	since time.Time // when it was subscribed; zero while it is not
+}
+
+// subscribeMost is how many channels one command subscribes.
+const subscribeMost = 500
+
+func newSubscription(q queue, id semaphoreID, log *slog.Logger) *subscription {
+	return &subscription{queue: q, id: id, log: log, channels: map[string]*channel{}}
+}
+
+// add subscribes the channels of tokens.
+func (s *subscription) add(to subscriber, id semaphoreID, tokens ...string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var names []any
+	for _, token := range tokens {
+		name := id.channel(token)
+		s.channels[name] = &channel{to: to, token: token}
+		names = append(names, name)
+	}
+	s.send(names, (*redis.PubSubConn).Subscribe)
+}
+
+// remove unsubscribes the channels of tokens.
+func (s *subscription) remove(id semaphoreID, tokens ...string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var names []any
+	for _, token := range tokens {
+		name := id.channel(token)
+		delete(s.channels, name)
+		names = append(names, name)
+	}
+	s.send(names, (*redis.PubSubConn).Unsubscribe)
+}
+
+// send sends a command for channels on the connection, if there is one; if it fails, the connection ends.
+func (s *subscription) send(names []any, command func(*redis.PubSubConn, ...any) error) {
+	for some := range slices.Chunk(names, subscribeMost) {
+		if s.conn == nil {
+			return
+		}
+		if err := command(s.conn, some...); err != nil {
+			s.conn.Close()
+			return
+		}
 	}
 }
 
-// listen subscribes to the waiter's channel until ctx is done. To be subscribed counts as a call: what happened before was not
-// heard.
-func (w *waiter) listen(ctx context.Context) *calls {
-	c := &calls{ring: make(chan struct{}, 1)}
-	go hearAgain(ctx, w.log, func() error { return w.hear(ctx, c) })
-	return c
+// redial ends the connection if the channel of a token has been subscribed for a while. It is for a token whose messages reach
+// nobody: the server has forgotten the subscription, or is another one by now.
+func (s *subscription) redial(id semaphoreID, token string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c, ok := s.channels[id.channel(token)]
+	if ok && s.conn != nil && !c.since.IsZero() && time.Since(c.since) > time.Second {
+		s.conn.Close()
+	}
 }
 
-// hearAgain listens by hear, which returns when the subscription fails, until ctx is done.
-func hearAgain(ctx context.Context, log *slog.Logger, hear func() error) {
+// receiveRetrying receives until ctx is done, over a new connection each time that one fails.
+func (s *subscription) receiveRetrying(ctx context.Context) {
 	var limit logLimiter
 	for retry := newBackoff(250*time.Millisecond, pollMost); ; {
 		start := time.Now()
-		err := hear()
+		err := s.receive(ctx)
 		if ctx.Err() != nil {
 			return
 		}
@@ -253,7 +322,7 @@ func hearAgain(ctx context.Context, log *slog.Logger, hear func() error) {
 			retry = newBackoff(250*time.Millisecond, pollMost)
 		}
 		if _, ok := limit.allow(); ok {
-			log.Warn("cannot be called when a token comes free, asks every few seconds", "error", err.Error())
+			s.log.Warn("cannot be called when a token comes free, asks every few seconds", "error", err.Error())
 		}
 		if sleep(ctx, retry.next()) != nil {
 			return
@@ -261,181 +330,63 @@ func hearAgain(ctx context.Context, log *slog.Logger, hear func() error) {
 	}
 }
 
-// dialToHear connects to the server on which is heard what the scripts of a semaphore say. The connection is closed when ctx is done.
-func dialToHear(ctx context.Context, q queue, id semaphoreID) (redis.Conn, *queueServer, error) {
-	server, err := q.find(ctx, id)
+// receive subscribes all channels and passes on what is published, until the connection fails or ctx is done.
+func (s *subscription) receive(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	server, err := s.queue.find(ctx, s.id)
 	if err != nil {
-		return nil, nil, err
+		return err
 	}
 	conn, err := server.pool.DialContext(ctx) // not the pool's: it would keep it
 	if err != nil {
-		return nil, nil, fmt.Errorf("connect to %s: %w", server, err)
+		return fmt.Errorf("connect to %s: %w", server, err)
 	}
+	defer conn.Close()
 	context.AfterFunc(ctx, func() { conn.Close() })
-	return conn, server, nil
-}
-
-// hear subscribes and passes on each call until the connection fails or ctx is done.
-func (w *waiter) hear(ctx context.Context, c *calls) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	conn, server, err := dialToHear(ctx, w.semaphores.queue, w.id)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	defer c.subscribed(nil)
-	subscription := redis.PubSubConn{Conn: conn}
-	if err := subscription.Subscribe(w.id.channel(w.token)); err != nil {
-		return fmt.Errorf("%s: subscribe: %w", server, err)
-	}
+	pubsub := &redis.PubSubConn{Conn: conn}
+	s.setConnection(pubsub)
+	defer s.setConnection(nil)
 	for {
-		switch message := subscription.ReceiveWithTimeout(0).(type) {
-		case error:
-			return fmt.Errorf("%s: subscription: %w", server, message)
-		case redis.Subscription:
-			c.subscribed(conn)
-		case redis.Message:
-			if string(message.Data) != yourTurn {
-				continue
-			}
-		}
-		select {
-		case c.ring <- struct{}{}:
-		default:
-		}
-	}
-}
-
-// gateCalls is one subscription for all pods that a process stands in line for.
-type gateCalls struct {
-	queue queue
-	log   *slog.Logger
-
-	mu       sync.Mutex
-	channels map[string]*gateCall // by name
-	conn     *redis.PubSubConn    // nil while there is none
-}
-
-// gateCall is the channel of one pod.
-type gateCall struct {
-	line  *gateLine
-	token string
-	heard time.Time // since when it is subscribed; zero while it is not
-}
-
-// subscribeMost is how many channels one command subscribes to.
-const subscribeMost = 500
-
-func newGateCalls(q queue, log *slog.Logger) *gateCalls {
-	return &gateCalls{queue: q, log: log, channels: map[string]*gateCall{}}
-}
-
-// add subscribes to the channels of pods, which are given by their tokens.
-func (c *gateCalls) add(line *gateLine, tokens []string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	var names []any
-	for _, token := range tokens {
-		name := line.id.channel(token)
-		c.channels[name] = &gateCall{line: line, token: token}
-		names = append(names, name)
-	}
-	c.send(names, (*redis.PubSubConn).Subscribe)
-}
-
-func (c *gateCalls) remove(line *gateLine, tokens []string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	var names []any
-	for _, token := range tokens {
-		name := line.id.channel(token)
-		delete(c.channels, name)
-		names = append(names, name)
-	}
-	c.send(names, (*redis.PubSubConn).Unsubscribe)
-}
-
-// send sends a command for channels on the connection, if there is one; if it fails, the connection ends.
-func (c *gateCalls) send(names []any, command func(*redis.PubSubConn, ...any) error) {
-	for some := range slices.Chunk(names, subscribeMost) {
-		if c.conn == nil {
-			return
-		}
-		if err := command(c.conn, some...); err != nil {
-			c.conn.Close()
-			return
-		}
-	}
-}
-
-// redial is for a channel on which Redis reaches nobody: the subscription is no good, or on a server that is another one by now.
-func (c *gateCalls) redial(name string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	call, ok := c.channels[name]
-	if ok && c.conn != nil && !call.heard.IsZero() && time.Since(call.heard) > time.Second {
-		c.conn.Close()
-	}
-}
-
-// run listens until ctx is done.
-func (c *gateCalls) run(ctx context.Context) {
-	hearAgain(ctx, c.log, func() error { return c.hear(ctx) })
-}
-
-// hear subscribes to all channels and passes on the calls, until the connection fails or ctx is done.
-func (c *gateCalls) hear(ctx context.Context) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	conn, server, err := dialToHear(ctx, c.queue, sideID) // in a Cluster, each node hears what is said on any
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	subscription := &redis.PubSubConn{Conn: conn}
-	c.connected(subscription)
-	defer c.connected(nil)
-	for {
-		switch message := subscription.ReceiveWithTimeout(0).(type) {
+		switch message := pubsub.ReceiveWithTimeout(0).(type) {
 		case error:
 			return fmt.Errorf("%s: subscription: %w", server, message)
 		case redis.Subscription:
 			if message.Kind == "subscribe" {
-				c.pass(message.Channel, "")
+				s.pass(message.Channel, "")
 			}
 		case redis.Message:
-			c.pass(message.Channel, string(message.Data))
+			s.pass(message.Channel, string(message.Data))
 		}
 	}
 }
 
-// connected notes the connection, and subscribes to all channels.
-func (c *gateCalls) connected(subscription *redis.PubSubConn) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.conn = subscription
+// setConnection notes the connection, and subscribes all channels on it.
+func (s *subscription) setConnection(conn *redis.PubSubConn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.conn = conn
 	var names []any
-	for name, call := range c.channels {
-		call.heard = time.Time{}
+	for name, c := range s.channels {
+		c.since = time.Time{}
 		names = append(names, name)
 	}
-	c.send(names, (*redis.PubSubConn).Subscribe)
+	s.send(names, (*redis.PubSubConn).Subscribe)
 }
 
-// pass passes on what was heard on a channel. To be subscribed counts as a call of the line: what happened before was not heard.
-func (c *gateCalls) pass(name, message string) {
-	c.mu.Lock()
-	call, ok := c.channels[name]
+// pass passes on a message; an empty one says that the channel is subscribed now.
+func (s *subscription) pass(name, message string) {
+	s.mu.Lock()
+	c, ok := s.channels[name]
 	if ok && message == "" {
-		call.heard = time.Now()
+		c.since = time.Now()
 	}
-	c.mu.Unlock()
+	s.mu.Unlock()
 	switch {
 	case !ok:
 	case message == "":
-		call.line.wake()
+		c.to.wake()
 	case message == yourTurn:
-		call.line.call(call.token)
+		c.to.call(c.token)
 	}
 }

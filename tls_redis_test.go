@@ -262,11 +262,13 @@ func TestACLsAreMinimal(t *testing.T) {
 		}
 		attempt, cancel := context.WithCancel(ctx)
 		defer cancel()
-		c := &calls{ring: make(chan struct{}, 1)}
+		subscribed := newWakeup()
+		calls := newSubscription(s.queue, id, s.log)
+		calls.add(subscribed, id, token)
 		heard := make(chan error, 1)
-		go func() { heard <- (&waiter{semaphores: s, id: id, token: token}).hear(attempt, c) }()
+		go func() { heard <- calls.receive(attempt) }()
 		select {
-		case <-c.ring:
+		case <-subscribed:
 			return nil
 		case err := <-heard:
 			return err
