@@ -36,33 +36,24 @@ func git(args ...string) (string, error) {
 	return strings.TrimSpace(string(out)), err
 }
 
-// commitBefore is the commit of the program that this one replaces: of the last release before it; until there is one, the commit before
-// the last that changed a script.
-func commitBefore() (string, error) {
+// commitBefore is the commit of the program that this one replaces: that of the last release before it, or HEAD until there is one.
+func commitBefore() (commit string, released bool, err error) {
 	const help = "this test needs the history of the repository, with its tags: "
 	shallow, err := git("rev-parse", "--is-shallow-repository")
 	if err != nil {
-		return "", fmt.Errorf(help+"clone it with git, and run the test there: %w", err)
+		return "", false, fmt.Errorf(help+"clone it with git, and run the test there: %w", err)
 	}
 	if shallow == "true" {
-		return "", errors.New(help + "git fetch --unshallow --tags (fetch-depth: 0 of actions/checkout)")
+		return "", false, errors.New(help + "git fetch --unshallow --tags (fetch-depth: 0 of actions/checkout)")
 	}
 	tags, err := git("for-each-ref", "--merged=HEAD", "--no-contains=HEAD", "--sort=-version:refname", "--format=%(refname:short)", "refs/tags/v*")
 	if err != nil {
-		return "", err
+		return "", false, err
 	}
-	if tags != "" {
-		return strings.Fields(tags)[0], nil
+	if tags == "" {
+		return "HEAD", false, nil
 	}
-	changed, err := git("log", "-1", "--format=%H", "HEAD", "--", "lua")
-	if err != nil {
-		return "", err
-	}
-	before, err := git("rev-parse", "--verify", changed+"^")
-	if err != nil {
-		return "", fmt.Errorf(help+"no commit before %q, the last that changed lua/: %w", changed, err)
-	}
-	return before, nil
+	return strings.Fields(tags)[0], true, nil
 }
 
 // export writes the files of a commit into a folder.
