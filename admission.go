@@ -331,14 +331,11 @@ func (m *metrics) watchGate(g *gatePulse) {
 	}))
 }
 
-// Users of Redis, as deploy/ makes them.
-const (
-	namespacesUser = "namespaces" // makes those of the namespaces: deploy/namespace.sh logs in as it
-	sharedUser     = "sidecar"    // for the sidecars of namespaces that have none of their own
-)
+// namespacesUser is the user of Redis that makes those of the namespaces: deploy/namespace.sh logs in as it.
+const namespacesUser = "namespaces"
 
 // namespaceUser is the user of Redis for the sidecars of a namespace.
-func namespaceUser(namespace string) string { return sharedUser + "/" + namespace }
+func namespaceUser(namespace string) string { return "sidecar/" + namespace }
 
 // namespaceUsers knows which namespaces have a user of Redis, to tell of one that was forgotten.
 type namespaceUsers struct {
@@ -363,7 +360,7 @@ func (n *namespaceUsers) forgotten(ctx context.Context, namespace string) bool {
 		return false
 	}
 	defer n.asking.Unlock()
-	known := func() bool { return n.users[namespaceUser(namespace)] || n.users[sharedUser] }
+	known := func() bool { return n.users[namespaceUser(namespace)] }
 	if age := time.Since(n.asked); age > usersTime || age > usersPause && !known() {
 		n.users = n.ask(ctx)
 		n.asked = time.Now()
@@ -379,7 +376,7 @@ func (n *namespaceUsers) ask(ctx context.Context) map[string]bool {
 	}
 	users := map[string]bool{}
 	for _, name := range names {
-		if name == namespacesUser || name == sharedUser || strings.HasPrefix(name, namespaceUser("")) {
+		if name == namespacesUser || strings.HasPrefix(name, namespaceUser("")) {
 			users[name] = true
 		}
 	}

@@ -23,6 +23,7 @@ import (
 const (
 	secretA = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
 	secretB = "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+	secretC = "cccccccccccccccccccccccccccccccccccccccc"
 )
 
 // statusAt posts a review to a path.
@@ -80,23 +81,24 @@ func TestPathSecret(t *testing.T) {
 		}
 		take(good)
 	}
-	write(secretB, noPathSecret) // as in an upgrade from no secret
+	write(secretB, secretC)
 	reload()
 	w.callers.secrets.taken = take
-	for _, path := range []string{"/mutate/" + secretA, "/mutate/" + secretB, "/mutate"} {
+	for _, path := range []string{"/mutate/" + secretA, "/mutate/" + secretB, "/mutate/" + secretC} {
 		w.wantStatusAt(t, path, body, http.StatusOK)
 	}
 	write(secretB)
 	reload()
-	w.wantStatusAt(t, "/mutate", body, http.StatusOK) // for ten minutes
+	w.wantStatusAt(t, "/mutate/"+secretC, body, http.StatusOK) // for ten minutes
 	for i := range w.callers.former {
 		w.callers.former[i].until = time.Now()
 	}
-	w.wantStatusAt(t, "/mutate", body, http.StatusNotFound)
-	w.wantStatusAt(t, "/mutate/"+secretA, body, http.StatusNotFound)
+	for _, path := range []string{"/mutate", "/mutate/" + secretA, "/mutate/" + secretC} {
+		w.wantStatusAt(t, path, body, http.StatusNotFound)
+	}
 	w.wantStatusAt(t, "/mutate/"+secretB, body, http.StatusOK)
 
-	for _, bad := range []string{"", "short", secretA + "\nno secret at all", secretA + "\n\n" + secretB, strings.Repeat("a", 129), strings.Repeat("A", 20), "-" + secretA} {
+	for _, bad := range []string{"", "short", secretA + "\nno secret at all", secretA + "\n\n" + secretB, strings.Repeat("a", 129), strings.Repeat("A", 20), "-" + secretA, secretA + "\n-"} {
 		must(t, os.WriteFile(file, []byte(bad), 0o600))
 		if _, err := w.callers.secrets.reload(); err == nil || strings.Contains(err.Error(), secretA) || strings.Contains(err.Error(), "no secret at all") {
 			t.Errorf("%q: %v", bad, err)
@@ -108,7 +110,7 @@ func TestPathSecret(t *testing.T) {
 	}
 }
 
-// Without a file, the path has no secret, as before.
+// Without a file, the path has no secret.
 func TestNoPathSecret(t *testing.T) {
 	w := startWebhook(t, testConfig(commonRedis(t).address))
 	w.wantStatusAt(t, "/mutate", review(t, freshID(), 1), http.StatusOK)
@@ -123,7 +125,7 @@ func TestPathSecretIsReread(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "secret")
 	must(t, os.WriteFile(file, []byte(secretA+"\n"), 0o600))
 	w := startWebhookProcess(t, commonRedis(t).address, "--path-secret-file="+file)
-	must(t, os.WriteFile(file, []byte(secretB+"\n-\n"), 0o600))
+	must(t, os.WriteFile(file, []byte(secretB+"\n"+secretC+"\n"), 0o600))
 	body := review(t, freshID(), maxLength)
 	eventually(t, 10*time.Second, func() error {
 		response, err := w.client.Post(w.url+"/mutate/"+secretB, "application/json", bytes.NewReader(body))
@@ -137,7 +139,7 @@ func TestPathSecretIsReread(t *testing.T) {
 		return nil
 	})
 	lines := w.log.lines(t, "path secret taken")
-	if len(lines) != 2 || lines[1]["digest"] != "3bba55b278fd10fe" {
+	if len(lines) != 2 || lines[1]["digest"] != "24f03438de2d33fa" {
 		t.Errorf("logged %v", lines)
 	}
 }

@@ -36,33 +36,24 @@ func git(args ...string) (string, error) {
 	return strings.TrimSpace(string(out)), err
 }
 
-// commitBefore is the commit of the program that this one replaces: of the last release before it; until there is one, the commit before
-// the last that changed a script.
-func commitBefore() (string, error) {
+// commitBefore is the commit of the program that this one replaces: that of the last release before it, or HEAD until there is one.
+func commitBefore() (commit string, released bool, err error) {
 	const help = "this test needs the history of the repository, with its tags: "
 	shallow, err := git("rev-parse", "--is-shallow-repository")
 	if err != nil {
-		return "", fmt.Errorf(help+"clone it with git, and run the test there: %w", err)
+		return "", false, fmt.Errorf(help+"clone it with git, and run the test there: %w", err)
 	}
 	if shallow == "true" {
-		return "", errors.New(help + "git fetch --unshallow --tags (fetch-depth: 0 of actions/checkout)")
+		return "", false, errors.New(help + "git fetch --unshallow --tags (fetch-depth: 0 of actions/checkout)")
 	}
 	tags, err := git("for-each-ref", "--merged=HEAD", "--no-contains=HEAD", "--sort=-version:refname", "--format=%(refname:short)", "refs/tags/v*")
 	if err != nil {
-		return "", err
+		return "", false, err
 	}
-	if tags != "" {
-		return strings.Fields(tags)[0], nil
+	if tags == "" {
+		return "HEAD", false, nil
 	}
-	changed, err := git("log", "-1", "--format=%H", "HEAD", "--", "lua")
-	if err != nil {
-		return "", err
-	}
-	before, err := git("rev-parse", "--verify", changed+"^")
-	if err != nil {
-		return "", fmt.Errorf(help+"no commit before %q, the last that changed lua/: %w", changed, err)
-	}
-	return before, nil
+	return strings.Fields(tags)[0], true, nil
 }
 
 // export writes the files of a commit into a folder.
@@ -109,30 +100,48 @@ func untar(from io.Reader, folder string) error {
 	}
 }
 
-// deployedUsers are the users that the folder's deploy/ makes in the Redis that holds the tokens, and in those for the lock, as arguments of
-// redis-server; and one for the tests.
-func deployedUsers(t *testing.T, folder string) (queue, lock []string) {
+// deployedUsers are the users that a folder's deploy/ makes in the Redis that holds the tokens, and in those for the lock, as
+// arguments of redis-server: of the webhook, and of the sidecars of a namespace; and one for the tests.
+func deployedUsers(t *testing.T, folder, namespace string) (queue, lock []string) {
 	t.Helper()
-	scripts, err := os.ReadFile(filepath.Join(folder, "deploy/base/redis-scripts.yaml"))
-	must(t, err)
-	forQueue, forLock, ok := strings.Cut(string(scripts), "\n  lock: |\n")
-	if !ok {
-		t.Fatalf("no script \"lock\" in deploy/base/redis-scripts.yaml of %s", folder)
-	}
-	read := func(text string) []string {
+	passwords := t.TempDir()
+	must(t, os.WriteFile(filepath.Join(passwords, namespace), []byte(testPassword+"\n"), 0o600))
+	namespaces := strings.ReplaceAll(scriptOf(t, folder, "namespaces"), "/etc/redis-namespaces", passwords)
+	read := func(server, port string) []string {
+		sidecars, err := exec.Command("sh", "-c", namespaces+"\nusers "+port).Output()
+		must(t, err)
 		args := strings.Fields("--user tester on >" + testPassword + " ~* &* +@all")
-		for line := range strings.Lines(text) {
-			words := userLine(line)
-			if len(words) > 3 && words[0] == "user" && (words[1] == "webhook" || words[1] == "sidecar") && words[2] == "on" {
-				args = append(append(args, "--user", words[1], "on", ">"+testPassword), words[4:]...) // words[3] is a password of another
+		for line := range strings.Lines(scriptOf(t, folder, server) + string(sidecars)) {
+			words := strings.Fields(line)
+			if len(words) > 3 && words[0] == "user" && (words[1] == "webhook" || words[1] == namespaceUser(namespace)) && words[2] == "on" {
+				args = append(append(args, "--user", words[1], "on", ">"+testPassword), words[4:]...) // words[3] is the password
 			}
 		}
 		if n := strings.Count(strings.Join(args, " "), "--user"); n != 3 {
-			t.Fatalf("deploy/base/redis-scripts.yaml of %s has %d users webhook and sidecar where two are wanted: %q", folder, n-1, args)
+			t.Fatalf("the script %s of %s makes %d users where two are wanted: %q", server, folder, n-1, args)
 		}
 		return append(args, "--user", "default", "on", "resetpass", "~*", "&*", "+@all") // see redis-scripts.yaml
 	}
-	return read(forQueue), read(forLock)
+	return read("redis", "6379"), read("lock", "6380")
+}
+
+// scriptOf is a script of a folder's deploy/base/redis-scripts.yaml.
+func scriptOf(t *testing.T, folder, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(folder, "deploy/base/redis-scripts.yaml"))
+	must(t, err)
+	_, rest, ok := strings.Cut(string(text), "\n  "+name+": |\n")
+	if !ok {
+		t.Fatalf("no script %q in deploy/base/redis-scripts.yaml of %s", name, folder)
+	}
+	var script strings.Builder
+	for line := range strings.Lines(rest) {
+		if strings.TrimSpace(line) != "" && !strings.HasPrefix(line, "    ") {
+			break
+		}
+		script.WriteString(strings.TrimPrefix(line, "    "))
+	}
+	return script.String()
 }
 
 // startRedisWith starts a redis-server with users.

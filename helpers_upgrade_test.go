@@ -59,7 +59,7 @@ const (
 // startUpgrade starts the Redis servers, with the users of a folder's deploy/.
 func startUpgrade(t *testing.T, folder string, without ...string) *upgrade {
 	t.Helper()
-	queueUsers, lockUsers := deployedUsers(t, folder)
+	queueUsers, lockUsers := deployedUsers(t, folder, freshID().namespace)
 	queueUsers = slices.DeleteFunc(queueUsers, func(rule string) bool { return slices.Contains(without, rule) })
 	u := &upgrade{t: t, queue: startRedisWith(t, queueUsers), paths: map[string]string{}, most: map[semaphoreID]int{},
 		stop: make(chan struct{}), failed: make(chan struct{}), holding: map[semaphoreID]map[string]bool{}, done: map[string]int{}}
@@ -308,7 +308,7 @@ func (u *upgrade) container(c corev1.Container, p upgradePod, podUID string) (st
 	u.mu.Unlock()
 	started = newProcess(path, args...)
 	started.Env = os.Environ()
-	known := map[string]string{"POD_UID": podUID, "POD_NAME": p.name, "NODE_NAME": "node-1", "REDIS_USERNAME": "sidecar", "REDIS_PASSWORD": testPassword}
+	known := map[string]string{"POD_UID": podUID, "POD_NAME": p.name, "NODE_NAME": "node-1", "REDIS_USERNAME": namespaceUser(p.id.namespace), "REDIS_PASSWORD": testPassword}
 	for _, e := range c.Env {
 		value := cmp.Or(e.Value, known[e.Name])
 		if value == "" {

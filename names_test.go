@@ -64,7 +64,7 @@ func TestHoldersAreNamed(t *testing.T) {
 		t.Errorf("refused with %q, want %q", got, want)
 	}
 
-	// An old sidecar tells nothing, and is known by its token.
+	// A holder without a name is known by its token.
 	old := acquire(t, s, id, 2)
 	if got := w.admit(t, review(t, id, 2)).message; !strings.Contains(got, ", "+old) {
 		t.Errorf("refused with %q, want %s in it", got, old)

@@ -226,7 +226,7 @@ func TestStatusEnvironment(t *testing.T) {
 	if c.queueRedisAddress.text != "queue:6379" || c.heartbeatInterval != 5*time.Second || c.staleThreshold != 15*time.Second || c.redis.username != "webhook" {
 		t.Errorf("got %+v", c)
 	}
-	env["STATUS_REDIS_USERNAME"] = "status" // without a password, as where its Secret is older
+	env["STATUS_REDIS_USERNAME"] = "status" // without a password, as where the Secret has none
 	if c, err = parseStatusConfig(nil, func(name string) string { return env[name] }); err != nil || c.redis.username != "webhook" {
 		t.Errorf("got %+v, %v", c.redis, err)
 	}

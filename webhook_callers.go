@@ -25,16 +25,13 @@ const (
 	formerSecretFor = 10 * time.Minute
 )
 
-// pathSecret is what may follow mutatePath, and Kubernetes accepts, if it has leastPathSecret to mostPathSecret characters. noPathSecret, on a
-// line of its own, is for the path without any.
+// pathSecret is what may follow mutatePath, and Kubernetes accepts, if it has leastPathSecret to mostPathSecret characters.
 var pathSecret = regexp.MustCompile(`^[a-z0-9][a-z0-9-]*[a-z0-9]$`)
 
 const (
 	leastPathSecret = 16
 	mostPathSecret  = 128
 )
-
-const noPathSecret = "-"
 
 // goodPath is the digest of a path: comparing these tells nothing of what is good, not even by the time that it takes.
 type goodPath [sha256.Size]byte
@@ -51,14 +48,11 @@ type goodPaths struct {
 func parsePathSecrets(texts [][]byte) (good goodPaths, err error) {
 	good.digest = fmt.Sprintf("%x", sha256.Sum256(texts[0]))[:16]
 	for n, line := range strings.Split(strings.TrimSpace(string(texts[0])), "\n") {
-		switch line = strings.TrimSpace(line); {
-		case line == noPathSecret:
-			good.paths = append(good.paths, newGoodPath(mutatePath))
-		case len(line) >= leastPathSecret && len(line) <= mostPathSecret && pathSecret.MatchString(line):
-			good.paths = append(good.paths, newGoodPath(mutatePath+"/"+line))
-		default: // it may be a secret, and is not shown
-			return good, fmt.Errorf("line %d is no secret: it must be 16 to 128 of a-z 0-9 -, with no - at either end, as Kubernetes wants paths (or - alone, for the path without a secret)", n+1)
+		line = strings.TrimSpace(line)
+		if len(line) < leastPathSecret || len(line) > mostPathSecret || !pathSecret.MatchString(line) { // it may be a secret, and is not shown
+			return good, fmt.Errorf("line %d is no secret: it must be 16 to 128 of a-z 0-9 -, with no - at either end, as Kubernetes wants paths", n+1)
 		}
+		good.paths = append(good.paths, newGoodPath(mutatePath+"/"+line))
 	}
 	return good, nil
 }

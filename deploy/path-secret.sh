@@ -14,11 +14,10 @@ cd "$dir"
 umask 077
 
 openssl rand -hex 32 >new
-# The path of now: none at all, /mutate, or one with a secret. By it, the webhooks of before are called until all know the new one.
+# The path now: none at all, or one with a secret. The API server calls it until all webhooks know the new one.
 path=$(kubectl get "$configuration" -o 'jsonpath={.webhooks[0].clientConfig.service.path}')
 case "$path" in
 /mutate/*) echo "${path#/mutate/}" >old ;;
-/mutate) echo - >old ;;
 *) : >old ;;
 esac
 
