@@ -78,11 +78,8 @@ type admitter struct {
 
 func newAdmitter(c webhookConfig, s *semaphores) (admitter, error) {
 	i, err := newInjector(c)
-	users := new(namespaceUsers)
-	if c.redis.username != "" && c.sidecarRedisSecret != "" {
-		users.queue = s.queue
-	}
-	return admitter{c, i, s, users, &gatePulse{queue: s.queue}}, err
+	users := newNamespaceUsers(s.queue, c.redis.username != "" && c.sidecarRedisSecret != "")
+	return admitter{c, i, s, users, newGatePulse(s.queue)}, err
 }
 
 // decide answers one request. An error is *badRequest, or that no decision could be made; what the decision
@@ -274,30 +271,44 @@ const (
 	pulseTime  = 30 * time.Second // without one for so long, none is at work
 )
 
-// gatePulse knows whether a gate is at work, by what it tells the queue.
-type gatePulse struct {
-	queue queue
+// sideQuestion remembers the answer to a question to the queue that an admission can do without. One caller at a time asks
+// it; the others do without meanwhile, as they do while there is no answer.
+type sideQuestion[A any] struct {
+	ask func(context.Context) (A, error) // within sideTimeout
 
 	asking sync.Mutex
 	asked  time.Time
-	lost   bool
+	answer A
+	known  bool
+}
+
+// get returns the answer, and whether it is known. It asks again once isOld says so of the answer's age.
+func (q *sideQuestion[A]) get(ctx context.Context, isOld func(answer A, age time.Duration) bool) (answer A, known bool) {
+	if !q.asking.TryLock() {
+		return answer, false
+	}
+	defer q.asking.Unlock()
+	if isOld(q.answer, time.Since(q.asked)) {
+		var err error
+		q.answer, err = q.ask(ctx)
+		q.asked, q.known = time.Now(), err == nil
+	}
+	return q.answer, q.known
+}
+
+// gatePulse knows whether a gate is at work, by what it tells the queue.
+type gatePulse struct{ sideQuestion[bool] }
+
+func newGatePulse(q queue) *gatePulse {
+	g := new(gatePulse)
+	g.ask = func(ctx context.Context) (bool, error) { return redis.Bool(askQueue(ctx, q, "EXISTS", pulseKey)) }
+	return g
 }
 
 // missing reports whether no gate is at work. While that is not known, it is false.
 func (g *gatePulse) missing(ctx context.Context) bool {
-	if !g.asking.TryLock() {
-		return false
-	}
-	defer g.asking.Unlock()
-	if time.Since(g.asked) > pulseEvery {
-		there, err := g.look(ctx)
-		g.asked, g.lost = time.Now(), err == nil && !there
-	}
-	return g.lost
-}
-
-func (g *gatePulse) look(ctx context.Context) (there bool, err error) {
-	return redis.Bool(askQueue(ctx, g.queue, "EXISTS", pulseKey))
+	there, known := g.get(ctx, func(_ bool, age time.Duration) bool { return age > pulseEvery })
+	return known && !there
 }
 
 // countVerdicts adds the metric of admissions, with each verdict at zero.
@@ -320,7 +331,7 @@ func (m *metrics) admission(verdict string, took time.Duration) {
 func (m *metrics) watchGate(g *gatePulse) {
 	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "gate_at_work",
 		Help: "1 if a gate is at work, which lifts the gates of pods, and 0 if none is."}, func() float64 {
-		there, err := g.look(context.Background())
+		there, err := g.ask(context.Background())
 		switch {
 		case err != nil:
 			return math.NaN()
@@ -338,16 +349,22 @@ const namespacesUser = "namespaces"
 func namespaceUser(namespace string) string { return "sidecar/" + namespace }
 
 // namespaceUsers knows which namespaces have a user of Redis, to tell of one that was forgotten.
-type namespaceUsers struct {
-	queue queue // nil where Redis has no users
+type namespaceUsers struct{ sideQuestion[map[string]bool] }
 
-	asking sync.Mutex
-	asked  time.Time
-	users  map[string]bool
+// newNamespaceUsers asks the queue, or nothing if it has no users.
+func newNamespaceUsers(q queue, hasUsers bool) *namespaceUsers {
+	n := new(namespaceUsers)
+	n.ask = func(ctx context.Context) (map[string]bool, error) {
+		if !hasUsers {
+			return nil, nil
+		}
+		return readUsers(askQueue(ctx, q, "ACL", "USERS")) // which the webhook's user may do by +acl|users
+	}
+	return n
 }
 
-// What is known of the users is believed for usersTime. A namespace that is not among them is asked for, but not more often than each
-// usersPause; without an answer in sideTimeout, nothing is known.
+// The answer about users is believed for usersTime. A namespace that is not among them is asked for, but not more often than
+// each usersPause.
 const (
 	usersTime  = time.Minute
 	usersPause = time.Second
@@ -356,29 +373,21 @@ const (
 // forgotten reports whether the sidecars of a namespace cannot log in to Redis, as nobody has run deploy/namespace.sh for it. Where
 // that is not known, or users are made by other means, it is false.
 func (n *namespaceUsers) forgotten(ctx context.Context, namespace string) bool {
-	if n.queue == nil || !n.asking.TryLock() {
-		return false
-	}
-	defer n.asking.Unlock()
-	known := func() bool { return n.users[namespaceUser(namespace)] }
-	if age := time.Since(n.asked); age > usersTime || age > usersPause && !known() {
-		n.users = n.ask(ctx)
-		n.asked = time.Now()
-	}
-	return n.users[namespacesUser] && !known()
+	user := namespaceUser(namespace)
+	users, _ := n.get(ctx, func(users map[string]bool, age time.Duration) bool {
+		return age > usersTime || age > usersPause && !users[user]
+	})
+	return users[namespacesUser] && !users[user]
 }
 
-// ask asks Redis for the names of its users, which the webhook's user may do by +acl|users.
-func (n *namespaceUsers) ask(ctx context.Context) map[string]bool {
-	names, err := redis.Strings(askQueue(ctx, n.queue, "ACL", "USERS"))
-	if err != nil {
-		return nil
-	}
+// readUsers reads the names of users that deploy/namespace.sh makes.
+func readUsers(reply any, err error) (map[string]bool, error) {
+	names, err := redis.Strings(reply, err)
 	users := map[string]bool{}
 	for _, name := range names {
 		if name == namespacesUser || strings.HasPrefix(name, namespaceUser("")) {
 			users[name] = true
 		}
 	}
-	return users
+	return users, err
 }

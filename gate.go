@@ -57,9 +57,7 @@ func runGate(ctx context.Context, c gateConfig, log *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
-	server := &http.Server{Handler: g.healthRoutes(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 5 * time.Second, WriteTimeout: 5 * time.Second,
-		IdleTimeout: time.Minute, ErrorLog: newHTTPErrors(log)}
-	newBounds().apply(server)
+	server := newHealthServer(g.healthRoutes(), newHTTPErrors(log))
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
 	go func() { fail(server.Serve(listener)) }()
@@ -239,17 +237,12 @@ func (g *gate) isReady() bool {
 }
 
 func (g *gate) healthRoutes() http.Handler {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(rw http.ResponseWriter, _ *http.Request) { fmt.Fprintln(rw, "ok") })
-	mux.HandleFunc("GET /readyz", func(rw http.ResponseWriter, _ *http.Request) {
+	return newHealthRoutes(func(context.Context) error {
 		if !g.isReady() {
-			http.Error(rw, "gated pods are not listed yet", http.StatusServiceUnavailable)
-			return
+			return errors.New("gated pods are not listed yet")
 		}
-		fmt.Fprintln(rw, "ok")
-	})
-	mux.Handle("GET /metrics", g.semaphores.metrics.handler(g.log))
-	return mux
+		return nil
+	}, g.semaphores.metrics.handler(g.log))
 }
 
 // pulse tells that it is at work.

@@ -262,15 +262,13 @@ func TestRepairsTakeTurns(t *testing.T) {
 func TestRepairWithoutATurn(t *testing.T) {
 	t.Parallel()
 	_, s, id := newSemaphore(t)
-	failed := &repair{done: make(chan struct{}), err: fmt.Errorf("repairs: %w", errTooMany)}
-	close(failed.done)
-	s.repairs[id] = failed
+	s.failRepairs(id, fmt.Errorf("repairs: %w", errTooMany))
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	if _, _, err := s.acquire(ctx, id, "", 1, 10*time.Second); !errors.Is(err, errTooMany) || !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("got %v", err)
 	}
-	delete(s.repairs, id)
+	s.failRepairs(id, nil)
 	acquire(t, s, id, 1)
 }
 
@@ -291,9 +289,7 @@ func TestWatchWithoutATurn(t *testing.T) {
 	counted := &countingLocker{locker: s.locks}
 	s.locks = counted
 	none := new(countedError)
-	failed := &repair{done: make(chan struct{}), err: none}
-	close(failed.done)
-	s.repairs[id] = failed
+	s.failRepairs(id, none)
 	s.watch(id, 1, 10*time.Second, 0)
 	eventually(t, 10*time.Second, func() error {
 		if n := none.asked.Load(); n < 10 {
@@ -301,9 +297,7 @@ func TestWatchWithoutATurn(t *testing.T) {
 		}
 		return nil
 	})
-	s.mu.Lock()
-	delete(s.repairs, id)
-	s.mu.Unlock()
+	s.failRepairs(id, nil)
 	eventually(t, 10*time.Second, func() error {
 		if counted.locked.Load() == 0 {
 			return errors.New("not repaired")
@@ -313,7 +307,19 @@ func TestWatchWithoutATurn(t *testing.T) {
 }
 
 func (s *semaphores) runningRepairs() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.repairs)
+	s.repairs.mu.Lock()
+	defer s.repairs.mu.Unlock()
+	return len(s.repairs.running)
+}
+
+// failRepairs makes all repairs of a semaphore end with an error from now on; with nil, it repairs again.
+func (s *semaphores) failRepairs(id semaphoreID, err error) {
+	s.repairs.mu.Lock()
+	defer s.repairs.mu.Unlock()
+	s.repairs.running = map[semaphoreID]*flight[*repairStage]{}
+	if err != nil {
+		failed := &flight[*repairStage]{state: new(repairStage), done: make(chan struct{}), err: err}
+		close(failed.done)
+		s.repairs.running[id] = failed
+	}
 }

@@ -10,6 +10,7 @@ import (
 	"io"
 	"log"
 	"log/slog"
+	"mime"
 	"net"
 	"net/http"
 	"os"
@@ -224,18 +225,20 @@ func bytesInHand(r *http.Request) int {
 	return int(min(r.ContentLength, smallBody))
 }
 
-// body is what was read of a request. Both functions have to be called: decoded once it is decoded, and done once its pod is decided on.
-type body struct {
-	text          []byte
-	decoded, done func()
-}
-
-// read reads the body of a request. Its errors are *badRequest.
-func (b *bounds) read(ctx context.Context, rw http.ResponseWriter, r *http.Request) (read body, err error) {
-	read.decoded, read.done = func() {}, func() {}
+// readJSON reads the JSON body of a POST, within the bounds, and decodes it. release has to be called once the decoded value is
+// needed no longer. Its errors are *badRequest, and those of decode.
+func (b *bounds) readJSON(ctx context.Context, rw http.ResponseWriter, r *http.Request, decode func(text []byte) error) (release func(), err error) {
+	release = func() {}
+	if r.Method != http.MethodPost {
+		return release, &badRequest{http.StatusMethodNotAllowed, fmt.Sprintf("method %s is not allowed: POST an AdmissionReview", r.Method)}
+	}
+	contentType := r.Header.Get("Content-Type")
+	if media, _, err := mime.ParseMediaType(contentType); err != nil || media != "application/json" {
+		return release, &badRequest{http.StatusUnsupportedMediaType, fmt.Sprintf("Content-Type is %s: it must be application/json", quoteShort(contentType))}
+	}
 	tooLarge := &badRequest{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is larger than %d bytes", maxBody)}
 	if r.ContentLength > maxBody {
-		return read, tooLarge
+		return release, tooLarge
 	}
 	var buffer bytes.Buffer
 	limited := http.MaxBytesReader(rw, r.Body, maxBody)
@@ -243,12 +246,14 @@ func (b *bounds) read(ctx context.Context, rw http.ResponseWriter, r *http.Reque
 	_, failed := io.CopyN(&buffer, limited, smallBody)
 	more := failed == nil
 	if more || objects(buffer.Bytes()) > smallObjects {
-		if read.done, err = b.large.take(ctx); err == nil {
-			read.decoded, err = b.decoded.take(ctx)
+		if release, err = b.large.take(ctx); err != nil {
+			return release, &badRequest{http.StatusServiceUnavailable, "large requests: " + err.Error()}
 		}
+		decoded, err := b.decoded.take(ctx)
 		if err != nil {
-			return read, &badRequest{http.StatusServiceUnavailable, "large requests: " + err.Error()}
+			return release, &badRequest{http.StatusServiceUnavailable, "large requests: " + err.Error()}
 		}
+		defer decoded()
 	}
 	if more {
 		if r.ContentLength > 0 {
@@ -260,21 +265,20 @@ func (b *bounds) read(ctx context.Context, rw http.ResponseWriter, r *http.Reque
 			_ = control.SetReadDeadline(time.Time{})
 		}
 	}
-	read.text = buffer.Bytes()
 	var over *http.MaxBytesError
-	switch n := objects(read.text); {
+	switch n := objects(buffer.Bytes()); {
 	case errors.As(failed, &over):
-		return read, tooLarge
+		return release, tooLarge
 	case context.Cause(ctx) == errCrowded:
-		return read, &badRequest{http.StatusServiceUnavailable, errCrowded.Error()}
+		return release, &badRequest{http.StatusServiceUnavailable, errCrowded.Error()}
 	case errors.Is(failed, os.ErrDeadlineExceeded):
-		return read, &badRequest{http.StatusServiceUnavailable, "the body did not arrive in time"}
+		return release, &badRequest{http.StatusServiceUnavailable, "the body did not arrive in time"}
 	case failed != nil && failed != io.EOF:
-		return read, bad("read the body: %v", failed)
+		return release, bad("read the body: %v", failed)
 	case n > maxObjects:
-		return read, &badRequest{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body has %d objects: at most %d are decoded", n, maxObjects)}
+		return release, &badRequest{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body has %d objects: at most %d are decoded", n, maxObjects)}
 	}
-	return read, nil
+	return release, decode(buffer.Bytes())
 }
 
 // objects is how many JSON objects a text has, at most.
@@ -370,4 +374,35 @@ func listen(flag, address string) (net.Listener, error) {
 		return nil, fmt.Errorf("%s: %w", flag, err)
 	}
 	return l, nil
+}
+
+// newHealthServer serves /healthz, /readyz and /metrics over plain HTTP, within bounds of its own.
+func newHealthServer(routes http.Handler, errorLog *log.Logger) *http.Server {
+	s := &http.Server{
+		Handler:           routes,
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       5 * time.Second,
+		WriteTimeout:      5 * time.Second,
+		IdleTimeout:       time.Minute,
+		ErrorLog:          errorLog,
+	}
+	newBounds().apply(s)
+	return s
+}
+
+// newHealthRoutes are the routes of a health server. ready returns why the process is not ready.
+func newHealthRoutes(ready func(context.Context) error, metrics http.Handler) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(rw http.ResponseWriter, _ *http.Request) { fmt.Fprintln(rw, "ok") })
+	mux.HandleFunc("GET /readyz", func(rw http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), 900*time.Millisecond) // kubelet's probes give up after 1 s
+		defer cancel()
+		if err := ready(ctx); err != nil {
+			http.Error(rw, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(rw, "ok")
+	})
+	mux.Handle("GET /metrics", metrics)
+	return mux
 }

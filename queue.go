@@ -198,28 +198,22 @@ func isPartlyRun(answered redis.Error) bool {
 	return strings.Contains(answered.Error(), "non local key")
 }
 
-// lookups sees to it that there is one look-up at a time, for all that want its result. The next one begins a moment after its end.
-type lookups struct {
-	// look returns nil once it knows more, or ctx's error. It is to note each error on the way, or nil.
+// discovery finds out which servers there are. One look-up runs at a time, and all that want its result share it.
+type discovery struct {
+	// look returns nil once it knows more, or ctx's error. It passes each error on the way to note, or nil.
 	look func(ctx context.Context, note func(error)) error
 
+	lookups flights[struct{}, struct{}]
+
 	mu      sync.Mutex
-	running *lookup
-	last    error // that was noted since a look-up succeeded
+	last    error // noted since a look-up succeeded
 	closing context.Context
 	stop    context.CancelFunc
 	all     sync.WaitGroup
 }
 
-// lookup is one that runs, or is about to.
-type lookup struct {
-	lookups *lookups
-	done    chan struct{} // closed at its end
-	err     error
-}
-
 const (
-	// lookupPause is between two look-ups.
+	// lookupPause is the time between two look-ups.
 	lookupPause = 100 * time.Millisecond
 
 	// lookupTimeout bounds a look-up, and with it what a command that fails meanwhile says.
@@ -231,88 +225,83 @@ const (
 
 var errQueueClosed = errors.New("this process is stopping")
 
-func newLookups(look func(ctx context.Context, note func(error)) error) *lookups {
+func newDiscovery(look func(ctx context.Context, note func(error)) error) *discovery {
 	closing, stop := context.WithCancel(context.Background())
-	return &lookups{look: look, closing: closing, stop: stop}
+	d := &discovery{look: look, closing: closing, stop: stop}
+	d.lookups.keep, d.lookups.group = lookupPause, &d.all
+	return d
 }
 
-// start begins a look-up, or joins the one that runs.
-func (l *lookups) start() *lookup {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.running != nil {
-		return l.running
+// start begins a look-up, or joins the one that runs. Its result is nil once the queue is closed.
+func (d *discovery) start() *flight[struct{}] {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closing.Err() != nil {
+		return nil
 	}
-	r := &lookup{lookups: l, done: make(chan struct{})}
-	if l.closing.Err() != nil {
-		r.err = errQueueClosed
-		close(r.done)
-		return r
-	}
-	l.running = r
-	l.all.Go(func() {
-		ctx, cancel := context.WithTimeout(l.closing, lookupTimeout)
-		r.err = l.look(ctx, l.note)
-		cancel()
-		l.mu.Lock()
-		if r.err == nil {
-			l.last = nil
-		} else {
-			r.err = l.notFoundLocked(r.err)
+	return d.lookups.join(struct{}{}, struct{}{}, func(struct{}) error {
+		ctx, cancel := context.WithTimeout(d.closing, lookupTimeout)
+		defer cancel()
+		err := d.look(ctx, d.note)
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if err == nil {
+			d.last = nil
+			return nil
 		}
-		l.mu.Unlock()
-		close(r.done)
-		_ = sleep(l.closing, lookupPause) // who comes meanwhile has this result
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		l.running = nil
+		return d.notFoundLocked(err)
 	})
-	return r
 }
 
-func (l *lookups) note(err error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
+// wait waits for the end of a look-up, at most until ctx is done.
+func (d *discovery) wait(ctx context.Context) error {
+	lookup := d.start()
+	if lookup == nil {
+		return errQueueClosed
+	}
+	select {
+	case <-lookup.done:
+		return lookup.err
+	case <-ctx.Done():
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		return d.notFoundLocked(ctx.Err())
+	}
+}
+
+func (d *discovery) note(err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	if err != nil {
-		l.last = err
+		d.last = err
 	}
 }
 
 // noteFailed notes why a command was not run. (One that may have been is another matter.)
-func (l *lookups) noteFailed(err error) {
+func (d *discovery) noteFailed(err error) {
 	if !errors.Is(err, errUnanswered) {
-		l.note(err)
+		d.note(err)
 	}
 }
 
 // notFoundLocked is the error of a look-up that has not succeeded, or not yet, and ended for cause. It is errUnreached where the
 // servers may be back, or have successors, in a moment.
-func (l *lookups) notFoundLocked(cause error) error {
+func (d *discovery) notFoundLocked(cause error) error {
 	switch {
-	case l.last == nil:
+	case d.last == nil:
 		return fmt.Errorf("%w: %w", errUnreached, cause)
-	case isUnreachable(l.last) || errors.Is(l.last, errNotPrimary):
-		return fmt.Errorf("%w: %w", errUnreached, l.last)
+	case isUnreachable(d.last) || errors.Is(d.last, errNotPrimary):
+		return fmt.Errorf("%w: %w", errUnreached, d.last)
 	}
-	return l.last
-}
-
-// wait waits for the end of a look-up, at most until ctx is done.
-func (r *lookup) wait(ctx context.Context) error {
-	select {
-	case <-r.done:
-		return r.err
-	case <-ctx.Done():
-		r.lookups.mu.Lock()
-		defer r.lookups.mu.Unlock()
-		return r.lookups.notFoundLocked(ctx.Err())
-	}
+	return d.last
 }
 
 // close ends the look-up that runs, if any; there are no others then.
-func (l *lookups) close() {
-	l.stop()
-	l.all.Wait()
+func (d *discovery) close() {
+	d.mu.Lock()
+	d.stop()
+	d.mu.Unlock()
+	d.all.Wait()
 }
 
 // errNotPrimary says that a server that should be a primary is not.

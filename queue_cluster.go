@@ -42,11 +42,11 @@ type slotRange struct {
 
 // clusterQueue is a queue of several primaries, masters, each of which serves a part of the slots.
 type clusterQueue struct {
-	address  queueAddress
-	settings redisSettings
-	maxIdle  int
-	log      *slog.Logger
-	lookups  *lookups
+	address   queueAddress
+	settings  redisSettings
+	maxIdle   int
+	log       *slog.Logger
+	discovery *discovery
 
 	mu      sync.Mutex
 	servers map[string]*queueServer // by address
@@ -58,7 +58,7 @@ type clusterQueue struct {
 func newClusterQueue(address queueAddress, settings redisSettings, maxIdle int, log *slog.Logger) *clusterQueue {
 	q := &clusterQueue{address: address, settings: settings, maxIdle: maxIdle, log: log,
 		servers: map[string]*queueServer{}, doubted: map[string]bool{}, moved: map[int]string{}}
-	q.lookups = newLookups(q.look)
+	q.discovery = newDiscovery(q.look)
 	return q
 }
 
@@ -69,7 +69,7 @@ func (q *clusterQueue) find(ctx context.Context, id semaphoreID) (*queueServer, 
 	if certain {
 		return server, nil
 	}
-	if err := q.lookups.start().wait(ctx); err != nil {
+	if err := q.discovery.wait(ctx); err != nil {
 		return nil, fmt.Errorf("queue Redis %s: %w", q.address, err)
 	}
 	if server, certain = q.known(slot); server == nil {
@@ -141,9 +141,9 @@ func (q *clusterQueue) failed(server *queueServer, id semaphoreID, err error) {
 	switch {
 	case moved:
 		q.moved[id.slot()] = to
-		q.lookups.start() // others may have moved, too
+		q.discovery.start() // others may have moved, too
 	case q.servers[server.address] == server:
-		q.lookups.noteFailed(err)
+		q.discovery.noteFailed(err)
 		q.doubted[server.address] = true
 	}
 }
@@ -198,7 +198,7 @@ func (q *clusterQueue) checks() []semaphoreID {
 
 // close implements queue.
 func (q *clusterQueue) close() error {
-	q.lookups.close()
+	q.discovery.close()
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	var errs []error

@@ -31,7 +31,7 @@ type sentinelQueue struct {
 	watchful  bool       // always asks every sentinelsAskedEvery
 	limit     logLimiter // of lines about Sentinels that do not answer
 	log       *slog.Logger
-	lookups   *lookups
+	discovery *discovery
 
 	mu      sync.Mutex
 	primary *queueServer // nil: not known yet
@@ -43,7 +43,7 @@ type sentinelQueue struct {
 
 func newSentinelQueue(address queueAddress, settings redisSettings, maxIdle int, log *slog.Logger) *sentinelQueue {
 	q := &sentinelQueue{address: address, settings: settings, maxIdle: maxIdle, watchful: maxIdle > 1, log: log}
-	q.lookups = newLookups(q.look)
+	q.discovery = newDiscovery(q.look)
 	return q
 }
 
@@ -53,7 +53,7 @@ func (q *sentinelQueue) find(ctx context.Context, _ semaphoreID) (*queueServer, 
 	if certain {
 		return primary, nil
 	}
-	if err := q.lookups.start().wait(ctx); err != nil {
+	if err := q.discovery.wait(ctx); err != nil {
 		return nil, fmt.Errorf("queue Redis %s: %w", q.address, err)
 	}
 	primary, _ = q.known()
@@ -73,14 +73,14 @@ func (q *sentinelQueue) known() (primary *queueServer, certain bool) {
 	certain = q.primary != nil && !q.doubted
 	watch := q.watchful || time.Since(q.checked) < sentinelsSettle
 	if certain && watch && time.Since(q.asked) > sentinelsAskedEvery {
-		q.lookups.start()
+		q.discovery.start()
 	}
 	return q.primary, certain
 }
 
 // failed implements queue.
 func (q *sentinelQueue) failed(server *queueServer, _ semaphoreID, err error) {
-	q.lookups.noteFailed(err)
+	q.discovery.noteFailed(err)
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.doubted = q.doubted || server == q.primary
@@ -95,7 +95,7 @@ func (q *sentinelQueue) at(string) *queueServer {
 
 // close implements queue.
 func (q *sentinelQueue) close() error {
-	q.lookups.close()
+	q.discovery.close()
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.primary == nil {

@@ -243,26 +243,20 @@ const (
 type resolver struct {
 	ask func(ctx context.Context, host string) ([]string, error)
 
+	questions flights[string, *resolvedHost]
+
 	mu    sync.Mutex
-	hosts map[string]*resolvedHost
+	hosts map[string]resolvedHost
 }
 
-// resolvedHost is what DNS has answered for a name.
+// resolvedHost is an answer of DNS for a name.
 type resolvedHost struct {
-	addresses []string // the last that it answered; nil: none yet
+	addresses []string // nil: none yet
 	at        time.Time
-	asking    *dnsQuestion // nil: nobody asks
-}
-
-// dnsQuestion is one that is under way.
-type dnsQuestion struct {
-	done      chan struct{}
-	addresses []string
-	err       error
 }
 
 func newResolver() *resolver {
-	return &resolver{ask: net.DefaultResolver.LookupHost, hosts: map[string]*resolvedHost{}}
+	return &resolver{ask: net.DefaultResolver.LookupHost, hosts: map[string]resolvedHost{}}
 }
 
 // resolve returns the addresses of a host, and an error where none has been known before ctx is done.
@@ -281,7 +275,7 @@ func (r *resolver) resolve(ctx context.Context, host string) ([]string, error) {
 	select {
 	case <-asked.done:
 		if asked.err == nil || known == nil {
-			return asked.addresses, asked.err
+			return asked.state.addresses, asked.err
 		}
 	case <-grace:
 	case <-ctx.Done():
@@ -292,46 +286,33 @@ func (r *resolver) resolve(ctx context.Context, host string) ([]string, error) {
 	return known, nil
 }
 
-// start returns what is known of a host, and the question under way where that is old.
-func (r *resolver) start(host string) (known []string, asked *dnsQuestion) {
+// start returns the known addresses of a host, and the question under way if they are old.
+func (r *resolver) start(host string) (known []string, asked *flight[*resolvedHost]) {
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	h := r.hosts[host]
-	if h == nil {
-		h = new(resolvedHost)
-		r.hosts[host] = h
-	}
+	r.mu.Unlock()
 	if h.addresses != nil && time.Since(h.at) < resolvedFor {
 		return h.addresses, nil
 	}
-	if h.asking == nil {
-		h.asking = &dnsQuestion{done: make(chan struct{})}
-		go r.answer(host, h, h.asking)
-	}
-	return h.addresses, h.asking
-}
-
-// answer gets and keeps the answer to a question.
-func (r *resolver) answer(host string, h *resolvedHost, q *dnsQuestion) {
-	ctx, cancel := context.WithTimeout(context.Background(), resolveTimeout)
-	defer cancel()
-	q.addresses, q.err = r.ask(ctx, host)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if q.err == nil {
-		h.addresses, h.at = q.addresses, time.Now()
-	}
-	h.asking = nil
-	close(q.done)
+	return h.addresses, r.questions.join(host, new(resolvedHost), func(answer *resolvedHost) (err error) {
+		ctx, cancel := context.WithTimeout(context.Background(), resolveTimeout)
+		defer cancel()
+		if answer.addresses, err = r.ask(ctx, host); err != nil {
+			return err
+		}
+		answer.at = time.Now()
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.hosts[host] = *answer
+		return nil
+	})
 }
 
 // doubt makes an answer old: who is to be found there does not answer.
 func (r *resolver) doubt(host string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if h := r.hosts[host]; h != nil {
-		h.at = time.Time{}
-	}
+	r.hosts[host] = resolvedHost{addresses: r.hosts[host].addresses}
 }
 
 // dial connects to the first of a host's addresses that answers. Without a resolver, the dialer asks DNS.

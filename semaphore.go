@@ -111,8 +111,9 @@ type semaphores struct {
 	log               *slog.Logger
 	metrics           *metrics // nil for a sidecar
 
+	repairs flights[semaphoreID, *repairStage] // those that this process does
+
 	mu      sync.Mutex
-	repairs map[semaphoreID]*repair  // those that this process does
 	watched map[semaphoreID]struct{} // see watch
 	strays  time.Time                // until when a command may still come whose connection broke
 
@@ -124,20 +125,21 @@ type semaphores struct {
 
 func newSemaphores(c sharedConfig, locks locker, maxIdle int, log *slog.Logger) *semaphores {
 	closing, stop := context.WithCancel(context.Background())
-	return &semaphores{
+	s := &semaphores{
 		address:           c.queueRedisAddress,
 		queue:             newQueue(c.queueRedisAddress, c.redis, maxIdle, log),
 		locks:             locks,
 		heartbeatInterval: c.heartbeatInterval,
 		staleThreshold:    c.staleThreshold,
 		log:               log,
-		repairs:           map[semaphoreID]*repair{},
 		watched:           map[semaphoreID]struct{}{},
 		closing:           closing,
 		outages:           outages{parts: map[int]outage{}},
 		stop:              stop,
 		releasing:         make(slots, 4),
 	}
+	s.repairs.group = &s.background
+	return s
 }
 
 // close waits for what goes on in the background, at most until ctx is done, and closes all connections.

@@ -187,14 +187,9 @@ type lockError struct {
 func (e *lockError) Error() string { return fmt.Sprintf("lock %s: %v", e.id, e.err) }
 func (e *lockError) Unwrap() error { return e.err }
 
-// repair is a repair of a semaphore by this process, and those who wait for it.
-type repair struct {
-	stage atomic.Int32  // what it waits for
-	done  chan struct{} // closed at its end
-	err   error
-}
+// repairStage is what a repair waits for.
+type repairStage = atomic.Int32
 
-// What a repair waits for.
 const (
 	repairQueue int32 = iota
 	repairTurn
@@ -204,31 +199,21 @@ const (
 // repair repairs a semaphore, or waits for the end of a repair of it that this process does already. Its errors are errLockTaken,
 // *lockError, errTooMany, or that Redis is out of reach; or ctx's, which does not end the repair. newcomer: see maintain.
 func (s *semaphores) repair(ctx context.Context, id semaphoreID, length int, expiration time.Duration, newcomer bool) error {
-	s.mu.Lock()
-	r, running := s.repairs[id]
-	if !running {
-		r = &repair{done: make(chan struct{})}
-		s.repairs[id] = r
-		s.background.Go(func() {
-			ctx := context.WithoutCancel(ctx)
-			var free func()
-			if free, r.err = s.turnToRepair(ctx, r, id); r.err == nil {
-				r.err = s.repairLocked(ctx, r, id, length, expiration, newcomer)
-				free()
-			}
-			s.mu.Lock()
-			delete(s.repairs, id)
-			s.mu.Unlock()
-			close(r.done)
-		})
-	}
-	s.mu.Unlock()
+	r := s.repairs.join(id, new(repairStage), func(stage *repairStage) error {
+		ctx := context.WithoutCancel(ctx)
+		free, err := s.turnToRepair(ctx, stage, id)
+		if err != nil {
+			return err
+		}
+		defer free()
+		return s.repairLocked(ctx, stage, id, length, expiration, newcomer)
+	})
 	select {
 	case <-r.done:
 		return r.err
 	case <-ctx.Done():
 	}
-	switch r.stage.Load() {
+	switch r.state.Load() {
 	case repairTurn:
 		return fmt.Errorf("repairs: %w (%w)", errTooMany, context.Cause(ctx))
 	case repairLock:
@@ -238,14 +223,14 @@ func (s *semaphores) repair(ctx context.Context, id semaphoreID, length int, exp
 }
 
 // turnToRepair waits until a repair may begin; free has to be called at its end. Its error is errTooMany.
-func (s *semaphores) turnToRepair(ctx context.Context, r *repair, id semaphoreID) (free func(), err error) {
+func (s *semaphores) turnToRepair(ctx context.Context, stage *repairStage, id semaphoreID) (free func(), err error) {
 	ctx, cancel := context.WithTimeout(ctx, repairTimeout)
 	defer cancel()
 	server, err := s.queue.find(ctx, id)
 	if err != nil { // the script is tried until the queue is back
 		return func() {}, nil
 	}
-	r.stage.Store(repairTurn)
+	stage.Store(repairTurn)
 	if free, err = server.repairing.take(ctx); err != nil {
 		err = fmt.Errorf("repairs: %w", err)
 	}
@@ -253,10 +238,10 @@ func (s *semaphores) turnToRepair(ctx context.Context, r *repair, id semaphoreID
 }
 
 // repairLocked does a repair under the lock.
-func (s *semaphores) repairLocked(ctx context.Context, r *repair, id semaphoreID, length int, expiration time.Duration, newcomer bool) error {
+func (s *semaphores) repairLocked(ctx context.Context, stage *repairStage, id semaphoreID, length int, expiration time.Duration, newcomer bool) error {
 	ctx, cancel := context.WithTimeout(ctx, repairTimeout)
 	defer cancel()
-	r.stage.Store(repairLock)
+	stage.Store(repairLock)
 	unlock, err := s.locks.tryLock(ctx, id.lockKey(), expiration)
 	s.metrics.lock(err)
 	if errors.Is(err, errLockTaken) {
@@ -265,7 +250,7 @@ func (s *semaphores) repairLocked(ctx context.Context, r *repair, id semaphoreID
 	if err != nil {
 		return &lockError{id, err}
 	}
-	r.stage.Store(repairQueue)
+	stage.Store(repairQueue)
 	taken := time.Now()
 	defer s.background.Go(func() { // the pod need not wait for it
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), unlockTimeout)

@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
@@ -438,18 +437,25 @@ var (
 // surveyor reads the semaphores at each scrape. Each webhook tells of all of them: what two of them tell must not be added.
 type surveyor struct {
 	semaphores *semaphores
+	surveys    flights[struct{}, *surveyResult]
+	limit      logLimiter
+}
 
-	mu     sync.Mutex // is held while one looks, so that others have the same
-	looked time.Time
-	took   time.Duration
-	shown  []semaphoreState // those with metrics of their own
-	seen   int              // all semaphores
-	err    error
-	limit  logLimiter
+// surveyResult is what scrapes show of a survey.
+type surveyResult struct {
+	took  time.Duration
+	shown []semaphoreState // those with metrics of their own
+	seen  int              // all semaphores
+}
+
+func newSurveyor(s *semaphores) *surveyor {
+	v := &surveyor{semaphores: s}
+	v.surveys.keep = surveyFresh
+	return v
 }
 
 // watchSemaphores adds what is in the queue.
-func (m *metrics) watchSemaphores(s *semaphores) { m.registry.MustRegister(&surveyor{semaphores: s}) }
+func (m *metrics) watchSemaphores(s *semaphores) { m.registry.MustRegister(newSurveyor(s)) }
 
 // Describe implements prometheus.Collector.
 func (v *surveyor) Describe(descs chan<- *prometheus.Desc) {
@@ -463,44 +469,42 @@ func (v *surveyor) Describe(descs chan<- *prometheus.Desc) {
 
 // Collect implements prometheus.Collector.
 func (v *surveyor) Collect(metrics chan<- prometheus.Metric) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if time.Since(v.looked) > surveyFresh {
-		v.look()
-	}
-	for _, st := range v.shown {
+	survey := v.surveys.join(struct{}{}, new(surveyResult), v.look)
+	<-survey.done
+	result := survey.state
+	for _, st := range result.shown {
 		for _, g := range semaphoreGauges {
 			metrics <- prometheus.MustNewConstMetric(g.desc, g.kind, g.value(st), st.id.namespace, st.id.key)
 		}
 	}
 	success := 1.0
-	if v.err != nil {
+	if survey.err != nil {
 		success = 0
 	}
-	for desc, value := range map[*prometheus.Desc]float64{surveySuccess: success, surveyDuration: v.took.Seconds(),
-		semaphoresSeen: float64(v.seen), semaphoresLeft: float64(v.seen - len(v.shown))} {
+	for desc, value := range map[*prometheus.Desc]float64{surveySuccess: success, surveyDuration: result.took.Seconds(),
+		semaphoresSeen: float64(result.seen), semaphoresLeft: float64(result.seen - len(result.shown))} {
 		metrics <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, value)
 	}
 }
 
 // look reads the semaphores, the busiest first.
-func (v *surveyor) look() {
+func (v *surveyor) look(result *surveyResult) error {
 	ctx, cancel := context.WithTimeout(context.Background(), surveyTimeout)
 	defer cancel()
 	start := time.Now()
 	states, err := v.semaphores.survey(ctx, "")
-	v.err = err
-	v.looked, v.took = time.Now(), time.Since(start)
+	result.took = time.Since(start)
 	states = slices.DeleteFunc(states, func(st semaphoreState) bool { // a stranger's, which may not even be text
 		return !isObjectName(st.id.namespace) || checkKey(st.id.key) != ""
 	})
 	slices.SortStableFunc(states, func(a, b semaphoreState) int {
 		return cmp.Or(cmp.Compare(b.waiting, a.waiting), cmp.Compare(b.inUse, a.inUse))
 	})
-	v.seen, v.shown = len(states), slices.Clone(states[:min(len(states), mostMeasured)]) // the others are not kept until the next look
-	if v.err != nil {
+	result.seen, result.shown = len(states), slices.Clone(states[:min(len(states), mostMeasured)]) // the others are not kept until the next look
+	if err != nil {
 		if _, ok := v.limit.allow(); ok {
-			v.semaphores.log.Warn("the semaphores cannot be read for the metrics", "error", v.err.Error())
+			v.semaphores.log.Warn("the semaphores cannot be read for the metrics", "error", err.Error())
 		}
 	}
+	return err
 }

@@ -82,9 +82,9 @@ func TestMetricsOfManySemaphores(t *testing.T) {
 	}
 	all := startWebhook(t, testConfig(r.address)).scrape(t)
 	all.want(t, map[string]float64{"semaphores": semaphores, "semaphores_left_out": semaphores - mostMeasured, "survey_success": 1})
-	v := &surveyor{semaphores: s}
-	if v.look(); len(v.shown) != mostMeasured || cap(v.shown) >= v.seen {
-		t.Errorf("%d of %d states are kept, with room for %d", len(v.shown), v.seen, cap(v.shown))
+	var v surveyResult
+	if err := newSurveyor(s).look(&v); err != nil || len(v.shown) != mostMeasured || cap(v.shown) >= v.seen {
+		t.Errorf("%d of %d states are kept, with room for %d: %v", len(v.shown), v.seen, cap(v.shown), err)
 	}
 	if _, ok := all.of("inflight", semaphoreID{"shop", "key-0"}); ok {
 		t.Error("one that is not used has metrics, and one that is has none")

@@ -58,6 +58,52 @@ func (s slots) take(ctx context.Context) (free func(), err error) {
 // used reports whether none is left.
 func (s slots) used() bool { return len(s) == cap(s) }
 
+// flights runs one call for each key at a time, and callers that come meanwhile share it.
+type flights[K comparable, S any] struct {
+	keep  time.Duration   // how long a call that has ended is shared; zero: not at all
+	group *sync.WaitGroup // of the calls; nil if nobody waits for their end
+
+	mu      sync.Mutex
+	running map[K]*flight[S]
+}
+
+// flight is one call. Its state and its error are written by the call, and read by others once done is closed.
+type flight[S any] struct {
+	state S
+	done  chan struct{}
+	ended time.Time
+	err   error
+}
+
+// join returns the flight of a key: the one that runs, or else a new one with this state.
+func (f *flights[K, S]) join(key K, state S, run func(S) error) *flight[S] {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if r, ok := f.running[key]; ok && (r.ended.IsZero() || time.Since(r.ended) < f.keep) {
+		return r
+	}
+	r := &flight[S]{state: state, done: make(chan struct{})}
+	if f.running == nil {
+		f.running = map[K]*flight[S]{}
+	}
+	f.running[key] = r
+	group := f.group
+	if group == nil {
+		group = new(sync.WaitGroup)
+	}
+	group.Go(func() {
+		err := run(state)
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		r.err, r.ended = err, time.Now()
+		if f.keep == 0 {
+			delete(f.running, key)
+		}
+		close(r.done)
+	})
+	return r
+}
+
 // pacer lets calls pass in their order, one each gap, and a burst of them after a rest.
 type pacer struct {
 	gap  time.Duration

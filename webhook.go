@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"mime"
 	"net"
 	"net/http"
 	"strconv"
@@ -66,15 +65,7 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	webhookServer := newWebhookServer(w.routes(), who.tls(cert), w.bounds)
 	webhookServer.BaseContext = func(net.Listener) context.Context { return admissions }
 	webhookServer.ErrorLog = errorLog
-	healthServer := &http.Server{
-		Handler:           w.healthRoutes(),
-		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       5 * time.Second,
-		WriteTimeout:      5 * time.Second,
-		IdleTimeout:       time.Minute,
-		ErrorLog:          errorLog,
-	}
-	newBounds().apply(healthServer)
+	healthServer := newHealthServer(w.healthRoutes(), errorLog)
 
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
@@ -142,28 +133,17 @@ func (w *webhook) routes() http.Handler {
 }
 
 func (w *webhook) healthRoutes() http.Handler {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(rw http.ResponseWriter, _ *http.Request) { fmt.Fprintln(rw, "ok") })
-	mux.HandleFunc("GET /readyz", w.ready)
-	mux.Handle("GET /metrics", w.semaphores.metrics.handler(w.log))
-	return mux
+	return newHealthRoutes(w.ready, w.semaphores.metrics.handler(w.log))
 }
 
-// ready reports whether this webhook can decide: the queue takes writes, and it is not stopping.
-func (w *webhook) ready(rw http.ResponseWriter, r *http.Request) {
+// ready returns why this webhook cannot decide: it is stopping, or the queue takes no writes.
+func (w *webhook) ready(ctx context.Context) error {
 	select {
 	case <-w.stopping:
-		http.Error(rw, "stopping", http.StatusServiceUnavailable)
-		return
+		return errors.New("stopping")
 	default:
+		return w.semaphores.check(ctx)
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), 900*time.Millisecond) // kubelet's probes give up after 1 s
-	defer cancel()
-	if err := w.semaphores.check(ctx); err != nil {
-		http.Error(rw, err.Error(), http.StatusServiceUnavailable)
-		return
-	}
-	fmt.Fprintln(rw, "ok")
 }
 
 // mutate speaks HTTP with the API server: an AdmissionReview with a decision and status 200, or another status
@@ -176,8 +156,12 @@ func (w *webhook) mutate(rw http.ResponseWriter, r *http.Request) {
 	defer cancel()
 
 	var d decision
-	request, read, err := w.readReview(ctx, rw, r)
-	defer read()
+	var request *admissionRequest
+	release, err := w.bounds.readJSON(ctx, rw, r, func(text []byte) (err error) {
+		request, err = decodeReview(text)
+		return err
+	})
+	defer release()
 	if err == nil {
 		d, err = w.decide(ctx, request)
 	}
@@ -274,23 +258,6 @@ func answerWithin(timeout string) time.Duration {
 	}
 	d = min(d, maxTimeout)
 	return d - min(d/10, 500*time.Millisecond)
-}
-
-// readReview checks the request and reads its body, whose memory is in use until done is called. Its errors are *badRequest.
-func (w *webhook) readReview(ctx context.Context, rw http.ResponseWriter, r *http.Request) (request *admissionRequest, done func(), err error) {
-	if r.Method != http.MethodPost {
-		return nil, func() {}, &badRequest{http.StatusMethodNotAllowed, fmt.Sprintf("method %s is not allowed: POST an AdmissionReview", r.Method)}
-	}
-	contentType := r.Header.Get("Content-Type")
-	if media, _, err := mime.ParseMediaType(contentType); err != nil || media != "application/json" {
-		return nil, func() {}, &badRequest{http.StatusUnsupportedMediaType, fmt.Sprintf("Content-Type is %s: it must be application/json", quoteShort(contentType))}
-	}
-	body, err := w.bounds.read(ctx, rw, r)
-	defer body.decoded()
-	if err == nil {
-		request, err = decodeReview(body.text)
-	}
-	return request, body.done, err
 }
 
 // deliver writes an answer; an error says that the API server does not get it.
