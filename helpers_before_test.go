@@ -16,6 +16,7 @@ import (
 	"testing"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // programBuild is a build of the program, by which a webhook decides or a pod's containers run.
@@ -114,17 +115,17 @@ func untar(from io.Reader, folder string) error {
 func deployedUsers(t *testing.T, folder string) (queue, lock []string) {
 	t.Helper()
 	scripts, err := os.ReadFile(filepath.Join(folder, "deploy/base/redis-scripts.yaml"))
-	must(t, err)
+	rig.Must(t, err)
 	forQueue, forLock, ok := strings.Cut(string(scripts), "\n  lock: |\n")
 	if !ok {
 		t.Fatalf("no script \"lock\" in deploy/base/redis-scripts.yaml of %s", folder)
 	}
 	read := func(text string) []string {
-		args := strings.Fields("--user tester on >" + testPassword + " ~* &* +@all")
+		args := strings.Fields("--user tester on >" + rig.Password + " ~* &* +@all")
 		for line := range strings.Lines(text) {
-			words := userLine(line)
+			words := rig.UserLine(line)
 			if len(words) > 3 && words[0] == "user" && (words[1] == "webhook" || words[1] == "sidecar") && words[2] == "on" {
-				args = append(append(args, "--user", words[1], "on", ">"+testPassword), words[4:]...) // words[3] is a password of another
+				args = append(append(args, "--user", words[1], "on", ">"+rig.Password), words[4:]...) // words[3] is a password of another
 			}
 		}
 		if n := strings.Count(strings.Join(args, " "), "--user"); n != 3 {
@@ -136,11 +137,9 @@ func deployedUsers(t *testing.T, folder string) (queue, lock []string) {
 }
 
 // startRedisWith starts a redis-server with users.
-func startRedisWith(t *testing.T, users []string) *redisServer {
+func startRedisWith(t *testing.T, users []string) *rig.Redis {
 	t.Helper()
-	listen := func(port string) []string { return append(plain(port), users...) }
-	r, err := launchRedisOf("", t.TempDir(), listen, redis.DialUsername("tester"), redis.DialPassword(testPassword))
-	must(t, err)
-	t.Cleanup(r.stop)
-	return r
+	listen := func(port string) []string { return append(rig.PlainPort(port), users...) }
+	return rig.StartRedisWith(t, rig.RedisOptions{Args: listen, Kind: rig.SingleQueue,
+		Dial: []redis.DialOption{redis.DialUsername("tester"), redis.DialPassword(rig.Password)}})
 }

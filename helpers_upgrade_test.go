@@ -18,6 +18,7 @@ import (
 
 	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	jsonpatch "gopkg.in/evanphx/json-patch.v4"
 	corev1 "k8s.io/api/core/v1"
 )
@@ -25,7 +26,7 @@ import (
 // upgrade is an installation whose program changes while pods come and go.
 type upgrade struct {
 	t     *testing.T
-	queue *redisServer
+	queue *rig.Redis
 	locks []string
 	flags []string
 	paths map[string]string // of programs, by their images
@@ -46,7 +47,7 @@ type upgrade struct {
 
 // upgradeWebhook is a webhook of one build that injects sidecars of one.
 type upgradeWebhook struct {
-	*webhookProcess
+	*rig.Webhook
 	of, sidecars programBuild
 	asked        sync.WaitGroup // those it has to answer
 }
@@ -64,10 +65,10 @@ func startUpgrade(t *testing.T, folder string, without ...string) *upgrade {
 	u := &upgrade{t: t, queue: startRedisWith(t, queueUsers), paths: map[string]string{}, most: map[semaphoreID]int{},
 		stop: make(chan struct{}), failed: make(chan struct{}), holding: map[semaphoreID]map[string]bool{}, done: map[string]int{}}
 	for range 3 {
-		u.locks = append(u.locks, startRedisWith(t, lockUsers).address)
+		u.locks = append(u.locks, startRedisWith(t, lockUsers).Address)
 	}
 	t.Setenv("REDIS_USERNAME", "webhook")
-	t.Setenv("REDIS_PASSWORD", testPassword)
+	t.Setenv("REDIS_PASSWORD", rig.Password)
 	u.flags = []string{"--redis-addresses=" + strings.Join(u.locks, ","), "--sidecar-redis-secret=redis",
 		fmt.Sprintf("--heartbeat-interval-seconds=%d", seconds(upgradeInterval))}
 	return u
@@ -89,7 +90,7 @@ func (u *upgrade) problemLocked(format string, args ...any) {
 // serve starts a webhook.
 func (u *upgrade) serve(of, sidecars programBuild) {
 	u.t.Helper()
-	w := &upgradeWebhook{webhookProcess: startWebhookProcessOf(u.t, of.path, u.queue.address, append(u.flags, "--sidecar-image="+sidecars.image)...),
+	w := &upgradeWebhook{Webhook: rig.StartWebhookOf(u.t, of.path, u.queue.Address, append(u.flags, "--sidecar-image="+sidecars.image)...),
 		of: of, sidecars: sidecars}
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -112,25 +113,25 @@ func (u *upgrade) retire(b programBuild) {
 	u.mu.Unlock()
 	for _, w := range leaving {
 		w.asked.Wait()
-		u.end(w.process, "the webhook of "+w.of.image)
+		u.end(w.Process, "the webhook of "+w.of.image)
 	}
 }
 
 // end ends a process as the kubelet does, and reads its log.
-func (u *upgrade) end(p *process, name string) {
-	_ = p.Process.Signal(syscall.SIGTERM)
+func (u *upgrade) end(p *rig.Process, name string) {
+	_ = p.Cmd.Process.Signal(syscall.SIGTERM)
 	select {
-	case <-p.done:
+	case <-p.Done():
 	case <-time.After(upgradePatience):
-		u.problem("%s does not end:\n%s", name, p.log.String())
-		p.kill()
+		u.problem("%s does not end:\n%s", name, p.Log.String())
+		p.Kill()
 	}
 	u.wantEnded(p, name)
 }
 
 // wantEnded notes what is wrong with a process that has ended.
-func (u *upgrade) wantEnded(p *process, name string) {
-	if code := p.ProcessState.ExitCode(); code != 0 {
+func (u *upgrade) wantEnded(p *rig.Process, name string) {
+	if code := p.Cmd.ProcessState.ExitCode(); code != 0 {
 		u.problem("%s ended with %d", name, code)
 	}
 	u.readLog(p, name)
@@ -138,8 +139,8 @@ func (u *upgrade) wantEnded(p *process, name string) {
 
 // readLog notes what is wrong by the log of a process. Nothing fails here: all that it may warn of is that another process repairs a
 // semaphore.
-func (u *upgrade) readLog(p *process, name string) {
-	for line := range strings.Lines(p.log.String()) {
+func (u *upgrade) readLog(p *rig.Process, name string) {
+	for line := range strings.Lines(p.Log.String()) {
 		if !strings.Contains(line, `"level":"INFO"`) && !strings.Contains(line, errLockTaken.Error()) {
 			u.problem("%s logged %s", name, line)
 		}
@@ -187,18 +188,18 @@ func (u *upgrade) run(p upgradePod) {
 	if p.whenFull == whenFullDeny {
 		u.hold(p, token) // the webhook took it
 	}
-	if err := errors.Join(sidecar.launch(), await.launch()); err != nil {
+	if err := errors.Join(sidecar.Launch(), await.Launch()); err != nil {
 		u.problem("start the containers %s: %v", name, err)
 		return
 	}
-	defer sidecar.kill()
-	defer await.kill()
-	for deadline := time.Now().Add(upgradePatience); !isClosed(await.done); time.Sleep(20 * time.Millisecond) {
+	defer sidecar.Kill()
+	defer await.Kill()
+	for deadline := time.Now().Add(upgradePatience); !isClosed(await.Done()); time.Sleep(20 * time.Millisecond) {
 		if isClosed(u.failed) {
 			return
 		}
 		if u.readLog(sidecar, "the sidecar "+name); time.Now().After(deadline) && !p.inLine { // those in line wait for what the test does
-			u.problem("no token for the app %s:\n%s", name, sidecar.log.String())
+			u.problem("no token for the app %s:\n%s", name, sidecar.Log.String())
 			return
 		}
 	}
@@ -208,19 +209,19 @@ func (u *upgrade) run(p upgradePod) {
 	}
 	select {
 	case <-p.until():
-	case <-sidecar.done:
+	case <-sidecar.Done():
 	case <-u.failed:
 		return
 	}
 	u.letGo(p, token)
 	select {
-	case <-sidecar.done:
+	case <-sidecar.Done():
 		u.problem("the sidecar %s ended before its app", name)
 	default:
 	}
 	u.end(sidecar, "the sidecar "+name)
-	if n := len(sidecar.log.lines(u.t, "token given back")); n != 1 {
-		u.problem("the sidecar %s gave its token back %d times:\n%s", name, n, sidecar.log.String())
+	if n := len(sidecar.Log.Lines(u.t, "token given back")); n != 1 {
+		u.problem("the sidecar %s gave its token back %d times:\n%s", name, n, sidecar.Log.String())
 		return
 	}
 	u.mu.Lock()
@@ -230,7 +231,7 @@ func (u *upgrade) run(p upgradePod) {
 
 // create asks for a pod until it is admitted; it returns the pod as it was patched, and who did that. It returns nil if it never is.
 func (u *upgrade) create(p upgradePod) (*corev1.Pod, string) {
-	body := review(u.t, p.id, p.length, func(request map[string]any) {
+	body := rig.Review(u.t, p.id, p.length, func(request map[string]any) {
 		metadata := request["object"].(map[string]any)["metadata"].(map[string]any)
 		metadata["name"] = p.name
 		metadata["annotations"].(map[string]any)[annotationWhenFull] = p.whenFull
@@ -238,31 +239,31 @@ func (u *upgrade) create(p upgradePod) (*corev1.Pod, string) {
 	for deadline := time.Now().Add(upgradePatience); ; time.Sleep(100 * time.Millisecond) {
 		w := u.webhook()
 		met := fmt.Sprintf("webhook of %s, sidecar of %s", w.of.image, w.sidecars.image)
-		status, text, _, err := w.post(body)
+		status, text, _, err := w.Post(body)
 		w.asked.Done()
-		var a admission
+		var a rig.Admission
 		if err == nil {
-			a, err = readAdmission(status, text)
+			a, err = rig.ReadAdmission(status, text)
 		}
 		switch {
 		case err != nil:
 			u.problem("the pod %s (%s): %v", p.name, met, err)
 			return nil, met
-		case a.allowed:
-			object, err := reviewedPod(body, a.patch)
+		case a.Allowed:
+			object, err := reviewedPod(body, a.Patch)
 			if err == nil && len(object.Spec.InitContainers) < 2 {
-				err = fmt.Errorf("patched with %s", a.patch)
+				err = fmt.Errorf("patched with %s", a.Patch)
 			}
 			if err != nil {
 				u.problem("the pod %s (%s): %v", p.name, met, err)
 				return nil, met
 			}
 			return object, met
-		case !strings.HasPrefix(a.message, "no semaphore available"):
-			u.problem("the pod %s (%s) is refused: %s", p.name, met, a.message)
+		case !strings.HasPrefix(a.Message, "no semaphore available"):
+			u.problem("the pod %s (%s) is refused: %s", p.name, met, a.Message)
 			return nil, met
 		case time.Now().After(deadline) && !p.mayFail:
-			u.problem("the pod %s (%s) is still refused: %s", p.name, met, a.message)
+			u.problem("the pod %s (%s) is still refused: %s", p.name, met, a.Message)
 			return nil, met
 		case isClosed(u.failed), p.mayFail && isClosed(u.stop):
 			return nil, met
@@ -298,7 +299,7 @@ func reviewedPod(body, patch []byte) (*corev1.Pod, error) {
 }
 
 // container is a container's process, and the last of its arguments, which is the token of a sidecar.
-func (u *upgrade) container(c corev1.Container, p upgradePod, podUID string) (started *process, last string) {
+func (u *upgrade) container(c corev1.Container, p upgradePod, podUID string) (started *rig.Process, last string) {
 	var args []string
 	for _, arg := range c.Args {
 		args = append(args, strings.ReplaceAll(arg, "$(POD_UID)", podUID))
@@ -306,15 +307,15 @@ func (u *upgrade) container(c corev1.Container, p upgradePod, podUID string) (st
 	u.mu.Lock()
 	path := u.paths[c.Image]
 	u.mu.Unlock()
-	started = newProcess(path, args...)
-	started.Env = os.Environ()
-	known := map[string]string{"POD_UID": podUID, "POD_NAME": p.name, "NODE_NAME": "node-1", "REDIS_USERNAME": "sidecar", "REDIS_PASSWORD": testPassword}
+	started = rig.NewProcess(path, args...)
+	started.Cmd.Env = os.Environ()
+	known := map[string]string{"POD_UID": podUID, "POD_NAME": p.name, "NODE_NAME": "node-1", "REDIS_USERNAME": "sidecar", "REDIS_PASSWORD": rig.Password}
 	for _, e := range c.Env {
 		value := cmp.Or(e.Value, known[e.Name])
 		if value == "" {
 			u.problem("the container %s of the pod %s wants %s, which this test does not know", c.Name, p.name, e.Name)
 		}
-		started.Env = append(started.Env, e.Name+"="+value)
+		started.Cmd.Env = append(started.Cmd.Env, e.Name+"="+value)
 	}
 	return started, args[len(args)-1]
 }
@@ -356,8 +357,7 @@ func (u *upgrade) held() map[semaphoreID][]string {
 
 // look compares, until stop is called, what Redis counts with what pods rely on.
 func (u *upgrade) look() (stop func()) {
-	conn, err := redis.Dial("tcp", u.queue.address, u.queue.options...)
-	must(u.t, err)
+	conn := u.queue.Dial(u.t)
 	end, ended := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(ended)

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // The tests of this tag ("make test-upgrade") run the program of before beside this one, as processes, while pods come and go: webhooks and
@@ -34,18 +35,18 @@ const usersOfBeforeDo = true
 func programBefore(t *testing.T) (programBuild, string) {
 	t.Helper()
 	commit, err := commitBefore()
-	must(t, err)
+	rig.Must(t, err)
 	t.Logf("the program of before is that of %s", commit)
 	folder := t.TempDir()
-	must(t, export(commit, folder))
+	rig.Must(t, export(commit, folder))
 	b := programBuild{"example.org/sidecar:before", filepath.Join(t.TempDir(), "before")}
-	must(t, build(b.path, "-C", folder))
+	rig.Must(t, rig.Build(folder, b.path))
 	return b, folder
 }
 
 func TestUpgrade(t *testing.T) {
 	before, folder := programBefore(t)
-	now := programBuild{"example.org/sidecar:now", binary}
+	now := programBuild{"example.org/sidecar:now", rig.Program(t)}
 	t.Run("users of now", func(t *testing.T) { thereAndBack(t, before, now, ".") })
 	t.Run("users of before", func(t *testing.T) {
 		if !usersOfBeforeDo {
@@ -205,7 +206,7 @@ func (l *upgradeLine) wantOrder() {
 		got := slices.Clone(l.order)
 		l.mu.Unlock()
 		var waiting int
-		waiting, err = redis.Int(l.queue.control.Do("ZCARD", l.id.waitersKey()))
+		waiting, err = redis.Int(l.queue.Control.Do("ZCARD", l.id.waitersKey()))
 		switch {
 		case err != nil:
 		case len(got) >= len(want) && !slices.Equal(got, want):
@@ -228,18 +229,18 @@ func (u *upgrade) wantNothingLeft(t *testing.T) {
 	if t.Failed() {
 		return
 	}
-	keys, err := redis.Strings(u.queue.control.Do("KEYS", "*"))
-	must(t, err)
+	keys, err := redis.Strings(u.queue.Control.Do("KEYS", "*"))
+	rig.Must(t, err)
 	for _, key := range keys {
 		kind, _, _ := strings.Cut(key, "/")
-		if left, err := redis.Int(u.queue.control.Do("TTL", key)); err != nil || left < 0 || left > 300 {
+		if left, err := redis.Int(u.queue.Control.Do("TTL", key)); err != nil || left < 0 || left > 300 {
 			t.Errorf("%s expires in %d s, %v", key, left, err)
 		}
 		switch kind {
 		case "queue", "state":
 		case "names": // of pods whose webhook knows of more than their sidecars; see "Upgrade" in docs/operating.md
-			fields, err := redis.Strings(u.queue.control.Do("HKEYS", key))
-			must(t, err)
+			fields, err := redis.Strings(u.queue.Control.Do("HKEYS", key))
+			rig.Must(t, err)
 			for _, f := range fields {
 				if !strings.HasSuffix(f, "/pod") {
 					t.Errorf("%s: %s is still there", key, f)
@@ -249,8 +250,8 @@ func (u *upgrade) wantNothingLeft(t *testing.T) {
 			t.Errorf("%s is still there", key)
 		}
 	}
-	c := testConfig(u.queue.address)
-	c.redis = redisSettings{username: "webhook", password: testPassword}
+	c := testConfig(u.queue.Address)
+	c.redis = redisSettings{username: "webhook", password: rig.Password}
 	c.redisAddresses = u.locks
 	s := semaphoresOf(t, c)
 	for id, length := range u.most {
@@ -273,9 +274,9 @@ func TestUpgradeFindsWhatIsBroken(t *testing.T) {
 		{name: "arrivals have another unit", file: "lua/acquire.lua", old: "math.max(micros, last + 1)", new: "math.max(now, 1)", want: "in the order"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			now := programBuild{"example.org/sidecar:now", binary}
+			now := programBuild{"example.org/sidecar:now", rig.Program(t)}
 			if c.file != "" {
-				now.path = buildBroken(t, []edit{{c.file, c.old, c.new}})
+				now.path = rig.BuildBroken(t, []rig.Edit{{File: c.file, From: c.old, To: c.new}})
 			}
 			u := startUpgrade(t, ".", c.without)
 			u.roll(before, now, upgradeStage)
