@@ -146,3 +146,22 @@ func (s *documentedSetting) entry() string {
 	}
 	return text + "\n"
 }
+
+// The rules for the user of one namespace are those that are tested for a sidecar, with the namespace in each key.
+func TestNamespaceACLIsDocumented(t *testing.T) {
+	text, err := os.ReadFile("docs/security.md")
+	must(t, err)
+	var rules []string
+	for rule := range strings.FieldsSeq(sidecarACL) {
+		switch {
+		case strings.HasPrefix(rule, "~"):
+			rule = strings.TrimSuffix(rule, "*") + "{shop/*}"
+		case strings.HasPrefix(rule, "&"):
+			rule = strings.TrimSuffix(rule, "*") + "{shop/*"
+		}
+		rules = append(rules, rule)
+	}
+	if want := "SETUSER sidecar/shop on >PASSWORD " + strings.Join(rules, " ") + "\n"; !strings.Contains(string(text), want) {
+		t.Errorf("not in docs/security.md: %s", want)
+	}
+}

@@ -19,7 +19,7 @@ import (
 	"github.com/google/uuid"
 )
 
-// What the users of the webhook and of the sidecar need in Redis, as the README has it.
+// What the users of the webhook and of the sidecar need in Redis, as docs/security.md has it.
 const (
 	webhookACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* +ping +eval +evalsha +time +scan +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount +zrange +zrangebyscore +zscore +zremrangebyscore +ttl +expire +publish +set +get"
 	sidecarACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* +eval +evalsha +time +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount +zrange +zrangebyscore +zrank +zscore +zremrangebyscore +ttl +expire +publish +subscribe +set +get"
@@ -63,13 +63,13 @@ func startSecureRedis(t *testing.T, dir string) *redisServer {
 	return r
 }
 
-// The rules in the README are those that are tested here.
+// The rules in docs/security.md are those that are tested here.
 func TestACLsAreDocumented(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
+	page, err := os.ReadFile("docs/security.md")
 	must(t, err)
 	for _, rule := range []string{webhookACL, sidecarACL, "status on >PASSWORD " + statusACL + "\n", "`" + gateACL + "`", "`" + forgottenACL + "`", "SETUSER status " + releaseACL + "\n", "`" + sentinelACL + "`", "`" + ofSentinelsACL + "`", "`" + clusterACL + "`", "`" + lockACL + "`"} {
-		if !strings.Contains(string(readme), rule) {
-			t.Errorf("not in the README: %s", rule)
+		if !strings.Contains(string(page), rule) {
+			t.Errorf("not in docs/security.md: %s", rule)
 		}
 	}
 }
@@ -154,7 +154,7 @@ func TestLockACLIsMinimal(t *testing.T) {
 	}
 }
 
-// The whole job over TLS, with the users that the README tells to make.
+// The whole job over TLS, with the users of docs/security.md.
 func TestRedisWithTLSAndACL(t *testing.T) {
 	dir := t.TempDir()
 	writeCertificate(t, dir, 1)
