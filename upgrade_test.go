@@ -27,7 +27,7 @@ const (
 var upgradeKinds = []string{whenFullDeny, whenFullWait}
 
 // usersOfBeforeDo says whether this program works with the users that the deploy/ of before has made. If it cannot, the changelog has to
-// name the new rules, as "Upgrade" in docs/operating.md says that it does.
+// name the new rules, as "Upgrade" in docs/upgrade.md says that it does.
 const usersOfBeforeDo = true
 
 // programBefore builds the program of before, and returns it with the folder of its files.
@@ -237,7 +237,7 @@ func (u *upgrade) wantNothingLeft(t *testing.T) {
 		}
 		switch kind {
 		case "queue", "state":
-		case "names": // of pods whose webhook knows of more than their sidecars; see "Upgrade" in docs/operating.md
+		case "names": // of pods whose webhook knows of more than their sidecars; see "Upgrade" in docs/upgrade.md
 			fields, err := redis.Strings(u.queue.control.Do("HKEYS", key))
 			must(t, err)
 			for _, f := range fields {
