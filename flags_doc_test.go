@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -145,6 +146,112 @@ func (s *documentedSetting) entry() string {
 		text += fmt.Sprintf(" Modes: %s.", strings.Join(s.modes, ", "))
 	}
 	return text + "\n"
+}
+
+// documents are all pages that people read.
+func documents(t *testing.T) []string {
+	t.Helper()
+	pages, err := filepath.Glob("docs/*.md")
+	must(t, err)
+	if len(pages) < 10 {
+		t.Fatalf("only %d pages in docs/: %q", len(pages), pages)
+	}
+	return append(pages, "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+}
+
+// Documents stay short enough to be read, and begin with the question that they answer.
+func TestDocsAreShort(t *testing.T) {
+	const mostOfPage, mostOfReadme, mostLinesOfChangelog, mostOfCell = 15360, 9216, 40, 160
+	link := regexp.MustCompile(`\[([^\]]*)\]\([^)]*\)`)
+	for _, page := range documents(t) {
+		text, err := os.ReadFile(page)
+		must(t, err)
+		most := mostOfPage
+		if page == "README.md" {
+			most = mostOfReadme
+		}
+		if len(text) > most {
+			t.Errorf("%s has %d bytes, at most %d are allowed", page, len(text), most)
+		}
+		if n := strings.Count(string(text), "\n"); page == "CHANGELOG.md" && n > mostLinesOfChangelog {
+			t.Errorf("%s has %d lines, at most %d are allowed", page, n, mostLinesOfChangelog)
+		}
+		if lines := strings.Split(string(text), "\n"); strings.HasPrefix(page, "docs/") && (len(lines) < 3 || !strings.Contains(lines[2], "?")) {
+			t.Errorf("%s does not begin with the question that it answers", page)
+		}
+		for n, line := range strings.Split(withoutCode(string(text)), "\n") {
+			if !strings.HasPrefix(line, "|") {
+				continue
+			}
+			for cell := range strings.SplitSeq(strings.ReplaceAll(line, `\|`, "/"), "|") {
+				if cell = strings.TrimSpace(link.ReplaceAllString(cell, "$1")); len(cell) > mostOfCell {
+					t.Errorf("%s:%d: a cell has %d characters, at most %d are allowed: %s", page, n+1, len(cell), mostOfCell, cell)
+				}
+			}
+		}
+	}
+}
+
+// Links to pages, to their sections and to files of the repository lead somewhere.
+func TestDocsLinksResolve(t *testing.T) {
+	link := regexp.MustCompile(`\]\(([^)\s]+)\)`)
+	checked := 0
+	for _, page := range documents(t) {
+		text, err := os.ReadFile(page)
+		must(t, err)
+		for _, m := range link.FindAllStringSubmatch(withoutCode(string(text)), -1) {
+			if strings.Contains(m[1], "://") {
+				continue
+			}
+			checked++
+			name, section, hasSection := strings.Cut(m[1], "#")
+			target := page
+			if name != "" {
+				target = filepath.Join(filepath.Dir(page), name)
+			}
+			linked, err := os.Stat(target)
+			if err != nil {
+				t.Errorf("%s links to %s: %v", page, m[1], err)
+				continue
+			}
+			if hasSection && (linked.IsDir() || !slices.Contains(sectionsOf(t, target), section)) {
+				t.Errorf("%s links to %s: there is no such section", page, m[1])
+			}
+		}
+	}
+	if checked < 20 {
+		t.Errorf("only %d links were checked", checked)
+	}
+}
+
+// withoutCode is a page whose blocks of code have empty lines.
+func withoutCode(text string) string {
+	inCode := false
+	lines := strings.Split(text, "\n")
+	for i, line := range lines {
+		fence := strings.HasPrefix(strings.TrimSpace(line), "```")
+		if fence || inCode {
+			lines[i] = ""
+		}
+		inCode = inCode != fence
+	}
+	return strings.Join(lines, "\n")
+}
+
+// sectionsOf are the names by which links reach the headings of a page, as GitHub makes them.
+func sectionsOf(t *testing.T, page string) (sections []string) {
+	t.Helper()
+	text, err := os.ReadFile(page)
+	must(t, err)
+	other := regexp.MustCompile(`[^\p{L}\p{N} _-]`)
+	for line := range strings.SplitSeq(withoutCode(string(text)), "\n") {
+		level := strings.IndexFunc(line, func(r rune) bool { return r != '#' })
+		if level > 0 && line[level] == ' ' {
+			heading := other.ReplaceAllString(strings.ToLower(strings.TrimSpace(line[level:])), "")
+			sections = append(sections, strings.ReplaceAll(heading, " ", "-"))
+		}
+	}
+	return sections
 }
 
 // The rules for the user of one namespace are those that are tested for a sidecar, with the namespace in each key.
