@@ -112,7 +112,7 @@ func TestClusterSlotHalfMoved(t *testing.T) {
 }
 
 // While a slot moves and all keys of a semaphore have moved already, the old node sends us to the new one, which answers who says
-// ASKING; with the users that the README tells to make.
+// ASKING; with the users of docs/security.md.
 func TestClusterSlotMoving(t *testing.T) {
 	t.Parallel()
 	c := rig.StartCluster(t)

@@ -192,7 +192,7 @@ func (c *webhookConfig) declareFlags(f *flags, getenv func(string) string) {
 	declare(f, &c.whenFull, readChoice(whenFullChoices...), "when-full", whenFullDeny,
 		"what becomes of a pod for which no token is free: `deny|wait|gate`; its annotation when-full wins")
 	declare(f, &c.enableSidecarContainers, readBool, "enable-sidecar-containers", "true",
-		"`true|false`: inject a native sidecar (Kubernetes 1.29 or later), or a classic container")
+		"`true|false`: inject a native sidecar (Kubernetes 1.30 or later), or a classic container")
 	declare(f, &c.sidecarImage, readImage, "sidecar-image", imageRepository+":"+version, "`IMAGE` of the injected sidecar")
 	declare(f, &c.sidecarImagePullSecret, readObjectName, "sidecar-image-pull-secret", "",
 		"`NAME` of a Secret in the pod's namespace that is added to the pod's imagePullSecrets")

@@ -193,7 +193,7 @@ func TestSentinelsThatCannotHelp(t *testing.T) {
 	}
 }
 
-// The users of a Sentinel group need what the README says.
+// The users of a Sentinel group need what docs/security.md says.
 func TestSentinelUsers(t *testing.T) {
 	t.Parallel()
 	g := rig.StartSentinelGroup(t)

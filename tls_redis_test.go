@@ -20,7 +20,7 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// What the users of the webhook and of the sidecar need in Redis, as the README has it.
+// What the users of the webhook and of the sidecar need in Redis, as docs/security.md has it.
 const (
 	webhookACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* +eval +evalsha +time +scan +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount +zrange +zrangebyscore +zscore +zremrangebyscore +ttl +expire +publish +set +get"
 	sidecarACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* +eval +evalsha +time +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount +zrange +zrangebyscore +zrank +zscore +zremrangebyscore +ttl +expire +publish +subscribe +set +get"
@@ -62,13 +62,13 @@ func startSecureRedis(t *testing.T, dir string) *rig.Redis {
 		Dial: []redis.DialOption{redis.DialUseTLS(true), redis.DialTLSConfig(&tls.Config{RootCAs: roots}), redis.DialPassword("admin")}})
 }
 
-// The rules in the README are those that are tested here.
+// The rules in docs/security.md are those that are tested here.
 func TestACLsAreDocumented(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
+	page, err := os.ReadFile("docs/security.md")
 	rig.Must(t, err)
 	for _, rule := range []string{webhookACL, sidecarACL, "status on >PASSWORD " + statusACL + "\n", "`" + gateACL + "`", "`" + forgottenACL + "`", "SETUSER status " + releaseACL + "\n", "`" + sentinelACL + "`", "`" + ofSentinelsACL + "`", "`" + clusterACL + "`", "`" + lockACL + "`"} {
-		if !strings.Contains(string(readme), rule) {
-			t.Errorf("not in the README: %s", rule)
+		if !strings.Contains(string(page), rule) {
+			t.Errorf("not in docs/security.md: %s", rule)
 		}
 	}
 }
@@ -153,7 +153,7 @@ func TestLockACLIsMinimal(t *testing.T) {
 	}
 }
 
-// The whole job over TLS, with the users that the README tells to make.
+// The whole job over TLS, with the users of docs/security.md.
 func TestRedisWithTLSAndACL(t *testing.T) {
 	dir := t.TempDir()
 	rig.WriteCertificate(t, dir, 1)

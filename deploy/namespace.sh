@@ -25,7 +25,7 @@ case "$#,$namespace" in
   ;;
 esac
 if [ -z "$(kubectl -n "$hook" get statefulset redis --ignore-not-found -o name)" ]; then
-  echo "there is no statefulset/redis in $hook: in a Redis of your own, make users by the rules in the README" >&2
+  echo "there is no statefulset/redis in $hook: in a Redis of your own, make users by the rules in docs/security.md" >&2
   exit 1
 fi
 there=$(kubectl get namespace "$namespace" --ignore-not-found -o name)

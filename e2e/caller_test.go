@@ -109,7 +109,7 @@ func TestPathSecret(t *testing.T) {
 }
 
 // Where the API server has a client certificate, those without one are not served, whatever they know. The certificate, and its
-// authority, are those of API_CLIENT_CA: ".ci/client-certificate" makes what an API server needs, and docs/operating.md says how.
+// authority, are those of API_CLIENT_CA: ".ci/client-certificate" makes what an API server needs, and docs/security.md says how.
 func TestClientCertificate(t *testing.T) {
 	authority := os.Getenv("API_CLIENT_CA")
 	if authority == "" {
