@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 )
@@ -28,7 +29,7 @@ import (
 func (a *abused) large(ctx context.Context, path string, body []byte) {
 	transport := &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
 	defer transport.CloseIdleConnections()
-	request, err := http.NewRequestWithContext(ctx, http.MethodPost, a.url+path+"?timeout=5s", bytes.NewReader(body))
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, a.URL+path+"?timeout=5s", bytes.NewReader(body))
 	if err != nil {
 		return
 	}
@@ -43,7 +44,7 @@ func (a *abused) large(ctx context.Context, path string, body []byte) {
 }
 
 func TestAbuseByLargeRequests(t *testing.T) {
-	valid := review(t, freshID(), maxLength, func(r map[string]any) {
+	valid := rig.Review(t, freshID(), maxLength, func(r map[string]any) {
 		r["object"].(map[string]any)["metadata"].(map[string]any)["annotations"].(map[string]any)["large"] = strings.Repeat("x", 4<<20-10000)
 		r["dryRun"] = true
 	})

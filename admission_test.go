@@ -10,16 +10,18 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 func TestDryRunTakesNothing(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
+	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
 	id := freshID()
-	a := w.admit(t, review(t, id, 1, func(request map[string]any) { request["dryRun"] = true }))
-	if !a.allowed || a.token != "00000000-0000-0000-0000-000000000000" {
+	a := w.admit(t, rig.Review(t, id, 1, func(request map[string]any) { request["dryRun"] = true }))
+	if !a.Allowed || a.Token != "00000000-0000-0000-0000-000000000000" {
 		t.Fatalf("answered %+v", a)
 	}
-	lines := w.log.wantLines(t, "admission", 1)
+	lines := w.log.WantLines(t, "admission", 1)
 	if lines[0]["verdict"] != verdictDryRun || lines[0]["token"] != "" {
 		t.Errorf("logged %v", lines)
 	}
@@ -27,18 +29,18 @@ func TestDryRunTakesNothing(t *testing.T) {
 
 // The audit log of the API server gets the verdict, the semaphore and the token, and nothing of what is none of our business.
 func TestAuditAnnotations(t *testing.T) {
-	r := startRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
-	admitted := w.admit(t, review(t, id, 1))
-	for want, a := range map[string]admission{
-		fmt.Sprint(map[string]string{"semaphore": id.String(), "token": admitted.token, "verdict": "admitted"}): admitted,
-		fmt.Sprint(map[string]string{"semaphore": id.String(), "verdict": "full"}):                              w.admit(t, review(t, id, 1)),
-		fmt.Sprint(map[string]string{"semaphore": id.String(), "verdict": "invalid"}):                           w.admit(t, review(t, id, 0)),
-		fmt.Sprint(map[string]string{"semaphore": id.String(), "verdict": "wait"}):                              w.admit(t, review(t, id, 1, whenFull(whenFullWait))),
-		"map[]": w.admit(t, review(t, id, 1, func(request map[string]any) { annotationsOf(request)[annotationEnabled] = "false" })),
+	admitted := w.admit(t, rig.Review(t, id, 1))
+	for want, a := range map[string]rig.Admission{
+		fmt.Sprint(map[string]string{"semaphore": id.String(), "token": admitted.Token, "verdict": "admitted"}): admitted,
+		fmt.Sprint(map[string]string{"semaphore": id.String(), "verdict": "full"}):                              w.admit(t, rig.Review(t, id, 1)),
+		fmt.Sprint(map[string]string{"semaphore": id.String(), "verdict": "invalid"}):                           w.admit(t, rig.Review(t, id, 0)),
+		fmt.Sprint(map[string]string{"semaphore": id.String(), "verdict": "wait"}):                              w.admit(t, rig.Review(t, id, 1, whenFull(whenFullWait))),
+		"map[]": w.admit(t, rig.Review(t, id, 1, func(request map[string]any) { rig.AnnotationsOf(request)[annotationEnabled] = "false" })),
 	} {
-		if got := fmt.Sprint(a.audit); got != want || admitted.token == "" {
+		if got := fmt.Sprint(a.Audit); got != want || admitted.Token == "" {
 			t.Errorf("got %s, want %s", got, want)
 		}
 	}
@@ -46,20 +48,20 @@ func TestAuditAnnotations(t *testing.T) {
 
 // A pod that gives its sidecar no time is admitted with a warning.
 func TestWarningOfAShortGracePeriod(t *testing.T) {
-	r := startRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	for grace, want := range map[int]int{0: 1, 9: 1, 10: 0, 30: 0} {
-		a := w.admit(t, review(t, freshID(), 1, func(request map[string]any) {
+		a := w.admit(t, rig.Review(t, freshID(), 1, func(request map[string]any) {
 			request["object"].(map[string]any)["spec"].(map[string]any)["terminationGracePeriodSeconds"] = grace
 		}))
-		if !a.allowed || len(a.warnings) != want || want == 1 && a.warnings[0] != fmt.Sprintf(warningGrace, grace, 10) {
+		if !a.Allowed || len(a.Warnings) != want || want == 1 && a.Warnings[0] != fmt.Sprintf(warningGrace, grace, 10) {
 			t.Errorf("%d s: %+v", grace, a)
 		}
 	}
 }
 
 func TestInvalidAnnotations(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
+	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
 	number := func(name string, most int) map[string]string {
 		must := fmt.Sprintf(": it must be a whole number from 1 to %d", most)
 		cases := map[string]string{}
@@ -77,14 +79,14 @@ func TestInvalidAnnotations(t *testing.T) {
 	}
 	for name, cases := range map[string]map[string]string{"length": number("length", 10000), "expiration": number("expiration", 3600), "key": keys} {
 		for value, want := range cases {
-			a := w.admit(t, review(t, freshID(), 1, func(request map[string]any) {
-				annotationsOf(request)[annotationPrefix+name] = value
+			a := w.admit(t, rig.Review(t, freshID(), 1, func(request map[string]any) {
+				rig.AnnotationsOf(request)[annotationPrefix+name] = value
 			}))
-			if a.allowed || a.code != http.StatusUnprocessableEntity || a.patch != nil {
+			if a.Allowed || a.Code != http.StatusUnprocessableEntity || a.Patch != nil {
 				t.Errorf("%s %q: answered %+v", name, value, a)
 			}
-			if !strings.HasPrefix(a.message, "invalid annotations: ") || !strings.Contains(a.message, want) || strings.Contains(a.message, "\n") {
-				t.Errorf("%s %q: message %q, want %q in it", name, value, a.message, want)
+			if !strings.HasPrefix(a.Message, "invalid annotations: ") || !strings.Contains(a.Message, want) || strings.Contains(a.Message, "\n") {
+				t.Errorf("%s %q: message %q, want %q in it", name, value, a.Message, want)
 			}
 		}
 	}
@@ -92,9 +94,9 @@ func TestInvalidAnnotations(t *testing.T) {
 
 // One message names every problem.
 func TestAllProblemsAtOnce(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
-	a := w.admit(t, review(t, freshID(), 1, func(request map[string]any) {
-		annotations := annotationsOf(request)
+	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
+	a := w.admit(t, rig.Review(t, freshID(), 1, func(request map[string]any) {
+		annotations := rig.AnnotationsOf(request)
 		annotations[annotationKey] = "a b"
 		annotations[annotationLength] = "many"
 		delete(annotations, annotationExpiration)
@@ -103,23 +105,23 @@ func TestAllProblemsAtOnce(t *testing.T) {
 		`at-least-semaphore-pod-hook.kaidotio.github.io/key is "a b": it must be letters, digits and . _ / -, and begin and end with a letter or digit; ` +
 		`at-least-semaphore-pod-hook.kaidotio.github.io/length is "many": it must be a whole number from 1 to 10000; ` +
 		`at-least-semaphore-pod-hook.kaidotio.github.io/expiration is missing: it must be a whole number from 1 to 3600`
-	if a.message != want {
-		t.Errorf("message is\n%s\nwant\n%s", a.message, want)
+	if a.Message != want {
+		t.Errorf("message is\n%s\nwant\n%s", a.Message, want)
 	}
 }
 
 // The decision on invalid annotations takes less than a millisecond; the least of many runs, as the machine may
 // be busy with something else.
 func TestInvalidAnnotationsAreCheap(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
-	body := review(t, freshID(), 1, func(request map[string]any) { annotationsOf(request)[annotationLength] = "1e30" })
+	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
+	body := rig.Review(t, freshID(), 1, func(request map[string]any) { rig.AnnotationsOf(request)[annotationLength] = "1e30" })
 	least := time.Hour
 	for deadline := time.Now().Add(5 * time.Second); least > time.Millisecond && time.Now().Before(deadline); { // a busy machine needs more tries
 		start := time.Now()
 		r, err := decodeReview(body)
-		must(t, err)
+		rig.Must(t, err)
 		d, err := w.decide(context.Background(), r)
-		must(t, err)
+		rig.Must(t, err)
 		if d.response.Allowed {
 			t.Fatal("allowed")
 		}
@@ -130,16 +132,12 @@ func TestInvalidAnnotationsAreCheap(t *testing.T) {
 	}
 }
 
-func annotationsOf(request map[string]any) map[string]any {
-	return request["object"].(map[string]any)["metadata"].(map[string]any)["annotations"].(map[string]any)
-}
-
 // What is none of our business is allowed without a patch and without Redis.
 func TestAllowedUntouched(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
+	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
 	for name, change := range map[string]func(map[string]any){
-		"not annotated":   func(r map[string]any) { delete(annotationsOf(r), annotationEnabled) },
-		"annotated false": func(r map[string]any) { annotationsOf(r)[annotationEnabled] = "false" },
+		"not annotated":   func(r map[string]any) { delete(rig.AnnotationsOf(r), annotationEnabled) },
+		"annotated false": func(r map[string]any) { rig.AnnotationsOf(r)[annotationEnabled] = "false" },
 		"no annotations": func(r map[string]any) {
 			delete(r["object"].(map[string]any)["metadata"].(map[string]any), "annotations")
 		},
@@ -150,8 +148,8 @@ func TestAllowedUntouched(t *testing.T) {
 		"another group":    func(r map[string]any) { r["kind"].(map[string]any)["group"] = "example.org" },
 		"a subresource":    func(r map[string]any) { r["subResource"] = "eviction" },
 	} {
-		a := w.admit(t, review(t, freshID(), 1, change))
-		if !a.allowed || a.patch != nil || a.message != "" {
+		a := w.admit(t, rig.Review(t, freshID(), 1, change))
+		if !a.Allowed || a.Patch != nil || a.Message != "" {
 			t.Errorf("%s: answered %+v", name, a)
 		}
 	}
@@ -161,14 +159,14 @@ func TestAllowedUntouched(t *testing.T) {
 }
 
 func TestUnanswerableRequests(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
-	good := string(review(t, freshID(), 1))
+	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
+	good := string(rig.Review(t, freshID(), 1))
 	with := func(change func(map[string]any)) string {
 		var r map[string]any
-		must(t, json.Unmarshal([]byte(good), &r))
+		rig.Must(t, json.Unmarshal([]byte(good), &r))
 		change(r)
 		body, err := json.Marshal(r)
-		must(t, err)
+		rig.Must(t, err)
 		return string(body)
 	}
 	for _, c := range []struct {
@@ -199,17 +197,17 @@ func TestUnanswerableRequests(t *testing.T) {
 		{"no object", "POST", "/mutate", "application/json", with(func(r map[string]any) { r["request"].(map[string]any)["object"] = nil }), 400, "without request.object"},
 		{"wrong object", "POST", "/mutate", "application/json", with(func(r map[string]any) { r["request"].(map[string]any)["object"] = "pod" }), 400, "decode request.object"},
 		{"wrong annotations", "POST", "/mutate", "application/json", with(func(r map[string]any) {
-			annotationsOf(r["request"].(map[string]any))[annotationEnabled] = true
+			rig.AnnotationsOf(r["request"].(map[string]any))[annotationEnabled] = true
 		}), 400, "decode request.object"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			request, err := http.NewRequest(c.method, w.server.URL+c.path, strings.NewReader(c.body))
-			must(t, err)
+			rig.Must(t, err)
 			if c.contentType != "" {
 				request.Header.Set("Content-Type", c.contentType)
 			}
 			response, err := w.server.Client().Do(request)
-			must(t, err)
+			rig.Must(t, err)
 			defer response.Body.Close()
 			b := make([]byte, 1000)
 			n, _ := response.Body.Read(b)
@@ -226,16 +224,16 @@ func TestUnanswerableRequests(t *testing.T) {
 // Only a pod that is to complete, with a classic sidecar, gets a warning.
 func TestWarningNotCompleting(t *testing.T) {
 	for _, native := range []bool{true, false} {
-		c := testConfig(freeAddress(t))
+		c := testConfig(rig.FreeAddress(t))
 		c.enableSidecarContainers = native
 		w := startWebhook(t, c)
 		for _, policy := range []string{"Always", "OnFailure", "Never"} {
-			a := w.admit(t, review(t, freshID(), 1, func(request map[string]any) {
+			a := w.admit(t, rig.Review(t, freshID(), 1, func(request map[string]any) {
 				request["dryRun"] = true
 				request["object"].(map[string]any)["spec"].(map[string]any)["restartPolicy"] = policy
 			}))
-			if want := !native && policy != "Always"; !a.allowed || (len(a.warnings) > 0) != want {
-				t.Errorf("native %t, restartPolicy %s: warnings %q", native, policy, a.warnings)
+			if want := !native && policy != "Always"; !a.Allowed || (len(a.Warnings) > 0) != want {
+				t.Errorf("native %t, restartPolicy %s: warnings %q", native, policy, a.Warnings)
 			}
 		}
 	}
@@ -245,21 +243,21 @@ func TestWarningNotCompleting(t *testing.T) {
 func TestWarningForJob(t *testing.T) {
 	for _, native := range []bool{true, false} {
 		for annotated, value := range map[bool]string{true: "true", false: "no"} {
-			c := testConfig(freeAddress(t))
+			c := testConfig(rig.FreeAddress(t))
 			c.enableSidecarContainers = native
 			w := startWebhook(t, c)
-			a := w.admit(t, review(t, freshID(), 1, func(request map[string]any) {
+			a := w.admit(t, rig.Review(t, freshID(), 1, func(request map[string]any) {
 				request["kind"] = map[string]any{"group": "batch", "version": "v1", "kind": "Job"}
 				request["object"] = map[string]any{"spec": map[string]any{"template": map[string]any{
 					"metadata": map[string]any{"annotations": map[string]any{annotationEnabled: value}},
 				}}}
 			}))
-			for _, warning := range a.warnings {
+			for _, warning := range a.Warnings {
 				if len(warning) > 120 {
 					t.Errorf("%d characters: %s", len(warning), warning)
 				}
 			}
-			if want := !native && annotated; !a.allowed || a.patch != nil || (len(a.warnings) > 0) != want {
+			if want := !native && annotated; !a.Allowed || a.Patch != nil || (len(a.Warnings) > 0) != want {
 				t.Errorf("native %t, annotated %t: answered %+v", native, annotated, a)
 			}
 		}
@@ -268,26 +266,26 @@ func TestWarningForJob(t *testing.T) {
 
 // The mirror of a static pod is left alone: it could not be given a sidecar. It takes no token, and its user is told.
 func TestStaticPodIsLeftAlone(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t))) // no Redis
-	a := w.admit(t, review(t, freshID(), 1, func(r map[string]any) { annotationsOf(r)["kubernetes.io/config.mirror"] = "0123" }))
-	if !a.allowed || a.patch != nil || !slices.Equal(a.warnings, []string{warningStatic}) {
+	w := startWebhook(t, testConfig(rig.FreeAddress(t))) // no Redis
+	a := w.admit(t, rig.Review(t, freshID(), 1, func(r map[string]any) { rig.AnnotationsOf(r)["kubernetes.io/config.mirror"] = "0123" }))
+	if !a.Allowed || a.Patch != nil || !slices.Equal(a.Warnings, []string{warningStatic}) {
 		t.Errorf("answered %+v", a)
 	}
-	if lines := w.log.wantLines(t, "admission", 1); lines[0]["verdict"] != verdictStatic || lines[0]["token"] != "" {
+	if lines := w.log.WantLines(t, "admission", 1); lines[0]["verdict"] != verdictStatic || lines[0]["token"] != "" {
 		t.Errorf("logged %v", lines)
 	}
 }
 
 // A Windows pod cannot run the sidecar: it is refused, and told why.
 func TestWindowsPodIsDenied(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t))) // no Redis
+	w := startWebhook(t, testConfig(rig.FreeAddress(t))) // no Redis
 	for name, more := range map[string]map[string]any{
 		"os":           {"os": map[string]any{"name": "windows"}},
 		"nodeSelector": {"nodeSelector": map[string]any{"kubernetes.io/os": "windows"}},
 	} {
-		a := w.admit(t, review(t, freshID(), 1, func(r map[string]any) { maps.Copy(r["object"].(map[string]any)["spec"].(map[string]any), more) }))
+		a := w.admit(t, rig.Review(t, freshID(), 1, func(r map[string]any) { maps.Copy(r["object"].(map[string]any)["spec"].(map[string]any), more) }))
 		want := "this is a Windows pod (by spec.os.name, or its nodeSelector kubernetes.io/os): the sidecar of a semaphore runs on Linux only"
-		if a.allowed || a.code != http.StatusUnprocessableEntity || a.message != want {
+		if a.Allowed || a.Code != http.StatusUnprocessableEntity || a.Message != want {
 			t.Errorf("%s: answered %+v", name, a)
 		}
 	}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // The await says what its pod waits for, and ends well when the token is held: one that waits by then, and one that comes later,
@@ -23,19 +24,19 @@ func TestAwait(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	holder := acquire(t, s, id, 1)
 	token := uuid.NewString()
-	inPod(t, token)
-	early := startAwait(t) // comes before the sidecar listens
-	p := startWaitingSidecar(t, r.address, id, token, 1)
-	r.wantLine(t, id, token)
-	early.wantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, ")
-	early.wantNotEnded(t)
+	rig.InPod(t, token)
+	early := rig.StartAwait(t) // comes before the sidecar listens
+	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1)
+	r.WantLine(t, id, token)
+	early.WantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, ")
+	early.WantNotEnded(t)
 	giveBack(t, s, id, holder)
-	early.wantExit(t, 0)
-	early.wantLog(t, heldText)
-	p.wantLog(t, heldText)
-	r.wantCounts(t, id, 0, 1)
-	startAwait(t).wantExit(t, 0)
-	startAwait(t).wantExit(t, 0)
+	early.WantExit(t, 0)
+	early.WantLog(t, heldText)
+	p.WantLog(t, heldText)
+	r.WantCounts(t, id, 0, 1)
+	rig.StartAwait(t).WantExit(t, 0)
+	rig.StartAwait(t).WantExit(t, 0)
 }
 
 // While its sidecar is killed, and started again, an await waits; it ends well only when the token is held.
@@ -44,20 +45,20 @@ func TestAwaitOutlivesItsSidecar(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	holder := acquire(t, s, id, 1)
 	token := uuid.NewString()
-	inPod(t, token)
-	a := startAwait(t)
+	rig.InPod(t, token)
+	a := rig.StartAwait(t)
 	for range 3 {
-		p := startWaitingSidecar(t, r.address, id, token, 1)
-		p.wantLogPrefix(t, "waiting for a token of ")
-		p.signal(t, syscall.SIGKILL)
-		<-p.done
-		a.wantNotEnded(t)
+		p := rig.StartWaitingSidecar(t, r.Address, id, token, 1)
+		p.WantLogPrefix(t, "waiting for a token of ")
+		p.Signal(t, syscall.SIGKILL)
+		<-p.Done()
+		a.WantNotEnded(t)
 	}
-	p := startWaitingSidecar(t, r.address, id, token, 1)
-	p.wantLogPrefix(t, "waiting for a token of ")
+	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1)
+	p.WantLogPrefix(t, "waiting for a token of ")
 	giveBack(t, s, id, holder)
-	a.wantExit(t, 0)
-	r.wantInflight(t, id, token)
+	a.WantExit(t, 0)
+	r.WantInflight(t, id, token)
 }
 
 // An await that is told to end does so at once, with and without a sidecar, and not well: the app must not start.
@@ -66,11 +67,11 @@ func TestAwaitEndsOnSignal(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	acquire(t, s, id, 1)
 	token := uuid.NewString()
-	podUID := inPod(t, token)
+	podUID := rig.InPod(t, token)
 	for _, withSidecar := range []bool{false, true} {
 		if withSidecar {
-			startWaitingSidecar(t, r.address, id, token, 1)
-			r.wantLine(t, id, token)
+			rig.StartWaitingSidecar(t, r.Address, id, token, 1)
+			r.WantLine(t, id, token)
 		}
 		ctx, cancel := context.WithCancel(context.Background())
 		ended := make(chan error, 1)
@@ -85,17 +86,17 @@ func TestAwaitEndsOnSignal(t *testing.T) {
 			t.Fatalf("with a sidecar %t: does not end", withSidecar)
 		}
 	}
-	a := startAwait(t)
-	a.wantLogPrefix(t, "waiting for a token of ")
-	a.signal(t, syscall.SIGTERM)
-	a.wantExit(t, 1)
+	a := rig.StartAwait(t)
+	a.WantLogPrefix(t, "waiting for a token of ")
+	a.Signal(t, syscall.SIGTERM)
+	a.WantExit(t, 1)
 }
 
 // fakeSidecar answers the awaits of a pod with what the function says of the n-th question.
 func fakeSidecar(t *testing.T, podUID string, answer func(n int, conn net.Conn)) {
 	t.Helper()
 	l, err := net.ListenUnix("unix", awaitSocket(podUID))
-	must(t, err)
+	rig.Must(t, err)
 	t.Cleanup(func() { l.Close() })
 	go func() {
 		for n := 1; ; n++ {
@@ -133,7 +134,7 @@ func TestAwaitWantsAFreshAnswer(t *testing.T) {
 	})
 	a := newAwait(podUID, slog.New(slog.DiscardHandler))
 	a.now = func() time.Time { return time.Now().Add(time.Duration(paused.Load())) }
-	must(t, a.run(t.Context()))
+	rig.Must(t, a.run(t.Context()))
 	if n := len(asked); n != 5 {
 		t.Errorf("asked %d times", n)
 	}
@@ -141,14 +142,14 @@ func TestAwaitWantsAFreshAnswer(t *testing.T) {
 
 // An await that no sidecar answers says so after a while, and what is to be looked at.
 func TestAwaitWithoutSidecar(t *testing.T) {
-	var b syncBuffer
+	var b rig.Log
 	a := newAwait(uuid.NewString(), slog.New(slog.NewJSONHandler(&b, nil)))
 	a.answered = time.Now().Add(-awaitPatience)
 	for range 3 {
 		_, err := a.ask(t.Context())
 		a.complain(err)
 	}
-	lines := b.lines(t, "the sidecar does not answer, to be asked again; it must be the init container before this one, and run")
+	lines := b.Lines(t, "the sidecar does not answer, to be asked again; it must be the init container before this one, and run")
 	if len(lines) != 1 || lines[0]["container"] != sidecarName || !strings.Contains(lines[0]["error"].(string), "connection refused") {
 		t.Errorf("logged %s", b.String())
 	}
@@ -156,7 +157,7 @@ func TestAwaitWithoutSidecar(t *testing.T) {
 
 // A sidecar that no await asks says so: the app may run without a token.
 func TestNobodyAsksAtTheDoor(t *testing.T) {
-	var b syncBuffer
+	var b rig.Log
 	d := newDoor(startMark{}, "", slog.New(slog.NewJSONHandler(&b, nil)))
 	d.warnUnheard()
 	d.knock()

@@ -11,26 +11,27 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // What an admission is made of, for benchstat: go test -run '^$' -bench . -count 10 . "make bench" measures it as a whole.
 
 func benchmarkRequest(b *testing.B, change ...func(map[string]any)) *admissionRequest {
 	b.Helper()
-	r, err := decodeReview(review(b, freshID(), maxLength, change...))
-	must(b, err)
+	r, err := decodeReview(rig.Review(b, freshID(), maxLength, change...))
+	rig.Must(b, err)
 	return r
 }
 
 func BenchmarkDecode(b *testing.B) {
-	body := review(b, freshID(), maxLength)
+	body := rig.Review(b, freshID(), maxLength)
 	b.SetBytes(int64(len(body)))
 	b.ReportAllocs()
 	for b.Loop() {
 		r, err := decodeReview(body)
-		must(b, err)
+		rig.Must(b, err)
 		_, err = decodePod(r)
-		must(b, err)
+		rig.Must(b, err)
 	}
 }
 
@@ -40,7 +41,7 @@ func BenchmarkDecide(b *testing.B) {
 	s := newSemaphores(c.sharedConfig, nil, 1, slog.New(slog.DiscardHandler))
 	defer s.queue.close()
 	a, err := newAdmitter(c, s)
-	must(b, err)
+	rig.Must(b, err)
 	r := benchmarkRequest(b, func(request map[string]any) { request["dryRun"] = true })
 	b.ReportAllocs()
 	for b.Loop() {
@@ -54,7 +55,7 @@ func BenchmarkDecide(b *testing.B) {
 func BenchmarkPatch(b *testing.B) {
 	i := mustInject(b, testConfig("127.0.0.1:6379"))
 	p, err := decodePod(benchmarkRequest(b))
-	must(b, err)
+	rig.Must(b, err)
 	b.ReportAllocs()
 	for b.Loop() {
 		i.patch(p, testID, testSpec, testToken)
@@ -63,16 +64,16 @@ func BenchmarkPatch(b *testing.B) {
 
 // One script takes a token, another gives it back.
 func BenchmarkScript(b *testing.B) {
-	c := testConfig(deployedRedis(b).address)
+	c := testConfig(deployedRedis(b).Address)
 	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
 	defer s.close(context.Background())
 	id, pod := freshID(), newPodName("web-1", "")
 	token, _, err := s.acquire(b.Context(), id, pod, maxLength, 10*time.Second) // so that there are tokens
-	must(b, err)
+	rig.Must(b, err)
 	b.ReportAllocs()
 	for b.Loop() {
 		_, err := s.release(b.Context(), id, token)
-		must(b, err)
+		rig.Must(b, err)
 		token = uuid.NewString()
 		a, err := s.ask(b.Context(), id, question{token: token, length: maxLength, pod: pod})
 		if err != nil || a.status != acquireTaken {
@@ -83,7 +84,7 @@ func BenchmarkScript(b *testing.B) {
 
 // annotated changes an annotation of a review's pod.
 func annotated(name, value string) func(map[string]any) {
-	return func(request map[string]any) { annotationsOf(request)[name] = value }
+	return func(request map[string]any) { rig.AnnotationsOf(request)[name] = value }
 }
 
 // The webhook without HTTP/2 and TLS, by verdict.
@@ -96,16 +97,16 @@ func BenchmarkAdmission(b *testing.B) {
 		"none":          annotated(annotationEnabled, "false"),
 	} {
 		b.Run(verdict, func(b *testing.B) {
-			w := startWebhook(b, testConfig(r.address))
+			w := startWebhook(b, testConfig(r.Address))
 			w.webhook.log = slog.New(slog.NewJSONHandler(io.Discard, nil))
 			handler, id := w.routes(), freshID()
-			body := review(b, id, maxLength, change)
+			body := rig.Review(b, id, maxLength, change)
 			n := 0
 			b.ReportAllocs()
 			for b.Loop() {
 				if n++; n%5000 == 0 { // so that there are tokens
 					b.StopTimer()
-					r.makeFree(b, id, 5000)
+					r.MakeFree(b, id, 5000)
 					b.StartTimer()
 				}
 				request := httptest.NewRequest(http.MethodPost, mutatePath+"?timeout=10s", bytes.NewReader(body))
@@ -120,18 +121,9 @@ func BenchmarkAdmission(b *testing.B) {
 }
 
 // deployedRedis is a Redis that writes its file as the one in deploy/ does.
-func deployedRedis(t testing.TB) *redisServer {
+func deployedRedis(t testing.TB) *rig.Redis {
 	t.Helper()
-	r := startRedis(t)
-	r.do(t, "CONFIG", "SET", "appendfsync", "everysec")
+	r := rig.StartRedis(t)
+	r.Do(t, "CONFIG", "SET", "appendfsync", "everysec")
 	return r
-}
-
-// makeFree makes so many tokens of a semaphore free, and none in use.
-func (s *redisServer) makeFree(t testing.TB, id semaphoreID, n int) {
-	t.Helper()
-	s.do(t, "DEL", id.queueKey(), id.inflightKey(), id.namesKey())
-	for left := n; left > 0; left -= 1000 {
-		s.do(t, "RPUSH", append([]any{id.queueKey()}, make([]any, min(left, 1000))...)...)
-	}
 }

@@ -12,12 +12,13 @@ import (
 	"time"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // largeReview is a review of more than smallBody.
 func largeReview(t *testing.T, id semaphoreID) []byte {
 	t.Helper()
-	return review(t, id, maxLength, func(r map[string]any) {
+	return rig.Review(t, id, maxLength, func(r map[string]any) {
 		r["object"].(map[string]any)["metadata"].(map[string]any)["annotations"].(map[string]any)["large"] = strings.Repeat("x", 2*smallBody)
 	})
 }
@@ -26,11 +27,11 @@ func largeReview(t *testing.T, id semaphoreID) []byte {
 // all of them come over one connection.
 func TestLargeRequestsWait(t *testing.T) {
 	t.Parallel()
-	r := startRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
 	w.wantAdmitted(t, id, maxLength)
-	r.pause(t)
+	r.Pause(t)
 	var mu sync.Mutex
 	answers := map[int]int{}
 	var wg sync.WaitGroup
@@ -46,7 +47,7 @@ func TestLargeRequestsWait(t *testing.T) {
 	for range maxLarge {
 		wg.Go(func() { post(largeReview(t, id), "4s", answers) })
 	}
-	eventually(t, 5*time.Second, func() error {
+	rig.Eventually(t, 5*time.Second, func() error {
 		if n := len(w.bounds.large); n != maxLarge {
 			return fmt.Errorf("%d large requests wait", n)
 		}
@@ -57,9 +58,9 @@ func TestLargeRequestsWait(t *testing.T) {
 	}
 	small := map[int]int{}
 	for range 20 {
-		wg.Go(func() { post(review(t, freshID(), 0), "3s", small) }) // wrong annotations: needs no Redis
+		wg.Go(func() { post(rig.Review(t, freshID(), 0), "3s", small) }) // wrong annotations: needs no Redis
 	}
-	eventually(t, 3*time.Second, func() error {
+	rig.Eventually(t, 3*time.Second, func() error {
 		mu.Lock()
 		defer mu.Unlock()
 		if small[http.StatusOK] != 20 {
@@ -71,11 +72,11 @@ func TestLargeRequestsWait(t *testing.T) {
 	if answers[http.StatusInternalServerError] != maxLarge || answers[http.StatusServiceUnavailable] != 6 {
 		t.Errorf("large requests were answered %v", answers)
 	}
-	r.resume(t)
+	r.Resume(t)
 	if failed := w.scrape(t)[metricsPrefix+`admission_duration_seconds_count{verdict="failed"}`]; failed != maxLarge+6 {
 		t.Errorf("%v admissions failed, by the metrics", failed)
 	}
-	eventually(t, 20*time.Second, func() error {
+	rig.Eventually(t, 20*time.Second, func() error {
 		status, text, err := w.post(context.Background(), largeReview(t, id), "3s")
 		if err == nil && status != http.StatusOK {
 			err = fmt.Errorf("%d %s", status, text)
@@ -172,11 +173,11 @@ func TestCrowdWaits(t *testing.T) {
 
 // An admission that has waited for its connection's turn is answered in time all the same.
 func TestAnswerInTimeAfterWaiting(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t))) // no Redis: it tries for as long as it has time
+	w := startWebhook(t, testConfig(rig.FreeAddress(t))) // no Redis: it tries for as long as it has time
 	w.bounds.callers.most = 1
 	defer w.bounds.callers.join(0, func() {})()
 	start := time.Now()
-	status, text, err := w.post(context.Background(), review(t, freshID(), 1), "3s")
+	status, text, err := w.post(context.Background(), rig.Review(t, freshID(), 1), "3s")
 	took := time.Since(start)
 	if err != nil || status != http.StatusInternalServerError || took < restTime/2 || took > 3*time.Second {
 		t.Errorf("answered %d %q, %v, after %s", status, text, err, took)
@@ -185,7 +186,7 @@ func TestAnswerInTimeAfterWaiting(t *testing.T) {
 
 // A semaphore that moves to another node of a Cluster is left out, and those beside it are not.
 func TestLookAtMovingSlots(t *testing.T) {
-	s := testSemaphores(t, commonRedis(t).address)
+	s := testSemaphores(t, rig.CommonRedis(t).Address)
 	moved := strings.Repeat("-MOVED 1 127.0.0.1:7000\r\n", 8)
 	there := ":1\r\n:2\r\n:0\r\n:0\r\n*2\r\n$1\r\na\r\n$10\r\n1700000000\r\n:0\r\n*0\r\n*3\r\n$1\r\n3\r\n$-1\r\n$-1\r\n"
 	conn := redis.NewConn(answering{Reader: bytes.NewReader([]byte("*2\r\n$10\r\n1700000010\r\n$1\r\n0\r\n" + moved + there))}, time.Second, time.Second)

@@ -18,6 +18,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 const (
@@ -30,10 +32,10 @@ const (
 func (w *testWebhook) statusAt(t *testing.T, path string, body []byte) (status int, text string) {
 	t.Helper()
 	response, err := w.server.Client().Post(w.server.URL+path, "application/json", bytes.NewReader(body))
-	must(t, err)
+	rig.Must(t, err)
 	defer response.Body.Close()
 	all, err := io.ReadAll(response.Body)
-	must(t, err)
+	rig.Must(t, err)
 	return response.StatusCode, string(all)
 }
 
@@ -46,25 +48,25 @@ func (w *testWebhook) wantStatusAt(t *testing.T, path string, body []byte, want 
 
 // Whoever does not know the secret gets no token, and learns nothing; one that is replaced is good for a while.
 func TestPathSecret(t *testing.T) {
-	r := commonRedis(t)
+	r := rig.CommonRedis(t)
 	file := filepath.Join(t.TempDir(), "secret")
-	write := func(lines ...string) { must(t, os.WriteFile(file, []byte(strings.Join(lines, "\n")+"\n"), 0o600)) }
+	write := func(lines ...string) { rig.Must(t, os.WriteFile(file, []byte(strings.Join(lines, "\n")+"\n"), 0o600)) }
 	write(secretA)
-	c := testConfig(r.address)
+	c := testConfig(r.Address)
 	c.pathSecretFile = file
 	w := startWebhook(t, c)
 	id := freshID()
-	body := review(t, id, maxLength)
+	body := rig.Review(t, id, maxLength)
 	for _, path := range []string{"/mutate", "/", "/mutate/", "/mutate/" + secretB, "/mutate/" + secretA[1:], "/mutate/" + secretA + "/", "/mutate//" + secretA,
 		"/" + secretA, "/mutate/" + secretA + "a", "/mutate/../mutate/" + secretB, "/mutate/-"} {
 		w.wantStatusAt(t, path, body, http.StatusNotFound)
 	}
-	if free, inUse, err := r.counts(id); free != 0 || inUse != 0 || err != nil {
+	if free, inUse, err := r.Counts(id); free != 0 || inUse != 0 || err != nil {
 		t.Errorf("strangers took tokens: %d free, %d in use, %v", free, inUse, err)
 	}
 	w.wantStatusAt(t, "/mutate/"+secretA+"?timeout=10s", body, http.StatusOK)
-	r.wantCounts(t, id, 255, 1)
-	if n := len(w.log.lines(t, "somebody calls without the path's secret, or with another")); n != noiseLogged {
+	r.WantCounts(t, id, 255, 1)
+	if n := len(w.log.Lines(t, "somebody calls without the path's secret, or with another")); n != noiseLogged {
 		t.Errorf("strangers were logged %d times", n)
 	}
 
@@ -99,7 +101,7 @@ func TestPathSecret(t *testing.T) {
 	w.wantStatusAt(t, "/mutate/"+secretB, body, http.StatusOK)
 
 	for _, bad := range []string{"", "short", secretA + "\nno secret at all", secretA + "\n\n" + secretB, strings.Repeat("a", 129), strings.Repeat("A", 20), "-" + secretA, secretA + "\n-"} {
-		must(t, os.WriteFile(file, []byte(bad), 0o600))
+		rig.Must(t, os.WriteFile(file, []byte(bad), 0o600))
 		if _, err := w.callers.secrets.reload(); err == nil || strings.Contains(err.Error(), secretA) || strings.Contains(err.Error(), "no secret at all") {
 			t.Errorf("%q: %v", bad, err)
 		}
@@ -112,8 +114,8 @@ func TestPathSecret(t *testing.T) {
 
 // Without a file, the path has no secret.
 func TestNoPathSecret(t *testing.T) {
-	w := startWebhook(t, testConfig(commonRedis(t).address))
-	w.wantStatusAt(t, "/mutate", review(t, freshID(), 1), http.StatusOK)
+	w := startWebhook(t, testConfig(rig.CommonRedis(t).Address))
+	w.wantStatusAt(t, "/mutate", rig.Review(t, freshID(), 1), http.StatusOK)
 	if status, text := w.statusAt(t, "/mutate/"+secretA, nil); status != http.StatusNotFound || !strings.Contains(text, "served at /mutate") {
 		t.Errorf("%d %s", status, text)
 	}
@@ -123,12 +125,12 @@ func TestNoPathSecret(t *testing.T) {
 func TestPathSecretIsReread(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "secret")
-	must(t, os.WriteFile(file, []byte(secretA+"\n"), 0o600))
-	w := startWebhookProcess(t, commonRedis(t).address, "--path-secret-file="+file)
-	must(t, os.WriteFile(file, []byte(secretB+"\n"+secretC+"\n"), 0o600))
-	body := review(t, freshID(), maxLength)
-	eventually(t, 10*time.Second, func() error {
-		response, err := w.client.Post(w.url+"/mutate/"+secretB, "application/json", bytes.NewReader(body))
+	rig.Must(t, os.WriteFile(file, []byte(secretA+"\n"), 0o600))
+	w := rig.StartWebhook(t, rig.CommonRedis(t).Address, "--path-secret-file="+file)
+	rig.Must(t, os.WriteFile(file, []byte(secretB+"\n"+secretC+"\n"), 0o600))
+	body := rig.Review(t, freshID(), maxLength)
+	rig.Eventually(t, 10*time.Second, func() error {
+		response, err := w.Client.Post(w.URL+"/mutate/"+secretB, "application/json", bytes.NewReader(body))
 		if err != nil {
 			return err
 		}
@@ -138,7 +140,7 @@ func TestPathSecretIsReread(t *testing.T) {
 		}
 		return nil
 	})
-	lines := w.log.lines(t, "path secret taken")
+	lines := w.Log.Lines(t, "path secret taken")
 	if len(lines) != 2 || lines[1]["digest"] != "24f03438de2d33fa" {
 		t.Errorf("logged %v", lines)
 	}
@@ -153,30 +155,30 @@ type authority struct {
 func newAuthority(t *testing.T) *authority {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	must(t, err)
+	rig.Must(t, err)
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "authority"}, NotBefore: time.Now().Add(-time.Hour),
 		NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
-	must(t, err)
+	rig.Must(t, err)
 	cert, err := x509.ParseCertificate(der)
-	must(t, err)
+	rig.Must(t, err)
 	return &authority{cert, key}
 }
 
 func (a *authority) write(t *testing.T, file string) {
 	t.Helper()
-	must(t, os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.cert.Raw}), 0o600))
+	rig.Must(t, os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.cert.Raw}), 0o600))
 }
 
 // sign makes the certificate of a client.
 func (a *authority) sign(t *testing.T, name string, notAfter time.Time, usage x509.ExtKeyUsage) tls.Certificate {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	must(t, err)
+	rig.Must(t, err)
 	template := &x509.Certificate{SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name + ".example.org"},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: notAfter, ExtKeyUsage: []x509.ExtKeyUsage{usage}}
 	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, &key.PublicKey, a.key)
-	must(t, err)
+	rig.Must(t, err)
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
@@ -186,13 +188,13 @@ func TestClientCertificates(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "ca.crt")
 	ours, others := newAuthority(t), newAuthority(t)
 	ours.write(t, file)
-	w := startWebhookProcess(t, commonRedis(t).address, "--client-ca-file="+file, "--client-name=kube-apiserver,api.example.org")
+	w := rig.StartWebhook(t, rig.CommonRedis(t).Address, "--client-ca-file="+file, "--client-name=kube-apiserver,api.example.org")
 	later := time.Now().Add(time.Hour)
-	body := review(t, freshID(), maxLength)
+	body := rig.Review(t, freshID(), maxLength)
 	call := func(certificates ...tls.Certificate) error {
 		transport := &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{InsecureSkipVerify: true, Certificates: certificates}}
 		defer transport.CloseIdleConnections()
-		response, err := (&http.Client{Transport: transport}).Post(w.url+"/mutate?timeout=10s", "application/json", bytes.NewReader(body))
+		response, err := (&http.Client{Transport: transport}).Post(w.URL+"/mutate?timeout=10s", "application/json", bytes.NewReader(body))
 		if err != nil {
 			return err
 		}
@@ -203,8 +205,8 @@ func TestClientCertificates(t *testing.T) {
 		return nil
 	}
 	client := x509.ExtKeyUsageClientAuth
-	must(t, call(ours.sign(t, "kube-apiserver", later, client)))
-	must(t, call(ours.sign(t, "api", later, client)))
+	rig.Must(t, call(ours.sign(t, "kube-apiserver", later, client)))
+	rig.Must(t, call(ours.sign(t, "api", later, client)))
 	for what, certificates := range map[string][]tls.Certificate{
 		"none":              nil,
 		"another authority": {others.sign(t, "kube-apiserver", later, client)},
@@ -217,7 +219,7 @@ func TestClientCertificates(t *testing.T) {
 		}
 	}
 	others.write(t, file)
-	eventually(t, 10*time.Second, func() error { return call(others.sign(t, "kube-apiserver", later, client)) })
+	rig.Eventually(t, 10*time.Second, func() error { return call(others.sign(t, "kube-apiserver", later, client)) })
 	if err := call(ours.sign(t, "kube-apiserver", later, client)); err == nil {
 		t.Error("served by the authority of before")
 	}
@@ -225,9 +227,9 @@ func TestClientCertificates(t *testing.T) {
 
 func TestCallerUsage(t *testing.T) {
 	dir := t.TempDir()
-	writeCertificate(t, dir, 1)
+	rig.WriteCertificate(t, dir, 1)
 	bad := filepath.Join(dir, "bad")
-	must(t, os.WriteFile(bad, []byte("hello"), 0o600))
+	rig.Must(t, os.WriteFile(bad, []byte("hello"), 0o600))
 	for flag, want := range map[string]string{
 		"--client-name=a":         "--client-name: is not used: there is no --client-ca-file",
 		"--client-name=a,":        `--client-name: "a," has an empty name`,
@@ -239,7 +241,7 @@ func TestCallerUsage(t *testing.T) {
 		}
 	}
 	empty := filepath.Join(dir, "empty")
-	must(t, os.WriteFile(empty, nil, 0o600))
+	rig.Must(t, os.WriteFile(empty, nil, 0o600))
 	for flag, want := range map[string]string{
 		"--path-secret-file=/no":      "--path-secret-file: open /no",
 		"--path-secret-file=" + empty: "--path-secret-file: " + empty + ": line 1 is no secret",

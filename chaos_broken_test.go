@@ -8,6 +8,8 @@ import (
 	"slices"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 var chaosFind = flag.Duration("chaos.find", 4*time.Minute, "for how long a broken script may stay unnoticed")
@@ -17,30 +19,28 @@ var chaosFind = flag.Duration("chaos.find", 4*time.Minute, "for how long a broke
 func TestChaosFindsBrokenScripts(t *testing.T) {
 	for _, c := range []struct {
 		name  string
-		edits []edit
+		edits []rig.Edit
 		blow  string
 		every time.Duration // between two blows
 		rush  bool
 		rules []string // one of which is to be broken
 	}{
-		{"a length is taken for one more", []edit{{"lua/acquire.lua", "local length = tonumber(ARGV[5])", "local length = tonumber(ARGV[5]) + 1"},
-			{"lua/maintain.lua", "local length = tonumber(ARGV[5])", "local length = tonumber(ARGV[5]) + 1"}},
+		{"a length is taken for one more", []rig.Edit{{File: "lua/acquire.lua", From: "local length = tonumber(ARGV[5])", To: "local length = tonumber(ARGV[5]) + 1"},
+			{File: "lua/maintain.lua", From: "local length = tonumber(ARGV[5])", To: "local length = tonumber(ARGV[5]) + 1"}},
 			"", time.Second, false, []string{ruleCount, ruleLetIn}},
-		{"who does not wait ignores the line", []edit{{"lua/acquire.lua", "redis.call('ZRANK', KEYS[3], token) or redis.call('ZCARD', KEYS[3])",
-			"redis.call('ZRANK', KEYS[3], token) or 0"}}, "", time.Second, true, []string{ruleOrder}},
-		{"a gate is lifted without a token", []edit{{"gate_line.go", "state != podHolds || gone || !p.isGated()", "state == podEnded || gone || !p.isGated()"}},
+		{"who does not wait ignores the line", []rig.Edit{{File: "lua/acquire.lua", From: "redis.call('ZRANK', KEYS[3], token) or redis.call('ZCARD', KEYS[3])", To: "redis.call('ZRANK', KEYS[3], token) or 0"}}, "", time.Second, true, []string{ruleOrder}},
+		{"a gate is lifted without a token", []rig.Edit{{File: "gate_line.go", From: "state != podHolds || gone || !p.isGated()", To: "state == podEnded || gone || !p.isGated()"}},
 			"", time.Second, false, []string{ruleLifted}},
-		{"a token is stale after a third of the threshold", []edit{{"lua/semaphore.lua", "math.max(tonumber(ARGV[3]), 2 * quiet)", "tonumber(ARGV[3]) / 3"}},
+		{"a token is stale after a third of the threshold", []rig.Edit{{File: "lua/semaphore.lua", From: "math.max(tonumber(ARGV[3]), 2 * quiet)", To: "tonumber(ARGV[3]) / 3"}},
 			briefPause, time.Second, false, []string{ruleCount, ruleLetIn}},
-		{"a heartbeat does not put back what was lost", []edit{{"lua/heartbeat.lua", "redis.call('ZADD', KEYS[2], now, ARGV[5])",
-			"redis.call('ZADD', KEYS[2], 'XX', now, ARGV[5])"}}, dataLoss, 20 * time.Second, false, []string{ruleCount, ruleLetIn}},
-		{"a repair does not reclaim", []edit{{"lua/maintain.lua", "if settled() then\n  local stale", "if false then\n  local stale"}},
+		{"a heartbeat does not put back what was lost", []rig.Edit{{File: "lua/heartbeat.lua", From: "redis.call('ZADD', KEYS[2], now, ARGV[5])", To: "redis.call('ZADD', KEYS[2], 'XX', now, ARGV[5])"}}, dataLoss, 20 * time.Second, false, []string{ruleCount, ruleLetIn}},
+		{"a repair does not reclaim", []rig.Edit{{File: "lua/maintain.lua", From: "if settled() then\n  local stale", To: "if false then\n  local stale"}},
 			death, time.Minute, false, []string{ruleUnused, ruleFree, ruleDecided}},
-		{"silences do not count", []edit{{"lua/semaphore.lua", "return now - math.max(resumed, lost) > quiet", "return true"}},
+		{"silences do not count", []rig.Edit{{File: "lua/semaphore.lua", From: "return now - math.max(resumed, lost) > quiet", To: "return true"}},
 			longOutage, 10 * time.Second, false, []string{ruleCount, ruleLetIn}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			w := startChaos(t, buildBroken(t, c.edits), "")
+			w := startChaos(t, rig.BuildBroken(t, c.edits), "")
 			w.rush = c.rush
 			w.gating = slices.Contains(c.rules, ruleLifted) // where pods are gated, fewer ask, and the others take long to be found
 			w.populate(*chaosSeed, *chaosPods)

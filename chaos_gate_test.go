@@ -12,18 +12,19 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	corev1 "k8s.io/api/core/v1"
 )
 
 // startGates starts the API server, and two gates on nodes of their own.
 func (w *chaosWorld) startGates() {
-	w.api = startAPIServer(w.t)
+	w.api = rig.StartAPIServer(w.t)
 	for i := range 2 {
-		g := &chaosServer{binary: w.binary, args: w.nodes[i].args([]string{"gate", "--queue-redis-address=" + w.queue.address(),
-			"--redis-addresses=" + strings.Join(w.locks.addresses(), ","), "--metrics-bind-address=" + freeAddress(w.t),
+		g := &chaosServer{binary: w.binary, args: w.nodes[i].args([]string{"gate", "--queue-redis-address=" + w.queue.Address(),
+			"--redis-addresses=" + strings.Join(w.locks.addresses(), ","), "--metrics-bind-address=" + rig.FreeAddress(w.t),
 			fmt.Sprintf("--heartbeat-interval-seconds=%d", seconds(chaosInterval)), fmt.Sprintf("--stale-threshold-seconds=%d", seconds(chaosThreshold)),
-			"--kubernetes-address=" + w.api.settings.address, "--kubernetes-ca-file=" + w.api.settings.caFile,
-			"--kubernetes-token-file=" + w.api.settings.tokenFile}, "")}
+			"--kubernetes-address=" + w.api.Address, "--kubernetes-ca-file=" + w.api.CAFile,
+			"--kubernetes-token-file=" + w.api.TokenFile}, "")}
 		g.launch(w.t)
 		w.gates = append(w.gates, g)
 	}
@@ -33,7 +34,7 @@ func (w *chaosWorld) startGates() {
 // hearEvents notes which gated pods stand in line, by the events that tell their users.
 func (w *chaosWorld) hearEvents() {
 	for heard := 0; sleep(w.ctx, 50*time.Millisecond) == nil; {
-		events := w.api.store.eventsOf("shop")
+		events := w.api.Store.EventsOf("shop")
 		waiting := map[string]bool{}
 		for _, e := range events[heard:] {
 			if e.Reason == reasonWaiting {
@@ -56,11 +57,11 @@ func (w *chaosWorld) hearEvents() {
 // passGate creates the pod, and waits until its gate is lifted. It returns false if it is deleted before that.
 func (p *chaosPod) passGate(rng *rand.Rand) bool {
 	id := idOf(p.life.semaphore)
-	made := testGatedPod(p.life.name)
+	made := rig.GatedPod(p.life.name)
 	made.Namespace = id.namespace
 	made.Spec.SchedulingGates = made.Spec.SchedulingGates[1:]
 	made.Annotations = map[string]string{annotationEnabled: "true", annotationKey: id.key, annotationLength: strconv.Itoa(p.life.length), annotationExpiration: "2"}
-	created, status := p.w.api.store.create(made)
+	created, status := p.w.api.Store.Create(made)
 	if status != nil {
 		p.w.complain("%s: %s", p.life.name, status.Message)
 		return false
@@ -70,7 +71,7 @@ func (p *chaosPod) passGate(rng *rand.Rand) bool {
 	p.mu.Unlock()
 	patience := p.w.now() + p.w.patience + within(rng, p.w.patience)
 	for (p.w.now() < patience || p.w.ending()) && p.w.ctx.Err() == nil {
-		now, _ := p.w.api.store.get(id.namespace, p.life.name)
+		now, _ := p.w.api.Store.Get(id.namespace, p.life.name)
 		if len(now.Spec.SchedulingGates) == 0 {
 			p.mu.Lock()
 			defer p.mu.Unlock()
@@ -90,7 +91,7 @@ func (p *chaosPod) passGate(rng *rand.Rand) bool {
 // show changes the pod as a kubelet does, if it is one of the API server's.
 func (p *chaosPod) show(change func(*corev1.Pod)) {
 	if p.life.gated {
-		_, _ = p.w.api.store.change(idOf(p.life.semaphore).namespace, p.life.name, change)
+		_, _ = p.w.api.Store.Change(idOf(p.life.semaphore).namespace, p.life.name, change)
 	}
 }
 
@@ -104,7 +105,7 @@ func isScheduled(p *corev1.Pod) {
 // delete asks for the pod's end, as its user does.
 func (p *chaosPod) delete() {
 	if p.life.gated {
-		_, _ = p.w.api.store.delete(idOf(p.life.semaphore).namespace, p.life.name, false)
+		_, _ = p.w.api.Store.Delete(idOf(p.life.semaphore).namespace, p.life.name, false)
 	}
 }
 
@@ -120,7 +121,7 @@ func (p *chaosPod) remove() {
 	case died:
 		_ = sleep(p.w.ctx, time.Second)
 	}
-	_, _ = p.w.api.store.delete(idOf(p.life.semaphore).namespace, p.life.name, true)
+	_, _ = p.w.api.Store.Delete(idOf(p.life.semaphore).namespace, p.life.name, true)
 }
 
 // gateBlows are what happens to gates, and to the API server.
@@ -128,14 +129,14 @@ var gateBlows = []blow{
 	{"a gate is killed", false, func(n *nemesis, f *fault) {
 		f.unlifted = true
 		g := pick(n, n.gates)
-		g.kill()
+		g.Kill()
 		n.wait(200*time.Millisecond, 2*time.Second)
 		g.launch(n.t)
 	}},
 	{"both gates are killed", false, func(n *nemesis, f *fault) {
 		f.blind = true
 		for _, g := range n.gates {
-			g.kill()
+			g.Kill()
 		}
 		n.wait(100*time.Millisecond, time.Second)
 		for _, g := range n.gates {
@@ -145,42 +146,42 @@ var gateBlows = []blow{
 	{"a gate is stopped", false, func(n *nemesis, f *fault) {
 		f.unlifted = true
 		g := pick(n, n.gates)
-		g.signal(n.t, syscall.SIGSTOP)
+		g.Signal(n.t, syscall.SIGSTOP)
 		n.wait(time.Second, chaosThreshold+2*time.Second)
-		g.signal(n.t, syscall.SIGCONT)
+		g.Signal(n.t, syscall.SIGCONT)
 	}},
 	{"all watches end", false, func(n *nemesis, f *fault) {
 		f.blind = true
-		n.api.dropWatches()
+		n.api.DropWatches()
 	}},
 	{"watches are late", false, func(n *nemesis, f *fault) {
 		f.blind = true
-		n.api.late.Lock()
+		n.api.Late.Lock()
 		n.wait(time.Second, 4*time.Second)
-		n.api.late.Unlock()
+		n.api.Late.Unlock()
 	}},
 	{"the API server forgets what has happened", false, func(n *nemesis, f *fault) {
 		f.blind = true
-		n.api.store.compact()
-		n.api.dropWatches()
+		n.api.Store.Compact()
+		n.api.DropWatches()
 	}},
 	{"the API server refuses most requests", false, func(n *nemesis, f *fault) {
 		f.blind = true
 		var asked atomic.Int32
-		n.api.fail(func(w http.ResponseWriter, _ *http.Request) bool {
+		n.api.Fail(func(w http.ResponseWriter, _ *http.Request) bool {
 			switch asked.Add(1) % 4 {
 			case 0:
 				return false
 			case 1:
 				w.Header().Set("Retry-After", "1")
-				respond(w, 0, nil, failure(http.StatusTooManyRequests, "TooManyRequests", "the server has received too many requests"))
+				rig.Respond(w, 0, nil, rig.Failure(http.StatusTooManyRequests, "TooManyRequests", "the server has received too many requests"))
 			default:
-				respond(w, 0, nil, failure(http.StatusInternalServerError, "InternalError", "etcdserver: request timed out"))
+				rig.Respond(w, 0, nil, rig.Failure(http.StatusInternalServerError, "InternalError", "etcdserver: request timed out"))
 			}
 			return true
 		})
-		n.api.dropWatches()
+		n.api.DropWatches()
 		n.wait(time.Second, 4*time.Second)
-		n.api.fail(nil)
+		n.api.Fail(nil)
 	}},
 }

@@ -8,6 +8,8 @@ import (
 	"slices"
 	"syscall"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // nemesis does what happens to processes, networks and clocks, in an order that its seed tells.
@@ -35,11 +37,11 @@ func (n *nemesis) wait(least, most time.Duration) { time.Sleep(n.between(least, 
 func pick[T any](n *nemesis, list []T) T { return list[n.rng.IntN(len(list))] }
 
 // primaryOf is a server that holds a semaphore, and all that it holds.
-func (n *nemesis) primaryOf(f *fault) *redisServer {
-	s := n.queue.holder(n.t, idOf(pick(n, n.semaphores())))
+func (n *nemesis) primaryOf(f *fault) *rig.Redis {
+	s := n.queue.Holder(n.t, idOf(pick(n, n.semaphores())))
 	f.semaphores = nil
 	for _, name := range n.semaphores() {
-		if n.queue.holder(n.t, idOf(name)) == s {
+		if n.queue.Holder(n.t, idOf(name)) == s {
 			f.semaphores = append(f.semaphores, name)
 		}
 	}
@@ -49,11 +51,11 @@ func (n *nemesis) primaryOf(f *fault) *redisServer {
 // ready waits until the queue is whole.
 func (n *nemesis) ready() {
 	for _, s := range n.queue.data() {
-		if _, err := s.control.Do("PING"); err != nil {
-			s.redial(n.t)
+		if _, err := s.Control.Do("PING"); err != nil {
+			s.Redial(n.t)
 		}
 	}
-	n.queue.wantReady(n.t, map[bool]int{true: 2, false: 3}[len(n.queue.sentries()) > 0])
+	n.queue.WantReady(n.t, map[bool]int{true: 2, false: 3}[len(n.queue.sentries()) > 0])
 }
 
 // The blows that tests ask for by name.
@@ -87,37 +89,37 @@ var blows = slices.Concat(serverBlows, gateBlows)
 var serverBlows = []blow{
 	{"a webhook is killed", false, func(n *nemesis, f *fault) {
 		h := pick(n, n.webhooks)
-		h.signal(n.t, syscall.SIGKILL)
-		<-h.done
+		h.Signal(n.t, syscall.SIGKILL)
+		<-h.Done()
 		n.wait(200*time.Millisecond, 2*time.Second)
 		h.launch(n.t)
 	}},
 	{"a webhook is paused", false, func(n *nemesis, f *fault) {
 		h := pick(n, n.webhooks)
-		h.signal(n.t, syscall.SIGSTOP)
+		h.Signal(n.t, syscall.SIGSTOP)
 		n.wait(time.Second, 5*time.Second)
-		h.signal(n.t, syscall.SIGCONT)
+		h.Signal(n.t, syscall.SIGCONT)
 	}},
 	{"a lock server is killed", false, func(n *nemesis, f *fault) {
 		s := pick(n, n.locks)
-		s.kill(n.t)
+		s.Crash(n.t)
 		n.wait(time.Second, 3*time.Second)
-		must(n.t, s.start())
+		rig.Must(n.t, s.Start())
 	}},
 	{"most lock servers are paused", false, func(n *nemesis, f *fault) {
 		f.unrepaired = true
 		for _, s := range n.locks[:2] {
-			s.pause(n.t)
+			s.Pause(n.t)
 		}
 		n.wait(2*time.Second, 4*time.Second)
 		for _, s := range n.locks[:2] {
-			s.resume(n.t)
+			s.Resume(n.t)
 		}
 	}},
 	{"a replica is killed", false, func(n *nemesis, f *fault) {
 		primary := n.primaryOf(f)
 		s := n.queue.replica(n.t, primary)
-		s.kill(n.t)
+		s.Crash(n.t)
 		n.wait(300*time.Millisecond, 2*time.Second)
 		n.queue.restart(n.t, s)
 		n.ready()
@@ -125,9 +127,9 @@ var serverBlows = []blow{
 	{"a Sentinel is killed", false, func(n *nemesis, f *fault) {
 		if sentries := n.queue.sentries(); len(sentries) > 0 {
 			s := pick(n, sentries)
-			s.kill(n.t)
+			s.Crash(n.t)
 			n.wait(500*time.Millisecond, 2*time.Second)
-			must(n.t, s.start())
+			rig.Must(n.t, s.Start())
 			n.ready()
 		}
 	}},
@@ -139,7 +141,7 @@ var serverBlows = []blow{
 	{"a primary is started again at once", false, func(n *nemesis, f *fault) {
 		f.away = true
 		s := n.primaryOf(f)
-		s.kill(n.t)
+		s.Crash(n.t)
 		n.queue.restart(n.t, s)
 		n.ready()
 	}},
@@ -147,11 +149,11 @@ var serverBlows = []blow{
 		f.away = true
 		all := slices.Concat(n.queue.sentries(), n.queue.data())
 		for _, s := range all {
-			s.pause(n.t)
+			s.Pause(n.t)
 		}
 		n.wait(chaosThreshold+time.Second, chaosThreshold+4*time.Second)
 		for _, s := range all {
-			s.resume(n.t)
+			s.Resume(n.t)
 		}
 		n.ready()
 	}},
@@ -162,17 +164,17 @@ var serverBlows = []blow{
 	{"answers take longer", false, func(n *nemesis, f *fault) {
 		node := pick(n, n.nodes)
 		for _, p := range node.proxies {
-			p.delay.Store(int64(n.between(20*time.Millisecond, 150*time.Millisecond)))
+			p.Delay.Store(int64(n.between(20*time.Millisecond, 150*time.Millisecond)))
 		}
 		n.wait(2*time.Second, 5*time.Second)
 		for _, p := range node.proxies {
-			p.delay.Store(0)
+			p.Delay.Store(0)
 		}
 	}},
 	{"connections fall silent", false, func(n *nemesis, f *fault) {
 		f.silent = true
 		for _, p := range pick(n, n.nodes).proxies {
-			p.silence()
+			p.Silence()
 		}
 		n.wait(3*time.Second, 4*time.Second)
 	}},
@@ -188,15 +190,15 @@ var serverBlows = []blow{
 	}},
 	{dataLoss, true, func(n *nemesis, f *fault) {
 		f.loses = losesAll
-		n.primaryOf(f).do(n.t, "FLUSHALL")
+		n.primaryOf(f).Do(n.t, "FLUSHALL")
 	}},
 	{"a primary is killed", true, func(n *nemesis, f *fault) {
 		f.away, f.loses = true, losesRecent
 		s := n.primaryOf(f)
-		s.kill(n.t)
-		eventually(n.t, 20*time.Second, func() error {
-			if n.queue.serves(n.t, s, idOf(f.semaphores[0])) {
-				return fmt.Errorf("no other primary than %s", s.address)
+		s.Crash(n.t)
+		rig.Eventually(n.t, 20*time.Second, func() error {
+			if n.queue.Serves(n.t, s, idOf(f.semaphores[0])) {
+				return fmt.Errorf("no other primary than %s", s.Address)
 			}
 			return nil
 		})
@@ -206,9 +208,9 @@ var serverBlows = []blow{
 	{"a primary is paused", true, func(n *nemesis, f *fault) {
 		f.away, f.loses = true, losesRecent
 		s := n.primaryOf(f)
-		s.pause(n.t)
+		s.Pause(n.t)
 		n.wait(500*time.Millisecond, 5*time.Second)
-		s.resume(n.t)
+		s.Resume(n.t)
 		n.wait(time.Millisecond, 2*time.Second) // it may take itself for the primary
 		n.queue.rejoin(n.t, s)
 		n.ready()
@@ -221,11 +223,11 @@ func (n *nemesis) cut(f *fault, least, most time.Duration) {
 	f.silent = true
 	from := n.now()
 	for _, p := range node.proxies {
-		p.cut()
+		p.Cut()
 	}
 	n.wait(least, most)
 	for _, p := range node.proxies {
-		p.mend()
+		p.Mend()
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()

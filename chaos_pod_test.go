@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	admissionv1 "k8s.io/api/admission/v1"
 	corev1 "k8s.io/api/core/v1"
 )
@@ -230,7 +231,7 @@ func (p *chaosPod) live(rng *rand.Rand) {
 			case p.await.cmd.ProcessState.ExitCode() == 0:
 				p.life.started = now
 				p.await = nil
-				p.show(runs)
+				p.show(rig.MarkRunning)
 				work.Reset(p.w.work(rng))
 			default: // it was killed
 				p.await = p.launch([]string{"await"}, func(string) {})
@@ -388,9 +389,9 @@ func (p *chaosPod) pause(long time.Duration) bool {
 // review is the AdmissionReview of a pod.
 func (w *chaosWorld) review(l podLife, uid, whenFull string) []byte {
 	namespace, key, _ := strings.Cut(l.semaphore, "/")
-	return review(w.t, semaphoreID{namespace, key}, l.length, func(request map[string]any) {
+	return rig.Review(w.t, semaphoreID{namespace, key}, l.length, func(request map[string]any) {
 		request["uid"] = uid
-		maps.Copy(annotationsOf(request), map[string]any{annotationWhenFull: whenFull, annotationExpiration: "2"})
+		maps.Copy(rig.AnnotationsOf(request), map[string]any{annotationWhenFull: whenFull, annotationExpiration: "2"})
 	})
 }
 

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // The tests of this tag ("make chaos") let dozens of pods, as real processes, live beside a nemesis, and check the history of who worked
@@ -28,7 +30,7 @@ var (
 func TestChaos(t *testing.T) {
 	for queue := range strings.SplitSeq(*chaosQueueFlag, ",") {
 		t.Run(queue, func(t *testing.T) {
-			w := startChaos(t, binary, queue)
+			w := startChaos(t, rig.Program(t), queue)
 			n := &nemesis{w, rand.New(rand.NewPCG(*chaosSeed, 1<<32)), map[string]int{}}
 			w.populate(*chaosSeed, *chaosPods)
 			// A third of the time, what happens may explain that more work than the length; before and after, nothing does.
@@ -89,7 +91,7 @@ func (w *chaosWorld) verdict(seed uint64) *checker {
 
 // keep writes down all that is known.
 func (w *chaosWorld) keep(h *history, seed uint64) string {
-	must(w.t, os.MkdirAll("bin", 0o700))
+	rig.Must(w.t, os.MkdirAll("bin", 0o700))
 	file := filepath.Join("bin", fmt.Sprintf("chaos-%s-%d.txt", strings.ReplaceAll(w.t.Name(), "/", "-"), seed))
 	text := h.String()
 	for _, p := range w.pods {
@@ -98,13 +100,13 @@ func (w *chaosWorld) keep(h *history, seed uint64) string {
 		p.mu.Unlock()
 	}
 	for i, h := range w.webhooks {
-		text += fmt.Sprintf("\nlog of webhook %d:\n%s", i, h.log.String())
+		text += fmt.Sprintf("\nlog of webhook %d:\n%s", i, h.Log.String())
 	}
 	for i, g := range w.gates {
 		for n, p := range g.all {
-			text += fmt.Sprintf("\nlog of gate %d, process %d:\n%s", i, n, p.log.String())
+			text += fmt.Sprintf("\nlog of gate %d, process %d:\n%s", i, n, p.Log.String())
 		}
 	}
-	must(w.t, os.WriteFile(file, []byte(text), 0o600))
+	rig.Must(w.t, os.WriteFile(file, []byte(text), 0o600))
 	return file
 }

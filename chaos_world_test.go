@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 const (
@@ -38,7 +39,7 @@ type chaosWorld struct {
 	queue    chaosQueue
 	locks    redlockServers
 	webhooks []*chaosWebhook
-	api      *apiServer
+	api      *rig.APIServer
 	gates    []*chaosServer
 	nodes    []*chaosNode
 	rush     bool          // who is refused asks again at once
@@ -75,16 +76,16 @@ func (w *chaosWorld) note(l *podLife) {
 
 // chaosServer is a process that is started again and again.
 type chaosServer struct {
-	*process
+	*rig.Process
 	binary string
 	args   []string
-	all    []*process // so far
+	all    []*rig.Process // so far
 }
 
 func (s *chaosServer) launch(t *testing.T) {
-	s.process = newProcess(s.binary, s.args...)
-	s.all = append(s.all, s.process)
-	s.process.start(t)
+	s.Process = rig.NewProcess(s.binary, s.args...)
+	s.all = append(s.all, s.Process)
+	s.Process.Start(t)
 }
 
 // chaosWebhook is a webhook.
@@ -97,12 +98,12 @@ type chaosWebhook struct {
 // chaosNode is where pods run: what is between them and all servers is its own.
 type chaosNode struct {
 	name    string
-	proxies []*faultyProxy
+	proxies []*rig.Proxy
 	far     *strings.Replacer // from addresses of servers, and those of other nodes' proxies, to its own
 }
 
 // servers are all that pods and webhooks connect to.
-func (w *chaosWorld) servers() []*redisServer {
+func (w *chaosWorld) servers() []*rig.Redis {
 	return slices.Concat(w.queue.data(), w.queue.sentries(), w.locks)
 }
 
@@ -111,9 +112,9 @@ func (w *chaosWorld) newNode(name string) *chaosNode {
 	n := &chaosNode{name: name}
 	var answers []string
 	for _, s := range w.servers() {
-		p := startFaultyProxy(w.t, s.address)
+		p := rig.StartProxy(w.t, s.Address)
 		n.proxies = append(n.proxies, p)
-		from, to := portOf(s.address), portOf(p.address)
+		from, to := rig.Port(s.Address), rig.Port(p.Address)
 		if len(from) != len(to) {
 			w.t.Fatalf("ports %s and %s are not of one length", from, to)
 		}
@@ -121,7 +122,7 @@ func (w *chaosWorld) newNode(name string) *chaosNode {
 	}
 	near := strings.NewReplacer(answers...)
 	for _, p := range n.proxies {
-		p.rewrite = func(b []byte) []byte { return []byte(near.Replace(string(b))) }
+		p.Rewrite = func(b []byte) []byte { return []byte(near.Replace(string(b))) }
 	}
 	return n
 }
@@ -143,29 +144,23 @@ func startChaos(t *testing.T, program, kind string) *chaosWorld {
 	if out, err := exec.Command("gcc", "-shared", "-fPIC", "-O2", "-o", shim, "testdata/chaos/clock.c").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	redisEnvironment = func(s *redisServer) []string {
-		if _, err := os.Stat(w.clockFile(s)); err != nil {
-			must(t, os.WriteFile(w.clockFile(s), make([]byte, 8), 0o600))
+	env := func(address string) []string {
+		if _, err := os.Stat(w.clockFile(address)); err != nil {
+			rig.Must(t, os.WriteFile(w.clockFile(address), make([]byte, 8), 0o600))
 		}
-		return []string{"LD_PRELOAD=" + shim, "CHAOS_CLOCK=" + w.clockFile(s)}
+		return []string{"LD_PRELOAD=" + shim, "CHAOS_CLOCK=" + w.clockFile(address)}
 	}
-	t.Cleanup(func() { redisEnvironment = nil })
-	w.queue = startChaosQueue(t, kind)
-	for range 3 {
-		s, err := launchRedisOf("", t.TempDir(), plain)
-		must(t, err)
-		t.Cleanup(s.stop)
-		w.locks = append(w.locks, s)
-	}
+	w.queue = startChaosQueue(t, kind, env)
+	w.locks = redlockServers(rig.StartLockServers(t, 3, rig.RedisOptions{Env: env, Kind: rig.SingleQueue}))
 	for i := range 3 {
 		w.nodes = append(w.nodes, w.newNode(fmt.Sprintf("node-%d", i)))
 	}
 	for _, n := range w.nodes {
 		var addresses []string
 		for i, s := range w.servers() {
-			addresses = append(addresses, s.address, n.proxies[i].address)
+			addresses = append(addresses, s.Address, n.proxies[i].Address)
 			for _, other := range w.nodes {
-				addresses = append(addresses, other.proxies[i].address, n.proxies[i].address)
+				addresses = append(addresses, other.proxies[i].Address, n.proxies[i].Address)
 			}
 		}
 		n.far = strings.NewReplacer(addresses...)
@@ -175,7 +170,7 @@ func startChaos(t *testing.T, program, kind string) *chaosWorld {
 		w.webhooks = append(w.webhooks, w.newWebhook(w.nodes[i]))
 	}
 	for _, h := range w.webhooks {
-		eventually(t, 20*time.Second, func() error {
+		rig.Eventually(t, 20*time.Second, func() error {
 			c, err := net.Dial("tcp", h.address)
 			if err == nil {
 				c.Close()
@@ -189,10 +184,10 @@ func startChaos(t *testing.T, program, kind string) *chaosWorld {
 
 func (w *chaosWorld) newWebhook(node *chaosNode) *chaosWebhook {
 	dir := w.t.TempDir()
-	writeCertificate(w.t, dir, 1)
-	address := freeAddress(w.t)
-	h := &chaosWebhook{chaosServer: chaosServer{binary: w.binary, args: node.args([]string{"webhook", "--host=127.0.0.1", "--port=" + portOf(address),
-		"--metrics-bind-address=" + freeAddress(w.t), "--certDir=" + dir, "--queue-redis-address=" + w.queue.address(),
+	rig.WriteCertificate(w.t, dir, 1)
+	address := rig.FreeAddress(w.t)
+	h := &chaosWebhook{chaosServer: chaosServer{binary: w.binary, args: node.args([]string{"webhook", "--host=127.0.0.1", "--port=" + rig.Port(address),
+		"--metrics-bind-address=" + rig.FreeAddress(w.t), "--certDir=" + dir, "--queue-redis-address=" + w.queue.Address(),
 		"--redis-addresses=" + strings.Join(w.locks.addresses(), ","),
 		fmt.Sprintf("--heartbeat-interval-seconds=%d", seconds(chaosInterval)),
 		fmt.Sprintf("--stale-threshold-seconds=%d", seconds(chaosThreshold))}, "")}, address: address,
@@ -201,17 +196,17 @@ func (w *chaosWorld) newWebhook(node *chaosNode) *chaosWebhook {
 	return h
 }
 
-func (w *chaosWorld) clockFile(s *redisServer) string {
-	return filepath.Join(w.clocks, "clock-"+portOf(s.address))
+func (w *chaosWorld) clockFile(address string) string {
+	return filepath.Join(w.clocks, "clock-"+rig.Port(address))
 }
 
 // setClock sets the clock of a server to so far from the real one.
-func (w *chaosWorld) setClock(s *redisServer, by time.Duration) {
-	f, err := os.OpenFile(w.clockFile(s), os.O_WRONLY, 0)
-	must(w.t, err)
+func (w *chaosWorld) setClock(s *rig.Redis, by time.Duration) {
+	f, err := os.OpenFile(w.clockFile(s.Address), os.O_WRONLY, 0)
+	rig.Must(w.t, err)
 	defer f.Close()
 	_, err = f.WriteAt(enc.LittleEndian.AppendUint64(nil, uint64(seconds(by))), 0)
-	must(w.t, err)
+	rig.Must(w.t, err)
 }
 
 // semaphores are the names of all.
@@ -329,12 +324,12 @@ func (w *chaosWorld) wantNothingLeft() {
 	s := semaphoresOf(t, w.config())
 	for _, name := range w.semaphores() {
 		id := idOf(name)
-		eventually(t, chaosThreshold+30*time.Second, func() error {
+		rig.Eventually(t, chaosThreshold+30*time.Second, func() error {
 			if err := s.maintain(t.Context(), id, w.length(name), false); err != nil {
 				return err
 			}
-			conn := w.queue.holder(t, id)
-			queue, inflight, err := conn.counts(id)
+			conn := w.queue.Holder(t, id)
+			queue, inflight, err := conn.Counts(id)
 			if err != nil {
 				return err
 			}
@@ -342,19 +337,19 @@ func (w *chaosWorld) wantNothingLeft() {
 				return fmt.Errorf("%s has %d tokens free and %d in flight, of %d, and no pod is left", name, queue, inflight, w.length(name))
 			}
 			for _, key := range []string{id.waitersKey(), id.seenKey(), id.namesKey()} {
-				if there, err := redis.Bool(conn.control.Do("EXISTS", key)); err != nil || there {
+				if there, err := redis.Bool(conn.Control.Do("EXISTS", key)); err != nil || there {
 					return fmt.Errorf("%s is there, %v", key, err)
 				}
 			}
 			for _, key := range []string{id.queueKey(), id.stateKey()} {
-				if left, err := redis.Int(conn.control.Do("TTL", key)); err != nil || left < 0 || left > 300 {
+				if left, err := redis.Int(conn.Control.Do("TTL", key)); err != nil || left < 0 || left > 300 {
 					return fmt.Errorf("%s expires in %d s, %v", key, left, err)
 				}
 			}
 			return nil
 		})
 	}
-	eventually(t, 10*time.Second, w.locks.locksLeft)
+	rig.Eventually(t, 10*time.Second, w.locks.locksLeft)
 }
 
 // wantAddUp checks, while pods live, that free and used tokens are as many as the length.
@@ -364,11 +359,11 @@ func (w *chaosWorld) wantAddUp() {
 	s := semaphoresOf(t, w.config())
 	for _, name := range w.semaphores() {
 		id := idOf(name)
-		eventually(t, chaosThreshold+30*time.Second, func() error {
+		rig.Eventually(t, chaosThreshold+30*time.Second, func() error {
 			if err := s.maintain(t.Context(), id, w.length(name), false); err != nil {
 				return err
 			}
-			if queue, inflight, err := w.queue.holder(t, id).counts(id); err != nil || queue+inflight != w.length(name) {
+			if queue, inflight, err := w.queue.Holder(t, id).Counts(id); err != nil || queue+inflight != w.length(name) {
 				return fmt.Errorf("%s has %d tokens free and %d in flight, of %d, %v", name, queue, inflight, w.length(name), err)
 			}
 			return nil
@@ -377,7 +372,7 @@ func (w *chaosWorld) wantAddUp() {
 }
 
 func (w *chaosWorld) config() webhookConfig {
-	c := beating(w.queue.address(), chaosInterval)
+	c := beating(w.queue.Address(), chaosInterval)
 	c.staleThreshold = chaosThreshold
 	c.redisAddresses = w.locks.addresses()
 	return c

@@ -5,6 +5,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // Redis's clock is set by ten minutes, or a server with another clock takes over: nobody overtakes a live holder, a dead one is found
@@ -16,12 +18,12 @@ func TestClockIsSet(t *testing.T) {
 			t.Parallel()
 			const threshold = 8 * time.Second
 			r, _, id := newSemaphore(t)
-			c := beating(r.address, 2*time.Second)
+			c := beating(r.Address, 2*time.Second)
 			c.staleThreshold = threshold
 			s := semaphoresOf(t, c)
 			live := acquire(t, s, id, 2)
-			p := startSidecar(t, r.address, id, live, "--heartbeat-interval-seconds=2", "--stale-threshold-seconds=8")
-			p.wantLog(t, heldText)
+			p := rig.StartSidecar(t, r.Address, id, live, "--heartbeat-interval-seconds=2", "--stale-threshold-seconds=8")
+			p.WantLog(t, heldText)
 			var line []string
 			var done []<-chan error
 			join := func() {
@@ -31,21 +33,21 @@ func TestClockIsSet(t *testing.T) {
 			dead := acquire(t, s, id, 2)
 			join()
 			join()
-			r.shift(t, id, by)
+			r.Shift(t, id, by)
 			start := time.Now()
 			join()
-			r.wantInflight(t, id, live, dead)
+			r.WantInflight(t, id, live, dead)
 			w := startWebhook(t, c)
-			a := w.admit(t, review(t, id, 2))
-			if a.allowed {
+			a := w.admit(t, rig.Review(t, id, 2))
+			if a.Allowed {
 				t.Error("a pod that does not wait overtook the line")
 			}
 			wantDone(t, done[0])
 			if took := time.Since(start); took > threshold+5*time.Second {
 				t.Errorf("the dead holder's token was given on after %s", took)
 			}
-			r.wantInflight(t, id, live, line[0])
-			r.wantLine(t, id, line[1:]...)
+			r.WantInflight(t, id, live, line[0])
+			r.WantLine(t, id, line[1:]...)
 
 			wantSoon := func(i int) {
 				t.Helper()
@@ -54,15 +56,15 @@ func TestClockIsSet(t *testing.T) {
 				if took := time.Since(start); took > 5*time.Second {
 					t.Errorf("the next in line got a free token after %s", took)
 				}
-				r.wantLine(t, id, line[i+1:]...)
+				r.WantLine(t, id, line[i+1:]...)
 			}
-			r.shift(t, id, by)
+			r.Shift(t, id, by)
 			giveBack(t, s, id, line[0])
 			wantSoon(1)
-			r.shift(t, id, -by)
-			p.signal(t, syscall.SIGTERM)
+			r.Shift(t, id, -by)
+			p.Signal(t, syscall.SIGTERM)
 			wantSoon(2)
-			r.wantInflight(t, id, line[1:]...)
+			r.WantInflight(t, id, line[1:]...)
 		})
 	}
 }
@@ -77,7 +79,7 @@ func TestClockOfRedisIsLearnedAnew(t *testing.T) {
 		if _, err := s.heartbeat(context.Background(), id, token, "", 0); err != nil {
 			t.Errorf("an estimate that is %s ahead: %v", ahead, err)
 		}
-		if off := time.Duration(clock.at(time.Now())-int64(r.now(t))*1e6) * time.Microsecond; off < -time.Second || off > 2*time.Second {
+		if off := time.Duration(clock.at(time.Now())-int64(r.Now(t))*1e6) * time.Microsecond; off < -time.Second || off > 2*time.Second {
 			t.Errorf("an estimate that was %s ahead is %s ahead now", ahead, off)
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	corev1 "k8s.io/api/core/v1"
 )
 
@@ -12,7 +13,7 @@ import (
 func patchedPod(t *testing.T, c webhookConfig, spec string) corev1.Pod {
 	t.Helper()
 	var p corev1.Pod
-	must(t, json.Unmarshal(mustJSON(t, patched(t, c, []byte(`{"metadata":{"annotations":{"a":"b"}},"spec":`+spec+`}`), testToken)), &p))
+	rig.Must(t, json.Unmarshal(mustJSON(t, patched(t, c, []byte(`{"metadata":{"annotations":{"a":"b"}},"spec":`+spec+`}`), testToken)), &p))
 	return p
 }
 
@@ -84,14 +85,14 @@ func TestPatchAddsThePullSecret(t *testing.T) {
 
 // The operator's annotations are added to a pod that does not have them; one that has another value keeps it, and its user is told.
 func TestPatchAddsAnnotations(t *testing.T) {
-	c := testConfig(freeAddress(t))
+	c := testConfig(rig.FreeAddress(t))
 	c.podAnnotations = map[string]string{"example.org/ports": "6379,2379", "example.org/mesh": "off", annotationPrefix[:len(annotationPrefix)-1] + ".x/y~z": "1"}
 	w := startWebhook(t, c)
-	a := w.admit(t, review(t, freshID(), 1, whenFull(whenFullWait), func(r map[string]any) {
-		annotationsOf(r)["example.org/ports"], annotationsOf(r)["example.org/mesh"] = "9000", "off"
+	a := w.admit(t, rig.Review(t, freshID(), 1, whenFull(whenFullWait), func(r map[string]any) {
+		rig.AnnotationsOf(r)["example.org/ports"], rig.AnnotationsOf(r)["example.org/mesh"] = "9000", "off"
 	}))
-	if want := []string{warningWaits, `this pod keeps its own annotation example.org/ports; the cluster's is "6379,2379"`}; !slices.Equal(a.warnings, want) {
-		t.Errorf("warned %q, want %q", a.warnings, want)
+	if want := []string{warningWaits, `this pod keeps its own annotation example.org/ports; the cluster's is "6379,2379"`}; !slices.Equal(a.Warnings, want) {
+		t.Errorf("warned %q, want %q", a.Warnings, want)
 	}
 	p := patchedPod(t, c, `{"containers":[{}]}`)
 	for name, value := range c.podAnnotations {

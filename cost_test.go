@@ -4,40 +4,25 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"regexp"
 	"slices"
-	"strconv"
 	"testing"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
-
-// info is a number out of INFO.
-func (s *redisServer) info(t *testing.T, section, pattern string) int {
-	t.Helper()
-	text, err := redis.String(s.do(t, "INFO", section), nil)
-	must(t, err)
-	m := regexp.MustCompile(pattern + `(\d+)`).FindStringSubmatch(text)
-	if m == nil {
-		return 0
-	}
-	n, err := strconv.Atoi(m[1])
-	must(t, err)
-	return n
-}
 
 // A semaphore costs what its pods need, not what its length allows.
 func TestMemoryOfGreatLengths(t *testing.T) {
 	t.Parallel()
 	const keys, most = 300, 20 << 20
-	r, s, id := newSemaphoreOn(t, startRedis(t))
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
 	acquire(t, s, id, maxLength) // so that the scripts are there
-	before := r.info(t, "memory", "used_memory:")
+	before := r.Info(t, "memory", "used_memory:")
 	for range keys {
 		acquire(t, s, freshID(), maxLength)
 	}
-	grown := r.info(t, "memory", "used_memory:") - before
+	grown := r.Info(t, "memory", "used_memory:") - before
 	t.Logf("%d bytes for %d semaphores", grown, keys)
 	if grown > most {
 		t.Errorf("Redis has grown by %d bytes, want at most %d", grown, most)
@@ -52,8 +37,8 @@ func TestUnusedSemaphoresExpire(t *testing.T) {
 		t.Helper()
 		keys := 0
 		for _, key := range id.keys() {
-			ttl, err := redis.Int(r.do(t, "TTL", key), nil)
-			must(t, err)
+			ttl, err := redis.Int(r.Do(t, "TTL", key), nil)
+			rig.Must(t, err)
 			if ttl == -2 {
 				continue
 			}
@@ -71,7 +56,7 @@ func TestUnusedSemaphoresExpire(t *testing.T) {
 	giveBack(t, s, id, token)
 	wantTTL("given back", false)
 	_, err := s.heartbeat(ctx, id, token, "", 0)
-	must(t, err)
+	rig.Must(t, err)
 	wantTTL("back late", true)
 	giveBack(t, s, id, token)
 	giveBack(t, s, id, token)
@@ -87,40 +72,40 @@ func TestUnusedSemaphoresExpire(t *testing.T) {
 	giveBack(t, s, id, waiting)
 	wantTTL("the line left", false)
 
-	r.makeStale(t, id, acquire(t, s, id, 1))
+	r.MakeStale(t, id, acquire(t, s, id, 1))
 	maintain(t, s, id, 1)
 	wantTTL("reclaimed", false)
 	token = acquire(t, s, id, 1)
 	wantTTL("held again", true)
 
 	silent, _ := stand(t, r, s, id, false)
-	r.unseen(t, id, silent, time.Minute)
+	r.Unseen(t, id, silent, time.Minute)
 	giveBack(t, s, id, token) // finds the one in line gone
-	r.wantLine(t, id)
+	r.WantLine(t, id)
 	wantTTL("the last in line dropped", false)
 }
 
 // scriptCost is what scripts have done so far.
 type scriptCost struct{ commands, published, micros int }
 
-func (s *redisServer) scriptCost(t *testing.T) (c scriptCost) {
+func costSoFar(t *testing.T, s *rig.Redis) (c scriptCost) {
 	t.Helper()
-	for name, n := range commandCalls(t, s) {
+	for name, n := range s.CommandCalls(t) {
 		if name != "info" && name != "evalsha" && name != "eval" {
 			c.commands += n
 		}
 	}
-	c.published = commandCalls(t, s)["publish"]
-	c.micros = s.info(t, "commandstats", `cmdstat_evalsha:calls=\d+,usec=`)
+	c.published = s.CommandCalls(t)["publish"]
+	c.micros = s.Info(t, "commandstats", `cmdstat_evalsha:calls=\d+,usec=`)
 	return c
 }
 
 // during is what scripts do while f runs.
-func (s *redisServer) during(t *testing.T, f func()) scriptCost {
+func costDuring(t *testing.T, s *rig.Redis, f func()) scriptCost {
 	t.Helper()
-	before := s.scriptCost(t)
+	before := costSoFar(t, s)
 	f()
-	after := s.scriptCost(t)
+	after := costSoFar(t, s)
 	return scriptCost{after.commands - before.commands, after.published - before.published, after.micros - before.micros}
 }
 
@@ -134,7 +119,7 @@ func median[T cmp.Ordered](values []T) T {
 func TestAdmissionCostsTheSameForAnyLength(t *testing.T) {
 	t.Parallel()
 	const small, pairs = 3, 50
-	r, s, id := newSemaphoreOn(t, startRedis(t))
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
 	giveBack(t, s, id, acquire(t, s, id, 1)) // so that the scripts are there
 	commands, micros := map[string][]int{}, map[string][]int{}
 	name := func(admission, length int) string { return fmt.Sprintf("admission %d of length %d", admission, length) }
@@ -142,7 +127,7 @@ func TestAdmissionCostsTheSameForAnyLength(t *testing.T) {
 		for _, length := range []int{small, maxLength} {
 			id := freshID()
 			for i := range small {
-				c := r.during(t, func() { acquire(t, s, id, length) })
+				c := costDuring(t, r, func() { acquire(t, s, id, length) })
 				commands[name(i, length)] = append(commands[name(i, length)], c.commands)
 				micros[name(i, length)] = append(micros[name(i, length)], c.micros)
 			}

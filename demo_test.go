@@ -12,11 +12,13 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // buildDemo builds the demo, once.
 var buildDemo = sync.OnceValues(func() (string, error) {
-	demo := filepath.Join(filepath.Dir(binary), "demo")
+	demo := filepath.Join(rig.Folder(), "demo")
 	if out, err := exec.Command("go", "build", "-C", "demo", "-o", demo, ".").CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build the demo: %w\n%s", err, out)
 	}
@@ -26,7 +28,7 @@ var buildDemo = sync.OnceValues(func() (string, error) {
 // demoProcess is the demo. All that it starts has its folder for temporary files in the environment.
 type demoProcess struct {
 	*exec.Cmd
-	out syncBuffer
+	out rig.Log
 	dir string
 }
 
@@ -34,11 +36,11 @@ type demoProcess struct {
 func startDemo(t *testing.T, args ...string) *demoProcess {
 	t.Helper()
 	demo, err := buildDemo()
-	must(t, err)
-	p := &demoProcess{Cmd: exec.Command(demo, append([]string{"-program", binary}, args...)...), dir: t.TempDir()}
+	rig.Must(t, err)
+	p := &demoProcess{Cmd: exec.Command(demo, append([]string{"-program", rig.Program(t)}, args...)...), dir: t.TempDir()}
 	p.Env = append(os.Environ(), "TMPDIR="+p.dir)
 	p.Stdout, p.Stderr = &p.out, &p.out
-	must(t, p.Start())
+	rig.Must(t, p.Start())
 	t.Cleanup(func() { _ = p.Process.Kill() })
 	return p
 }
@@ -46,7 +48,7 @@ func startDemo(t *testing.T, args ...string) *demoProcess {
 // waitToSay waits until the demo has printed that.
 func (p *demoProcess) waitToSay(t *testing.T, want string) {
 	t.Helper()
-	eventually(t, 20*time.Second, func() error {
+	rig.Eventually(t, 20*time.Second, func() error {
 		if !strings.Contains(p.out.String(), want) {
 			return fmt.Errorf("no %q in %s", want, p.out.String())
 		}
@@ -60,7 +62,7 @@ var demoToken = regexp.MustCompile(`(?:with token|POD_UID is) ([-0-9a-f]{36})`)
 func (p *demoProcess) wantNothingLeft(t *testing.T) {
 	t.Helper()
 	dirs, err := filepath.Glob("/proc/[0-9]*")
-	must(t, err)
+	rig.Must(t, err)
 	for _, dir := range dirs {
 		if env, err := os.ReadFile(filepath.Join(dir, "environ")); err == nil && bytes.Contains(env, []byte("TMPDIR="+p.dir+"\x00")) {
 			args, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
@@ -68,7 +70,7 @@ func (p *demoProcess) wantNothingLeft(t *testing.T) {
 		}
 	}
 	files, err := filepath.Glob(filepath.Join(p.dir, "*"))
-	must(t, err)
+	rig.Must(t, err)
 	for _, m := range demoToken.FindAllStringSubmatch(p.out.String(), -1) {
 		if file := newStartMark("a pod", m[1]); file.isSet() {
 			files = append(files, file.path)
@@ -86,14 +88,12 @@ func TestDemo(t *testing.T) {
 
 func TestDemoWithEtcd(t *testing.T) {
 	t.Parallel()
-	etcd, err := etcdBinary()
-	must(t, err)
-	testDemo(t, "-etcd", etcd, "story")
+	testDemo(t, "-etcd", rig.EtcdProgram(t), "story")
 }
 
 func TestDemoWithSentinels(t *testing.T) {
 	t.Parallel()
-	out := testDemo(t, "-sentinels", redisProgram, "story")
+	out := testDemo(t, "-sentinels", rig.RedisProgram, "story")
 	if !regexp.MustCompile(`that was \d+\.\d s after the kill; the primary was [\d.:]+, and is [\d.:]+\n   => queue 0, inflight 3`).MatchString(out) {
 		t.Errorf("no failover in\n%s", out)
 	}
@@ -149,27 +149,26 @@ func TestDemoRunLines(t *testing.T) {
 	if err != nil || !bytes.Contains(answer, []byte(`"allowed":true,"patch":`)) {
 		t.Errorf("%s%v: %s", line, err, answer)
 	}
-	var said syncBuffer
+	var said rig.Log
 	sidecar := exec.Command("sh", "-c", "exec "+find(".* sidecar .*--length.*"))
 	sidecar.Stderr = &said
-	must(t, sidecar.Start())
+	rig.Must(t, sidecar.Start())
 	t.Cleanup(func() { _ = sidecar.Process.Kill() })
-	eventually(t, 10*time.Second, func() error {
+	rig.Eventually(t, 10*time.Second, func() error {
 		if !strings.Contains(said.String(), heldText) {
 			return fmt.Errorf("it says: %s", said.String())
 		}
 		return nil
 	})
-	must(t, sidecar.Process.Signal(syscall.SIGINT))
-	must(t, sidecar.Wait())
-	must(t, p.Process.Signal(syscall.SIGINT))
-	must(t, p.Wait())
+	rig.Must(t, sidecar.Process.Signal(syscall.SIGINT))
+	rig.Must(t, sidecar.Wait())
+	rig.Must(t, p.Process.Signal(syscall.SIGINT))
+	rig.Must(t, p.Wait())
 	p.wantNothingLeft(t)
 }
 
 func TestDemoInterrupted(t *testing.T) {
-	etcd, err := etcdBinary()
-	must(t, err)
+	etcd := rig.EtcdProgram(t)
 	const begun = "--queue-redis-address="
 	both := []syscall.Signal{syscall.SIGINT, syscall.SIGTERM}
 	for _, c := range []struct {
@@ -187,7 +186,7 @@ func TestDemoInterrupted(t *testing.T) {
 				t.Parallel()
 				p := startDemo(t, strings.Fields(c.args)...)
 				p.waitToSay(t, c.at)
-				must(t, p.Process.Signal(signal))
+				rig.Must(t, p.Process.Signal(signal))
 				start := time.Now()
 				_ = p.Wait()
 				if took := time.Since(start); took > 3*time.Second {

@@ -4,11 +4,14 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // The tests of this tag let servers fail under load, each with servers of its own: "make test-queues". Those of Sentinel groups and
@@ -17,30 +20,30 @@ import (
 // movingAddress is an address of a provider: what is behind it changes, and connections to what was there hang.
 type movingAddress struct {
 	listener net.Listener
-	server   *redisServer
-	behind   chan *redisServer
+	server   *rig.Redis
+	behind   chan *rig.Redis
 }
 
-func (m *movingAddress) address() string                             { return m.listener.Addr().String() }
-func (m *movingAddress) holder(*testing.T, semaphoreID) *redisServer { return m.server }
+func (m *movingAddress) Address() string                            { return m.listener.Addr().String() }
+func (m *movingAddress) Holder(testing.TB, fmt.Stringer) *rig.Redis { return m.server }
 
 // A provider's address moves to the replica: the old primary hangs, and connections with it.
 func TestProviderFailover(t *testing.T) {
 	t.Parallel()
-	primary, replica := startRedis(t), startRedis(t)
-	replica.do(t, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
-	primary.do(t, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
-	replica.do(t, "REPLICAOF", "127.0.0.1", portOf(primary.address))
-	eventually(t, 20*time.Second, func() error {
-		if info := string(replica.do(t, "INFO", "replication").([]byte)); !strings.Contains(info, "master_link_status:up") {
+	primary, replica := rig.StartRedis(t), rig.StartRedis(t)
+	replica.Do(t, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
+	primary.Do(t, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
+	replica.Do(t, "REPLICAOF", "127.0.0.1", rig.Port(primary.Address))
+	rig.Eventually(t, 20*time.Second, func() error {
+		if info := string(replica.Do(t, "INFO", "replication").([]byte)); !strings.Contains(info, "master_link_status:up") {
 			return errors.New(info)
 		}
 		return nil
 	})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
+	rig.Must(t, err)
 	t.Cleanup(func() { l.Close() })
-	m := &movingAddress{listener: l, server: primary, behind: make(chan *redisServer, 1)}
+	m := &movingAddress{listener: l, server: primary, behind: make(chan *rig.Redis, 1)}
 	go func() {
 		to := primary
 		for {
@@ -52,7 +55,7 @@ func TestProviderFailover(t *testing.T) {
 			case to = <-m.behind:
 			default:
 			}
-			address := to.address
+			address := to.Address
 			go func() {
 				defer client.Close()
 				server, err := net.Dial("tcp", address)
@@ -67,9 +70,9 @@ func TestProviderFailover(t *testing.T) {
 	}()
 	f := startTraffic(t, m, freshID())
 	f.strike(func() {
-		primary.pause(t)
+		primary.Pause(t)
 		time.Sleep(time.Second) // the provider takes so long
-		replica.do(t, "REPLICAOF", "NO", "ONE")
+		replica.Do(t, "REPLICAOF", "NO", "ONE")
 		m.server = replica
 		m.behind <- replica
 	})

@@ -5,6 +5,8 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // The help of a mode shows each default, and none where there is none. The defaults are no problem.
@@ -39,12 +41,12 @@ func TestFlagDefaults(t *testing.T) {
 	}
 	none := func(string) string { return "" }
 	c, err := parseWebhookConfig(nil, none)
-	must(t, err)
+	rig.Must(t, err)
 	if c.port != 9443 || c.whenFull != whenFullDeny || len(c.redisAddresses) != 1 || seconds(c.staleThreshold) != 120 {
 		t.Errorf("the defaults were read as %+v", c)
 	}
 	s, err := parseSidecarConfig([]string{"--length=", "shop/web", "b7a1f0de-8a0e-4b0c-9d52-0a3c1a7de001"}, none)
-	must(t, err)
+	rig.Must(t, err)
 	if s.length != 0 || seconds(s.expiration) != 10 || s.semaphore != (semaphoreID{"shop", "web"}) {
 		t.Errorf("the defaults were read as %+v", s)
 	}
@@ -96,7 +98,7 @@ func TestWrongFlagIsReportedOnce(t *testing.T) {
 func TestRepeatedFlag(t *testing.T) {
 	c, err := parseWebhookConfig([]string{"--port=x", "--redis-addresses=a:1,b:2", "--port=1", "--redis-addresses=c:3"},
 		func(string) string { return "" })
-	must(t, err)
+	rig.Must(t, err)
 	if c.port != 1 || len(c.redisAddresses) != 1 || c.redisAddresses[0] != "c:3" {
 		t.Errorf("port %d, Redis %v", c.port, c.redisAddresses)
 	}
@@ -106,7 +108,7 @@ func TestRepeatedFlag(t *testing.T) {
 func TestListsOfNamesAndValues(t *testing.T) {
 	c, err := parseWebhookConfig([]string{"--sidecar-resources=cpu=1, memory=1Gi,example.org/device=2", "--sidecar-requests=memory=1Gi",
 		"--pod-annotations=traffic.sidecar.istio.io/excludeOutboundPorts=6379,2379,a=b=c,empty="}, func(string) string { return "" })
-	must(t, err)
+	rig.Must(t, err)
 	if l := c.sidecarLimits; len(l) != 3 || l.Cpu().String() != "1" || l.Memory().String() != "1Gi" || l.Name("example.org/device", "").Value() != 2 {
 		t.Errorf("limits %v", c.sidecarLimits)
 	}

@@ -11,20 +11,14 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// stop stops a process, as a node that hangs does.
-func (p *process) stop(t *testing.T) {
-	t.Helper()
-	p.signal(t, syscall.SIGSTOP)
-	waitState(t, p.Process.Pid, "T")
-}
-
 // wantInUse waits until a token is in use.
-func (s *redisServer) wantInUse(t *testing.T, id semaphoreID, token string) {
+func wantInUse(t *testing.T, s *rig.Redis, id semaphoreID, token string) {
 	t.Helper()
-	eventually(t, 10*time.Second, func() error {
-		if s.lastBeat(t, id, token) == 0 {
+	rig.Eventually(t, 10*time.Second, func() error {
+		if s.LastHeartbeat(t, id, token) == 0 {
 			return errors.New("the token is not taken yet")
 		}
 		return nil
@@ -32,17 +26,17 @@ func (s *redisServer) wantInUse(t *testing.T, id semaphoreID, token string) {
 }
 
 // holdAnswer lets a sidecar that starts take its token and keeps back the answer, until the function that is returned is called.
-func holdAnswer(t *testing.T, p *faultyProxy, start func()) (deliver func()) {
+func holdAnswer(t *testing.T, p *rig.Proxy, start func()) (deliver func()) {
 	t.Helper()
-	first := p.holdFirst(t, acquireScript.made().Hash(), false) // is answered with Redis's time only
+	first := p.HoldFirst(t, acquireScript.made().Hash(), false) // is answered with Redis's time only
 	start()
-	<-first.held
-	second := p.holdFirst(t, acquireScript.made().Hash(), false)
-	first.deliver()
-	<-second.held
-	p.answers.Lock()
-	second.deliver()
-	return p.answers.Unlock
+	<-first.Held
+	second := p.HoldFirst(t, acquireScript.made().Hash(), false)
+	first.Deliver()
+	<-second.Held
+	p.Answers.Lock()
+	second.Deliver()
+	return p.Answers.Unlock
 }
 
 // A sidecar is stopped after its token is taken and before its app is started: before it has read Redis's answer, before the init
@@ -60,47 +54,47 @@ func TestStoppedSidecarStartsNoApp(t *testing.T) {
 			t.Run(fmt.Sprint(name, " ", round), func(t *testing.T) {
 				t.Parallel()
 				r, s, id := newSemaphore(t)
-				p := startFaultyProxy(t, r.address)
+				p := rig.StartProxy(t, r.Address)
 				giveBack(t, s, id, acquire(t, s, id, 1)) // Redis knows the script
 				token := uuid.NewString()
-				podUID := inPod(t, token)
-				var sidecar *process
-				start := func() { sidecar = startWaitingSidecar(t, p.address, id, token, 1) } // with an interval of 1 s
+				podUID := rig.InPod(t, token)
+				var sidecar *rig.Process
+				start := func() { sidecar = rig.StartWaitingSidecar(t, p.Address, id, token, 1) } // with an interval of 1 s
 				if when == beforeAnswer {
 					deliver := holdAnswer(t, p, start)
-					r.wantInUse(t, id, token)
-					sidecar.stop(t)
+					wantInUse(t, r, id, token)
+					sidecar.Pause(t)
 					deliver()
 				} else {
 					start()
-					sidecar.wantLog(t, heldText)
-					sidecar.stop(t)
+					sidecar.WantLog(t, heldText)
+					sidecar.Pause(t)
 				}
 				stopped := time.Now()
-				r.makeStale(t, id, token)
+				r.MakeStale(t, id, token)
 				other := acquire(t, s, id, 1)
-				eventually(t, 10*time.Second, func() error { // the answer counts for an interval
+				rig.Eventually(t, 10*time.Second, func() error { // the answer counts for an interval
 					if since := time.Since(stopped); since < 1100*time.Millisecond {
 						return fmt.Errorf("stopped for %s", since)
 					}
 					return nil
 				})
-				var await *process
+				var await *rig.Process
 				if when == duringQuestion {
-					await = startAwait(t)
+					await = rig.StartAwait(t)
 					wantAsking(t, podUID)
 				}
-				sidecar.signal(t, syscall.SIGCONT)
+				sidecar.Signal(t, syscall.SIGCONT)
 				if await == nil {
-					await = startAwait(t)
+					await = rig.StartAwait(t)
 				}
-				await.wantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, ")
-				await.wantNotEnded(t)
-				r.wantLine(t, id, token)
-				r.wantInflight(t, id, other)
+				await.WantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, ")
+				await.WantNotEnded(t)
+				r.WantLine(t, id, token)
+				r.WantInflight(t, id, other)
 				giveBack(t, s, id, other)
-				await.wantExit(t, 0)
-				r.wantInflight(t, id, token)
+				await.WantExit(t, 0)
+				r.WantInflight(t, id, token)
 			})
 		}
 	}
@@ -110,7 +104,7 @@ func TestStoppedSidecarStartsNoApp(t *testing.T) {
 // the kernel lists one for each connection under the same name.
 func wantAsking(t *testing.T, podUID string) {
 	t.Helper()
-	eventually(t, 10*time.Second, func() error {
+	rig.Eventually(t, 10*time.Second, func() error {
 		table, err := os.ReadFile("/proc/net/unix")
 		if n := strings.Count(string(table), awaitSocket(podUID).Name); err == nil && n < 2 {
 			err = fmt.Errorf("%d sockets", n)
@@ -124,44 +118,44 @@ func wantAsking(t *testing.T, podUID string) {
 func TestLateAnswerStartsNoApp(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
-	p := startFaultyProxy(t, r.address)
+	p := rig.StartProxy(t, r.Address)
 	giveBack(t, s, id, acquire(t, s, id, 1))
 	token := uuid.NewString()
-	inPod(t, token)
-	await := startAwait(t)
+	rig.InPod(t, token)
+	await := rig.StartAwait(t)
 	deliver := holdAnswer(t, p, func() {
-		startWaitingSidecar(t, p.address, id, token, 1, "--stale-threshold-seconds=2") // an attempt has 1 s
+		rig.StartWaitingSidecar(t, p.Address, id, token, 1, "--stale-threshold-seconds=2") // an attempt has 1 s
 	})
 	sent := time.Now()
-	r.wantInUse(t, id, token)
-	r.makeStale(t, id, token)
+	wantInUse(t, r, id, token)
+	r.MakeStale(t, id, token)
 	other := acquire(t, s, id, 1)
-	holder := startSidecar(t, r.address, id, other)
-	eventually(t, 10*time.Second, func() error {
+	holder := rig.StartSidecar(t, r.Address, id, other)
+	rig.Eventually(t, 10*time.Second, func() error {
 		if since := time.Since(sent); since < 600*time.Millisecond {
 			return fmt.Errorf("the answer is %s old", since)
 		}
 		return nil
 	})
 	deliver()
-	await.wantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, ")
-	await.wantNotEnded(t)
-	r.wantInflight(t, id, other)
-	holder.signal(t, syscall.SIGTERM)
-	await.wantExit(t, 0)
-	r.wantInflight(t, id, token)
+	await.WantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, ")
+	await.WantNotEnded(t)
+	r.WantInflight(t, id, other)
+	holder.Signal(t, syscall.SIGTERM)
+	await.WantExit(t, 0)
+	r.WantInflight(t, id, token)
 }
 
 // An answer that was long on its way is as old as its question.
 func TestAgeOfAnAnswer(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
-	p := startFaultyProxy(t, r.address)
+	p := rig.StartProxy(t, r.Address)
 	giveBack(t, s, id, acquire(t, s, id, 1))
-	waiting := semaphoresOf(t, testConfig(p.address))
-	must(t, errOf(waiting.heartbeat(context.Background(), freshID(), "x", "", 0))) // Redis's clock is known
+	waiting := semaphoresOf(t, testConfig(p.Address))
+	rig.Must(t, errOf(waiting.heartbeat(context.Background(), freshID(), "x", "", 0))) // Redis's clock is known
 	w := newWaiter(waiting, id, 1)
-	p.answers.Lock()
+	p.Answers.Lock()
 	done := make(chan time.Time, 1)
 	sent := time.Now()
 	go func() {
@@ -171,19 +165,19 @@ func TestAgeOfAnAnswer(t *testing.T) {
 		}
 		done <- asked
 	}()
-	r.wantInUse(t, id, w.token)
-	r.makeStale(t, id, w.token)
+	wantInUse(t, r, id, w.token)
+	r.MakeStale(t, id, w.token)
 	other := acquire(t, s, id, 1)
-	eventually(t, 10*time.Second, func() error {
+	rig.Eventually(t, 10*time.Second, func() error {
 		if since := time.Since(sent); since < 1500*time.Millisecond {
 			return fmt.Errorf("the answer is %s old", since)
 		}
 		return nil
 	})
-	p.answers.Unlock()
+	p.Answers.Unlock()
 	asked := <-done
 	if late := asked.Sub(sent); late > 500*time.Millisecond {
 		t.Errorf("what Redis said is %s younger than it is", late)
 	}
-	r.wantInflight(t, id, other)
+	r.WantInflight(t, id, other)
 }

@@ -19,6 +19,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	jsonpatch "gopkg.in/evanphx/json-patch.v4"
 	admissionv1 "k8s.io/api/admission/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -30,7 +31,7 @@ import (
 // reviews are those that a real API server has sent.
 func reviews(f testing.TB) (all [][]byte) {
 	f.Helper()
-	files, err := filepath.Glob("testdata/admission-reviews/*.json")
+	files, err := filepath.Glob("test/testdata/admission-reviews/*.json")
 	if err != nil || len(files) == 0 {
 		f.Fatalf("%v, %v", files, err)
 	}
@@ -57,7 +58,7 @@ func fuzzedWebhook(f *testing.F) *webhook {
 	s := newSemaphores(c.sharedConfig, nil, 1, log)
 	s.outages.parts[0] = outage{began: time.Now().Add(-time.Hour), last: time.Now()} // it does not wait for Redis
 	a, err := newAdmitter(c, s)
-	must(f, err)
+	rig.Must(f, err)
 	return &webhook{admitter: a, callers: who, bounds: newBounds(), log: log}
 }
 
@@ -86,9 +87,9 @@ func FuzzReview(f *testing.F) {
 		d := json.NewDecoder(rec.Body)
 		d.DisallowUnknownFields()
 		var answer admissionv1.AdmissionReview
-		must(t, d.Decode(&answer))
+		rig.Must(t, d.Decode(&answer))
 		asked, err := decodeReview(body)
-		must(t, err)
+		rig.Must(t, err)
 		if r := answer.Response; r == nil || answer.APIVersion != "admission.k8s.io/v1" || answer.Kind != "AdmissionReview" || string(r.UID) != strings.ToValidUTF8(string(asked.UID), "\ufffd") {
 			t.Fatalf("answered %s", text)
 		} else if r.Patch != nil {
@@ -133,7 +134,7 @@ func wantApplies(t *testing.T, object, patch []byte) {
 		return
 	}
 	steps, err := jsonpatch.DecodePatch(patch)
-	must(t, err)
+	rig.Must(t, err)
 	result, err := steps.Apply(object)
 	if err != nil {
 		t.Fatalf("%v: %s does not apply to %s", err, patch, object)
@@ -253,7 +254,7 @@ func FuzzAnswers(f *testing.F) {
 		var page strings.Builder
 		printTable(&page, states, "")
 		printDetail(&page, d)
-		must(t, printJSON(&page, d.report()))
+		rig.Must(t, printJSON(&page, d.report()))
 		if strings.Contains(page.String(), "\x1b") {
 			t.Errorf("prints %q", page.String())
 		}

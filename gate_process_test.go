@@ -8,17 +8,18 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // process starts a gate as a process.
-func (g *gateTest) process(flags ...string) *process {
+func (g *gateTest) process(flags ...string) *rig.Process {
 	g.Helper()
-	api, c := g.api.settings, g.config
-	return startProcess(g.T, append([]string{"gate", "--queue-redis-address=" + c.queueRedisAddress.text, "--redis-addresses=" + strings.Join(c.redisAddresses, ","),
+	api, c := clientSettings(g.api), g.config
+	return rig.StartProgram(g.T, append([]string{"gate", "--queue-redis-address=" + c.queueRedisAddress.text, "--redis-addresses=" + strings.Join(c.redisAddresses, ","),
 		fmt.Sprintf("--heartbeat-interval-seconds=%d", seconds(c.heartbeatInterval)), fmt.Sprintf("--stale-threshold-seconds=%d", seconds(c.staleThreshold)),
-		"--metrics-bind-address=" + freeAddress(g.T), "--kubernetes-address=" + api.address, "--kubernetes-ca-file=" + api.caFile,
+		"--metrics-bind-address=" + rig.FreeAddress(g.T), "--kubernetes-address=" + api.address, "--kubernetes-ca-file=" + api.caFile,
 		"--kubernetes-token-file=" + api.tokenFile}, flags...)...)
 }
 
@@ -33,7 +34,7 @@ type relay struct {
 }
 
 // startRelay creates pods that two gates stand in line for, and lets the first have their tokens.
-func startRelay(g *gateTest, pods int) (r *relay, gates []*process) {
+func startRelay(g *gateTest, pods int) (r *relay, gates []*rig.Process) {
 	g.Helper()
 	r = &relay{gateTest: g}
 	for range 2 {
@@ -56,7 +57,7 @@ func (r *relay) add(pods int) {
 	for range pods {
 		r.made++
 		name := fmt.Sprintf("pod-%03d", r.made)
-		p := testGatedPod(name)
+		p := rig.GatedPod(name)
 		p.CreationTimestamp = metav1.NewTime(time.Now().Add(time.Duration(r.made-1000) * time.Second).Truncate(time.Second))
 		r.createAs(p)
 		r.standing = append(r.standing, r.pod(name))
@@ -82,7 +83,7 @@ func (r *relay) handOver(do func()) (took time.Duration) {
 	r.Helper()
 	p := r.holding[0]
 	r.holding, r.ended = r.holding[1:], append(r.ended, p)
-	_, status := r.api.store.change(p.Namespace, p.Name, runs)
+	_, status := r.api.Store.Change(p.Namespace, p.Name, rig.MarkRunning)
 	if status != nil {
 		r.Fatal(status.Message)
 	}
@@ -100,11 +101,11 @@ func (r *relay) handOver(do func()) (took time.Duration) {
 }
 
 // The ways in which pods end.
-func isDeleted(r *relay, p *corev1.Pod) { r.api.deletePod(r.T, p.Namespace, p.Name) }
+func isDeleted(r *relay, p *corev1.Pod) { r.api.DeletePod(r.T, p.Namespace, p.Name) }
 
 func succeeds(r *relay, p *corev1.Pod) {
 	r.Helper()
-	if _, status := r.api.store.change(p.Namespace, p.Name, func(p *corev1.Pod) { p.Status.Phase = corev1.PodSucceeded }); status != nil {
+	if _, status := r.api.Store.Change(p.Namespace, p.Name, func(p *corev1.Pod) { p.Status.Phase = corev1.PodSucceeded }); status != nil {
 		r.Fatal(status.Message)
 	}
 }
@@ -122,7 +123,7 @@ func (r *relay) handOvers(many int, usual time.Duration) {
 // wantWhole waits until exactly those that stand are in line, in their order, and exactly those that hold tokens are in flight.
 func (r *relay) wantWhole() {
 	r.Helper()
-	r.redis.wantLine(r.T, r.id, uidsOf(r.standing)...)
+	r.redis.WantLine(r.T, r.id, uidsOf(r.standing)...)
 	r.wantHolders(uidsOf(r.holding)...)
 }
 
@@ -151,17 +152,17 @@ func TestGatePaused(t *testing.T) {
 		g := gates[i%2]
 		took := r.handOver(func() {
 			time.Sleep(time.Duration(i) * 2 * time.Millisecond) // another moment of it each time
-			g.signal(t, syscall.SIGSTOP)
+			g.Signal(t, syscall.SIGSTOP)
 		})
 		if took > usual+2*time.Second {
 			t.Errorf("the hand-over in which a gate was stopped took %s", took)
 		}
 		r.handOvers(3+len(r.standing)*(i%2), usual) // at times, until all that it knows are gone
 		gone := r.standing[1]
-		r.api.deletePod(t, gone.Namespace, gone.Name)
+		r.api.DeletePod(t, gone.Namespace, gone.Name)
 		r.standing = slices.Delete(r.standing, 1, 2)
 		r.add(1)
-		g.signal(t, syscall.SIGCONT)
+		g.Signal(t, syscall.SIGCONT)
 		r.handOvers(3, usual)
 		r.wantWhole()
 	}
@@ -171,9 +172,9 @@ func TestGatePaused(t *testing.T) {
 // it gives the token of such a pod back as soon as the API server does not let it lift the gate.
 func TestGateOldView(t *testing.T) {
 	t.Parallel()
-	for view, see := range map[string]func(*apiServer){
-		"late":     func(s *apiServer) { s.late.Unlock() },
-		"anew":     func(s *apiServer) { s.dropWatches() },
+	for view, see := range map[string]func(*rig.APIServer){
+		"late":     func(s *rig.APIServer) { s.Late.Unlock() },
+		"anew":     func(s *rig.APIServer) { s.DropWatches() },
 		"for ever": nil,
 	} {
 		for end, ends := range map[string]func(*relay, *corev1.Pod){"deleted": isDeleted, "succeeded": succeeds} {
@@ -182,26 +183,26 @@ func TestGateOldView(t *testing.T) {
 				r := &relay{gateTest: newGateTest(t, 1), end: ends}
 				one, _, _ := r.start()
 				r.begin(4)
-				api, proxy := startAPIServerFor(t, r.api.store), startFaultyProxy(t, r.redis.address)
+				api, proxy := rig.StartAPIServerFor(t, r.api.Store), rig.StartProxy(t, r.redis.Address)
 				r.start(func(c *gateConfig) {
-					c.sharedConfig, c.kubernetes = testConfig(proxy.address).sharedConfig, api.settings
+					c.sharedConfig, c.kubernetes = testConfig(proxy.Address).sharedConfig, clientSettings(api)
 				})
-				api.wantWatches(t, 1)
-				proxy.cut()
+				api.WantWatches(t, 1)
+				proxy.Cut()
 				if view == "late" {
-					api.late.Lock()
+					api.Late.Lock()
 				} else {
-					api.silenceWatches()
+					api.SilenceWatches()
 				}
 				r.handOvers(2, 0)
 				r.wantOnly(one)
-				proxy.mend()
+				proxy.Mend()
 				unseen := string(r.ended[1].UID)
-				r.redis.wantLine(t, r.id, append([]string{unseen}, uidsOf(r.standing)...)...)
+				r.redis.WantLine(t, r.id, append([]string{unseen}, uidsOf(r.standing)...)...)
 				if see != nil {
 					see(api)
 					start := time.Now()
-					r.redis.wantLine(t, r.id, uidsOf(r.standing)...)
+					r.redis.WantLine(t, r.id, uidsOf(r.standing)...)
 					if took := time.Since(start); took > 4*time.Second {
 						t.Errorf("it stood in line for a pod that has ended for %s", took)
 					}
@@ -216,7 +217,7 @@ func TestGateOldView(t *testing.T) {
 // wantOnly waits until a gate has nothing to do any more with pods that have ended.
 func (r *relay) wantOnly(gate *gate) {
 	r.Helper()
-	eventually(r.T, 10*time.Second, func() error {
+	rig.Eventually(r.T, 10*time.Second, func() error {
 		gate.mu.Lock()
 		defer gate.mu.Unlock()
 		l := gate.lines[r.id]
@@ -239,7 +240,7 @@ func TestGateKilled(t *testing.T) {
 	for i := range 6 {
 		took := r.handOver(func() {
 			time.Sleep(time.Duration(i) * 2 * time.Millisecond)
-			gates[i%2].kill()
+			gates[i%2].Kill()
 		})
 		if took > usual+2*time.Second {
 			t.Errorf("the hand-over in which a gate was killed took %s", took)

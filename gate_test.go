@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	jsonpatch "gopkg.in/evanphx/json-patch.v4"
 	corev1 "k8s.io/api/core/v1"
 )
@@ -23,7 +24,7 @@ func TestGate(t *testing.T) {
 	gate, _, _ := g.start()
 	tokens := g.createAll("a", "b", "c", "d")
 	g.wantLifted([]string{"a", "b"})
-	g.redis.wantLine(t, g.id, tokens[2:]...)
+	g.redis.WantLine(t, g.id, tokens[2:]...)
 	g.wantHolders(tokens[:2]...)
 	g.wantLifted(nil, "c", "d")
 	if at, err := strconv.ParseInt(g.pod("a").Labels[labelGated], 10, 64); err != nil || time.Since(time.Unix(at, 0)) > time.Minute {
@@ -44,22 +45,22 @@ func TestGate(t *testing.T) {
 
 	// Deleted with a token, and while it waits.
 	e := g.create("e")
-	g.redis.wantLine(t, g.id, tokens[3], e)
-	g.api.deletePod(t, g.id.namespace, "b")
+	g.redis.WantLine(t, g.id, tokens[3], e)
+	g.api.DeletePod(t, g.id.namespace, "b")
 	g.wantLifted([]string{"d"}, "e")
-	g.api.deletePod(t, g.id.namespace, "e")
-	g.redis.wantLine(t, g.id)
+	g.api.DeletePod(t, g.id.namespace, "e")
+	g.redis.WantLine(t, g.id)
 	g.wantHolders(tokens[2], tokens[3])
 
 	// One that fails before it starts, such as by eviction.
-	_, status := g.api.store.change(g.id.namespace, "c", func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed })
+	_, status := g.api.Store.Change(g.id.namespace, "c", func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed })
 	if status != nil {
 		t.Fatal(status.Message)
 	}
 	g.wantHolders(tokens[3])
-	g.api.deletePod(t, g.id.namespace, "d")
-	g.redis.wantCounts(t, g.id, 2, 0)
-	eventually(t, 10*time.Second, func() error {
+	g.api.DeletePod(t, g.id.namespace, "d")
+	g.redis.WantCounts(t, g.id, 2, 0)
+	rig.Eventually(t, 10*time.Second, func() error {
 		gate.mu.Lock()
 		defer gate.mu.Unlock()
 		if len(gate.lines)+len(gate.ids) > 0 {
@@ -68,9 +69,9 @@ func TestGate(t *testing.T) {
 		return nil
 	})
 	var reasons []string
-	eventually(t, 10*time.Second, func() error {
+	rig.Eventually(t, 10*time.Second, func() error {
 		reasons = nil
-		for _, e := range g.api.store.eventsOf(g.id.namespace) {
+		for _, e := range g.api.Store.EventsOf(g.id.namespace) {
 			reasons = append(reasons, e.Reason+" "+e.Regarding.Name)
 		}
 		slices.Sort(reasons)
@@ -101,9 +102,9 @@ func TestTwoGates(t *testing.T) {
 
 	// Its token stays, and it starts meanwhile; the line is forgotten.
 	g.wantHolders(tokens[1])
-	g.redis.do(t, "DEL", g.id.waitersKey(), g.id.seenKey())
+	g.redis.Do(t, "DEL", g.id.waitersKey(), g.id.seenKey())
 	g.start()
-	g.redis.wantLine(t, g.id, tokens[2], tokens[3])
+	g.redis.WantLine(t, g.id, tokens[2], tokens[3])
 	g.run("b")
 	giveBack(t, g.owner, g.id, tokens[1])
 	g.wantLifted([]string{"c"}, "d")
@@ -114,7 +115,7 @@ func TestGateOrder(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 1)
 	holder := acquire(t, g.owner, g.id, 1)
-	g.redis.do(t, "HSET", g.id.stateKey(), "created", int(g.redis.now(t))-1000)
+	g.redis.Do(t, "HSET", g.id.stateKey(), "created", int(g.redis.Now(t))-1000)
 	names := []string{"n7", "n3", "n9", "n1", "n5"}
 	var want []string
 	tokens := map[string]string{}
@@ -137,16 +138,16 @@ func TestGateOrder(t *testing.T) {
 		}
 	}
 	_, log, stop := g.start()
-	g.redis.wantLine(t, g.id, want...)
+	g.redis.WantLine(t, g.id, want...)
 
 	// A pod that waits by its sidecar came later.
 	waiter, _ := stand(t, g.redis, g.owner, g.id, false)
-	g.redis.wantLine(t, g.id, append(slices.Clone(want), waiter)...)
+	g.redis.WantLine(t, g.id, append(slices.Clone(want), waiter)...)
 
 	// Redis is emptied: the holder comes back, and nobody was admitted meanwhile.
-	g.redis.do(t, "FLUSHALL")
-	g.redis.wantLine(t, g.id, want...)
-	if n, err := redis.Int(g.redis.control.Do("HGET", g.id.stateKey(), "lost")); err != nil || n == 0 {
+	g.redis.Do(t, "FLUSHALL")
+	g.redis.WantLine(t, g.id, want...)
+	if n, err := redis.Int(g.redis.Control.Do("HGET", g.id.stateKey(), "lost")); err != nil || n == 0 {
 		t.Errorf("the loss was not seen: %d, %v", n, err)
 	}
 	for _, name := range names {
@@ -158,9 +159,9 @@ func TestGateOrder(t *testing.T) {
 		t.Error(err)
 	}
 	stop()
-	g.redis.do(t, "DEL", g.id.waitersKey(), g.id.seenKey())
+	g.redis.Do(t, "DEL", g.id.waitersKey(), g.id.seenKey())
 	g.start()
-	g.redis.wantLine(t, g.id, want...)
+	g.redis.WantLine(t, g.id, want...)
 	_ = log
 }
 
@@ -172,25 +173,25 @@ func TestGateUnschedulable(t *testing.T) {
 	token := g.create("late")
 	g.wantLifted([]string{"late"})
 	next := g.create("next")
-	eventually(t, 15*time.Second, func() error {
+	rig.Eventually(t, 15*time.Second, func() error {
 		if label, ok := g.pod("late").Labels[labelGated]; ok {
 			return fmt.Errorf("it has the label %q yet", label)
 		}
 		return nil
 	})
 	g.wantHolders(token) // until it is stale
-	g.redis.makeStale(t, g.id, token)
+	g.redis.MakeStale(t, g.id, token)
 	g.wantLifted([]string{"next"})
 	g.wantHolders(next)
-	eventually(t, 10*time.Second, func() error {
-		for _, e := range g.api.store.eventsOf(g.id.namespace) {
+	rig.Eventually(t, 10*time.Second, func() error {
+		for _, e := range g.api.Store.EventsOf(g.id.namespace) {
 			if e.Reason == reasonLate && e.Type == "Warning" && e.Regarding.Name == "late" {
 				return nil
 			}
 		}
 		return errors.New("there is no event")
 	})
-	if len(log.lines(t, "the pod has not started in time: its token goes stale")) != 1 {
+	if len(log.Lines(t, "the pod has not started in time: its token goes stale")) != 1 {
 		t.Error("it was logged more than once, or not at all")
 	}
 }
@@ -200,24 +201,24 @@ func TestGateThroughOutages(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 1)
 	g.start()
-	g.api.fail(func(w http.ResponseWriter, r *http.Request) bool {
+	g.api.Fail(func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method != http.MethodPatch {
 			return false
 		}
-		respond(w, 0, nil, failure(http.StatusServiceUnavailable, "ServiceUnavailable", "on purpose"))
+		rig.Respond(w, 0, nil, rig.Failure(http.StatusServiceUnavailable, "ServiceUnavailable", "on purpose"))
 		return true
 	})
 	token := g.create("a")
 	g.wantHolders(token)
-	g.api.fail(nil)
+	g.api.Fail(nil)
 	g.wantLifted([]string{"a"})
-	g.api.stop()
-	g.api.start(t)
-	g.redis.stop()
+	g.api.Stop()
+	g.api.Start(t)
+	g.redis.Stop()
 	b := g.create("b")
-	must(t, g.redis.start())
-	g.redis.wantLine(t, g.id, b)
-	g.api.deletePod(t, g.id.namespace, "a")
+	rig.Must(t, g.redis.Start())
+	g.redis.WantLine(t, g.id, b)
+	g.api.DeletePod(t, g.id.namespace, "a")
 	g.wantLifted([]string{"b"})
 	g.wantHolders(b)
 }
@@ -227,18 +228,18 @@ func TestGateOfSomeNamespaces(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 1)
 	elsewhere := *g
-	elsewhere.id.namespace = g.api.namespace(t)
+	elsewhere.id.namespace = g.api.NewNamespace(t)
 	elsewhere.create("a")
 	g.create("a")
 	_, log, _ := g.start(func(c *gateConfig) {
 		c.kubernetes.namespaces = []string{g.id.namespace}
 		for range 20 {
-			c.kubernetes.namespaces = append(c.kubernetes.namespaces, g.api.namespace(t))
+			c.kubernetes.namespaces = append(c.kubernetes.namespaces, g.api.NewNamespace(t))
 		}
 	})
 	g.wantLifted([]string{"a"})
 	elsewhere.wantLifted(nil, "a")
-	if n := len(log.lines(t, "pods listed")); n != 21 {
+	if n := len(log.Lines(t, "pods listed")); n != 21 {
 		t.Errorf("listed %d namespaces", n)
 	}
 }
@@ -250,9 +251,9 @@ func TestGateTokenLost(t *testing.T) {
 	_, log, _ := g.start(func(c *gateConfig) { c.heartbeatInterval, c.staleThreshold = time.Second, 8*time.Second })
 	a := g.create("a")
 	g.wantLifted([]string{"a"})
-	g.redis.do(t, "ZREM", g.id.inflightKey(), a)
-	eventually(t, 20*time.Second, func() error {
-		if len(log.lines(t, "the token was not in flight (reclaimed as stale, or lost with Redis): the pod stands in line again")) == 0 {
+	g.redis.Do(t, "ZREM", g.id.inflightKey(), a)
+	rig.Eventually(t, 20*time.Second, func() error {
+		if len(log.Lines(t, "the token was not in flight (reclaimed as stale, or lost with Redis): the pod stands in line again")) == 0 {
 			return errors.New("not noticed")
 		}
 		return nil
@@ -260,31 +261,31 @@ func TestGateTokenLost(t *testing.T) {
 	g.wantHolders(a)
 	g.run("a")
 	giveBack(t, g.owner, g.id, a)
-	g.redis.wantCounts(t, g.id, 1, 0)
+	g.redis.WantCounts(t, g.id, 1, 0)
 }
 
 // What the webhook makes of a pod that is to be gated, and of one that has a gate of ours and is not to have it.
 func TestGatedPatch(t *testing.T) {
 	t.Parallel()
-	w := startWebhook(t, testConfig(freeAddress(t))) // without Redis
-	apply := func(when string, change func(pod map[string]any)) (admission, *corev1.Pod) {
+	w := startWebhook(t, testConfig(rig.FreeAddress(t))) // without Redis
+	apply := func(when string, change func(pod map[string]any)) (rig.Admission, *corev1.Pod) {
 		t.Helper()
 		var before []byte
-		a := w.admit(t, review(t, semaphoreID{"shop", "web"}, 3, whenFull(when), func(r map[string]any) {
+		a := w.admit(t, rig.Review(t, semaphoreID{"shop", "web"}, 3, whenFull(when), func(r map[string]any) {
 			if change != nil {
 				change(r["object"].(map[string]any))
 			}
 			before = mustJSON(t, r["object"])
 		}))
-		if !a.allowed {
-			t.Fatalf("refused: %s", a.message)
+		if !a.Allowed {
+			t.Fatalf("refused: %s", a.Message)
 		}
-		steps, err := jsonpatch.DecodePatch(a.patch)
-		must(t, err)
+		steps, err := jsonpatch.DecodePatch(a.Patch)
+		rig.Must(t, err)
 		after, err := steps.Apply(before)
-		must(t, err)
+		rig.Must(t, err)
 		p := new(corev1.Pod)
-		must(t, json.Unmarshal(after, p))
+		rig.Must(t, json.Unmarshal(after, p))
 		return a, p
 	}
 	gates := func(p *corev1.Pod) (names []string) {
@@ -302,8 +303,8 @@ func TestGatedPatch(t *testing.T) {
 
 	a, p := apply(whenFullGate, nil)
 	_, waiting := apply(whenFullWait, nil)
-	if !slices.Equal(gates(p), []string{gateName}) || p.Labels[labelGated] != "true" || !slices.Equal(a.warnings, []string{warningGated}) || a.audit["verdict"] != verdictGate {
-		t.Errorf("gates %q, labels %v, warnings %q, %v", gates(p), p.Labels, a.warnings, a.audit)
+	if !slices.Equal(gates(p), []string{gateName}) || p.Labels[labelGated] != "true" || !slices.Equal(a.Warnings, []string{warningGated}) || a.Audit["verdict"] != verdictGate {
+		t.Errorf("gates %q, labels %v, warnings %q, %v", gates(p), p.Labels, a.Warnings, a.Audit)
 	}
 	if got, want := string(mustJSON(t, p.Spec.InitContainers)), string(mustJSON(t, waiting.Spec.InitContainers)); got != want {
 		t.Errorf("its containers are %s, want those of a pod that waits, %s", got, want)
@@ -321,8 +322,8 @@ func TestGatedPatch(t *testing.T) {
 		t.Errorf("made from another's YAML, to wait: gates %q, labels %v", gates(p), p.Labels)
 	}
 	a, p = apply(whenFullGate, func(pod map[string]any) { spec(pod)["nodeName"] = "node-1" })
-	if len(gates(p)) > 0 || p.Labels[labelGated] != "" || !slices.Equal(a.warnings, []string{warningNotGated}) || a.audit["verdict"] != verdictWait {
-		t.Errorf("with a node: gates %q, labels %v, warnings %q, %v", gates(p), p.Labels, a.warnings, a.audit)
+	if len(gates(p)) > 0 || p.Labels[labelGated] != "" || !slices.Equal(a.Warnings, []string{warningNotGated}) || a.Audit["verdict"] != verdictWait {
+		t.Errorf("with a node: gates %q, labels %v, warnings %q, %v", gates(p), p.Labels, a.Warnings, a.Audit)
 	}
 }
 
@@ -330,10 +331,10 @@ func TestGatedPatch(t *testing.T) {
 func TestNoGateAtWork(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 1)
-	w := startWebhook(t, testConfig(g.redis.address))
+	w := startWebhook(t, testConfig(g.redis.Address))
 	warnings := func() []string {
 		w.pulse.asked = time.Time{} // a webhook believes what it knows for five seconds
-		return w.admit(t, review(t, freshID(), 1, whenFull(whenFullGate))).warnings
+		return w.admit(t, rig.Review(t, freshID(), 1, whenFull(whenFullGate))).Warnings
 	}
 	if got := warnings(); !slices.Equal(got, []string{warningGated, warningNoGate}) {
 		t.Errorf("warned of %q", got)
@@ -342,7 +343,7 @@ func TestNoGateAtWork(t *testing.T) {
 		t.Errorf("the metric is %v", got)
 	}
 	g.start()
-	eventually(t, 10*time.Second, func() error {
+	rig.Eventually(t, 10*time.Second, func() error {
 		if got := warnings(); !slices.Equal(got, []string{warningGated}) {
 			return fmt.Errorf("warned of %q", got)
 		}
@@ -351,7 +352,7 @@ func TestNoGateAtWork(t *testing.T) {
 	if got := w.scrape(t)[metricsPrefix+"gate_at_work"]; got != 1 {
 		t.Errorf("the metric is %v", got)
 	}
-	if ttl, err := redis.Int(g.redis.control.Do("TTL", pulseKey)); err != nil || ttl < 20 || ttl > seconds(pulseTime) {
+	if ttl, err := redis.Int(g.redis.Control.Do("TTL", pulseKey)); err != nil || ttl < 20 || ttl > seconds(pulseTime) {
 		t.Errorf("it stays for %d s, %v", ttl, err)
 	}
 }
@@ -363,20 +364,20 @@ func TestGateHoldsWithoutLocks(t *testing.T) {
 	maintain(t, g.owner, g.id, 2)
 	g.start(func(c *gateConfig) {
 		c.heartbeatInterval, c.staleThreshold = time.Second, 8*time.Second
-		c.redisAddresses = []string{freeAddress(t)}
+		c.redisAddresses = []string{rig.FreeAddress(t)}
 	})
 	token := g.create("a")
 	g.wantLifted([]string{"a"})
-	g.redis.do(t, "ZREM", g.id.inflightKey(), acquire(t, g.owner, g.id, 2)) // it is missing now
-	g.redis.wantLine(t, g.id, g.create("b"))
+	g.redis.Do(t, "ZREM", g.id.inflightKey(), acquire(t, g.owner, g.id, 2)) // it is missing now
+	g.redis.WantLine(t, g.id, g.create("b"))
 	score := func() int {
 		t.Helper()
-		n, err := redis.Int(g.redis.control.Do("ZSCORE", g.id.inflightKey(), token))
-		must(t, err)
+		n, err := redis.Int(g.redis.Control.Do("ZSCORE", g.id.inflightKey(), token))
+		rig.Must(t, err)
 		return n
 	}
 	before := score()
-	eventually(t, 20*time.Second, func() error {
+	rig.Eventually(t, 20*time.Second, func() error {
 		if now := score(); now < before+4 {
 			return fmt.Errorf("its last heartbeat was at %d, and at %d at first", now, before)
 		}
@@ -389,15 +390,15 @@ func TestGateHoldsWithoutLocks(t *testing.T) {
 func TestGateUser(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 1)
-	g.redis.do(t, "ACL", append([]any{"SETUSER", "gate", "on", ">" + testPassword}, anys(strings.Fields(sidecarACL+" "+gateACL+" "+sentinelACL+" "+clusterACL))...)...)
-	_, log, _ := g.start(func(c *gateConfig) { c.redis = redisSettings{username: "gate", password: testPassword} })
+	g.redis.Do(t, "ACL", append([]any{"SETUSER", "gate", "on", ">" + rig.Password}, rig.Anys(strings.Fields(sidecarACL+" "+gateACL+" "+sentinelACL+" "+clusterACL))...)...)
+	_, log, _ := g.start(func(c *gateConfig) { c.redis = redisSettings{username: "gate", password: rig.Password} })
 	a := g.create("a")
 	g.wantLifted([]string{"a"}) // and not to be called any more
 	b := g.create("b")
 	g.wantLifted(nil, "b")
 	g.run("a")
-	eventually(t, 10*time.Second, func() error {
-		channels, err := redis.Strings(g.redis.control.Do("PUBSUB", "CHANNELS", "waiters/*"))
+	rig.Eventually(t, 10*time.Second, func() error {
+		channels, err := redis.Strings(g.redis.Control.Do("PUBSUB", "CHANNELS", "waiters/*"))
 		if want := []string{g.id.channel(b)}; err == nil && !slices.Equal(channels, want) {
 			err = fmt.Errorf("called by %q, want %q", channels, want)
 		}
@@ -405,8 +406,8 @@ func TestGateUser(t *testing.T) {
 	})
 	g.owner.giveBack(g.id, a)
 	g.wantLifted([]string{"b"})
-	eventually(t, 10*time.Second, func() error {
-		channels, err := redis.Strings(g.redis.control.Do("PUBSUB", "CHANNELS", "waiters/*"))
+	rig.Eventually(t, 10*time.Second, func() error {
+		channels, err := redis.Strings(g.redis.Control.Do("PUBSUB", "CHANNELS", "waiters/*"))
 		if err == nil && len(channels) > 0 {
 			err = fmt.Errorf("called by %q, want none", channels)
 		}

@@ -20,6 +20,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 const (
@@ -32,7 +34,7 @@ const (
 
 // abused is a webhook that is misused.
 type abused struct {
-	*webhookProcess
+	*rig.Webhook
 	address string
 	path    string // where it serves, with the secret
 }
@@ -40,11 +42,11 @@ type abused struct {
 func startAbused(t *testing.T) *abused {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "secret")
-	must(t, os.WriteFile(file, []byte(secretA), 0o600))
+	rig.Must(t, os.WriteFile(file, []byte(secretA), 0o600))
 	t.Setenv("GOMAXPROCS", "2")
-	limitMemoryAsDeployed(t)
-	w := startWebhookProcess(t, startRedis(t).address, "--path-secret-file="+file)
-	return &abused{w, strings.TrimPrefix(w.url, "https://"), "/mutate/" + secretA}
+	rig.LimitMemoryAsDeployed(t)
+	w := rig.StartWebhook(t, rig.StartRedis(t).Address, "--path-secret-file="+file)
+	return &abused{w, strings.TrimPrefix(w.URL, "https://"), "/mutate/" + secretA}
 }
 
 // dial connects to the webhook over TLS.
@@ -59,21 +61,21 @@ func (a *abused) dial(ctx context.Context, protocols ...string) (net.Conn, error
 func (a *abused) polite(ctx context.Context, t *testing.T) func() []time.Duration {
 	t.Helper()
 	deadline, _ := ctx.Deadline()
-	client := newProcess(os.Args[0])
-	client.Env = append(os.Environ(), politeURL+"="+a.url+a.path+"?timeout=10s", politeUntil+"="+deadline.Format(time.RFC3339Nano))
-	client.Stdin = bytes.NewReader(review(t, freshID(), maxLength))
-	client.start(t)
-	eventually(t, 10*time.Second, func() error {
-		if !strings.Contains(client.stdout.String(), "\n") {
+	client := rig.NewProcess(os.Args[0])
+	client.Cmd.Env = append(os.Environ(), politeURL+"="+a.URL+a.path+"?timeout=10s", politeUntil+"="+deadline.Format(time.RFC3339Nano))
+	client.Cmd.Stdin = bytes.NewReader(rig.Review(t, freshID(), maxLength))
+	client.Start(t)
+	rig.Eventually(t, 10*time.Second, func() error {
+		if !strings.Contains(client.Stdout.String(), "\n") {
 			return errors.New("no admission was answered before the misuse")
 		}
 		return nil
 	})
 	return func() (took []time.Duration) {
-		client.wantExit(t, 0)
-		for line := range strings.Lines(client.stdout.String()) {
+		client.WantExit(t, 0)
+		for line := range strings.Lines(client.Stdout.String()) {
 			var a politeAnswer
-			must(t, json.Unmarshal([]byte(line), &a))
+			rig.Must(t, json.Unmarshal([]byte(line), &a))
 			if a.Failure != "" {
 				t.Errorf("an admission failed after %s: %s", a.Took, a.Failure)
 			}
@@ -181,18 +183,18 @@ func (a *abused) overrun(ctx context.Context, wg *sync.WaitGroup, many int, abus
 // wantBounded checks what the webhook itself needed.
 func (a *abused) wantBounded(t *testing.T) {
 	t.Helper()
-	peak := memory(t, a.Cmd, "VmHWM") << 10
+	peak := a.Memory(t, "VmHWM") << 10
 	t.Logf("at most %d MiB resident", peak>>20)
 	if peak > abusedMemory {
 		t.Errorf("want at most %d MiB", abusedMemory>>20)
 	}
 	select {
-	case <-a.done:
-		t.Fatalf("it ended:\n%s", a.log.String())
+	case <-a.Done():
+		t.Fatalf("it ended:\n%s", a.Log.String())
 	default:
 	}
 	noise := 0
-	for line := range strings.Lines(a.log.String()) {
+	for line := range strings.Lines(a.Log.String()) {
 		if !strings.Contains(line, `"msg":"admission"`) || strings.Contains(line, verdictBadRequest) {
 			noise++
 		}

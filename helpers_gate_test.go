@@ -10,14 +10,15 @@ import (
 	"time"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	corev1 "k8s.io/api/core/v1"
 )
 
 // gateTest is an API server with pods, and a Redis, for gates.
 type gateTest struct {
 	*testing.T
-	redis  *redisServer
-	api    *apiServer
+	redis  *rig.Redis
+	api    *rig.APIServer
 	config webhookConfig // of gates and owner, what they share
 	owner  *semaphores   // does what sidecars do
 	id     semaphoreID
@@ -26,33 +27,33 @@ type gateTest struct {
 
 func newGateTest(t *testing.T, length int) *gateTest {
 	t.Helper()
-	r := startRedis(t)
-	return newGateTestOn(t, r, testConfig(r.address), length)
+	r := rig.StartRedis(t)
+	return newGateTestOn(t, r, testConfig(r.Address), length)
 }
 
 // newGateTestOn is newGateTest with a Redis that is there.
-func newGateTestOn(t *testing.T, r *redisServer, c webhookConfig, length int) *gateTest {
+func newGateTestOn(t *testing.T, r *rig.Redis, c webhookConfig, length int) *gateTest {
 	t.Helper()
-	s := startAPIServer(t)
-	return &gateTest{t, r, s, c, semaphoresOf(t, c), semaphoreID{s.namespace(t), "web"}, length}
+	s := rig.StartAPIServer(t)
+	return &gateTest{t, r, s, c, semaphoresOf(t, c), semaphoreID{s.NewNamespace(t), "web"}, length}
 }
 
 // start starts a gate, which ends with the test or by stop.
-func (g *gateTest) start(change ...func(*gateConfig)) (started *gate, log *syncBuffer, stop func()) {
+func (g *gateTest) start(change ...func(*gateConfig)) (started *gate, log *rig.Log, stop func()) {
 	g.Helper()
-	c := gateConfig{sharedConfig: g.config.sharedConfig, kubernetes: g.api.settings, unschedulable: 5 * time.Minute}
+	c := gateConfig{sharedConfig: g.config.sharedConfig, kubernetes: clientSettings(g.api), unschedulable: 5 * time.Minute}
 	for _, ch := range change {
 		ch(&c)
 	}
-	log = new(syncBuffer)
+	log = new(rig.Log)
 	started, err := newGate(c, slog.New(slog.NewJSONHandler(log, nil)))
-	must(g.T, err)
+	rig.Must(g.T, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		started.run(ctx)
-		must(g.T, started.semaphores.close(context.Background()))
+		rig.Must(g.T, started.semaphores.close(context.Background()))
 	}()
 	stop = func() {
 		cancel()
@@ -70,7 +71,7 @@ func (g *gateTest) start(change ...func(*gateConfig)) (started *gate, log *syncB
 // create creates a pod as the webhook lets it pass, and returns its token.
 func (g *gateTest) create(name string) (token string) {
 	g.Helper()
-	return g.createAs(testGatedPod(name))
+	return g.createAs(rig.GatedPod(name))
 }
 
 // createAs is create for a pod that is made already.
@@ -78,7 +79,7 @@ func (g *gateTest) createAs(p *corev1.Pod) (token string) {
 	g.Helper()
 	p.Spec.SchedulingGates = p.Spec.SchedulingGates[1:]
 	p.Annotations = map[string]string{annotationEnabled: "true", annotationKey: g.id.key, annotationLength: strconv.Itoa(g.length), annotationExpiration: "10"}
-	return string(g.api.createPod(g.T, g.id.namespace, p).UID)
+	return string(g.api.CreatePod(g.T, g.id.namespace, p).UID)
 }
 
 func (g *gateTest) createAll(names ...string) (tokens []string) {
@@ -91,7 +92,7 @@ func (g *gateTest) createAll(names ...string) (tokens []string) {
 
 func (g *gateTest) pod(name string) *corev1.Pod {
 	g.Helper()
-	p, status := g.api.store.get(g.id.namespace, name)
+	p, status := g.api.Store.Get(g.id.namespace, name)
 	if status != nil {
 		g.Fatalf("pod %s: %s", name, status.Message)
 	}
@@ -104,7 +105,7 @@ func (g *gateTest) lifted(name string) bool { return len(g.pod(name).Spec.Schedu
 // wantLifted waits until exactly those are lifted, of all that are given.
 func (g *gateTest) wantLifted(lifted []string, gated ...string) {
 	g.Helper()
-	eventually(g.T, 20*time.Second, func() error {
+	rig.Eventually(g.T, 20*time.Second, func() error {
 		for _, name := range lifted {
 			if !g.lifted(name) {
 				return fmt.Errorf("%s is gated yet", name)
@@ -123,8 +124,8 @@ func (g *gateTest) wantLifted(lifted []string, gated ...string) {
 func (g *gateTest) wantHolders(want ...string) {
 	g.Helper()
 	want = slices.Sorted(slices.Values(want))
-	eventually(g.T, 20*time.Second, func() error {
-		got, err := redis.Strings(g.redis.control.Do("ZRANGE", g.id.inflightKey(), 0, -1))
+	rig.Eventually(g.T, 20*time.Second, func() error {
+		got, err := redis.Strings(g.redis.Control.Do("ZRANGE", g.id.inflightKey(), 0, -1))
 		slices.Sort(got)
 		if err == nil && !slices.Equal(got, want) {
 			err = fmt.Errorf("in flight are %v, want %v", got, want)
@@ -136,23 +137,14 @@ func (g *gateTest) wantHolders(want ...string) {
 // run lets a pod start, as a kubelet shows it.
 func (g *gateTest) run(name string) {
 	g.Helper()
-	_, status := g.api.store.change(g.id.namespace, name, runs)
+	_, status := g.api.Store.Change(g.id.namespace, name, rig.MarkRunning)
 	if status != nil {
 		g.Fatal(status.Message)
 	}
-	eventually(g.T, 10*time.Second, func() error {
+	rig.Eventually(g.T, 10*time.Second, func() error {
 		if label, ok := g.pod(name).Labels[labelGated]; ok {
 			return fmt.Errorf("%s has the label %q yet", name, label)
 		}
 		return nil
 	})
-}
-
-// runs makes a pod one that a kubelet has started: its sidecar runs, and its await has ended.
-func runs(p *corev1.Pod) {
-	now := corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}
-	ended := corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{}}
-	p.Spec.NodeName = "node-1"
-	p.Status.Phase = corev1.PodRunning
-	p.Status.InitContainerStatuses = []corev1.ContainerStatus{{Name: sidecarName, Started: new(true), State: now}, {Name: awaitName, State: ended}}
 }

@@ -3,32 +3,14 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
-	"slices"
 	"testing"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
-
-// line are the tokens that are waited for, the first in line first.
-func (s *redisServer) line(id semaphoreID) ([]string, error) {
-	return redis.Strings(s.control.Do("ZRANGE", id.waitersKey(), 0, -1))
-}
-
-// wantLine waits until exactly these wait, in this order.
-func (s *redisServer) wantLine(t *testing.T, id semaphoreID, want ...string) {
-	t.Helper()
-	eventually(t, 20*time.Second, func() error {
-		got, err := s.line(id)
-		if err == nil && !slices.Equal(got, want) {
-			err = fmt.Errorf("in line are %v, want %v", got, want)
-		}
-		return err
-	})
-}
 
 // newWaiter is a waiter of this process, with a token of its own, that says nothing.
 func newWaiter(s *semaphores, id semaphoreID, length int) *waiter {
@@ -43,10 +25,10 @@ func (w *waiter) waitOnly(ctx context.Context) error {
 }
 
 // queueUp starts a waiter in this process and waits until it is in line; the channel has what became of it.
-func queueUp(t *testing.T, ctx context.Context, s *semaphores, id semaphoreID, length int, r *redisServer) (token string, done <-chan error) {
+func queueUp(t *testing.T, ctx context.Context, s *semaphores, id semaphoreID, length int, r *rig.Redis) (token string, done <-chan error) {
 	t.Helper()
-	before, err := r.line(id)
-	must(t, err)
+	before, err := r.Line(id)
+	rig.Must(t, err)
 	result := make(chan error, 1)
 	w := newWaiter(s, id, length)
 	ctx, cancel := context.WithCancel(ctx)
@@ -59,7 +41,7 @@ func queueUp(t *testing.T, ctx context.Context, s *semaphores, id semaphoreID, l
 		cancel()
 		<-ended
 	})
-	r.wantLine(t, id, append(before, w.token)...)
+	r.WantLine(t, id, append(before, w.token)...)
 	return w.token, result
 }
 
@@ -67,7 +49,7 @@ func wantDone(t *testing.T, done <-chan error) {
 	t.Helper()
 	select {
 	case err := <-done:
-		must(t, err)
+		rig.Must(t, err)
 	case <-time.After(20 * time.Second):
 		t.Fatal("still waiting")
 	}
@@ -76,11 +58,11 @@ func wantDone(t *testing.T, done <-chan error) {
 func giveBack(t *testing.T, s *semaphores, id semaphoreID, token string) {
 	t.Helper()
 	_, err := s.release(context.Background(), id, token)
-	must(t, err)
+	rig.Must(t, err)
 }
 
 // stand puts somebody in line, reachable or not, who never comes.
-func stand(t *testing.T, r *redisServer, s *semaphores, id semaphoreID, reachable bool) (token string, leave func()) {
+func stand(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, reachable bool) (token string, leave func()) {
 	t.Helper()
 	token = uuid.NewString()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -95,8 +77,8 @@ func stand(t *testing.T, r *redisServer, s *semaphores, id semaphoreID, reachabl
 	}
 	return token, func() {
 		cancel()
-		eventually(t, 10*time.Second, func() error {
-			n, err := redis.Values(r.control.Do("PUBSUB", "NUMSUB", id.channel(token)))
+		rig.Eventually(t, 10*time.Second, func() error {
+			n, err := redis.Values(r.Control.Do("PUBSUB", "NUMSUB", id.channel(token)))
 			if err == nil && n[1] != int64(0) {
 				err = errors.New("still subscribed")
 			}
@@ -105,30 +87,15 @@ func stand(t *testing.T, r *redisServer, s *semaphores, id semaphoreID, reachabl
 	}
 }
 
-// unseen makes it so long ago that a waiter asked last.
-func (s *redisServer) unseen(t *testing.T, id semaphoreID, token string, ago time.Duration) {
-	t.Helper()
-	now, err := redis.Ints(s.do(t, "TIME"), nil)
-	must(t, err)
-	s.do(t, "ZADD", id.seenKey(), now[0]-seconds(ago), token)
-}
-
-func (s *redisServer) mustLine(t *testing.T, id semaphoreID) []string {
-	t.Helper()
-	tokens, err := s.line(id)
-	must(t, err)
-	return tokens
-}
-
 // deafSemaphores subscribe for the first time at a server that nobody publishes to.
 func deafSemaphores(t *testing.T, address string) *semaphores {
 	t.Helper()
-	s, elsewhere := testSemaphores(t, address), startRedis(t)
+	s, elsewhere := testSemaphores(t, address), rig.StartRedis(t)
 	pool := serverOf(t, s, freshID()).pool
 	dial, dialled := pool.DialContext, 0
 	pool.DialContext = func(ctx context.Context) (redis.Conn, error) {
 		if dialled++; dialled == 2 { // the first is for the claims
-			return dialRedis(ctx, elsewhere.address, redisSettings{}, time.Minute)
+			return dialRedis(ctx, elsewhere.Address, redisSettings{}, time.Minute)
 		}
 		return dial(ctx)
 	}

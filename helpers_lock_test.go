@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
@@ -26,7 +27,7 @@ type lockServers interface {
 	configure(c *webhookConfig)
 }
 
-type redlockServers []*redisServer
+type redlockServers []*rig.Redis
 
 func (s redlockServers) newLocker() locker {
 	return newRedlock(s.addresses(), redisSettings{}, lockConnections)
@@ -35,20 +36,20 @@ func (s redlockServers) newLocker() locker {
 func (s redlockServers) addresses() []string {
 	var addresses []string
 	for _, r := range s {
-		addresses = append(addresses, r.address)
+		addresses = append(addresses, r.Address)
 	}
 	return addresses
 }
 
 func (s redlockServers) expire(t *testing.T, name string) {
 	for _, r := range s {
-		r.do(t, "DEL", name)
+		r.Do(t, "DEL", name)
 	}
 }
 
 func (s redlockServers) locksLeft() error {
 	for _, r := range s {
-		if n, err := redis.Int(r.control.Do("DBSIZE")); err != nil || n > 0 {
+		if n, err := redis.Int(r.Control.Do("DBSIZE")); err != nil || n > 0 {
 			return fmt.Errorf("%d keys left, %v", n, err)
 		}
 	}
@@ -57,7 +58,7 @@ func (s redlockServers) locksLeft() error {
 
 func (s redlockServers) connectionsLeft() error {
 	for _, r := range s {
-		clients, err := redis.String(r.control.Do("CLIENT", "LIST"))
+		clients, err := redis.String(r.Control.Do("CLIENT", "LIST"))
 		if n := strings.Count(clients, "\n"); err != nil || n > 1 {
 			return fmt.Errorf("%d connections left, %v", n-1, err)
 		}
@@ -65,13 +66,13 @@ func (s redlockServers) connectionsLeft() error {
 	return nil
 }
 
-func (s redlockServers) pause(t *testing.T, i int)  { s[i].pause(t) }
-func (s redlockServers) resume(t *testing.T, i int) { s[i].resume(t) }
-func (s redlockServers) kill(i int)                 { s[i].stop() }
+func (s redlockServers) pause(t *testing.T, i int)  { s[i].Pause(t) }
+func (s redlockServers) resume(t *testing.T, i int) { s[i].Resume(t) }
+func (s redlockServers) kill(i int)                 { s[i].Stop() }
 
 func (s redlockServers) healthy() error {
 	for _, r := range s {
-		if _, err := r.control.Do("PING"); err != nil {
+		if _, err := r.Control.Do("PING"); err != nil {
 			return err
 		}
 	}
@@ -82,25 +83,25 @@ func (s redlockServers) configure(c *webhookConfig) {
 	c.lockMode, c.redisAddresses = lockModeRedlock, s.addresses()
 }
 
-type etcdServers []*etcdMember
+type etcdServers []*rig.Etcd
 
 func (s etcdServers) newLocker() locker   { return newEtcdLock(s.addresses(), etcdSettings{}) }
-func (s etcdServers) addresses() []string { return etcdAddresses(s) }
+func (s etcdServers) addresses() []string { return rig.EtcdAddresses(s) }
 
 func (s etcdServers) expire(t *testing.T, name string) {
-	got, err := s[0].control.Get(context.Background(), name)
-	must(t, err)
-	_, err = s[0].control.Revoke(context.Background(), clientv3.LeaseID(got.Kvs[0].Lease))
-	must(t, err)
+	got, err := s[0].Control.Get(context.Background(), name)
+	rig.Must(t, err)
+	_, err = s[0].Control.Revoke(context.Background(), clientv3.LeaseID(got.Kvs[0].Lease))
+	rig.Must(t, err)
 }
 
 func (s etcdServers) locksLeft() error {
 	ctx := context.Background()
-	leases, err := s[0].control.Leases(ctx)
+	leases, err := s[0].Control.Leases(ctx)
 	if err != nil || len(leases.Leases) > 0 {
 		return fmt.Errorf("leases %v left, %v", leases, err)
 	}
-	keys, err := s[0].control.Get(ctx, "", clientv3.WithPrefix(), clientv3.WithCountOnly())
+	keys, err := s[0].Control.Get(ctx, "", clientv3.WithPrefix(), clientv3.WithCountOnly())
 	if err != nil || keys.Count > 0 {
 		return fmt.Errorf("%d keys left, %v", keys.Count, err)
 	}
@@ -109,20 +110,20 @@ func (s etcdServers) locksLeft() error {
 
 func (s etcdServers) connectionsLeft() error {
 	for _, m := range s {
-		if n, err := establishedTo(m.address); err != nil || n > 1 { // one is the test's
+		if n, err := rig.EstablishedConnections(m.Address); err != nil || n > 1 { // one is the test's
 			return fmt.Errorf("%d connections left, %v", n-1, err)
 		}
 	}
 	return nil
 }
 
-func (s etcdServers) pause(t *testing.T, i int)  { s[i].pause(t) }
-func (s etcdServers) resume(t *testing.T, i int) { s[i].resume(t) }
-func (s etcdServers) kill(i int)                 { s[i].kill() }
+func (s etcdServers) pause(t *testing.T, i int)  { s[i].Pause(t) }
+func (s etcdServers) resume(t *testing.T, i int) { s[i].Resume(t) }
+func (s etcdServers) kill(i int)                 { s[i].Kill() }
 
 func (s etcdServers) healthy() error {
 	for _, m := range s {
-		if err := m.answers(); err != nil {
+		if err := m.Answers(); err != nil {
 			return err
 		}
 	}
@@ -147,12 +148,12 @@ var startLockServers = map[string]func(t *testing.T, servers int) lockServers{
 	lockModeRedlock: func(t *testing.T, servers int) lockServers {
 		var s redlockServers
 		for range servers {
-			s = append(s, startRedis(t))
+			s = append(s, rig.StartRedis(t))
 		}
 		return s
 	},
 	lockModeEtcd: func(t *testing.T, servers int) lockServers {
-		return etcdServers(leaderFirst(t, startEtcd(t, servers)))
+		return etcdServers(rig.LeaderFirst(t, rig.StartEtcd(t, servers)))
 	},
 }
 
@@ -160,7 +161,7 @@ var startLockServers = map[string]func(t *testing.T, servers int) lockServers{
 func lockWithin(t *testing.T, l locker, name string, expiration time.Duration) func(context.Context) error {
 	t.Helper()
 	var unlock func(context.Context) error
-	eventually(t, 20*time.Second, func() (err error) {
+	rig.Eventually(t, 20*time.Second, func() (err error) {
 		unlock, err = l.tryLock(context.Background(), name, expiration)
 		return err
 	})

@@ -7,6 +7,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // testSemaphores is the semaphores of one webhook.
@@ -14,7 +16,7 @@ func testSemaphores(t *testing.T, address string) *semaphores {
 	t.Helper()
 	c := testConfig(address)
 	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
-	t.Cleanup(func() { must(t, s.close(context.Background())) })
+	t.Cleanup(func() { rig.Must(t, s.close(context.Background())) })
 	return s
 }
 
@@ -22,31 +24,31 @@ func testSemaphores(t *testing.T, address string) *semaphores {
 func serverOf(t *testing.T, s *semaphores, id semaphoreID) *queueServer {
 	t.Helper()
 	server, err := s.queue.find(context.Background(), id)
-	must(t, err)
+	rig.Must(t, err)
 	return server
 }
 
 // newSemaphore is a semaphore of a test's own on the common Redis.
-func newSemaphore(t *testing.T) (*redisServer, *semaphores, semaphoreID) {
+func newSemaphore(t *testing.T) (*rig.Redis, *semaphores, semaphoreID) {
 	t.Helper()
-	return newSemaphoreOn(t, commonRedis(t))
+	return newSemaphoreOn(t, rig.CommonRedis(t))
 }
 
-func newSemaphoreOn(t *testing.T, r *redisServer) (*redisServer, *semaphores, semaphoreID) {
+func newSemaphoreOn(t *testing.T, r *rig.Redis) (*rig.Redis, *semaphores, semaphoreID) {
 	t.Helper()
-	return r, testSemaphores(t, r.address), freshID()
+	return r, testSemaphores(t, r.Address), freshID()
 }
 
 // maintain repairs for somebody who was not in line.
 func maintain(t *testing.T, s *semaphores, id semaphoreID, length int) {
 	t.Helper()
-	must(t, s.maintain(context.Background(), id, length, true))
+	rig.Must(t, s.maintain(context.Background(), id, length, true))
 }
 
 func acquire(t *testing.T, s *semaphores, id semaphoreID, length int) string {
 	t.Helper()
 	token, _, err := s.acquire(context.Background(), id, "", length, 10*time.Second)
-	must(t, err)
+	rig.Must(t, err)
 	return token
 }
 
@@ -57,12 +59,6 @@ func wantFullError(t *testing.T, s *semaphores, id semaphoreID, length, inUse in
 	if !errors.As(err, &full) || full.inUse != inUse || full.length != length {
 		t.Fatalf("got %v, want %d of %d in use", err, inUse, length)
 	}
-}
-
-// askedLongAgo lets the greatest length be forgotten.
-func (s *redisServer) askedLongAgo(t *testing.T, id semaphoreID) {
-	t.Helper()
-	s.do(t, "HSET", id.stateKey(), "asked", 1)
 }
 
 // countingLocker counts what is asked of a locker.

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 const (
@@ -34,7 +36,7 @@ type tried struct {
 // traffic is what goes on while servers fail: admissions, fifty a second, every other with a second of time; holders that beat; and a
 // line.
 type traffic struct {
-	group   testGroup
+	group   rig.Group
 	webhook *testWebhook
 	ids     []semaphoreID // of the admissions
 	held    semaphoreID   // of the holders
@@ -57,14 +59,14 @@ type traffic struct {
 func groupConfig(t *testing.T, address string) webhookConfig {
 	t.Helper()
 	c := beating(address, trafficInterval)
-	c.redisAddresses = []string{startRedis(t).address}
+	c.redisAddresses = []string{rig.StartRedis(t).Address}
 	return c
 }
 
 // startTraffic starts it. Holders and waiters are of the first of the ids' servers.
-func startTraffic(t *testing.T, g testGroup, ids ...semaphoreID) *traffic {
+func startTraffic(t *testing.T, g rig.Group, ids ...semaphoreID) *traffic {
 	t.Helper()
-	c := groupConfig(t, g.address())
+	c := groupConfig(t, g.Address())
 	f := &traffic{group: g, webhook: startWebhook(t, c), ids: ids, got: make(chan string, trafficWaiters), ends: map[string]func(){},
 		held: sameServer(t, g, ids[0]), line: sameServer(t, g, ids[0])}
 	t.Cleanup(func() {
@@ -98,16 +100,16 @@ func startTraffic(t *testing.T, g testGroup, ids ...semaphoreID) *traffic {
 			f.beat(ctx, w.semaphores, f.line, w.token)
 			f.got <- w.token
 		})
-		g.holder(t, f.line).wantLine(t, f.line, f.waiters...)
+		g.Holder(t, f.line).WantLine(t, f.line, f.waiters...)
 	}
 	f.admit(ctx)
 	return f
 }
 
 // sameServer is a fresh semaphore on the server of another.
-func sameServer(t *testing.T, g testGroup, id semaphoreID) semaphoreID {
+func sameServer(t *testing.T, g rig.Group, id semaphoreID) semaphoreID {
 	for {
-		if fresh := freshID(); g.holder(t, fresh) == g.holder(t, id) {
+		if fresh := freshID(); g.Holder(t, fresh) == g.Holder(t, id) {
 			return fresh
 		}
 	}
@@ -196,7 +198,7 @@ func (f *traffic) since(after time.Duration) (all []tried) {
 // takes them longer on a machine that is busy. An attempt that the old server leaves without an answer takes two of the three.
 func (f *traffic) recoveredBy(t *testing.T, bound time.Duration, serves func() bool) time.Duration {
 	t.Helper()
-	eventually(t, 20*time.Second, func() error {
+	rig.Eventually(t, 20*time.Second, func() error {
 		if serves() {
 			return errors.New("the servers have not failed over")
 		}
@@ -210,7 +212,7 @@ func (f *traffic) recoveredBy(t *testing.T, bound time.Duration, serves func() b
 // once its holder's heartbeat comes. Then all adds up, and the line goes on in its order.
 func (f *traffic) wantRecovered(t *testing.T, bound time.Duration, unaffected ...semaphoreID) {
 	t.Helper()
-	eventually(t, bound+20*time.Second, func() error {
+	rig.Eventually(t, bound+20*time.Second, func() error {
 		if n := len(f.since(bound + 2*time.Second)); n < 20 {
 			return fmt.Errorf("%d admissions since", n)
 		}
@@ -243,15 +245,15 @@ func (f *traffic) wantRecovered(t *testing.T, bound time.Duration, unaffected ..
 		len(all), failed, lastFailed.Seconds(), slowest.Seconds(), slowestOther.Seconds())
 
 	// Holders are back within an interval, and a retry.
-	holder := f.group.holder(t, f.held)
-	eventually(t, trafficInterval+3*time.Second, func() error {
-		got := slices.Sorted(slices.Values(holder.inflight(t, f.held)))
+	holder := f.group.Holder(t, f.held)
+	rig.Eventually(t, trafficInterval+3*time.Second, func() error {
+		got := slices.Sorted(slices.Values(holder.Inflight(t, f.held)))
 		if want := slices.Sorted(slices.Values(f.holders)); !slices.Equal(got, want) {
 			return fmt.Errorf("of the holders %d are in flight", len(got))
 		}
 		return nil
 	})
-	holder.wantCounts(t, f.held, 0, trafficHolders)
+	holder.WantCounts(t, f.held, 0, trafficHolders)
 	f.wantCounted(t)
 	f.wantLineGoesOn(t)
 }
@@ -262,9 +264,9 @@ func (f *traffic) wantCounted(t *testing.T) {
 	t.Helper()
 	lost := 0
 	for _, id := range f.ids {
-		server := f.group.holder(t, id)
+		server := f.group.Holder(t, id)
 		inflight := map[string]bool{}
-		for _, token := range server.inflight(t, id) {
+		for _, token := range server.Inflight(t, id) {
 			inflight[token] = true
 		}
 		granted := 0
@@ -282,13 +284,13 @@ func (f *traffic) wantCounted(t *testing.T) {
 			}
 		}
 		f.mu.Unlock()
-		eventually(t, 30*time.Second, func() error { // what failed admissions may have taken is given back
-			if got := len(server.inflight(t, id)); got != granted {
+		rig.Eventually(t, 30*time.Second, func() error { // what failed admissions may have taken is given back
+			if got := len(server.Inflight(t, id)); got != granted {
 				return fmt.Errorf("%s: %d in flight, %d were handed out", id, got, granted)
 			}
 			return nil
 		})
-		if queue, _, err := server.counts(id); err != nil || queue+granted > maxLength {
+		if queue, _, err := server.Counts(id); err != nil || queue+granted > maxLength {
 			t.Errorf("%s: %d free, %d in use, %v", id, queue, granted, err)
 		}
 	}
@@ -298,7 +300,7 @@ func (f *traffic) wantCounted(t *testing.T) {
 // wantLineGoesOn gives back the token that the line waits for, and what comes of it, and wants the line's order.
 func (f *traffic) wantLineGoesOn(t *testing.T) {
 	t.Helper()
-	f.group.holder(t, f.line).wantLine(t, f.line, f.waiters...)
+	f.group.Holder(t, f.line).WantLine(t, f.line, f.waiters...)
 	last := f.lineHolder
 	for i, want := range f.waiters[:3] {
 		start := time.Now()

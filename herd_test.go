@@ -12,15 +12,17 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // A thousand pods come at once: each gets its verdict, and they share a hundred connections to Redis.
 func TestHerd(t *testing.T) {
 	const pods, length, connections = 1000, 400, 20
-	r := startRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
-	body := review(t, id, length)
+	body := rig.Review(t, id, length)
 	var admitted, refused atomic.Int32
 	ask := func(client *http.Client) {
 		response, err := client.Post(w.server.URL+"/mutate?timeout=30s", "application/json", bytes.NewReader(body))
@@ -31,13 +33,13 @@ func TestHerd(t *testing.T) {
 		defer response.Body.Close()
 		var text bytes.Buffer
 		_, err = text.ReadFrom(response.Body)
-		a, wrong := readAdmission(response.StatusCode, text.String())
+		a, wrong := rig.ReadAdmission(response.StatusCode, text.String())
 		switch {
 		case errors.Join(err, wrong) != nil:
 			t.Error(errors.Join(err, wrong))
-		case a.allowed:
+		case a.Allowed:
 			admitted.Add(1)
-		case a.code == http.StatusTooManyRequests:
+		case a.Code == http.StatusTooManyRequests:
 			refused.Add(1)
 		default:
 			t.Errorf("got %+v", a)
@@ -50,13 +52,13 @@ func TestHerd(t *testing.T) {
 		clients = append(clients, &http.Client{Transport: transport})
 		ask(clients[len(clients)-1]) // so that the connection is there
 	}
-	before := r.info(t, "stats", "total_connections_received:")
+	before := r.Info(t, "stats", "total_connections_received:")
 	free := fullOf(t, serverOf(t, w.semaphores, id).asking)
 	var all sync.WaitGroup
 	for i := range pods {
 		all.Go(func() { ask(clients[i%connections]) })
 	}
-	eventually(t, 25*time.Second, func() error {
+	rig.Eventually(t, 25*time.Second, func() error {
 		w.bounds.requests.mu.Lock()
 		defer w.bounds.requests.mu.Unlock()
 		if n := w.bounds.requests.all.Len(); n != pods {
@@ -69,8 +71,8 @@ func TestHerd(t *testing.T) {
 	if admitted.Load() != length || refused.Load() != pods+connections-length {
 		t.Errorf("%d were admitted, and %d refused, of %d", admitted.Load(), refused.Load(), length)
 	}
-	r.wantCounts(t, id, 0, length)
-	made := r.info(t, "stats", "total_connections_received:") - before
+	r.WantCounts(t, id, 0, length)
+	made := r.Info(t, "stats", "total_connections_received:") - before
 	if made > 2*128 { // some may be given up where the machine is slow
 		t.Errorf("%d connections to Redis were opened for %d pods", made, pods)
 	}
@@ -82,7 +84,7 @@ func fullOf(t *testing.T, s slots) (free func()) {
 	var taken []func()
 	for range cap(s) {
 		free, err := s.take(t.Context())
-		must(t, err)
+		rig.Must(t, err)
 		taken = append(taken, free)
 	}
 	return func() {
@@ -99,7 +101,7 @@ func TestSlotsWithoutTime(t *testing.T) {
 	cancel()
 	for range 30 {
 		free, err := s.take(ctx)
-		must(t, err)
+		rig.Must(t, err)
 		if _, err := s.take(ctx); !errors.Is(err, errTooMany) {
 			t.Errorf("got %v", err)
 		}
@@ -111,8 +113,8 @@ func TestSlotsWithoutTime(t *testing.T) {
 // Whose turn does not come in time is told why. That says nothing about Redis; and who is ready, or gives back, needs no turn.
 func TestTooManyQuestions(t *testing.T) {
 	t.Parallel()
-	r := startRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
 	token := w.wantAdmitted(t, id, 2)
 	s := w.semaphores
@@ -126,14 +128,14 @@ func TestTooManyQuestions(t *testing.T) {
 	}
 	before := redisErrors()
 	fullOf(t, serverOf(t, s, id).asking)
-	status, text, err := w.post(context.Background(), review(t, id, 2), "300ms")
-	if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, "questions to queue Redis "+r.address+": too many at once: try again") {
+	status, text, err := w.post(context.Background(), rig.Review(t, id, 2), "300ms")
+	if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, "questions to queue Redis "+r.Address+": too many at once: try again") {
 		t.Errorf("answered %d %q, %v", status, text, err)
 	}
-	must(t, s.check(t.Context()))
+	rig.Must(t, s.check(t.Context()))
 	_, err = s.release(t.Context(), id, token)
-	must(t, err)
-	r.wantCounts(t, id, 2, 0)
+	rig.Must(t, err)
+	r.WantCounts(t, id, 2, 0)
 	if n := redisErrors(); n != before {
 		t.Errorf("%v errors of Redis were counted, %v before", n, before)
 	}
@@ -188,18 +190,18 @@ func TestTurnAtASuccessor(t *testing.T) {
 		_, _, err := s.acquire(t.Context(), id, "", 2, 10*time.Second)
 		taken <- err
 	}()
-	eventually(t, 5*time.Second, func() error {
+	rig.Eventually(t, 5*time.Second, func() error {
 		if q.found.Load() == before {
 			return errors.New("the server is not looked for")
 		}
 		return nil
 	})
-	next := newQueueServer(old.address, testConfig(r.address).redis, 1)
+	next := newQueueServer(old.address, testConfig(r.Address).redis, 1)
 	defer next.close()
 	q.now.Store(next)
 	old.pool.Close() // whoever asks it fails
 	free()
-	must(t, <-taken)
+	rig.Must(t, <-taken)
 	if len(next.asking)+len(old.asking) != 0 {
 		t.Error("a slot is not free again")
 	}
@@ -237,7 +239,7 @@ func TestRepairsTakeTurns(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, 10*time.Second, func() error {
+	rig.Eventually(t, 10*time.Second, func() error {
 		if n := s.runningRepairs(); n != len(fresh) {
 			return fmt.Errorf("%d repairs have begun", n)
 		}
@@ -286,8 +288,8 @@ func (e *countedError) Is(target error) bool {
 // What is watched is repaired though it was nobody's turn when its doubt was over.
 func TestWatchWithoutATurn(t *testing.T) {
 	t.Parallel()
-	r := commonRedis(t)
-	s, id := semaphoresOf(t, beating(r.address, 200*time.Millisecond)), freshID()
+	r := rig.CommonRedis(t)
+	s, id := semaphoresOf(t, beating(r.Address, 200*time.Millisecond)), freshID()
 	counted := &countingLocker{locker: s.locks}
 	s.locks = counted
 	none := new(countedError)
@@ -295,7 +297,7 @@ func TestWatchWithoutATurn(t *testing.T) {
 	close(failed.done)
 	s.repairs[id] = failed
 	s.watch(id, 1, 10*time.Second, 0)
-	eventually(t, 10*time.Second, func() error {
+	rig.Eventually(t, 10*time.Second, func() error {
 		if n := none.asked.Load(); n < 10 {
 			return fmt.Errorf("its error was asked about %d times", n)
 		}
@@ -304,7 +306,7 @@ func TestWatchWithoutATurn(t *testing.T) {
 	s.mu.Lock()
 	delete(s.repairs, id)
 	s.mu.Unlock()
-	eventually(t, 10*time.Second, func() error {
+	rig.Eventually(t, 10*time.Second, func() error {
 		if counted.locked.Load() == 0 {
 			return errors.New("not repaired")
 		}

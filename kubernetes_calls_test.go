@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	corev1 "k8s.io/api/core/v1"
 	eventsv1 "k8s.io/api/events/v1"
 )
@@ -19,7 +20,7 @@ import (
 // liftGate is the patch that removes our gate of a testGatedPod.
 func liftGate(uid string) (steps patch) {
 	steps.test(jsonText(uid), "metadata", "uid")
-	steps.test(jsonText(testGate), "spec", "schedulingGates", "1", "name")
+	steps.test(jsonText(rig.GateName), "spec", "schedulingGates", "1", "name")
 	steps.remove("spec", "schedulingGates", "1")
 	return steps
 }
@@ -28,12 +29,12 @@ func liftGate(uid string) (steps patch) {
 func TestKubernetesPatch(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
-	n := s.namespace(t)
-	k, _ := newClient(t, s.settings)
+	n := s.NewNamespace(t)
+	k, _ := newClient(t, clientSettings(s))
 	wantGates := func(gates ...string) {
 		t.Helper()
 		p := new(corev1.Pod)
-		s.direct(t, http.MethodGet, podPath(n, "p"), nil, p)
+		s.Direct(t, http.MethodGet, podPath(n, "p"), nil, p)
 		var got []string
 		for _, g := range p.Spec.SchedulingGates {
 			got = append(got, g.Name)
@@ -42,12 +43,12 @@ func TestKubernetesPatch(t *testing.T) {
 			t.Fatalf("gates %q, want %q", got, gates)
 		}
 	}
-	uid := string(s.createPod(t, n, testGatedPod("p")).UID)
+	uid := string(s.CreatePod(t, n, rig.GatedPod("p")).UID)
 	if err := k.patchPod(t.Context(), n, "p", liftGate("00000000-0000-0000-0000-000000000000")); !errors.Is(err, errPodChanged) {
 		t.Errorf("another pod's UID: %v", err)
 	}
-	wantGates("example.org/other", testGate)
-	must(t, k.patchPod(t.Context(), n, "p", liftGate(uid)))
+	wantGates("example.org/other", rig.GateName)
+	rig.Must(t, k.patchPod(t.Context(), n, "p", liftGate(uid)))
 	wantGates("example.org/other")
 	if err := k.patchPod(t.Context(), n, "p", liftGate(uid)); !errors.Is(err, errPodChanged) {
 		t.Errorf("a second time: %v", err)
@@ -55,11 +56,11 @@ func TestKubernetesPatch(t *testing.T) {
 	wantGates("example.org/other")
 	var old patch
 	old.test(jsonText("1"), "metadata", "resourceVersion")
-	old.add(jsonText("false"), "metadata", "labels", testLabel)
+	old.add(jsonText("false"), "metadata", "labels", rig.LabelGated)
 	if err := k.patchPod(t.Context(), n, "p", old); !errors.Is(err, errPodChanged) {
 		t.Errorf("another version: %v", err)
 	}
-	s.deletePod(t, n, "p")
+	s.DeletePod(t, n, "p")
 	if err := k.patchPod(t.Context(), n, "p", liftGate(uid)); !errors.Is(err, errNoPod) {
 		t.Errorf("no pod: %v", err)
 	}
@@ -72,14 +73,14 @@ func TestKubernetesPatch(t *testing.T) {
 func TestKubernetesRefusals(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
-	n := s.namespace(t)
-	uid := string(s.createPod(t, n, testGatedPod("p")).UID)
-	k, _ := newClient(t, s.settings)
+	n := s.NewNamespace(t)
+	uid := string(s.CreatePod(t, n, rig.GatedPod("p")).UID)
+	k, _ := newClient(t, clientSettings(s))
 	sentinels := []error{errNoPod, errPodChanged, errTryAgain, errExpired}
 	for _, c := range []struct {
 		code  int32
 		want  error // nil for none of them
-		fault apiFault
+		fault rig.APIFault
 	}{
 		{code: http.StatusUnauthorized, want: errTryAgain},
 		{code: http.StatusTooManyRequests, want: errTryAgain},
@@ -91,66 +92,66 @@ func TestKubernetesRefusals(t *testing.T) {
 		{code: http.StatusBadRequest},
 		{code: http.StatusNotFound, fault: func(w http.ResponseWriter, r *http.Request) bool { http.NotFound(w, r); return true }},
 		{code: http.StatusFound, fault: func(w http.ResponseWriter, r *http.Request) bool {
-			http.Redirect(w, r, "https://"+s.settings.address+"/elsewhere", http.StatusFound)
+			http.Redirect(w, r, "https://"+s.Address+"/elsewhere", http.StatusFound)
 			return true
 		}},
 	} {
 		if c.fault == nil {
 			c.fault = func(w http.ResponseWriter, _ *http.Request) bool {
-				respond(w, 0, nil, failure(c.code, "", "said on purpose"))
+				rig.Respond(w, 0, nil, rig.Failure(c.code, "", "said on purpose"))
 				return true
 			}
 		}
-		s.fail(c.fault)
+		s.Fail(c.fault)
 		err := k.patchPod(t.Context(), n, "p", liftGate(uid))
 		for _, sentinel := range sentinels {
 			if errors.Is(err, sentinel) != (sentinel == c.want) {
 				t.Errorf("%d: %v is %q: %v", c.code, err, sentinel, errors.Is(err, sentinel))
 			}
 		}
-		if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("API server %s: %d", s.settings.address, c.code)) {
+		if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("API server %s: %d", s.Address, c.code)) {
 			t.Errorf("%d: %v", c.code, err)
 		}
 	}
-	if s.count(func(r string) bool { return strings.Contains(r, "elsewhere") }) > 0 {
+	if s.Count(func(r string) bool { return strings.Contains(r, "elsewhere") }) > 0 {
 		t.Error("the token was sent to where the answer redirects to")
 	}
 
-	s.fail(nil)
-	s.stop()
+	s.Fail(nil)
+	s.Stop()
 	if err := k.patchPod(t.Context(), n, "p", liftGate(uid)); !errors.Is(err, errTryAgain) {
 		t.Errorf("no server: %v", err)
 	}
-	s.start(t)
+	s.Start(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if err := k.patchPod(ctx, n, "p", liftGate(uid)); !errors.Is(err, context.Canceled) || errors.Is(err, errTryAgain) {
 		t.Errorf("a context that is done: %v", err)
 	}
-	must(t, k.patchPod(t.Context(), n, "p", liftGate(uid)))
+	rig.Must(t, k.patchPod(t.Context(), n, "p", liftGate(uid)))
 }
 
 // A patch whose answer is lost may be sent again.
 func TestKubernetesLostAnswer(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
-	n := s.namespace(t)
-	uid := string(s.createPod(t, n, testGatedPod("p")).UID)
-	k, _ := newClient(t, s.settings)
-	s.fail(func(_ http.ResponseWriter, r *http.Request) bool {
-		s.direct(t, r.Method, r.URL.Path, liftGate(uid), nil)
+	n := s.NewNamespace(t)
+	uid := string(s.CreatePod(t, n, rig.GatedPod("p")).UID)
+	k, _ := newClient(t, clientSettings(s))
+	s.Fail(func(_ http.ResponseWriter, r *http.Request) bool {
+		s.Direct(t, r.Method, r.URL.Path, liftGate(uid), nil)
 		panic(http.ErrAbortHandler)
 	})
 	if err := k.patchPod(t.Context(), n, "p", liftGate(uid)); !errors.Is(err, errTryAgain) {
 		t.Errorf("the first time: %v", err)
 	}
-	s.fail(nil)
+	s.Fail(nil)
 	if err := k.patchPod(t.Context(), n, "p", liftGate(uid)); !errors.Is(err, errPodChanged) {
 		t.Errorf("the second time: %v", err)
 	}
 	p, err := k.getPod(t.Context(), n, "p", uid)
-	must(t, err)
-	if slices.Contains(p.gates, testGate) {
+	rig.Must(t, err)
+	if slices.Contains(p.gates, rig.GateName) {
 		t.Errorf("gates %q", p.gates)
 	}
 }
@@ -159,21 +160,21 @@ func TestKubernetesLostAnswer(t *testing.T) {
 func TestKubernetesIsGentle(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
-	n := s.namespace(t)
-	proxy := startFaultyProxy(t, s.settings.address)
-	c := s.settings
-	c.address = proxy.address
+	n := s.NewNamespace(t)
+	proxy := rig.StartProxy(t, s.Address)
+	c := clientSettings(s)
+	c.address = proxy.Address
 	k, _ := newClient(t, c)
 	const patches = 200
 	for i := range patches {
-		s.createPod(t, n, testGatedPod(fmt.Sprintf("p%d", i)))
+		s.CreatePod(t, n, rig.GatedPod(fmt.Sprintf("p%d", i)))
 	}
-	must(t, k.patchPod(t.Context(), n, "p0", patch{})) // those that dial at once close what they do not need
+	rig.Must(t, k.patchPod(t.Context(), n, "p0", patch{})) // those that dial at once close what they do not need
 	var inFlight, most, done atomic.Int32
 	var mu sync.Mutex
 	var last time.Time
 	var rest time.Duration // the longest without a request
-	s.fail(func(w http.ResponseWriter, r *http.Request) bool {
+	s.Fail(func(w http.ResponseWriter, r *http.Request) bool {
 		now := inFlight.Add(1)
 		defer inFlight.Add(-1)
 		for old := most.Load(); now > old && !most.CompareAndSwap(old, now); old = most.Load() {
@@ -189,7 +190,7 @@ func TestKubernetesIsGentle(t *testing.T) {
 			return false
 		}
 		w.Header().Set("Retry-After", "3")
-		respond(w, 0, nil, failure(http.StatusTooManyRequests, "TooManyRequests", "the server has received too many requests"))
+		rig.Respond(w, 0, nil, rig.Failure(http.StatusTooManyRequests, "TooManyRequests", "the server has received too many requests"))
 		return true
 	})
 	var wg sync.WaitGroup
@@ -206,8 +207,8 @@ func TestKubernetesIsGentle(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if most.Load() > callsInFlight || refused.Load() != 1 || proxy.made.Load() != 1 {
-		t.Errorf("%d in flight, %d refused, %d connections", most.Load(), refused.Load(), proxy.made.Load())
+	if most.Load() > callsInFlight || refused.Load() != 1 || proxy.Made.Load() != 1 {
+		t.Errorf("%d in flight, %d refused, %d connections", most.Load(), refused.Load(), proxy.Made.Load())
 	}
 	if rest < 2*time.Second {
 		t.Errorf("they rested for %s at most, though the API server asked for 3 s", rest)
@@ -221,7 +222,7 @@ func TestPacer(t *testing.T) {
 	p := newPacer(int(time.Second/gap), burst)
 	var passed []time.Time
 	pass := func() time.Time {
-		must(t, p.wait(t.Context()))
+		rig.Must(t, p.wait(t.Context()))
 		passed = append(passed, time.Now())
 		return passed[len(passed)-1]
 	}
@@ -253,30 +254,30 @@ func TestPacer(t *testing.T) {
 func TestKubernetesEvents(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
-	n := s.namespace(t)
-	s.createPod(t, n, testGatedPod("p"))
-	k, log := newClient(t, s.settings)
-	other, otherLog := newClient(t, s.settings)
+	n := s.NewNamespace(t)
+	s.CreatePod(t, n, rig.GatedPod("p"))
+	k, log := newClient(t, clientSettings(s))
+	other, otherLog := newClient(t, clientSettings(s))
 	var p watchedPod
 	{
 		created := new(corev1.Pod)
-		s.direct(t, http.MethodGet, podPath(n, "p"), nil, created)
+		s.Direct(t, http.MethodGet, podPath(n, "p"), nil, created)
 		p = watchedPod{namespace: n, name: "p", uid: string(created.UID), version: created.ResourceVersion}
 	}
 	events := func() []eventsv1.Event {
 		var list eventsv1.EventList
-		s.direct(t, http.MethodGet, "/apis/events.k8s.io/v1/namespaces/"+n+"/events", nil, &list)
+		s.Direct(t, http.MethodGet, "/apis/events.k8s.io/v1/namespaces/"+n+"/events", nil, &list)
 		return list.Items
 	}
-	s.failEvents(1)
+	s.FailEvents(1)
 	line := podEvent{pod: &p, reason: "WaitingForToken", action: "Waiting", note: "waiting for a token of shop/web: 3 of 3 in use, 2nd in line", id: "1"}
 	k.createEvent(line)
 	other.createEvent(line)
 	again := line
 	again.id, again.warning, again.note = "2", true, strings.Repeat("x", 3000)
 	k.createEvent(again)
-	eventually(t, 20*time.Second, func() error {
-		if got := s.count(func(r string) bool { return strings.HasPrefix(r, "POST ") }); got != 4 {
+	rig.Eventually(t, 20*time.Second, func() error {
+		if got := s.Count(func(r string) bool { return strings.HasPrefix(r, "POST ") }); got != 4 {
 			return fmt.Errorf("%d events sent, want four: one was refused at first", got)
 		}
 		if got := len(events()); got != 2 {
@@ -284,7 +285,7 @@ func TestKubernetesEvents(t *testing.T) {
 		}
 		return nil
 	})
-	if inBoth := append(log.lines(t, "events of pods left out"), otherLog.lines(t, "events of pods left out")...); len(inBoth) > 0 {
+	if inBoth := append(log.Lines(t, "events of pods left out"), otherLog.Lines(t, "events of pods left out")...); len(inBoth) > 0 {
 		t.Errorf("that another process was first is no failure: %v", inBoth)
 	}
 	list := events()
@@ -298,7 +299,7 @@ func TestKubernetesEvents(t *testing.T) {
 	}
 
 	// A thousand at once are sent over time, and keep nothing else back; those that are too many are left out.
-	sent := s.count(func(r string) bool { return strings.HasPrefix(r, "POST ") })
+	sent := s.Count(func(r string) bool { return strings.HasPrefix(r, "POST ") })
 	start := time.Now()
 	for i := range eventsWaiting + 2*eventsPerSecond {
 		e := line
@@ -308,12 +309,12 @@ func TestKubernetesEvents(t *testing.T) {
 	if took := time.Since(start); took > time.Second {
 		t.Errorf("creating events blocks: %s", took)
 	}
-	if len(log.lines(t, "events of pods left out")) == 0 {
+	if len(log.Lines(t, "events of pods left out")) == 0 {
 		t.Error("nothing was left out")
 	}
 	const more = 2 * eventsPerSecond
-	eventually(t, 20*time.Second, func() error {
-		if got := s.count(func(r string) bool { return strings.HasPrefix(r, "POST ") }) - sent; got < more {
+	rig.Eventually(t, 20*time.Second, func() error {
+		if got := s.Count(func(r string) bool { return strings.HasPrefix(r, "POST ") }) - sent; got < more {
 			return fmt.Errorf("%d events sent, want %d", got, more)
 		}
 		return nil

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
 	"os"
@@ -21,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	corev1 "k8s.io/api/core/v1"
 )
 
@@ -82,11 +82,11 @@ var findRealAPI = sync.OnceValues(func() (*realAPI, error) {
 	return &realAPI{server, c.Clusters[0].Cluster.CA, proxy}, nil
 })
 
-func startRealAPIServer(t *testing.T) *apiServer {
+func startRealAPIServer(t testing.TB) *rig.APIServer {
 	t.Helper()
 	real, err := findRealAPI()
-	must(t, err)
-	return startAPIServerFor(t, real.proxy)
+	rig.Must(t, err)
+	return rig.StartAPIServerFor(t, real.proxy)
 }
 
 // The API server itself is killed and started again.
@@ -96,24 +96,23 @@ func TestKubernetesRestartedAPIServer(t *testing.T) {
 		t.Fatal("NODE_RESTART is not set: it is the command that restarts a component of the node, see e2e/setup_test.go")
 	}
 	s := newAPIServer(t)
-	n := s.namespace(t)
-	s.createPod(t, n, testGatedPod("old"))
-	k := startWatching(t, s.settings, n)
+	n := s.NewNamespace(t)
+	s.CreatePod(t, n, rig.GatedPod("old"))
+	k := startWatching(t, clientSettings(s), n)
 	k.want(t, 1, "old")
-	s.wantWatches(t, 1)
+	s.WantWatches(t, 1)
 	out, err := exec.Command("sh", "-c", "COMPONENT=apiserver SIGNAL=KILL; "+restart).CombinedOutput()
 	if err != nil {
 		t.Fatalf("restart the API server: %v: %s", err, out)
 	}
-	eventually(t, time.Minute, func() error {
-		w := httptest.NewRecorder()
-		if s.pods.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/readyz", nil)); w.Code != http.StatusOK {
+	rig.Eventually(t, time.Minute, func() error {
+		if w := s.TryDirect(t, http.MethodGet, "/readyz", nil); w.Code != http.StatusOK {
 			return fmt.Errorf("not ready: %d %s", w.Code, w.Body)
 		}
 		return nil
 	})
-	s.createPod(t, n, testGatedPod("new"))
-	eventually(t, 40*time.Second, func() error { // with or without another list
+	s.CreatePod(t, n, rig.GatedPod("new"))
+	rig.Eventually(t, 40*time.Second, func() error { // with or without another list
 		if k.get("new") == nil || k.get("old") == nil {
 			return fmt.Errorf("told of %v", k.pods)
 		}
@@ -132,14 +131,14 @@ func TestKubernetesRights(t *testing.T) {
 	kubectl("apply", "-f", "deploy/base/00-namespace.yaml", "-f", "deploy/gate/rights.yaml")
 	t.Cleanup(func() { kubectl("delete", "-f", "deploy/gate/rights.yaml") })
 	s := newAPIServer(t)
-	n := s.namespace(t)
+	n := s.NewNamespace(t)
 	k := clientOfGate(t, s)
-	p := testGatedPod("p")
+	p := rig.GatedPod("p")
 	p.Annotations["example.org/second"] = "two"
 	p.Spec.InitContainers = []corev1.Container{{Name: "init", Image: "example.org/init:v1"}}
-	uid := string(s.createPod(t, n, p).UID)
+	uid := string(s.CreatePod(t, n, p).UID)
 
-	label := []string{"metadata", "labels", testLabel}
+	label := []string{"metadata", "labels", rig.LabelGated}
 	refused := map[string]func(*patch){
 		"image":               func(p *patch) { p.add(jsonText("example.org/evil:v1"), "spec", "containers", "0", "image") },
 		"image of an init":    func(p *patch) { p.add(jsonText("example.org/evil:v1"), "spec", "initContainers", "0", "image") },
@@ -168,12 +167,12 @@ func TestKubernetesRights(t *testing.T) {
 	// A policy is at work some seconds after it was made.
 	var annotate patch
 	refused["new annotation"](&annotate)
-	eventually(t, time.Minute, func() error {
+	rig.Eventually(t, time.Minute, func() error {
 		err := k.patchPod(t.Context(), n, "p", annotate)
 		if err == nil {
 			var back patch
 			back.remove("metadata", "annotations", "example.org/new")
-			s.direct(t, http.MethodPatch, podPath(n, "p"), back, nil)
+			s.Direct(t, http.MethodPatch, podPath(n, "p"), back, nil)
 			return errors.New("an annotation may be changed")
 		} else if !isPolicy(err) {
 			return err
@@ -187,7 +186,7 @@ func TestKubernetesRights(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 		// The policy is about this account, and the change itself is possible.
-		if w := s.ask(t, http.MethodPatch, podPath(n, "p")+"?dryRun=All", p); w.Code != http.StatusOK {
+		if w := s.TryDirect(t, http.MethodPatch, podPath(n, "p")+"?dryRun=All", p); w.Code != http.StatusOK {
 			t.Errorf("%s, by an administrator: %d %s", name, w.Code, w.Body)
 		}
 	}
@@ -202,14 +201,14 @@ func TestKubernetesRights(t *testing.T) {
 	} {
 		var p patch
 		steps(&p)
-		must(t, k.patchPod(t.Context(), n, "p", p))
+		rig.Must(t, k.patchPod(t.Context(), n, "p", p))
 	}
 	got, err := k.getPod(t.Context(), n, "p", uid)
-	must(t, err)
-	if !slices.Equal(got.gates, []string{"example.org/other"}) || got.labels[testLabel] != "" {
+	rig.Must(t, err)
+	if !slices.Equal(got.gates, []string{"example.org/other"}) || got.labels[rig.LabelGated] != "" {
 		t.Errorf("gates %q, labels %v", got.gates, got.labels)
 	}
-	must(t, k.sendEvent(t.Context(), podEvent{pod: got, reason: "TokenTaken", action: "Lifting", note: "token taken after 41 s in line"}))
+	rig.Must(t, k.sendEvent(t.Context(), podEvent{pod: got, reason: "TokenTaken", action: "Lifting", note: "token taken after 41 s in line"}))
 
 	// RBAC.
 	for _, c := range []struct{ method, path string }{
@@ -232,21 +231,21 @@ func isPolicy(err error) bool {
 }
 
 // clientOfGate speaks to the API server itself, with a token of the account gate.
-func clientOfGate(t *testing.T, s *apiServer) *kubernetes {
+func clientOfGate(t *testing.T, s *rig.APIServer) *kubernetes {
 	t.Helper()
 	real, err := findRealAPI()
-	must(t, err)
+	rig.Must(t, err)
 	var answer struct {
 		Status struct {
 			Token string `json:"token"`
 		} `json:"status"`
 	}
-	s.direct(t, http.MethodPost, "/api/v1/namespaces/at-least-semaphore-pod-hook/serviceaccounts/gate/token",
+	s.Direct(t, http.MethodPost, "/api/v1/namespaces/at-least-semaphore-pod-hook/serviceaccounts/gate/token",
 		map[string]any{"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": map[string]any{}}, &answer)
 	dir := t.TempDir()
 	c := kubernetesSettings{address: real.server.Host, caFile: filepath.Join(dir, "ca.crt"), tokenFile: filepath.Join(dir, "token")}
-	must(t, os.WriteFile(c.caFile, real.ca, 0o600))
-	must(t, os.WriteFile(c.tokenFile, []byte(answer.Status.Token), 0o600))
+	rig.Must(t, os.WriteFile(c.caFile, real.ca, 0o600))
+	rig.Must(t, os.WriteFile(c.tokenFile, []byte(answer.Status.Token), 0o600))
 	k, _ := newClient(t, c)
 	return k
 }

@@ -6,16 +6,18 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // A pod needs no flags; elsewhere, they say where the API server is.
 func TestKubernetesFlags(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	writeCertificate(t, dir, 1)
+	rig.WriteCertificate(t, dir, 1)
 	ca := filepath.Join(dir, "tls.crt")
 	notCA := filepath.Join(dir, "token")
-	must(t, os.WriteFile(notCA, []byte("token"), 0o600))
+	rig.Must(t, os.WriteFile(notCA, []byte("token"), 0o600))
 	inPod := map[string]string{"KUBERNETES_SERVICE_HOST": "fd00::1", "KUBERNETES_SERVICE_PORT": "6443"}
 	for _, c := range []struct {
 		env      map[string]string
@@ -58,7 +60,7 @@ func TestKubernetesFiles(t *testing.T) {
 		"two secrets":  "--kubernetes-token-file: " + c.tokenFile + ": is not a token: it must be one word",
 		"one-secret\n": "",
 	} {
-		must(t, os.WriteFile(c.tokenFile, []byte(text), 0o600))
+		rig.Must(t, os.WriteFile(c.tokenFile, []byte(text), 0o600))
 		if k, err := newKubernetes(c, nil); want == "" && (err != nil || *k.token.current.Load() != "one-secret") || want != "" && (err == nil || err.Error() != want) {
 			t.Errorf("%q: %v, want %q", text, err, want)
 		}

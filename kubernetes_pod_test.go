@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
@@ -18,7 +19,7 @@ import (
 func TestWatchedPod(t *testing.T) {
 	t.Parallel()
 	at := metav1.NewTime(time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC))
-	p := testGatedPod("p")
+	p := rig.GatedPod("p")
 	p.Namespace, p.UID, p.ResourceVersion, p.CreationTimestamp, p.DeletionTimestamp = "shop", "some-uid", "7", at, &at
 	p.Spec.NodeName = "node1"
 	p.Status = corev1.PodStatus{
@@ -32,10 +33,10 @@ func TestWatchedPod(t *testing.T) {
 		},
 	}
 	var o podObject
-	must(t, json.Unmarshal(mustJSON(t, p), &o))
+	rig.Must(t, json.Unmarshal(mustJSON(t, p), &o))
 	got := fmt.Sprintf("%+v", *o.watched())
 	want := fmt.Sprintf("%+v", watchedPod{namespace: "shop", name: "p", uid: "some-uid", version: "7", created: at.Time, deleted: true,
-		labels: map[string]string{testLabel: "true"}, annotations: map[string]string{annotationKey: "web"}, gates: []string{"example.org/other", testGate},
+		labels: map[string]string{rig.LabelGated: "true"}, annotations: map[string]string{annotationKey: "web"}, gates: []string{"example.org/other", rig.GateName},
 		node: "node1", phase: "Pending", scheduled: podScheduled{"False", "Unschedulable", strings.Repeat("x", 500), at.Time},
 		initContainers: []initContainer{{sidecarName, true, "running", at.Time}, {awaitName, false, "terminated", at.Time}}})
 	if got != want {
@@ -65,7 +66,7 @@ func TestWatchedPodsAreSmall(t *testing.T) {
 	const pods, most = 5000, 1400 // bytes each
 	r, w := io.Pipe()
 	go func() {
-		p := testGatedPod("")
+		p := rig.GatedPod("")
 		p.Namespace, p.Status.Phase = "shop", corev1.PodPending
 		p.Annotations["example.org/config"] = strings.Repeat("x", 20000)
 		p.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodScheduled, Status: "False", Reason: corev1.PodReasonSchedulingGated}}
@@ -83,7 +84,7 @@ func TestWatchedPodsAreSmall(t *testing.T) {
 	known := map[string]*watchedPod{}
 	before := heap()
 	_, err := readPods(r, func(p *watchedPod) { known[uuid.NewString()] = p })
-	must(t, err)
+	rig.Must(t, err)
 	each := (heap() - before) / pods
 	t.Logf("%d bytes a pod", each)
 	if len(known) != pods || each > most {

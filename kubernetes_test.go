@@ -11,17 +11,19 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // newAPIServer is in front of the pods of the tests below: of a store of our own; with the tag e2e, of the API server of KUBECONFIG.
-var newAPIServer = startAPIServer
+var newAPIServer = rig.StartAPIServer
 
 // newClient is a client of a server, which works until the test ends, and its log.
-func newClient(t *testing.T, c kubernetesSettings, change ...func(*kubernetes)) (*kubernetes, *syncBuffer) {
+func newClient(t *testing.T, c kubernetesSettings, change ...func(*kubernetes)) (*kubernetes, *rig.Log) {
 	t.Helper()
-	b := new(syncBuffer)
+	b := new(rig.Log)
 	k, err := newKubernetes(c, slog.New(slog.NewJSONHandler(b, nil)))
-	must(t, err)
+	rig.Must(t, err)
 	for _, c := range change {
 		c(k)
 	}
@@ -93,7 +95,7 @@ func (h *podRecorder) get(name string) *watchedPod {
 // want waits until the handler has been told of these pods and no others, and has been synced so often.
 func (h *podRecorder) want(t *testing.T, syncs int, names ...string) {
 	t.Helper()
-	eventually(t, 30*time.Second, func() error {
+	rig.Eventually(t, 30*time.Second, func() error {
 		h.mu.Lock()
 		defer h.mu.Unlock()
 		var got []string
@@ -112,10 +114,10 @@ func (h *podRecorder) want(t *testing.T, syncs int, names ...string) {
 type watching struct {
 	*kubernetes
 	*podRecorder
-	log *syncBuffer
+	log *rig.Log
 }
 
-const gatedSelector = testLabel + "=true"
+const gatedSelector = rig.LabelGated + "=true"
 
 func startWatching(t *testing.T, c kubernetesSettings, namespace string, change ...func(*kubernetes)) *watching {
 	t.Helper()
@@ -134,43 +136,43 @@ func isWatched(r string) bool {
 func TestKubernetesListsAndWatches(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
-	n := s.namespace(t)
+	n := s.NewNamespace(t)
 	for i := range 7 {
-		s.createPod(t, n, testGatedPod(fmt.Sprintf("p%d", i)))
+		s.CreatePod(t, n, rig.GatedPod(fmt.Sprintf("p%d", i)))
 	}
-	other := testGatedPod("other")
-	delete(other.Labels, testLabel)
-	s.createPod(t, n, other)
-	s.fail(func(_ http.ResponseWriter, r *http.Request) bool {
+	other := rig.GatedPod("other")
+	delete(other.Labels, rig.LabelGated)
+	s.CreatePod(t, n, other)
+	s.Fail(func(_ http.ResponseWriter, r *http.Request) bool {
 		if r.ProtoMajor != 2 {
 			t.Errorf("%s %s by %s, not HTTP/2", r.Method, r.URL, r.Proto)
 		}
 		return false
 	})
-	k := startWatching(t, s.settings, n, func(k *kubernetes) { k.bounds.page = 3 })
+	k := startWatching(t, clientSettings(s), n, func(k *kubernetes) { k.bounds.page = 3 })
 	k.want(t, 1, "p0", "p1", "p2", "p3", "p4", "p5", "p6")
-	if got := s.count(isList); got != 3 {
+	if got := s.Count(isList); got != 3 {
 		t.Errorf("%d requests for seven pods in pages of three", got)
 	}
-	s.createPod(t, n, testGatedPod("p7"))
-	s.label(t, n, "p1", annotationPrefix+"changed", "yes")
+	s.CreatePod(t, n, rig.GatedPod("p7"))
+	s.SetLabel(t, n, "p1", annotationPrefix+"changed", "yes")
 	left := k.get("p2")
-	s.label(t, n, "p2", testLabel, "false")
+	s.SetLabel(t, n, "p2", rig.LabelGated, "false")
 	gone := k.get("p3")
-	s.deletePod(t, n, "p3")
+	s.DeletePod(t, n, "p3")
 	k.want(t, 1, "p0", "p1", "p4", "p5", "p6", "p7")
-	eventually(t, 5*time.Second, func() error {
+	rig.Eventually(t, 5*time.Second, func() error {
 		if l := k.get("p1").labels; l[annotationPrefix+"changed"] != "yes" || l["app"] != "" {
 			return fmt.Errorf("labels %v", l)
 		}
 		return nil
 	})
 	if p := k.get("p7"); p.namespace != n || p.phase != "Pending" || p.scheduled.reason != "SchedulingGated" || time.Since(p.created) > time.Minute ||
-		!slices.Equal(p.gates, []string{"example.org/other", testGate}) || len(p.annotations) != 1 || p.annotations[annotationKey] != "web" {
+		!slices.Equal(p.gates, []string{"example.org/other", rig.GateName}) || len(p.annotations) != 1 || p.annotations[annotationKey] != "web" {
 		t.Errorf("got %+v", p)
 	}
 	// A watch does not say why.
-	if p, err := k.getPod(t.Context(), n, "p2", left.uid); err != nil || p.labels[testLabel] != "false" {
+	if p, err := k.getPod(t.Context(), n, "p2", left.uid); err != nil || p.labels[rig.LabelGated] != "false" {
 		t.Errorf("a pod that lost its label: %v, %+v", err, p)
 	}
 	if _, err := k.getPod(t.Context(), n, "p3", gone.uid); !errors.Is(err, errNoPod) {
@@ -185,12 +187,12 @@ func TestKubernetesListsAndWatches(t *testing.T) {
 func TestKubernetesNamespaces(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
-	a, b := s.namespace(t), s.namespace(t)
-	s.createPod(t, a, testGatedPod("in-a"))
-	one, all := startWatching(t, s.settings, a), startWatching(t, s.settings, "")
-	s.createPod(t, b, testGatedPod("in-b"))
+	a, b := s.NewNamespace(t), s.NewNamespace(t)
+	s.CreatePod(t, a, rig.GatedPod("in-a"))
+	one, all := startWatching(t, clientSettings(s), a), startWatching(t, clientSettings(s), "")
+	s.CreatePod(t, b, rig.GatedPod("in-b"))
 	one.want(t, 1, "in-a")
-	eventually(t, 10*time.Second, func() error {
+	rig.Eventually(t, 10*time.Second, func() error {
 		if p, q := all.get("in-a"), all.get("in-b"); p == nil || q == nil || p.namespace != a || q.namespace != b {
 			return fmt.Errorf("told of %v and %v", p, q)
 		}
@@ -201,42 +203,42 @@ func TestKubernetesNamespaces(t *testing.T) {
 // What ends a watch costs no list, as long as the API server knows what happened since.
 func TestKubernetesWatchEnds(t *testing.T) {
 	t.Parallel()
-	for name, end := range map[string]func(*testing.T, *apiServer){
-		"dropped":  func(_ *testing.T, s *apiServer) { s.dropWatches() },
-		"silent":   func(_ *testing.T, s *apiServer) { s.silenceWatches() },
-		"over":     func(*testing.T, *apiServer) {}, // each second
-		"restart":  func(t *testing.T, s *apiServer) { s.stop(); s.start(t) },
-		"token":    func(t *testing.T, s *apiServer) { s.setToken(t, "second-token"); s.dropWatches() },
-		"CA":       func(t *testing.T, s *apiServer) { writeCertificate(t, s.dir, 2); s.stop(); s.start(t) },
-		"failures": func(_ *testing.T, s *apiServer) { s.failWatches(2, http.StatusServiceUnavailable); s.dropWatches() },
-		"too many": func(_ *testing.T, s *apiServer) { s.failWatches(1, http.StatusTooManyRequests); s.dropWatches() },
+	for name, end := range map[string]func(*testing.T, *rig.APIServer){
+		"dropped":  func(_ *testing.T, s *rig.APIServer) { s.DropWatches() },
+		"silent":   func(_ *testing.T, s *rig.APIServer) { s.SilenceWatches() },
+		"over":     func(*testing.T, *rig.APIServer) {}, // each second
+		"restart":  func(t *testing.T, s *rig.APIServer) { s.Stop(); s.Start(t) },
+		"token":    func(t *testing.T, s *rig.APIServer) { s.SetToken(t, "second-token"); s.DropWatches() },
+		"CA":       func(t *testing.T, s *rig.APIServer) { rig.WriteCertificate(t, s.Dir, 2); s.Stop(); s.Start(t) },
+		"failures": func(_ *testing.T, s *rig.APIServer) { s.FailWatches(2, http.StatusServiceUnavailable); s.DropWatches() },
+		"too many": func(_ *testing.T, s *rig.APIServer) { s.FailWatches(1, http.StatusTooManyRequests); s.DropWatches() },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := newAPIServer(t)
-			n := s.namespace(t)
-			s.createPod(t, n, testGatedPod("old"))
-			s.createPod(t, n, testGatedPod("gone"))
-			k := startWatching(t, s.settings, n, func(k *kubernetes) {
+			n := s.NewNamespace(t)
+			s.CreatePod(t, n, rig.GatedPod("old"))
+			s.CreatePod(t, n, rig.GatedPod("gone"))
+			k := startWatching(t, clientSettings(s), n, func(k *kubernetes) {
 				k.bounds.silence = 2 * time.Second
 				if name == "over" {
 					k.bounds.length = time.Second
 				}
 			})
 			k.want(t, 1, "gone", "old")
-			s.wantWatches(t, 1)
-			watches := s.count(isWatched)
+			s.WantWatches(t, 1)
+			watches := s.Count(isWatched)
 			end(t, s)
-			s.deletePod(t, n, "gone")
-			s.createPod(t, n, testGatedPod("new"))
+			s.DeletePod(t, n, "gone")
+			s.CreatePod(t, n, rig.GatedPod("new"))
 			k.want(t, 1, "new", "old")
-			eventually(t, 20*time.Second, func() error {
-				if s.count(isWatched) == watches {
+			rig.Eventually(t, 20*time.Second, func() error {
+				if s.Count(isWatched) == watches {
 					return errors.New("there is no other watch")
 				}
 				return nil
 			})
-			s.createPod(t, n, testGatedPod("newer"))
+			s.CreatePod(t, n, rig.GatedPod("newer"))
 			k.want(t, 1, "new", "newer", "old")
 		})
 	}
@@ -246,15 +248,15 @@ func TestKubernetesWatchEnds(t *testing.T) {
 func TestKubernetesSilentConnection(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
-	n := s.namespace(t)
-	proxy := startFaultyProxy(t, s.settings.address)
-	c := s.settings
-	c.address = proxy.address
+	n := s.NewNamespace(t)
+	proxy := rig.StartProxy(t, s.Address)
+	c := clientSettings(s)
+	c.address = proxy.Address
 	k := startWatching(t, c, n)
 	k.want(t, 1)
-	s.wantWatches(t, 1)
-	proxy.silence()
-	s.createPod(t, n, testGatedPod("p"))
+	s.WantWatches(t, 1)
+	proxy.Silence()
+	s.CreatePod(t, n, rig.GatedPod("p"))
 	start := time.Now()
 	k.want(t, 1, "p")
 	if took := time.Since(start); took > pingAfter+pingTimeout+3*time.Second {

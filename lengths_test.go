@@ -7,6 +7,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // atOnce is within what time a waiter has the token that is free for it: it is called, and does not find it by its next poll.
@@ -16,11 +18,11 @@ const atOnce = 2 * time.Second
 func TestFreeTokensAreTakenBeforeARepair(t *testing.T) {
 	t.Parallel()
 	r, healthy, id := newSemaphore(t)
-	r.makeStale(t, id, acquire(t, healthy, id, 3))
-	r.wantCounts(t, id, 2, 1)
+	r.MakeStale(t, id, acquire(t, healthy, id, 3))
+	r.WantCounts(t, id, 2, 1)
 
-	c := testConfig(r.address)
-	c.redisAddresses = []string{freeAddress(t)}
+	c := testConfig(r.Address)
+	c.redisAddresses = []string{rig.FreeAddress(t)}
 	w := startWebhook(t, c)
 	counted := &countingLocker{locker: w.semaphores.locks}
 	w.semaphores.locks = counted
@@ -28,15 +30,15 @@ func TestFreeTokensAreTakenBeforeARepair(t *testing.T) {
 	w.wantAdmitted(t, id, 3)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	must(t, newWaiter(w.semaphores, id, 3).waitOnly(ctx))
+	rig.Must(t, newWaiter(w.semaphores, id, 3).waitOnly(ctx))
 	if took := time.Since(start); took > atOnce {
 		t.Errorf("took %s", took)
 	}
 	if n := counted.tried.Load(); n > 0 {
 		t.Errorf("the lock was tried %d times", n)
 	}
-	r.wantCounts(t, id, 0, 3)
-	if a, err := w.tryAdmit(review(t, id, 3)); err == nil { // only now the stale one is needed
+	r.WantCounts(t, id, 0, 3)
+	if a, err := w.tryAdmit(rig.Review(t, id, 3)); err == nil { // only now the stale one is needed
 		t.Errorf("answered %+v, want the lock server out of reach", a)
 	}
 }
@@ -91,7 +93,7 @@ func TestPodsOfTwoLengths(t *testing.T) {
 	var wg sync.WaitGroup
 	start := time.Now()
 	for i := range pods {
-		s := testSemaphores(t, r.address)
+		s := testSemaphores(t, r.Address)
 		length := 5 - 2*(i%2)
 		wg.Go(func() {
 			done, err := runPod(ctx, s, id, length, work)
@@ -116,7 +118,7 @@ func TestPodsOfTwoLengths(t *testing.T) {
 	if took > 16*work || gap > 3*work {
 		t.Error("too long")
 	}
-	if _, inflight, err := r.counts(id); err != nil || inflight > 0 {
+	if _, inflight, err := r.Counts(id); err != nil || inflight > 0 {
 		t.Errorf("%d in flight, %v", inflight, err)
 	}
 }
@@ -130,7 +132,7 @@ type linePod struct {
 
 // lineUp is a line whose pods the test knows in their order, and those that hold tokens.
 type lineUp struct {
-	r                *redisServer
+	r                *rig.Redis
 	s                *semaphores
 	id               semaphoreID
 	waiting, holding []linePod
@@ -172,9 +174,9 @@ func (l *lineUp) wantServed(t *testing.T) {
 		}
 		select {
 		case err := <-p.done:
-			must(t, err)
+			rig.Must(t, err)
 		case <-time.After(atOnce):
-			queue, inflight, err := l.r.counts(l.id)
+			queue, inflight, err := l.r.Counts(l.id)
 			t.Fatalf("a pod of length %d waits for what is free, with %d holders; queue %d, in flight %d, %v", p.length, len(l.holding), queue, inflight, err)
 		}
 		l.holding = append(l.holding, p)
@@ -198,8 +200,8 @@ func (l *lineUp) wantState(t *testing.T) {
 		}
 		return names
 	}
-	l.r.wantLine(t, l.id, tokens(l.waiting)...)
-	got, want := l.r.inflight(t, l.id), tokens(l.holding)
+	l.r.WantLine(t, l.id, tokens(l.waiting)...)
+	got, want := l.r.Inflight(t, l.id), tokens(l.holding)
 	slices.Sort(got)
 	slices.Sort(want)
 	if !slices.Equal(got, want) {
@@ -264,7 +266,7 @@ func TestRaisedLengthIsServedAtOnce(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 		defer cancel()
 		start := time.Now()
-		must(t, w.waitOnly(ctx))
+		rig.Must(t, w.waitOnly(ctx))
 		if took := time.Since(start); took > atOnce {
 			t.Errorf("took %s", took)
 		}
@@ -291,7 +293,7 @@ func TestHolderComesBackLate(t *testing.T) {
 			l.join(t, line...)
 			late := slices.Clone(l.holding[:2])
 			l.holding = l.holding[2:]
-			r.do(t, "ZADD", id.inflightKey(), "XX", 1, late[0].token, 1, late[1].token) // both at once, as that tells who is next
+			r.Do(t, "ZADD", id.inflightKey(), "XX", 1, late[0].token, 1, late[1].token) // both at once, as that tells who is next
 			for range late {
 				p, _ := l.next()
 				wantDone(t, p.done)
@@ -299,7 +301,7 @@ func TestHolderComesBackLate(t *testing.T) {
 			}
 			for _, p := range late {
 				rejoined, err := s.heartbeat(context.Background(), id, p.token, "", 0)
-				must(t, err)
+				rig.Must(t, err)
 				if !rejoined {
 					t.Fatal("it was not reclaimed")
 				}
@@ -312,26 +314,26 @@ func TestHolderComesBackLate(t *testing.T) {
 
 // Whoever says another length than others did lately is warned, within what Kubernetes shows.
 func TestLengthsThatDisagree(t *testing.T) {
-	r := commonRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	r := rig.CommonRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
 	for _, c := range []struct{ length, agreed int }{{9998, 0}, {9999, 9998}, {9999, 0}, {9998, 9999}} {
 		want := []string(nil)
 		if c.agreed != 0 {
 			want = []string{fmt.Sprintf("this pod says that its semaphore has the length %d, others said %d lately: each gets tokens by its own", c.length, c.agreed)}
 		}
-		a := w.admit(t, review(t, id, c.length))
-		if !a.allowed || !slices.Equal(a.warnings, want) {
+		a := w.admit(t, rig.Review(t, id, c.length))
+		if !a.Allowed || !slices.Equal(a.Warnings, want) {
 			t.Errorf("%d: %+v", c.length, a)
 		}
-		for _, warning := range a.warnings {
+		for _, warning := range a.Warnings {
 			if len(warning) > 120 {
 				t.Errorf("cut by Kubernetes: %q", warning)
 			}
 		}
 	}
-	r.askedLongAgo(t, id)
-	if a := w.admit(t, review(t, id, 9998)); !a.allowed || a.warnings != nil {
+	r.ForgetLength(t, id)
+	if a := w.admit(t, rig.Review(t, id, 9998)); !a.Allowed || a.Warnings != nil {
 		t.Errorf("long ago: %+v", a)
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // First come, first served, and by the event: ten polls would take more than twenty seconds.
@@ -27,8 +28,8 @@ func TestLineIsServedInOrder(t *testing.T) {
 	for i, token := range tokens {
 		giveBack(t, s, id, holder)
 		wantDone(t, done[i])
-		r.wantInflight(t, id, token)
-		r.wantLine(t, id, tokens[i+1:]...)
+		r.WantInflight(t, id, token)
+		r.WantLine(t, id, tokens[i+1:]...)
 		holder = token
 	}
 	if took := time.Since(start); took > 10*time.Second {
@@ -45,38 +46,38 @@ func TestRefillServesSeveral(t *testing.T) {
 	_, first := queueUp(t, context.Background(), s, id, 3, r)
 	_, second := queueUp(t, context.Background(), s, id, 3, r)
 	third, _ := queueUp(t, t.Context(), s, id, 3, r)
-	r.do(t, "ZREM", id.inflightKey(), lost[0], lost[1])
+	r.Do(t, "ZREM", id.inflightKey(), lost[0], lost[1])
 	wantDone(t, first)
 	wantDone(t, second)
-	r.wantLine(t, id, third)
-	r.wantCounts(t, id, 0, 3)
+	r.WantLine(t, id, third)
+	r.WantCounts(t, id, 0, 3)
 }
 
 // What is free is kept for those in line; a waiter that is gone blocks nobody.
 func TestNobodyOvertakesTheLine(t *testing.T) {
-	r := commonRedis(t)
-	w := startWebhook(t, testConfig(r.address))
-	s, id := testSemaphores(t, r.address), freshID()
+	r := rig.CommonRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
+	s, id := testSemaphores(t, r.Address), freshID()
 	holder := acquire(t, s, id, 1)
 	first, leave := stand(t, r, s, id, true)
 	giveBack(t, s, id, holder)
-	r.wantCounts(t, id, 1, 0)
+	r.WantCounts(t, id, 1, 0)
 
-	a := w.admit(t, review(t, id, 1))
-	if want := fmt.Sprintf("no semaphore available: %s has 0 of 1 tokens in use; 1 waiting in line", id); a.allowed || a.message != want {
+	a := w.admit(t, rig.Review(t, id, 1))
+	if want := fmt.Sprintf("no semaphore available: %s has 0 of 1 tokens in use; 1 waiting in line", id); a.Allowed || a.Message != want {
 		t.Fatalf("answered %+v, want %s", a, want)
 	}
 	a2, err := s.ask(context.Background(), id, question{uuid.NewString(), 1, joinLine, ""})
 	if err != nil || a2.status != acquireFull || a2.place.position != 2 {
 		t.Fatalf("got %+v, %v, want to be second", a2, err)
 	}
-	r.do(t, "ZREM", id.waitersKey(), r.mustLine(t, id)[1])
-	r.wantLine(t, id, first)
+	r.Do(t, "ZREM", id.waitersKey(), r.MustLine(t, id)[1])
+	r.WantLine(t, id, first)
 
 	leave() // without a word, as a pod that is killed
-	r.unseen(t, id, first, 15*time.Second)
+	r.Unseen(t, id, first, 15*time.Second)
 	w.wantAdmitted(t, id, 1)
-	r.wantLine(t, id)
+	r.WantLine(t, id)
 }
 
 // A waiter that does not ask for some seconds is dropped, even if its connection stands.
@@ -86,10 +87,10 @@ func TestSilentWaiterIsDropped(t *testing.T) {
 	silent, _ := stand(t, r, s, id, true)
 	giveBack(t, s, id, holder)
 	wantFullError(t, s, id, 1, 0)
-	r.unseen(t, id, silent, 15*time.Second)
+	r.Unseen(t, id, silent, 15*time.Second)
 	acquire(t, s, id, 1)
-	r.wantLine(t, id)
-	if n := r.do(t, "ZCARD", id.seenKey()); n != int64(0) {
+	r.WantLine(t, id)
+	if n := r.Do(t, "ZCARD", id.seenKey()); n != int64(0) {
 		t.Errorf("%d are still noted as seen", n)
 	}
 }
@@ -97,22 +98,22 @@ func TestSilentWaiterIsDropped(t *testing.T) {
 // Who was dropped by mistake, or with the data of Redis, finds its place again.
 func TestPlaceInLineIsKept(t *testing.T) {
 	t.Parallel()
-	r, s, id := newSemaphoreOn(t, startRedis(t))
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
 	holder := acquire(t, s, id, 1)
 	first, firstDone := queueUp(t, context.Background(), s, id, 1, r)
 	second, _ := queueUp(t, t.Context(), s, id, 1, r)
 	third, _ := queueUp(t, t.Context(), s, id, 1, r)
-	r.do(t, "ZREM", id.waitersKey(), first)
-	r.wantLine(t, id, first, second, third)
-	r.do(t, "DEL", id.waitersKey(), id.seenKey(), id.namesKey())
-	r.wantLine(t, id, first, second, third)
-	r.stop()
-	must(t, r.start())
-	r.do(t, "DEL", id.waitersKey(), id.seenKey(), id.namesKey())
-	r.wantLine(t, id, first, second, third)
+	r.Do(t, "ZREM", id.waitersKey(), first)
+	r.WantLine(t, id, first, second, third)
+	r.Do(t, "DEL", id.waitersKey(), id.seenKey(), id.namesKey())
+	r.WantLine(t, id, first, second, third)
+	r.Stop()
+	rig.Must(t, r.Start())
+	r.Do(t, "DEL", id.waitersKey(), id.seenKey(), id.namesKey())
+	r.WantLine(t, id, first, second, third)
 	giveBack(t, s, id, holder)
 	wantDone(t, firstDone)
-	r.wantLine(t, id, second, third)
+	r.WantLine(t, id, second, third)
 }
 
 // A stale token is reclaimed by those who wait, though nobody asks for admission.
@@ -122,10 +123,10 @@ func TestWaitersReclaim(t *testing.T) {
 	holder := acquire(t, s, id, 1)
 	token, done := queueUp(t, context.Background(), s, id, 1, r)
 	second, _ := queueUp(t, t.Context(), s, id, 1, r)
-	r.makeStale(t, id, holder)
+	r.MakeStale(t, id, holder)
 	wantDone(t, done)
-	r.wantInflight(t, id, token)
-	r.wantLine(t, id, second)
+	r.WantInflight(t, id, token)
+	r.WantLine(t, id, second)
 }
 
 // Those at the front of the line ask again when a token goes stale, not some seconds later.
@@ -146,34 +147,34 @@ func TestPollsWhenATokenGoesStale(t *testing.T) {
 // While somebody else has the lock, or the lock server is away, a waiter goes on asking.
 func TestWaiterOutlivesTheLock(t *testing.T) {
 	t.Parallel()
-	locks := startRedis(t)
-	r := commonRedis(t)
-	c := testConfig(r.address)
-	c.redisAddresses = []string{locks.address}
+	locks := rig.StartRedis(t)
+	r := rig.CommonRedis(t)
+	c := testConfig(r.Address)
+	c.redisAddresses = []string{locks.Address}
 	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), 1, slog.New(slog.DiscardHandler))
 	defer s.close(context.Background())
 	id := freshID()
 	unlock, err := s.locks.tryLock(context.Background(), id.lockKey(), time.Minute)
-	must(t, err)
+	rig.Must(t, err)
 	said := make(chan string, 100)
 	done := make(chan error, 1)
 	w := newWaiter(s, id, 1)
 	w.say = func(text string) { said <- text }
 	go func() { done <- w.waitOnly(context.Background()) }()
-	eventually(t, 20*time.Second, func() error {
-		if queue, inflight, err := r.counts(id); queue+inflight != 0 || err != nil {
+	rig.Eventually(t, 20*time.Second, func() error {
+		if queue, inflight, err := r.Counts(id); queue+inflight != 0 || err != nil {
 			t.Fatalf("repaired without the lock: %d, %d, %v", queue, inflight, err)
 		}
-		if n := commandCalls(t, locks)["set"]; n < 3 {
+		if n := locks.CommandCalls(t)["set"]; n < 3 {
 			return fmt.Errorf("the lock was tried %d times", n)
 		}
 		return nil
 	})
-	locks.stop()
-	eventually(t, 20*time.Second, func() error {
+	locks.Stop()
+	rig.Eventually(t, 20*time.Second, func() error {
 		select {
 		case text := <-said:
-			if strings.Contains(text, "lock Redis "+locks.address) {
+			if strings.Contains(text, "lock Redis "+locks.Address) {
 				return nil
 			}
 			return errors.New(text)
@@ -181,7 +182,7 @@ func TestWaiterOutlivesTheLock(t *testing.T) {
 			return errors.New("nothing said")
 		}
 	})
-	must(t, locks.start())
+	rig.Must(t, locks.Start())
 	_ = unlock(context.Background())
 	wantDone(t, done)
 }

@@ -12,13 +12,15 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // startLockedWebhook starts a webhook whose queue is on the common Redis and whose lock is on s.
-func startLockedWebhook(t *testing.T, s lockServers) (*testWebhook, *redisServer) {
+func startLockedWebhook(t *testing.T, s lockServers) (*testWebhook, *rig.Redis) {
 	t.Helper()
-	queue := commonRedis(t)
-	c := testConfig(queue.address)
+	queue := rig.CommonRedis(t)
+	c := testConfig(queue.Address)
 	s.configure(&c)
 	return startWebhook(t, c), queue
 }
@@ -40,7 +42,7 @@ func TestOneLockServerDown(t *testing.T) {
 					} else {
 						t.Logf("%s: took %s", what, took)
 					}
-					queue.wantCounts(t, id, 2, 1)
+					queue.WantCounts(t, id, 2, 1)
 				}
 				wantQuick("all up")
 				switch down {
@@ -55,7 +57,7 @@ func TestOneLockServerDown(t *testing.T) {
 							wantQuick(fmt.Sprintf("server %d hangs", i))
 						}
 						s.resume(t, i)
-						eventually(t, 20*time.Second, s.healthy)
+						rig.Eventually(t, 20*time.Second, s.healthy)
 					}
 				}
 				for range 3 {
@@ -86,7 +88,7 @@ func TestTwoLockServersDown(t *testing.T) {
 				}
 				wantFailure := func(timeout string, within time.Duration) {
 					start := time.Now()
-					status, text, err := w.post(context.Background(), review(t, fresh, 3), timeout)
+					status, text, err := w.post(context.Background(), rig.Review(t, fresh, 3), timeout)
 					if took := time.Since(start); err != nil || status != http.StatusInternalServerError || took > within {
 						t.Errorf("answered %d after %s: %s, %v", status, took, text, err)
 					}
@@ -98,7 +100,7 @@ func TestTwoLockServersDown(t *testing.T) {
 				}
 				wg.Wait()
 				wantFailure("1s", time.Second)
-				queue.wantCounts(t, fresh, 0, 0)
+				queue.WantCounts(t, fresh, 0, 0)
 
 				w.wantAdmitted(t, steady, 3)
 				w.wantAdmitted(t, steady, 3)
@@ -112,39 +114,39 @@ func TestTwoLockServersDown(t *testing.T) {
 func TestOneLockServerHangsBehindTLS(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	writeCertificate(t, dir, 1)
+	rig.WriteCertificate(t, dir, 1)
 	var addresses []string
-	var servers []*redisServer
+	var servers []*rig.Redis
 	for range 3 {
 		r := startSecureRedis(t, dir)
 		servers = append(servers, r)
-		addresses = append(addresses, "rediss://"+r.address)
+		addresses = append(addresses, "rediss://"+r.Address)
 	}
-	l := newRedlock(addresses, redisSettings{username: "webhook", password: testPassword, caFile: filepath.Join(dir, "tls.crt")}, lockConnections)
+	l := newRedlock(addresses, redisSettings{username: "webhook", password: rig.Password, caFile: filepath.Join(dir, "tls.crt")}, lockConnections)
 	defer l.close()
-	servers[1].pause(t)
+	servers[1].Pause(t)
 	for range 3 {
 		start := time.Now()
 		unlock, err := l.tryLock(context.Background(), "lock/{shop/web}", time.Second)
-		must(t, err)
+		rig.Must(t, err)
 		if took := time.Since(start); took > time.Second {
 			t.Errorf("took %s", took)
 		}
-		must(t, unlock(context.Background()))
+		rig.Must(t, unlock(context.Background()))
 	}
 }
 
 // Many admissions that wait for a lock that somebody holds ask for it, and for tokens, only so often.
 func TestWaitingForALockIsCheap(t *testing.T) {
-	lock := startRedis(t)
+	lock := rig.StartRedis(t)
 	w, _ := startLockedWebhook(t, redlockServers{lock})
 	id := freshID()
 	unlock, err := w.semaphores.locks.tryLock(context.Background(), id.lockKey(), time.Minute)
-	must(t, err)
+	rig.Must(t, err)
 	var wg sync.WaitGroup
 	for range 50 {
 		wg.Go(func() {
-			status, text, err := w.post(context.Background(), review(t, id, 50), "1s")
+			status, text, err := w.post(context.Background(), rig.Review(t, id, 50), "1s")
 			if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, id.lockKey()+" is held by another") {
 				t.Errorf("answered %d %s, %v", status, text, err)
 			}
@@ -152,47 +154,47 @@ func TestWaitingForALockIsCheap(t *testing.T) {
 	}
 	wg.Wait()
 	// 0.9 s in steps of 5 ms at the least, if they all went alone.
-	if tried := commandCalls(t, lock)["set"]; tried > 50*180 {
+	if tried := lock.CommandCalls(t)["set"]; tried > 50*180 {
 		t.Errorf("the lock was tried %d times", tried)
 	} else {
 		t.Logf("the lock was tried %d times", tried)
 	}
-	must(t, unlock(context.Background()))
+	rig.Must(t, unlock(context.Background()))
 }
 
 // A lock server that stalls for a moment costs a moment, not the admission; and nothing of the attempt that timed out
 // stays behind, though the server has seen none of our scripts before.
 func TestStallingLockServer(t *testing.T) {
 	t.Parallel()
-	lock := startRedis(t)
-	proxy := startHoldingProxy(t, lock.address, "nothing")
-	w, queue := startLockedWebhook(t, redlockServers{{address: proxy.address}})
+	lock := rig.StartRedis(t)
+	proxy := rig.StartProxy(t, lock.Address)
+	w, queue := startLockedWebhook(t, redlockServers{{Address: proxy.Address}})
 	id := freshID()
-	lock.pause(t)
+	lock.Pause(t)
 	answered := make(chan error, 1)
 	go func() {
-		a, err := w.tryAdmit(review(t, id, 3))
-		if err == nil && !a.allowed {
-			err = errors.New(a.message)
+		a, err := w.tryAdmit(rig.Review(t, id, 3))
+		if err == nil && !a.Allowed {
+			err = errors.New(a.Message)
 		}
 		answered <- err
 	}()
-	eventually(t, 10*time.Second, func() error { // the attempt has timed out, and has been repeated
+	rig.Eventually(t, 10*time.Second, func() error { // the attempt has timed out, and has been repeated
 		select {
 		case err := <-answered:
 			return fmt.Errorf("answered too early: %w", err)
 		default:
 		}
-		if n := proxy.clients.Load(); n < 2 {
+		if n := proxy.Made.Load(); n < 2 {
 			return fmt.Errorf("%d connections", n)
 		}
 		return nil
 	})
-	lock.resume(t)
-	must(t, <-answered)
-	queue.wantCounts(t, id, 2, 1)
-	eventually(t, 10*time.Second, func() error {
-		if keys := fmt.Sprint(lock.do(t, "KEYS", "*")); keys != "[]" {
+	lock.Resume(t)
+	rig.Must(t, <-answered)
+	queue.WantCounts(t, id, 2, 1)
+	rig.Eventually(t, 10*time.Second, func() error {
+		if keys := fmt.Sprint(lock.Do(t, "KEYS", "*")); keys != "[]" {
 			return fmt.Errorf("left: %s", keys)
 		}
 		return nil
@@ -204,27 +206,28 @@ func TestStallingLockServer(t *testing.T) {
 func TestPausedMaintainer(t *testing.T) {
 	t.Parallel()
 	forEachLock(t, 1, func(t *testing.T, s lockServers) {
-		queue := startRedis(t)
-		proxy := startHoldingProxy(t, queue.address, maintainScript.made().Hash())
+		queue := rig.StartRedis(t)
+		proxy := rig.StartProxy(t, queue.Address)
+		maintain := proxy.HoldFirst(t, maintainScript.made().Hash(), false)
 		id := freshID()
 		const length = 5
-		body := review(t, id, length, func(request map[string]any) { annotationsOf(request)[annotationExpiration] = "1" })
+		body := rig.Review(t, id, length, func(request map[string]any) { rig.AnnotationsOf(request)[annotationExpiration] = "1" })
 
-		c := testConfig(queue.address)
+		c := testConfig(queue.Address)
 		s.configure(&c)
-		paused := startWebhookProcess(t, proxy.address, "--lock-mode="+c.lockMode, "--redis-addresses="+strings.Join(c.redisAddresses, ","),
+		paused := rig.StartWebhook(t, proxy.Address, "--lock-mode="+c.lockMode, "--redis-addresses="+strings.Join(c.redisAddresses, ","),
 			"--etcd-addresses="+strings.Join(c.etcdAddresses, ","))
 		answered := make(chan error, 1)
 		go func() {
-			status, text, _, err := paused.post(body)
+			status, text, _, err := paused.Post(body)
 			if err == nil && (status != 200 || !strings.Contains(text, `"allowed":true`)) {
 				err = fmt.Errorf("%d %s", status, text)
 			}
 			answered <- err
 		}()
-		<-proxy.held
-		paused.signal(t, syscall.SIGSTOP)
-		waitState(t, paused.Process.Pid, "T")
+		<-maintain.Held
+		paused.Signal(t, syscall.SIGSTOP)
+		paused.WantState(t, "T")
 		l := s.newLocker()
 		defer l.close()
 		wantTaken(t, l, id.lockKey())
@@ -232,19 +235,19 @@ func TestPausedMaintainer(t *testing.T) {
 		w := startWebhook(t, c)
 		for range 2 {
 			a := w.admit(t, body) // waits until the lock has expired
-			if !a.allowed {
+			if !a.Allowed {
 				t.Fatalf("not admitted: %+v", a)
 			}
 		}
-		queue.wantCounts(t, id, length-2, 2)
-		before := queue.inflight(t, id)
+		queue.WantCounts(t, id, length-2, 2)
+		before := queue.Inflight(t, id)
 
-		proxy.release()
-		paused.signal(t, syscall.SIGCONT)
-		must(t, <-answered)
-		queue.wantCounts(t, id, length-3, 3)
+		maintain.Deliver()
+		paused.Signal(t, syscall.SIGCONT)
+		rig.Must(t, <-answered)
+		queue.WantCounts(t, id, length-3, 3)
 		for _, token := range before {
-			if !slices.Contains(queue.inflight(t, id), token) {
+			if !slices.Contains(queue.Inflight(t, id), token) {
 				t.Errorf("token %s was lost", token)
 			}
 		}
@@ -256,17 +259,17 @@ func TestPausedMaintainer(t *testing.T) {
 func TestManyWebhooks(t *testing.T) {
 	forEachLock(t, 1, func(t *testing.T, s lockServers) {
 		const webhooks, length = 64, 48
-		queue := startRedis(t)
+		queue := rig.StartRedis(t)
 		id := freshID()
-		c := testConfig(queue.address)
+		c := testConfig(queue.Address)
 		s.configure(&c)
 		lockers := make([]*countingLocker, webhooks)
 		start := make(chan struct{})
 		admitted := make(chan string, webhooks)
 		var wg sync.WaitGroup
 		for i := range webhooks {
-			one := testSemaphores(t, queue.address)
-			must(t, one.locks.close())
+			one := testSemaphores(t, queue.Address)
+			rig.Must(t, one.locks.close())
 			lockers[i] = &countingLocker{locker: newLocker(c.sharedConfig, lockConnections)}
 			one.locks = lockers[i]
 			wg.Go(func() {
@@ -291,6 +294,6 @@ func TestManyWebhooks(t *testing.T) {
 		if len(admitted) != length || locked < 1 || locked > 12 {
 			t.Errorf("%d admitted, the lock was taken %d times", len(admitted), locked)
 		}
-		queue.wantCounts(t, id, 0, length)
+		queue.WantCounts(t, id, 0, length)
 	})
 }

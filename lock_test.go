@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 func TestLock(t *testing.T) {
@@ -17,8 +19,8 @@ func TestLock(t *testing.T) {
 		ctx := context.Background()
 		l, another := s.newLocker(), s.newLocker()
 		t.Cleanup(func() {
-			must(t, l.close())
-			must(t, another.close())
+			rig.Must(t, l.close())
+			rig.Must(t, another.close())
 		})
 
 		t.Run("one holder at a time", func(t *testing.T) {
@@ -55,33 +57,33 @@ func TestLock(t *testing.T) {
 			for range 20 {
 				for _, l := range []locker{l, another} {
 					unlock, err := l.tryLock(ctx, "lock/{free}", time.Minute)
-					must(t, err)
+					rig.Must(t, err)
 					wantTaken(t, l, "lock/{free}")
-					must(t, unlock(ctx))
+					rig.Must(t, unlock(ctx))
 				}
 			}
 		})
 
 		t.Run("expires by itself", func(t *testing.T) {
 			unlock, err := l.tryLock(ctx, "lock/{expires}", time.Second)
-			must(t, err)
+			rig.Must(t, err)
 			wantTaken(t, another, "lock/{expires}")
 			second := lockWithin(t, another, "lock/{expires}", time.Minute)
-			must(t, unlock(ctx)) // leaves the other's alone
+			rig.Must(t, unlock(ctx)) // leaves the other's alone
 			wantTaken(t, l, "lock/{expires}")
-			must(t, second(ctx))
+			rig.Must(t, second(ctx))
 		})
 
 		t.Run("late unlock", func(t *testing.T) {
 			unlock, err := l.tryLock(ctx, "lock/{late}", time.Minute)
-			must(t, err)
+			rig.Must(t, err)
 			s.expire(t, "lock/{late}")
-			must(t, unlock(ctx)) // as good as unlocked
+			rig.Must(t, unlock(ctx)) // as good as unlocked
 			second, err := another.tryLock(ctx, "lock/{late}", time.Minute)
-			must(t, err)
-			must(t, unlock(ctx))
+			rig.Must(t, err)
+			rig.Must(t, unlock(ctx))
 			wantTaken(t, l, "lock/{late}")
-			must(t, second(ctx))
+			rig.Must(t, second(ctx))
 		})
 
 		t.Run("cancelled before", func(t *testing.T) {
@@ -89,11 +91,11 @@ func TestLock(t *testing.T) {
 			cancel()
 			// The attempt may be over before it is seen that nobody waits for it.
 			if unlock, err := l.tryLock(ctx, "lock/{cancelled}", time.Minute); err == nil {
-				must(t, unlock(context.Background()))
+				rig.Must(t, unlock(context.Background()))
 			} else if !errors.Is(err, context.Canceled) {
 				t.Errorf("got %v", err)
 			}
-			must(t, lockWithin(t, another, "lock/{cancelled}", time.Minute)(context.Background()))
+			rig.Must(t, lockWithin(t, another, "lock/{cancelled}", time.Minute)(context.Background()))
 		})
 
 		t.Run("cancelled while a server hangs", func(t *testing.T) {
@@ -112,12 +114,12 @@ func TestLock(t *testing.T) {
 			for i := range s.addresses() {
 				s.resume(t, i)
 			}
-			must(t, lockWithin(t, another, "lock/{hangs}", time.Minute)(context.Background()))
+			rig.Must(t, lockWithin(t, another, "lock/{hangs}", time.Minute)(context.Background()))
 		})
 
 		t.Run("unreachable", func(t *testing.T) {
 			unlock, err := l.tryLock(ctx, "lock/{unreachable}", time.Minute)
-			must(t, err)
+			rig.Must(t, err)
 			for i := range s.addresses() {
 				s.kill(i)
 			}
@@ -143,7 +145,7 @@ func TestLockLeavesNothing(t *testing.T) {
 func wantNothingLeft(t *testing.T, s lockServers) {
 	before := runtime.NumGoroutine()
 	l := s.newLocker()
-	must(t, lockWithin(t, l, "lock/{first}", time.Minute)(context.Background()))
+	rig.Must(t, lockWithin(t, l, "lock/{first}", time.Minute)(context.Background()))
 	inUse := runtime.NumGoroutine()
 	var wg sync.WaitGroup
 	var locked, cancelled atomic.Int32
@@ -177,7 +179,7 @@ func wantNothingLeft(t *testing.T, s lockServers) {
 	}
 	wantNoMore := func(goroutines int) {
 		t.Helper()
-		eventually(t, 10*time.Second, func() error {
+		rig.Eventually(t, 10*time.Second, func() error {
 			if n := runtime.NumGoroutine(); n > goroutines {
 				return fmt.Errorf("%d goroutines, %d before\n%s", n, goroutines, stacks())
 			}
@@ -185,7 +187,7 @@ func wantNothingLeft(t *testing.T, s lockServers) {
 		})
 	}
 	wantNoMore(inUse)
-	must(t, l.close())
+	rig.Must(t, l.close())
 	wantNoMore(before)
-	eventually(t, 10*time.Second, s.connectionsLeft)
+	rig.Eventually(t, 10*time.Second, s.connectionsLeft)
 }

@@ -5,6 +5,8 @@ import (
 	"context"
 	"strings"
 	"testing"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // runArgs runs the program in this process and returns what a user sees.
@@ -113,7 +115,7 @@ func TestSecretsComeFromTheEnvironment(t *testing.T) {
 		t.Errorf("without a Secret for the sidecars: %v", err)
 	}
 	c, err := parseWebhookConfig([]string{"--sidecar-redis-secret=redis"}, getenv)
-	must(t, err)
+	rig.Must(t, err)
 	if c.redis != (redisSettings{username: "hook", password: "pa55word"}) {
 		t.Errorf("credentials %v", c.redis)
 	}
@@ -127,7 +129,7 @@ func TestSecretsComeFromTheEnvironment(t *testing.T) {
 func TestBoolFlag(t *testing.T) {
 	for arg, want := range map[string]bool{"--enable-sidecar-containers": true, "--enable-sidecar-containers=false": false, "--port=1": true} {
 		c, err := parseWebhookConfig([]string{arg}, func(string) string { return "" })
-		must(t, err)
+		rig.Must(t, err)
 		if c.enableSidecarContainers != want {
 			t.Errorf("%s: %t", arg, c.enableSidecarContainers)
 		}

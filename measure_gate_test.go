@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // The cost of gates: many pods of many semaphores that are all full, one process that stands in line for them; how soon those that come
@@ -31,10 +32,10 @@ func TestMeasureGate(t *testing.T) {
 	wantInLine := func(want int) (took time.Duration) {
 		t.Helper()
 		start := time.Now()
-		eventually(t, 2*time.Minute, func() error {
+		rig.Eventually(t, 2*time.Minute, func() error {
 			total := 0
 			for _, id := range ids {
-				n, err := redis.Int(g.redis.control.Do("ZCARD", id.waitersKey()))
+				n, err := redis.Int(g.redis.Control.Do("ZCARD", id.waitersKey()))
 				if err != nil {
 					return err
 				}
@@ -58,25 +59,25 @@ func TestMeasureGate(t *testing.T) {
 	joined := wantInLine(len(names))
 	t.Logf("%d pods of %d semaphores were created in %s; all stood in line %s later", len(names), semaphores, created.Round(time.Millisecond), joined.Round(time.Millisecond))
 
-	redisBefore, gateBefore, start := cpu(t, g.redis.cmd), cpu(t, p.Cmd), time.Now()
+	redisBefore, gateBefore, start := g.redis.CPU(t), p.CPU(t), time.Now()
 	time.Sleep(over) // what is measured is the cost of this
 	elapsed := time.Since(start).Seconds()
 	percent := func(d time.Duration) string { return fmt.Sprintf("%.1f %%", 100*d.Seconds()/elapsed) }
-	t.Logf("they cost %s of a processor in Redis, and %s in gate, which has %d KB resident (VmRSS), %d of them its own (RssAnon)", percent(cpu(t, g.redis.cmd)-redisBefore),
-		percent(cpu(t, p.Cmd)-gateBefore), memory(t, p.Cmd, "VmRSS"), memory(t, p.Cmd, "RssAnon"))
+	t.Logf("they cost %s of a processor in Redis, and %s in gate, which has %d KB resident (VmRSS), %d of them its own (RssAnon)", percent(g.redis.CPU(t)-redisBefore),
+		percent(p.CPU(t)-gateBefore), p.Memory(t, "VmRSS"), p.Memory(t, "RssAnon"))
 	wantInLine(len(names))
 
 	var lifted []time.Duration
 	for n, token := range holders[:50] {
 		id := ids[n/length]
 		g.id = id
-		next, err := redis.Strings(g.redis.control.Do("ZRANGE", id.waitersKey(), 0, 0))
-		must(t, err)
+		next, err := redis.Strings(g.redis.Control.Do("ZRANGE", id.waitersKey(), 0, 0))
+		rig.Must(t, err)
 		start := time.Now()
 		giveBack(t, g.owner, id, token)
-		eventually(t, 20*time.Second, func() error {
+		rig.Eventually(t, 20*time.Second, func() error {
 			for _, name := range names {
-				if q, status := g.api.store.get(id.namespace, name); status == nil && string(q.UID) == next[0] {
+				if q, status := g.api.Store.Get(id.namespace, name); status == nil && string(q.UID) == next[0] {
 					if len(q.Spec.SchedulingGates) > 0 {
 						return errors.New("not lifted")
 					}
@@ -93,13 +94,13 @@ func TestMeasureGate(t *testing.T) {
 	left := len(names) - len(lifted)
 	gone := 0
 	for _, name := range names {
-		if q, status := g.api.store.get(ids[0].namespace, name); status == nil && len(q.Spec.SchedulingGates) > 0 && gone < left/2 {
-			g.api.deletePod(t, ids[0].namespace, name)
+		if q, status := g.api.Store.Get(ids[0].namespace, name); status == nil && len(q.Spec.SchedulingGates) > 0 && gone < left/2 {
+			g.api.DeletePod(t, ids[0].namespace, name)
 			gone++
 		}
 	}
 	t.Logf("%d were deleted; %s later they had left the line", gone, wantInLine(left-gone).Round(time.Millisecond))
-	for line := range strings.Lines(p.log.String()) {
+	for line := range strings.Lines(p.Log.String()) {
 		if strings.Contains(line, `"level":"WARN"`) && !strings.Contains(line, "events of pods left out") { // so many at once
 			t.Errorf("it warned: %s", line)
 		}

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // samples are the metrics of a scrape, by name and labels as they stand there.
@@ -52,7 +54,7 @@ func (w *testWebhook) scrape(t *testing.T) samples {
 func (w *testWebhook) watchCertificate(t *testing.T, dir string) *certificate {
 	t.Helper()
 	cert, err := loadCertificate(dir, slog.New(slog.DiscardHandler))
-	must(t, err)
+	rig.Must(t, err)
 	w.semaphores.metrics.watchCertificate(cert)
 	return cert
 }
@@ -68,11 +70,11 @@ func (s samples) want(t *testing.T, want map[string]float64) {
 }
 
 func TestMetrics(t *testing.T) {
-	forOneServer(t)
-	r := startRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	rig.SkipUnderSentinel(t)
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	dir := t.TempDir()
-	writeCertificate(t, dir, 1)
+	rig.WriteCertificate(t, dir, 1)
 	cert := w.watchCertificate(t, dir)
 	before := w.scrape(t)
 	before.want(t, map[string]float64{
@@ -86,11 +88,11 @@ func TestMetrics(t *testing.T) {
 	w.wantAdmitted(t, id, 2)
 	w.wantAdmitted(t, id, 2)
 	w.wantFull(t, id, 2, 2)
-	w.admit(t, review(t, id, -1))
+	w.admit(t, rig.Review(t, id, -1))
 	if status, text, err := w.post(t.Context(), []byte("{"), ""); err != nil || status != http.StatusBadRequest {
 		t.Errorf("%d %s, %v", status, text, err)
 	}
-	eventually(t, 5*time.Second, func() error { // the lock is freed in the background
+	rig.Eventually(t, 5*time.Second, func() error { // the lock is freed in the background
 		if n := w.scrape(t)[metricsPrefix+"lock_held_seconds_count"]; n != 1 {
 			return fmt.Errorf("%v locks were freed", n)
 		}
@@ -114,19 +116,19 @@ func TestMetrics(t *testing.T) {
 	}
 
 	// Stale tokens are reclaimed.
-	for _, token := range r.inflight(t, id) {
-		r.do(t, "ZADD", id.inflightKey(), 1, token)
+	for _, token := range r.Inflight(t, id) {
+		r.Do(t, "ZADD", id.inflightKey(), 1, token)
 	}
-	r.askedLongAgo(t, id)
+	r.ForgetLength(t, id)
 	w.wantAdmitted(t, id, 2)
 	w.scrape(t).want(t, map[string]float64{`repaired_tokens_total{action="reclaimed"}`: 2})
 
 	// What Redis answers is counted by its kind.
-	r.do(t, "CONFIG", "SET", "min-replicas-to-write", 1)
-	if status, text, err := w.post(t.Context(), review(t, freshID(), 2), "1s"); err != nil || status != http.StatusInternalServerError {
+	r.Do(t, "CONFIG", "SET", "min-replicas-to-write", 1)
+	if status, text, err := w.post(t.Context(), rig.Review(t, freshID(), 2), "1s"); err != nil || status != http.StatusInternalServerError {
 		t.Errorf("%d %s, %v", status, text, err)
 	}
-	r.do(t, "CONFIG", "SET", "min-replicas-to-write", 0)
+	r.Do(t, "CONFIG", "SET", "min-replicas-to-write", 0)
 	after := w.scrape(t)
 	if n := after[metricsPrefix+`redis_errors_total{kind="NOREPLICAS"}`]; n < 1 {
 		t.Errorf("NOREPLICAS was counted %v times", n)
@@ -136,15 +138,15 @@ func TestMetrics(t *testing.T) {
 
 // Each kind of error is told from the others, and no kind is made up.
 func TestKindsOfErrors(t *testing.T) {
-	r := startRedis(t)
-	s := testSemaphores(t, r.address)
-	r.do(t, "ACL", "SETUSER", "default", "-zadd")
+	r := rig.StartRedis(t)
+	s := testSemaphores(t, r.Address)
+	r.Do(t, "ACL", "SETUSER", "default", "-zadd")
 	_, err := s.heartbeat(t.Context(), freshID(), "token", "", 0)
 	if kind := kindOfError(err); err == nil || kind != "NOPERM" {
 		t.Errorf("%v is a %s", err, kind)
 	}
-	r.do(t, "ACL", "SETUSER", "default", "+zadd")
-	r.stop()
+	r.Do(t, "ACL", "SETUSER", "default", "+zadd")
+	r.Stop()
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	_, err = s.heartbeat(ctx, freshID(), "token", "", 0)

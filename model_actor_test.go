@@ -1,6 +1,10 @@
 package main
 
-import "strconv"
+import (
+	"strconv"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+)
 
 // actor is a process of a pod that asks for a token, or has one.
 type actor struct {
@@ -60,7 +64,7 @@ func (w *world) answered(p *actor, a answer) {
 	}
 	p.waiting, p.due = true, w.now+p.pace
 	at, err := strconv.Atoi(a.place.arrival)
-	must(w.test, err)
+	rig.Must(w.test, err)
 	p.arrival = at
 }
 

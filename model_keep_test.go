@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	"pgregory.net/rapid"
 )
 
@@ -26,7 +27,7 @@ func (w *world) playHold() {
 	}
 	var lost []string
 	_, err := redis.Scan(rest, &lost)
-	must(w.test, err)
+	rig.Must(w.test, err)
 	if !slices.Equal(lost, want) {
 		w.fail("to hold all tells that %v are lost, want %v", lost, want)
 	}
@@ -118,7 +119,7 @@ func (w *world) checkKept(rest []any, d dump, wantHeld []string) {
 	var served, held []string
 	var joined []any
 	_, err := redis.Scan(rest, &created, &inUse, &waiters, &served, &held, &joined)
-	must(w.test, err)
+	rig.Must(w.test, err)
 	if inUse != len(d.inflight) || waiters != len(d.waiters) || !slices.Equal(held, wantHeld) || created != d.state["created"] {
 		w.fail("answered created %d, %d in use, %d waiters, held %v; want %d, %d, %d, %v", created, inUse, waiters, held,
 			d.state["created"], len(d.inflight), len(d.waiters), wantHeld)

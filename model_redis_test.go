@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // The model moves time without waiting for it. To a script, time that passes, and a clock that is set, are the same: what is stored
@@ -90,7 +91,7 @@ var realScripts = modelScripts{acquireScript, maintainScript, heartbeatScript, r
 // store is the Redis side of the model: one semaphore, time that is moved by hand, and a replica that may take over.
 type store struct {
 	test    *testing.T
-	redis   *redisServer
+	redis   *rig.Redis
 	s       *semaphores
 	scripts modelScripts
 	ears    redis.PubSubConn // where waiters hear that they are called
@@ -109,8 +110,8 @@ func (s *store) replica() []any {
 // shift moves all stored times.
 func (s *store) shift(seconds int) {
 	keys := append(s.id.keys(), s.replica()...)
-	_, err := modelShift.Do(s.redis.control, append(keys, seconds)...)
-	must(s.test, err)
+	_, err := modelShift.Do(s.redis.Control, append(keys, seconds)...)
+	rig.Must(s.test, err)
 }
 
 // ticks returns how many seconds the real clock has moved on since it was asked last. It waits where the second is about to change.
@@ -144,7 +145,7 @@ func (s *store) run(script *script, args ...any) (status int, rest []any, late i
 		}
 		var err error
 		status, rest, err = s.s.attempt(context.Background(), serverOf(s.test, s.s, s.id), time.Minute, script, s.id, args)
-		must(s.test, err)
+		rig.Must(s.test, err)
 	}
 	clock := &serverOf(s.test, s.s, s.id).clock
 	clock.mu.Lock()
@@ -158,10 +159,10 @@ func (s *store) run(script *script, args ...any) (status int, rest []any, late i
 func (s *store) runLate(script *script, by time.Duration, args ...any) (status int) {
 	deadline := time.Now().Add(-by).UnixMicro()
 	all := append(s.id.keys(), deadline, seconds(s.s.heartbeatInterval), seconds(s.s.staleThreshold), s.s.timeToLive())
-	values, err := redis.Values(script.made().Do(s.redis.control, append(all, args...)...))
-	must(s.test, err)
+	values, err := redis.Values(script.made().Do(s.redis.Control, append(all, args...)...))
+	rig.Must(s.test, err)
 	_, err = redis.Scan(values, &status)
-	must(s.test, err)
+	rig.Must(s.test, err)
 	return status
 }
 
@@ -171,8 +172,8 @@ func (s *store) deafen()             { s.hear("UNSUBSCRIBE") }
 
 // hear sends a command to the connection that listens, and returns in which channels somebody was called before it was answered.
 func (s *store) hear(command string, args ...any) map[string]bool {
-	must(s.test, s.ears.Conn.Send(command, args...))
-	must(s.test, s.ears.Conn.Flush())
+	rig.Must(s.test, s.ears.Conn.Send(command, args...))
+	rig.Must(s.test, s.ears.Conn.Flush())
 	called := map[string]bool{}
 	for {
 		switch reply := s.ears.Receive().(type) {
@@ -187,7 +188,7 @@ func (s *store) hear(command string, args ...any) map[string]bool {
 		case redis.Pong:
 			return called
 		case error:
-			must(s.test, reply)
+			rig.Must(s.test, reply)
 		}
 	}
 }
@@ -195,25 +196,25 @@ func (s *store) hear(command string, args ...any) map[string]bool {
 // replicate brings the replica up to date; failover lets it take over.
 func (s *store) replicate() { s.copy(s.id.keys(), s.replica()) }
 func (s *store) failover()  { s.copy(s.replica(), s.id.keys()) }
-func (s *store) loseAll()   { s.redis.do(s.test, "DEL", s.id.keys()...) }
+func (s *store) loseAll()   { s.redis.Do(s.test, "DEL", s.id.keys()...) }
 
 func (s *store) copy(from, to []any) {
-	s.redis.do(s.test, "DEL", to...)
+	s.redis.Do(s.test, "DEL", to...)
 	for i := range from {
-		s.redis.do(s.test, "COPY", from[i], to[i])
+		s.redis.Do(s.test, "COPY", from[i], to[i])
 	}
 }
 
 func (s *store) dump() (d dump) {
-	values, err := redis.Values(modelDump.Do(s.redis.control, s.id.keys()...))
-	must(s.test, err)
+	values, err := redis.Values(modelDump.Do(s.redis.Control, s.id.keys()...))
+	rig.Must(s.test, err)
 	d.free = int(values[0].(int64))
 	for i, m := range map[int]*map[string]int{1: &d.inflight, 2: &d.waiters, 3: &d.seen, 5: &d.state} {
 		*m, err = redis.IntMap(values[i], nil)
-		must(s.test, err)
+		rig.Must(s.test, err)
 	}
 	names, err := redis.StringMap(values[4], nil)
-	must(s.test, err)
+	rig.Must(s.test, err)
 	d.lengths, d.since, d.pods = map[string]int{}, map[string]int{}, map[string]string{}
 	for field, text := range names {
 		var err error
@@ -224,9 +225,9 @@ func (s *store) dump() (d dump) {
 		} else {
 			d.lengths[field], err = strconv.Atoi(text)
 		}
-		must(s.test, err)
+		rig.Must(s.test, err)
 	}
 	d.expiry, err = redis.Ints(values[6], nil)
-	must(s.test, err)
+	rig.Must(s.test, err)
 	return d
 }

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	"pgregory.net/rapid"
 )
 
@@ -24,19 +25,19 @@ func TestModel(t *testing.T) {
 // newStore is a Redis of its own, with nothing written to the disk.
 func newStore(t *testing.T, scripts modelScripts) store {
 	t.Helper()
-	r := startRedis(t)
-	r.do(t, "CONFIG", "SET", "appendonly", "no")
-	ears, err := redis.Dial("tcp", r.address)
-	must(t, err)
+	r := rig.StartRedis(t)
+	r.Do(t, "CONFIG", "SET", "appendonly", "no")
+	ears, err := redis.Dial("tcp", r.Address)
+	rig.Must(t, err)
 	t.Cleanup(func() { ears.Close() })
-	return store{test: t, redis: r, s: testSemaphores(t, r.address), scripts: scripts, ears: redis.PubSubConn{Conn: ears}}
+	return store{test: t, redis: r, s: testSemaphores(t, r.Address), scripts: scripts, ears: redis.PubSubConn{Conn: ears}}
 }
 
 // playModel plays one random sequence.
 func playModel(t *rapid.T, s store, broken func(rule string)) (commands int) {
 	w := newWorld(t, s, broken)
 	defer func() {
-		s.redis.do(s.test, "DEL", append(w.id.keys(), w.replica()...)...)
+		s.redis.Do(s.test, "DEL", append(w.id.keys(), w.replica()...)...)
 		if w.listening {
 			s.deafen()
 		}

@@ -5,6 +5,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	"pgregory.net/rapid"
 )
 
@@ -125,7 +126,7 @@ func (w *world) ask(p *actor, arrival string) answer {
 	w.note(p.length)
 	status, rest, d := w.command(w.scripts.acquire, p.length, p.token, arrival, p.pod())
 	a, err := parseAnswer(status, rest)
-	must(w.test, err)
+	rig.Must(w.test, err)
 	k := w.known
 	_, held := k.holders[p.token]
 	switch {

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // drawnPanel is a panel of the dashboard, with the data of a real Prometheus.
@@ -30,12 +32,12 @@ type drawnLine struct {
 // its panels have the queries, the titles and the legends of the dashboard.
 func TestDrawDashboard(t *testing.T) {
 	const length, lasts = 3, 4 * time.Minute
-	r, s, _ := newSemaphoreOn(t, startRedis(t))
+	r, s, _ := newSemaphoreOn(t, rig.StartRedis(t))
 	var webhooks []*testWebhook
 	for range 2 {
-		w := startWebhook(t, testConfig(r.address))
+		w := startWebhook(t, testConfig(r.Address))
 		dir := t.TempDir()
-		writeCertificate(t, dir, 1)
+		rig.WriteCertificate(t, dir, 1)
 		w.watchCertificate(t, dir)
 		webhooks = append(webhooks, w)
 	}
@@ -54,16 +56,16 @@ func TestDrawDashboard(t *testing.T) {
 				}
 			}()
 		} else {
-			a, err := webhooks[i%2].tryAdmit(review(t, id, length))
-			must(t, err)
-			if a.allowed && i%30 != 1 { // of some nothing is heard any more
-				time.AfterFunc(works, func() { s.giveBack(id, a.token) })
+			a, err := webhooks[i%2].tryAdmit(rig.Review(t, id, length))
+			rig.Must(t, err)
+			if a.Allowed && i%30 != 1 { // of some nothing is heard any more
+				time.AfterFunc(works, func() { s.giveBack(id, a.Token) })
 			}
 		}
 		rush := 1 + math.Sin(2*math.Pi*time.Since(start).Seconds()/80)
 		_ = sleep(t.Context(), time.Duration((1000-450*rush)*float64(time.Millisecond)))
 	}
-	must(t, os.WriteFile("docs/dashboard.svg", []byte(draw(p.panels(t, start, time.Now()))), 0o644))
+	rig.Must(t, os.WriteFile("docs/dashboard.svg", []byte(draw(p.panels(t, start, time.Now()))), 0o644))
 }
 
 // panels asks for the dashboard's data.
@@ -81,7 +83,7 @@ func (p *prometheusServer) panels(t *testing.T, from, to time.Time) (panels []dr
 					Values [][2]any
 				}
 			}
-			must(t, p.get("query_range", url.Values{"query": {target.query()}, "start": {unix(from)}, "end": {unix(to)}, "step": {"2"}}, &data))
+			rig.Must(t, p.get("query_range", url.Values{"query": {target.query()}, "start": {unix(from)}, "end": {unix(to)}, "step": {"2"}}, &data))
 			for _, r := range data.Result {
 				line := drawnLine{name: target.LegendFormat}
 				for label, value := range r.Metric {

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // prometheusServer is a real Prometheus.
@@ -32,19 +33,19 @@ func startPrometheus(t *testing.T, webhooks ...*testWebhook) *prometheusServer {
 		targets = append(targets, strings.TrimPrefix(server.URL, "http://"))
 	}
 	rules, err := filepath.Abs("deploy/monitoring/rules.yaml")
-	must(t, err)
+	rig.Must(t, err)
 	dir := t.TempDir()
 	config := filepath.Join(dir, "prometheus.yml")
-	must(t, os.WriteFile(config, []byte(fmt.Sprintf(`
+	rig.Must(t, os.WriteFile(config, []byte(fmt.Sprintf(`
 global: {scrape_interval: 1s, evaluation_interval: 1s}
 rule_files: [%q]
 scrape_configs: [{job_name: webhook, static_configs: [{targets: [%s]}]}]
 `, rules, strings.Join(targets, ", "))), 0o600))
-	address := freeAddress(t)
+	address := rig.FreeAddress(t)
 	c := exec.Command("prometheus", "--config.file="+config, "--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address="+address)
-	var log syncBuffer
+	var log rig.Log
 	c.Stderr = &log
-	must(t, c.Start())
+	rig.Must(t, c.Start())
 	t.Cleanup(func() {
 		_ = c.Process.Kill()
 		_ = c.Wait()
@@ -105,9 +106,9 @@ func (t dashboardTarget) query() string {
 func readDashboard(t *testing.T) []dashboardPanel {
 	t.Helper()
 	text, err := os.ReadFile("deploy/monitoring/dashboard.json")
-	must(t, err)
+	rig.Must(t, err)
 	var d struct{ Panels []dashboardPanel }
-	must(t, json.Unmarshal(text, &d))
+	rig.Must(t, json.Unmarshal(text, &d))
 	return d.Panels
 }
 
@@ -119,7 +120,7 @@ func ruleQueries(t *testing.T, p *prometheusServer) map[string]string {
 			Rules []struct{ Name, Query, Health, LastError string }
 		}
 	}
-	must(t, p.get("rules", nil, &data))
+	rig.Must(t, p.get("rules", nil, &data))
 	queries := map[string]string{}
 	for _, g := range data.Groups {
 		for _, r := range g.Rules {
@@ -142,9 +143,9 @@ func TestPrometheus(t *testing.T) {
 	r, _, id, _ := shownSemaphore(t, "prometheus-"+uuid.NewString()[:8])
 	var webhooks []*testWebhook
 	for range 2 {
-		w := startWebhook(t, testConfig(r.address))
+		w := startWebhook(t, testConfig(r.Address))
 		dir := t.TempDir()
-		writeCertificate(t, dir, 1)
+		rig.WriteCertificate(t, dir, 1)
 		w.watchCertificate(t, dir)
 		webhooks = append(webhooks, w)
 	}
@@ -158,7 +159,7 @@ func TestPrometheus(t *testing.T) {
 		}
 	}
 	var started bool
-	eventually(t, 60*time.Second, func() error {
+	rig.Eventually(t, 60*time.Second, func() error {
 		load()
 		series, sum, err := p.query(`sum by (verdict) (rate(at_least_semaphore_admission_duration_seconds_count{verdict="full"}[1m]))`)
 		if err == nil && (series != 1 || sum <= 0) {
@@ -169,7 +170,7 @@ func TestPrometheus(t *testing.T) {
 		}
 		return err
 	})
-	eventually(t, 30*time.Second, func() error {
+	rig.Eventually(t, 30*time.Second, func() error {
 		var data struct {
 			Groups []struct{ Rules []struct{ Health string } }
 		}
@@ -186,7 +187,7 @@ func TestPrometheus(t *testing.T) {
 	asked := 0
 	check := func(what, query string) {
 		asked++
-		eventually(t, 20*time.Second, func() error {
+		rig.Eventually(t, 20*time.Second, func() error {
 			series, _, err := p.query(query)
 			if err == nil && series == 0 {
 				err = errors.New("no data")

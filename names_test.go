@@ -9,78 +9,51 @@ import (
 	"testing"
 	"time"
 
-	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
-
-// names are the pods of a semaphore's tokens, as Redis knows them, each with the time since when it has its token.
-func (s *redisServer) names(t *testing.T, id semaphoreID) map[string]string {
-	t.Helper()
-	names, err := redis.StringMap(s.do(t, "HGETALL", id.namesKey()), nil)
-	must(t, err)
-	pods := map[string]string{}
-	for field, text := range names {
-		if token, ok := strings.CutSuffix(field, "/pod"); ok {
-			pods[token] = text
-		}
-	}
-	return pods
-}
-
-// wantName waits until Redis knows the pod of a token, and returns since when that has it.
-func (s *redisServer) wantName(t *testing.T, id semaphoreID, token, want string) (since string) {
-	t.Helper()
-	eventually(t, 10*time.Second, func() error {
-		var pod string
-		if since, pod, _ = strings.Cut(s.names(t, id)[token], " "); pod != want {
-			return fmt.Errorf("the pod of %s is %q, want %q", token, pod, want)
-		}
-		return nil
-	})
-	return since
-}
 
 // What the webhook knows of a pod is told with its token, and what its sidecar knows with the first heartbeat; that changes nothing of
 // since when it has it. Who is refused hears it.
 func TestHoldersAreNamed(t *testing.T) {
 	r, s, id := newSemaphore(t)
-	w := startWebhook(t, testConfig(r.address))
+	w := startWebhook(t, testConfig(r.Address))
 	token := w.wantAdmitted(t, id, 1)
-	if r.wantName(t, id, token, "web-67d4947b99- ") == "0" {
+	if r.WantPod(t, id, token, "web-67d4947b99- ") == "0" {
 		t.Error("it counts as a waiter")
 	}
-	since := fmt.Sprint(r.now(t) - 14400)
-	r.do(t, "HSET", id.namesKey(), token+"/pod", since+" web-67d4947b99- ")
-	if got, want := w.admit(t, review(t, id, 1)).message, "1 of 1 tokens in use, by web-67d4947b99-... (4 h)"; !strings.HasSuffix(got, want) {
+	since := fmt.Sprint(r.Now(t) - 14400)
+	r.Do(t, "HSET", id.namesKey(), token+"/pod", since+" web-67d4947b99- ")
+	if got, want := w.admit(t, rig.Review(t, id, 1)).Message, "1 of 1 tokens in use, by web-67d4947b99-... (4 h)"; !strings.HasSuffix(got, want) {
 		t.Errorf("refused with %q, want %q", got, want)
 	}
 	t.Setenv("POD_NAME", "web-67d4947b99-x2x9z")
 	t.Setenv("NODE_NAME", "node-1")
-	p := startSidecar(t, r.address, id, token)
-	if got := r.wantName(t, id, token, "web-67d4947b99-x2x9z node-1"); got != since {
+	p := rig.StartSidecar(t, r.Address, id, token)
+	if got := r.WantPod(t, id, token, "web-67d4947b99-x2x9z node-1"); got != since {
 		t.Errorf("it has the token since %s, want %s", got, since)
 	}
-	if got, want := w.admit(t, review(t, id, 1)).message, "1 of 1 tokens in use, by web-67d4947b99-x2x9z (4 h)"; !strings.HasSuffix(got, want) {
+	if got, want := w.admit(t, rig.Review(t, id, 1)).Message, "1 of 1 tokens in use, by web-67d4947b99-x2x9z (4 h)"; !strings.HasSuffix(got, want) {
 		t.Errorf("refused with %q, want %q", got, want)
 	}
 
 	// A holder without a name is known by its token.
 	old := acquire(t, s, id, 2)
-	if got := w.admit(t, review(t, id, 2)).message; !strings.Contains(got, ", "+old) {
+	if got := w.admit(t, rig.Review(t, id, 2)).Message; !strings.Contains(got, ", "+old) {
 		t.Errorf("refused with %q, want %s in it", got, old)
 	}
 	giveBack(t, s, id, old)
 
 	// It is known again when Redis has lost it, with all else.
-	r.do(t, "DEL", id.keys()...)
-	p.wantLog(t, "the token was not in flight (reclaimed as stale, or lost with Redis): counted again")
-	if got := r.wantName(t, id, token, "web-67d4947b99-x2x9z node-1"); got <= since {
+	r.Do(t, "DEL", id.keys()...)
+	p.WantLog(t, "the token was not in flight (reclaimed as stale, or lost with Redis): counted again")
+	if got := r.WantPod(t, id, token, "web-67d4947b99-x2x9z node-1"); got <= since {
 		t.Errorf("it has the token since %s", got)
 	}
 
-	p.signal(t, syscall.SIGTERM)
-	p.wantExit(t, 0)
-	if names := r.names(t, id); len(names) != 0 {
+	p.Signal(t, syscall.SIGTERM)
+	p.WantExit(t, 0)
+	if names := r.Pods(t, id); len(names) != 0 {
 		t.Errorf("given back, and yet known: %v", names)
 	}
 }
@@ -89,23 +62,23 @@ func TestHoldersAreNamed(t *testing.T) {
 func TestWaitersAreNamed(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	holder, _, err := s.acquire(t.Context(), id, "web-a node-1", 1, time.Second)
-	must(t, err)
+	rig.Must(t, err)
 	t.Setenv("POD_NAME", "web-b")
 	t.Setenv("NODE_NAME", "node-2")
 	token := uuid.NewString()
-	p := startWaitingSidecar(t, r.address, id, token, 1)
-	if since := r.wantName(t, id, token, "web-b node-2"); since != "0" {
+	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1)
+	if since := r.WantPod(t, id, token, "web-b node-2"); since != "0" {
 		t.Errorf("it waits, and has the token since %s", since)
 	}
-	if got := p.wantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, "); !strings.Contains(got, "; in use by web-a (") {
+	if got := p.WantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, "); !strings.Contains(got, "; in use by web-a (") {
 		t.Errorf("it waits for %q", got)
 	}
 	giveBack(t, s, id, holder)
-	p.wantLog(t, heldText)
-	if since := r.wantName(t, id, token, "web-b node-2"); since == "0" {
+	p.WantLog(t, heldText)
+	if since := r.WantPod(t, id, token, "web-b node-2"); since == "0" {
 		t.Error("it has the token, and counts as a waiter")
 	}
-	if names := r.names(t, id); len(names) != 1 {
+	if names := r.Pods(t, id); len(names) != 1 {
 		t.Errorf("known are %v", names)
 	}
 }
@@ -115,17 +88,17 @@ func TestReclaimedAreForgotten(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	const stale = 2500
 	live, _, err := s.acquire(t.Context(), id, "live node-1", maxLength, time.Second)
-	must(t, err)
+	rig.Must(t, err)
 	var tokens, names []any
 	for range stale {
 		token := uuid.NewString()
 		tokens, names = append(tokens, 1, token), append(names, token+"/pod", "1 dead node-1")
 	}
-	r.do(t, "ZADD", append([]any{id.inflightKey()}, tokens...)...)
-	r.do(t, "HSET", append([]any{id.namesKey()}, names...)...)
+	r.Do(t, "ZADD", append([]any{id.inflightKey()}, tokens...)...)
+	r.Do(t, "HSET", append([]any{id.namesKey()}, names...)...)
 	maintain(t, s, id, maxLength)
-	r.wantInflight(t, id, live)
-	if names := r.names(t, id); len(names) != 1 || !strings.HasSuffix(names[live], " live node-1") {
+	r.WantInflight(t, id, live)
+	if names := r.Pods(t, id); len(names) != 1 || !strings.HasSuffix(names[live], " live node-1") {
 		t.Errorf("%d names are left, and %q", len(names), names[live])
 	}
 }

@@ -14,13 +14,14 @@ import (
 
 	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // deployedScript is a script of deploy/base/redis-scripts.yaml.
 func deployedScript(t *testing.T, name string) string {
 	t.Helper()
 	text, err := os.ReadFile("deploy/base/redis-scripts.yaml")
-	must(t, err)
+	rig.Must(t, err)
 	_, rest, ok := strings.Cut(string(text), "\n  "+name+": |\n")
 	if !ok {
 		t.Fatalf("there is no script %s", name)
@@ -37,20 +38,20 @@ func deployedScript(t *testing.T, name string) string {
 
 // deployedServers are a Redis for tokens and one for locks, as a pod of deploy/ has them, and the folder of the passwords of namespaces.
 type deployedServers struct {
-	tokens, locks   *redisServer
+	tokens, locks   *rig.Redis
 	scripts, folder string
 }
 
 func startDeployedServers(t *testing.T) *deployedServers {
 	t.Helper()
-	s := &deployedServers{tokens: startRedis(t), locks: startRedis(t), scripts: t.TempDir(), folder: t.TempDir()}
+	s := &deployedServers{tokens: rig.StartRedis(t), locks: rig.StartRedis(t), scripts: t.TempDir(), folder: t.TempDir()}
 	here := strings.NewReplacer("/etc/redis-namespaces", s.folder, "/etc/redis/", s.scripts+"/",
-		"6379", portOf(s.tokens.address), "6380", portOf(s.locks.address))
+		"6379", rig.Port(s.tokens.Address), "6380", rig.Port(s.locks.Address))
 	for _, name := range []string{"namespaces", "namespace"} {
-		must(t, os.WriteFile(filepath.Join(s.scripts, name), []byte(here.Replace(deployedScript(t, name))), 0o600))
+		rig.Must(t, os.WriteFile(filepath.Join(s.scripts, name), []byte(here.Replace(deployedScript(t, name))), 0o600))
 	}
-	for _, server := range []*redisServer{s.tokens, s.locks} {
-		server.do(t, "ACL", append([]any{"SETUSER", namespacesUser, "on", ">" + testPassword}, anys(strings.Fields(namespacesACL))...)...)
+	for _, server := range []*rig.Redis{s.tokens, s.locks} {
+		server.Do(t, "ACL", append([]any{"SETUSER", namespacesUser, "on", ">" + rig.Password}, rig.Anys(strings.Fields(namespacesACL))...)...)
 	}
 	return s
 }
@@ -59,7 +60,7 @@ func startDeployedServers(t *testing.T) *deployedServers {
 func (s *deployedServers) command(script string) *exec.Cmd {
 	cmd := exec.Command("sh", "-c", script)
 	cmd.Dir = s.scripts
-	cmd.Env = append(os.Environ(), "REPLICATION_PASSWORD="+testPassword)
+	cmd.Env = append(os.Environ(), "REPLICATION_PASSWORD="+rig.Password)
 	return cmd
 }
 
@@ -77,8 +78,8 @@ func (s *deployedServers) run(t *testing.T, stdin, script string) string {
 // sidecars are what the sidecars of a namespace can do.
 func (s *deployedServers) sidecars(t *testing.T, namespace, password string) *semaphores {
 	t.Helper()
-	c := testConfig(s.tokens.address)
-	c.queueRedisAddress, c.redisAddresses = mustAddress(s.tokens.address), []string{s.locks.address}
+	c := testConfig(s.tokens.Address)
+	c.queueRedisAddress, c.redisAddresses = mustAddress(s.tokens.Address), []string{s.locks.Address}
 	c.redis = redisSettings{username: namespaceUser(namespace), password: password}
 	return semaphoresOf(t, c)
 }
@@ -93,8 +94,8 @@ func (s *deployedServers) lives(t *testing.T, all *semaphores, namespace string)
 	w := newWaiter(all, id, 1)
 	done := make(chan error, 1)
 	go func() { done <- w.waitOnly(t.Context()) }()
-	eventually(t, 10*time.Second, func() error {
-		line, err := s.tokens.line(id)
+	rig.Eventually(t, 10*time.Second, func() error {
+		line, err := s.tokens.Line(id)
 		if err == nil && !slices.Contains(line, w.token) {
 			err = fmt.Errorf("in line are %v", line)
 		}
@@ -114,15 +115,15 @@ func TestNamespacesAreKeptApart(t *testing.T) {
 	s.run(t, "shop-password\n", "sh namespace shop")
 	s.run(t, "other-password\n", "sh namespace shop-2")
 	shop := s.sidecars(t, "shop", "shop-password")
-	must(t, s.lives(t, shop, "shop"))
-	must(t, s.lives(t, s.sidecars(t, "shop-2", "other-password"), "shop-2"))
+	rig.Must(t, s.lives(t, shop, "shop"))
+	rig.Must(t, s.lives(t, s.sidecars(t, "shop-2", "other-password"), "shop-2"))
 
 	id := semaphoreID{"shop-2", "web"}
-	admin := testConfig(s.tokens.address)
-	admin.queueRedisAddress = mustAddress(s.tokens.address)
+	admin := testConfig(s.tokens.Address)
+	admin.queueRedisAddress = mustAddress(s.tokens.Address)
 	owner := semaphoresOf(t, admin)
 	token := acquire(t, owner, id, 2)
-	must(t, owner.maintain(t.Context(), id, 2, true))
+	rig.Must(t, owner.maintain(t.Context(), id, 2, true))
 	wantDenied := func(what string, err error) {
 		t.Helper()
 		if err == nil || !isDenied(err) {
@@ -157,7 +158,7 @@ func TestNamespacesAreKeptApart(t *testing.T) {
 		wantDenied(fmt.Sprint(command...), err)
 		conn.Close()
 	}
-	s.tokens.wantCounts(t, id, 1, 1)
+	s.tokens.WantCounts(t, id, 1, 1)
 }
 
 // Passwords come, are replaced and go while the servers run: what is connected stays so, and older passwords are good for as long as they
@@ -166,58 +167,57 @@ func TestNamespaceUsersFollowTheirFiles(t *testing.T) {
 	s := startDeployedServers(t)
 	write := func(namespace, passwords string) {
 		t.Helper()
-		must(t, os.WriteFile(filepath.Join(s.folder, namespace), []byte(passwords), 0o600))
+		rig.Must(t, os.WriteFile(filepath.Join(s.folder, namespace), []byte(passwords), 0o600))
 	}
 	wantUsers := func(want ...string) {
 		t.Helper()
-		eventually(t, 20*time.Second, func() error {
-			for _, server := range []*redisServer{s.tokens, s.locks} {
-				users, err := redis.Strings(server.control.Do("ACL", "USERS"))
+		rig.Eventually(t, 20*time.Second, func() error {
+			for _, server := range []*rig.Redis{s.tokens, s.locks} {
+				users, err := redis.Strings(server.Control.Do("ACL", "USERS"))
 				users = slices.DeleteFunc(users, func(u string) bool { return !strings.HasPrefix(u, namespaceUser("")) })
 				slices.Sort(users)
 				if err != nil || !slices.Equal(users, want) {
-					return fmt.Errorf("%s has the users %q, want %q (%v)", server.address, users, want, err)
+					return fmt.Errorf("%s has the users %q, want %q (%v)", server.Address, users, want, err)
 				}
 			}
 			return nil
 		})
 	}
-	follow := &process{Cmd: s.command(". ./namespaces; follow"), done: make(chan struct{})}
-	follow.Stderr = &follow.log
-	follow.start(t)
+	follow := rig.NewProcessOf(s.command(". ./namespaces; follow"))
+	follow.Start(t)
 	write("shop", "first 2026-01-01T00:00:00Z\n")
 	wantUsers("sidecar/shop")
 	ofShop := func(rules string) string {
 		return sorted("user sidecar/shop on >first " + strings.NewReplacer("~lock/* ", "~lock/{shop/*} ", "&waiters/*", "&waiters/{shop/*", "/* ", "/{shop/*} ").Replace(rules))
 	}
-	for server, rules := range map[*redisServer]string{s.tokens: withoutLock(sidecarACL), s.locks: lockACL} {
-		if line := s.run(t, "", ". ./namespaces; users "+portOf(server.address)); sorted(line) != ofShop(rules) {
+	for server, rules := range map[*rig.Redis]string{s.tokens: withoutLock(sidecarACL), s.locks: lockACL} {
+		if line := s.run(t, "", ". ./namespaces; users "+rig.Port(server.Address)); sorted(line) != ofShop(rules) {
 			t.Errorf("in the configuration is\n%s, want\n%s", sorted(line), ofShop(rules))
 		}
 	}
 	old := s.sidecars(t, "shop", "first")
-	must(t, s.lives(t, old, "shop"))
+	rig.Must(t, s.lives(t, old, "shop"))
 	id := semaphoreID{"shop", "held"}
-	connected, err := redis.Dial("tcp", s.tokens.address, redis.DialUsername(namespaceUser("shop")), redis.DialPassword("first"))
-	must(t, err)
+	connected, err := redis.Dial("tcp", s.tokens.Address, redis.DialUsername(namespaceUser("shop")), redis.DialPassword("first"))
+	rig.Must(t, err)
 	defer connected.Close()
 
 	write("shop", "second 2026-01-02T00:00:00Z\nfirst 2026-01-01T00:00:00Z\n")
 	write("blog", "blog\n")
 	wantUsers("sidecar/blog", "sidecar/shop")
-	must(t, errOf(connected.Do("TIME")))
-	must(t, s.lives(t, s.sidecars(t, "shop", "second"), "shop"))
-	must(t, s.lives(t, s.sidecars(t, "shop", "first"), "shop"))
-	must(t, s.lives(t, old, "shop"))
+	rig.Must(t, errOf(connected.Do("TIME")))
+	rig.Must(t, s.lives(t, s.sidecars(t, "shop", "second"), "shop"))
+	rig.Must(t, s.lives(t, s.sidecars(t, "shop", "first"), "shop"))
+	rig.Must(t, s.lives(t, old, "shop"))
 
 	// What was told at once is what the file says later.
 	s.run(t, "third\n", "sh namespace shop")
 	acquire(t, s.sidecars(t, "shop", "third"), id, 1)
-	must(t, errOf(connected.Do("TIME")))
+	rig.Must(t, errOf(connected.Do("TIME")))
 	write("shop", "third 2026-01-03T00:00:00Z\n")
-	must(t, os.Remove(filepath.Join(s.folder, "blog"))) // by mistake
-	eventually(t, 20*time.Second, func() error {
-		conn, err := redis.Dial("tcp", s.locks.address, redis.DialUsername(namespaceUser("shop")), redis.DialPassword("second"))
+	rig.Must(t, os.Remove(filepath.Join(s.folder, "blog"))) // by mistake
+	rig.Eventually(t, 20*time.Second, func() error {
+		conn, err := redis.Dial("tcp", s.locks.Address, redis.DialUsername(namespaceUser("shop")), redis.DialPassword("second"))
 		if err == nil {
 			conn.Close()
 			return errors.New("a password that is gone is good yet")
@@ -225,7 +225,7 @@ func TestNamespaceUsersFollowTheirFiles(t *testing.T) {
 		return nil
 	})
 	wantUsers("sidecar/blog", "sidecar/shop")
-	must(t, s.lives(t, s.sidecars(t, "shop", "third"), "shop"))
+	rig.Must(t, s.lives(t, s.sidecars(t, "shop", "third"), "shop"))
 	if err := s.lives(t, s.sidecars(t, "shop", "second"), "shop"); err == nil || !strings.Contains(err.Error(), "WRONGPASS") {
 		t.Errorf("with a password that is gone: %v", err)
 	}
@@ -241,19 +241,19 @@ func TestNamespaceUsersFollowTheirFiles(t *testing.T) {
 // Whoever creates a pod in a namespace that was forgotten hears the command that is missing, and nobody hears it where users are made
 // by other means.
 func TestForgottenNamespace(t *testing.T) {
-	r := startRedis(t)
+	r := rig.StartRedis(t)
 	setUser := func(name string, rules ...string) {
 		t.Helper()
-		r.do(t, "ACL", append([]any{"SETUSER", name, "on", ">" + testPassword}, anys(strings.Fields(strings.Join(rules, " ")))...)...)
+		r.Do(t, "ACL", append([]any{"SETUSER", name, "on", ">" + rig.Password}, rig.Anys(strings.Fields(strings.Join(rules, " ")))...)...)
 	}
 	setUser("webhook", webhookACL, "+role +cluster|slots")
-	c := testConfig(r.address)
-	c.redis = redisSettings{username: "webhook", password: testPassword}
+	c := testConfig(r.Address)
+	c.redis = redisSettings{username: "webhook", password: rig.Password}
 	c.sidecarRedisSecret = "redis"
 	warned := func(c webhookConfig) (w *testWebhook, warnings string) {
 		t.Helper()
 		w = startWebhook(t, c)
-		return w, strings.Join(w.admit(t, review(t, semaphoreID{"shop", uuid.NewString()}, 1)).warnings, "; ")
+		return w, strings.Join(w.admit(t, rig.Review(t, semaphoreID{"shop", uuid.NewString()}, 1)).Warnings, "; ")
 	}
 	want := fmt.Sprintf(warningForgotten, "shop")
 	for _, step := range []struct {
@@ -266,7 +266,7 @@ func TestForgottenNamespace(t *testing.T) {
 		{"another namespace's user", func() { setUser(namespaceUser("shop-2")) }, want},
 		{"a user of no namespace", func() { setUser("sidecar") }, want},
 		{"its own user", func() { setUser(namespaceUser("shop")) }, ""},
-		{"users made by other means", func() { r.do(t, "ACL", "DELUSER", namespacesUser, namespaceUser("shop")) }, ""},
+		{"users made by other means", func() { r.Do(t, "ACL", "DELUSER", namespacesUser, namespaceUser("shop")) }, ""},
 	} {
 		step.do()
 		if _, got := warned(c); got != step.want {
@@ -279,25 +279,25 @@ func TestForgottenNamespace(t *testing.T) {
 		c.whenFull = whenFull
 		if w, got := warned(c); !strings.HasPrefix(got, want) {
 			t.Errorf("%s: warned of %q", whenFull, got)
-		} else if a := w.admit(t, review(t, semaphoreID{"shop", "job"}, 1, asJob)); len(a.warnings) == 0 || a.warnings[0] != want {
-			t.Errorf("of a Job: warned of %q", a.warnings)
+		} else if a := w.admit(t, rig.Review(t, semaphoreID{"shop", "job"}, 1, asJob)); len(a.Warnings) == 0 || a.Warnings[0] != want {
+			t.Errorf("of a Job: warned of %q", a.Warnings)
 		}
 	}
 
 	// A webhook that runs notices it, and asks seldom.
 	w, _ := warned(c)
 	setUser(namespaceUser("shop"))
-	eventually(t, 10*time.Second, func() error {
-		if a := w.admit(t, review(t, semaphoreID{"shop", "web"}, 1000)); strings.Contains(strings.Join(a.warnings, "; "), want) {
+	rig.Eventually(t, 10*time.Second, func() error {
+		if a := w.admit(t, rig.Review(t, semaphoreID{"shop", "web"}, 1000)); strings.Contains(strings.Join(a.Warnings, "; "), want) {
 			return errors.New("warned yet")
 		}
 		return nil
 	})
-	before := commandCalls(t, r)["acl|users"]
+	before := r.CommandCalls(t)["acl|users"]
 	for range 20 {
-		w.admit(t, review(t, semaphoreID{"shop", "web"}, 1000))
+		w.admit(t, rig.Review(t, semaphoreID{"shop", "web"}, 1000))
 	}
-	if n := commandCalls(t, r)["acl|users"] - before; n > 0 {
+	if n := r.CommandCalls(t)["acl|users"] - before; n > 0 {
 		t.Errorf("asked %d times for 20 pods", n)
 	}
 }
@@ -316,7 +316,7 @@ case "$*" in
 *" clock "*) echo 2026-01-01T00:00:00Z ;;
 esac
 `
-	must(t, os.WriteFile(filepath.Join(folder, "kubectl"), []byte(strings.Replace(kubectl, "told", filepath.Join(folder, "told"), 1)), 0o700))
+	rig.Must(t, os.WriteFile(filepath.Join(folder, "kubectl"), []byte(strings.Replace(kubectl, "told", filepath.Join(folder, "told"), 1)), 0o700))
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "sh", "deploy/namespace.sh", "shop")

@@ -10,6 +10,7 @@ import (
 
 	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // briefSemaphore is a semaphore whose holders are known to be gone or back within seconds.
@@ -24,11 +25,11 @@ func briefSemaphore(t *testing.T) *lineUp {
 func (l *lineUp) beat(t *testing.T, token string) {
 	t.Helper()
 	rejoined, err := l.s.heartbeat(context.Background(), l.id, token, "", 0)
-	must(t, err)
+	rig.Must(t, err)
 	if !rejoined {
 		t.Fatalf("%s was in flight", token)
 	}
-	if slices.Contains(l.r.mustLine(t, l.id), token) {
+	if slices.Contains(l.r.MustLine(t, l.id), token) {
 		t.Errorf("%s is in flight and in line", token)
 	}
 }
@@ -66,9 +67,9 @@ func (l *lineUp) backup(t *testing.T) backup {
 	t.Helper()
 	b := backup{}
 	for _, key := range l.id.keys() {
-		dump, err := redis.Bytes(l.r.control.Do("DUMP", key))
+		dump, err := redis.Bytes(l.r.Control.Do("DUMP", key))
 		if !errors.Is(err, redis.ErrNil) {
-			must(t, err)
+			rig.Must(t, err)
 			b[key.(string)] = dump
 		}
 	}
@@ -78,12 +79,12 @@ func (l *lineUp) backup(t *testing.T) backup {
 // restore makes Redis lose its last writes.
 func (l *lineUp) restore(t *testing.T, b backup) {
 	t.Helper()
-	must(t, l.r.control.Send("MULTI"))
-	must(t, l.r.control.Send("DEL", l.id.keys()...))
+	rig.Must(t, l.r.Control.Send("MULTI"))
+	rig.Must(t, l.r.Control.Send("DEL", l.id.keys()...))
 	for key, dump := range b {
-		must(t, l.r.control.Send("RESTORE", key, 0, dump))
+		rig.Must(t, l.r.Control.Send("RESTORE", key, 0, dump))
 	}
-	l.r.do(t, "EXEC")
+	l.r.Do(t, "EXEC")
 }
 
 // One token too many in flight, whatever the reason: those in line stay there, in their order, and are called.
@@ -95,14 +96,14 @@ func TestOneTooManyInFlightKeepsTheOrder(t *testing.T) {
 	}{
 		"a holder comes back late": {2, func(t *testing.T, l *lineUp) {
 			late := l.holding[0]
-			l.r.makeStale(t, l.id, late.token)
+			l.r.MakeStale(t, l.id, late.token)
 			p := l.waiting[0]
 			wantDone(t, p.done)
 			l.waiting, l.holding = l.waiting[1:], append(l.holding[1:], p, late)
 			l.beat(t, late.token)
 		}},
 		"Redis has lost all": {2, func(t *testing.T, l *lineUp) {
-			l.r.do(t, "DEL", l.id.keys()...)
+			l.r.Do(t, "DEL", l.id.keys()...)
 			l.hold(t, 2) // the first that asks cannot know it
 			for _, p := range l.holding[:2] {
 				l.beat(t, p.token)
@@ -132,7 +133,7 @@ func (l *lineUp) rollBack(t *testing.T, waiting ...int) (holder linePod) {
 	giveBack(t, l.s, l.id, former)
 	b := l.backup(t)
 	a, err := l.s.ask(t.Context(), l.id, question{token, 1, joinLine, ""})
-	must(t, err)
+	rig.Must(t, err)
 	if a.status != acquireTaken {
 		t.Fatalf("the first in line got %+v", a)
 	}
@@ -164,7 +165,7 @@ func TestRolledBackTake(t *testing.T) {
 		},
 		"and another was served before the holder was back": func(t *testing.T, l *lineUp) {
 			holder, next := l.rollBack(t, 1, 1, 1), l.waiting[0]
-			l.r.unseen(t, l.id, holder.token, 15*time.Second)
+			l.r.Unseen(t, l.id, holder.token, 15*time.Second)
 			wantDone(t, next.done)
 			l.beat(t, holder.token)
 			l.holding, l.waiting = []linePod{next, holder}, l.waiting[1:]
@@ -187,16 +188,16 @@ func TestNewcomersAfterALossOfData(t *testing.T) {
 	l.s.heartbeatInterval = 30 * time.Second
 	l.hold(t, 1)
 	l.join(t, 1, 1, 1)
-	l.r.do(t, "DEL", l.id.keys()...)
-	eventually(t, 20*time.Second, func() error {
-		if len(l.r.mustLine(t, l.id)) == 0 {
+	l.r.Do(t, "DEL", l.id.keys()...)
+	rig.Eventually(t, 20*time.Second, func() error {
+		if len(l.r.MustLine(t, l.id)) == 0 {
 			return errors.New("nobody in line is back")
 		}
 		return nil
 	})
 	wantFullError(t, l.s, l.id, 1, 0)
 	a, err := l.s.ask(t.Context(), l.id, question{uuid.NewString(), 1, joinLine, ""})
-	must(t, err)
+	rig.Must(t, err)
 	if a.status != acquireFull {
 		t.Errorf("a later waiter got %+v", a)
 	}
@@ -238,7 +239,7 @@ func TestNobodyOvertakesWhilePodsArePaused(t *testing.T) {
 			return err
 		}
 		if pause {
-			if err := r.tryMakeStale(id, w.token); err != nil {
+			if err := r.TryMakeStale(id, w.token); err != nil {
 				return err
 			}
 			if err := sleep(ctx, pollMost+time.Second); err != nil {
@@ -263,7 +264,7 @@ func TestNobodyOvertakesWhilePodsArePaused(t *testing.T) {
 	var wg sync.WaitGroup
 	end := time.Now().Add(over)
 	for range pods {
-		s := testSemaphores(t, r.address)
+		s := testSemaphores(t, r.Address)
 		wg.Go(func() {
 			for time.Now().Before(end) {
 				if err := pod(s); err != nil {

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	jsonpatch "gopkg.in/evanphx/json-patch.v4"
 	corev1 "k8s.io/api/core/v1"
 )
@@ -23,7 +24,7 @@ const testToken = "b7a1f0de-8a0e-4b0c-9d52-0a3c1a7de001"
 func mustInject(t testing.TB, c webhookConfig) *injector {
 	t.Helper()
 	i, err := newInjector(c)
-	must(t, err)
+	rig.Must(t, err)
 	return i
 }
 
@@ -31,13 +32,13 @@ func mustInject(t testing.TB, c webhookConfig) *injector {
 func patched(t *testing.T, c webhookConfig, object []byte, token string) map[string]any {
 	t.Helper()
 	p := new(pod)
-	must(t, json.Unmarshal(object, p))
+	rig.Must(t, json.Unmarshal(object, p))
 	patch, err := jsonpatch.DecodePatch(mustInject(t, c).patch(p, testID, testSpec, token))
-	must(t, err)
+	rig.Must(t, err)
 	result, err := patch.Apply(object)
-	must(t, err)
+	rig.Must(t, err)
 	var m map[string]any
-	must(t, json.Unmarshal(result, &m))
+	rig.Must(t, json.Unmarshal(result, &m))
 	return m
 }
 
@@ -49,17 +50,17 @@ func containers(p map[string]any, list string) []any {
 // fixtures are the pods of real admission reviews, as JSON.
 func fixtures(t *testing.T) map[string][]byte {
 	t.Helper()
-	files, err := filepath.Glob("testdata/admission-reviews/*.json")
-	must(t, err)
+	files, err := filepath.Glob("test/testdata/admission-reviews/*.json")
+	rig.Must(t, err)
 	if len(files) < 6 {
 		t.Fatalf("only %d admission reviews", len(files))
 	}
 	pods := map[string][]byte{}
 	for _, f := range files {
 		body, err := os.ReadFile(f)
-		must(t, err)
+		rig.Must(t, err)
 		r, err := decodeReview(body)
-		must(t, err)
+		rig.Must(t, err)
 		pods[filepath.Base(f)] = r.Object
 	}
 	return pods
@@ -117,7 +118,7 @@ func wantAwait() map[string]any {
 func withUnknownFields(t *testing.T, object []byte) []byte {
 	t.Helper()
 	var p map[string]any
-	must(t, json.Unmarshal(object, &p))
+	rig.Must(t, json.Unmarshal(object, &p))
 	spec := p["spec"].(map[string]any)
 	spec["ofTheFuture"] = map[string]any{"exact": 12345678901234.0, "null": nil, "list": []any{1.0, "a", map[string]any{}}}
 	for _, list := range []string{"containers", "initContainers"} {
@@ -127,7 +128,7 @@ func withUnknownFields(t *testing.T, object []byte) []byte {
 	}
 	p["metadata"].(map[string]any)["ofTheFuture"] = "x"
 	out, err := json.Marshal(p)
-	must(t, err)
+	rig.Must(t, err)
 	return out
 }
 
@@ -171,7 +172,7 @@ func TestPatchApplied(t *testing.T) {
 					delete(got["spec"].(map[string]any), list)
 				}
 				var original map[string]any
-				must(t, json.Unmarshal(withUnknownFields(t, fixtures(t)[name]), &original))
+				rig.Must(t, json.Unmarshal(withUnknownFields(t, fixtures(t)[name]), &original))
 				if !reflect.DeepEqual(got, original) {
 					t.Errorf("%s, native %t: the rest is\n%v, want\n%v", name, native, got, original)
 				}
@@ -224,15 +225,15 @@ func TestPatchReplacesSidecarsAnywhere(t *testing.T) {
 func TestSidecarContainerIsValid(t *testing.T) {
 	sidecar, _ := sidecarContainer(testConfig("redis:6379"), corev1.ResourceRequirements{}, testID, testSpec, testToken)
 	encoded, err := json.Marshal(sidecar)
-	must(t, err)
+	rig.Must(t, err)
 	var c corev1.Container
-	must(t, json.Unmarshal(encoded, &c))
+	rig.Must(t, json.Unmarshal(encoded, &c))
 	args := c.Args
 	if args[0] != "sidecar" {
 		t.Fatalf("args %v", args)
 	}
 	parsed, err := parseSidecarConfig(args[1:], func(string) string { return "" })
-	must(t, err)
+	rig.Must(t, err)
 	if parsed.semaphore != testID || parsed.token != testToken || parsed.queueRedisAddress.text != "redis:6379" {
 		t.Errorf("the sidecar reads its own args as %+v", parsed)
 	}

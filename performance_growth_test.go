@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // "make bench-growth" measures what a command costs with many tokens in flight, or many pods in line, and for how long a repair holds Redis.
@@ -35,14 +36,14 @@ type crowded struct {
 }
 
 // newCrowded is a semaphore with tokens in flight and in line, and so many free ones; all of them had a heartbeat, or have asked, so long ago.
-func (s *redisServer) newCrowded(t *testing.T, inflight, line, free, length int, ago time.Duration) *crowded {
+func newCrowded(t *testing.T, s *rig.Redis, inflight, line, free, length int, ago time.Duration) *crowded {
 	t.Helper()
 	c := &crowded{id: freshID()}
 	heartbeat := time.Now().Add(-ago).Unix()
 	created := time.Now().Add(-time.Hour).Unix()
 	c.arrival = created * 1000000
-	s.do(t, "HSET", c.id.stateKey(), "created", created, "touched", time.Now().Unix(), "resumed", 0, "lost", 0, "length", length, "asked", time.Now().Unix())
-	pipe := func(command string, args ...any) { must(t, s.control.Send(command, args...)) }
+	s.Do(t, "HSET", c.id.stateKey(), "created", created, "touched", time.Now().Unix(), "resumed", 0, "lost", 0, "length", length, "asked", time.Now().Unix())
+	pipe := func(command string, args ...any) { rig.Must(t, s.Control.Send(command, args...)) }
 	name := func(token string) {
 		pipe("HSET", c.id.namesKey(), token+"/pod", fmt.Sprintf("%d web-7d4b9c6f5-x2x4z node-17", heartbeat))
 	}
@@ -60,33 +61,25 @@ func (s *redisServer) newCrowded(t *testing.T, inflight, line, free, length int,
 		name(token)
 		c.line = append(c.line, token)
 	}
-	s.do(t, "") // waits for all of it
-	s.makeTokens(t, c.id, free)
+	s.Do(t, "") // waits for all of it
+	s.AddFree(t, c.id, free)
 	for _, key := range c.id.keys() {
-		s.do(t, "EXPIRE", key, 86400)
+		s.Do(t, "EXPIRE", key, 86400)
 	}
 	return c
 }
 
-// makeTokens makes so many tokens free.
-func (s *redisServer) makeTokens(t *testing.T, id semaphoreID, n int) {
-	t.Helper()
-	for left := n; left > 0; left -= 1000 {
-		s.do(t, "RPUSH", append([]any{id.queueKey()}, anys(slices.Repeat([]string{"free"}, min(left, 1000)))...)...)
-	}
-}
-
 // alive lets all in line have asked just now.
-func (s *redisServer) alive(t *testing.T, c *crowded) {
+func keepAlive(t *testing.T, s *rig.Redis, c *crowded) {
 	t.Helper()
 	now := time.Now().Unix()
-	s.do(t, "HSET", c.id.stateKey(), "touched", now)
+	s.Do(t, "HSET", c.id.stateKey(), "touched", now)
 	for some := range slices.Chunk(c.line, 1000) {
 		args := []any{c.id.seenKey(), "XX"}
 		for _, token := range some {
 			args = append(args, now, token)
 		}
-		s.do(t, "ZADD", args...)
+		s.Do(t, "ZADD", args...)
 	}
 }
 
@@ -101,7 +94,7 @@ type growthCase struct {
 	undo    func(t *testing.T, c *crowded)
 }
 
-func growthCases(r *redisServer, s *semaphores) []growthCase {
+func growthCases(r *rig.Redis, s *semaphores) []growthCase {
 	ctx := context.Background()
 	var taken []string
 	newcomer := func(c *crowded, arrival string, length int) (answer, error) {
@@ -112,20 +105,20 @@ func growthCases(r *redisServer, s *semaphores) []growthCase {
 	forget := func(t *testing.T, c *crowded) { // all that the slice has added
 		for _, token := range taken {
 			for _, key := range []string{c.id.inflightKey(), c.id.waitersKey(), c.id.seenKey()} {
-				r.do(t, "ZREM", key, token)
+				r.Do(t, "ZREM", key, token)
 			}
-			r.do(t, "HDEL", c.id.namesKey(), token, token+"/pod")
+			r.Do(t, "HDEL", c.id.namesKey(), token, token+"/pod")
 		}
 		taken = nil
-		r.do(t, "DEL", c.id.queueKey())
+		r.Do(t, "DEL", c.id.queueKey())
 	}
-	inFlight := func(t *testing.T, n int) *crowded { return r.newCrowded(t, n, 0, 0, growthLength, 0) }
-	inLine := func(t *testing.T, n int) *crowded { return r.newCrowded(t, 10, n, 0, 10, 0) }
-	refresh := func(t *testing.T, c *crowded) { r.alive(t, c) }
+	inFlight := func(t *testing.T, n int) *crowded { return newCrowded(t, r, n, 0, 0, growthLength, 0) }
+	inLine := func(t *testing.T, n int) *crowded { return newCrowded(t, r, 10, n, 0, 10, 0) }
+	refresh := func(t *testing.T, c *crowded) { keepAlive(t, r, c) }
 	return []growthCase{
 		{"admitted", "in flight", inFlight, func(t *testing.T, c *crowded) {
-			r.alive(t, c)
-			r.makeTokens(t, c.id, growthSlice)
+			keepAlive(t, r, c)
+			r.AddFree(t, c.id, growthSlice)
 		}, func(c *crowded, _ int) (answer, error) { return newcomer(c, "", growthLength) }, acquireTaken, forget},
 		{"refused", "in flight", inFlight, refresh,
 			func(c *crowded, _ int) (answer, error) { return newcomer(c, "", len(c.inflight)) }, acquireFull, forget},
@@ -138,15 +131,15 @@ func growthCases(r *redisServer, s *semaphores) []growthCase {
 		}, acquireFull, forget},
 		{"first, is served", "in line", inLine, func(t *testing.T, c *crowded) {
 			// Each that asks is made the first, and takes the place of a holder.
-			r.alive(t, c)
+			keepAlive(t, r, c)
 			for range growthSlice {
 				token := uuid.NewString()
 				taken = append(taken, token)
-				r.do(t, "ZADD", c.id.waitersKey(), c.arrival+int64(len(taken)), token)
-				r.do(t, "ZADD", c.id.seenKey(), time.Now().Unix(), token)
-				r.do(t, "HSET", c.id.namesKey(), token, 10+growthSlice)
+				r.Do(t, "ZADD", c.id.waitersKey(), c.arrival+int64(len(taken)), token)
+				r.Do(t, "ZADD", c.id.seenKey(), time.Now().Unix(), token)
+				r.Do(t, "HSET", c.id.namesKey(), token, 10+growthSlice)
 			}
-			r.makeTokens(t, c.id, growthSlice)
+			r.AddFree(t, c.id, growthSlice)
 		}, func(c *crowded, i int) (answer, error) {
 			return s.ask(ctx, c.id, question{token: taken[i], length: 10 + growthSlice, arrival: fmt.Sprint(c.arrival)})
 		}, acquireTaken, forget},
@@ -155,10 +148,10 @@ func growthCases(r *redisServer, s *semaphores) []growthCase {
 
 func TestBenchGrowth(t *testing.T) {
 	r := deployedRedis(t)
-	s := testSemaphores(t, r.address)
+	s := testSemaphores(t, r.Address)
 	giveBack(t, s, freshID(), uuid.NewString())
 	_, err := s.ask(context.Background(), freshID(), question{token: uuid.NewString(), length: 1}) // so that the scripts are there
-	must(t, err)
+	rig.Must(t, err)
 	fmt.Printf("%d slices of %d commands of each size\n\n%s\n%s\n", growthRounds, growthSlice,
 		"| acquire | | p50, us: 10 | 1,000 | 10,000 | ratio: 1,000 | 10,000 | Redis's own, us: 10 | 1,000 | 10,000 | ratio: 1,000 | 10,000 |",
 		"| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -172,7 +165,7 @@ func TestBenchGrowth(t *testing.T) {
 			for k := range growthSizes {
 				i := (k + round) % len(growthSizes) // none is always the first
 				c.prepare(t, all[i])
-				before := r.info(t, "commandstats", `cmdstat_evalsha:calls=\d+,usec=`)
+				before := r.Info(t, "commandstats", `cmdstat_evalsha:calls=\d+,usec=`)
 				var took []time.Duration
 				for n := range growthSlice {
 					start := time.Now()
@@ -184,7 +177,7 @@ func TestBenchGrowth(t *testing.T) {
 				}
 				slices.Sort(took)
 				p50s[i] = append(p50s[i], 1000*quantile(took, 0.5))
-				own[i] = append(own[i], float64(r.info(t, "commandstats", `cmdstat_evalsha:calls=\d+,usec=`)-before)/growthSlice)
+				own[i] = append(own[i], float64(r.Info(t, "commandstats", `cmdstat_evalsha:calls=\d+,usec=`)-before)/growthSlice)
 				c.undo(t, all[i])
 			}
 		}
@@ -205,7 +198,7 @@ func TestBenchGrowth(t *testing.T) {
 		}
 		fmt.Println(line)
 		for _, one := range all {
-			r.do(t, "DEL", one.id.keys()...)
+			r.Do(t, "DEL", one.id.keys()...)
 		}
 	}
 }
@@ -224,9 +217,9 @@ type repairCase struct {
 func TestBenchRepair(t *testing.T) {
 	const many, portion = 10000, 256
 	r := deployedRedis(t)
-	s := testSemaphores(t, r.address)
+	s := testSemaphores(t, r.Address)
 	maintain(t, s, freshID(), 1) // so that the script is there
-	r.do(t, "CONFIG", "SET", "latency-tracking-info-percentiles", "100")
+	r.Do(t, "CONFIG", "SET", "latency-tracking-info-percentiles", "100")
 	fmt.Printf("%d repairs each\n\n%s\n%s\n", repairRounds,
 		"| repair finds | longest command, ms: median | worst | commands | all of it, ms: median | worst |", "| --- | --- | --- | --- | --- | --- |")
 	for _, c := range []repairCase{
@@ -240,20 +233,20 @@ func TestBenchRepair(t *testing.T) {
 		var longest, all []float64
 		commands := 0
 		for range repairRounds {
-			made := r.newCrowded(t, c.inflight, c.line, c.free, c.length, c.ago)
-			r.do(t, "CONFIG", "RESETSTAT")
+			made := newCrowded(t, r, c.inflight, c.line, c.free, c.length, c.ago)
+			r.Do(t, "CONFIG", "RESETSTAT")
 			start := time.Now()
 			maintain(t, s, made.id, c.length)
 			all = append(all, float64(time.Since(start).Microseconds())/1000)
-			text := r.do(t, "INFO", "latencystats").([]byte)
+			text := r.Do(t, "INFO", "latencystats").([]byte)
 			longest = append(longest, numberIn(t, text, `latency_percentiles_usec_evalsha:p100=([0-9.]+)`)/1000)
-			commands = r.info(t, "commandstats", `cmdstat_evalsha:calls=`)
-			queue, inUse, err := r.counts(made.id)
-			must(t, err)
+			commands = r.Info(t, "commandstats", `cmdstat_evalsha:calls=`)
+			queue, inUse, err := r.Counts(made.id)
+			rig.Must(t, err)
 			if queue != c.queue || inUse != c.inUse {
 				t.Errorf("%s: %d free and %d in use afterwards, want %d and %d", c.name, queue, inUse, c.queue, c.inUse)
 			}
-			r.do(t, "DEL", made.id.keys()...)
+			r.Do(t, "DEL", made.id.keys()...)
 		}
 		half := median(longest) // which sorts them
 		fmt.Printf("| %s | %.1f | %.1f | %d | %.1f | %.1f |\n", c.name, half, longest[len(longest)-1], commands, median(all), all[len(all)-1])

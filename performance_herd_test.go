@@ -16,6 +16,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 const (
@@ -37,8 +39,8 @@ func TestBenchHerd(t *testing.T) {
 	var connections []*target
 	for range herdConnections {
 		connection := newTarget(t, w.url, w.statistics)
-		_, err := connection.do(http.MethodPost, review(t, freshID(), 1)) // it is there
-		must(t, err)
+		_, err := connection.do(http.MethodPost, rig.Review(t, freshID(), 1)) // it is there
+		rig.Must(t, err)
 		connections = append(connections, connection)
 	}
 	fmt.Printf("%d pods of %d keys, length %d, %d at once over %d connections\n\n%s\n%s\n", herdPods, herdKeys, herdLength, herdAtOnce, herdConnections,
@@ -65,13 +67,13 @@ func herdError(err error) string {
 	return regexp.MustCompile(`stream ID \d+|https://\S+|web-\d+`).ReplaceAllString(strings.TrimSpace(err.Error()), "...")
 }
 
-func herd(t *testing.T, r *redisServer, connections []*target) {
+func herd(t *testing.T, r *rig.Redis, connections []*target) {
 	t.Helper()
 	var ids []semaphoreID
 	bodies := make([][]byte, herdKeys)
 	for i := range bodies {
 		ids = append(ids, freshID())
-		bodies[i] = review(t, ids[i], herdLength)
+		bodies[i] = rig.Review(t, ids[i], herdLength)
 	}
 	answers := make([]herdAnswer, herdPods)
 	start, turns := make(chan struct{}), make(slots, herdAtOnce)
@@ -122,8 +124,8 @@ func herd(t *testing.T, r *redisServer, connections []*target) {
 		float64(slowest.Microseconds())/1000, herdPods/elapsed.Seconds())
 	uneven := 0
 	for key, n := range admitted {
-		queue, inflight, err := r.counts(ids[key])
-		must(t, err)
+		queue, inflight, err := r.Counts(ids[key])
+		rig.Must(t, err)
 		if n > herdLength || inflight > herdLength {
 			t.Errorf("%s: %d pods were admitted, and %d tokens are in use, of %d", ids[key], n, inflight, herdLength)
 		}

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 const (
@@ -34,18 +35,18 @@ const (
 func memoryLooks(t *testing.T) []int64 {
 	t.Helper()
 	all, err := strconv.ParseInt(cmp.Or(os.Getenv("MEMORY_ADMISSIONS"), "1000000"), 10, 64)
-	must(t, err)
+	rig.Must(t, err)
 	return []int64{all / 10, 3 * all / 10, all}
 }
 
 // "make bench-memory" lets one process of the webhook decide on a million pods of a hundred thousand keys, over several connections: what it
 // keeps of any of them shows.
 func TestBenchMemory(t *testing.T) {
-	r := startRedis(t)
-	r.do(t, "CONFIG", "SET", "appendonly", "no") // it is not Redis that is measured
+	r := rig.StartRedis(t)
+	r.Do(t, "CONFIG", "SET", "appendonly", "no") // it is not Redis that is measured
 	w := startBenchWebhook(t, r, os.DevNull)
 	const keyHere = "the-key-goes-here"
-	body := review(t, semaphoreID{"shop", keyHere}, memoryLength)
+	body := rig.Review(t, semaphoreID{"shop", keyHere}, memoryLength)
 	var keys, admitted, refused, released, total atomic.Int64
 	ctx, end := context.WithCancel(context.Background())
 	defer end()
@@ -96,12 +97,12 @@ func TestBenchMemory(t *testing.T) {
 	var workers sync.WaitGroup
 	defer workers.Wait()
 	defer end()
-	s := testSemaphores(t, r.address)
+	s := testSemaphores(t, r.Address)
 	for range memoryConnections {
 		connection := newTarget(t, w.url, w.statistics)
 		for range memoryWorkers {
-			control, err := redis.Dial("tcp", r.address)
-			must(t, err)
+			control, err := redis.Dial("tcp", r.Address)
+			rig.Must(t, err)
 			workers.Go(func() {
 				defer control.Close()
 				for ctx.Err() == nil {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // "make bench-others" measures what it costs to take a token and to give it back, side by side with what else there is: the Semaphore of the
@@ -35,11 +36,11 @@ type contender struct {
 }
 
 // slice lets so many clients take and give back.
-func (c *contender) slice(t *testing.T, r *redisServer, clients int, over time.Duration) (rate, cost float64) {
+func (c *contender) slice(t *testing.T, r *rig.Redis, clients int, over time.Duration) (rate, cost float64) {
 	t.Helper()
 	before := redisCPU(t, r)
 	n, elapsed, err := c.pairs(clients, over)
-	must(t, err)
+	rig.Must(t, err)
 	if n == 0 {
 		t.Fatalf("%s: nothing done", c.name)
 	}
@@ -73,9 +74,9 @@ func goPairs(pair func() error) func(int, time.Duration) (int, time.Duration, er
 }
 
 // newOurs is this program: acquire as the webhook does, and release as the sidecar.
-func newOurs(t *testing.T, r *redisServer) *contender {
+func newOurs(t *testing.T, r *rig.Redis) *contender {
 	t.Helper()
-	c := testConfig(r.address)
+	c := testConfig(r.Address)
 	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() { _ = s.close(context.Background()) })
 	id, pod := freshID(), newPodName("web-1", "node-1")
@@ -102,9 +103,9 @@ return 1`)
 	plainRelease = redis.NewScript(1, `return redis.call('ZREM', KEYS[1], ARGV[1])`)
 )
 
-func newPlain(t *testing.T, r *redisServer) *contender {
+func newPlain(t *testing.T, r *rig.Redis) *contender {
 	t.Helper()
-	pool := &redis.Pool{MaxIdle: idleConnections, Dial: func() (redis.Conn, error) { return redis.Dial("tcp", r.address) }}
+	pool := &redis.Pool{MaxIdle: idleConnections, Dial: func() (redis.Conn, error) { return redis.Dial("tcp", r.Address) }}
 	t.Cleanup(func() { pool.Close() })
 	run := func(script *redis.Script, args ...any) error {
 		conn := pool.Get()
@@ -125,15 +126,15 @@ func newPlain(t *testing.T, r *redisServer) *contender {
 }
 
 // newNode is redis-semaphore, in a process of its own. NODE_PATH says where it is.
-func newNode(t *testing.T, r *redisServer) *contender {
+func newNode(t *testing.T, r *rig.Redis) *contender {
 	t.Helper()
-	p := exec.Command("node", "testdata/redis-semaphore.js", r.address, "node", fmt.Sprint(benchPermits))
+	p := exec.Command("node", "test/testdata/redis-semaphore.js", r.Address, "node", fmt.Sprint(benchPermits))
 	in, err := p.StdinPipe()
-	must(t, err)
+	rig.Must(t, err)
 	out, err := p.StdoutPipe()
-	must(t, err)
+	rig.Must(t, err)
 	p.Stderr = os.Stderr
-	must(t, p.Start())
+	rig.Must(t, p.Start())
 	t.Cleanup(func() {
 		in.Close()
 		_ = p.Wait()

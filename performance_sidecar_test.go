@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // "make bench-sidecar" measures what runs beside every pod: a sidecar, as the process of a release, while it holds its token; and what many
@@ -36,7 +37,7 @@ const (
 func benchTime(t *testing.T) time.Duration {
 	t.Helper()
 	d, err := time.ParseDuration(cmp.Or(os.Getenv("SIDECAR_TIME"), "10m"))
-	must(t, err)
+	rig.Must(t, err)
 	return d
 }
 
@@ -58,17 +59,17 @@ func podEnvironment() []string {
 }
 
 // start starts a sidecar with the settings that are built in, as in a pod whose app runs.
-func (k sidecarKind) start(t *testing.T, program, address string, id semaphoreID, token string) *process {
+func (k sidecarKind) start(t *testing.T, program, address string, id semaphoreID, token string) *rig.Process {
 	t.Helper()
 	pod := podEnvironment()
 	args := append([]string{"sidecar", "--queue-redis-address=" + address}, k.flags(address)...)
-	p := newProcess(program, append(args, id.String(), token)...)
-	await := newProcess(program, "await")
-	p.Env, await.Env = pod, pod
-	p.start(t)
+	p := rig.NewProcess(program, append(args, id.String(), token)...)
+	await := rig.NewProcess(program, "await")
+	p.Cmd.Env, await.Cmd.Env = pod, pod
+	p.Start(t)
 	if k.await {
-		await.start(t)
-		await.wantExit(t, 0)
+		await.Start(t)
+		await.WantExit(t, 0)
 		t.Cleanup(func() { os.Remove(newStartMark("pod", token).path) })
 	}
 	return p
@@ -81,7 +82,7 @@ func TestBenchSidecar(t *testing.T) {
 	const each = 5
 	program := filepath.Join(t.TempDir(), "at-least-semaphore-pod-hook")
 	t.Setenv("CGO_ENABLED", "0")
-	must(t, build(program, "-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w"))
+	rig.Must(t, rig.Build(rig.Root(), program, "-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w"))
 	r, over := deployedRedis(t), benchTime(t)
 	fmt.Printf("%d processors, %s, %d sidecars of each kind for %s\n\n%s\n%s\n", runtime.NumCPU(), runtime.Version(), each, over,
 		"| sidecar | memory, its own, KB | with the binary's | CPU a heartbeat, ms | start to the first heartbeat, ms | worst | connections |",
@@ -89,7 +90,7 @@ func TestBenchSidecar(t *testing.T) {
 	type measured struct {
 		kind       sidecarKind
 		starts     []time.Duration
-		processes  []*process
+		processes  []*rig.Process
 		cpu        time.Duration // so far, when it began to be measured
 		connection int
 	}
@@ -97,16 +98,16 @@ func TestBenchSidecar(t *testing.T) {
 	for _, kind := range sidecarKinds {
 		m := &measured{kind: kind}
 		id := freshID()
-		r.makeFree(t, id, 10000)
+		r.MakeFree(t, id, 10000)
 		for range 4 * each { // the first is the one that reads the binary from the disk
 			m.starts = append(m.starts, startTime(t, r, kind, program, id))
 		}
 		before := connectionsOf(t, r)
 		for range each {
-			m.processes = append(m.processes, kind.start(t, program, r.address, id, uuid.NewString()))
+			m.processes = append(m.processes, kind.start(t, program, r.Address, id, uuid.NewString()))
 		}
-		r.wantInFlightCount(t, id, each)
-		eventually(t, 10*time.Second, func() error { // those to lock servers are closed soon
+		r.WantInflightCount(t, id, each)
+		rig.Eventually(t, 10*time.Second, func() error { // those to lock servers are closed soon
 			m.connection = connectionsOf(t, r) - before
 			if m.connection > sidecarConnection*each {
 				return fmt.Errorf("%d sidecars have %d connections", each, m.connection)
@@ -128,7 +129,7 @@ func TestBenchSidecar(t *testing.T) {
 		perBeat := (threadsTime(t, m.processes) - m.cpu) / time.Duration(max(1, beats)*each)
 		var own, resident []int
 		for _, p := range m.processes {
-			own, resident = append(own, memory(t, p.Cmd, "RssAnon")), append(resident, memory(t, p.Cmd, "VmRSS"))
+			own, resident = append(own, p.Memory(t, "RssAnon")), append(resident, p.Memory(t, "VmRSS"))
 		}
 		slices.Sort(m.starts)
 		start, worst := m.starts[len(m.starts)/2], m.starts[len(m.starts)-1]
@@ -149,67 +150,55 @@ func TestBenchSidecar(t *testing.T) {
 func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
 // startTime is how long it takes from the start of a process until Redis has its first heartbeat.
-func startTime(t *testing.T, r *redisServer, kind sidecarKind, program string, id semaphoreID) time.Duration {
+func startTime(t *testing.T, r *rig.Redis, kind sidecarKind, program string, id semaphoreID) time.Duration {
 	t.Helper()
 	token := uuid.NewString()
-	p := newProcess(program, append(append([]string{"sidecar", "--queue-redis-address=" + r.address}, kind.flags(r.address)...), id.String(), token)...)
-	p.Env = podEnvironment()
+	p := rig.NewProcess(program, append(append([]string{"sidecar", "--queue-redis-address=" + r.Address}, kind.flags(r.Address)...), id.String(), token)...)
+	p.Cmd.Env = podEnvironment()
 	start := time.Now()
-	must(t, p.launch())
+	rig.Must(t, p.Launch())
 	for {
-		score := r.do(t, "ZSCORE", id.inflightKey(), token)
+		score := r.Do(t, "ZSCORE", id.inflightKey(), token)
 		took := time.Since(start)
 		if score != nil {
-			p.signal(t, syscall.SIGTERM)
-			p.wantExit(t, 0)
+			p.Signal(t, syscall.SIGTERM)
+			p.WantExit(t, 0)
 			return took
 		}
 		if took > 10*time.Second {
-			p.kill()
-			t.Fatalf("no heartbeat:\n%s", p.log.String())
+			p.Kill()
+			t.Fatalf("no heartbeat:\n%s", p.Log.String())
 		}
 	}
 }
 
-// wantInFlightCount waits until so many tokens are in use.
-func (s *redisServer) wantInFlightCount(t *testing.T, id semaphoreID, n int) {
-	t.Helper()
-	eventually(t, 20*time.Second, func() error {
-		_, inflight, err := s.counts(id)
-		if err == nil && inflight != n {
-			err = fmt.Errorf("%d in flight, want %d", inflight, n)
-		}
-		return err
-	})
-}
-
 // connectionsOf is how many connections a Redis has.
-func connectionsOf(t *testing.T, r *redisServer) int {
+func connectionsOf(t *testing.T, r *rig.Redis) int {
 	t.Helper()
-	return int(numberIn(t, r.do(t, "INFO", "clients").([]byte), `connected_clients:(\d+)`))
+	return int(numberIn(t, r.Do(t, "INFO", "clients").([]byte), `connected_clients:(\d+)`))
 }
 
 // scriptsRun is how many scripts a Redis has run.
-func scriptsRun(t *testing.T, r *redisServer) int {
+func scriptsRun(t *testing.T, r *rig.Redis) int {
 	t.Helper()
-	calls := commandCalls(t, r)
+	calls := r.CommandCalls(t)
 	return calls["evalsha"] + calls["eval"]
 }
 
 // threadsTime is the processor time of all threads of processes so far, to the nanosecond.
-func threadsTime(t *testing.T, processes []*process) (all time.Duration) {
+func threadsTime(t *testing.T, processes []*rig.Process) (all time.Duration) {
 	t.Helper()
 	for _, p := range processes {
-		files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", p.Process.Pid))
-		must(t, err)
+		files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", p.Pid()))
+		rig.Must(t, err)
 		if len(files) == 0 {
-			t.Fatalf("%v has ended:\n%s", p.Args, p.log.String())
+			t.Fatalf("%v has ended:\n%s", p.Cmd.Args, p.Log.String())
 		}
 		for _, file := range files {
 			text, err := os.ReadFile(file)
-			must(t, err)
+			rig.Must(t, err)
 			n, err := strconv.ParseInt(strings.Fields(string(text))[0], 10, 64)
-			must(t, err)
+			rig.Must(t, err)
 			all += time.Duration(n)
 		}
 	}
@@ -226,15 +215,14 @@ func TestBenchManySidecars(t *testing.T) {
 		"| sidecars | heartbeats/s | CPU of Redis, % of a core | us a heartbeat | memory of Redis, MB | KB a sidecar | resident, MB |", "| --- | --- | --- | --- | --- | --- | --- |")
 	var idle, empty float64
 	for _, n := range []int{0, 100, 1000, 10000} {
-		r, err := launchRedis(t.TempDir(), func(port string) []string { return append(plain(port), "--maxclients", "11000") })
-		must(t, err)
-		r.do(t, "CONFIG", "SET", "appendfsync", "everysec")
+		r := rig.StartRedisWith(t, rig.RedisOptions{Args: func(port string) []string { return append(rig.PlainPort(port), "--maxclients", "11000") }})
+		r.Do(t, "CONFIG", "SET", "appendfsync", "everysec")
 		ctx, cancel := context.WithCancel(t.Context())
 		var sidecars sync.WaitGroup
 		var failed failures
 		for i := range n {
 			id := semaphoreID{"shop", fmt.Sprintf("web-%d", i/shared)}
-			s := newSemaphores(testConfig(r.address).sharedConfig, nil, 1, slog.New(&failed))
+			s := newSemaphores(testConfig(r.Address).sharedConfig, nil, 1, slog.New(&failed))
 			one := &sidecar{semaphores: s, id: id, token: uuid.NewString(), pod: newPodName(fmt.Sprintf("web-%d", i), "node-1"), held: time.Now(),
 				interval: interval, log: s.log, grace: ctx}
 			sidecars.Go(func() {
@@ -253,7 +241,7 @@ func TestBenchManySidecars(t *testing.T) {
 		time.Sleep(2 * interval) // what is measured is the cost of this
 		elapsed := time.Since(start).Seconds()
 		cpu, beats = redisCPU(t, r)-cpu, scriptsRun(t, r)-beats
-		used := numberIn(t, r.do(t, "INFO", "memory").([]byte), `used_memory:(\d+)`)
+		used := numberIn(t, r.Do(t, "INFO", "memory").([]byte), `used_memory:(\d+)`)
 		if n == 0 {
 			idle, empty = cpu/elapsed, used
 		}
@@ -263,20 +251,20 @@ func TestBenchManySidecars(t *testing.T) {
 			perSidecar = fmt.Sprintf("%.1f", (used-empty)/1024/float64(n))
 		}
 		fmt.Printf("| %d | %.1f | %.2f | %s | %.1f | %s | %.1f |\n", n, float64(beats)/elapsed, 100*cpu/elapsed, perBeat, used/1e6, perSidecar,
-			float64(memory(t, r.cmd, "VmRSS"))/1e3)
+			float64(r.Memory(t, "VmRSS"))/1e3)
 		if lines := failed.lines.Load(); lines > 0 || beats < 19*n/10 {
 			t.Errorf("of %d sidecars: %d heartbeats, %d complaints, such as %v", n, beats, lines, failed.last.Load())
 		}
 		cancel()
 		sidecars.Wait()
-		r.stop()
+		r.Stop()
 	}
 }
 
 // redisCPU is what a Redis has used of a processor so far, in seconds.
-func redisCPU(t *testing.T, r *redisServer) float64 {
+func redisCPU(t *testing.T, r *rig.Redis) float64 {
 	t.Helper()
-	info := r.do(t, "INFO", "cpu").([]byte)
+	info := r.Do(t, "INFO", "cpu").([]byte)
 	return numberIn(t, info, `used_cpu_user:([0-9.]+)`) + numberIn(t, info, `used_cpu_sys:([0-9.]+)`)
 }
 
@@ -311,7 +299,7 @@ func (f *failures) WithGroup(string) slog.Handler { return f }
 func allowFiles(t *testing.T, n uint64) {
 	t.Helper()
 	var limit syscall.Rlimit
-	must(t, syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
+	rig.Must(t, syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
 	limit.Max = max(limit.Max, n)
 	limit.Cur = limit.Max
 	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {

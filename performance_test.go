@@ -22,6 +22,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // "make bench" measures admissions side by side with the floor: a process with the webhook's server and TLS, whose handler reads the body
@@ -113,13 +115,13 @@ func newTarget(t *testing.T, url, statistics string) *target {
 
 func startFloor(t *testing.T, redisAddress string) *target {
 	t.Helper()
-	folder, address := t.TempDir(), freeAddress(t)
-	writeCertificate(t, folder, 1)
-	p := newProcess(os.Args[0])
-	p.Env = append(os.Environ(), floorFolder+"="+folder, floorHost+"="+address, floorRedis+"="+redisAddress)
-	p.start(t)
+	folder, address := t.TempDir(), rig.FreeAddress(t)
+	rig.WriteCertificate(t, folder, 1)
+	p := rig.NewProcess(os.Args[0])
+	p.Cmd.Env = append(os.Environ(), floorFolder+"="+folder, floorHost+"="+address, floorRedis+"="+redisAddress)
+	p.Start(t)
 	f := newTarget(t, "https://"+address, "https://"+address)
-	eventually(t, 20*time.Second, func() error {
+	rig.Eventually(t, 20*time.Second, func() error {
 		_, err := f.do(http.MethodGet, nil)
 		return err
 	})
@@ -127,18 +129,18 @@ func startFloor(t *testing.T, redisAddress string) *target {
 }
 
 // startBenchWebhook starts the webhook as it is installed, which logs into a file.
-func startBenchWebhook(t *testing.T, r *redisServer, logFile string) *target {
+func startBenchWebhook(t *testing.T, r *rig.Redis, logFile string) *target {
 	t.Helper()
 	secret := filepath.Join(t.TempDir(), "secret")
-	must(t, os.WriteFile(secret, []byte(benchSecret), 0o600))
+	rig.Must(t, os.WriteFile(secret, []byte(benchSecret), 0o600))
 	log, err := os.Create(logFile)
-	must(t, err)
+	rig.Must(t, err)
 	t.Cleanup(func() { log.Close() })
-	limitMemoryAsDeployed(t)
-	w := newWebhookProcess(t, binary, r.address, "--path-secret-file="+secret)
-	w.Stderr = log
-	w.begin(t)
-	return newTarget(t, w.url+mutatePath+"/"+benchSecret+"?timeout=10s", w.healthURL+"/metrics")
+	rig.LimitMemoryAsDeployed(t)
+	w := rig.NewWebhook(t, rig.Program(t), r.Address, "--path-secret-file="+secret)
+	w.Cmd.Stderr = log
+	w.Begin(t)
+	return newTarget(t, w.URL+mutatePath+"/"+benchSecret+"?timeout=10s", w.HealthURL+"/metrics")
 }
 
 // do sends a request with the headers of an API server.
@@ -166,10 +168,10 @@ func (f *target) do(method string, body []byte) ([]byte, error) {
 func (f *target) statistic(t *testing.T) func(name string) float64 {
 	t.Helper()
 	response, err := f.client.Get(f.statistics)
-	must(t, err)
+	rig.Must(t, err)
 	defer response.Body.Close()
 	text, err := io.ReadAll(response.Body)
-	must(t, err)
+	rig.Must(t, err)
 	return func(name string) float64 { return numberIn(t, text, `(?m)^`+name+` (\S+)$`) }
 }
 
@@ -180,7 +182,7 @@ func numberIn(t *testing.T, text []byte, pattern string) float64 {
 		t.Fatalf("no %s in %s", pattern, text)
 	}
 	n, err := strconv.ParseFloat(string(m[1]), 64)
-	must(t, err)
+	rig.Must(t, err)
 	return n
 }
 
@@ -260,21 +262,21 @@ func ratios(a, b []float64) (all []float64) {
 
 func TestBench(t *testing.T) {
 	r := deployedRedis(t)
-	webhook, floor, pinging := startBenchWebhook(t, r, filepath.Join(t.TempDir(), "log")), startFloor(t, ""), startFloor(t, r.address)
+	webhook, floor, pinging := startBenchWebhook(t, r, filepath.Join(t.TempDir(), "log")), startFloor(t, ""), startFloor(t, r.Address)
 	fmt.Printf("%d processors, %s, %d pairs of slices of %s for each line\n\n%s\n%s\n",
 		runtime.NumCPU(), runtime.Version(), benchRounds, benchSlice,
 		"| | at once | requests/s | floor | ratio | p50, ms | to floor | p99, ms | to floor | CPU, us | floor | Redis | allocations | KB | commands |",
 		"| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
 	for _, c := range benchCases(t, r) {
 		answer, err := webhook.do(http.MethodPost, c.bodies[0])
-		must(t, err)
+		rig.Must(t, err)
 		_, err = floor.do(http.MethodPut, answer)
-		must(t, err)
+		rig.Must(t, err)
 		measured := webhook
 		if c.name == pingingFloor {
 			measured = pinging
 			_, err = pinging.do(http.MethodPut, answer)
-			must(t, err)
+			rig.Must(t, err)
 		}
 		for _, n := range []int{1, 8, 32} {
 			c.slice(t, measured, n)
@@ -318,39 +320,39 @@ func (c costs) each(other costs, requests int) costs {
 }
 
 // costs are those so far. Commands are what is sent to Redis for admissions.
-func (f *target) costs(t *testing.T, r *redisServer) (c costs) {
+func (f *target) costs(t *testing.T, r *rig.Redis) (c costs) {
 	t.Helper()
 	process := f.statistic(t)
 	c.cpu, c.allocations, c.bytes = process("process_cpu_seconds_total"), process("go_memstats_mallocs_total"), process("go_memstats_alloc_bytes_total")
-	info := r.do(t, "INFO", "cpu").([]byte)
+	info := r.Do(t, "INFO", "cpu").([]byte)
 	c.redisCPU = numberIn(t, info, `used_cpu_user:([0-9.]+)`) + numberIn(t, info, `used_cpu_sys:([0-9.]+)`)
-	calls := commandCalls(t, r)
+	calls := r.CommandCalls(t)
 	for _, command := range []string{"evalsha", "eval", "ping", "role", "script|load"} {
 		c.commands += float64(calls[command])
 	}
 	return c
 }
 
-func benchCases(t *testing.T, r *redisServer) []*benchCase {
+func benchCases(t *testing.T, r *rig.Redis) []*benchCase {
 	t.Helper()
 	nothing := func() {}
 	one := freshID()
 	var many [][]byte
 	for range 1000 {
 		id := freshID()
-		many = append(many, review(t, id, 1000))
-		r.makeFree(t, id, 500)
+		many = append(many, rig.Review(t, id, 1000))
+		r.MakeFree(t, id, 500)
 	}
 	full := freshID()
-	r.makeFree(t, full, 0)
-	r.do(t, "ZADD", full.inflightKey(), time.Now().Add(time.Hour).Unix(), testToken)
+	r.MakeFree(t, full, 0)
+	r.Do(t, "ZADD", full.inflightKey(), time.Now().Add(time.Hour).Unix(), testToken)
 	return []*benchCase{
-		{name: pingingFloor, bodies: [][]byte{review(t, one, maxLength)}, says: `"allowed":true`, reset: nothing},
-		{name: "(b) one key", bodies: [][]byte{review(t, one, maxLength)}, says: `"allowed":true`, reset: func() { r.makeFree(t, one, maxLength) }},
+		{name: pingingFloor, bodies: [][]byte{rig.Review(t, one, maxLength)}, says: `"allowed":true`, reset: nothing},
+		{name: "(b) one key", bodies: [][]byte{rig.Review(t, one, maxLength)}, says: `"allowed":true`, reset: func() { r.MakeFree(t, one, maxLength) }},
 		{name: "(c) 1000 keys", bodies: many, says: `"allowed":true`, reset: nothing},
-		{name: "(d) full", bodies: [][]byte{review(t, full, 1)}, says: "1 of 1 tokens in use", reset: nothing},
-		{name: "(e) not annotated", bodies: [][]byte{review(t, one, 1, annotated(annotationEnabled, "false"))}, says: `"allowed":true`, reset: nothing},
-		{name: "(f) wait", bodies: [][]byte{review(t, one, 1, annotated(annotationWhenFull, whenFullWait))}, says: `"allowed":true`, reset: nothing},
-		{name: "(g) invalid", bodies: [][]byte{review(t, one, 1, annotated(annotationLength, "many"))}, says: "must be a whole number", reset: nothing},
+		{name: "(d) full", bodies: [][]byte{rig.Review(t, full, 1)}, says: "1 of 1 tokens in use", reset: nothing},
+		{name: "(e) not annotated", bodies: [][]byte{rig.Review(t, one, 1, annotated(annotationEnabled, "false"))}, says: `"allowed":true`, reset: nothing},
+		{name: "(f) wait", bodies: [][]byte{rig.Review(t, one, 1, annotated(annotationWhenFull, whenFullWait))}, says: `"allowed":true`, reset: nothing},
+		{name: "(g) invalid", bodies: [][]byte{rig.Review(t, one, 1, annotated(annotationLength, "many"))}, says: "must be a whole number", reset: nothing},
 	}
 }

@@ -9,21 +9,22 @@ import (
 
 	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // seedLine makes a semaphore with so many free tokens and so many in line, of whom nothing was heard for a while. It returns those
 // in line.
-func seedLine(t *testing.T, r *redisServer, s *semaphores, id semaphoreID, free, waiting int, silent time.Duration) []string {
+func seedLine(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, free, waiting int, silent time.Duration) []string {
 	t.Helper()
 	giveBack(t, s, id, acquire(t, s, id, maxLength))
-	r.do(t, "DEL", id.queueKey())
-	now, err := redis.Ints(r.do(t, "TIME"), nil)
-	must(t, err)
+	r.Do(t, "DEL", id.queueKey())
+	now, err := redis.Ints(r.Do(t, "TIME"), nil)
+	rig.Must(t, err)
 	items := make([]any, 0, free+1)
 	for range free {
 		items = append(items, "free")
 	}
-	r.do(t, "RPUSH", append([]any{id.queueKey()}, items...)...)
+	r.Do(t, "RPUSH", append([]any{id.queueKey()}, items...)...)
 	var tokens []string
 	waiters, seen, names := []any{id.waitersKey()}, []any{id.seenKey()}, []any{id.namesKey()}
 	for i := range waiting {
@@ -33,15 +34,15 @@ func seedLine(t *testing.T, r *redisServer, s *semaphores, id semaphoreID, free,
 		seen = append(seen, now[0]-seconds(silent), token)
 		names = append(names, token, maxLength)
 	}
-	r.do(t, "ZADD", waiters...)
-	r.do(t, "ZADD", seen...)
-	r.do(t, "HSET", names...)
+	r.Do(t, "ZADD", waiters...)
+	r.Do(t, "ZADD", seen...)
+	r.Do(t, "HSET", names...)
 	return tokens
 }
 
 // asker does to a semaphore with a line what is measured.
 type asker struct {
-	r  *redisServer
+	r  *rig.Redis
 	s  *semaphores
 	id semaphoreID
 }
@@ -49,8 +50,8 @@ type asker struct {
 // at is the token of the one at a place in line: 0 for the first, -1 for the last.
 func (a asker) at(t *testing.T, place int) string {
 	t.Helper()
-	tokens, err := redis.Strings(a.r.do(t, "ZRANGE", a.id.waitersKey(), place, place), nil)
-	must(t, err)
+	tokens, err := redis.Strings(a.r.Do(t, "ZRANGE", a.id.waitersKey(), place, place), nil)
+	rig.Must(t, err)
 	return tokens[0]
 }
 
@@ -58,15 +59,15 @@ func (a asker) at(t *testing.T, place int) string {
 func (a asker) poll(t *testing.T, place int) {
 	t.Helper()
 	token := a.at(t, place)
-	arrival, err := redis.String(a.r.do(t, "ZSCORE", a.id.waitersKey(), token), nil)
-	must(t, err)
+	arrival, err := redis.String(a.r.Do(t, "ZSCORE", a.id.waitersKey(), token), nil)
+	rig.Must(t, err)
 	a.ask(t, token, arrival)
 }
 
 func (a asker) ask(t *testing.T, token, arrival string) {
 	t.Helper()
 	_, err := a.s.ask(t.Context(), a.id, question{token, maxLength, arrival, ""})
-	must(t, err)
+	rig.Must(t, err)
 }
 
 // Whatever is asked costs the same in a line of ten and in one of ten thousand: nobody calls all for whom a token is free, nor drops
@@ -74,7 +75,7 @@ func (a asker) ask(t *testing.T, token, arrival string) {
 func TestCostOfALongLine(t *testing.T) {
 	t.Parallel()
 	const free, short, long, rounds = 5_000, 10, 10_000, 7
-	r, s, _ := newSemaphoreOn(t, startRedis(t))
+	r, s, _ := newSemaphoreOn(t, rig.StartRedis(t))
 	for _, line := range []struct {
 		name          string
 		silent        time.Duration
@@ -98,7 +99,7 @@ func TestCostOfALongLine(t *testing.T) {
 			{"a repair", func(t *testing.T, a asker) { maintain(t, s, a.id, maxLength) }},
 			{"a holder comes back late", func(t *testing.T, a asker) {
 				_, err := s.heartbeat(context.Background(), a.id, uuid.NewString(), "", 0)
-				must(t, err)
+				rig.Must(t, err)
 			}},
 		} {
 			t.Run(c.name+", those in line are "+line.name, func(t *testing.T) {
@@ -106,10 +107,10 @@ func TestCostOfALongLine(t *testing.T) {
 				for range rounds { // in turn, so that what disturbs one disturbs the other
 					a := asker{r, s, freshID()}
 					seedLine(t, r, s, a.id, short/2, short, line.silent)
-					few = append(few, r.during(t, func() { c.do(t, a) }).micros)
+					few = append(few, costDuring(t, r, func() { c.do(t, a) }).micros)
 
-					r.allSeen(t, many.id, line.silent)
-					cost := r.during(t, func() { c.do(t, many) })
+					r.AllUnseen(t, many.id, line.silent)
+					cost := costDuring(t, r, func() { c.do(t, many) })
 					lots = append(lots, cost.micros)
 					published = append(published, cost.published)
 				}
@@ -131,17 +132,17 @@ func TestLongLineIsServedInAChain(t *testing.T) {
 	const free, waiting = 300, 600
 	r, s, id := newSemaphore(t)
 	tokens := seedLine(t, r, s, id, free, waiting, 0)
-	conn, err := dialRedis(t.Context(), r.address, redisSettings{}, time.Minute)
-	must(t, err)
+	conn, err := dialRedis(t.Context(), r.Address, redisSettings{}, time.Minute)
+	rig.Must(t, err)
 	defer conn.Close()
 	calls := redis.PubSubConn{Conn: conn}
-	must(t, calls.PSubscribe(strings.NewReplacer("{", `\{`, "}", `\}`).Replace(id.channel("*")))) // as all those in line
+	rig.Must(t, calls.PSubscribe(strings.NewReplacer("{", `\{`, "}", `\}`).Replace(id.channel("*")))) // as all those in line
 	if _, ok := calls.Receive().(redis.Subscription); !ok {
 		t.Fatal("not subscribed")
 	}
 
 	a, err := s.ask(t.Context(), id, question{uuid.NewString(), maxLength, joinLine, ""}) // calls the first
-	must(t, err)
+	rig.Must(t, err)
 	if a.status != acquireFull || a.place.position != waiting+1 {
 		t.Fatalf("got %+v, want to be the last", a)
 	}
@@ -157,29 +158,21 @@ func TestLongLineIsServedInAChain(t *testing.T) {
 			continue
 		}
 		a, err := s.ask(t.Context(), id, question{token, maxLength, joinLine, ""})
-		must(t, err)
+		rig.Must(t, err)
 		if a.status != acquireTaken {
 			t.Fatalf("number %d was called, and got %+v", len(served)+1, a)
 		}
 		holds[token] = true
 		served = append(served, token)
 		if len(served)%20 == 0 { // they ask in time
-			r.allSeen(t, id, 0)
+			r.AllUnseen(t, id, 0)
 		}
 	}
 	if !slices.Equal(served, tokens[:free]) {
 		t.Error("not served in order")
 	}
-	r.wantCounts(t, id, 0, free)
-	if got := r.mustLine(t, id); len(got) != waiting-free+1 || !slices.Equal(got[:len(got)-1], tokens[free:]) {
+	r.WantCounts(t, id, 0, free)
+	if got := r.MustLine(t, id); len(got) != waiting-free+1 || !slices.Equal(got[:len(got)-1], tokens[free:]) {
 		t.Error("those behind have lost their places")
 	}
-}
-
-// allSeen makes it so long ago that those in line asked last.
-func (s *redisServer) allSeen(t *testing.T, id semaphoreID, ago time.Duration) {
-	t.Helper()
-	s.do(t, "EVAL", `for _, token in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
-		redis.call('ZADD', KEYS[2], redis.call('TIME')[1] - ARGV[1], token)
-	end`, 2, id.waitersKey(), id.seenKey(), seconds(ago))
 }

@@ -4,6 +4,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 func TestQueueAddresses(t *testing.T) {
@@ -51,7 +53,7 @@ func TestSidecarsOfASentinelGroup(t *testing.T) {
 		}
 	}
 	c, err := parseWebhookConfig([]string{"--queue-redis-address=" + address, "--sidecar-redis-secret=s"}, getenv)
-	must(t, err)
+	rig.Must(t, err)
 	sidecar, _ := sidecarContainer(c, resourcesBurstable.resources(c), testID, testSpec, testToken)
 	if !slices.Contains(sidecar.Args, "--queue-redis-address="+address) {
 		t.Errorf("args %v", sidecar.Args)

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // stalled is for how long a line may stand still while there is something to repair: the longest poll, and a lock server's time-out.
@@ -22,44 +23,44 @@ func TestRepairIsWhole(t *testing.T) {
 	for _, c := range []struct {
 		name            string
 		stale           int // when it is found that something is to be repaired
-		between         func(t *testing.T, r *redisServer, s *semaphores, id semaphoreID, tokens []string)
+		between         func(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, tokens []string)
 		queue, inflight int // afterwards
 	}{
-		{"nothing", 1, func(*testing.T, *redisServer, *semaphores, semaphoreID, []string) {}, 1, 3},
-		{"another goes stale", 1, func(t *testing.T, r *redisServer, _ *semaphores, id semaphoreID, tokens []string) {
-			r.makeStale(t, id, tokens[2])
+		{"nothing", 1, func(*testing.T, *rig.Redis, *semaphores, semaphoreID, []string) {}, 1, 3},
+		{"another goes stale", 1, func(t *testing.T, r *rig.Redis, _ *semaphores, id semaphoreID, tokens []string) {
+			r.MakeStale(t, id, tokens[2])
 		}, 2, 2},
-		{"all others go stale", 1, func(t *testing.T, r *redisServer, _ *semaphores, id semaphoreID, tokens []string) {
+		{"all others go stale", 1, func(t *testing.T, r *rig.Redis, _ *semaphores, id semaphoreID, tokens []string) {
 			for _, token := range tokens {
-				r.makeStale(t, id, token)
+				r.MakeStale(t, id, token)
 			}
 		}, 4, 0},
-		{"the stale one comes back", 1, func(t *testing.T, _ *redisServer, s *semaphores, id semaphoreID, tokens []string) {
+		{"the stale one comes back", 1, func(t *testing.T, _ *rig.Redis, s *semaphores, id semaphoreID, tokens []string) {
 			_, err := s.heartbeat(ctx, id, tokens[0], "", 0)
-			must(t, err)
+			rig.Must(t, err)
 		}, 0, 4},
-		{"the stale one is given back, and another goes stale", 1, func(t *testing.T, r *redisServer, s *semaphores, id semaphoreID, tokens []string) {
+		{"the stale one is given back, and another goes stale", 1, func(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, tokens []string) {
 			giveBack(t, s, id, tokens[0])
-			r.makeStale(t, id, tokens[1])
+			r.MakeStale(t, id, tokens[1])
 		}, 2, 2},
-		{"somebody else repairs it, and another goes stale", 1, func(t *testing.T, r *redisServer, s *semaphores, id semaphoreID, tokens []string) {
+		{"somebody else repairs it, and another goes stale", 1, func(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, tokens []string) {
 			maintain(t, s, id, length)
-			r.makeStale(t, id, tokens[1])
+			r.MakeStale(t, id, tokens[1])
 		}, 2, 2},
-		{"somebody repairs it for a smaller length", 2, func(t *testing.T, _ *redisServer, s *semaphores, id semaphoreID, _ []string) {
+		{"somebody repairs it for a smaller length", 2, func(t *testing.T, _ *rig.Redis, s *semaphores, id semaphoreID, _ []string) {
 			maintain(t, s, id, 1)
 		}, 2, 2},
-		{"somebody repairs it for a greater length", 2, func(t *testing.T, _ *redisServer, s *semaphores, id semaphoreID, _ []string) {
+		{"somebody repairs it for a greater length", 2, func(t *testing.T, _ *rig.Redis, s *semaphores, id semaphoreID, _ []string) {
 			maintain(t, s, id, length+2)
 		}, 4, 2}, // those of the greater length may still come
-		{"a free token is lost, and another goes stale", 1, func(t *testing.T, r *redisServer, s *semaphores, id semaphoreID, tokens []string) {
+		{"a free token is lost, and another goes stale", 1, func(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, tokens []string) {
 			giveBack(t, s, id, tokens[3])
-			r.do(t, "DEL", id.queueKey())
-			r.makeStale(t, id, tokens[1])
+			r.Do(t, "DEL", id.queueKey())
+			r.MakeStale(t, id, tokens[1])
 		}, 3, 1},
-		{"a token in flight is lost, and another goes stale", 1, func(t *testing.T, r *redisServer, _ *semaphores, id semaphoreID, tokens []string) {
-			r.do(t, "ZREM", id.inflightKey(), tokens[3])
-			r.makeStale(t, id, tokens[1])
+		{"a token in flight is lost, and another goes stale", 1, func(t *testing.T, r *rig.Redis, _ *semaphores, id semaphoreID, tokens []string) {
+			r.Do(t, "ZREM", id.inflightKey(), tokens[3])
+			r.MakeStale(t, id, tokens[1])
 		}, 3, 1},
 	} {
 		for _, newcomer := range []bool{true, false} {
@@ -70,17 +71,17 @@ func TestRepairIsWhole(t *testing.T) {
 					tokens = append(tokens, acquire(t, s, id, length))
 				}
 				for i := range c.stale {
-					r.makeStale(t, id, tokens[i])
+					r.MakeStale(t, id, tokens[i])
 				}
 				a, err := s.ask(ctx, id, question{token: uuid.NewString(), length: length})
-				must(t, err)
+				rig.Must(t, err)
 				if a.status != acquireRepair || a.stale != c.stale {
 					t.Fatalf("answered %+v, want a repair with %d stale", a, c.stale)
 				}
 				c.between(t, r, s, id, tokens)
-				must(t, s.maintain(ctx, id, length, newcomer))
-				queue, inflight, err := r.counts(id)
-				must(t, err)
+				rig.Must(t, s.maintain(ctx, id, length, newcomer))
+				queue, inflight, err := r.Counts(id)
+				rig.Must(t, err)
 				if queue != c.queue || inflight != c.inflight {
 					t.Errorf("%d free and %d in flight, want %d and %d", queue, inflight, c.queue, c.inflight)
 				}
@@ -94,19 +95,19 @@ func TestRepairOfManyStaleTokens(t *testing.T) {
 	const many = 1200
 	r, s, id := newSemaphore(t)
 	live := acquire(t, s, id, many+1)
-	r.do(t, "DEL", id.namesKey())
+	r.Do(t, "DEL", id.namesKey())
 	for range many {
 		token := uuid.NewString()
-		must(t, r.control.Send("ZADD", id.inflightKey(), 1, token))
-		must(t, r.control.Send("HSET", id.namesKey(), token+"/pod", "1 web-1"))
+		rig.Must(t, r.Control.Send("ZADD", id.inflightKey(), 1, token))
+		rig.Must(t, r.Control.Send("HSET", id.namesKey(), token+"/pod", "1 web-1"))
 	}
-	r.do(t, "") // waits for all of it
+	r.Do(t, "") // waits for all of it
 	maintain(t, s, id, many+1)
-	r.wantInflight(t, id, live)
-	if n := r.do(t, "HLEN", id.namesKey()); n != int64(0) {
+	r.WantInflight(t, id, live)
+	if n := r.Do(t, "HLEN", id.namesKey()); n != int64(0) {
 		t.Errorf("%d pods are told of that have no token any more", n)
 	}
-	if n := r.state(t, id, "reclaimed"); n != many {
+	if n := r.State(t, id, "reclaimed"); n != many {
 		t.Errorf("%d were reclaimed, by Redis's own count, want %d", n, many)
 	}
 }
@@ -115,7 +116,7 @@ func TestRepairOfManyStaleTokens(t *testing.T) {
 func withLocker(t *testing.T, address string, locks locker) *semaphores {
 	t.Helper()
 	s := testSemaphores(t, address)
-	must(t, s.locks.close())
+	rig.Must(t, s.locks.close())
 	s.locks = locks
 	return s
 }
@@ -128,7 +129,7 @@ type dyingPods struct {
 	done    []chan error
 }
 
-func startDyingPods(t *testing.T, r *redisServer, id semaphoreID, pods, length int, newLocker func() locker) *dyingPods {
+func startDyingPods(t *testing.T, r *rig.Redis, id semaphoreID, pods, length int, newLocker func() locker) *dyingPods {
 	t.Helper()
 	d := &dyingPods{id: id}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -136,12 +137,12 @@ func startDyingPods(t *testing.T, r *redisServer, id semaphoreID, pods, length i
 	var wg sync.WaitGroup
 	var tokens []string
 	for range pods {
-		w, done := newWaiter(withLocker(t, r.address, newLocker()), id, length), make(chan error, 1)
+		w, done := newWaiter(withLocker(t, r.Address, newLocker()), id, length), make(chan error, 1)
 		t.Cleanup(wg.Wait) // before its semaphores are closed
 		t.Cleanup(cancel)
 		wg.Go(func() { done <- w.waitOnly(ctx) })
 		tokens = append(tokens, w.token)
-		r.wantLine(t, id, tokens...)
+		r.WantLine(t, id, tokens...)
 		d.waiting, d.done = append(d.waiting, w), append(d.done, done)
 	}
 	return d
@@ -160,28 +161,18 @@ func (d *dyingPods) wantNext(within time.Duration) (token string, err error) {
 	return token, err
 }
 
-func (s *redisServer) tryMakeStale(id semaphoreID, token string) error {
-	c, err := dialRedis(context.Background(), s.address, redisSettings{}, 5*time.Second)
-	if err != nil {
-		return err
-	}
-	defer c.Close()
-	_, err = c.Do("ZADD", id.inflightKey(), "XX", 1, token)
-	return err
-}
-
 // One lock server of three hangs, and one holder after the other dies: each line goes on, whether many stand in it or one.
 func TestLinesWithALockServerThatHangs(t *testing.T) {
 	t.Parallel()
-	r := startRedis(t)
-	locks := redlockServers{startRedis(t), startRedis(t), startRedis(t)}
+	r := rig.StartRedis(t)
+	locks := redlockServers{rig.StartRedis(t), rig.StartRedis(t), rig.StartRedis(t)}
 	var lines []*dyingPods
 	for _, pods := range []int{5, 4, 4, 3, 1, 1} {
 		const length = 2
-		s, id := withLocker(t, r.address, locks.newLocker()), freshID()
+		s, id := withLocker(t, r.Address, locks.newLocker()), freshID()
 		holders := []string{acquire(t, s, id, length), acquire(t, s, id, length)}
 		lines = append(lines, startDyingPods(t, r, id, pods, length, locks.newLocker))
-		r.makeStale(t, id, holders[0])
+		r.MakeStale(t, id, holders[0])
 	}
 	locks.pause(t, 1)
 	var wg sync.WaitGroup
@@ -190,7 +181,7 @@ func TestLinesWithALockServerThatHangs(t *testing.T) {
 			for len(line.waiting) > 0 {
 				token, err := line.wantNext(stalled)
 				if err == nil {
-					err = r.tryMakeStale(line.id, token)
+					err = r.TryMakeStale(line.id, token)
 				}
 				if err != nil {
 					t.Error(err)
@@ -228,7 +219,7 @@ func TestLineAfterLockServersHung(t *testing.T) {
 			holder := acquire(t, s, id, 1)
 			back := make(chan struct{})
 			line := startDyingPods(t, r, id, waiting, 1, func() locker { return &hangingLocker{redlockServers{r}.newLocker(), back} })
-			r.makeStale(t, id, holder)
+			r.MakeStale(t, id, holder)
 			if token, err := line.wantNext(15 * time.Second); err == nil {
 				t.Errorf("%s was served without the lock", token)
 			}

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // dnsAnswer is what a test lets DNS answer: by itself none.
@@ -46,7 +48,7 @@ func (r *resolver) wantKnown(t *testing.T, host string, want ...string) {
 // wantKnownSoon waits until an answer has arrived.
 func (r *resolver) wantKnownSoon(t *testing.T, host string, want ...string) {
 	t.Helper()
-	eventually(t, 5*time.Second, func() error {
+	rig.Eventually(t, 5*time.Second, func() error {
 		if known, _ := r.start(host); !slices.Equal(known, want) {
 			return fmt.Errorf("%s is at %v, want %v", host, known, want)
 		}
@@ -106,7 +108,7 @@ func TestResolveUnknownHost(t *testing.T) {
 func TestDialResolved(t *testing.T) {
 	t.Parallel()
 	r, asked, answer := testResolver(t)
-	_, port, _ := net.SplitHostPort(startRedis(t).address)
+	_, port, _ := net.SplitHostPort(rig.StartRedis(t).Address)
 	dial := func() error {
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 		defer cancel()
@@ -121,8 +123,8 @@ func TestDialResolved(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	go func() { answer <- dnsAnswer{addresses: []string{"127.0.0.99", "127.0.0.1"}} }()
-	must(t, dial())
-	must(t, dial())
+	rig.Must(t, dial())
+	rig.Must(t, dial())
 	if len(asked) != 2 {
 		t.Errorf("DNS was asked %d times, want 2", len(asked))
 	}

@@ -11,19 +11,21 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // messagesOf are the messages that the program logs at level WARN or above, or the beginnings of them.
 func messagesOf(t *testing.T) (messages []string) {
 	t.Helper()
 	files, err := filepath.Glob("*.go")
-	must(t, err)
+	rig.Must(t, err)
 	for _, file := range files {
 		if strings.HasSuffix(file, "_test.go") {
 			continue
 		}
 		parsed, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
-		must(t, err)
+		rig.Must(t, err)
 		messages = append(messages, messagesIn(t, parsed)...)
 	}
 	return messages
@@ -57,7 +59,7 @@ func messagesIn(t *testing.T, file *ast.File) (messages []string) {
 			return true
 		}
 		message, err := strconv.Unquote(text.Value)
-		must(t, err)
+		rig.Must(t, err)
 		messages = append(messages, message)
 		return true
 	})
@@ -67,9 +69,9 @@ func messagesIn(t *testing.T, file *ast.File) (messages []string) {
 // Each alert and each message of level WARN and above is in the runbook, and no alert is there that does not exist.
 func TestRunbookIsWhole(t *testing.T) {
 	runbook, err := os.ReadFile("docs/runbook.md")
-	must(t, err)
+	rig.Must(t, err)
 	rules, err := os.ReadFile("deploy/monitoring/rules.yaml")
-	must(t, err)
+	rig.Must(t, err)
 	alerts := regexp.MustCompile(`- alert: (\w+)`).FindAllStringSubmatch(string(rules), -1)
 	headings := regexp.MustCompile(`(?m)^### (\w+)$`).FindAllStringSubmatch(string(runbook), -1)
 	if len(alerts) == 0 || len(alerts) != len(headings) {
@@ -100,10 +102,10 @@ func TestAlertRules(t *testing.T) {
 			t.Errorf("promtool %s: %v\n%s", strings.Join(args, " "), err, out)
 		}
 	}
-	w := startWebhook(t, testConfig(commonRedis(t).address))
+	w := startWebhook(t, testConfig(rig.CommonRedis(t).Address))
 	w.wantAdmitted(t, freshID(), 1)
 	dir := t.TempDir()
-	writeCertificate(t, dir, 1)
+	rig.WriteCertificate(t, dir, 1)
 	w.watchCertificate(t, dir)
 	scraped := w.scrape(t)
 	there := func(name string, labels ...string) bool {
@@ -119,7 +121,7 @@ func TestAlertRules(t *testing.T) {
 		return false
 	}
 	rules, err := os.ReadFile("deploy/monitoring/rules.yaml")
-	must(t, err)
+	rig.Must(t, err)
 	asked := regexp.MustCompile(metricsPrefix+`\w+(\{\w+="[^"]*"\})?`).FindAllString(string(rules), -1)
 	if len(asked) < 7 {
 		t.Errorf("the rules ask for %q only", asked)

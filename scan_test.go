@@ -6,6 +6,8 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // scannedRight fails if the scanner reads a document, and not as encoding/json does. It reports whether it reads it.
@@ -41,7 +43,7 @@ func TestScan(t *testing.T) {
 			t.Errorf("%v is not scanned", name)
 		}
 		var indented bytes.Buffer
-		must(t, json.Indent(&indented, body, "\t", "  "))
+		rig.Must(t, json.Indent(&indented, body, "\t", "  "))
 		if !scannedRight(t, indented.Bytes()) {
 			t.Errorf("%v is not scanned when it is indented", name)
 		}

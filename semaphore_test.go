@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 func TestAcquireUntilFull(t *testing.T) {
@@ -18,8 +19,8 @@ func TestAcquireUntilFull(t *testing.T) {
 	for range 3 {
 		tokens = append(tokens, acquire(t, s, id, 3))
 	}
-	r.wantCounts(t, id, 0, 3)
-	got := r.inflight(t, id)
+	r.WantCounts(t, id, 0, 3)
+	got := r.Inflight(t, id)
 	slices.Sort(got)
 	slices.Sort(tokens)
 	if !slices.Equal(got, tokens) {
@@ -33,27 +34,27 @@ func TestReleaseReturnsATokenOnce(t *testing.T) {
 	token := acquire(t, s, id, 2)
 	for attempt, want := range []int{releaseDone, 0, 0} {
 		status, err := s.release(context.Background(), id, token)
-		must(t, err)
+		rig.Must(t, err)
 		if status != want {
 			t.Errorf("attempt %d: answered %d", attempt, status)
 		}
 	}
-	r.wantCounts(t, id, 2, 0)
+	r.WantCounts(t, id, 2, 0)
 }
 
 func TestHeartbeatScoresByServerClock(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 1)
-	r.makeStale(t, id, token)
+	r.MakeStale(t, id, token)
 	rejoined, err := s.heartbeat(context.Background(), id, token, "", 0)
-	must(t, err)
+	rig.Must(t, err)
 	if rejoined {
 		t.Error("a token in flight is said to have rejoined")
 	}
-	now, err := redis.Ints(r.do(t, "TIME"), nil)
-	must(t, err)
-	score, err := redis.Int(r.do(t, "ZSCORE", id.inflightKey(), token), nil)
-	must(t, err)
+	now, err := redis.Ints(r.Do(t, "TIME"), nil)
+	rig.Must(t, err)
+	score, err := redis.Int(r.Do(t, "ZSCORE", id.inflightKey(), token), nil)
+	rig.Must(t, err)
 	if now[0]-score > 5 || score > now[0] {
 		t.Errorf("score is %d, the server's time %d", score, now[0])
 	}
@@ -65,26 +66,26 @@ func TestLateHeartbeatAndRelease(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	ctx := context.Background()
 	first := acquire(t, s, id, 1)
-	r.makeStale(t, id, first)
+	r.MakeStale(t, id, first)
 	second := acquire(t, s, id, 1)
 	if first == second {
 		t.Fatalf("token %s was handed out twice", first)
 	}
 	rejoined, err := s.heartbeat(ctx, id, first, "", 0)
-	must(t, err)
+	rig.Must(t, err)
 	if !rejoined {
 		t.Error("the late heartbeat did not rejoin")
 	}
-	r.wantCounts(t, id, 0, 2)
+	r.WantCounts(t, id, 0, 2)
 	wantFullError(t, s, id, 1, 2)
 
 	_, err = s.release(ctx, id, first)
-	must(t, err)
+	rig.Must(t, err)
 	wantFullError(t, s, id, 1, 1)
-	r.wantCounts(t, id, 0, 1)
-	r.wantInflight(t, id, second)
+	r.WantCounts(t, id, 0, 1)
+	r.WantInflight(t, id, second)
 	status, err := s.release(ctx, id, first)
-	must(t, err)
+	rig.Must(t, err)
 	if status != 0 {
 		t.Errorf("the late release answered %d", status)
 	}
@@ -99,23 +100,23 @@ func TestLateHeartbeatAndRelease(t *testing.T) {
 func TestHeartbeatTakesFreeToken(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 3)
-	r.do(t, "DEL", id.queueKey(), id.inflightKey())
+	r.Do(t, "DEL", id.queueKey(), id.inflightKey())
 	maintain(t, s, id, 3)
-	r.wantCounts(t, id, 3, 0)
+	r.WantCounts(t, id, 3, 0)
 	if _, err := s.heartbeat(context.Background(), id, token, "", 0); err != nil {
 		t.Fatal(err)
 	}
-	r.wantCounts(t, id, 2, 1)
+	r.WantCounts(t, id, 2, 1)
 }
 
 // Length lowered and raised: never more in use than the length of the admission at hand.
 func TestLengthChanges(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	tokens := []string{acquire(t, s, id, 5), acquire(t, s, id, 5), acquire(t, s, id, 5)}
-	r.wantCounts(t, id, 2, 3)
+	r.WantCounts(t, id, 2, 3)
 
 	wantFullError(t, s, id, 2, 3)
-	r.wantCounts(t, id, 2, 3) // those of length 5 may still come
+	r.WantCounts(t, id, 2, 3) // those of length 5 may still come
 
 	acquire(t, s, id, 4)
 	wantFullError(t, s, id, 4, 4)
@@ -123,16 +124,16 @@ func TestLengthChanges(t *testing.T) {
 
 	for _, token := range tokens { // one is left
 		_, err := s.release(context.Background(), id, token)
-		must(t, err)
+		rig.Must(t, err)
 	}
 	acquire(t, s, id, 2)
 	wantFullError(t, s, id, 2, 2)
-	r.wantCounts(t, id, 3, 2)
+	r.WantCounts(t, id, 3, 2)
 
-	r.askedLongAgo(t, id) // nobody has asked for 5 for some minutes
+	r.ForgetLength(t, id) // nobody has asked for 5 for some minutes
 	wantFullError(t, s, id, 2, 2)
 	maintain(t, s, id, 2)
-	r.wantCounts(t, id, 0, 2)
+	r.WantCounts(t, id, 0, 2)
 }
 
 // Pods of one key that disagree about the length make progress all the same.
@@ -162,7 +163,7 @@ func TestDisagreementOnLength(t *testing.T) {
 	for err := range errs {
 		t.Error(err)
 	}
-	if _, inflight, err := r.counts(id); err != nil || inflight != 0 {
+	if _, inflight, err := r.Counts(id); err != nil || inflight != 0 {
 		t.Errorf("%d in flight, %v", inflight, err)
 	}
 }
@@ -170,10 +171,10 @@ func TestDisagreementOnLength(t *testing.T) {
 func TestMaintainIsIdempotent(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	for _, token := range []string{acquire(t, s, id, 5), acquire(t, s, id, 5)} {
-		r.makeStale(t, id, token)
+		r.MakeStale(t, id, token)
 	}
 	acquire(t, s, id, 5) // a free one
-	r.wantCounts(t, id, 2, 3)
+	r.WantCounts(t, id, 2, 3)
 	var wg sync.WaitGroup
 	for range 10 {
 		wg.Go(func() {
@@ -183,17 +184,17 @@ func TestMaintainIsIdempotent(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	r.wantCounts(t, id, 4, 1)
+	r.WantCounts(t, id, 4, 1)
 }
 
 func TestLargestLength(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	acquire(t, s, id, maxLength)
-	r.wantCounts(t, id, 255, 1) // made in small portions, as they are needed
+	r.WantCounts(t, id, 255, 1) // made in small portions, as they are needed
 	for range 300 {
 		acquire(t, s, id, maxLength)
 	}
-	if _, inflight, err := r.counts(id); err != nil || inflight != 301 {
+	if _, inflight, err := r.Counts(id); err != nil || inflight != 301 {
 		t.Errorf("%d in flight, %v", inflight, err)
 	}
 }
@@ -206,27 +207,27 @@ func TestKeysExpire(t *testing.T) {
 	wantRenewed := func(use string, most int) {
 		t.Helper()
 		for _, key := range id.keys() {
-			ttl, err := redis.Int(r.do(t, "TTL", key), nil)
-			must(t, err)
+			ttl, err := redis.Int(r.Do(t, "TTL", key), nil)
+			rig.Must(t, err)
 			if ttl != -2 && (ttl < most-60 || ttl > most) {
 				t.Errorf("%s: %s has a time to live of %d", use, key, ttl)
 			}
-			r.do(t, "EXPIRE", key, 100)
+			r.Do(t, "EXPIRE", key, 100)
 		}
 	}
 	acquire(t, s, id, 4)
 	token = acquire(t, s, id, 4)
 	wantRenewed("acquire", 86400)
 	_, err := s.heartbeat(ctx, id, token, "", 0)
-	must(t, err)
+	rig.Must(t, err)
 	wantRenewed("heartbeat", 86400)
 	_, err = s.release(ctx, id, token)
-	must(t, err)
+	rig.Must(t, err)
 	wantRenewed("release", 86400)
 	maintain(t, s, id, 4)
 	wantRenewed("maintain", 86400)
-	_, err = s.release(ctx, id, r.inflight(t, id)[0])
-	must(t, err)
+	_, err = s.release(ctx, id, r.Inflight(t, id)[0])
+	rig.Must(t, err)
 	wantRenewed("the last release", 300)
 
 	s.staleThreshold = 4 * 24 * time.Hour
@@ -245,9 +246,9 @@ func TestLockOnlyForRepair(t *testing.T) {
 	token := acquire(t, s, id, 3)
 	wantFullError(t, s, id, 3, 3)
 
-	r.makeStale(t, id, token)
+	r.MakeStale(t, id, token)
 	_, _, err := s.acquire(context.Background(), id, "", 3, 10*time.Second)
-	if err == nil || !strings.Contains(err.Error(), "lock Redis "+r.address) {
+	if err == nil || !strings.Contains(err.Error(), "lock Redis "+r.Address) {
 		t.Errorf("got %v, want the lock server out of reach", err)
 	}
 }
@@ -256,7 +257,7 @@ func TestLockOnlyForRepair(t *testing.T) {
 func TestWaitsForAnothersMaintenance(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	unlock, err := s.locks.tryLock(context.Background(), id.lockKey(), 10*time.Second)
-	must(t, err)
+	rig.Must(t, err)
 
 	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 	defer cancel()
@@ -269,9 +270,9 @@ func TestWaitsForAnothersMaintenance(t *testing.T) {
 		_, _, err := s.acquire(context.Background(), id, "", 1, 10*time.Second)
 		done <- err
 	}()
-	must(t, unlock(context.Background()))
-	must(t, <-done)
-	r.wantCounts(t, id, 0, 1)
+	rig.Must(t, unlock(context.Background()))
+	rig.Must(t, <-done)
+	r.WantCounts(t, id, 0, 1)
 }
 
 func TestWrongAnswersOfScripts(t *testing.T) {
@@ -300,7 +301,7 @@ func TestOneRepairPerProcess(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	r.wantCounts(t, id, 0, 100)
+	r.WantCounts(t, id, 0, 100)
 	if n := counted.tried.Load(); n > 5 {
 		t.Errorf("the lock was tried %d times", n)
 	}

@@ -1,9 +1,7 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -13,29 +11,30 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 func TestCertificateFollowsItsFiles(t *testing.T) {
 	dir := t.TempDir()
-	var b syncBuffer
+	var b rig.Log
 	log := slog.New(slog.NewJSONHandler(&b, nil))
 	if _, err := loadCertificate(dir, log); err == nil || !strings.Contains(err.Error(), "--certDir: open "+dir) {
 		t.Errorf("without files: %v", err)
 	}
-	writeCertificate(t, dir, 1)
+	rig.WriteCertificate(t, dir, 1)
 	c, err := loadCertificate(dir, log)
-	must(t, err)
+	rig.Must(t, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	go c.watch(ctx, time.Millisecond)
 	wantSerial := func(want int64) {
 		t.Helper()
-		eventually(t, 5*time.Second, func() error {
+		rig.Eventually(t, 5*time.Second, func() error {
 			pair, err := c.get(nil)
 			if err == nil && pair.Leaf.SerialNumber.Int64() != want {
 				err = fmt.Errorf("serial number %d, want %d", pair.Leaf.SerialNumber, want)
@@ -45,113 +44,47 @@ func TestCertificateFollowsItsFiles(t *testing.T) {
 	}
 	wantLines := func(message string, n int) {
 		t.Helper()
-		eventually(t, 5*time.Second, func() error {
-			if got := len(b.lines(t, message)); got < n {
+		rig.Eventually(t, 5*time.Second, func() error {
+			if got := len(b.Lines(t, message)); got < n {
 				return fmt.Errorf("%d times %q", got, message)
 			}
 			return nil
 		})
 	}
 	wantSerial(1)
-	writeCertificate(t, dir, 2)
+	rig.WriteCertificate(t, dir, 2)
 	wantSerial(2)
 	wantLines("certificate taken", 2)
 
-	must(t, os.WriteFile(filepath.Join(dir, "tls.key"), []byte("not a key"), 0o600))
+	rig.Must(t, os.WriteFile(filepath.Join(dir, "tls.key"), []byte("not a key"), 0o600))
 	wantLines("changed files not taken, what they held before stays in use", 1)
 	wantSerial(2)
-	must(t, os.Remove(filepath.Join(dir, "tls.key")))
+	rig.Must(t, os.Remove(filepath.Join(dir, "tls.key")))
 	wantLines("changed files not taken, what they held before stays in use", 2)
 	wantSerial(2)
-	writeCertificate(t, dir, 3)
+	rig.WriteCertificate(t, dir, 3)
 	wantSerial(3)
 }
 
 // A bad pair is logged once, not at every look.
 func TestBadCertificateIsReportedOnce(t *testing.T) {
 	dir := t.TempDir()
-	writeCertificate(t, dir, 1)
+	rig.WriteCertificate(t, dir, 1)
 	c, err := loadCertificate(dir, slog.New(slog.DiscardHandler))
-	must(t, err)
-	must(t, os.WriteFile(filepath.Join(dir, "tls.crt"), []byte("not a certificate"), 0o600))
+	rig.Must(t, err)
+	rig.Must(t, os.WriteFile(filepath.Join(dir, "tls.crt"), []byte("not a certificate"), 0o600))
 	for i, want := range []bool{true, false, false} {
 		if changed, _ := c.reload(); changed != want {
 			t.Errorf("look %d: changed is %t", i, changed)
 		}
 	}
-	must(t, os.Remove(filepath.Join(dir, "tls.crt")))
+	rig.Must(t, os.Remove(filepath.Join(dir, "tls.crt")))
 	for i, want := range []bool{true, false} {
 		changed, err := c.reload()
 		if changed != want || !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("removed, look %d: changed is %t, %v", i, changed, err)
 		}
 	}
-}
-
-// webhookProcess is the webhook as its users run it.
-type webhookProcess struct {
-	*process
-	url, healthURL string
-	certDir        string
-	client         *http.Client
-}
-
-func startWebhookProcess(t *testing.T, redisAddress string, flags ...string) *webhookProcess {
-	t.Helper()
-	return startWebhookProcessOf(t, binary, redisAddress, flags...)
-}
-
-// startWebhookProcessOf is startWebhookProcess for another build of the program.
-func startWebhookProcessOf(t *testing.T, program, redisAddress string, flags ...string) *webhookProcess {
-	t.Helper()
-	w := newWebhookProcess(t, program, redisAddress, flags...)
-	w.begin(t)
-	return w
-}
-
-// newWebhookProcess is a webhook that is not started yet.
-func newWebhookProcess(t *testing.T, program, redisAddress string, flags ...string) *webhookProcess {
-	t.Helper()
-	w := &webhookProcess{certDir: t.TempDir()}
-	writeCertificate(t, w.certDir, 1)
-	address, health := freeAddress(t), freeAddress(t)
-	host, port, _ := net.SplitHostPort(address)
-	w.url, w.healthURL = "https://"+address, "http://"+health
-	w.process = newProcess(program, append([]string{"webhook", "--host=" + host, "--port=" + port, "--metrics-bind-address=" + health,
-		"--certDir=" + w.certDir, "--queue-redis-address=" + redisAddress, "--redis-addresses=" + redisAddress}, flags...)...)
-	w.client = &http.Client{Transport: &http.Transport{
-		ForceAttemptHTTP2: true,
-		TLSClientConfig:   &tls.Config{InsecureSkipVerify: true}, // the certificate changes; what matters is its serial number
-	}}
-	return w
-}
-
-// begin starts it and waits until it serves.
-func (w *webhookProcess) begin(t *testing.T) {
-	t.Helper()
-	w.start(t)
-	t.Cleanup(w.client.CloseIdleConnections)
-	eventually(t, 20*time.Second, func() error {
-		response, err := http.Get(w.healthURL + "/readyz")
-		if err != nil {
-			return err
-		}
-		defer response.Body.Close()
-		if response.StatusCode != http.StatusOK {
-			return errors.New(response.Status)
-		}
-		return nil
-	})
-}
-
-func (w *webhookProcess) post(body []byte) (status int, text string, serial int64, err error) {
-	response, err := w.client.Post(w.url+"/mutate?timeout=10s", "application/json", bytes.NewReader(body))
-	if err != nil {
-		return 0, "", 0, err
-	}
-	defer response.Body.Close()
-	b, err := io.ReadAll(response.Body)
-	return response.StatusCode, string(b), response.TLS.PeerCertificates[0].SerialNumber.Int64(), err
 }
 
 // Garbage is collected seldom where something limits the memory, unless the operator says how often.
@@ -167,12 +100,12 @@ func TestGarbageIsCollectedSeldom(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Setenv("GOMEMLIMIT", c.limit)
 			t.Setenv("GOGC", c.percent)
-			w := startWebhookProcess(t, commonRedis(t).address)
-			response, err := http.Get(w.healthURL + "/metrics")
-			must(t, err)
+			w := rig.StartWebhook(t, rig.CommonRedis(t).Address)
+			response, err := http.Get(w.HealthURL + "/metrics")
+			rig.Must(t, err)
 			defer response.Body.Close()
 			text, err := io.ReadAll(response.Body)
-			must(t, err)
+			rig.Must(t, err)
 			if !strings.Contains(string(text), "\ngo_gc_gogc_percent "+c.want+"\n") {
 				t.Errorf("want go_gc_gogc_percent %s in\n%s", c.want, text)
 			}
@@ -182,14 +115,14 @@ func TestGarbageIsCollectedSeldom(t *testing.T) {
 
 func TestCertificateIsRereadWithoutRestart(t *testing.T) {
 	t.Parallel()
-	r := commonRedis(t)
-	w := startWebhookProcess(t, r.address)
-	body := review(t, freshID(), 1, func(r map[string]any) { r["dryRun"] = true })
+	r := rig.CommonRedis(t)
+	w := rig.StartWebhook(t, r.Address)
+	body := rig.Review(t, freshID(), 1, func(r map[string]any) { r["dryRun"] = true })
 	for serial := int64(1); serial <= 3; serial++ {
-		writeCertificate(t, w.certDir, serial)
-		eventually(t, 20*time.Second, func() error {
-			w.client.CloseIdleConnections()
-			status, _, got, err := w.post(body)
+		rig.WriteCertificate(t, w.CertDir, serial)
+		rig.Eventually(t, 20*time.Second, func() error {
+			w.Client.CloseIdleConnections()
+			status, _, got, err := w.Post(body)
 			if err == nil && (status != 200 || got != serial) {
 				err = fmt.Errorf("status %d, serial number %d, want %d", status, got, serial)
 			}
@@ -200,13 +133,13 @@ func TestCertificateIsRereadWithoutRestart(t *testing.T) {
 
 // SIGTERM in the middle of an admission: the admission is finished first.
 func TestShutdownFinishesWhatItHasBegun(t *testing.T) {
-	r := startRedis(t)
-	w := startWebhookProcess(t, r.address)
+	r := rig.StartRedis(t)
+	w := rig.StartWebhook(t, r.Address)
 	id := freshID()
-	if status, text, _, err := w.post(review(t, id, 2)); err != nil || status != 200 {
+	if status, text, _, err := w.Post(rig.Review(t, id, 2)); err != nil || status != 200 {
 		t.Fatal(status, text, err)
 	}
-	r.pause(t)
+	r.Pause(t)
 	type answer struct {
 		status int
 		text   string
@@ -214,62 +147,34 @@ func TestShutdownFinishesWhatItHasBegun(t *testing.T) {
 	}
 	answered := make(chan answer, 1)
 	go func() {
-		status, text, _, err := w.post(review(t, id, 2))
+		status, text, _, err := w.Post(rig.Review(t, id, 2))
 		answered <- answer{status, text, err}
 	}()
 	// The acquire is on its way when its bytes wait to be read by the paused server.
-	waitForUnreadBytes(t, r.address)
-	w.signal(t, syscall.SIGTERM)
-	w.wantLog(t, "stopping")
-	r.resume(t)
+	rig.WantUnreadBytes(t, r.Address)
+	w.Signal(t, syscall.SIGTERM)
+	w.WantLog(t, "stopping")
+	r.Resume(t)
 	a := <-answered
 	if a.err != nil || a.status != 200 || !strings.Contains(a.text, `"allowed":true`) {
 		t.Errorf("answered %+v", a)
 	}
-	w.wantExit(t, 0)
-	w.wantLog(t, "stopped")
-	r.wantCounts(t, id, 0, 2)
-}
-
-// waitForUnreadBytes waits until some connection of a server has received what the server has not read.
-func waitForUnreadBytes(t *testing.T, address string) {
-	t.Helper()
-	local := tableAddress(address)
-	eventually(t, 20*time.Second, func() error {
-		table, err := os.ReadFile("/proc/net/tcp")
-		if err != nil {
-			return err
-		}
-		for line := range strings.Lines(string(table)) {
-			f := strings.Fields(line) // sl local remote state tx:rx ...
-			if len(f) > 4 && strings.HasSuffix(f[1], local) && f[3] == "01" && !strings.HasSuffix(f[4], ":00000000") {
-				return nil
-			}
-		}
-		return errors.New("nothing has been sent to " + address)
-	})
-}
-
-// tableAddress is how an address ends in /proc/net/tcp.
-func tableAddress(address string) string {
-	port, err := strconv.Atoi(portOf(address))
-	if err != nil {
-		panic(err)
-	}
-	return fmt.Sprintf(":%04X", port)
+	w.WantExit(t, 0)
+	w.WantLog(t, "stopped")
+	r.WantCounts(t, id, 0, 2)
 }
 
 func TestWebhookDoesNotStart(t *testing.T) {
 	certs := t.TempDir()
-	writeCertificate(t, certs, 1)
+	rig.WriteCertificate(t, certs, 1)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	must(t, err)
+	rig.Must(t, err)
 	defer l.Close()
 	_, taken, _ := net.SplitHostPort(l.Addr().String())
 	for want, args := range map[string][]string{
 		"--certDir: open ":                          {"--certDir=" + t.TempDir()},
 		"--host and --port: listen tcp 127.0.0.1:":  {"--certDir=" + certs, "--host=127.0.0.1", "--port=" + taken},
-		"--metrics-bind-address: listen tcp 127.0.": {"--certDir=" + certs, "--host=127.0.0.1", "--port=" + portOf(freeAddress(t)), "--metrics-bind-address=127.0.0.1:" + taken},
+		"--metrics-bind-address: listen tcp 127.0.": {"--certDir=" + certs, "--host=127.0.0.1", "--port=" + rig.Port(rig.FreeAddress(t)), "--metrics-bind-address=127.0.0.1:" + taken},
 	} {
 		code, _, stderr := runArgs(nil, append([]string{"webhook"}, args...)...)
 		if code != 1 || !strings.Contains(stderr, want) {
@@ -280,8 +185,8 @@ func TestWebhookDoesNotStart(t *testing.T) {
 
 // A webhook is ready while its queue takes writes, and it is not stopping.
 func TestReadiness(t *testing.T) {
-	r := startRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	stopping := make(chan struct{})
 	w.stopping = stopping
 	get := func(path string) (int, string) {
@@ -297,15 +202,15 @@ func TestReadiness(t *testing.T) {
 	}
 	want("/readyz", 200, "ok")
 	want("/healthz", 200, "ok")
-	r.do(t, "CONFIG", "SET", "min-replicas-to-write", "1") // it answers, and refuses writes
+	r.Do(t, "CONFIG", "SET", "min-replicas-to-write", "1") // it answers, and refuses writes
 	want("/readyz", 503, "NOREPLICAS")
-	r.do(t, "CONFIG", "SET", "min-replicas-to-write", "0")
+	r.Do(t, "CONFIG", "SET", "min-replicas-to-write", "0")
 	want("/readyz", 200, "ok")
-	r.pause(t)
-	want("/readyz", 503, "queue Redis "+r.address)
+	r.Pause(t)
+	want("/readyz", 503, "queue Redis "+r.Address)
 	want("/healthz", 200, "ok")
-	r.resume(t)
-	eventually(t, 5*time.Second, func() error {
+	r.Resume(t)
+	rig.Eventually(t, 5*time.Second, func() error {
 		if c, text := get("/readyz"); c != 200 {
 			return errors.New(text)
 		}

@@ -15,22 +15,23 @@ import (
 
 	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // status runs "status" in this process.
-func (s *redisServer) status(t *testing.T, stdin string, args ...string) (stdout string, err error) {
+func statusOf(t *testing.T, s *rig.Redis, stdin string, args ...string) (stdout string, err error) {
 	t.Helper()
 	var out bytes.Buffer
-	err = run(t.Context(), append([]string{"status", "--queue-redis-address=" + foundBy(s.address), "--heartbeat-interval-seconds=30"}, args...),
+	err = run(t.Context(), append([]string{"status", "--queue-redis-address=" + rig.QueueAddress(s.Address), "--heartbeat-interval-seconds=30"}, args...),
 		func(string) string { return "" }, strings.NewReader(stdin), &out, t.Output())
 	return out.String(), err
 }
 
 // wantStatus is status that must succeed, and print lines that match the patterns, one after the other.
-func (s *redisServer) wantStatus(t *testing.T, args []string, patterns ...string) string {
+func wantStatus(t *testing.T, s *rig.Redis, args []string, patterns ...string) string {
 	t.Helper()
-	out, err := s.status(t, "", args...)
-	must(t, err)
+	out, err := statusOf(t, s, "", args...)
+	rig.Must(t, err)
 	at := 0
 	for _, line := range slices.Collect(strings.Lines(out)) {
 		if at < len(patterns) && regexp.MustCompile("^"+patterns[at]+"\n$").MatchString(line) {
@@ -44,14 +45,14 @@ func (s *redisServer) wantStatus(t *testing.T, args []string, patterns ...string
 }
 
 // shownSemaphore is one with two holders, of whom one is stale, and two that wait.
-func shownSemaphore(t *testing.T, namespace string) (r *redisServer, s *semaphores, id semaphoreID, tokens []string) {
+func shownSemaphore(t *testing.T, namespace string) (r *rig.Redis, s *semaphores, id semaphoreID, tokens []string) {
 	t.Helper()
 	r, s, id = newSemaphore(t)
 	id.namespace = namespace
 	for i, pod := range []podName{"web-a node-1", "web-b "} {
 		token, _, err := s.acquire(t.Context(), id, pod, 2, time.Second)
-		must(t, err)
-		r.do(t, "HSET", id.namesKey(), token+"/pod", fmt.Sprintf("%d %s", r.now(t)-14400/(i+1), pod))
+		rig.Must(t, err)
+		r.Do(t, "HSET", id.namesKey(), token+"/pod", fmt.Sprintf("%d %s", r.Now(t)-14400/(i+1), pod))
 		tokens = append(tokens, token)
 	}
 	for _, pod := range []podName{"web-c node-2", ""} {
@@ -62,7 +63,7 @@ func shownSemaphore(t *testing.T, namespace string) (r *redisServer, s *semaphor
 		}
 		tokens = append(tokens, token)
 	}
-	r.do(t, "ZADD", id.inflightKey(), "XX", r.now(t)-7200, tokens[1])
+	r.Do(t, "ZADD", id.inflightKey(), "XX", r.Now(t)-7200, tokens[1])
 	return r, s, id, tokens
 }
 
@@ -77,19 +78,19 @@ func TestStatusTable(t *testing.T) {
 		namespace + ` +free +3 +3 +0 +0 +0 *`,
 		namespace + ` +` + id.key + ` +2 +0 +2 +1 +2 +\d s +2 h ago`,
 	}
-	r.wantStatus(t, nil, want...)
-	if out := r.wantStatus(t, []string{namespace}, want...); strings.Contains(out, "-other") || strings.Count(out, "\n") != 3 {
+	wantStatus(t, r, nil, want...)
+	if out := wantStatus(t, r, []string{namespace}, want...); strings.Contains(out, "-other") || strings.Count(out, "\n") != 3 {
 		t.Errorf("of %s it shows\n%s", namespace, out)
 	}
-	r.wantStatus(t, []string{"nowhere"}, "no semaphore was used in namespace nowhere in the last minutes")
-	if out := r.wantStatus(t, nil); strings.Contains(out, "check-") {
+	wantStatus(t, r, []string{"nowhere"}, "no semaphore was used in namespace nowhere in the last minutes")
+	if out := wantStatus(t, r, nil); strings.Contains(out, "check-") {
 		t.Errorf("it shows what no pod can have:\n%s", out)
 	}
 }
 
 func TestStatusDetail(t *testing.T) {
 	r, _, id, tokens := shownSemaphore(t, "shop")
-	r.wantStatus(t, []string{id.String()},
+	wantStatus(t, r, []string{id.String()},
 		id.String()+`: 2 of 2 tokens in use \(1 stale\), 0 free, 2 waiting in line`,
 		`HOLDER +NODE +HELD +HEARTBEAT +TOKEN`,
 		`web-a +node-1 +4 h +\d s ago +`+tokens[0],
@@ -97,20 +98,20 @@ func TestStatusDetail(t *testing.T) {
 		`LINE +WAITER +NODE +WAITS +ASKED +LENGTH +TOKEN`,
 		`1st +web-c +node-2 +\d s +\d s ago +2 +`+tokens[2],
 		`2nd +\? +\? +\d s +\d s ago +2 +`+tokens[3])
-	r.wantStatus(t, []string{"shop/nothing"}, `shop/nothing: 0 of \? tokens in use \(0 stale\), 0 free, 0 waiting in line`)
+	wantStatus(t, r, []string{"shop/nothing"}, `shop/nothing: 0 of \? tokens in use \(0 stale\), 0 free, 0 waiting in line`)
 }
 
 func TestStatusJSON(t *testing.T) {
 	namespace := "status-" + uuid.NewString()[:8]
 	r, s, id, tokens := shownSemaphore(t, namespace)
-	must(t, errOf(s.heartbeat(t.Context(), id, uuid.NewString(), "web-d node-3", time.Minute)))
+	rig.Must(t, errOf(s.heartbeat(t.Context(), id, uuid.NewString(), "web-d node-3", time.Minute)))
 	decode := func(v any, args ...string) {
 		t.Helper()
-		out, err := r.status(t, "", append(args, "-o", "json")...)
-		must(t, err)
+		out, err := statusOf(t, r, "", append(args, "-o", "json")...)
+		rig.Must(t, err)
 		d := json.NewDecoder(strings.NewReader(out))
 		d.DisallowUnknownFields()
-		must(t, d.Decode(v))
+		rig.Must(t, d.Decode(v))
 	}
 	var all struct{ Semaphores []map[string]any }
 	decode(&all, namespace)
@@ -147,15 +148,15 @@ func TestStatusRelease(t *testing.T) {
 	r, _, id, tokens := shownSemaphore(t, "shop")
 	release := func(stdin string, args ...string) (string, error) {
 		t.Helper()
-		return r.status(t, stdin, append([]string{"release", id.String()}, args...)...)
+		return statusOf(t, r, stdin, append([]string{"release", id.String()}, args...)...)
 	}
 	for stdin, args := range map[string][]string{"n\n": {tokens[0]}, "": {"web-b"}, "what?\n": {tokens[2]}} {
 		if out, err := release(stdin, args...); err == nil || !strings.Contains(out, "Release it? [y/N]") {
 			t.Errorf("%q: %v, %s", stdin, err, out)
 		}
 	}
-	r.wantInflight(t, id, tokens[:2]...)
-	r.wantLine(t, id, tokens[2:]...)
+	r.WantInflight(t, id, tokens[:2]...)
+	r.WantLine(t, id, tokens[2:]...)
 	if out, err := release("", "nobody", "--yes"); err == nil || !strings.Contains(err.Error(), `used or waited for by "nobody": see status `+id.String()) {
 		t.Errorf("of nobody: %v, %s", err, out)
 	}
@@ -176,8 +177,8 @@ func TestStatusRelease(t *testing.T) {
 			t.Errorf("%s: it says\n%s", c.what, out)
 		}
 	}
-	r.wantCounts(t, id, 2, 0)
-	r.wantLine(t, id, tokens[3])
+	r.WantCounts(t, id, 2, 0)
+	r.WantLine(t, id, tokens[3])
 }
 
 // Two pods of one name, as in a StatefulSet that was deleted by force, are told apart by their tokens.
@@ -185,12 +186,12 @@ func TestStatusReleaseOfTwo(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	for range 2 {
 		_, _, err := s.acquire(t.Context(), id, "web-0 node-1", 2, time.Second)
-		must(t, err)
+		rig.Must(t, err)
 	}
-	if _, err := r.status(t, "", "release", id.String(), "web-0", "--yes"); err == nil || !strings.Contains(err.Error(), "2 tokens of "+id.String()) {
+	if _, err := statusOf(t, r, "", "release", id.String(), "web-0", "--yes"); err == nil || !strings.Contains(err.Error(), "2 tokens of "+id.String()) {
 		t.Errorf("got %v", err)
 	}
-	r.wantCounts(t, id, 0, 2)
+	r.WantCounts(t, id, 0, 2)
 }
 
 func TestStatusUsage(t *testing.T) {
@@ -222,7 +223,7 @@ func TestStatusEnvironment(t *testing.T) {
 	env := map[string]string{"QUEUE_REDIS_ADDRESS": "queue:6379", "HEARTBEAT_INTERVAL_SECONDS": "5", "STALE_THRESHOLD_SECONDS": "15",
 		"REDIS_USERNAME": "webhook", "REDIS_PASSWORD": "a"}
 	c, err := parseStatusConfig(nil, func(name string) string { return env[name] })
-	must(t, err)
+	rig.Must(t, err)
 	if c.queueRedisAddress.text != "queue:6379" || c.heartbeatInterval != 5*time.Second || c.staleThreshold != 15*time.Second || c.redis.username != "webhook" {
 		t.Errorf("got %+v", c)
 	}
@@ -243,12 +244,12 @@ func TestStatusOfStrangers(t *testing.T) {
 	namespace := "status-" + uuid.NewString()[:8]
 	strange := semaphoreID{namespace, "\x1b[2Jkey"}
 	acquire(t, s, strange, 1)
-	r.wantStatus(t, []string{namespace}, namespace+` +"\\x1b\[2Jkey" +1 .*`)
+	wantStatus(t, r, []string{namespace}, namespace+` +"\\x1b\[2Jkey" +1 .*`)
 	token := acquire(t, s, id, 2)
-	r.do(t, "HSET", id.namesKey(), token+"/pod", "1 \x1b[2J node")
-	r.do(t, "ZADD", id.inflightKey(), r.now(t), "\x1b[2J")
-	r.do(t, "HSET", id.namesKey(), "\x1b[2J/pod", "what\nis this")
-	if out := r.wantStatus(t, []string{id.String()}, `\? +\? +\? +.* ago +`+token); strings.Contains(out, "\x1b") {
+	r.Do(t, "HSET", id.namesKey(), token+"/pod", "1 \x1b[2J node")
+	r.Do(t, "ZADD", id.inflightKey(), r.Now(t), "\x1b[2J")
+	r.Do(t, "HSET", id.namesKey(), "\x1b[2J/pod", "what\nis this")
+	if out := wantStatus(t, r, []string{id.String()}, `\? +\? +\? +.* ago +`+token); strings.Contains(out, "\x1b") {
 		t.Errorf("it shows %q", out)
 	}
 }
@@ -258,12 +259,12 @@ func TestStatusWatch(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
 	acquire(t, s, id, 2)
-	p := startProcess(t, "status", "--queue-redis-address="+foundBy(r.address), "--watch", "-o", "json", id.String())
+	p := rig.StartProgram(t, "status", "--queue-redis-address="+rig.QueueAddress(r.Address), "--watch", "-o", "json", id.String())
 	wantInUse := func(n int) {
 		t.Helper()
-		eventually(t, 10*time.Second, func() error {
-			if !strings.Contains(p.stdout.String(), fmt.Sprintf(`"inUse":%d,`, n)) {
-				return fmt.Errorf("it does not say that %d are in use: %s", n, p.stdout.String())
+		rig.Eventually(t, 10*time.Second, func() error {
+			if !strings.Contains(p.Stdout.String(), fmt.Sprintf(`"inUse":%d,`, n)) {
+				return fmt.Errorf("it does not say that %d are in use: %s", n, p.Stdout.String())
 			}
 			return nil
 		})
@@ -271,14 +272,14 @@ func TestStatusWatch(t *testing.T) {
 	wantInUse(1)
 	acquire(t, s, id, 2)
 	wantInUse(2)
-	p.signal(t, syscall.SIGTERM)
-	p.wantExit(t, 0)
+	p.Signal(t, syscall.SIGTERM)
+	p.WantExit(t, 0)
 }
 
 // A Redis that hangs, or is full of other things, is not waited for.
 func TestSurveyIsBounded(t *testing.T) {
 	t.Parallel()
-	r, s, _ := newSemaphoreOn(t, startRedis(t))
+	r, s, _ := newSemaphoreOn(t, rig.StartRedis(t))
 	const semaphores = 2000
 	for i := range semaphores {
 		acquire(t, s, semaphoreID{fmt.Sprintf("ns-%d", i%10), fmt.Sprintf("key-%d", i)}, 3)
@@ -288,11 +289,11 @@ func TestSurveyIsBounded(t *testing.T) {
 		for j := range 100 {
 			args = append(args, fmt.Sprintf("other-%d-%d", i, j), "x")
 		}
-		if testQueue != clusterTests { // keys of several slots
-			r.do(t, "MSET", args...)
+		if rig.TestQueue != rig.ClusterQueue { // keys of several slots
+			r.Do(t, "MSET", args...)
 		}
 	}
-	before := commandCalls(t, r)
+	before := r.CommandCalls(t)
 	start := time.Now()
 	states, err := s.survey(t.Context(), "")
 	took := time.Since(start)
@@ -300,15 +301,15 @@ func TestSurveyIsBounded(t *testing.T) {
 		t.Fatalf("%d semaphores, %v", len(states), err)
 	}
 	t.Logf("%d semaphores in %s", len(states), took)
-	calls := commandCalls(t, r)
+	calls := r.CommandCalls(t)
 	if n := calls["scan"] - before["scan"]; n < 5 || n > 60 {
 		t.Errorf("%d times SCAN", n)
 	}
 	if states, err = s.survey(t.Context(), "ns-3"); err != nil || len(states) != semaphores/10 {
 		t.Errorf("%d semaphores of a namespace, %v", len(states), err)
 	}
-	r.pause(t)
-	defer r.resume(t)
+	r.Pause(t)
+	defer r.Resume(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
 	start = time.Now()
@@ -319,10 +320,10 @@ func TestSurveyIsBounded(t *testing.T) {
 
 // Its user may look, and release, and take nothing; all that it may is needed.
 func TestStatusUser(t *testing.T) {
-	r := startRedis(t)
-	admin := testSemaphores(t, r.address)
-	config := testConfig(r.address)
-	config.redis = redisSettings{username: "status", password: testPassword}
+	r := rig.StartRedis(t)
+	admin := testSemaphores(t, r.Address)
+	config := testConfig(r.Address)
+	config.redis = redisSettings{username: "status", password: rig.Password}
 	s := semaphoresOf(t, config)
 	look := func() error {
 		id := freshID()
@@ -334,26 +335,26 @@ func TestStatusUser(t *testing.T) {
 		id := freshID()
 		token := acquire(t, admin, id, 2)
 		stand(t, r, admin, id, false)
-		r.do(t, "ZADD", id.waitersKey(), 1, "gone")
-		r.do(t, "ZADD", id.seenKey(), 1, "gone")
+		r.Do(t, "ZADD", id.waitersKey(), 1, "gone")
+		r.Do(t, "ZADD", id.seenKey(), 1, "gone")
 		// What is free is more than what may be, and then all of it is.
 		for _, length := range []int{2, 1} {
-			r.do(t, "RPUSH", id.queueKey(), "free", "free", "free")
-			r.do(t, "HSET", id.stateKey(), "length", length)
-			r.do(t, "PERSIST", id.stateKey())
+			r.Do(t, "RPUSH", id.queueKey(), "free", "free", "free")
+			r.Do(t, "HSET", id.stateKey(), "length", length)
+			r.Do(t, "PERSIST", id.stateKey())
 			if _, err := s.release(t.Context(), id, token); err != nil {
 				return err
 			}
 			token = uuid.NewString()
-			r.do(t, "ZADD", id.inflightKey(), r.now(t), token, r.now(t), "another")
+			r.Do(t, "ZADD", id.inflightKey(), r.Now(t), token, r.Now(t), "another")
 		}
 		return nil
 	}
-	r.do(t, "ACL", append([]any{"SETUSER", "status", "on", ">" + testPassword}, anys(strings.Fields(statusACL))...)...)
-	if testQueue != "" {
-		r.do(t, "ACL", "SETUSER", "status", "+role", "+cluster|slots")
+	r.Do(t, "ACL", append([]any{"SETUSER", "status", "on", ">" + rig.Password}, rig.Anys(strings.Fields(statusACL))...)...)
+	if rig.TestQueue != "" {
+		r.Do(t, "ACL", "SETUSER", "status", "+role", "+cluster|slots")
 	}
-	must(t, look())
+	rig.Must(t, look())
 	if err := release(); err == nil || !isDenied(err) {
 		t.Errorf("it may release: %v", err)
 	}
@@ -364,27 +365,27 @@ func TestStatusUser(t *testing.T) {
 			if !isCommand {
 				continue
 			}
-			r.do(t, "ACL", "SETUSER", "status", "-"+command)
-			r.do(t, "SCRIPT", "FLUSH")
-			r.do(t, "ACL", "LOG", "RESET")
+			r.Do(t, "ACL", "SETUSER", "status", "-"+command)
+			r.Do(t, "SCRIPT", "FLUSH")
+			r.Do(t, "ACL", "LOG", "RESET")
 			err := do()
-			if denied, _ := redis.Values(r.do(t, "ACL", "LOG"), nil); err == nil && len(denied) > 0 {
+			if denied, _ := redis.Values(r.Do(t, "ACL", "LOG"), nil); err == nil && len(denied) > 0 {
 				err = errors.New("NOPERM, for which it makes up")
 			}
 			if err == nil || !isDenied(err) {
 				t.Errorf("without %s: %v", rule, err)
 			}
-			r.do(t, "ACL", "SETUSER", "status", rule)
+			r.Do(t, "ACL", "SETUSER", "status", rule)
 		}
-		must(t, do())
+		rig.Must(t, do())
 	}
 	wantNeeded(statusACL, look)
-	r.do(t, "ACL", append([]any{"SETUSER", "status"}, anys(strings.Fields(releaseACL))...)...)
+	r.Do(t, "ACL", append([]any{"SETUSER", "status"}, rig.Anys(strings.Fields(releaseACL))...)...)
 	wantNeeded(releaseACL, release)
 	id := freshID()
 	maintain(t, admin, id, 1)
 	if _, _, err := s.acquire(t.Context(), id, "", 1, time.Second); err == nil || !isDenied(err) {
 		t.Errorf("it may take a token: %v", err)
 	}
-	r.wantCounts(t, id, 1, 0)
+	r.WantCounts(t, id, 1, 0)
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // of is a metric of a semaphore.
@@ -20,12 +21,12 @@ func (s samples) of(name string, id semaphoreID) (float64, bool) {
 // Each webhook tells the same of a semaphore, whatever pods it has admitted itself.
 func TestSemaphoreMetrics(t *testing.T) {
 	r, s, id, tokens := shownSemaphore(t, "metrics-"+uuid.NewString()[:8])
-	must(t, errOf(s.heartbeat(t.Context(), id, uuid.NewString(), "", 0))) // rejoins
+	rig.Must(t, errOf(s.heartbeat(t.Context(), id, uuid.NewString(), "", 0))) // rejoins
 	free := semaphoreID{id.namespace, "free"}
 	giveBack(t, s, free, acquire(t, s, free, 3))
 	acquire(t, s, semaphoreID{id.namespace, "strange\xff"}, 1)
 	for range 2 {
-		w := startWebhook(t, testConfig(r.address))
+		w := startWebhook(t, testConfig(r.Address))
 		all := w.scrape(t)
 		for name, want := range map[string]float64{"length": 2, "queue": 0, "inflight": 3, "late": 1, "stale": 1, "waiters": 2, "reclaimed_tokens_total": 0, "rejoined_tokens_total": 1} {
 			if got, ok := all.of(name, id); !ok || got != want {
@@ -45,7 +46,7 @@ func TestSemaphoreMetrics(t *testing.T) {
 	}
 	giveBack(t, s, id, tokens[0])
 	maintain(t, s, id, 3)
-	all := startWebhook(t, testConfig(r.address)).scrape(t)
+	all := startWebhook(t, testConfig(r.Address)).scrape(t)
 	if got, _ := all.of("reclaimed_tokens_total", id); got != 1 {
 		t.Errorf("%v were reclaimed, want 1", got)
 	}
@@ -54,7 +55,7 @@ func TestSemaphoreMetrics(t *testing.T) {
 // Of too many semaphores, those that matter have metrics, and the others are counted; a thousand are read in a moment.
 func TestMetricsOfManySemaphores(t *testing.T) {
 	t.Parallel()
-	r, s, _ := newSemaphoreOn(t, startRedis(t))
+	r, s, _ := newSemaphoreOn(t, rig.StartRedis(t))
 	const semaphores = mostMeasured + 100
 	for i := range semaphores {
 		id := semaphoreID{"shop", fmt.Sprintf("key-%d", i)}
@@ -65,7 +66,7 @@ func TestMetricsOfManySemaphores(t *testing.T) {
 	}
 	var fastest time.Duration
 	for range 5 {
-		w := startWebhook(t, testConfig(r.address)) // another would be told what was told before
+		w := startWebhook(t, testConfig(r.Address)) // another would be told what was told before
 		start := time.Now()
 		rec := httptest.NewRecorder()
 		w.healthRoutes().ServeHTTP(rec, httptest.NewRequest(http.MethodGet, "/metrics", nil))
@@ -80,7 +81,7 @@ func TestMetricsOfManySemaphores(t *testing.T) {
 	if fastest > surveyTimeout { // it takes a fiftieth of that where nothing else runs
 		t.Errorf("a scrape took %s", fastest)
 	}
-	all := startWebhook(t, testConfig(r.address)).scrape(t)
+	all := startWebhook(t, testConfig(r.Address)).scrape(t)
 	all.want(t, map[string]float64{"semaphores": semaphores, "semaphores_left_out": semaphores - mostMeasured, "survey_success": 1})
 	v := &surveyor{semaphores: s}
 	if v.look(); len(v.shown) != mostMeasured || cap(v.shown) >= v.seen {
@@ -94,13 +95,13 @@ func TestMetricsOfManySemaphores(t *testing.T) {
 // A Redis that hangs costs a scrape two seconds, once, and only what is in Redis.
 func TestMetricsOfAHangingRedis(t *testing.T) {
 	t.Parallel()
-	r, s, id := newSemaphoreOn(t, startRedis(t))
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
 	acquire(t, s, id, 1)
-	w := startWebhook(t, testConfig(r.address))
+	w := startWebhook(t, testConfig(r.Address))
 	w.scrape(t).want(t, map[string]float64{"semaphores": 1, "survey_success": 1})
-	r.pause(t)
-	defer r.resume(t)
-	eventually(t, 10*time.Second, func() error { // what was told a moment ago may still be told
+	r.Pause(t)
+	defer r.Resume(t)
+	rig.Eventually(t, 10*time.Second, func() error { // what was told a moment ago may still be told
 		start := time.Now()
 		all := w.scrape(t)
 		if took := time.Since(start); took > surveyTimeout+2*time.Second {
@@ -115,7 +116,7 @@ func TestMetricsOfAHangingRedis(t *testing.T) {
 		return nil
 	})
 	w.scrape(t)
-	if lines := w.log.lines(t, "the semaphores cannot be read for the metrics"); len(lines) != 1 {
+	if lines := w.log.Lines(t, "the semaphores cannot be read for the metrics"); len(lines) != 1 {
 		t.Errorf("logged %d times", len(lines))
 	}
 }

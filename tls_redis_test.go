@@ -17,6 +17,7 @@ import (
 
 	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // What the users of the webhook and of the sidecar need in Redis, as the README has it.
@@ -45,28 +46,26 @@ func isDenied(err error) bool {
 }
 
 // startSecureRedis starts a redis-server that speaks TLS only, with a user for the webhook and one for the sidecar.
-func startSecureRedis(t *testing.T, dir string) *redisServer {
+func startSecureRedis(t *testing.T, dir string) *rig.Redis {
 	t.Helper()
 	crt, key := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
 	listen := func(port string) []string {
 		args := []string{"--port", "0", "--tls-port", port, "--tls-cert-file", crt, "--tls-key-file", key, "--tls-ca-cert-file", crt, "--tls-auth-clients", "no"}
-		for _, user := range []string{"default on >admin ~* &* +@all", "webhook on >" + testPassword + " " + webhookACL, "sidecar on >" + testPassword + " " + sidecarACL} {
+		for _, user := range []string{"default on >admin ~* &* +@all", "webhook on >" + rig.Password + " " + webhookACL, "sidecar on >" + rig.Password + " " + sidecarACL} {
 			args = append(append(args, "--user"), strings.Fields(user)...)
 		}
 		return args
 	}
 	roots, err := readCA(crt)
-	must(t, err)
-	r, err := launchRedis(t.TempDir(), listen, redis.DialUseTLS(true), redis.DialTLSConfig(&tls.Config{RootCAs: roots}), redis.DialPassword("admin"))
-	must(t, err)
-	t.Cleanup(r.stop)
-	return r
+	rig.Must(t, err)
+	return rig.StartRedisWith(t, rig.RedisOptions{Args: listen,
+		Dial: []redis.DialOption{redis.DialUseTLS(true), redis.DialTLSConfig(&tls.Config{RootCAs: roots}), redis.DialPassword("admin")}})
 }
 
 // The rules in the README are those that are tested here.
 func TestACLsAreDocumented(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
-	must(t, err)
+	rig.Must(t, err)
 	for _, rule := range []string{webhookACL, sidecarACL, "status on >PASSWORD " + statusACL + "\n", "`" + gateACL + "`", "`" + forgottenACL + "`", "SETUSER status " + releaseACL + "\n", "`" + sentinelACL + "`", "`" + ofSentinelsACL + "`", "`" + clusterACL + "`", "`" + lockACL + "`"} {
 		if !strings.Contains(string(readme), rule) {
 			t.Errorf("not in the README: %s", rule)
@@ -82,7 +81,7 @@ func withoutLock(rules string) string {
 // The users that deploy/ makes have these rules: the lock is on servers of its own there, and there are Sentinels.
 func TestACLsAreDeployed(t *testing.T) {
 	scripts, err := os.ReadFile("deploy/base/redis-scripts.yaml")
-	must(t, err)
+	rig.Must(t, err)
 	want := map[string][]string{
 		"webhook":    {withoutLock(webhookACL) + " " + forgottenACL, lockACL},
 		"sidecar":    {}, // the namespaces have users of their own, see TestNamespaceUsersFollowTheirFiles
@@ -93,7 +92,7 @@ func TestACLsAreDeployed(t *testing.T) {
 	}
 	got := map[string][]string{}
 	for line := range strings.Lines(string(scripts)) {
-		words := userLine(line)
+		words := rig.UserLine(line)
 		if len(words) < 3 || words[0] != "user" || want[words[1]] == nil {
 			continue
 		}
@@ -118,9 +117,9 @@ func TestACLsAreDeployed(t *testing.T) {
 // The servers that deploy/ installs start again when their scripts change.
 func TestScriptsAreDeployed(t *testing.T) {
 	scripts, err := os.ReadFile("deploy/base/redis-scripts.yaml")
-	must(t, err)
+	rig.Must(t, err)
 	manifest, err := os.ReadFile("deploy/base/redis.yaml")
-	must(t, err)
+	rig.Must(t, err)
 	if want := fmt.Sprintf("scripts: %q", fmt.Sprintf("%x", sha256.Sum256(scripts))[:12]); !strings.Contains(string(manifest), want) {
 		t.Errorf("the annotation in deploy/base/redis.yaml must be %s", want)
 	}
@@ -131,10 +130,10 @@ func sorted(text string) string { return strings.Join(slices.Sorted(strings.Fiel
 
 // On a server for the lock, nothing can be left out of the rules for it, and nothing is missing.
 func TestLockACLIsMinimal(t *testing.T) {
-	r := startRedis(t)
-	settings := redisSettings{username: "locker", password: testPassword}
+	r := rig.StartRedis(t)
+	settings := redisSettings{username: "locker", password: rig.Password}
 	lock := func() error {
-		l := newRedlock([]string{r.address}, settings, 1)
+		l := newRedlock([]string{r.Address}, settings, 1)
 		defer l.close()
 		unlock, err := l.tryLock(t.Context(), freshID().lockKey(), time.Minute)
 		if err != nil {
@@ -143,57 +142,57 @@ func TestLockACLIsMinimal(t *testing.T) {
 		return unlock(t.Context())
 	}
 	rules := strings.Fields(lockACL)
-	r.do(t, "ACL", append([]any{"SETUSER", "locker", "on", ">" + testPassword}, anys(rules)...)...)
-	must(t, lock())
+	r.Do(t, "ACL", append([]any{"SETUSER", "locker", "on", ">" + rig.Password}, rig.Anys(rules)...)...)
+	rig.Must(t, lock())
 	for _, rule := range rules[1:] {
-		r.do(t, "ACL", "SETUSER", "locker", "-"+rule[1:])
+		r.Do(t, "ACL", "SETUSER", "locker", "-"+rule[1:])
 		if err := lock(); err == nil || !isDenied(err) {
 			t.Errorf("without %s: %v", rule, err)
 		}
-		r.do(t, "ACL", "SETUSER", "locker", rule)
+		r.Do(t, "ACL", "SETUSER", "locker", rule)
 	}
 }
 
 // The whole job over TLS, with the users that the README tells to make.
 func TestRedisWithTLSAndACL(t *testing.T) {
 	dir := t.TempDir()
-	writeCertificate(t, dir, 1)
+	rig.WriteCertificate(t, dir, 1)
 	r := startSecureRedis(t, dir)
-	address, ca := "rediss://"+r.address, filepath.Join(dir, "tls.crt")
+	address, ca := "rediss://"+r.Address, filepath.Join(dir, "tls.crt")
 	c := testConfig(address)
-	c.redis = redisSettings{username: "webhook", password: testPassword, caFile: ca}
+	c.redis = redisSettings{username: "webhook", password: rig.Password, caFile: ca}
 	w := startWebhook(t, c)
 	id := freshID()
-	must(t, w.semaphores.check(context.Background()))
+	rig.Must(t, w.semaphores.check(context.Background()))
 	token := w.wantAdmitted(t, id, 2)
-	r.makeStale(t, id, w.wantAdmitted(t, id, 2))
+	r.MakeStale(t, id, w.wantAdmitted(t, id, 2))
 	w.semaphores.giveBack(id, w.wantAdmitted(t, id, 2)) // after a repair
 	w.wantFull(t, id, 1, 1)
-	r.askedLongAgo(t, id)
+	r.ForgetLength(t, id)
 	maintain(t, w.semaphores, id, 1) // a trim
-	r.wantCounts(t, id, 0, 1)
+	r.WantCounts(t, id, 0, 1)
 
 	t.Setenv("REDIS_USERNAME", "sidecar")
-	t.Setenv("REDIS_PASSWORD", testPassword)
-	p := startSidecar(t, address, id, token, "--redis-ca-file="+ca)
-	p.wantLog(t, "holding the token")
-	r.do(t, "DEL", id.inflightKey())
-	r.wantCounts(t, id, 0, 1)
-	p.signal(t, syscall.SIGTERM)
-	p.wantExit(t, 0)
-	r.wantCounts(t, id, 1, 0)
-	wantNoSecret(t, p)
+	t.Setenv("REDIS_PASSWORD", rig.Password)
+	p := rig.StartSidecar(t, address, id, token, "--redis-ca-file="+ca)
+	p.WantLog(t, "holding the token")
+	r.Do(t, "DEL", id.inflightKey())
+	r.WantCounts(t, id, 0, 1)
+	p.Signal(t, syscall.SIGTERM)
+	p.WantExit(t, 0)
+	r.WantCounts(t, id, 1, 0)
+	p.WantNoSecret(t)
 }
 
 // The rules allow what the sidecar and the webhook do, and all that they allow is needed.
 func TestACLsAreMinimal(t *testing.T) {
 	dir := t.TempDir()
-	writeCertificate(t, dir, 1)
+	rig.WriteCertificate(t, dir, 1)
 	r := startSecureRedis(t, dir)
-	ctx, address := context.Background(), "rediss://"+r.address
+	ctx, address := context.Background(), "rediss://"+r.Address
 	semaphoresOf := func(user string) *semaphores {
 		c := testConfig(address)
-		c.redis = redisSettings{username: user, password: testPassword, caFile: filepath.Join(dir, "tls.crt")}
+		c.redis = redisSettings{username: user, password: rig.Password, caFile: filepath.Join(dir, "tls.crt")}
 		return newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), 1, slog.New(slog.DiscardHandler))
 	}
 	// What both do: take tokens, repair, call waiters, give back.
@@ -206,29 +205,29 @@ func TestACLsAreMinimal(t *testing.T) {
 		if err := unlock(ctx); err != nil {
 			return s, id, err
 		}
-		if r.do(t, "EXISTS", id.lockKey()) != int64(0) {
+		if r.Do(t, "EXISTS", id.lockKey()) != int64(0) {
 			return s, id, errors.New("NOPERM: the lock was not freed")
 		}
 		for _, length := range []int{3, 2} { // refill, trim
 			if err := s.maintain(ctx, id, length, true); err != nil {
 				return s, id, err
 			}
-			r.askedLongAgo(t, id)
+			r.ForgetLength(t, id)
 		}
 		token, _, err := s.acquire(ctx, id, "", 1, time.Second)
 		if err != nil {
 			return s, id, err
 		}
-		r.do(t, "ZADD", id.waitersKey(), 1, "gone")
-		r.do(t, "ZADD", id.seenKey(), 1, "gone")
-		r.do(t, "HSET", id.namesKey(), "gone", 1)
-		r.do(t, "ZADD", id.waitersKey(), 2, "there")
-		r.do(t, "ZADD", id.seenKey(), time.Now().Unix(), "there")
+		r.Do(t, "ZADD", id.waitersKey(), 1, "gone")
+		r.Do(t, "ZADD", id.seenKey(), 1, "gone")
+		r.Do(t, "HSET", id.namesKey(), "gone", 1)
+		r.Do(t, "ZADD", id.waitersKey(), 2, "there")
+		r.Do(t, "ZADD", id.seenKey(), time.Now().Unix(), "there")
 		if _, err := s.release(ctx, id, token); err != nil {
 			return s, id, err
 		}
-		r.do(t, "ZADD", id.inflightKey(), 99999999999, uuid.NewString()) // to be caught up with
-		r.askedLongAgo(t, id)
+		r.Do(t, "ZADD", id.inflightKey(), 99999999999, uuid.NewString()) // to be caught up with
+		r.ForgetLength(t, id)
 		if err := s.maintain(ctx, id, 1, true); err != nil { // trim to nothing
 			return s, id, err
 		}
@@ -281,30 +280,30 @@ func TestACLsAreMinimal(t *testing.T) {
 		rule string
 		live func() error
 	}{"sidecar": {sidecarACL, sidecarLife}, "webhook": {webhookACL, webhookLife}} {
-		must(t, c.live())
+		rig.Must(t, c.live())
 		for rule := range strings.FieldsSeq(c.rule) {
 			command, isCommand := strings.CutPrefix(rule, "+")
 			if !isCommand {
 				continue
 			}
-			r.do(t, "ACL", "SETUSER", user, "-"+command)
-			r.do(t, "SCRIPT", "FLUSH")
-			r.do(t, "ACL", "LOG", "RESET")
+			r.Do(t, "ACL", "SETUSER", user, "-"+command)
+			r.Do(t, "SCRIPT", "FLUSH")
+			r.Do(t, "ACL", "LOG", "RESET")
 			err := c.live()
-			if denied, _ := redis.Values(r.do(t, "ACL", "LOG"), nil); err == nil && len(denied) > 0 {
+			if denied, _ := redis.Values(r.Do(t, "ACL", "LOG"), nil); err == nil && len(denied) > 0 {
 				err = errors.New("NOPERM, for which it makes up") // a waiter that cannot be called asks
 			}
 			if err == nil || !isDenied(err) {
 				t.Errorf("%s without %s: %v", user, rule, err)
 			}
-			r.do(t, "ACL", "SETUSER", user, rule)
+			r.Do(t, "ACL", "SETUSER", user, rule)
 		}
-		must(t, c.live())
+		rig.Must(t, c.live())
 	}
 
-	settings := redisSettings{username: "sidecar", password: testPassword, caFile: filepath.Join(dir, "tls.crt")}
-	conn, err := dialRedis(ctx, "rediss://"+r.address, settings, time.Second)
-	must(t, err)
+	settings := redisSettings{username: "sidecar", password: rig.Password, caFile: filepath.Join(dir, "tls.crt")}
+	conn, err := dialRedis(ctx, "rediss://"+r.Address, settings, time.Second)
+	rig.Must(t, err)
 	defer conn.Close()
 	for _, command := range []string{"FLUSHALL", "KEYS *", "CONFIG GET *", "ACL LIST", "PING", "GET other", "SET other 1", "PUBLISH other x",
 		"LRANGE queue/{a/b} 0 -1", "ZADD other 1 a", "RPUSH other a", "SCRIPT FLUSH", "SHUTDOWN", "MONITOR", "SUBSCRIBE c"} {
@@ -322,21 +321,21 @@ func TestACLsAreMinimal(t *testing.T) {
 // What is wrong with the credentials or the certificate is said, without the password.
 func TestRedisRefusesUs(t *testing.T) {
 	dir, elsewhere := t.TempDir(), t.TempDir()
-	writeCertificate(t, dir, 1)
-	writeCertificate(t, elsewhere, 2)
+	rig.WriteCertificate(t, dir, 1)
+	rig.WriteCertificate(t, elsewhere, 2)
 	r := startSecureRedis(t, dir)
 	ca := filepath.Join(dir, "tls.crt")
 	for want, settings := range map[string]redisSettings{
-		"WRONGPASS":                        {username: "webhook", password: "wrong-" + testPassword, caFile: ca},
+		"WRONGPASS":                        {username: "webhook", password: "wrong-" + rig.Password, caFile: ca},
 		"NOAUTH":                           {caFile: ca},
-		"certificate signed by unknown au": {username: "webhook", password: testPassword, caFile: filepath.Join(elsewhere, "tls.crt")},
-		"no such file or directory":        {username: "webhook", password: testPassword, caFile: filepath.Join(elsewhere, "none")},
+		"certificate signed by unknown au": {username: "webhook", password: rig.Password, caFile: filepath.Join(elsewhere, "tls.crt")},
+		"no such file or directory":        {username: "webhook", password: rig.Password, caFile: filepath.Join(elsewhere, "none")},
 	} {
-		c := testConfig("rediss://" + r.address)
+		c := testConfig("rediss://" + r.Address)
 		c.redis = settings
-		s := newSemaphores(c.sharedConfig, nil, 1, testSemaphores(t, r.address).log)
+		s := newSemaphores(c.sharedConfig, nil, 1, testSemaphores(t, r.Address).log)
 		err := s.check(context.Background())
-		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), testPassword) {
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), rig.Password) {
 			t.Errorf("got %v, want %q", err, want)
 		}
 		s.queue.close()

@@ -2,15 +2,7 @@ package main
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/json"
-	"encoding/pem"
-	"math/big"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,131 +12,99 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
-
-// writeCertificate puts a new self-signed pair, tls.crt and tls.key, with that serial number into dir. It is good for a
-// server at 127.0.0.1 and for a client, and is its own authority.
-func writeCertificate(t testing.TB, dir string, serial int64) {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	must(t, err)
-	template := &x509.Certificate{
-		SerialNumber:          big.NewInt(serial),
-		Subject:               pkix.Name{CommonName: "test"},
-		NotBefore:             time.Now().Add(-time.Hour),
-		NotAfter:              time.Now().Add(time.Hour),
-		IPAddresses:           []net.IP{net.IPv4(127, 0, 0, 1)},
-		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		IsCA:                  true,
-		BasicConstraintsValid: true,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
-	must(t, err)
-	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
-	must(t, err)
-	must(t, os.WriteFile(filepath.Join(dir, "tls.crt"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600))
-	must(t, os.WriteFile(filepath.Join(dir, "tls.key"), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), 0o600))
-}
-
-const testPassword = "correct-horse"
-
-func wantNoSecret(t *testing.T, p *process) {
-	t.Helper()
-	if strings.Contains(p.log.String(), testPassword) || strings.Contains(strings.Join(p.Args, " "), testPassword) {
-		t.Errorf("the password is shown: %v\n%s", p.Args, p.log.String())
-	}
-}
 
 func TestEtcdWithTLSAndAuth(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	writeCertificate(t, dir, 1)
+	rig.WriteCertificate(t, dir, 1)
 	crt, key := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
 	files := etcdSettings{caFile: crt, certFile: crt, keyFile: key}
 	tlsConfig, err := files.tls()
-	must(t, err)
-	m := &etcdMember{address: freeAddress(t)}
-	peer := "http://" + freeAddress(t)
-	m.start(t, "https://"+m.address, tlsConfig, "--cert-file", crt, "--key-file", key, "--trusted-ca-file", crt, "--client-cert-auth",
+	rig.Must(t, err)
+	m := &rig.Etcd{Address: rig.FreeAddress(t)}
+	peer := "http://" + rig.FreeAddress(t)
+	m.Serve(t, "https://"+m.Address, tlsConfig, "--cert-file", crt, "--key-file", key, "--trusted-ca-file", crt, "--client-cert-auth",
 		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", "default="+peer, "--bcrypt-cost", "4")
-	m.wait(t)
+	m.WantServing(t)
 	ctx := context.Background()
 	for _, step := range []func() error{
-		func() error { return errOf(m.control.UserAdd(ctx, "root", "admin")) },
-		func() error { return errOf(m.control.UserGrantRole(ctx, "root", "root")) },
-		func() error { return errOf(m.control.RoleAdd(ctx, "locks")) },
+		func() error { return errOf(m.Control.UserAdd(ctx, "root", "admin")) },
+		func() error { return errOf(m.Control.UserGrantRole(ctx, "root", "root")) },
+		func() error { return errOf(m.Control.RoleAdd(ctx, "locks")) },
 		func() error {
-			return errOf(m.control.RoleGrantPermission(ctx, "locks", "lock/", clientv3.GetPrefixRangeEnd("lock/"), clientv3.PermissionType(clientv3.PermReadWrite)))
+			return errOf(m.Control.RoleGrantPermission(ctx, "locks", "lock/", clientv3.GetPrefixRangeEnd("lock/"), clientv3.PermissionType(clientv3.PermReadWrite)))
 		},
-		func() error { return errOf(m.control.UserAdd(ctx, "webhook", testPassword)) },
-		func() error { return errOf(m.control.UserGrantRole(ctx, "webhook", "locks")) },
-		func() error { return errOf(m.control.AuthEnable(ctx)) },
+		func() error { return errOf(m.Control.UserAdd(ctx, "webhook", rig.Password)) },
+		func() error { return errOf(m.Control.UserGrantRole(ctx, "webhook", "locks")) },
+		func() error { return errOf(m.Control.AuthEnable(ctx)) },
 	} {
-		must(t, step())
+		rig.Must(t, step())
 	}
-	admin, err := clientv3.New(clientv3.Config{Endpoints: []string{m.address}, TLS: tlsConfig, Username: "root", Password: "admin", DialTimeout: 5 * time.Second})
-	must(t, err)
+	admin, err := clientv3.New(clientv3.Config{Endpoints: []string{m.Address}, TLS: tlsConfig, Username: "root", Password: "admin", DialTimeout: 5 * time.Second})
+	rig.Must(t, err)
 	defer admin.Close()
 
 	settings := files
-	settings.username, settings.password = "webhook", testPassword
-	for _, address := range []string{m.address, "https://" + m.address} {
+	settings.username, settings.password = "webhook", rig.Password
+	for _, address := range []string{m.Address, "https://" + m.Address} {
 		l := newEtcdLock([]string{address}, settings)
 		for range 3 {
 			unlock, err := l.tryLock(ctx, "lock/{shop/web}", time.Minute)
-			must(t, err)
+			rig.Must(t, err)
 			wantTaken(t, l, "lock/{shop/web}")
-			must(t, unlock(ctx))
+			rig.Must(t, unlock(ctx))
 			// What changes users makes all log-ins void.
-			must(t, errOf(admin.UserAdd(ctx, "another-"+uuid.NewString(), "x")))
+			rig.Must(t, errOf(admin.UserAdd(ctx, "another-"+uuid.NewString(), "x")))
 		}
 		if _, err := l.tryLock(ctx, "elsewhere", time.Minute); err == nil || !strings.Contains(err.Error(), "permission denied") {
 			t.Errorf("a key that the role does not have: %v", err)
 		}
-		must(t, l.close())
+		rig.Must(t, l.close())
 	}
 
 	for want, change := range map[string]func(*etcdSettings){
-		"invalid user ID or password": func(s *etcdSettings) { s.password = "wrong-" + testPassword },
+		"invalid user ID or password": func(s *etcdSettings) { s.password = "wrong-" + rig.Password },
 		"no such file":                func(s *etcdSettings) { s.caFile = filepath.Join(dir, "none") },
 		"Unavailable":                 func(s *etcdSettings) { s.certFile, s.username, s.password = "", "", "" },
 	} {
 		wrong := settings
 		change(&wrong)
-		l := newEtcdLock([]string{m.address}, wrong)
+		l := newEtcdLock([]string{m.Address}, wrong)
 		_, err := l.tryLock(ctx, "lock/{shop/web}", time.Minute)
-		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), m.address) || strings.Contains(err.Error(), testPassword) {
+		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), m.Address) || strings.Contains(err.Error(), rig.Password) {
 			t.Errorf("got %v, want %q", err, want)
 		}
-		must(t, l.close())
+		rig.Must(t, l.close())
 	}
 }
 
 // No secret is in the arguments or the logs of a webhook that cannot log in, nor in what it answers.
 func TestSecretsAreNotShown(t *testing.T) {
-	r := startRedis(t)
-	r.do(t, "CONFIG", "SET", "requirepass", "something-else")
+	r := rig.StartRedis(t)
+	r.Do(t, "CONFIG", "SET", "requirepass", "something-else")
 	dir := t.TempDir()
-	writeCertificate(t, dir, 1)
-	t.Setenv("REDIS_PASSWORD", testPassword)
+	rig.WriteCertificate(t, dir, 1)
+	t.Setenv("REDIS_PASSWORD", rig.Password)
 	t.Setenv("ETCD_USERNAME", "webhook")
-	t.Setenv("ETCD_PASSWORD", testPassword)
-	address := freeAddress(t)
-	p := startProcess(t, "webhook", "--host=127.0.0.1", "--port="+portOf(address), "--metrics-bind-address="+freeAddress(t), "--certDir="+dir,
-		"--queue-redis-address="+r.address, "--redis-addresses="+r.address, "--lock-mode=etcd", "--sidecar-redis-secret=redis",
+	t.Setenv("ETCD_PASSWORD", rig.Password)
+	address := rig.FreeAddress(t)
+	p := rig.StartProgram(t, "webhook", "--host=127.0.0.1", "--port="+rig.Port(address), "--metrics-bind-address="+rig.FreeAddress(t), "--certDir="+dir,
+		"--queue-redis-address="+r.Address, "--redis-addresses="+r.Address, "--lock-mode=etcd", "--sidecar-redis-secret=redis",
 		"--sidecar-etcd-secret=etcd")
-	p.wantLog(t, "serving")
+	p.WantLog(t, "serving")
 	body := filepath.Join(dir, "review.json")
-	must(t, os.WriteFile(body, review(t, freshID(), 1), 0o600))
+	rig.Must(t, os.WriteFile(body, rig.Review(t, freshID(), 1), 0o600))
 	answer, err := exec.Command("curl", "-sS", "--cacert", filepath.Join(dir, "tls.crt"), "-H", "Content-Type: application/json",
 		"--data", "@"+body, "https://"+address+"/mutate").CombinedOutput()
-	must(t, err)
-	if !strings.Contains(string(answer), "WRONGPASS") || strings.Contains(string(answer), testPassword) {
+	rig.Must(t, err)
+	if !strings.Contains(string(answer), "WRONGPASS") || strings.Contains(string(answer), rig.Password) {
 		t.Errorf("answered %s", answer)
 	}
-	p.log.wantLines(t, "admission", 1)
-	wantNoSecret(t, p)
+	p.Log.WantLines(t, "admission", 1)
+	p.WantNoSecret(t)
 }
 
 // The sidecar gets its credentials by reference, and its CA by a volume.
@@ -178,7 +138,7 @@ func TestPatchForSecureRedis(t *testing.T) {
 					t.Errorf("%s: the volume is %s", name, got)
 				}
 				var original map[string]any
-				must(t, json.Unmarshal(object, &original))
+				rig.Must(t, json.Unmarshal(object, &original))
 				if len(volumes) != len(containers(original, "volumes"))+1 {
 					t.Errorf("%s: %d volumes", name, len(volumes))
 				}
@@ -190,20 +150,20 @@ func TestPatchForSecureRedis(t *testing.T) {
 func mustJSON(t *testing.T, v any) []byte {
 	t.Helper()
 	b, err := json.Marshal(v)
-	must(t, err)
+	rig.Must(t, err)
 	return b
 }
 
 // The flags for TLS, as they are given.
 func TestTLSFlags(t *testing.T) {
 	dir, elsewhere := t.TempDir(), t.TempDir()
-	writeCertificate(t, dir, 1)
-	writeCertificate(t, elsewhere, 2)
+	rig.WriteCertificate(t, dir, 1)
+	rig.WriteCertificate(t, elsewhere, 2)
 	crt, key := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
 	none := func(string) string { return "" }
 	c, err := parseWebhookConfig([]string{"--queue-redis-address=rediss://r:1", "--redis-ca-file=" + crt, "--sidecar-redis-ca=configmap/ca",
 		"--etcd-addresses=https://e:1,f:2", "--etcd-ca-file=" + crt, "--etcd-cert-file=" + crt, "--etcd-key-file=" + key}, none)
-	must(t, err)
+	rig.Must(t, err)
 	if want := (etcdSettings{caFile: crt, certFile: crt, keyFile: key}); c.etcd != want || c.redis.caFile != crt || c.sidecarRedisCA != (objectReference{"configmap", "ca"}) {
 		t.Errorf("parsed %+v, %+v, %+v", c.etcd, c.redis, c.sidecarRedisCA)
 	}
@@ -220,13 +180,13 @@ func TestTLSFlags(t *testing.T) {
 		`--sidecar-etcd-secret: "A_B" is not the name of an object`:               "--sidecar-etcd-secret=A_B",
 		`--sidecar-redis-ca: "pod/x" is not secret/NAME or configmap/NAME`:        "--sidecar-redis-ca=pod/x",
 		`--sidecar-redis-secret: "A_B" is not the name of an object`:              "--sidecar-redis-secret=A_B",
-		"--redis-addresses: there are no credentials in an address":               "--redis-addresses=redis://u:" + testPassword + "@h:1,redis://u:" + testPassword + "@h:1",
-		"--queue-redis-address: there are no credentials in an address":           "--queue-redis-address=redis://u:" + testPassword + "%40h:1",
-		"--queue-redis-address: an address is not HOST:PORT or redis://HOST:PORT": "--queue-redis-address=redis://u:" + testPassword + ":h:1",
+		"--redis-addresses: there are no credentials in an address":               "--redis-addresses=redis://u:" + rig.Password + "@h:1,redis://u:" + rig.Password + "@h:1",
+		"--queue-redis-address: there are no credentials in an address":           "--queue-redis-address=redis://u:" + rig.Password + "%40h:1",
+		"--queue-redis-address: an address is not HOST:PORT or redis://HOST:PORT": "--queue-redis-address=redis://u:" + rig.Password + ":h:1",
 		"--queue-redis-address: is one address, not 2":                            "--queue-redis-address=a:1,b:1",
 	} {
 		_, err := parseWebhookConfig(strings.Fields(args), none)
-		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), testPassword) {
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), rig.Password) {
 			t.Errorf("%s: %v, want %s", args, err, want)
 		}
 	}

@@ -9,12 +9,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	corev1 "k8s.io/api/core/v1"
 )
 
 // whenFull annotates the pod of a review.
 func whenFull(value string) func(map[string]any) {
-	return func(request map[string]any) { annotationsOf(request)[annotationWhenFull] = value }
+	return func(request map[string]any) { rig.AnnotationsOf(request)[annotationWhenFull] = value }
 }
 
 // A pod that is to wait is admitted without a token, and without Redis, with a sidecar that gets its token itself.
@@ -27,22 +28,22 @@ func TestWaitingPodIsAdmitted(t *testing.T) {
 		"by the annotation": {whenFullDeny, []func(map[string]any){whenFull(whenFullWait)}},
 		"dry run":           {whenFullWait, []func(map[string]any){func(r map[string]any) { r["dryRun"] = true }}},
 	} {
-		config := testConfig(freeAddress(t))
+		config := testConfig(rig.FreeAddress(t))
 		config.whenFull = c.whenFull
 		w := startWebhook(t, config)
 		id := freshID()
-		a := w.admit(t, review(t, id, 3, c.change...))
-		if !a.allowed || a.token != "" || !slices.Equal(a.warnings, []string{warningWaits}) {
+		a := w.admit(t, rig.Review(t, id, 3, c.change...))
+		if !a.Allowed || a.Token != "" || !slices.Equal(a.Warnings, []string{warningWaits}) {
 			t.Errorf("%s: answered %+v", name, a)
 		}
-		if patch := string(a.patch); !strings.Contains(patch, `"--length=3","--expiration-seconds=10","--lock-mode=redlock","--redis-addresses=`+config.redisAddresses[0]+`","`+id.String()+`","$(POD_UID)"]`) {
+		if patch := string(a.Patch); !strings.Contains(patch, `"--length=3","--expiration-seconds=10","--lock-mode=redlock","--redis-addresses=`+config.redisAddresses[0]+`","`+id.String()+`","$(POD_UID)"]`) {
 			t.Errorf("%s: the patch is %s", name, patch)
 		}
 		want := verdictWait
 		if c.change != nil && c.whenFull == whenFullWait {
 			want = verdictDryRun
 		}
-		if lines := w.log.wantLines(t, "admission", 1); lines[0]["verdict"] != want || lines[0]["token"] != "" {
+		if lines := w.log.WantLines(t, "admission", 1); lines[0]["verdict"] != want || lines[0]["token"] != "" {
 			t.Errorf("%s: logged %v", name, lines)
 		}
 	}
@@ -50,29 +51,29 @@ func TestWaitingPodIsAdmitted(t *testing.T) {
 
 // The annotation wins over the flag.
 func TestAnnotationDeniesDespiteFlag(t *testing.T) {
-	c := testConfig(commonRedis(t).address)
+	c := testConfig(rig.CommonRedis(t).Address)
 	c.whenFull = whenFullWait
 	w := startWebhook(t, c)
 	id := freshID()
-	if a := w.admit(t, review(t, id, 1, whenFull(whenFullDeny))); !a.allowed || a.token == "" || len(a.warnings) != 0 {
+	if a := w.admit(t, rig.Review(t, id, 1, whenFull(whenFullDeny))); !a.Allowed || a.Token == "" || len(a.Warnings) != 0 {
 		t.Errorf("answered %+v", a)
 	}
-	if a := w.admit(t, review(t, id, 1, whenFull(whenFullDeny))); a.allowed || a.code != http.StatusTooManyRequests {
+	if a := w.admit(t, rig.Review(t, id, 1, whenFull(whenFullDeny))); a.Allowed || a.Code != http.StatusTooManyRequests {
 		t.Errorf("answered %+v", a)
 	}
 }
 
 // Waiting needs native sidecars; what else is wrong is said, too.
 func TestWaitingWithClassicSidecarIsDenied(t *testing.T) {
-	c := testConfig(freeAddress(t))
+	c := testConfig(rig.FreeAddress(t))
 	c.enableSidecarContainers = false
 	w := startWebhook(t, c)
-	a := w.admit(t, review(t, freshID(), 1, whenFull(whenFullWait)))
-	if want := `invalid annotations: ` + annotationWhenFull + ` is "wait": this needs native sidecars, and the webhook injects classic ones (--enable-sidecar-containers=false)`; a.allowed || a.code != http.StatusUnprocessableEntity || a.message != want {
+	a := w.admit(t, rig.Review(t, freshID(), 1, whenFull(whenFullWait)))
+	if want := `invalid annotations: ` + annotationWhenFull + ` is "wait": this needs native sidecars, and the webhook injects classic ones (--enable-sidecar-containers=false)`; a.Allowed || a.Code != http.StatusUnprocessableEntity || a.Message != want {
 		t.Errorf("answered %+v, want %s", a, want)
 	}
-	a = w.admit(t, review(t, freshID(), 1, whenFull("queue"), func(r map[string]any) { annotationsOf(r)[annotationLength] = "0" }))
-	if a.allowed || !strings.Contains(a.message, annotationLength+` is "0"`) || !strings.HasSuffix(a.message, "; "+annotationWhenFull+` is "queue": it must be deny, wait or gate`) {
+	a = w.admit(t, rig.Review(t, freshID(), 1, whenFull("queue"), func(r map[string]any) { rig.AnnotationsOf(r)[annotationLength] = "0" }))
+	if a.Allowed || !strings.Contains(a.Message, annotationLength+` is "0"`) || !strings.HasSuffix(a.Message, "; "+annotationWhenFull+` is "queue": it must be deny, wait or gate`) {
 		t.Errorf("answered %+v", a)
 	}
 }
@@ -86,12 +87,12 @@ func asJob(request map[string]any) {
 // Whoever creates a Job hears that its pods may wait; Kubernetes cuts warnings at 120 characters.
 func TestWarningsOfWaiting(t *testing.T) {
 	for value, want := range map[string][]string{whenFullWait: {warningJobWaits}, whenFullGate: {warningJobGated}, whenFullDeny: nil} {
-		w := startWebhook(t, testConfig(freeAddress(t)))
-		body := review(t, freshID(), 1, func(r map[string]any) {
+		w := startWebhook(t, testConfig(rig.FreeAddress(t)))
+		body := rig.Review(t, freshID(), 1, func(r map[string]any) {
 			whenFull(value)(r)
 			asJob(r)
 		})
-		if a := w.admit(t, body); !a.allowed || a.patch != nil || !slices.Equal(a.warnings, want) {
+		if a := w.admit(t, body); !a.Allowed || a.Patch != nil || !slices.Equal(a.Warnings, want) {
 			t.Errorf("%s: answered %+v", value, a)
 		}
 	}
@@ -132,8 +133,8 @@ func TestPatchForEtcd(t *testing.T) {
 		volume string
 	}{
 		"nothing":  {etcdSettings{}, nil, "", ""},
-		"password": {etcdSettings{username: "hook", password: testPassword}, nil, "ETCD_USERNAME etcd/username, ETCD_PASSWORD etcd/password", ""},
-		"all": {etcdSettings{username: "hook", password: testPassword, caFile: "a", certFile: "b", keyFile: "c"},
+		"password": {etcdSettings{username: "hook", password: rig.Password}, nil, "ETCD_USERNAME etcd/username, ETCD_PASSWORD etcd/password", ""},
+		"all": {etcdSettings{username: "hook", password: rig.Password, caFile: "a", certFile: "b", keyFile: "c"},
 			[]string{"--etcd-ca-file=" + etcdMountPath + "/ca.crt", "--etcd-cert-file=" + etcdMountPath + "/tls.crt", "--etcd-key-file=" + etcdMountPath + "/tls.key"},
 			"ETCD_USERNAME etcd/username, ETCD_PASSWORD etcd/password", "ca.crt tls.crt tls.key"},
 		"authority": {etcdSettings{caFile: "a"}, []string{"--etcd-ca-file=" + etcdMountPath + "/ca.crt"}, "", "ca.crt"},
@@ -142,11 +143,11 @@ func TestPatchForEtcd(t *testing.T) {
 		config.lockMode, config.etcd, config.sidecarEtcdSecret, config.etcdAddresses = lockModeEtcd, c.etcd, "etcd", []string{"e:1", "f:1"}
 		object := mustJSON(t, patched(t, config, fixtures(t)["bare-pod.json"], testToken))
 		object = mustJSON(t, patched(t, config, object, testToken)) // as from the YAML of another
-		if strings.Contains(string(object), testPassword) {
+		if strings.Contains(string(object), rig.Password) {
 			t.Errorf("%s: the password is in %s", name, object)
 		}
 		var p corev1.Pod
-		must(t, json.Unmarshal(object, &p))
+		rig.Must(t, json.Unmarshal(object, &p))
 		sidecar := p.Spec.InitContainers[0]
 		want := append([]string{"--lock-mode=etcd", "--etcd-addresses=e:1,f:1"}, c.args...)
 		if got := sidecar.Args[6 : len(sidecar.Args)-2]; !slices.Equal(got, want) {
@@ -182,14 +183,14 @@ func TestSidecarReadsItsArguments(t *testing.T) {
 	c.redisAddresses = []string{"a:1", "b:2", "c:3"}
 	sidecar, _ := sidecarContainer(c, corev1.ResourceRequirements{}, testID, semaphoreSpec{length: 7, expiration: 12 * time.Second}, testToken)
 	parsed, err := parseSidecarConfig(sidecar.Args[1:], func(name string) string { return map[string]string{"POD_UID": "uid"}[name] })
-	must(t, err)
+	rig.Must(t, err)
 	if parsed.length != 7 || parsed.expiration != 12*time.Second || parsed.podUID != "uid" || parsed.lockMode != lockModeRedlock || !slices.Equal(parsed.redisAddresses, c.redisAddresses) {
 		t.Errorf("parsed %+v", parsed)
 	}
 	c.enableSidecarContainers = false
 	sidecar, _ = sidecarContainer(c, corev1.ResourceRequirements{}, testID, testSpec, testToken)
 	parsed, err = parseSidecarConfig(sidecar.Args[1:], func(string) string { return "" })
-	must(t, err)
+	rig.Must(t, err)
 	if parsed.length != 0 || sidecar.RestartPolicy != nil || len(sidecar.Env) != 3 || sidecar.Env[1].Name != "POD_NAME" || sidecar.Env[2].Name != "NODE_NAME" {
 		t.Errorf("a classic sidecar: %+v, %+v", parsed, sidecar)
 	}

@@ -15,16 +15,17 @@ import (
 	"time"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // Concurrent first admissions on a fresh key: all that fit are admitted, and no more, always.
 func TestConcurrentFirstAdmissions(t *testing.T) {
-	r := commonRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	r := rig.CommonRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	for _, length := range []int{200, 100} {
 		for range 6 {
 			id := freshID()
-			body := review(t, id, length)
+			body := rig.Review(t, id, length)
 			var admitted, full atomic.Int64
 			var wg sync.WaitGroup
 			for range 200 {
@@ -33,9 +34,9 @@ func TestConcurrentFirstAdmissions(t *testing.T) {
 					switch {
 					case err != nil:
 						t.Error(err)
-					case a.allowed && a.token != "":
+					case a.Allowed && a.Token != "":
 						admitted.Add(1)
-					case a.code == http.StatusTooManyRequests:
+					case a.Code == http.StatusTooManyRequests:
 						full.Add(1)
 					default:
 						t.Errorf("answered %+v", a)
@@ -46,27 +47,27 @@ func TestConcurrentFirstAdmissions(t *testing.T) {
 			if int(admitted.Load()) != length || int(full.Load()) != 200-length {
 				t.Fatalf("length %d: %d of 200 admitted, %d refused", length, admitted.Load(), full.Load())
 			}
-			r.wantCounts(t, id, 0, length)
+			r.WantCounts(t, id, 0, length)
 		}
 	}
 }
 
 // In the steady state an admission is one EVALSHA, admitted or refused.
 func TestSteadyStateCost(t *testing.T) {
-	forOneServer(t)
-	r := startRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	rig.SkipUnderSentinel(t)
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
 	w.wantAdmitted(t, id, 30)
 
-	r.do(t, "CONFIG", "RESETSTAT")
+	r.Do(t, "CONFIG", "RESETSTAT")
 	for range 29 {
 		w.wantAdmitted(t, id, 30)
 	}
 	for range 10 {
 		w.wantFull(t, id, 30, 30)
 	}
-	calls := commandCalls(t, r)
+	calls := r.CommandCalls(t)
 	if calls["evalsha"] != 39 {
 		t.Errorf("%d EVALSHA for 39 admissions", calls["evalsha"])
 	}
@@ -81,15 +82,15 @@ func TestSteadyStateCost(t *testing.T) {
 
 // The answer is a failure, never an admission, where Redis is out of reach.
 func TestRedisUnreachable(t *testing.T) {
-	address := freeAddress(t)
+	address := rig.FreeAddress(t)
 	w := startWebhook(t, testConfig(address))
 	id := freshID()
-	status, text, err := w.post(context.Background(), review(t, id, 1), "10s")
-	must(t, err)
-	if status != http.StatusInternalServerError || !strings.Contains(text, "acquire "+id.String()+": "+unreachedText(address)) {
+	status, text, err := w.post(context.Background(), rig.Review(t, id, 1), "10s")
+	rig.Must(t, err)
+	if status != http.StatusInternalServerError || !strings.Contains(text, "acquire "+id.String()+": "+rig.UnreachedText(address)) {
 		t.Errorf("answered %d %q", status, text)
 	}
-	lines := w.log.wantLines(t, "admission", 1)
+	lines := w.log.WantLines(t, "admission", 1)
 	if lines[0]["verdict"] != verdictFailed || lines[0]["error"] == "" || lines[0]["level"] != "ERROR" {
 		t.Errorf("logged %v", lines)
 	}
@@ -120,31 +121,31 @@ func TestAbandonedAcquireTakesNothing(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := startRedis(t)
-			w := startWebhook(t, testConfig(r.address))
+			r := rig.StartRedis(t)
+			w := startWebhook(t, testConfig(r.Address))
 			id := freshID()
 			w.wantAdmitted(t, id, 10)
-			r.pause(t)
+			r.Pause(t)
 			var wg sync.WaitGroup
 			for range 5 {
 				wg.Go(func() {
-					if err := abandon(w, review(t, id, 10)); err != nil {
+					if err := abandon(w, rig.Review(t, id, 10)); err != nil {
 						t.Error(err)
 					}
 				})
 			}
 			wg.Wait()
-			r.resume(t)
-			eventually(t, 10*time.Second, func() error {
+			r.Resume(t)
+			rig.Eventually(t, 10*time.Second, func() error {
 				// The first, and those that were on their way.
-				if n := commandCalls(t, r)["hmget"] + commandCalls(t, r)["time"]; n < 4 {
+				if n := r.CommandCalls(t)["hmget"] + r.CommandCalls(t)["time"]; n < 4 {
 					return fmt.Errorf("%d commands came", n)
 				}
 				return nil
 			})
-			r.wantCounts(t, id, 9, 1)
+			r.WantCounts(t, id, 9, 1)
 			w.close() // waits for what goes on in the background
-			r.wantCounts(t, id, 9, 1)
+			r.WantCounts(t, id, 9, 1)
 		})
 	}
 }
@@ -155,14 +156,14 @@ type brokenWriter struct{ httptest.ResponseRecorder }
 func (*brokenWriter) Write([]byte) (int, error) { return 0, errors.New("broken pipe") }
 
 func TestUndeliverableAnswerIsGivenBack(t *testing.T) {
-	r := commonRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	r := rig.CommonRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
-	request := httptest.NewRequest(http.MethodPost, "/mutate?timeout=10s", strings.NewReader(string(review(t, id, 3))))
+	request := httptest.NewRequest(http.MethodPost, "/mutate?timeout=10s", strings.NewReader(string(rig.Review(t, id, 3))))
 	request.Header.Set("Content-Type", "application/json")
 	w.mutate(new(brokenWriter), request)
-	r.wantCounts(t, id, 3, 0)
-	lines := w.log.wantLines(t, "admission", 1)
+	r.WantCounts(t, id, 3, 0)
+	lines := w.log.WantLines(t, "admission", 1)
 	if lines[0]["verdict"] != verdictUndeliverable || lines[0]["error"] != "deliver the answer: broken pipe" {
 		t.Errorf("logged %v", lines)
 	}
@@ -170,31 +171,31 @@ func TestUndeliverableAnswerIsGivenBack(t *testing.T) {
 
 // A pod that is to wait has taken nothing: an answer that nobody hears is no error.
 func TestUndeliverableAnswerOfWaitingPod(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
-	request := httptest.NewRequest(http.MethodPost, "/mutate?timeout=10s", strings.NewReader(string(review(t, freshID(), 3, whenFull(whenFullWait)))))
+	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
+	request := httptest.NewRequest(http.MethodPost, "/mutate?timeout=10s", strings.NewReader(string(rig.Review(t, freshID(), 3, whenFull(whenFullWait)))))
 	request.Header.Set("Content-Type", "application/json")
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	w.mutate(httptest.NewRecorder(), request.WithContext(ctx))
-	lines := w.log.wantLines(t, "admission", 1)
+	lines := w.log.WantLines(t, "admission", 1)
 	if lines[0]["verdict"] != verdictUndeliverable || lines[0]["level"] != "WARN" {
 		t.Errorf("logged %v", lines)
 	}
 }
 
 func TestOneLogLinePerAdmission(t *testing.T) {
-	r := commonRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	r := rig.CommonRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
 	token := w.wantAdmitted(t, id, 1)
 	w.wantFull(t, id, 1, 1)
-	w.admit(t, review(t, id, 0))
+	w.admit(t, rig.Review(t, id, 0))
 	want := []map[string]any{
 		{"verdict": verdictAdmitted, "token": token},
 		{"verdict": verdictFull, "token": "", "message": fmt.Sprintf("no semaphore available: %s has 1 of 1 tokens in use, by web-67d4947b99-... (", id)},
 		{"verdict": verdictInvalid, "token": ""},
 	}
-	for i, line := range w.log.wantLines(t, "admission", len(want)) {
+	for i, line := range w.log.WantLines(t, "admission", len(want)) {
 		want[i]["namespace"], want[i]["key"], want[i]["pod"], want[i]["level"] = id.namespace, id.key, "web-67d4947b99-", "INFO"
 		for k, v := range want[i] {
 			if got, _ := line[k].(string); got != v && (k != "message" || !strings.HasPrefix(got, v.(string))) {
@@ -209,10 +210,10 @@ func TestOneLogLinePerAdmission(t *testing.T) {
 
 // After the last use nothing is left: no goroutine, no connection.
 func TestNothingLeftBehind(t *testing.T) {
-	forOneServer(t)
-	r := startRedis(t)
+	rig.SkipUnderSentinel(t)
+	r := rig.StartRedis(t)
 	goroutines := runtime.NumGoroutine()
-	w := startWebhook(t, testConfig(r.address))
+	w := startWebhook(t, testConfig(r.Address))
 	var wg sync.WaitGroup
 	for i := range 100 {
 		wg.Go(func() {
@@ -221,7 +222,7 @@ func TestNothingLeftBehind(t *testing.T) {
 			if i%2 == 0 { // goes away at some point of the admission
 				time.AfterFunc(time.Duration(i)*100*time.Microsecond, cancel)
 			}
-			_, _, err := w.post(ctx, review(t, semaphoreID{"shop", fmt.Sprint("left-", i%7)}, 20), "10s")
+			_, _, err := w.post(ctx, rig.Review(t, semaphoreID{"shop", fmt.Sprint("left-", i%7)}, 20), "10s")
 			if err != nil && i%2 == 1 {
 				t.Error(err)
 			}
@@ -230,20 +231,20 @@ func TestNothingLeftBehind(t *testing.T) {
 	wg.Wait()
 	w.server.Client().CloseIdleConnections()
 	w.close()
-	eventually(t, 10*time.Second, func() error {
+	rig.Eventually(t, 10*time.Second, func() error {
 		if n := runtime.NumGoroutine(); n > goroutines {
 			return fmt.Errorf("%d goroutines, %d before\n%s", n, goroutines, stacks())
 		}
-		clients, err := redis.String(r.do(t, "CLIENT", "LIST"), nil)
+		clients, err := redis.String(r.Do(t, "CLIENT", "LIST"), nil)
 		if err == nil && strings.Count(clients, "\n") != 1 {
 			err = fmt.Errorf("connections left:\n%s", clients)
 		}
 		return err
 	})
-	keys, err := redis.Strings(r.do(t, "KEYS", "*"), nil)
-	must(t, err)
+	keys, err := redis.Strings(r.Do(t, "KEYS", "*"), nil)
+	rig.Must(t, err)
 	for _, key := range keys {
-		if ttl, err := redis.Int(r.do(t, "TTL", key), nil); err != nil || ttl <= 0 {
+		if ttl, err := redis.Int(r.Do(t, "TTL", key), nil); err != nil || ttl <= 0 {
 			t.Errorf("%s has a time to live of %d, %v", key, ttl, err)
 		}
 		if strings.HasPrefix(key, "lock/") {
@@ -260,30 +261,30 @@ func stacks() string {
 // A Redis that is emptied or restarted needs no restart of ours and costs no token.
 func TestRedisRestarted(t *testing.T) {
 	t.Parallel()
-	r := startRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
 	for range 3 {
-		startSidecar(t, r.address, id, w.wantAdmitted(t, id, 4))
+		rig.StartSidecar(t, r.Address, id, w.wantAdmitted(t, id, 4))
 	}
-	r.wantCounts(t, id, 1, 3)
+	r.WantCounts(t, id, 1, 3)
 	for range 3 {
-		r.stop()
-		status, text, err := w.post(context.Background(), review(t, id, 4), "2s")
-		must(t, err)
+		r.Stop()
+		status, text, err := w.post(context.Background(), rig.Review(t, id, 4), "2s")
+		rig.Must(t, err)
 		if status != http.StatusInternalServerError {
 			t.Errorf("without Redis: %d %s", status, text)
 		}
-		must(t, r.start())
+		rig.Must(t, r.Start())
 		token := w.wantAdmitted(t, id, 4) // the very first attempt
 		w.wantFull(t, id, 4, 4)
 		w.semaphores.giveBack(id, token)
-		r.wantCounts(t, id, 1, 3)
+		r.WantCounts(t, id, 1, 3)
 	}
-	tokens := slices.Sorted(slices.Values(r.inflight(t, id)))
-	must(t, errOf(r.control.Do("DEL", id.inflightKey())))
-	eventually(t, 20*time.Second, func() error {
-		if got := slices.Sorted(slices.Values(r.inflight(t, id))); !slices.Equal(got, tokens) {
+	tokens := slices.Sorted(slices.Values(r.Inflight(t, id)))
+	rig.Must(t, errOf(r.Control.Do("DEL", id.inflightKey())))
+	rig.Eventually(t, 20*time.Second, func() error {
+		if got := slices.Sorted(slices.Values(r.Inflight(t, id))); !slices.Equal(got, tokens) {
 			return fmt.Errorf("in flight %v, want %v: the sidecars do not go on", got, tokens)
 		}
 		return nil

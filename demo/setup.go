@@ -24,7 +24,7 @@ import (
 )
 
 const (
-	reviewFile  = "testdata/admission-reviews/deployment-pod.json"
+	reviewFile  = "test/testdata/admission-reviews/deployment-pod.json"
 	stepTimeout = 10 * time.Second
 	// failoverTimeout is enough for Sentinels that vote twice: twice their failover-timeout of six seconds lies between.
 	failoverTimeout = 30 * time.Second

@@ -47,7 +47,7 @@ func forwarded(t *testing.T) (address string) {
 func call(t *testing.T, path, namespace string) (status int, err error) {
 	t.Helper()
 	address := forwarded(t)
-	body, err := os.ReadFile("../testdata/admission-reviews/deployment-pod.json")
+	body, err := os.ReadFile("../test/testdata/admission-reviews/deployment-pod.json")
 	must(t, err)
 	body = bytes.ReplaceAll(body, []byte(`"namespace": "shop"`), []byte(fmt.Sprintf(`"namespace": %q`, namespace)))
 	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}

@@ -1,4 +1,4 @@
-package main
+package rig
 
 import (
 	"cmp"
@@ -18,7 +18,7 @@ import (
 )
 
 // respond writes an object, or the Status if that is not nil.
-func respond(w http.ResponseWriter, code int, object any, status *metav1.Status) {
+func Respond(w http.ResponseWriter, code int, object any, status *metav1.Status) {
 	if status != nil {
 		status.TypeMeta, status.Status = metav1.TypeMeta{APIVersion: "v1", Kind: "Status"}, metav1.StatusFailure
 		code, object = int(status.Code), status
@@ -28,15 +28,16 @@ func respond(w http.ResponseWriter, code int, object any, status *metav1.Status)
 	_ = json.NewEncoder(w).Encode(object)
 }
 
-func failure(code int32, reason metav1.StatusReason, format string, args ...any) *metav1.Status {
+// Failure is the Status of a request that failed.
+func Failure(code int32, reason metav1.StatusReason, format string, args ...any) *metav1.Status {
 	return &metav1.Status{Code: code, Reason: reason, Message: fmt.Sprintf(format, args...)}
 }
 
-func (s *apiStore) servePods(w http.ResponseWriter, r *http.Request) {
+func (s *APIStore) servePods(w http.ResponseWriter, r *http.Request) {
 	query, namespace := r.URL.Query(), r.PathValue("namespace")
 	selector, err := labels.Parse(query.Get("labelSelector"))
 	if err != nil {
-		respond(w, 0, nil, failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "%v", err))
+		Respond(w, 0, nil, Failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "%v", err))
 		return
 	}
 	matches := func(p *corev1.Pod) bool {
@@ -47,19 +48,19 @@ func (s *apiStore) servePods(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	list, status := s.page(matches, query.Get("continue"), query.Get("limit"))
-	respond(w, http.StatusOK, list, status)
+	Respond(w, http.StatusOK, list, status)
 }
 
-// serveWatch tells of the changes after a version.
-func (s *apiStore) serveWatch(w http.ResponseWriter, r *http.Request, matches func(*corev1.Pod) bool) {
+// serveWatch sends the changes after a version.
+func (s *APIStore) serveWatch(w http.ResponseWriter, r *http.Request, matches func(*corev1.Pod) bool) {
 	query, flush := r.URL.Query(), http.NewResponseController(w).Flush
 	version, err := strconv.Atoi(query.Get("resourceVersion"))
 	if err != nil {
-		respond(w, 0, nil, failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "a watch from no version is not served here"))
+		Respond(w, 0, nil, Failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "a watch from no version is not served here"))
 		return
 	}
 	length, _ := strconv.Atoi(query.Get("timeoutSeconds"))
-	end, bookmark := time.After(time.Duration(length)*time.Second), time.NewTicker(s.bookmarkEvery)
+	end, bookmark := time.After(time.Duration(length)*time.Second), time.NewTicker(s.BookmarkEvery)
 	defer bookmark.Stop()
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(http.StatusOK)
@@ -97,8 +98,8 @@ func (s *apiStore) serveWatch(w http.ResponseWriter, r *http.Request, matches fu
 	}
 }
 
-// event is what a watch tells of a change: one that makes the selector match no more is a deletion, of the pod as it was before, with
-// the new version.
+// event is what a watch tells of a change. A change after which the selector does not match any more is a
+// deletion, of the pod as it was before, with the new version.
 func (c podChange) event(matched, matches bool) (kind string, p *corev1.Pod) {
 	switch {
 	case matched && matches:
@@ -116,33 +117,34 @@ func (c podChange) event(matched, matches bool) (kind string, p *corev1.Pod) {
 	return kind, &shown
 }
 
-func (s *apiStore) serveCreate(w http.ResponseWriter, r *http.Request) {
+func (s *APIStore) serveCreate(w http.ResponseWriter, r *http.Request) {
 	p := new(corev1.Pod)
 	if err := json.NewDecoder(r.Body).Decode(p); err != nil {
-		respond(w, 0, nil, failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "%v", err))
+		Respond(w, 0, nil, Failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "%v", err))
 		return
 	}
 	p.Namespace = r.PathValue("namespace")
-	created, status := s.create(p)
-	respond(w, http.StatusCreated, created, status)
+	created, status := s.Create(p)
+	Respond(w, http.StatusCreated, created, status)
 }
 
-// servePatch takes JSON patches. As a real one, it lets gates be removed but not added, and answers 422 where a test fails.
-func (s *apiStore) servePatch(w http.ResponseWriter, r *http.Request) {
+// servePatch takes JSON patches. As a real API server does, it allows a patch to remove gates but not to add
+// them, and answers 422 if a test fails.
+func (s *APIStore) servePatch(w http.ResponseWriter, r *http.Request) {
 	body, err := io.ReadAll(r.Body)
 	steps, wrong := jsonpatch.DecodePatch(body)
 	if err != nil || wrong != nil || r.Header.Get("Content-Type") != "application/json-patch+json" {
-		respond(w, 0, nil, failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "not a JSON patch: %v", wrong))
+		Respond(w, 0, nil, Failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "not a JSON patch: %v", wrong))
 		return
 	}
 	var status *metav1.Status
-	after, missing := s.change(r.PathValue("namespace"), r.PathValue("name"), func(p *corev1.Pod) {
+	after, missing := s.Change(r.PathValue("namespace"), r.PathValue("name"), func(p *corev1.Pod) {
 		var patched *corev1.Pod
 		if patched, status = applySteps(p, steps); status == nil {
 			*p = *patched
 		}
 	})
-	respond(w, http.StatusOK, after, cmp.Or(missing, status))
+	Respond(w, http.StatusOK, after, cmp.Or(missing, status))
 }
 
 func applySteps(p *corev1.Pod, steps jsonpatch.Patch) (*corev1.Pod, *metav1.Status) {
@@ -151,28 +153,28 @@ func applySteps(p *corev1.Pod, steps jsonpatch.Patch) (*corev1.Pod, *metav1.Stat
 		text, err = steps.Apply(text)
 	}
 	if err != nil {
-		return nil, failure(http.StatusUnprocessableEntity, "", "%v", err)
+		return nil, Failure(http.StatusUnprocessableEntity, "", "%v", err)
 	}
 	patched := new(corev1.Pod)
 	if err := json.Unmarshal(text, patched); err != nil {
-		return nil, failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "%v", err)
+		return nil, Failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "%v", err)
 	}
 	for _, g := range patched.Spec.SchedulingGates {
 		if !slices.Contains(p.Spec.SchedulingGates, g) {
-			return nil, failure(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "spec.schedulingGates: only deletion is allowed")
+			return nil, Failure(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "spec.schedulingGates: only deletion is allowed")
 		}
 	}
 	if patched.Spec.NodeName != p.Spec.NodeName || patched.UID != p.UID {
-		return nil, failure(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "field is immutable")
+		return nil, Failure(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "field is immutable")
 	}
 	patched.Status = p.Status // is a subresource
 	return patched, nil
 }
 
-func (s *apiStore) serveEvent(w http.ResponseWriter, r *http.Request) {
+func (s *APIStore) serveEvent(w http.ResponseWriter, r *http.Request) {
 	var e eventsv1.Event
 	if err := json.NewDecoder(r.Body).Decode(&e); err != nil {
-		respond(w, 0, nil, failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "%v", err))
+		Respond(w, 0, nil, Failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "%v", err))
 		return
 	}
 	s.mu.Lock()
@@ -181,11 +183,11 @@ func (s *apiStore) serveEvent(w http.ResponseWriter, r *http.Request) {
 	switch same := func(other eventsv1.Event) bool { return other.Namespace == e.Namespace && other.Name == e.Name }; {
 	case e.EventTime.IsZero() || e.ReportingController == "" || e.ReportingInstance == "" || e.Action == "" || e.Reason == "" ||
 		e.Type != corev1.EventTypeNormal && e.Type != corev1.EventTypeWarning || len(e.Note) >= 1024 || e.Regarding.Namespace != e.Namespace:
-		status = failure(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "Event %q is invalid", e.Name)
+		status = Failure(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "Event %q is invalid", e.Name)
 	case slices.ContainsFunc(s.events, same):
-		status = failure(http.StatusConflict, metav1.StatusReasonAlreadyExists, "events.events.k8s.io %q already exists", e.Name)
+		status = Failure(http.StatusConflict, metav1.StatusReasonAlreadyExists, "events.events.k8s.io %q already exists", e.Name)
 	default:
 		s.events = append(s.events, e)
 	}
-	respond(w, http.StatusCreated, e, status)
+	Respond(w, http.StatusCreated, e, status)
 }

@@ -1,4 +1,4 @@
-package main
+package rig
 
 import (
 	"cmp"
@@ -19,13 +19,13 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// apiStore holds pods and events, and serves them as a real API server does: lists in pages of one version, watches from a version
-// on, with bookmarks and a bounded history, JSON patches. Nothing schedules or runs the pods: see change. Pods are never changed in
-// place.
-type apiStore struct {
+// APIStore holds pods and events, and serves them as a real API server does: lists in pages of one version,
+// watches from a version on, with bookmarks and a bounded history, JSON patches. Nothing schedules or runs the
+// pods: see Change. It never changes a pod in place.
+type APIStore struct {
 	*http.ServeMux
-	bookmarkEvery time.Duration // a minute in a real one
-	historyMost   int           // changes
+	BookmarkEvery time.Duration // a minute in a real one
+	HistoryMost   int           // changes
 
 	mu        sync.Mutex
 	version   int
@@ -38,47 +38,49 @@ type apiStore struct {
 	events    []eventsv1.Event
 }
 
-// podChange is one version; before is nil for a new pod, after for one that is gone.
+// podChange is one version. before is nil for a new pod, after for a deleted one.
 type podChange struct {
 	version       int
 	before, after *corev1.Pod
 }
 
-func newAPIStore() *apiStore {
-	s := &apiStore{ServeMux: http.NewServeMux(), bookmarkEvery: 100 * time.Millisecond, historyMost: 1000, version: 1000, compacted: 1000,
+// NewAPIStore makes an empty store.
+func NewAPIStore() *APIStore {
+	s := &APIStore{ServeMux: http.NewServeMux(), BookmarkEvery: 100 * time.Millisecond, HistoryMost: 1000, version: 1000, compacted: 1000,
 		pods: map[string]*corev1.Pod{}, pages: map[string][]*corev1.Pod{}, changed: make(chan struct{})}
 	const pods, pod = "/api/v1/namespaces/{namespace}/pods", "/api/v1/namespaces/{namespace}/pods/{name}"
 	s.HandleFunc("GET /api/v1/pods", s.servePods)
 	s.HandleFunc("GET "+pods, s.servePods)
 	s.HandleFunc("POST "+pods, s.serveCreate)
 	s.HandleFunc("GET "+pod, func(w http.ResponseWriter, r *http.Request) {
-		p, status := s.get(r.PathValue("namespace"), r.PathValue("name"))
-		respond(w, http.StatusOK, p, status)
+		p, status := s.Get(r.PathValue("namespace"), r.PathValue("name"))
+		Respond(w, http.StatusOK, p, status)
 	})
 	s.HandleFunc("DELETE "+pod, func(w http.ResponseWriter, r *http.Request) {
-		p, status := s.delete(r.PathValue("namespace"), r.PathValue("name"), r.URL.Query().Get("gracePeriodSeconds") == "0")
-		respond(w, http.StatusOK, p, status)
+		p, status := s.Delete(r.PathValue("namespace"), r.PathValue("name"), r.URL.Query().Get("gracePeriodSeconds") == "0")
+		Respond(w, http.StatusOK, p, status)
 	})
 	s.HandleFunc("PATCH "+pod, s.servePatch)
 	const events = "/apis/events.k8s.io/v1/namespaces/{namespace}/events"
 	s.HandleFunc("POST "+events, s.serveEvent)
 	s.HandleFunc("GET "+events, func(w http.ResponseWriter, r *http.Request) {
-		respond(w, http.StatusOK, eventsv1.EventList{Items: s.eventsOf(r.PathValue("namespace"))}, nil)
+		Respond(w, http.StatusOK, eventsv1.EventList{Items: s.EventsOf(r.PathValue("namespace"))}, nil)
 	})
 	return s
 }
 
-func (s *apiStore) get(namespace, name string) (*corev1.Pod, *metav1.Status) {
+// Get returns a pod, or the Status "not found".
+func (s *APIStore) Get(namespace, name string) (*corev1.Pod, *metav1.Status) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if p := s.pods[namespace+"/"+name]; p != nil {
 		return p, nil
 	}
-	return nil, failure(http.StatusNotFound, metav1.StatusReasonNotFound, "pods %q not found", name)
+	return nil, Failure(http.StatusNotFound, metav1.StatusReasonNotFound, "pods %q not found", name)
 }
 
-// put makes a change, with s.mu held.
-func (s *apiStore) put(before, after *corev1.Pod) {
+// put makes a change. s.mu is held.
+func (s *APIStore) put(before, after *corev1.Pod) {
 	s.version++
 	if after == nil {
 		delete(s.pods, before.Namespace+"/"+before.Name)
@@ -87,30 +89,30 @@ func (s *apiStore) put(before, after *corev1.Pod) {
 		s.pods[after.Namespace+"/"+after.Name] = after
 	}
 	s.history = append(s.history, podChange{s.version, before, after})
-	if gone := len(s.history) - s.historyMost; gone > 0 {
+	if gone := len(s.history) - s.HistoryMost; gone > 0 {
 		s.forget(gone)
 	}
 	close(s.changed)
 	s.changed = make(chan struct{})
 }
 
-func (s *apiStore) forget(changes int) {
+func (s *APIStore) forget(changes int) {
 	if changes > 0 {
 		s.compacted = s.history[changes-1].version
 		s.history = slices.Clone(s.history[changes:])
 	}
 }
 
-// compact forgets the history, and the lists that are being read.
-func (s *apiStore) compact() {
+// Compact forgets the history, and the lists that clients are reading.
+func (s *APIStore) Compact() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.forget(len(s.history))
 	clear(s.pages)
 }
 
-// create adds a pod.
-func (s *apiStore) create(p *corev1.Pod) (*corev1.Pod, *metav1.Status) {
+// Create adds a pod.
+func (s *APIStore) Create(p *corev1.Pod) (*corev1.Pod, *metav1.Status) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	p = p.DeepCopy()
@@ -118,7 +120,7 @@ func (s *apiStore) create(p *corev1.Pod) (*corev1.Pod, *metav1.Status) {
 		p.Name = p.GenerateName + uuid.NewString()[:5]
 	}
 	if s.pods[p.Namespace+"/"+p.Name] != nil {
-		return nil, failure(http.StatusConflict, metav1.StatusReasonAlreadyExists, "pods %q already exists", p.Name)
+		return nil, Failure(http.StatusConflict, metav1.StatusReasonAlreadyExists, "pods %q already exists", p.Name)
 	}
 	p.TypeMeta = metav1.TypeMeta{}
 	p.UID = types.UID(uuid.NewString())
@@ -134,14 +136,15 @@ func (s *apiStore) create(p *corev1.Pod) (*corev1.Pod, *metav1.Status) {
 	return p, nil
 }
 
-// delete removes a pod; one that has a node is only marked, unless it is to happen now: the kubelet removes it when it has ended.
-func (s *apiStore) delete(namespace, name string, now bool) (*corev1.Pod, *metav1.Status) {
-	p, status := s.get(namespace, name)
+// Delete removes a pod. It only marks a pod that has a node, unless now is set: the kubelet removes that pod
+// when it has ended.
+func (s *APIStore) Delete(namespace, name string, now bool) (*corev1.Pod, *metav1.Status) {
+	p, status := s.Get(namespace, name)
 	if status != nil {
 		return nil, status
 	}
 	if p.Spec.NodeName != "" && !now {
-		return s.change(namespace, name, func(p *corev1.Pod) {
+		return s.Change(namespace, name, func(p *corev1.Pod) {
 			p.DeletionTimestamp = &metav1.Time{Time: time.Now().Truncate(time.Second)}
 		})
 	}
@@ -153,13 +156,13 @@ func (s *apiStore) delete(namespace, name string, now bool) (*corev1.Pod, *metav
 	return p, nil
 }
 
-// change is for what scheduler and kubelet do to a pod.
-func (s *apiStore) change(namespace, name string, change func(*corev1.Pod)) (*corev1.Pod, *metav1.Status) {
+// Change does to a pod what the scheduler and the kubelet do.
+func (s *APIStore) Change(namespace, name string, change func(*corev1.Pod)) (*corev1.Pod, *metav1.Status) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	before := s.pods[namespace+"/"+name]
 	if before == nil {
-		return nil, failure(http.StatusNotFound, metav1.StatusReasonNotFound, "pods %q not found", name)
+		return nil, Failure(http.StatusNotFound, metav1.StatusReasonNotFound, "pods %q not found", name)
 	}
 	after := before.DeepCopy()
 	change(after)
@@ -170,8 +173,8 @@ func (s *apiStore) change(namespace, name string, change func(*corev1.Pod)) (*co
 	return after, nil
 }
 
-// matching are the pods of a namespace, or all, that a selector matches, in the order of their names, with s.mu held.
-func (s *apiStore) matching(matches func(*corev1.Pod) bool) []*corev1.Pod {
+// matching are the pods that match, in the order of their names. s.mu is held.
+func (s *APIStore) matching(matches func(*corev1.Pod) bool) []*corev1.Pod {
 	var list []*corev1.Pod
 	for _, p := range s.pods {
 		if matches(p) {
@@ -184,8 +187,8 @@ func (s *apiStore) matching(matches func(*corev1.Pod) bool) []*corev1.Pod {
 	return list
 }
 
-// page is a page of a list: from the beginning, or from where the one before ended.
-func (s *apiStore) page(matches func(*corev1.Pod) bool, next, limit string) (*corev1.PodList, *metav1.Status) {
+// page is a page of a list: the first one, or the one after next.
+func (s *APIStore) page(matches func(*corev1.Pod) bool, next, limit string) (*corev1.PodList, *metav1.Status) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	version, rest := strconv.Itoa(s.version), []*corev1.Pod(nil)
@@ -194,7 +197,7 @@ func (s *apiStore) page(matches func(*corev1.Pod) bool, next, limit string) (*co
 	} else {
 		var there bool
 		if rest, there = s.pages[next]; !there {
-			return nil, failure(http.StatusGone, metav1.StatusReasonExpired, "The provided continue parameter is too old to display a consistent list result.")
+			return nil, Failure(http.StatusGone, metav1.StatusReasonExpired, "The provided continue parameter is too old to display a consistent list result.")
 		}
 		version, _, _ = strings.Cut(next, ".")
 	}
@@ -213,25 +216,26 @@ func (s *apiStore) page(matches func(*corev1.Pod) bool, next, limit string) (*co
 	return list, nil
 }
 
-// since are the changes after a version, and what is closed by the next one; not ok if they are no longer known.
-func (s *apiStore) since(version int) (changes []podChange, changed chan struct{}, upTo int, ok bool) {
+// since are the changes after a version, and a channel that the next change closes. It is not ok if the store
+// does not know them any more.
+func (s *APIStore) since(version int) (changes []podChange, changed chan struct{}, upTo int, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	i, _ := slices.BinarySearchFunc(s.history, version+1, func(c podChange, v int) int { return c.version - v })
 	return s.history[i:], s.changed, s.version, version >= s.compacted
 }
 
-// eventsOf are the events of a namespace.
-func (s *apiStore) eventsOf(namespace string) []eventsv1.Event {
+// EventsOf are the events of a namespace.
+func (s *APIStore) EventsOf(namespace string) []eventsv1.Event {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.DeleteFunc(slices.Clone(s.events), func(e eventsv1.Event) bool { return e.Namespace != namespace })
 }
 
-// wantBookmark waits for a bookmark of this version, or a later one.
-func (s *apiStore) wantBookmark(t *testing.T, version string) {
+// WantBookmark waits for a bookmark of this version, or a later one.
+func (s *APIStore) WantBookmark(t testing.TB, version string) {
 	t.Helper()
-	eventually(t, 10*time.Second, func() error {
+	Eventually(t, 10*time.Second, func() error {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if n, err := strconv.Atoi(version); err != nil || s.marked < n {
