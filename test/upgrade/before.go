@@ -1,6 +1,4 @@
-//go:build upgrade
-
-package main
+package upgrade
 
 import (
 	"archive/tar"
@@ -16,19 +14,39 @@ import (
 	"testing"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// programBuild is a build of the program, by which a webhook decides or a pod's containers run.
+// programBuild is a build of the program. A webhook or the containers of a pod run it.
 type programBuild struct {
-	image string // by which pods name it
+	image string // its name in pods
 	path  string
 }
 
-// git asks git about this repository.
+// programBefore builds the program of the last release, or of HEAD if there is no
+// release. folder has its files.
+func programBefore(t *testing.T) (b programBuild, folder string, released bool) {
+	t.Helper()
+	commit, released, err := commitBefore()
+	rig.Must(t, err)
+	t.Logf("the program before is that of %s", commit)
+	folder = t.TempDir()
+	rig.Must(t, export(commit, folder))
+	b = programBuild{"example.org/sidecar:before", filepath.Join(t.TempDir(), "before")}
+	rig.Must(t, rig.Build(folder, b.path))
+	return b, folder, released
+}
+
+// programNow is the program of this folder.
+func programNow(t *testing.T) programBuild {
+	t.Helper()
+	return programBuild{"example.org/sidecar:now", rig.Program(t)}
+}
+
+// git runs git in this repository.
 func git(args ...string) (string, error) {
 	var errText bytes.Buffer
-	c := exec.Command("git", args...)
-	c.Stderr = &errText
+	c := gitCommand(&errText, args...)
 	out, err := c.Output()
 	if err != nil {
 		err = fmt.Errorf("git %s: %w: %s", strings.Join(args, " "), err, errText.String())
@@ -36,7 +54,13 @@ func git(args ...string) (string, error) {
 	return strings.TrimSpace(string(out)), err
 }
 
-// commitBefore is the commit of the program that this one replaces: that of the last release before it, or HEAD until there is one.
+func gitCommand(errText io.Writer, args ...string) *exec.Cmd {
+	c := exec.Command("git", args...)
+	c.Dir, c.Stderr = rig.Root(), errText
+	return c
+}
+
+// commitBefore names the last release before HEAD, or HEAD if there is no release.
 func commitBefore() (commit string, released bool, err error) {
 	const help = "this test needs the history of the repository, with its tags: "
 	shallow, err := git("rev-parse", "--is-shallow-repository")
@@ -46,7 +70,8 @@ func commitBefore() (commit string, released bool, err error) {
 	if shallow == "true" {
 		return "", false, errors.New(help + "git fetch --unshallow --tags (fetch-depth: 0 of actions/checkout)")
 	}
-	tags, err := git("for-each-ref", "--merged=HEAD", "--no-contains=HEAD", "--sort=-version:refname", "--format=%(refname:short)", "refs/tags/v*")
+	tags, err := git("for-each-ref", "--merged=HEAD", "--no-contains=HEAD", "--sort=-version:refname",
+		"--format=%(refname:short)", "refs/tags/v*")
 	if err != nil {
 		return "", false, err
 	}
@@ -59,8 +84,7 @@ func commitBefore() (commit string, released bool, err error) {
 // export writes the files of a commit into a folder.
 func export(commit, folder string) error {
 	var errText bytes.Buffer
-	archive := exec.Command("git", "archive", "--format=tar", commit)
-	archive.Stderr = &errText
+	archive := gitCommand(&errText, "archive", "--format=tar", commit)
 	out, err := archive.StdoutPipe()
 	if err == nil {
 		err = archive.Start()
@@ -100,36 +124,44 @@ func untar(from io.Reader, folder string) error {
 	}
 }
 
-// deployedUsers are the users that a folder's deploy/ makes in the Redis that holds the tokens, and in those for the lock, as
-// arguments of redis-server: of the webhook, and of the sidecars of a namespace; and one for the tests.
+// sidecarUser is the Redis user of a namespace's sidecars.
+func sidecarUser(namespace string) string { return "sidecar/" + namespace }
+
+// deployedUsers are the Redis users of a folder's deploy/, as arguments of redis-server:
+// the webhook, the sidecars of a namespace, and a user for the test. queue is for the
+// server of the tokens, lock for the servers of the lock.
 func deployedUsers(t *testing.T, folder, namespace string) (queue, lock []string) {
 	t.Helper()
 	passwords := t.TempDir()
-	must(t, os.WriteFile(filepath.Join(passwords, namespace), []byte(testPassword+"\n"), 0o600))
-	namespaces := strings.ReplaceAll(scriptOf(t, folder, "namespaces"), "/etc/redis-namespaces", passwords)
+	rig.Must(t, os.WriteFile(filepath.Join(passwords, namespace), []byte(rig.Password+"\n"), 0o600))
+	namespaces := strings.ReplaceAll(deployedScript(t, folder, "namespaces"), "/etc/redis-namespaces", passwords)
 	read := func(server, port string) []string {
 		sidecars, err := exec.Command("sh", "-c", namespaces+"\nusers "+port).Output()
-		must(t, err)
-		args := strings.Fields("--user tester on >" + testPassword + " ~* &* +@all")
-		for line := range strings.Lines(scriptOf(t, folder, server) + string(sidecars)) {
+		rig.Must(t, err)
+		args := strings.Fields("--user tester on >" + rig.Password + " ~* &* +@all")
+		for line := range strings.Lines(deployedScript(t, folder, server) + string(sidecars)) {
 			words := strings.Fields(line)
-			if len(words) > 3 && words[0] == "user" && (words[1] == "webhook" || words[1] == namespaceUser(namespace)) && words[2] == "on" {
-				args = append(append(args, "--user", words[1], "on", ">"+testPassword), words[4:]...) // words[3] is the password
+			if len(words) < 4 || words[0] != "user" || words[2] != "on" {
+				continue
+			}
+			if user := words[1]; user == "webhook" || user == sidecarUser(namespace) {
+				args = append(args, "--user", user, "on", ">"+rig.Password)
+				args = append(args, words[4:]...) // words[3] is the password
 			}
 		}
 		if n := strings.Count(strings.Join(args, " "), "--user"); n != 3 {
-			t.Fatalf("the script %s of %s makes %d users where two are wanted: %q", server, folder, n-1, args)
+			t.Fatalf("the script %s of %s makes %d users, want 2: %q", server, folder, n-1, args)
 		}
 		return append(args, "--user", "default", "on", "resetpass", "~*", "&*", "+@all") // see redis-scripts.yaml
 	}
 	return read("redis", "6379"), read("lock", "6380")
 }
 
-// scriptOf is a script of a folder's deploy/base/redis-scripts.yaml.
-func scriptOf(t *testing.T, folder, name string) string {
+// deployedScript is a script of a folder's deploy/base/redis-scripts.yaml.
+func deployedScript(t *testing.T, folder, name string) string {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(folder, "deploy/base/redis-scripts.yaml"))
-	must(t, err)
+	rig.Must(t, err)
 	_, rest, ok := strings.Cut(string(text), "\n  "+name+": |\n")
 	if !ok {
 		t.Fatalf("no script %q in deploy/base/redis-scripts.yaml of %s", name, folder)
@@ -144,12 +176,12 @@ func scriptOf(t *testing.T, folder, name string) string {
 	return script.String()
 }
 
-// startRedisWith starts a redis-server with users.
-func startRedisWith(t *testing.T, users []string) *redisServer {
+// startRedis starts a redis-server with users.
+func startRedis(t *testing.T, users []string) *rig.Redis {
 	t.Helper()
-	listen := func(port string) []string { return append(plain(port), users...) }
-	r, err := launchRedisOf("", t.TempDir(), listen, redis.DialUsername("tester"), redis.DialPassword(testPassword))
-	must(t, err)
-	t.Cleanup(r.stop)
-	return r
+	return rig.StartRedisWith(t, rig.RedisOptions{
+		Args: func(port string) []string { return append(rig.PlainPort(port), users...) },
+		Dial: []redis.DialOption{redis.DialUsername("tester"), redis.DialPassword(rig.Password)},
+		Kind: rig.SingleQueue,
+	})
 }

@@ -1,10 +1,10 @@
-//go:build upgrade
-
-package main
+// Package upgrade runs the program of the last release beside this one while pods come
+// and go. Webhooks and sidecars of both programs are processes. They share one Redis for
+// the tokens, which has the users of deploy/, and three servers for the lock.
+package upgrade
 
 import (
 	"cmp"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -18,91 +18,105 @@ import (
 
 	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
-	jsonpatch "gopkg.in/evanphx/json-patch.v4"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	corev1 "k8s.io/api/core/v1"
 )
 
-// upgrade is an installation whose program changes while pods come and go.
-type upgrade struct {
+// installation is an installation whose program changes while pods come and go.
+type installation struct {
 	t     *testing.T
-	queue *redisServer
+	queue *rig.Redis
 	locks []string
 	flags []string
 	paths map[string]string // of programs, by their images
-	most  map[semaphoreID]int
+	most  map[rig.ID]int    // the greatest length that pods have asked for
 
 	pods   sync.WaitGroup
-	stop   chan struct{} // closed when no more pods are to come
-	failed chan struct{} // closed at the first problem: all ends then
+	stop   chan struct{} // closed when no more pods come
+	failed chan struct{} // closed at the first problem: everything ends then
 
 	mu       sync.Mutex
-	serving  []*upgradeWebhook
+	serving  []*webhook
 	asked    int
-	holding  map[semaphoreID]map[string]bool // the tokens of pods that rely on them
-	order    []string                        // of the pods that stand in one line, by name, as their apps start
-	done     map[string]int                  // pods that went all the way, by what they met
+	holding  map[rig.ID]map[string]bool // the tokens of pods that rely on them
+	order    []string                   // names of the pods of one line, in the order in which their apps started
+	done     map[string]int             // pods that went all the way, by their when-full, webhook and sidecar
 	problems []string
 }
 
-// upgradeWebhook is a webhook of one build that injects sidecars of one.
-type upgradeWebhook struct {
-	*webhookProcess
+// webhook runs one build of the program and injects sidecars of one build.
+type webhook struct {
+	*rig.Webhook
 	of, sidecars programBuild
-	asked        sync.WaitGroup // those it has to answer
+	asked        sync.WaitGroup // requests without an answer yet
 }
 
 const (
-	upgradeInterval = time.Second
-	upgradePatience = 2 * time.Minute // for anything: the machine may have much else to do
+	heartbeatInterval = time.Second
+	patience          = 2 * time.Minute // for every wait: the machine may be busy
 )
 
-// startUpgrade starts the Redis servers, with the users of a folder's deploy/.
-func startUpgrade(t *testing.T, folder string, without ...string) *upgrade {
+// startInstallation starts the Redis servers, with the users of a folder's deploy/ but
+// without some of their rules.
+func startInstallation(t *testing.T, folder string, withoutRules ...string) *installation {
 	t.Helper()
-	queueUsers, lockUsers := deployedUsers(t, folder, freshID().namespace)
-	queueUsers = slices.DeleteFunc(queueUsers, func(rule string) bool { return slices.Contains(without, rule) })
-	u := &upgrade{t: t, queue: startRedisWith(t, queueUsers), paths: map[string]string{}, most: map[semaphoreID]int{},
-		stop: make(chan struct{}), failed: make(chan struct{}), holding: map[semaphoreID]map[string]bool{}, done: map[string]int{}}
+	queueUsers, lockUsers := deployedUsers(t, folder, rig.FreshID().Namespace)
+	queueUsers = slices.DeleteFunc(queueUsers, func(rule string) bool { return slices.Contains(withoutRules, rule) })
+	u := &installation{
+		t: t, queue: startRedis(t, queueUsers),
+		paths: map[string]string{}, most: map[rig.ID]int{},
+		stop: make(chan struct{}), failed: make(chan struct{}),
+		holding: map[rig.ID]map[string]bool{}, done: map[string]int{},
+	}
 	for range 3 {
-		u.locks = append(u.locks, startRedisWith(t, lockUsers).address)
+		u.locks = append(u.locks, startRedis(t, lockUsers).Address)
 	}
 	t.Setenv("REDIS_USERNAME", "webhook")
-	t.Setenv("REDIS_PASSWORD", testPassword)
-	u.flags = []string{"--redis-addresses=" + strings.Join(u.locks, ","), "--sidecar-redis-secret=redis",
-		fmt.Sprintf("--heartbeat-interval-seconds=%d", seconds(upgradeInterval))}
+	t.Setenv("REDIS_PASSWORD", rig.Password)
+	u.flags = []string{
+		"--redis-addresses=" + strings.Join(u.locks, ","),
+		"--sidecar-redis-secret=redis",
+		fmt.Sprintf("--heartbeat-interval-seconds=%d", heartbeatInterval/time.Second),
+	}
 	return u
 }
 
-// problem notes what must not be.
-func (u *upgrade) problem(format string, args ...any) {
+// problem records a problem, and ends the run.
+func (u *installation) problem(format string, args ...any) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.problemLocked(format, args...)
 }
 
-func (u *upgrade) problemLocked(format string, args ...any) {
+func (u *installation) problemLocked(format string, args ...any) {
 	if u.problems = append(u.problems, fmt.Sprintf(format, args...)); len(u.problems) == 1 {
 		close(u.failed)
 	}
 }
 
-// serve starts a webhook.
-func (u *upgrade) serve(of, sidecars programBuild) {
+// startWebhook starts a webhook of one build that injects sidecars of another.
+func (u *installation) startWebhook(of, sidecars programBuild) *webhook {
 	u.t.Helper()
-	w := &upgradeWebhook{webhookProcess: startWebhookProcessOf(u.t, of.path, u.queue.address, append(u.flags, "--sidecar-image="+sidecars.image)...),
-		of: of, sidecars: sidecars}
+	flags := append(slices.Clone(u.flags), "--sidecar-image="+sidecars.image)
+	return &webhook{Webhook: rig.StartWebhookOf(u.t, of.path, u.queue.Address, flags...), of: of, sidecars: sidecars}
+}
+
+// serve starts a webhook and sends pods to it.
+func (u *installation) serve(of, sidecars programBuild) {
+	u.t.Helper()
+	w := u.startWebhook(of, sidecars)
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.paths[sidecars.image] = sidecars.path
 	u.serving = append(u.serving, w)
 }
 
-// retire ends the webhooks of one build, or that inject one's sidecars, as a rollout does: nobody new is sent to them, and they are told to
-// stop some time after that.
-func (u *upgrade) retire(b programBuild) {
+// retire ends the webhooks that run or inject a build, as a rollout does: they get no new
+// requests, answer those that they have, and are told to stop.
+func (u *installation) retire(b programBuild) {
 	u.mu.Lock()
-	var leaving []*upgradeWebhook
-	u.serving = slices.DeleteFunc(u.serving, func(w *upgradeWebhook) bool {
+	var leaving []*webhook
+	u.serving = slices.DeleteFunc(u.serving, func(w *webhook) bool {
 		gone := w.of == b || w.sidecars == b
 		if gone {
 			leaving = append(leaving, w)
@@ -112,42 +126,43 @@ func (u *upgrade) retire(b programBuild) {
 	u.mu.Unlock()
 	for _, w := range leaving {
 		w.asked.Wait()
-		u.end(w.process, "the webhook of "+w.of.image)
+		u.end(w.Process, "the webhook of "+w.of.image)
 	}
 }
 
 // end ends a process as the kubelet does, and reads its log.
-func (u *upgrade) end(p *process, name string) {
-	_ = p.Process.Signal(syscall.SIGTERM)
+func (u *installation) end(p *rig.Process, name string) {
+	_ = p.Cmd.Process.Signal(syscall.SIGTERM)
 	select {
-	case <-p.done:
-	case <-time.After(upgradePatience):
-		u.problem("%s does not end:\n%s", name, p.log.String())
-		p.kill()
+	case <-p.Done():
+	case <-time.After(patience):
+		u.problem("%s does not end:\n%s", name, p.Log.String())
+		p.Kill()
 	}
 	u.wantEnded(p, name)
 }
 
-// wantEnded notes what is wrong with a process that has ended.
-func (u *upgrade) wantEnded(p *process, name string) {
-	if code := p.ProcessState.ExitCode(); code != 0 {
+// wantEnded checks exit code and log of a process that has ended.
+func (u *installation) wantEnded(p *rig.Process, name string) {
+	if code := p.ExitCode(); code != 0 {
 		u.problem("%s ended with %d", name, code)
 	}
 	u.readLog(p, name)
 }
 
-// readLog notes what is wrong by the log of a process. Nothing fails here: all that it may warn of is that another process repairs a
-// semaphore.
-func (u *upgrade) readLog(p *process, name string) {
-	for line := range strings.Lines(p.log.String()) {
-		if !strings.Contains(line, `"level":"INFO"`) && !strings.Contains(line, errLockTaken.Error()) {
+// readLog records each warning and error in a log as a problem. No server fails here. The
+// only warning that a process may log is that another process repairs the semaphore.
+func (u *installation) readLog(p *rig.Process, name string) {
+	for line := range strings.Lines(p.Log.String()) {
+		if !strings.Contains(line, `"level":"INFO"`) && !strings.Contains(line, "lock taken") {
 			u.problem("%s logged %s", name, line)
 		}
 	}
 }
 
-// webhook is the next that serves. It is not told to stop before the caller says that it has been asked.
-func (u *upgrade) webhook() *upgradeWebhook {
+// nextWebhook is the webhook that the next request goes to. It does not end before the
+// caller has called asked.Done.
+func (u *installation) nextWebhook() *webhook {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.asked++
@@ -156,22 +171,22 @@ func (u *upgrade) webhook() *upgradeWebhook {
 	return w
 }
 
-// upgradePod is a pod of a Deployment that is admitted, runs for a while, and ends.
-type upgradePod struct {
+// pod is a pod of a Deployment. It is admitted, runs for a while, and ends.
+type pod struct {
 	name     string
-	id       semaphoreID
+	id       rig.ID
 	length   int
 	whenFull string
-	inLine   bool                   // its place is looked at
-	until    func() <-chan struct{} // its app ends
-	mayFail  bool                   // it may be refused for ever: others wait in line
+	inLine   bool                   // the test checks its place in line
+	until    func() <-chan struct{} // its app ends when this is closed
+	mayFail  bool                   // the webhook may refuse it for ever: other pods wait in line
 }
 
-// start starts a pod, which goes on by itself.
-func (u *upgrade) start(p upgradePod) { u.pods.Go(func() { u.run(p) }) }
+// start runs a pod in the background.
+func (u *installation) start(p pod) { u.pods.Go(func() { u.run(p) }) }
 
-// run does what the control plane and a kubelet do for a pod, until it has ended.
-func (u *upgrade) run(p upgradePod) {
+// run does for a pod what the control plane and the kubelet do, until the pod has ended.
+func (u *installation) run(p pod) {
 	u.mu.Lock()
 	u.most[p.id] = max(u.most[p.id], p.length)
 	u.mu.Unlock()
@@ -183,44 +198,43 @@ func (u *upgrade) run(p upgradePod) {
 	sidecar, token := u.container(object.Spec.InitContainers[0], p, podUID)
 	await, _ := u.container(object.Spec.InitContainers[1], p, podUID)
 	name := fmt.Sprintf("of the pod %s (%s of %d, %s)", p.name, p.id, p.length, met)
-	defer os.Remove(newStartMark(podUID, token).path)
-	if p.whenFull == whenFullDeny {
+	defer os.Remove(rig.StartMark(token))
+	if p.whenFull == rig.WhenFullDeny {
 		u.hold(p, token) // the webhook took it
 	}
-	if err := errors.Join(sidecar.launch(), await.launch()); err != nil {
+	if err := errors.Join(sidecar.Launch(), await.Launch()); err != nil {
 		u.problem("start the containers %s: %v", name, err)
 		return
 	}
-	defer sidecar.kill()
-	defer await.kill()
-	for deadline := time.Now().Add(upgradePatience); !isClosed(await.done); time.Sleep(20 * time.Millisecond) {
+	defer sidecar.Kill()
+	defer await.Kill()
+	for deadline := time.Now().Add(patience); !await.Ended(); time.Sleep(20 * time.Millisecond) {
 		if isClosed(u.failed) {
 			return
 		}
-		if u.readLog(sidecar, "the sidecar "+name); time.Now().After(deadline) && !p.inLine { // those in line wait for what the test does
-			u.problem("no token for the app %s:\n%s", name, sidecar.log.String())
+		u.readLog(sidecar, "the sidecar "+name)
+		if time.Now().After(deadline) && !p.inLine { // a pod in line waits until the test ends another one
+			u.problem("no token for the app %s:\n%s", name, sidecar.Log.String())
 			return
 		}
 	}
 	u.wantEnded(await, "the await "+name)
-	if p.whenFull == whenFullWait {
+	if p.whenFull == rig.WhenFullWait {
 		u.hold(p, token)
 	}
 	select {
 	case <-p.until():
-	case <-sidecar.done:
+	case <-sidecar.Done():
 	case <-u.failed:
 		return
 	}
 	u.letGo(p, token)
-	select {
-	case <-sidecar.done:
+	if sidecar.Ended() {
 		u.problem("the sidecar %s ended before its app", name)
-	default:
 	}
 	u.end(sidecar, "the sidecar "+name)
-	if n := len(sidecar.log.lines(u.t, "token given back")); n != 1 {
-		u.problem("the sidecar %s gave its token back %d times:\n%s", name, n, sidecar.log.String())
+	if n := len(sidecar.Log.Lines(u.t, "token given back")); n != 1 {
+		u.problem("the sidecar %s gave its token back %d times:\n%s", name, n, sidecar.Log.String())
 		return
 	}
 	u.mu.Lock()
@@ -228,41 +242,37 @@ func (u *upgrade) run(p upgradePod) {
 	u.done[p.whenFull+", "+met]++
 }
 
-// create asks for a pod until it is admitted; it returns the pod as it was patched, and who did that. It returns nil if it never is.
-func (u *upgrade) create(p upgradePod) (*corev1.Pod, string) {
-	body := review(u.t, p.id, p.length, func(request map[string]any) {
-		metadata := request["object"].(map[string]any)["metadata"].(map[string]any)
-		metadata["name"] = p.name
-		metadata["annotations"].(map[string]any)[annotationWhenFull] = p.whenFull
+// create creates a pod, again until it is admitted. It returns the patched pod, and names
+// the webhook and its sidecars. It returns nil if the pod is never admitted.
+func (u *installation) create(p pod) (object *corev1.Pod, met string) {
+	body := rig.Review(u.t, p.id, p.length, func(request map[string]any) {
+		request["object"].(map[string]any)["metadata"].(map[string]any)["name"] = p.name
+		rig.AnnotationsOf(request)[rig.AnnotationWhenFull] = p.whenFull
 	})
-	for deadline := time.Now().Add(upgradePatience); ; time.Sleep(100 * time.Millisecond) {
-		w := u.webhook()
+	for deadline := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) {
+		w := u.nextWebhook()
 		met := fmt.Sprintf("webhook of %s, sidecar of %s", w.of.image, w.sidecars.image)
-		status, text, _, err := w.post(body)
+		a, err := w.TryAdmit(body)
 		w.asked.Done()
-		var a admission
-		if err == nil {
-			a, err = readAdmission(status, text)
-		}
 		switch {
 		case err != nil:
 			u.problem("the pod %s (%s): %v", p.name, met, err)
 			return nil, met
-		case a.allowed:
-			object, err := reviewedPod(body, a.patch)
+		case a.Allowed:
+			object, err := rig.PatchedPod(body, a.Patch)
 			if err == nil && len(object.Spec.InitContainers) < 2 {
-				err = fmt.Errorf("patched with %s", a.patch)
+				err = fmt.Errorf("patched with %s", a.Patch)
 			}
 			if err != nil {
 				u.problem("the pod %s (%s): %v", p.name, met, err)
 				return nil, met
 			}
 			return object, met
-		case !strings.HasPrefix(a.message, "no semaphore available"):
-			u.problem("the pod %s (%s) is refused: %s", p.name, met, a.message)
+		case !strings.HasPrefix(a.Message, "no semaphore available"):
+			u.problem("the pod %s (%s) is refused: %s", p.name, met, a.Message)
 			return nil, met
 		case time.Now().After(deadline) && !p.mayFail:
-			u.problem("the pod %s (%s) is still refused: %s", p.name, met, a.message)
+			u.problem("the pod %s (%s) is still refused: %s", p.name, met, a.Message)
 			return nil, met
 		case isClosed(u.failed), p.mayFail && isClosed(u.stop):
 			return nil, met
@@ -279,26 +289,9 @@ func isClosed(c <-chan struct{}) bool {
 	}
 }
 
-// reviewedPod is the pod of a review, with a patch.
-func reviewedPod(body, patch []byte) (*corev1.Pod, error) {
-	var r admissionReview
-	if err := json.Unmarshal(body, &r); err != nil {
-		return nil, err
-	}
-	steps, err := jsonpatch.DecodePatch(patch)
-	if err != nil {
-		return nil, err
-	}
-	text, err := steps.Apply(r.Request.Object)
-	if err != nil {
-		return nil, err
-	}
-	object := new(corev1.Pod)
-	return object, json.Unmarshal(text, object)
-}
-
-// container is a container's process, and the last of its arguments, which is the token of a sidecar.
-func (u *upgrade) container(c corev1.Container, p upgradePod, podUID string) (started *process, last string) {
+// container is the process of a container. last is its last argument: the token, if it is
+// a sidecar.
+func (u *installation) container(c corev1.Container, p pod, podUID string) (process *rig.Process, last string) {
 	var args []string
 	for _, arg := range c.Args {
 		args = append(args, strings.ReplaceAll(arg, "$(POD_UID)", podUID))
@@ -306,21 +299,24 @@ func (u *upgrade) container(c corev1.Container, p upgradePod, podUID string) (st
 	u.mu.Lock()
 	path := u.paths[c.Image]
 	u.mu.Unlock()
-	started = newProcess(path, args...)
-	started.Env = os.Environ()
-	known := map[string]string{"POD_UID": podUID, "POD_NAME": p.name, "NODE_NAME": "node-1", "REDIS_USERNAME": namespaceUser(p.id.namespace), "REDIS_PASSWORD": testPassword}
+	process = rig.NewProcess(path, args...)
+	process.Cmd.Env = os.Environ()
+	known := map[string]string{
+		"POD_UID": podUID, "POD_NAME": p.name, "NODE_NAME": "node-1",
+		"REDIS_USERNAME": sidecarUser(p.id.Namespace), "REDIS_PASSWORD": rig.Password,
+	}
 	for _, e := range c.Env {
 		value := cmp.Or(e.Value, known[e.Name])
 		if value == "" {
 			u.problem("the container %s of the pod %s wants %s, which this test does not know", c.Name, p.name, e.Name)
 		}
-		started.Env = append(started.Env, e.Name+"="+value)
+		process.Cmd.Env = append(process.Cmd.Env, e.Name+"="+value)
 	}
-	return started, args[len(args)-1]
+	return process, args[len(args)-1]
 }
 
-// hold notes that a pod relies on a token, and that there are not too many that do.
-func (u *upgrade) hold(p upgradePod, token string) {
+// hold records that a pod relies on a token, and checks that no more pods do than may.
+func (u *installation) hold(p pod, token string) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.holding[p.id] == nil {
@@ -335,17 +331,18 @@ func (u *upgrade) hold(p upgradePod, token string) {
 	}
 }
 
-func (u *upgrade) letGo(p upgradePod, token string) {
+// letGo records that a pod does not rely on its token any more.
+func (u *installation) letGo(p pod, token string) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	delete(u.holding[p.id], token)
 }
 
-// held are the tokens on which pods rely now.
-func (u *upgrade) held() map[semaphoreID][]string {
+// held are the tokens that pods rely on now.
+func (u *installation) held() map[rig.ID][]string {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	held := map[semaphoreID][]string{}
+	held := map[rig.ID][]string{}
 	for id := range u.most {
 		for token := range u.holding[id] {
 			held[id] = append(held[id], token)
@@ -354,10 +351,9 @@ func (u *upgrade) held() map[semaphoreID][]string {
 	return held
 }
 
-// look compares, until stop is called, what Redis counts with what pods rely on.
-func (u *upgrade) look() (stop func()) {
-	conn, err := redis.Dial("tcp", u.queue.address, u.queue.options...)
-	must(u.t, err)
+// watch compares what Redis counts with what pods rely on, until stop is called.
+func (u *installation) watch() (stop func()) {
+	conn := u.queue.Dial(u.t)
 	end, ended := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -368,11 +364,10 @@ func (u *upgrade) look() (stop func()) {
 				return
 			case <-time.After(5 * time.Millisecond):
 			}
-			before := u.held()
-			for id, tokens := range before {
-				inflight, err := redis.Strings(conn.Do("ZRANGE", id.inflightKey(), 0, -1))
+			for id, tokens := range u.held() {
+				inflight, err := redis.Strings(conn.Do("ZRANGE", id.InflightKey(), 0, -1))
 				if err != nil {
-					u.problem("look at %s: %v", id, err)
+					u.problem("read the tokens in use of %s: %v", id, err)
 					return
 				}
 				u.mu.Lock()
@@ -396,7 +391,7 @@ func (u *upgrade) look() (stop func()) {
 	})
 }
 
-// forAWhile is how long an app runs that has not much to do.
+// forAWhile is closed when a short app ends.
 func forAWhile() <-chan struct{} {
 	c := make(chan struct{})
 	time.AfterFunc(300*time.Millisecond+rand.N(time.Second), func() { close(c) })

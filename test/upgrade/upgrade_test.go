@@ -1,81 +1,69 @@
-//go:build upgrade
-
-package main
+package upgrade
 
 import (
 	"fmt"
 	"maps"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// The tests of this tag ("make test-upgrade") run the program of before beside this one, as processes, while pods come and go: webhooks and
-// sidecars of both, one Redis with the users of deploy/, three lock servers. "Before" is the last release. Until there is one, it is HEAD:
-// then both programs are the same but for what is not committed.
+func TestMain(m *testing.M) { rig.Main(m, "make test-upgrade") }
 
 const (
-	upgradeStage   = 5 * time.Second // at the least, between two changes
-	upgradeWorkers = 16              // pods that come and go at any time
+	stage   = 5 * time.Second // least time between two changes
+	workers = 16              // pods that come and go at any time
 )
 
-// upgradeKinds are what the pods of this test say of themselves by the annotation when-full.
-var upgradeKinds = []string{whenFullDeny, whenFullWait}
+// whenFullOfPods are the values of the annotation when-full that the pods of this test
+// have.
+var whenFullOfPods = []string{rig.WhenFullDeny, rig.WhenFullWait}
 
-// usersOfBeforeDo says whether this program works with the users that the deploy/ of the last release has made. If it cannot, the changelog
-// names the new rules.
+// usersOfBeforeDo says whether this program works with the Redis users of the last
+// release. If it does not, the changelog names the new rules.
 const usersOfBeforeDo = true
 
-// programBefore builds the program of before. It returns it with the folder of its files, and whether it was released.
-func programBefore(t *testing.T) (b programBuild, folder string, released bool) {
-	t.Helper()
-	commit, released, err := commitBefore()
-	must(t, err)
-	t.Logf("the program of before is that of %s", commit)
-	folder = t.TempDir()
-	must(t, export(commit, folder))
-	b = programBuild{"example.org/sidecar:before", filepath.Join(t.TempDir(), "before")}
-	must(t, build(b.path, "-C", folder))
-	return b, folder, released
-}
-
+// TestUpgrade upgrades and goes back. Without a release, both programs are HEAD but for
+// what is not committed.
 func TestUpgrade(t *testing.T) {
 	before, folder, released := programBefore(t)
-	now := programBuild{"example.org/sidecar:now", binary}
-	t.Run("users of now", func(t *testing.T) { thereAndBack(t, before, now, ".") })
+	now := programNow(t)
+	t.Run("users of now", func(t *testing.T) { thereAndBack(t, before, now, rig.Root()) })
 	if released && usersOfBeforeDo {
 		t.Run("users of before", func(t *testing.T) { thereAndBack(t, before, now, folder) })
 	}
 }
 
-// thereAndBack upgrades, and goes back, with the users of one folder's deploy/.
-func thereAndBack(t *testing.T, before, now programBuild, users string) {
-	u := startUpgrade(t, users)
-	u.roll(before, now, upgradeStage)
+// thereAndBack upgrades and goes back, with the users of one folder's deploy/.
+func thereAndBack(t *testing.T, before, now programBuild, folder string) {
+	u := startInstallation(t, folder)
+	u.roll(before, now)
 	for _, p := range u.problems[:min(len(u.problems), 50)] {
 		t.Error(p)
 	}
 	t.Logf("pods: %v", u.done)
-	u.wantNothingLeft(t)
+	u.wantNothingLeft(t, now)
 }
 
-// roll lets all run on one build, on both, on the other, on both again, and on the first again. It returns at the first problem.
-func (u *upgrade) roll(before, now programBuild, stage time.Duration) {
+// roll runs one build, both, the other, both again, and the first again. It returns at
+// the first problem.
+func (u *installation) roll(before, now programBuild) {
 	u.serve(before, before)
-	stopLooking := u.look()
-	l := &upgradeLine{upgrade: u, id: freshID()}
-	deny, wait, both := freshID(), freshID(), freshID()
+	stopWatch := u.watch()
+	l := &line{installation: u, id: rig.FreshID()}
+	deny, wait, both := rig.FreshID(), rig.FreshID(), rig.FreshID()
 	end := make(chan struct{})
-	staying := func(name string, id semaphoreID, length int, whenFull string) {
-		u.start(upgradePod{name: name, id: id, length: length, whenFull: whenFull, until: func() <-chan struct{} { return end }})
+	staying := func(name string, id rig.ID, length int, whenFull string) {
+		until := func() <-chan struct{} { return end }
+		u.start(pod{name: name, id: id, length: length, whenFull: whenFull, until: until})
 	}
-	staying("early-deny", deny, 3, whenFullDeny) // all the time, with the sidecars of before
-	staying("early-wait", wait, 4, whenFullWait)
-	for i := range upgradeWorkers {
+	staying("early-deny", deny, 3, rig.WhenFullDeny) // to the end, with the sidecars before
+	staying("early-wait", wait, 4, rig.WhenFullWait)
+	for i := range workers {
 		u.pods.Go(func() { u.comeAndGo(i, deny, wait, both) })
 	}
 	change := func(joining, leaving int) {
@@ -101,8 +89,8 @@ func (u *upgrade) roll(before, now programBuild, stage time.Duration) {
 		},
 		func() {
 			u.retire(before)
-			staying("late-deny", deny, 3, whenFullDeny) // from now on, with the sidecars of now
-			staying("late-wait", wait, 4, whenFullWait)
+			staying("late-deny", deny, 3, rig.WhenFullDeny) // from now on, with the sidecars of now
+			staying("late-wait", wait, 4, rig.WhenFullWait)
 			change(2, 2)
 		},
 		func() {
@@ -125,16 +113,17 @@ func (u *upgrade) roll(before, now programBuild, stage time.Duration) {
 	l.leave()
 	u.pods.Wait()
 	u.retire(before)
-	stopLooking()
+	stopWatch()
 }
 
-// wantAllCombinations waits until pods that deny and that wait have come and gone with each webhook that serves.
-func (u *upgrade) wantAllCombinations() {
-	for deadline := time.Now().Add(upgradePatience); !isClosed(u.failed); time.Sleep(5 * time.Millisecond) {
+// wantAllCombinations waits until pods that deny and pods that wait have come and gone
+// with each serving webhook.
+func (u *installation) wantAllCombinations() {
+	for deadline := time.Now().Add(patience); !isClosed(u.failed); time.Sleep(5 * time.Millisecond) {
 		u.mu.Lock()
 		met := maps.Clone(u.done)
 		u.mu.Unlock()
-		if len(met) == len(u.serving)*len(upgradeKinds) {
+		if len(met) == len(u.serving)*len(whenFullOfPods) {
 			return
 		}
 		if time.Now().After(deadline) {
@@ -143,66 +132,69 @@ func (u *upgrade) wantAllCombinations() {
 	}
 }
 
-// comeAndGo lets one pod after another come and go.
-func (u *upgrade) comeAndGo(worker int, deny, wait, both semaphoreID) {
+// comeAndGo runs one pod after another.
+func (u *installation) comeAndGo(worker int, deny, wait, both rig.ID) {
 	for n := worker; !isClosed(u.stop) && !isClosed(u.failed); n++ {
-		p := upgradePod{name: fmt.Sprintf("pod-%d-%d", worker, n), until: forAWhile}
+		p := pod{name: fmt.Sprintf("pod-%d-%d", worker, n), until: forAWhile}
 		switch worker % 4 {
 		case 0:
-			p.id, p.length, p.whenFull = deny, 3, whenFullDeny
+			p.id, p.length, p.whenFull = deny, 3, rig.WhenFullDeny
 		case 1:
-			p.id, p.length, p.whenFull = wait, 4, whenFullWait
-		case 2: // the length that pods say changes
-			p.id, p.length, p.whenFull = both, 3+n/4%3, whenFullWait
+			p.id, p.length, p.whenFull = wait, 4, rig.WhenFullWait
+		case 2: // the length changes from pod to pod
+			p.id, p.length, p.whenFull = both, 3+n/4%3, rig.WhenFullWait
 		case 3:
-			p.id, p.length, p.whenFull, p.mayFail = both, 3+n/4%3, whenFullDeny, true
+			p.id, p.length, p.whenFull, p.mayFail = both, 3+n/4%3, rig.WhenFullDeny, true
 		}
 		u.run(p)
 	}
 }
 
-// upgradeLine is a semaphore of three tokens before which pods stand in line from one change to the next.
-type upgradeLine struct {
-	*upgrade
-	id     semaphoreID
+// line is a semaphore of three tokens. Its pods stand in line while the program changes.
+type line struct {
+	*installation
+	id     rig.ID
 	joined []string
 	ends   []func()
 	ended  int
 }
 
-// join lets another pod stand in line.
-func (l *upgradeLine) join() {
+// join adds a pod to the line.
+func (l *line) join() {
 	end := make(chan struct{})
 	name := fmt.Sprintf("line-%d", len(l.joined))
 	l.joined, l.ends = append(l.joined, name), append(l.ends, func() { close(end) })
-	l.start(upgradePod{name: name, id: l.id, length: 3, whenFull: whenFullWait, inLine: true, until: func() <-chan struct{} { return end }})
+	until := func() <-chan struct{} { return end }
+	l.start(pod{name: name, id: l.id, length: 3, whenFull: rig.WhenFullWait, inLine: true, until: until})
 	l.wantOrder()
 }
 
-// next ends the pod that came first, so that one in line gets its token.
-func (l *upgradeLine) next() {
+// next ends the oldest pod that runs. The first pod in line gets its token.
+func (l *line) next() {
 	l.ends[l.ended]()
 	l.ended++
 	l.wantOrder()
 }
 
-// leave ends all, one after the other.
-func (l *upgradeLine) leave() {
+// leave ends all pods, one after the other.
+func (l *line) leave() {
 	for l.ended < len(l.joined) {
 		l.next()
 	}
 }
 
-// wantOrder waits until as many pods as may have a token, in the order in which they came, and the others stand in line.
-func (l *upgradeLine) wantOrder() {
+// wantOrder waits until as many pods have a token as may, in the order in which they
+// came, and the others wait.
+func (l *line) wantOrder() {
 	want := l.joined[:min(len(l.joined), l.ended+3)]
 	var err error
-	for deadline := time.Now().Add(upgradePatience); !isClosed(l.failed) && time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+	deadline := time.Now().Add(patience)
+	for ; !isClosed(l.failed) && time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		l.mu.Lock()
 		got := slices.Clone(l.order)
 		l.mu.Unlock()
 		var waiting int
-		waiting, err = redis.Int(l.queue.control.Do("ZCARD", l.id.waitersKey()))
+		waiting, err = redis.Int(l.queue.Control.Do("ZCARD", l.id.WaitersKey()))
 		switch {
 		case err != nil:
 		case len(got) >= len(want) && !slices.Equal(got, want):
@@ -219,55 +211,72 @@ func (l *upgradeLine) wantOrder() {
 	}
 }
 
-// wantNothingLeft checks what is left in Redis when all pods are gone: what expires within minutes, and all tokens.
-func (u *upgrade) wantNothingLeft(t *testing.T) {
+// wantNothingLeft checks what Redis holds when all pods are gone: all tokens, in keys
+// that expire within minutes.
+func (u *installation) wantNothingLeft(t *testing.T, now programBuild) {
 	t.Helper()
 	if t.Failed() {
 		return
 	}
-	keys, err := redis.Strings(u.queue.control.Do("KEYS", "*"))
-	must(t, err)
+	keys, err := redis.Strings(u.queue.Control.Do("KEYS", "*"))
+	rig.Must(t, err)
 	for _, key := range keys {
-		kind, _, _ := strings.Cut(key, "/")
-		if left, err := redis.Int(u.queue.control.Do("TTL", key)); err != nil || left < 0 || left > 300 {
+		if left, err := redis.Int(u.queue.Control.Do("TTL", key)); err != nil || left < 0 || left > 300 {
 			t.Errorf("%s expires in %d s, %v", key, left, err)
 		}
-		if kind != "queue" && kind != "state" {
+		if kind, _, _ := strings.Cut(key, "/"); kind != "queue" && kind != "state" {
 			t.Errorf("%s is still there", key)
 		}
 	}
-	c := testConfig(u.queue.address)
-	c.redis = redisSettings{username: "webhook", password: testPassword}
-	c.redisAddresses = u.locks
-	s := semaphoresOf(t, c)
+	w := u.startWebhook(now, now)
 	for id, length := range u.most {
 		for n := range length {
-			if _, _, err := s.acquire(t.Context(), id, "", length, time.Second); err != nil {
-				t.Errorf("of the %d tokens of %s, the %d. cannot be taken: %v", length, id, n+1, err)
+			if a := w.Admit(t, rig.Review(t, id, length)); !a.Allowed {
+				t.Errorf("of the %d tokens of %s, the %d. cannot be taken: %s", length, id, n+1, a.Message)
 			}
 		}
-		wantFullError(t, s, id, length, length)
+		full := fmt.Sprintf("no semaphore available: %s has %d of %d tokens in use", id, length, length)
+		if a := w.Admit(t, rig.Review(t, id, length)); a.Allowed || !strings.HasPrefix(a.Message, full) {
+			t.Errorf("admitted: %t, %s; want %q", a.Allowed, a.Message, full)
+		}
 	}
 }
 
-// Programs that do not go together are found.
+// TestUpgradeFindsWhatIsBroken checks that the suite finds two programs that do not work
+// together.
 func TestUpgradeFindsWhatIsBroken(t *testing.T) {
 	before, _, _ := programBefore(t)
-	for _, c := range []struct{ name, file, old, new, without, want string }{
-		{name: "users lack a command", without: "+zrank", want: "NOPERM|can't run this command|ACL failure in script"}, // see isDenied
-		{name: "tokens in use are kept elsewhere", file: "semaphore.go", old: `"inflight/{"`, new: `"queue/inflight/{"`,
-			want: "hold a token, and|not in flight"},
-		{name: "arrivals have another unit", file: "lua/acquire.lua", old: "math.max(micros, last + 1)", new: "math.max(now, 1)", want: "in the order"},
+	for _, c := range []struct {
+		name    string
+		edit    rig.Edit
+		without string   // a rule that the users do not have
+		want    []string // one of these is in a problem
+	}{
+		{
+			name:    "users lack a command",
+			without: "+zrank",
+			want:    []string{"NOPERM", "can't run this command", "ACL failure in script"}, // by the version of Redis
+		},
+		{
+			name: "tokens in use are kept elsewhere",
+			edit: rig.Edit{File: "semaphore.go", From: `"inflight/{"`, To: `"queue/inflight/{"`},
+			want: []string{"hold a token, and", "not in flight"},
+		},
+		{
+			name: "arrivals have another unit",
+			edit: rig.Edit{File: "lua/acquire.lua", From: "math.max(micros, last + 1)", To: "math.max(now, 1)"},
+			want: []string{"in the order"},
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			now := programBuild{"example.org/sidecar:now", binary}
-			if c.file != "" {
-				now.path = buildBroken(t, []edit{{c.file, c.old, c.new}})
+			now := programNow(t)
+			if c.edit != (rig.Edit{}) {
+				now.path = rig.BuildBroken(t, []rig.Edit{c.edit})
 			}
-			u := startUpgrade(t, ".", c.without)
-			u.roll(before, now, upgradeStage)
+			u := startInstallation(t, rig.Root(), c.without)
+			u.roll(before, now)
 			for _, p := range u.problems {
-				for want := range strings.SplitSeq(c.want, "|") {
+				for _, want := range c.want {
 					if strings.Contains(p, want) {
 						t.Logf("found: %s", p)
 						return
