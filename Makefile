@@ -48,8 +48,8 @@ test-abuse: test-needs ## misuse a webhook in all ways, in some five minutes: wh
 	go test -count=1 -tags abuse -timeout 15m -v -run TestAbuse .
 
 .PHONY: test-upgrade
-test-upgrade: test-needs ## run the program of before beside this one, there and back, under load, in some three minutes; needs the history of git
-	go test -count=1 -tags upgrade -timeout 15m -v -run TestUpgrade .
+test-upgrade: test-needs ## run the last release beside this program, there and back, under load, in some two minutes; needs the history of git
+	SUITE=1 go test -count=1 -timeout 15m -v ./test/upgrade
 
 CHAOS_TIME ?= 1m
 CHAOS_SEED ?= 1
