@@ -152,7 +152,8 @@ dev: ## develop on the current cluster with Skaffold: build, deploy, forward por
 	skaffold dev --port-forward
 
 .PHONY: lint
-lint: ## check format, vet, staticcheck and the workflows
+lint: ## check format, vet, staticcheck, the shell scripts of deploy/ and the workflows; installs shellcheck if missing
+	@./.ci/need shellcheck:shellcheck
 	@test -z "$$(gofmt -l .)" || { echo "not gofmt-ed:"; gofmt -l .; exit 1; }
 	go vet ./...
 	go vet -tags e2e . ./e2e
@@ -164,4 +165,5 @@ lint: ## check format, vet, staticcheck and the workflows
 	go vet -tags e2e,measure . ./e2e
 	go -C demo vet ./...
 	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover,abuse,upgrade,chaos,bench ./...
+	SUITE=1 go test -count=1 -run '^TestScriptsPassShellcheck$$' ./test/deploy
 	go tool -modfile=tools/go.mod actionlint
