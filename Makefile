@@ -132,7 +132,7 @@ bench-memory: test-needs ## measure a webhook's memory over a million admissions
 
 .PHONY: dashboard-picture
 dashboard-picture: test-needs ## draw docs/dashboard.svg from a real Prometheus's data, in some five minutes
-	go test -count=1 -tags measure -timeout 10m -run TestDrawDashboard .
+	SUITE=1 go test -count=1 -timeout 15m -run TestDrawDashboard ./test/monitoring
 
 RELEASE_IMAGE ?= ghcr.io/kaidotio/at-least-semaphore-pod-hook:$(VERSION)
 

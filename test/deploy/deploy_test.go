@@ -18,7 +18,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 )
 
-// No test here is slow: all run without SUITE=1, too.
+// All tests but TestScriptsPassShellcheck are quick: they run without SUITE=1.
 func TestMain(m *testing.M) { os.Exit(rig.Run(m)) }
 
 const (
@@ -90,9 +90,7 @@ func TestMemoryIsLimitedAsDeployed(t *testing.T) {
 
 // shellcheck finds nothing in the scripts of deploy/. "make lint" installs it and runs this test.
 func TestScriptsPassShellcheck(t *testing.T) {
-	if os.Getenv("SUITE") != "1" {
-		t.Skip(`"make lint" runs this test`)
-	}
+	rig.SkipSlow(t, "make lint")
 	var files []string
 	rig.Must(t, filepath.WalkDir(rig.Path("deploy"), func(path string, _ fs.DirEntry, err error) error {
 		if filepath.Ext(path) == ".sh" {

@@ -226,7 +226,7 @@ func TestNamespacesAreKeptApart(t *testing.T) {
 		{"EVAL", "return redis.call('DEL', KEYS[1])", 1, id.WaitersKey()},
 	} {
 		_, err := ofTokens.Do(command[0].(string), command[1:]...)
-		wantDenied(fmt.Sprint(command...), err)
+		wantDenied(fmt.Sprint(command), err)
 	}
 	ofLocks := s.connect(t, s.locks, "shop", "shop-password")
 	for _, command := range [][]any{
@@ -234,7 +234,7 @@ func TestNamespacesAreKeptApart(t *testing.T) {
 		{"EVAL", "return redis.call('DEL', KEYS[1])", 1, id.LockKey()},
 	} {
 		_, err := ofLocks.Do(command[0].(string), command[1:]...)
-		wantDenied(fmt.Sprint(command...), err)
+		wantDenied(fmt.Sprint(command), err)
 	}
 
 	// The same, by the program.
