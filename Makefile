@@ -45,7 +45,7 @@ queue-tests = ^Test(SentinelFailover|GateFailover|PrimaryWithoutReplicas|Sentine
 
 .PHONY: test-abuse
 test-abuse: test-needs ## misuse a webhook in all ways, in some five minutes: what it needs, and what becomes of admissions beside it
-	go test -count=1 -tags abuse -timeout 15m -v -run TestAbuse .
+	SUITE=1 go test -count=1 -timeout 15m -v ./test/abuse
 
 .PHONY: test-upgrade
 test-upgrade: test-needs ## run the last release beside this program, there and back, under load, in some two minutes; needs the history of git
@@ -158,12 +158,11 @@ lint: ## check format, vet, staticcheck, the shell scripts of deploy/ and the wo
 	go vet ./...
 	go vet -tags e2e . ./e2e
 	go vet -tags failover .
-	go vet -tags abuse .
 	go vet -tags upgrade .
 	go vet -tags chaos .
 	go vet -tags bench .
 	go vet -tags e2e,measure . ./e2e
 	go -C demo vet ./...
-	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover,abuse,upgrade,chaos,bench ./...
+	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover,upgrade,chaos,bench ./...
 	SUITE=1 go test -count=1 -run '^TestScriptsPassShellcheck$$' ./test/deploy
 	go tool -modfile=tools/go.mod actionlint
