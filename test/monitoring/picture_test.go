@@ -175,7 +175,7 @@ func inUnit(v float64, unit string) string {
 		return fmt.Sprintf("%.1f/s", v)
 	case unit == "s" && v > 2*86400:
 		return fmt.Sprintf("%.0f d", v/86400)
-	case unit == "s" && v < 0.1:
+	case unit == "s" && v < 1:
 		return fmt.Sprintf("%.1f ms", 1000*v)
 	case unit == "s":
 		return fmt.Sprintf("%.0f s", v)
