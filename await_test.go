@@ -158,9 +158,9 @@ func TestAwaitWithoutSidecar(t *testing.T) {
 // A sidecar that no await asks says so: the app may run without a token.
 func TestNobodyAsksAtTheDoor(t *testing.T) {
 	var b rig.Log
-	d := newDoor(startMark{}, "", slog.New(slog.NewJSONHandler(&b, nil)))
+	d := newAwaitServer(startMark{}, "", slog.New(slog.NewJSONHandler(&b, nil)))
 	d.warnUnheard()
-	d.knock()
+	d.asked()
 	d.warnUnheard()
 	if n := strings.Count(b.String(), "no init container asks for the token"); n != 1 {
 		t.Errorf("logged %d times: %s", n, b.String())
@@ -169,10 +169,10 @@ func TestNobodyAsksAtTheDoor(t *testing.T) {
 
 // The door lets one await pass while it is open, and closes behind it and by itself.
 func TestDoor(t *testing.T) {
-	newTestDoor := func() *door {
+	newTestDoor := func() *awaitServer {
 		mark := newStartMark("pod", uuid.NewString())
 		t.Cleanup(func() { os.Remove(mark.path) })
-		return newDoor(mark, "", slog.New(slog.DiscardHandler))
+		return newAwaitServer(mark, "", slog.New(slog.DiscardHandler))
 	}
 	d := newTestDoor()
 	if d.pass() {
@@ -182,9 +182,9 @@ func TestDoor(t *testing.T) {
 	if !d.pass() || d.pass() || !d.mark.isSet() {
 		t.Error("want one to pass, and to be noted")
 	}
-	d.knock()
+	d.asked()
 	select {
-	case <-d.asked:
+	case <-d.askedAgain:
 	default:
 		t.Error("an await that asks again is not noticed")
 	}
@@ -193,7 +193,7 @@ func TestDoor(t *testing.T) {
 	}
 
 	d = newTestDoor()
-	if passed, err := d.letPass(t.Context(), time.Now().Add(10*time.Millisecond)); passed || err != nil {
+	if passed, err := d.admitOne(t.Context(), time.Now().Add(10*time.Millisecond)); passed || err != nil {
 		t.Errorf("passed %t, %v, and nobody was there", passed, err)
 	}
 	if d.pass() {

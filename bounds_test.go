@@ -87,9 +87,9 @@ func TestLargeRequestsWait(t *testing.T) {
 
 // The oldest goes, and only that; whoever has left is not asked to.
 func TestCrowd(t *testing.T) {
-	c := crowd{most: 2}
+	c := evictingSet{most: 2}
 	gone := make(chan int, 10)
-	join := func(i int) func() { return c.join(0, func() { gone <- i }) }
+	join := func(i int) func() { return c.add(0, func() { gone <- i }) }
 	join(1)
 	leave := join(2)
 	leave()
@@ -110,9 +110,9 @@ func TestCrowd(t *testing.T) {
 
 // As many of the oldest go as it takes for the bytes of a new one; what has left or gone has none any more.
 func TestCrowdOfBytes(t *testing.T) {
-	c := crowd{most: 10, mostBytes: 100}
+	c := evictingSet{most: 10, mostBytes: 100}
 	gone := make(chan int, 10)
-	join := func(i, bytes int) func() { return c.join(bytes, func() { gone <- i }) }
+	join := func(i, bytes int) func() { return c.add(bytes, func() { gone <- i }) }
 	leave := join(1, 60)
 	join(2, 40)
 	leave()
@@ -139,16 +139,16 @@ func TestCrowdWaits(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				c := crowd{most: 1}
-				leave := c.join(0, func() {})
+				c := evictingSet{most: 1}
+				leave := c.add(0, func() {})
 				if test.meanwhile == nil {
 					time.Sleep(restTime)
 				} else {
 					time.Sleep(300 * time.Millisecond)
-					go test.meanwhile(func() { leave(); leave = c.join(0, func() {}) })
+					go test.meanwhile(func() { leave(); leave = c.add(0, func() {}) })
 				}
 				start := time.Now()
-				c.waitToJoin(t.Context())
+				c.waitForRoom(t.Context())
 				if took := time.Since(start); took != test.want {
 					t.Errorf("waited for %s, not %s", took, test.want)
 				}
@@ -156,15 +156,15 @@ func TestCrowdWaits(t *testing.T) {
 		})
 	}
 	synctest.Test(t, func(t *testing.T) {
-		c := crowd{most: 1}
-		leave := c.join(0, func() {})
+		c := evictingSet{most: 1}
+		leave := c.add(0, func() {})
 		leave()
 		start := time.Now()
-		c.waitToJoin(t.Context())
-		c.join(0, func() {})
+		c.waitForRoom(t.Context())
+		c.add(0, func() {})
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 		defer cancel()
-		c.waitToJoin(ctx)
+		c.waitForRoom(ctx)
 		if took := time.Since(start); took != 10*time.Millisecond {
 			t.Errorf("waited for %s in a crowd with room, and for 10ms", took)
 		}
@@ -174,8 +174,8 @@ func TestCrowdWaits(t *testing.T) {
 // An admission that has waited for its connection's turn is answered in time all the same.
 func TestAnswerInTimeAfterWaiting(t *testing.T) {
 	w := startWebhook(t, testConfig(rig.FreeAddress(t))) // no Redis: it tries for as long as it has time
-	w.bounds.callers.most = 1
-	defer w.bounds.callers.join(0, func() {})()
+	w.bounds.authenticated.most = 1
+	defer w.bounds.authenticated.add(0, func() {})()
 	start := time.Now()
 	status, text, err := w.post(context.Background(), rig.Review(t, freshID(), 1), "3s")
 	took := time.Since(start)

@@ -41,7 +41,7 @@ func newGateTestOn(t *testing.T, r *rig.Redis, c webhookConfig, length int) *gat
 // start starts a gate, which ends with the test or by stop.
 func (g *gateTest) start(change ...func(*gateConfig)) (started *gate, log *rig.Log, stop func()) {
 	g.Helper()
-	c := gateConfig{sharedConfig: g.config.sharedConfig, kubernetes: clientSettings(g.api), unschedulable: 5 * time.Minute}
+	c := gateConfig{settings: g.config.settings, kubernetes: clientSettings(g.api), unschedulable: 5 * time.Minute}
 	for _, ch := range change {
 		ch(&c)
 	}

@@ -74,7 +74,7 @@ func stand(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, reachable 
 		go func() { _ = calls.receive(ctx) }()
 		<-subscribed
 	}
-	if a, err := s.ask(ctx, id, question{token, 1, joinLine, ""}); err != nil || a.status != acquireFull {
+	if a, err := s.runAcquire(ctx, id, acquireRequest{token, 1, joinLine, ""}); err != nil || a.status != acquireFull {
 		t.Fatalf("got %+v, %v", a, err)
 	}
 	return token, func() {

@@ -15,7 +15,7 @@ import (
 func testSemaphores(t *testing.T, address string) *semaphores {
 	t.Helper()
 	c := testConfig(address)
-	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
+	s := newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() { rig.Must(t, s.close(context.Background())) })
 	return s
 }

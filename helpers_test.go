@@ -35,7 +35,7 @@ func (p patch) MarshalJSON() ([]byte, error) { return p.json(), nil }
 
 func testConfig(address string) webhookConfig {
 	return webhookConfig{
-		sharedConfig: sharedConfig{
+		settings: settings{
 			lockMode:          "redlock",
 			redisAddresses:    []string{address},
 			etcdAddresses:     []string{"127.0.0.1:2379"},
@@ -60,7 +60,7 @@ func beating(address string, interval time.Duration) webhookConfig {
 // semaphoresOf is what a webhook, or a sidecar, of a configuration has.
 func semaphoresOf(t *testing.T, c webhookConfig) *semaphores {
 	t.Helper()
-	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
+	s := newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() { rig.Must(t, s.close(context.Background())) })
 	return s
 }
@@ -87,9 +87,9 @@ func startWebhook(t testing.TB, c webhookConfig) *testWebhook {
 	c.redis.counts = new(redisCounts)
 	who, err := newCallers(c, log)
 	rig.Must(t, err)
-	a, err := newAdmitter(c, newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log))
+	a, err := newAdmitter(c, newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, log))
 	rig.Must(t, err)
-	w := &webhook{admitter: a, callers: who, bounds: newBounds(), limit: logLimiter{most: badCallersLogged}, log: log}
+	w := &webhook{admitter: a, callers: who, bounds: newBounds(), limit: logLimiter{most: badRequestsLogged}, log: log}
 	w.semaphores.metrics = newMetrics(c.redis.counts)
 	w.semaphores.metrics.countVerdicts()
 	w.semaphores.metrics.watchSemaphores(w.semaphores)

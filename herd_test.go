@@ -165,7 +165,7 @@ func TestTooManyQuestionsInAnOutage(t *testing.T) {
 
 // movedQueue is a queue whose server may get a successor.
 type movedQueue struct {
-	queue
+	tokenServers
 	now   atomic.Pointer[queueServer]
 	found atomic.Int32 // so often
 }
@@ -180,7 +180,7 @@ func TestTurnAtASuccessor(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
 	old := serverOf(t, s, id)
-	q := &movedQueue{queue: s.queue}
+	q := &movedQueue{tokenServers: s.queue}
 	q.now.Store(old)
 	s.queue = q
 	acquire(t, s, id, 2)
@@ -292,7 +292,7 @@ func TestWatchWithoutATurn(t *testing.T) {
 	s.locks = counted
 	none := new(countedError)
 	s.failRepairs(id, none)
-	s.watch(id, 1, 10*time.Second, 0)
+	s.repairAfterDoubt(id, 1, 10*time.Second, 0)
 	rig.Eventually(t, 10*time.Second, func() error {
 		if n := none.asked.Load(); n < 10 {
 			return fmt.Errorf("its error was asked about %d times", n)

@@ -40,7 +40,7 @@ func TestRedisEmptiedInTheSecondOfJoining(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	acquire(t, s, id, 1)
 	r.Do(t, "DEL", id.queueKey(), id.inflightKey(), id.namesKey(), id.stateKey())
-	a, err := s.ask(t.Context(), id, question{token: uuid.NewString(), length: 1, arrival: fmt.Sprint(r.Now(t)+1, "000000")}) // as if in this very second
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{token: uuid.NewString(), length: 1, arrival: fmt.Sprint(r.Now(t)+1, "000000")}) // as if in this very second
 	if err != nil || a.status != acquireFull || a.doubt == 0 {
 		t.Errorf("%+v, %v: want to be told to wait for who holds the token", a, err)
 	}

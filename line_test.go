@@ -67,7 +67,7 @@ func TestNobodyOvertakesTheLine(t *testing.T) {
 	if want := fmt.Sprintf("no semaphore available: %s has 0 of 1 tokens in use; 1 waiting in line", id); a.Allowed || a.Message != want {
 		t.Fatalf("answered %+v, want %s", a, want)
 	}
-	a2, err := s.ask(context.Background(), id, question{uuid.NewString(), 1, joinLine, ""})
+	a2, err := s.runAcquire(context.Background(), id, acquireRequest{uuid.NewString(), 1, joinLine, ""})
 	if err != nil || a2.status != acquireFull || a2.place.position != 2 {
 		t.Fatalf("got %+v, %v, want to be second", a2, err)
 	}
@@ -134,11 +134,11 @@ func TestPollsWhenATokenGoesStale(t *testing.T) {
 	w := &waiter{length: 2}
 	for range 100 {
 		at := place{position: 2, staleIn: time.Second}
-		if d := w.untilPoll(answer{inUse: 2, place: at}); d < time.Second || d > time.Second+staleJitter {
+		if d := w.untilPoll(acquireReply{inUse: 2, place: at}); d < time.Second || d > time.Second+staleJitter {
 			t.Errorf("second in line: polls after %s", d)
 		}
 		at.position = 3
-		if d := w.untilPoll(answer{place: at}); d < pollLeast || d > pollMost {
+		if d := w.untilPoll(acquireReply{place: at}); d < pollLeast || d > pollMost {
 			t.Errorf("third in line: polls after %s", d)
 		}
 	}
@@ -151,7 +151,7 @@ func TestWaiterOutlivesTheLock(t *testing.T) {
 	r := rig.CommonRedis(t)
 	c := testConfig(r.Address)
 	c.redisAddresses = []string{locks.Address}
-	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), 1, slog.New(slog.DiscardHandler))
+	s := newSemaphores(c.settings, newLocker(c.settings, lockConnections), 1, slog.New(slog.DiscardHandler))
 	defer s.close(context.Background())
 	id := freshID()
 	unlock, err := s.locks.tryLock(context.Background(), id.lockKey(), time.Minute)
@@ -202,18 +202,18 @@ func TestWaitEndsWithItsContext(t *testing.T) {
 func TestWaitingText(t *testing.T) {
 	for want, c := range map[string]struct {
 		length int
-		a      answer
+		a      acquireReply
 	}{
-		"waiting for a token of shop/web: 3 of 3 in use, 2nd in line, 41 s":     {3, answer{inUse: 3, place: place{position: 2, waited: 41 * time.Second}}},
-		"waiting for a token of shop/web: 0 of 1 in use, 1st in line, 0 s":      {1, answer{inUse: 0, place: place{position: 1}}},
-		"waiting for a token of shop/web: 4 of 3 in use, 13th in line, 119 s":   {3, answer{inUse: 4, place: place{position: 13, waited: 119 * time.Second}}},
-		"waiting for a token of shop/web: 1 of 1 in use, 23rd in line, 2 min":   {1, answer{inUse: 1, place: place{position: 23, waited: 2 * time.Minute}}},
-		"waiting for a token of shop/web: 1 of 1 in use, 101st in line, 26 h":   {1, answer{inUse: 1, place: place{position: 101, waited: 26*time.Hour + time.Minute}}},
-		"waiting for a token of shop/web: 1 of 1 in use, 111th in line, 90 min": {1, answer{inUse: 1, place: place{position: 111, waited: 90 * time.Minute}}},
+		"waiting for a token of shop/web: 3 of 3 in use, 2nd in line, 41 s":     {3, acquireReply{inUse: 3, place: place{position: 2, waited: 41 * time.Second}}},
+		"waiting for a token of shop/web: 0 of 1 in use, 1st in line, 0 s":      {1, acquireReply{inUse: 0, place: place{position: 1}}},
+		"waiting for a token of shop/web: 4 of 3 in use, 13th in line, 119 s":   {3, acquireReply{inUse: 4, place: place{position: 13, waited: 119 * time.Second}}},
+		"waiting for a token of shop/web: 1 of 1 in use, 23rd in line, 2 min":   {1, acquireReply{inUse: 1, place: place{position: 23, waited: 2 * time.Minute}}},
+		"waiting for a token of shop/web: 1 of 1 in use, 101st in line, 26 h":   {1, acquireReply{inUse: 1, place: place{position: 101, waited: 26*time.Hour + time.Minute}}},
+		"waiting for a token of shop/web: 1 of 1 in use, 111th in line, 90 min": {1, acquireReply{inUse: 1, place: place{position: 111, waited: 90 * time.Minute}}},
 		"waiting for a token of shop/web: 2 of 2 in use, 1st in line, 5 s; in use by web-b (4 h), web-a (11 s)": {2,
-			answer{inUse: 2, holders: []holder{{"web-b", 4 * time.Hour}, {"web-a", 11 * time.Second}}, place: place{position: 1, waited: 5 * time.Second}}},
+			acquireReply{inUse: 2, holders: []holder{{"web-b", 4 * time.Hour}, {"web-a", 11 * time.Second}}, place: place{position: 1, waited: 5 * time.Second}}},
 		"waiting for a token of shop/web: 0 of 1 in use, 1st in line, 5 s; Redis was away or has lost data, in 20 s it is known who is gone": {1,
-			answer{doubt: 20 * time.Second, place: place{position: 1, waited: 5 * time.Second}}},
+			acquireReply{doubt: 20 * time.Second, place: place{position: 1, waited: 5 * time.Second}}},
 	} {
 		if got := waitingText(testID, c.length, c.a); got != want {
 			t.Errorf("%q, want %q", got, want)

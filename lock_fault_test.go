@@ -270,7 +270,7 @@ func TestManyWebhooks(t *testing.T) {
 		for i := range webhooks {
 			one := testSemaphores(t, queue.Address)
 			rig.Must(t, one.locks.close())
-			lockers[i] = &countingLocker{locker: newLocker(c.sharedConfig, lockConnections)}
+			lockers[i] = &countingLocker{locker: newLocker(c.settings, lockConnections)}
 			one.locks = lockers[i]
 			wg.Go(func() {
 				<-start

@@ -119,7 +119,7 @@ func TestLineOfAFullRedis(t *testing.T) {
 func queueLast(t *testing.T, s *semaphores, id semaphoreID, length int) (token string) {
 	t.Helper()
 	token = uuid.NewString()
-	a, err := s.ask(context.Background(), id, question{token, length, joinLine, ""})
+	a, err := s.runAcquire(context.Background(), id, acquireRequest{token, length, joinLine, ""})
 	rig.Must(t, err)
 	if a.status != acquireFull {
 		t.Fatalf("got %+v, want to stand in line", a)

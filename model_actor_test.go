@@ -57,7 +57,7 @@ func (w *world) takes(p *actor) {
 }
 
 // answered is for an answer that p reads.
-func (w *world) answered(p *actor, a answer) {
+func (w *world) answered(p *actor, a acquireReply) {
 	if a.status == acquireTaken {
 		w.takes(p)
 		return

@@ -122,10 +122,10 @@ func (w *world) note(length int) {
 }
 
 // ask runs the acquire script for p.
-func (w *world) ask(p *actor, arrival string) answer {
+func (w *world) ask(p *actor, arrival string) acquireReply {
 	w.note(p.length)
 	status, rest, d := w.command(w.scripts.acquire, p.length, p.token, arrival, p.pod())
-	a, err := parseAnswer(status, rest)
+	a, err := parseReply(status, rest)
 	rig.Must(w.test, err)
 	k := w.known
 	_, held := k.holders[p.token]
@@ -184,7 +184,7 @@ func (w *world) tellLoss() {
 }
 
 // try asks for a token for p; where something is to be repaired first, it repairs it and asks once more.
-func (w *world) try(p *actor) answer {
+func (w *world) try(p *actor) acquireReply {
 	if p.kept { // as whoever stands for it does before it asks
 		w.arrive()
 		w.keep(nil, []*actor{p}, map[string]int{p.token: p.arrival})

@@ -132,7 +132,7 @@ func (l *lineUp) rollBack(t *testing.T, waiting ...int) (holder linePod) {
 	l.join(t, waiting...)
 	giveBack(t, l.s, l.id, former)
 	b := l.backup(t)
-	a, err := l.s.ask(t.Context(), l.id, question{token, 1, joinLine, ""})
+	a, err := l.s.runAcquire(t.Context(), l.id, acquireRequest{token, 1, joinLine, ""})
 	rig.Must(t, err)
 	if a.status != acquireTaken {
 		t.Fatalf("the first in line got %+v", a)
@@ -196,7 +196,7 @@ func TestNewcomersAfterALossOfData(t *testing.T) {
 		return nil
 	})
 	wantFullError(t, l.s, l.id, 1, 0)
-	a, err := l.s.ask(t.Context(), l.id, question{uuid.NewString(), 1, joinLine, ""})
+	a, err := l.s.runAcquire(t.Context(), l.id, acquireRequest{uuid.NewString(), 1, joinLine, ""})
 	rig.Must(t, err)
 	if a.status != acquireFull {
 		t.Errorf("a later waiter got %+v", a)

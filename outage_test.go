@@ -115,13 +115,13 @@ func TestSecondOutage(t *testing.T) {
 				gap := interval + time.Duration(more)*time.Second
 				id := freshID()
 				holder := acquire(t, s, id, 1)
-				q := question{uuid.NewString(), 1, "", ""}
+				q := acquireRequest{uuid.NewString(), 1, "", ""}
 				if inLine {
 					q.arrival = joinLine
 				}
 				wantDoubt := func(what string) {
 					t.Helper()
-					a, err := s.ask(context.Background(), id, q)
+					a, err := s.runAcquire(context.Background(), id, q)
 					rig.Must(t, err)
 					// As times are in whole seconds, it may be one less.
 					if back := min(3*time.Second, interval); a.status != acquireFull || a.inUse != 1 || a.doubt < back+time.Second {
@@ -132,7 +132,7 @@ func TestSecondOutage(t *testing.T) {
 					}
 				}
 				if inLine {
-					_, err := s.ask(context.Background(), id, q)
+					_, err := s.runAcquire(context.Background(), id, q)
 					rig.Must(t, err)
 				}
 				r.Shift(t, id, -200*time.Second)

@@ -66,7 +66,7 @@ func (a asker) poll(t *testing.T, place int) {
 
 func (a asker) ask(t *testing.T, token, arrival string) {
 	t.Helper()
-	_, err := a.s.ask(t.Context(), a.id, question{token, maxLength, arrival, ""})
+	_, err := a.s.runAcquire(t.Context(), a.id, acquireRequest{token, maxLength, arrival, ""})
 	rig.Must(t, err)
 }
 
@@ -141,7 +141,7 @@ func TestLongLineIsServedInAChain(t *testing.T) {
 		t.Fatal("not subscribed")
 	}
 
-	a, err := s.ask(t.Context(), id, question{uuid.NewString(), maxLength, joinLine, ""}) // calls the first
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{uuid.NewString(), maxLength, joinLine, ""}) // calls the first
 	rig.Must(t, err)
 	if a.status != acquireFull || a.place.position != waiting+1 {
 		t.Fatalf("got %+v, want to be the last", a)
@@ -157,7 +157,7 @@ func TestLongLineIsServedInAChain(t *testing.T) {
 		if string(m.Data) != yourTurn || holds[token] { // called by several that took theirs
 			continue
 		}
-		a, err := s.ask(t.Context(), id, question{token, maxLength, joinLine, ""})
+		a, err := s.runAcquire(t.Context(), id, acquireRequest{token, maxLength, joinLine, ""})
 		rig.Must(t, err)
 		if a.status != acquireTaken {
 			t.Fatalf("number %d was called, and got %+v", len(served)+1, a)

@@ -73,7 +73,7 @@ func TestRepairIsWhole(t *testing.T) {
 				for i := range c.stale {
 					r.MakeStale(t, id, tokens[i])
 				}
-				a, err := s.ask(ctx, id, question{token: uuid.NewString(), length: length})
+				a, err := s.runAcquire(ctx, id, acquireRequest{token: uuid.NewString(), length: length})
 				rig.Must(t, err)
 				if a.status != acquireRepair || a.stale != c.stale {
 					t.Fatalf("answered %+v, want a repair with %d stale", a, c.stale)

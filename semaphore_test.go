@@ -281,7 +281,7 @@ func TestWrongAnswersOfScripts(t *testing.T) {
 		status int
 		rest   []any
 	}{{7, nil}, {acquireFull, nil}, {acquireFull, []any{one, one}}, {acquireFull, []any{one, one, one, one}}, {acquireFull, []any{"x", one, one}}, {acquireRepair, nil}} {
-		if a, err := parseAnswer(c.status, c.rest); err == nil {
+		if a, err := parseReply(c.status, c.rest); err == nil {
 			t.Errorf("%d %v was taken for %+v", c.status, c.rest, a)
 		}
 	}

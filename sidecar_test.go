@@ -166,7 +166,7 @@ func TestRefusingServerIsDropped(t *testing.T) {
 func TestSidecarUsesOneConnection(t *testing.T) {
 	r := rig.StartRedis(t)
 	id := freshID()
-	sidecarSemaphores := newSemaphores(testConfig(r.Address).sharedConfig, nil, 1, slog.New(slog.DiscardHandler))
+	sidecarSemaphores := newSemaphores(testConfig(r.Address).settings, nil, 1, slog.New(slog.DiscardHandler))
 	defer sidecarSemaphores.queue.close()
 	s := &sidecar{semaphores: sidecarSemaphores, id: id, token: uuid.NewString(), interval: time.Second, grace: context.Background(), log: slog.New(slog.DiscardHandler)}
 	for range 10 {
