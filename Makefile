@@ -11,6 +11,10 @@ help: ## show this help
 demo: build bin/demo ## show the main job, start to end; needs nothing but Go. LOCK=etcd for the other lock, QUEUE=sentinel for a failover
 	@bin/demo $(demo-queue) $(demo-lock) story
 
+.PHONY: test-demo
+test-demo: test-needs ## run the demo with each lock and queue, by hand, and interrupted
+	SUITE=1 go test -race -count=1 -v ./test/demo
+
 .PHONY: run
 run: build bin/demo ## start the demo's set-up and stay up, for trying it by hand
 	@bin/demo $(demo-queue) $(demo-lock) run
