@@ -39,6 +39,10 @@ bin/demo:
 test: test-needs ## run all tests with the race detector; installs redis-server, gcc, curl, promtool and openssl if missing
 	go test -race -count=1 -parallel 8 -shuffle=on ./...
 
+.PHONY: test-timing
+test-timing: test-needs ## bound the times in the tests of make test; wants a machine that does nothing else
+	TIMING=1 go test -count=1 -parallel 1 .
+
 .PHONY: test-queues
 test-queues: test-needs ## let Sentinel groups, Clusters and moving addresses fail under load; then run all tests on a Sentinel and on a Cluster
 	go test -race -count=1 -parallel 3 -tags failover -v -run '$(queue-tests)' .
