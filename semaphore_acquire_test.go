@@ -397,7 +397,7 @@ func TestHerd(t *testing.T) {
 	}
 	r.WantCounts(t, id, 0, length)
 	made := r.Info(t, "stats", "total_connections_received:") - before
-	if made > 2*128 { // some may be given up where the machine is slow
+	if made > 4*maxAsking { // a slow machine makes some attempts again, over new connections
 		t.Errorf("%d connections to Redis were opened for %d pods", made, pods)
 	}
 }
