@@ -110,7 +110,7 @@ func (g *SentinelGroup) WantReady(t testing.TB, replicas int) {
 			m, err := redis.StringMap(s.Control.Do("SENTINEL", "MASTER", "tokens"))
 			if err != nil || m["num-other-sentinels"] != "2" || m["num-slaves"] < fmt.Sprint(replicas) ||
 				m["port"] != Port(primary.Address) || m["flags"] != "master" {
-				return fmt.Errorf("Sentinel %s knows %s other Sentinels and %s replicas of %s (%s), %v", s.Address,
+				return fmt.Errorf("the Sentinel %s knows %s other Sentinels and %s replicas of %s (%s), %v", s.Address,
 					m["num-other-sentinels"], m["num-slaves"], m["port"], m["flags"], err)
 			}
 		}
