@@ -65,7 +65,7 @@ CHAOS_FLAGS ?=
 
 .PHONY: chaos
 chaos: test-needs ## let pods, gates and servers fail at random, check the history of who worked when, and break scripts on purpose; CHAOS_TIME=1h CHAOS_SEED=2
-	go test -count=1 -tags chaos -timeout 0 -v -run '^TestChaos' . -chaos.time=$(CHAOS_TIME) -chaos.seed=$(CHAOS_SEED) $(CHAOS_FLAGS)
+	SUITE=1 go test -count=1 -timeout 0 -v -run '^TestChaos' ./test/chaos -chaos.time=$(CHAOS_TIME) -chaos.seed=$(CHAOS_SEED) $(CHAOS_FLAGS)
 
 FUZZ_TIME ?= 10s
 
@@ -167,9 +167,8 @@ lint: ## check format, vet, staticcheck and the workflows
 	go vet -tags failover .
 	go vet -tags abuse .
 	go vet -tags upgrade .
-	go vet -tags chaos .
 	go vet -tags bench .
 	go vet -tags e2e,measure . ./e2e
 	go -C demo vet ./...
-	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover,abuse,upgrade,chaos,bench ./...
+	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover,abuse,upgrade,bench ./...
 	go tool -modfile=tools/go.mod actionlint
