@@ -19,15 +19,15 @@
 //
 //	REDIS_USERNAME, REDIS_PASSWORD    credentials for all Redis servers; without a name, the default user
 //	STATUS_REDIS_USERNAME, STATUS_REDIS_PASSWORD
-//	                                  of status: replace REDIS_USERNAME and REDIS_PASSWORD if the password is set
+//	                                  of status: win over the two above if the password is set
 //	REDIS_SENTINEL_USERNAME, REDIS_SENTINEL_PASSWORD
 //	                                  credentials for the Sentinels
 //	ETCD_USERNAME, ETCD_PASSWORD      credentials for the etcd servers
-//	POD_UID, POD_NAME, NODE_NAME      of the injected containers: the pod's UID, its name, and its node
+//	POD_UID, POD_NAME, NODE_NAME      the pod's UID, name and node, in injected containers
 //	QUEUE_REDIS_ADDRESS, HEARTBEAT_INTERVAL_SECONDS, STALE_THRESHOLD_SECONDS
 //	                                  of status: defaults of the flags with these names
 //	KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT
-//	                                  of gate: default of --kubernetes-address; the kubelet sets them
+//	                                  of gate: default of --kubernetes-address
 //
 // Exit codes: 0 done, 1 failed, 2 wrong mode, flag or value.
 package main
@@ -69,7 +69,8 @@ func main() {
 	os.Exit(exitCode(err, os.Stderr))
 }
 
-// run is the program without its process. It returns when ctx is done and all work has ended.
+// run is the program without its process. It returns when ctx is done and all work has
+// ended.
 func run(ctx context.Context, args []string, getenv func(string) string,
 	stdin io.Reader, stdout, stderr io.Writer) error {
 	if len(args) == 0 {

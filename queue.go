@@ -99,7 +99,7 @@ type tokenServers interface {
 // to each server. If maxIdle is more than one, it asks Sentinels every second for a new
 // primary.
 func newTokenServers(address queueAddress, settings redisSettings, maxIdle int, log *slog.Logger) tokenServers {
-	// A provider may move the name of a single server to another address at any time: no cache.
+	// A provider may move the name of a single server at any time, so it has no cache.
 	if address.kind != queueServerAlone {
 		settings.resolver = newResolver()
 	}
