@@ -1,13 +1,12 @@
-//go:build failover
-
-package main
+package failover
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"log/slog"
+	"io"
+	"net/http"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -31,7 +30,7 @@ func TestSentinelFailover(t *testing.T) {
 		"stopped": {rig.DownAfter + 3*time.Second, nil,
 			func(t *testing.T, _ *rig.SentinelGroup, old *rig.Redis) { old.Pause(t) },
 			func(t *testing.T, old *rig.Redis) { old.Resume(t) }},
-		// The old one is a primary for some seconds more, but has no replicas.
+		// The old one stays a primary for some seconds, but has no replicas.
 		"by hand": {2 * time.Second, []string{"--min-replicas-to-write", "1"},
 			func(t *testing.T, g *rig.SentinelGroup, _ *rig.Redis) {
 				g.Sentinels[1].Do(t, "SENTINEL", "FAILOVER", "tokens")
@@ -41,98 +40,116 @@ func TestSentinelFailover(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			g := rig.StartSentinelGroup(t, c.set...)
-			f := startTraffic(t, g, freshID())
+			f := startTraffic(t, g, rig.FreshID())
 			old := g.Servers[0]
-			f.strike(func() { c.strike(t, g, old) })
+			f.strike(t, func() { c.strike(t, g, old) })
 			f.wantRecovered(t, f.recoveredBy(t, c.bound, func() bool { return g.Serves(t, old, f.held) }))
 
-			// The old one comes back as a replica, and nothing is doubled.
+			// The old one returns as a replica, and no token is doubled.
 			c.repair(t, old)
 			g.WantReady(t, 2)
-			if g.Primary(t) == old {
+			primary := g.Primary(t)
+			if primary == old {
 				t.Error("the old primary is primary again")
 			}
-			held := g.Primary(t)
-			held.WantCounts(t, f.held, 0, trafficHolders)
-			if reply, err := f.webhook.semaphores.heartbeat(context.Background(), f.held, f.holders[0], "", 0); reply || err != nil {
-				t.Errorf("a heartbeat after it: %t, %v", reply, err)
+			primary.WantCounts(t, f.held, 0, holderCount)
+			reply, err := primary.Run("heartbeat", f.held, f.timing, f.holders[0], "", 0)
+			if err != nil || reply.Status == rig.HeartbeatRejoined {
+				t.Errorf("a heartbeat after the failover: %+v, %v", reply, err)
 			}
-			if f.webhook.scrape(t)[metricsPrefix+"failovers_total"] < 1 {
-				t.Error("the failover is not in the metrics")
+			if n, ok := f.webhook.Metric(t, "at_least_semaphore_failovers_total"); !ok || n < 1 {
+				t.Errorf("the metric counts %v failovers", n)
 			}
 		})
 	}
 }
 
-// A primary that is cut off from its replicas refuses to write, and that is an outage; when they are back, it goes on.
+// A primary without replicas refuses writes, and the webhook is not ready. When the replicas
+// are back, it goes on.
 func TestPrimaryWithoutReplicas(t *testing.T) {
 	t.Parallel()
 	g := rig.StartSentinelGroup(t, "--min-replicas-to-write", "1", "--min-replicas-max-lag", "1")
-	s := semaphoresOf(t, groupConfig(t, g.Address()))
-	id := freshID()
-	token := acquire(t, s, id, 2)
+	w := newInstallation(t, g.Address(), slowTiming).startWebhook(t)
+	id := rig.FreshID()
+	token := w.WantAdmitted(t, id, 2)
 	primary := g.Primary(t)
 	for _, r := range g.Servers[1:] {
 		r.Pause(t)
 	}
-	rig.Eventually(t, 20*time.Second, func() error {
-		ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
-		defer cancel()
-		if err := s.check(ctx); err == nil || !strings.Contains(err.Error(), "NOREPLICAS") {
-			return fmt.Errorf("got %v, want NOREPLICAS", err)
+	rig.Eventually(t, patience, func() error {
+		response, err := http.Get(w.HealthURL + "/readyz")
+		if err != nil {
+			return err
+		}
+		defer response.Body.Close()
+		text, err := io.ReadAll(response.Body)
+		if err != nil || response.StatusCode == http.StatusOK || !strings.Contains(string(text), "NOREPLICAS") {
+			return fmt.Errorf("got %s %s, %v, want NOREPLICAS", response.Status, text, err)
 		}
 		return nil
 	})
 	for _, r := range g.Servers[1:] {
 		r.Resume(t)
 	}
-	acquire(t, s, id, 2) // waits until it may write
+	w.WantAdmitted(t, id, 2) // waits until the primary accepts writes
 	if g.Holder(t, id) != primary {
-		t.Error("another is primary")
+		t.Error("another server is primary")
 	}
-	if !strings.Contains(fmt.Sprint(primary.Inflight(t, id)), token) {
+	if !slices.Contains(primary.Inflight(t, id), token) {
 		t.Error("the token is gone")
 	}
 }
 
-// With two of three Sentinels gone, and with all, it goes on with the primary that is known, and says so.
+const noSentinelText = "no Sentinel answers, going on with the primary that is known"
+
+// Two of three Sentinels are gone, and then all. The webhook goes on with the primary that
+// it knows, and logs that.
 func TestSentinelsGone(t *testing.T) {
 	t.Parallel()
 	g := rig.StartSentinelGroup(t)
-	w := startWebhook(t, groupConfig(t, g.Address()))
-	id := freshID()
-	w.wantAdmitted(t, id, maxLength)
-	for i, s := range g.Sentinels {
-		s.Crash(t)
-		switch i {
-		case 1:
-			fresh := startWebhook(t, groupConfig(t, g.Address()))
-			fresh.wantAdmitted(t, id, maxLength)
-			if len(w.log.Lines(t, "no Sentinel answers, going on with the primary that is known")) != 0 {
-				t.Error("one Sentinel answers")
-			}
-		case 2:
-			rig.Eventually(t, 20*time.Second, func() error {
-				w.wantAdmitted(t, id, maxLength)
-				if len(w.log.Lines(t, "no Sentinel answers, going on with the primary that is known")) == 0 {
-					return errors.New("it does not say so")
-				}
-				return nil
-			})
-		}
+	i := newInstallation(t, g.Address(), slowTiming)
+	w := i.startWebhook(t)
+	id := rig.FreshID()
+	w.WantAdmitted(t, id, rig.MaxLength)
+	g.Sentinels[0].Crash(t)
+	g.Sentinels[1].Crash(t)
+	i.startWebhook(t).WantAdmitted(t, id, rig.MaxLength)
+	if len(w.Log.Lines(t, noSentinelText)) != 0 {
+		t.Error("the webhook logged that no Sentinel answers, and one does")
 	}
-	// It finds the primary again when that was away, though no Sentinel tells.
+	g.Sentinels[2].Crash(t)
+	rig.Eventually(t, patience, func() error {
+		w.WantAdmitted(t, id, rig.MaxLength)
+		if len(w.Log.Lines(t, noSentinelText)) == 0 {
+			return errors.New("the webhook does not log that no Sentinel answers")
+		}
+		return nil
+	})
+	// The webhook finds the primary again after an outage, though no Sentinel answers.
 	g.Servers[0].Crash(t)
 	back := make(chan error)
 	time.AfterFunc(time.Second, func() { back <- g.Servers[0].Start() })
-	w.wantAdmitted(t, id, maxLength)
+	w.WantAdmitted(t, id, rig.MaxLength)
 	rig.Must(t, <-back)
-	if n := len(w.log.Lines(t, "no Sentinel answers, going on with the primary that is known")); n != 1 {
-		t.Errorf("said %d times in a minute", n)
+	wantOnceAMinute(t, w.Log.Lines(t, noSentinelText))
+}
+
+// wantOnceAMinute fails the test if two lines of a log are less than a minute apart.
+func wantOnceAMinute(t *testing.T, lines []map[string]any) {
+	t.Helper()
+	var before time.Time
+	for _, line := range lines {
+		at, err := time.Parse(time.RFC3339Nano, line["time"].(string))
+		rig.Must(t, err)
+		if at.Sub(before) < time.Minute-time.Second {
+			t.Errorf("logged %v, %s after the line before", line, at.Sub(before))
+		}
+		before = at
 	}
 }
 
-// A Sentinel that was cut off, or is of an older group, does not lead back to a primary of before when no other answers.
+// A Sentinel that was cut off, or belongs to an older group, names a primary of the past. It
+// does not lead back there when no other Sentinel answers.
 func TestSentinelOfThePast(t *testing.T) {
 	t.Parallel()
 	g := rig.StartSentinelGroup(t)
@@ -141,55 +158,63 @@ func TestSentinelOfThePast(t *testing.T) {
 	g.Sentinels[0].Do(t, "SENTINEL", "FAILOVER", "tokens")
 	g.WantReady(t, 2)
 	address := strings.Replace(g.Address(), "//", "//"+past.Address+",", 1)
-	w := startWebhook(t, groupConfig(t, address))
-	id := freshID()
-	token := w.wantAdmitted(t, id, maxLength)
+	w := newInstallation(t, address, slowTiming).startWebhook(t)
+	id := rig.FreshID()
+	token := w.WantAdmitted(t, id, rig.MaxLength)
 	primary := g.Primary(t)
 	primary.WantInflight(t, id, token)
 	for _, s := range g.Sentinels {
 		s.Crash(t)
 	}
-	rig.Eventually(t, 20*time.Second, func() error { // it goes on asking all of them
+	received := regexp.MustCompile(`total_connections_received:(\d+)`)
+	rig.Eventually(t, patience, func() error { // the webhook keeps asking all Sentinels
 		info, err := redis.String(past.Control.Do("INFO", "stats"))
-		if n := strings.TrimSpace(regexp.MustCompile(`total_connections_received:(\d+)`).FindStringSubmatch(info)[1]); err != nil || len(n) < 2 {
-			w.wantAdmitted(t, id, maxLength)
+		if n := received.FindStringSubmatch(info)[1]; err != nil || len(n) < 2 {
+			w.WantAdmitted(t, id, rig.MaxLength)
 			return fmt.Errorf("it was asked %s times, %v", n, err)
 		}
 		return nil
 	})
-	w.wantAdmitted(t, id, maxLength)
+	w.WantAdmitted(t, id, rig.MaxLength)
 	if _, inflight, err := primary.Counts(id); err != nil || inflight < 2 {
 		t.Errorf("%d in flight at the primary, %v", inflight, err)
 	}
-	if lines := w.log.Lines(t, "the queue has another primary"); len(lines) != 0 {
+	if lines := w.Log.Lines(t, "the queue has another primary"); len(lines) != 0 {
 		t.Errorf("logged %v", lines)
 	}
 }
 
-// What is wrong with the address, or the password of the Sentinels, is said.
+// An error names what is wrong with the address, or with the password of the Sentinels.
 func TestSentinelsThatCannotHelp(t *testing.T) {
 	t.Parallel()
 	g := rig.StartSentinelGroup(t)
 	sentinel := g.Sentinels[0]
 	for name, c := range map[string]struct{ address, want string }{
-		"no such name": {"redis+sentinel://" + sentinel.Address + "/other", "No such master with that name"},
-		"nobody there": {"redis+sentinel://" + rig.FreeAddress(t) + "/tokens", "connection refused"},
-		"no Sentinel":  {"redis+sentinel://" + g.Servers[0].Address + "/tokens", "unknown command"},
+		"no such name":    {"redis+sentinel://" + sentinel.Address + "/other", "No such master with that name"},
+		"nothing listens": {"redis+sentinel://" + rig.FreeAddress(t) + "/tokens", "connection refused"},
+		"no Sentinel":     {"redis+sentinel://" + g.Servers[0].Address + "/tokens", "unknown command"},
 	} {
-		s := semaphoresOf(t, groupConfig(t, c.address))
-		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
-		if _, _, err := s.acquire(ctx, freshID(), "", 1, time.Second); err == nil || !strings.Contains(err.Error(), c.want) {
-			t.Errorf("%s: %v, want %q", name, err, c.want)
-		}
-		cancel()
+		w := newInstallation(t, c.address, slowTiming).newWebhook(t)
+		wantFailed(t, name, w, c.want)
 	}
 	sentinel.Do(t, "ACL", "SETUSER", "default", "resetpass", ">"+rig.Password)
-	c := groupConfig(t, "redis+sentinel://"+sentinel.Address+"/tokens")
-	c.redis.sentinelPassword = rig.Password
-	acquire(t, semaphoresOf(t, c), freshID(), 1)
-	c.redis.sentinelPassword = "wrong"
-	if err := semaphoresOf(t, c).check(t.Context()); err == nil || !strings.Contains(err.Error(), "WRONGPASS") {
-		t.Errorf("with a wrong password: %v", err)
+	i := newInstallation(t, "redis+sentinel://"+sentinel.Address+"/tokens", slowTiming)
+	right, wrong := i.newWebhook(t, "--sidecar-redis-secret=redis"), i.newWebhook(t, "--sidecar-redis-secret=redis")
+	setEnv(right.Process, "REDIS_SENTINEL_PASSWORD="+rig.Password)
+	right.Begin(t)
+	right.WantAdmitted(t, rig.FreshID(), 1)
+	setEnv(wrong.Process, "REDIS_SENTINEL_PASSWORD=wrong")
+	wantFailed(t, "with a wrong password", wrong, "WRONGPASS")
+}
+
+// wantFailed starts a webhook whose admissions have to fail with a text.
+func wantFailed(t *testing.T, name string, w *rig.Webhook, want string) {
+	t.Helper()
+	w.Start(t)
+	w.WantLog(t, "serving")
+	status, text, err := ask(w, rig.Review(t, rig.FreshID(), 1), "3s")
+	if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, want) {
+		t.Errorf("%s: answered %d %q, %v, want %q", name, status, text, err, want)
 	}
 }
 
@@ -197,80 +222,39 @@ func TestSentinelsThatCannotHelp(t *testing.T) {
 func TestSentinelUsers(t *testing.T) {
 	t.Parallel()
 	g := rig.StartSentinelGroup(t)
-	rules := strings.Fields(sidecarACL + " " + sentinelACL)
-	for _, s := range g.Servers {
-		s.Do(t, "ACL", append([]any{"SETUSER", "sidecar", "on", ">" + rig.Password}, rig.Anys(rules)...)...)
+	setUser := func(servers []*rig.Redis, args ...string) {
+		for _, s := range servers {
+			s.Do(t, "ACL", rig.Anys(append([]string{"SETUSER"}, args...))...)
+		}
 	}
-	for _, s := range g.Sentinels {
-		s.Do(t, "ACL", append([]any{"SETUSER", "hook", "on", ">" + rig.Password}, rig.Anys(strings.Fields(ofSentinelsACL))...)...)
+	password := []string{"on", ">" + rig.Password}
+	rules := strings.Fields(rig.SidecarACL + " " + rig.SentinelACL)
+	setUser(g.Servers, slices.Concat([]string{"sidecar"}, password, rules)...)
+	setUser(g.Sentinels, slices.Concat([]string{"hook"}, password, strings.Fields(rig.OnSentinelsACL))...)
+	i := newInstallation(t, g.Address(), slowTiming)
+	start := func() *rig.Process {
+		s := i.newSidecar(t, rig.FreshID(), uuid.NewString())
+		setEnv(s, "REDIS_USERNAME=sidecar", "REDIS_PASSWORD="+rig.Password,
+			"REDIS_SENTINEL_USERNAME=hook", "REDIS_SENTINEL_PASSWORD="+rig.Password)
+		s.Start(t)
+		return s
 	}
-	config := groupConfig(t, g.Address())
-	config.redis = redisSettings{username: "sidecar", password: rig.Password, sentinelUsername: "hook", sentinelPassword: rig.Password}
-	beat := func() error {
-		s := newSemaphores(config.sharedConfig, nil, 1, slog.New(slog.DiscardHandler))
-		defer s.queue.close()
-		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
-		defer cancel()
-		_, err := s.heartbeat(ctx, freshID(), uuid.NewString(), "", 0)
-		return err
-	}
-	rig.Must(t, beat())
+	// Redis does not know the token: the first heartbeat counts it.
+	const counted = "the token was not in flight (reclaimed as stale, or lost with Redis): counted again"
+	start().WantLog(t, counted)
 	for _, c := range []struct {
 		user, rules string
 		servers     []*rig.Redis
-	}{{"sidecar", sentinelACL, g.Servers}, {"hook", ofSentinelsACL, g.Sentinels}} {
+	}{{"sidecar", rig.SentinelACL, g.Servers}, {"hook", rig.OnSentinelsACL, g.Sentinels}} {
 		for _, rule := range strings.Fields(c.rules) {
-			for _, s := range c.servers {
-				s.Do(t, "ACL", "SETUSER", c.user, "-"+rule[1:])
+			setUser(c.servers, c.user, "-"+rule[1:])
+			s := start()
+			line := s.WantLog(t, "heartbeat failed, to be retried")
+			if text := fmt.Sprint(line["error"]); !strings.Contains(text, "NOPERM") {
+				t.Errorf("without %s: %s", rule, text)
 			}
-			if err := beat(); err == nil || !strings.Contains(err.Error(), "NOPERM") {
-				t.Errorf("without %s: %v", rule, err)
-			}
-			for _, s := range c.servers {
-				s.Do(t, "ACL", "SETUSER", c.user, rule)
-			}
+			setUser(c.servers, c.user, rule)
+			s.WantLog(t, counted)
 		}
 	}
-	rig.Must(t, beat())
-}
-
-// DNS that answers once, and later than the Sentinels are waited for, and then no more, does not hide them, or another primary.
-func TestSentinelsBehindSlowDNS(t *testing.T) {
-	t.Parallel()
-	g := rig.StartSentinelGroup(t)
-	s := semaphoresOf(t, groupConfig(t, strings.ReplaceAll(g.Address(), "127.0.0.1", "sentinel.test")))
-	r, _, answer := testResolver(t)
-	s.queue.(*sentinelQueue).settings.resolver = r
-	go func() {
-		_ = sleep(t.Context(), 2*askAgain)
-		answer <- dnsAnswer{addresses: []string{"127.0.0.1"}}
-	}()
-	id := freshID()
-	acquire(t, s, id, maxLength)
-	r.doubt("sentinel.test")
-	g.Servers[0].Crash(t)
-	acquire(t, s, id, maxLength)
-}
-
-// Who only looks, as "status --watch" does, finds the new primary.
-func TestSentinelLook(t *testing.T) {
-	t.Parallel()
-	g := rig.StartSentinelGroup(t)
-	id := freshID()
-	acquire(t, semaphoresOf(t, groupConfig(t, g.Address())), id, 3)
-	s := newSemaphores(groupConfig(t, g.Address()).sharedConfig, nil, 1, slog.New(slog.DiscardHandler))
-	t.Cleanup(func() { rig.Must(t, s.queue.close()) })
-	look := func() error {
-		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
-		defer cancel()
-		d, err := s.inspect(ctx, id)
-		if err == nil && d.inUse != 1 {
-			err = fmt.Errorf("%d in use", d.inUse)
-		}
-		return err
-	}
-	rig.Must(t, look())
-	s.queue.(*sentinelQueue).checked = time.Now().Add(-time.Hour) // it has looked for long, and asks no Sentinel any more
-	g.Servers[0].Crash(t)
-	rig.Eventually(t, 20*time.Second, look)
 }
