@@ -2,8 +2,14 @@ package main
 
 import (
 	"context"
+	"flag"
 	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"log/slog"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -12,6 +18,145 @@ import (
 	"github.com/google/uuid"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
+
+// With TEST_QUEUE, the tests use another kind of queue, and only the tests run that use a
+// queue. chooseTests finds them in the source: a test uses a queue if it names
+// rig.QueueAddress, or a helper that does. The tests below use a queue, take long, and cannot
+// tell one kind of queue from another.
+var sameOnAllQueues = map[string][]string{
+	"what a script decides, on a server that works": {
+		"TestConcurrentFirstAdmissions", // TestHerd has more pods, and runs on all queues
+		"TestNobodyOvertakesWhilePodsArePaused",
+		"TestPodsOfTwoLengths",
+		"TestWatchOfALongInterval", // it waits for the clock; TestDeadHoldersAndSeldomAdmissions runs on all queues
+	},
+	"what scripts and memory cost": {
+		"TestAdmissionCostsTheSameForAnyLength",
+		"TestCostOfALongLine",
+		"TestMemoryOfGreatLengths",
+		"TestMetricsOfManySemaphores",
+		"TestSurveyIsBounded", // TestMetricsOfAHangingRedis runs on all queues
+	},
+	"lock servers that fail, with a queue that works": {
+		"TestGateHoldsWithoutLocks",
+		"TestLinesWithALockServerThatHangs",
+		"TestLockOnlyForRepair",
+		"TestStallingLockServer",
+		"TestWaiterAndADeadLockHolder",
+		"TestWaitingForALockIsCheap",
+	},
+	"groups and Clusters of their own": {
+		"TestClusterSlotHalfMoved",
+		"TestClusterSlotMoving",
+		"TestSentinelLook",
+		"TestSentinelsBehindSlowDNS",
+	},
+	"pods in the API server, or requests over HTTP": {
+		"TestGateOfSomeNamespaces",
+		"TestGateUnschedulable",
+		"TestLargeRequestsWait",
+	},
+}
+
+// chooseTests limits a run with TEST_QUEUE to the tests for which the kind of queue matters.
+// It changes nothing if the command line names tests.
+func chooseTests() error {
+	flag.Parse()
+	if rig.TestQueue == "" || flag.Lookup("test.run").Value.String() != "" {
+		return nil
+	}
+	names, err := queueTests()
+	if err != nil {
+		return err
+	}
+	for _, same := range sameOnAllQueues {
+		names = slices.DeleteFunc(names, func(name string) bool { return slices.Contains(same, name) })
+	}
+	return flag.Set("test.run", "^("+strings.Join(names, "|")+")$")
+}
+
+// queueTests are the tests of this folder that use a queue.
+func queueTests() (names []string, err error) {
+	uses := map[string][]string{} // by function: the functions that it names
+	for pattern, prefix := range map[string]string{"*_test.go": "", "test/rig/*.go": "rig."} {
+		files, err := filepath.Glob(rig.Path(pattern))
+		if err != nil {
+			return nil, err
+		}
+		for _, name := range files {
+			file, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.SkipObjectResolution)
+			if err != nil {
+				return nil, err
+			}
+			for _, d := range file.Decls {
+				if f, ok := d.(*ast.FuncDecl); ok && f.Recv == nil {
+					uses[prefix+f.Name.Name] = namesIn(f, prefix)
+				}
+			}
+		}
+	}
+	seen := map[string]bool{}
+	var reaches func(name string) bool
+	reaches = func(name string) bool {
+		if name == "rig.QueueAddress" {
+			return true
+		}
+		if seen[name] {
+			return false
+		}
+		seen[name] = true
+		return slices.ContainsFunc(uses[name], reaches)
+	}
+	for name := range uses {
+		clear(seen)
+		if strings.HasPrefix(name, "Test") && reaches(name) {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names, nil
+}
+
+// namesIn are the names that a piece of source uses, with "rig." before those of test/rig.
+// prefix is that of its own package. It leaves out fields and methods.
+func namesIn(source ast.Node, prefix string) (names []string) {
+	ast.Inspect(source, func(n ast.Node) bool {
+		switch n := n.(type) {
+		case *ast.SelectorExpr:
+			if of, ok := n.X.(*ast.Ident); ok && of.Name == "rig" {
+				names = append(names, "rig."+n.Sel.Name)
+			} else {
+				names = append(names, namesIn(n.X, prefix)...)
+			}
+			return false
+		case *ast.Ident:
+			names = append(names, prefix+n.Name)
+		}
+		return true
+	})
+	return names
+}
+
+// Each name in sameOnAllQueues is a test that would run on all queues.
+func TestSameOnAllQueues(t *testing.T) {
+	names, err := queueTests()
+	rig.Must(t, err)
+	for _, same := range sameOnAllQueues {
+		for _, name := range same {
+			if !slices.Contains(names, name) {
+				t.Errorf("%s is no test that uses a queue", name)
+			}
+		}
+	}
+	for _, name := range []string{"TestGate", "TestSidecarBeats", "TestRedisUnreachable"} {
+		if !slices.Contains(names, name) {
+			t.Errorf("%s uses a queue, and was not found", name)
+		}
+	}
+	if slices.Contains(names, "TestFlagDefaults") {
+		t.Error("TestFlagDefaults uses no queue, and was found")
+	}
+}
 
 // groupConfig is a configuration whose queue is a group, with a lock server of its own.
 func groupConfig(t *testing.T, address string) webhookConfig {

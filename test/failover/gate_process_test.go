@@ -53,11 +53,11 @@ func TestGateOldView(t *testing.T) {
 				t.Parallel()
 				r := newRelay(t, 1)
 				r.ends = ends
-				good := r.startGate(r.api)
+				good := r.startGate(t, r.api)
 				r.begin(4)
 				r.rest()
 				api, proxy := rig.StartAPIServerFor(t, r.api.Store), rig.StartProxy(t, r.redis.Address)
-				r.startGate(api, "--queue-redis-address="+rig.QueueAddress(proxy.Address), "--redis-addresses="+proxy.Address)
+				r.startGate(t, api, "--queue-redis-address="+rig.QueueAddress(proxy.Address), "--redis-addresses="+proxy.Address)
 				api.WantWatches(t, 1)
 				proxy.Cut()
 				if view == "late" {
@@ -97,7 +97,7 @@ func TestGateKilled(t *testing.T) {
 			gates[i%2].Kill()
 		}))
 		beside = append(beside, r.handOvers(2)...)
-		gates[i%2] = r.startGate(r.api)
+		gates[i%2] = r.startGate(t, r.api)
 		beside = append(beside, r.handOvers(2)...)
 		r.wantWhole()
 	}

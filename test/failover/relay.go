@@ -45,14 +45,6 @@ func newRelayOn(t *testing.T, i *installation, length int, holder func(rig.ID) *
 	return &relay{T: t, installation: i, redis: holder(id), api: api, id: id, length: length}
 }
 
-// startGate starts a gate of an API server. Flags come after those of the installation.
-func (r *relay) startGate(api *rig.APIServer, flags ...string) *rig.Gate {
-	r.Helper()
-	g := rig.NewGate(r.T, rig.Program(r.T), api, r.lock.Address, append(r.flags(), flags...)...)
-	g.Start(r.T)
-	return g
-}
-
 // begin creates pods, and waits until the first of them have their tokens.
 func (r *relay) begin(pods int) {
 	r.Helper()
@@ -64,7 +56,7 @@ func (r *relay) begin(pods int) {
 func (r *relay) beginWithTwoGates(pods int) (gates []*rig.Gate) {
 	r.Helper()
 	for range 2 {
-		gates = append(gates, r.startGate(r.api))
+		gates = append(gates, r.startGate(r.T, r.api))
 	}
 	r.begin(pods)
 	return gates

@@ -1,15 +1,9 @@
-// Package failover makes the servers of a queue fail under load: Sentinel groups, Clusters,
-// and an address that a provider moves. It also kills and stops gates. Webhooks, sidecars
-// and gates are processes, and each test has servers of its own.
 package failover
 
 import (
-	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -20,78 +14,6 @@ import (
 	"github.com/google/uuid"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
-
-// patience bounds each wait for what must happen. The machine may be busy.
-const patience = time.Minute
-
-// installation is what the processes of one test have in common.
-type installation struct {
-	queue  string     // address
-	lock   *rig.Redis // of the test's own
-	timing rig.Timing
-}
-
-// slowTiming is a timing whose threshold is longer than any test: only a repair that is
-// wrong takes a token away.
-var slowTiming = rig.Timing{Interval: 2 * time.Second, Threshold: 120 * time.Second}
-
-func newInstallation(t *testing.T, queue string, timing rig.Timing) *installation {
-	t.Helper()
-	return &installation{queue, rig.StartRedis(t), timing}
-}
-
-func (i *installation) flags() []string {
-	return []string{
-		"--queue-redis-address=" + i.queue,
-		"--redis-addresses=" + i.lock.Address,
-		fmt.Sprintf("--heartbeat-interval-seconds=%d", i.timing.Interval/time.Second),
-		fmt.Sprintf("--stale-threshold-seconds=%d", i.timing.Threshold/time.Second),
-	}
-}
-
-// newWebhook is a webhook that is not started yet.
-func (i *installation) newWebhook(t *testing.T, flags ...string) *rig.Webhook {
-	t.Helper()
-	return rig.NewWebhook(t, rig.Program(t), i.lock.Address, append(i.flags(), flags...)...)
-}
-
-// startWebhook starts a webhook and waits until it is ready.
-func (i *installation) startWebhook(t *testing.T) *rig.Webhook {
-	t.Helper()
-	w := i.newWebhook(t)
-	w.Begin(t)
-	return w
-}
-
-// newSidecar is a sidecar that is not started yet. With a --length it waits for its token;
-// else a webhook has taken the token.
-func (i *installation) newSidecar(t *testing.T, id rig.ID, token string, flags ...string) *rig.Process {
-	t.Helper()
-	args := slices.Concat([]string{"sidecar"}, i.flags(), flags, []string{id.String(), token})
-	return rig.NewProcess(rig.Program(t), args...)
-}
-
-// startSidecar starts the sidecar of a pod whose token a webhook has taken.
-func (i *installation) startSidecar(t *testing.T, id rig.ID, token string) *rig.Process {
-	t.Helper()
-	s := i.newSidecar(t, id, token)
-	s.Start(t)
-	return s
-}
-
-// setEnv adds variables, NAME=VALUE, to the environment of a process that is not started yet.
-func setEnv(p *rig.Process, variables ...string) { p.Cmd.Env = append(os.Environ(), variables...) }
-
-// ask sends a review to a webhook as an API server does that gives up after timeout.
-func ask(w *rig.Webhook, body []byte, timeout string) (status int, text string, err error) {
-	response, err := w.Client.Post(w.URL+"/mutate?timeout="+timeout, "application/json", bytes.NewReader(body))
-	if err != nil {
-		return 0, "", err
-	}
-	defer response.Body.Close()
-	b, err := io.ReadAll(response.Body)
-	return response.StatusCode, string(b), err
-}
 
 const (
 	holderCount = 20
@@ -156,15 +78,12 @@ func startTraffic(t *testing.T, g rig.Group, ids ...rig.ID) *traffic {
 	}
 	f.webhook = f.startWebhook(t)
 	for range holderCount {
-		token := f.webhook.WantAdmitted(t, f.held, holderCount)
-		f.holders = append(f.holders, token)
-		f.sidecars[token] = f.startSidecar(t, f.held, token)
+		f.holders = append(f.holders, f.startHolder(t, f.held, holderCount))
 	}
-	f.lineHolder = f.webhook.WantAdmitted(t, f.line, 1)
-	f.sidecars[f.lineHolder] = f.startSidecar(t, f.line, f.lineHolder)
+	f.lineHolder = f.startHolder(t, f.line, 1)
 	for range waiterCount {
 		token := uuid.NewString()
-		w := f.newSidecar(t, f.line, token, "--length=1")
+		w := f.newWaitingSidecar(t, f.line, token, 1)
 		w.Hear = func(line string) {
 			if strings.Contains(line, `"msg":"`+rig.HeldText+`"`) {
 				f.got <- token
@@ -177,6 +96,15 @@ func startTraffic(t *testing.T, g rig.Group, ids ...rig.ID) *traffic {
 	}
 	f.startAdmissions(t)
 	return f
+}
+
+// startHolder starts the sidecar of a pod that the webhook admits with a token.
+func (f *traffic) startHolder(t *testing.T, id rig.ID, length int) (token string) {
+	t.Helper()
+	token = f.webhook.WantAdmitted(t, id, length)
+	f.sidecars[token] = f.newSidecar(t, id, token)
+	f.sidecars[token].Start(t)
+	return token
 }
 
 // sameServer is a fresh semaphore on the server of another one.
