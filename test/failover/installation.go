@@ -121,8 +121,8 @@ func (i *installation) newWaitingSidecar(t *testing.T, id rig.ID, token string, 
 func setEnv(p *rig.Process, variables ...string) { p.Cmd.Env = append(os.Environ(), variables...) }
 
 // ask sends a review to a webhook as an API server does that gives up after timeout.
-func ask(w *rig.Webhook, body []byte, timeout string) (status int, text string, err error) {
-	response, err := w.Client.Post(w.URL+"/mutate?timeout="+timeout, "application/json", bytes.NewReader(body))
+func ask(w *rig.Webhook, body []byte, timeout time.Duration) (status int, text string, err error) {
+	response, err := w.Client.Post(w.URL+"/mutate?timeout="+timeout.String(), "application/json", bytes.NewReader(body))
 	if err != nil {
 		return 0, "", err
 	}

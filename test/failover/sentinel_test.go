@@ -212,7 +212,7 @@ func wantFailed(t *testing.T, name string, w *rig.Webhook, want string) {
 	t.Helper()
 	w.Start(t)
 	w.WantLog(t, "serving")
-	status, text, err := ask(w, rig.Review(t, rig.FreshID(), 1), "3s")
+	status, text, err := ask(w, rig.Review(t, rig.FreshID(), 1), 3*time.Second)
 	if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, want) {
 		t.Errorf("%s: answered %d %q, %v, want %q", name, status, text, err, want)
 	}
