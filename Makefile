@@ -44,12 +44,10 @@ test-timing: test-needs ## bound the times in the tests of make test; wants a ma
 	TIMING=1 go test -count=1 -parallel 1 .
 
 .PHONY: test-queues
-test-queues: test-needs ## let Sentinel groups, Clusters and moving addresses fail under load; then run all tests on a Sentinel and on a Cluster
-	go test -race -count=1 -parallel 3 -tags failover -v -run '$(queue-tests)' .
+test-queues: test-needs ## make Sentinel groups, Clusters, moving addresses and gates fail under load; then run the tests that use a queue on a Sentinel and on a Cluster
+	SUITE=1 go test -race -count=1 -parallel 3 -timeout 20m -v ./test/failover
 	TEST_QUEUE=sentinel go test -race -count=1 -parallel 8 -shuffle=on .
 	TEST_QUEUE=cluster go test -race -count=1 -parallel 8 -shuffle=on .
-
-queue-tests = ^Test(SentinelFailover|GateFailover|PrimaryWithoutReplicas|SentinelsGone|SentinelsThatCannotHelp|SentinelOfThePast|SentinelUsers|SentinelLook|SentinelsBehindSlowDNS|Cluster.*|Slots|ProviderFailover)$$
 
 .PHONY: test-abuse
 test-abuse: test-needs ## misuse a webhook in all ways, in some five minutes: what it needs, and what becomes of admissions beside it
@@ -162,13 +160,7 @@ dev: ## develop on the current cluster with Skaffold: build, deploy, forward por
 .PHONY: lint
 lint: ## check format, vet, staticcheck and the workflows
 	@test -z "$$(gofmt -l .)" || { echo "not gofmt-ed:"; gofmt -l .; exit 1; }
-	go vet ./...
-	go vet -tags e2e . ./e2e
-	go vet -tags failover .
-	go vet -tags abuse .
-	go vet -tags upgrade .
-	go vet -tags bench .
-	go vet -tags e2e,measure . ./e2e
+	go vet -tags e2e ./...
 	go -C demo vet ./...
-	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover,abuse,upgrade,bench ./...
+	go tool -modfile=tools/go.mod staticcheck -tags e2e ./...
 	go tool -modfile=tools/go.mod actionlint

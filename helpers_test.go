@@ -25,7 +25,12 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 )
 
-func TestMain(m *testing.M) { os.Exit(rig.Run(m)) }
+func TestMain(m *testing.M) {
+	if err := chooseTests(); err != nil {
+		panic(err)
+	}
+	os.Exit(rig.Run(m))
+}
 
 // freshID is a semaphore that no other test uses.
 func freshID() semaphoreID { return semaphoreOf(rig.FreshID()) }

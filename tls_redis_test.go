@@ -20,24 +20,19 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// What the users of the webhook and of the sidecar need in Redis, as docs/security.md has it.
+// The rules of the users in Redis.
 const (
-	webhookACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* +eval +evalsha +time +scan +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount +zrange +zrangebyscore +zscore +zremrangebyscore +ttl +expire +publish +set +get"
-	sidecarACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* +eval +evalsha +time +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount +zrange +zrangebyscore +zrank +zscore +zremrangebyscore +ttl +expire +publish +subscribe +set +get"
-	statusACL  = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* +time +scan +llen +zcard +zcount +zrange +zscore +hmget"
-	releaseACL = "&waiters/* +eval +evalsha +exists +hset +hdel +zrem +zrangebyscore +rpush +ltrim +del +ttl +expire +publish" // of "status release", beside statusACL
-
-	gateACL       = "+unsubscribe"              // of the gate, beside sidecarACL
-	forgottenACL  = "+acl|users"                // of the webhook, to warn of namespaces that have no user
-	namespacesACL = "+acl|setuser +acl|deluser" // of deploy/namespace.sh
-
-	// What both need beside it with Sentinels, and of these; and in a Cluster. TestSentinelUsers and TestClusterSlotMoving use them.
-	sentinelACL    = "+role"
-	ofSentinelsACL = "+sentinel|master +sentinel|get-master-addr-by-name"
-	clusterACL     = "+role +cluster|slots +asking"
-
-	// What both need on servers that are there for the lock only.
-	lockACL = "~lock/* +eval +set +get +del"
+	webhookACL     = rig.WebhookACL
+	sidecarACL     = rig.SidecarACL
+	statusACL      = rig.StatusACL
+	releaseACL     = rig.ReleaseACL
+	gateACL        = rig.GateACL
+	forgottenACL   = rig.ForgottenACL
+	namespacesACL  = rig.NamespacesACL
+	sentinelACL    = rig.SentinelACL
+	ofSentinelsACL = rig.OnSentinelsACL
+	clusterACL     = rig.ClusterACL
+	lockACL        = rig.LockACL
 )
 
 // isDenied reports whether an error says that the user may not do it.

@@ -1,6 +1,4 @@
-//go:build failover
-
-package main
+package failover
 
 import (
 	"errors"
@@ -14,20 +12,18 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// The tests of this tag let servers fail under load, each with servers of its own: "make test-queues". Those of Sentinel groups and
-// Clusters are in sentinel_test.go and cluster_test.go.
-
-// movingAddress is an address of a provider: what is behind it changes, and connections to what was there hang.
+// movingAddress is an address of a provider. The server behind it changes, and connections
+// to the one before hang.
 type movingAddress struct {
 	listener net.Listener
 	server   *rig.Redis
-	behind   chan *rig.Redis
+	behind   chan *rig.Redis // the next server
 }
 
 func (m *movingAddress) Address() string                            { return m.listener.Addr().String() }
 func (m *movingAddress) Holder(testing.TB, fmt.Stringer) *rig.Redis { return m.server }
 
-// A provider's address moves to the replica: the old primary hangs, and connections with it.
+// A provider's address moves to the replica. The old primary hangs, and connections with it.
 func TestProviderFailover(t *testing.T) {
 	t.Parallel()
 	primary, replica := rig.StartRedis(t), rig.StartRedis(t)
@@ -40,12 +36,37 @@ func TestProviderFailover(t *testing.T) {
 		}
 		return nil
 	})
+	m := startMovingAddress(t, primary)
+	f := startTraffic(t, m, rig.FreshID())
+	var moved time.Duration
+	f.strike(t, func() {
+		primary.Pause(t)
+		// The provider moves the address after the first admissions have failed.
+		rig.Eventually(t, patience, func() error {
+			for _, a := range f.since(0) {
+				if a.err != nil {
+					return nil
+				}
+			}
+			return errors.New("no admission has failed")
+		})
+		replica.Do(t, "REPLICAOF", "NO", "ONE")
+		m.server = replica
+		m.behind <- replica
+		moved = time.Since(f.fault)
+	})
+	t.Logf("the address moved %.1f s after the fault", moved.Seconds())
+	f.wantRecovered(t, moved+4*time.Second)
+}
+
+func startMovingAddress(t *testing.T, first *rig.Redis) *movingAddress {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	rig.Must(t, err)
 	t.Cleanup(func() { l.Close() })
-	m := &movingAddress{listener: l, server: primary, behind: make(chan *rig.Redis, 1)}
+	m := &movingAddress{listener: l, server: first, behind: make(chan *rig.Redis, 1)}
 	go func() {
-		to := primary
+		to := first
 		for {
 			client, err := l.Accept()
 			if err != nil {
@@ -68,13 +89,5 @@ func TestProviderFailover(t *testing.T) {
 			}()
 		}
 	}()
-	f := startTraffic(t, m, freshID())
-	f.strike(func() {
-		primary.Pause(t)
-		time.Sleep(time.Second) // the provider takes so long
-		replica.Do(t, "REPLICAOF", "NO", "ONE")
-		m.server = replica
-		m.behind <- replica
-	})
-	f.wantRecovered(t, 5*time.Second)
+	return m
 }
