@@ -98,24 +98,24 @@ measure: build ## measure waiting pods there, for three quarters of an hour; E2E
 
 .PHONY: measure-sidecars
 measure-sidecars: test-needs ## measure up to a thousand waiting sidecars against one Redis, for some ten minutes; needs no cluster
-	go test -count=1 -tags measure -timeout 30m -v -run TestMeasureWaiters .
+	SUITE=1 go test -count=1 -timeout 30m -v -run '^TestMeasureWaiters$$' ./test/bench
 
 .PHONY: measure-gate
 measure-gate: test-needs ## measure 5,000 gated pods of 50 semaphores, in some three minutes; needs no cluster
-	go test -count=1 -tags measure -timeout 15m -v -run TestMeasureGate .
+	SUITE=1 go test -count=1 -timeout 15m -v -run '^TestMeasureGate$$' ./test/bench
 
 BENCH_ROUNDS ?= 15
 
 .PHONY: bench
 bench: test-needs ## measure admissions side by side with a server that does nothing, in some three minutes; BENCH_ROUNDS=50 to be more sure
-	BENCH_ROUNDS=$(BENCH_ROUNDS) go test -count=1 -tags bench -timeout 60m -v -run '^TestBench$$' .
+	SUITE=1 BENCH_ROUNDS=$(BENCH_ROUNDS) go test -count=1 -timeout 60m -v -run '^TestBench$$' ./test/bench
 	go test -run '^$$' -bench . .
 
 SIDECAR_TIME ?= 10m
 
 .PHONY: bench-sidecar
 bench-sidecar: test-needs ## measure sidecars for SIDECAR_TIME=10m, then up to 10,000 simulated ones for six minutes; fails where one takes too much
-	SIDECAR_TIME=$(SIDECAR_TIME) go test -count=1 -tags bench -timeout 0 -v -run '^TestBench(Many)?Sidecars?$$' .
+	SUITE=1 SIDECAR_TIME=$(SIDECAR_TIME) go test -count=1 -timeout 0 -v -run '^TestBench(Many)?Sidecars?$$' ./test/bench
 
 OTHERS ?= redis-semaphore@5.8.0 ioredis@6.0.0
 
@@ -124,17 +124,17 @@ bench-others: test-needs ## measure taking and giving back side by side with an 
 	@./.ci/need node:nodejs npm:npm
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 		npm install --prefix "$$folder" --silent --no-audit --no-fund --ignore-scripts $(OTHERS) && \
-		NODE_PATH="$$folder/node_modules" BENCH_ROUNDS=$(BENCH_ROUNDS) go test -count=1 -tags bench -timeout 15m -v -run '^TestBenchOthers$$' .
+		NODE_PATH="$$folder/node_modules" SUITE=1 BENCH_ROUNDS=$(BENCH_ROUNDS) go test -count=1 -timeout 15m -v -run '^TestBenchOthers$$' ./test/bench
 
 HERD_AT_ONCE ?= 5000
 
 .PHONY: bench-growth
 bench-growth: test-needs ## measure 10 to 10,000 pods in flight and in line, how long repairs hold Redis, and 5,000 pods at once; HERD_AT_ONCE=500
-	HERD_AT_ONCE=$(HERD_AT_ONCE) go test -count=1 -tags bench -timeout 10m -v -run '^TestBench(Growth|Repair|Herd)$$' .
+	SUITE=1 HERD_AT_ONCE=$(HERD_AT_ONCE) go test -count=1 -timeout 10m -v -run '^TestBench(Growth|Repair|Herd)$$' ./test/bench
 
 .PHONY: bench-memory
 bench-memory: test-needs ## measure a webhook's memory over a million admissions, in some ten minutes; MEMORY_ADMISSIONS=100000 for fewer
-	go test -count=1 -tags bench -timeout 120m -v -run '^TestBenchMemory$$' .
+	SUITE=1 go test -count=1 -timeout 120m -v -run '^TestBenchMemory$$' ./test/bench
 
 .PHONY: dashboard-picture
 dashboard-picture: test-needs ## draw docs/dashboard.svg from a real Prometheus's data, in some five minutes

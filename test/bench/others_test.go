@@ -1,12 +1,8 @@
-//go:build bench
-
-package main
+package bench
 
 import (
 	"bufio"
-	"context"
 	"fmt"
-	"log/slog"
 	"os"
 	"os/exec"
 	"runtime"
@@ -20,9 +16,10 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// "make bench-others" measures what it costs to take a token and to give it back, side by side with what else there is: the Semaphore of the
-// npm package redis-semaphore, and the least that a semaphore can be. All three use the same Redis, in turn, in short slices; no client ever
-// finds it full.
+// "make bench-others" measures the cost of taking a token and giving it back, and
+// compares three contenders: our scripts, the Semaphore of the npm package
+// redis-semaphore, and a plain script, the least that a semaphore can be. All use one
+// Redis in turn, in short slices. No client ever finds the semaphore full.
 
 const benchPermits = 100
 
@@ -35,7 +32,8 @@ type contender struct {
 	redis []float64 // processor time of Redis for a pair, in microseconds
 }
 
-// slice lets so many clients take and give back.
+// slice makes clients take and give back, and returns the pairs a second, and the
+// processor time of Redis for each.
 func (c *contender) slice(t *testing.T, r *rig.Redis, clients int, over time.Duration) (rate, cost float64) {
 	t.Helper()
 	before := redisCPU(t, r)
@@ -47,7 +45,7 @@ func (c *contender) slice(t *testing.T, r *rig.Redis, clients int, over time.Dur
 	return float64(n) / elapsed.Seconds(), 1e6 * (redisCPU(t, r) - before) / float64(n)
 }
 
-// goPairs makes a contender's pairs of what one client does.
+// goPairs makes a contender's pairs out of the pair of one client.
 func goPairs(pair func() error) func(int, time.Duration) (int, time.Duration, error) {
 	return func(clients int, over time.Duration) (int, time.Duration, error) {
 		var all sync.WaitGroup
@@ -73,23 +71,44 @@ func goPairs(pair func() error) func(int, time.Duration) (int, time.Duration, er
 	}
 }
 
-// newOurs is this program: acquire as the webhook does, and release as the sidecar.
+// onPool runs a command over a connection of a pool. An answer other than want is an
+// error.
+func onPool(pool *redis.Pool, want int, command func(redis.Conn) (int, error)) error {
+	conn := pool.Get()
+	defer conn.Close()
+	n, err := command(conn)
+	if err == nil && n != want {
+		err = fmt.Errorf("answered %d", n)
+	}
+	return err
+}
+
+// newOurs is the acquire and release of this program: its scripts, with what a webhook
+// and a sidecar send them.
 func newOurs(t *testing.T, r *rig.Redis) *contender {
 	t.Helper()
-	c := testConfig(r.Address)
-	s := newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
-	t.Cleanup(func() { _ = s.close(context.Background()) })
-	id, pod := freshID(), newPodName("web-1", "node-1")
+	pool := newPool(r.Address)
+	t.Cleanup(func() { pool.Close() })
+	id := rig.FreshID()
+	r.Release(t, id, r.Acquire(t, id, benchPermits)) // makes the free tokens
 	return &contender{name: "ours", pairs: goPairs(func() error {
-		token, _, err := s.acquire(t.Context(), id, pod, benchPermits, 10*time.Second)
-		if err == nil {
-			_, err = s.release(t.Context(), id, token)
+		token := uuid.NewString()
+		err := onPool(pool, rig.AcquireTaken, func(conn redis.Conn) (int, error) {
+			a, err := request{token: token, length: benchPermits, pod: "web-1 node-1"}.send(conn, id)
+			return a.Status, err
+		})
+		if err != nil {
+			return err
 		}
-		return err
+		return onPool(pool, rig.ReleaseDone, func(conn redis.Conn) (int, error) {
+			reply, err := runScript(conn, "release", id, token)
+			return reply.Status, err
+		})
 	})}
 }
 
-// What a semaphore needs at least: a Sorted Set of those who have a permit, with the time by Redis's clock, and no line.
+// A semaphore needs at least a Sorted Set of the permits and their times by Redis's
+// clock. It can do without a line.
 var (
 	plainAcquire = redis.NewScript(1, `
 local now = tonumber(redis.call('TIME')[1])
@@ -105,16 +124,12 @@ return 1`)
 
 func newPlain(t *testing.T, r *rig.Redis) *contender {
 	t.Helper()
-	pool := &redis.Pool{MaxIdle: idleConnections, Dial: func() (redis.Conn, error) { return redis.Dial("tcp", r.Address) }}
+	pool := newPool(r.Address)
 	t.Cleanup(func() { pool.Close() })
 	run := func(script *redis.Script, args ...any) error {
-		conn := pool.Get()
-		defer conn.Close()
-		n, err := redis.Int(script.Do(conn, append([]any{"plain"}, args...)...))
-		if err == nil && n != 1 {
-			err = fmt.Errorf("answered %d", n)
-		}
-		return err
+		return onPool(pool, 1, func(conn redis.Conn) (int, error) {
+			return redis.Int(script.Do(conn, append([]any{"plain"}, args...)...))
+		})
 	}
 	return &contender{name: "plain", pairs: goPairs(func() error {
 		token := uuid.NewString()
@@ -125,10 +140,11 @@ func newPlain(t *testing.T, r *rig.Redis) *contender {
 	})}
 }
 
-// newNode is redis-semaphore, in a process of its own. NODE_PATH says where it is.
+// newNode is redis-semaphore, in a process of its own. NODE_PATH names its folder.
 func newNode(t *testing.T, r *rig.Redis) *contender {
 	t.Helper()
-	p := exec.Command("node", "test/testdata/redis-semaphore.js", r.Address, "node", fmt.Sprint(benchPermits))
+	program := rig.Path("test/testdata/redis-semaphore.js")
+	p := exec.Command("node", program, r.Address, "node", fmt.Sprint(benchPermits))
 	in, err := p.StdinPipe()
 	rig.Must(t, err)
 	out, err := p.StdoutPipe()
@@ -140,25 +156,28 @@ func newNode(t *testing.T, r *rig.Redis) *contender {
 		_ = p.Wait()
 	})
 	answers := bufio.NewReader(out)
-	return &contender{name: "redis-semaphore", pairs: func(clients int, over time.Duration) (pairs int, elapsed time.Duration, err error) {
+	pairs := func(clients int, over time.Duration) (n int, elapsed time.Duration, err error) {
 		var took float64
 		if _, err = fmt.Fprintln(in, clients, over.Milliseconds()); err == nil {
-			_, err = fmt.Fscanln(answers, &pairs, &took)
+			_, err = fmt.Fscanln(answers, &n, &took)
 		}
-		return pairs, time.Duration(took * float64(time.Second)), err
-	}}
+		return n, time.Duration(took * float64(time.Second)), err
+	}
+	return &contender{name: "redis-semaphore", pairs: pairs}
 }
 
 func TestBenchOthers(t *testing.T) {
-	r := deployedRedis(t)
-	all := []*contender{newOurs(t, r), newNode(t, r), newPlain(t, r)}
-	ours, node, plain := all[0], all[1], all[2]
-	fmt.Printf("%d processors, %s, %d slices of %s of each for each line\n\n%s\n%s\n", runtime.NumCPU(), runtime.Version(), benchRounds, benchSlice,
-		"| clients | ours, pairs/s | redis-semaphore | ours to it | plain | ours to it | Redis, us a pair: ours | redis-semaphore | plain |",
+	r := startRedis(t)
+	ours, node, plain := newOurs(t, r), newNode(t, r), newPlain(t, r)
+	all := []*contender{ours, node, plain}
+	fmt.Printf("%d processors, %s, %d slices of %s of each for each line\n\n%s\n%s\n",
+		runtime.NumCPU(), runtime.Version(), benchRounds, benchSlice,
+		"| clients | ours, pairs/s | redis-semaphore | ours to it | plain | ours to it "+
+			"| Redis, us a pair: ours | redis-semaphore | plain |",
 		"| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
 	for _, clients := range []int{1, 8, 32} {
 		for _, c := range all {
-			c.slice(t, r, clients, 5*benchSlice) // connections, scripts, and what Node compiles
+			c.slice(t, r, clients, 5*benchSlice) // opens connections, loads scripts, makes Node compile
 			c.rates, c.redis = nil, nil
 		}
 		for round := range benchRounds {
@@ -168,8 +187,9 @@ func TestBenchOthers(t *testing.T) {
 				c.rates, c.redis = append(c.rates, rate), append(c.redis, cost)
 			}
 		}
-		toNode, toPlain := median(ratios(ours.rates, node.rates)), median(ratios(ours.rates, plain.rates)) // before median sorts them
-		fmt.Printf("| %d | %.0f | %.0f | %.2f | %.0f | %.2f | %.0f | %.0f | %.0f |\n", clients, median(ours.rates), median(node.rates), toNode,
-			median(plain.rates), toPlain, median(ours.redis), median(node.redis), median(plain.redis))
+		fmt.Printf("| %d | %.0f | %.0f | %.2f | %.0f | %.2f | %.0f | %.0f | %.0f |\n", clients,
+			median(ours.rates), median(node.rates), median(ratios(ours.rates, node.rates)),
+			median(plain.rates), median(ratios(ours.rates, plain.rates)),
+			median(ours.redis), median(node.redis), median(plain.redis))
 	}
 }

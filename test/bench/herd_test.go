@@ -1,6 +1,4 @@
-//go:build bench
-
-package main
+package bench
 
 import (
 	"bytes"
@@ -29,22 +27,25 @@ const (
 	herdRounds      = 3
 )
 
-// herdAtOnce is how many of the pods come at once: all of them.
+// herdAtOnce is the number of pods that come at once: all of them, or HERD_AT_ONCE.
 var herdAtOnce, _ = strconv.Atoi(cmp.Or(os.Getenv("HERD_AT_ONCE"), strconv.Itoa(herdPods)))
 
-// A herd: "make bench-growth" asks one process of the webhook for thousands of pods at once, over many connections.
+// A herd: "make bench-growth" asks one webhook for thousands of pods at once, over many
+// connections.
 func TestBenchHerd(t *testing.T) {
-	r := deployedRedis(t)
-	w := startBenchWebhook(t, r, filepath.Join(t.TempDir(), "log"))
+	r := startRedis(t)
+	w := startWebhook(t, r, filepath.Join(t.TempDir(), "log"))
 	var connections []*target
 	for range herdConnections {
 		connection := newTarget(t, w.url, w.statistics)
-		_, err := connection.do(http.MethodPost, rig.Review(t, freshID(), 1)) // it is there
+		_, err := connection.do(http.MethodPost, rig.Review(t, rig.FreshID(), 1)) // opens it
 		rig.Must(t, err)
 		connections = append(connections, connection)
 	}
-	fmt.Printf("%d pods of %d keys, length %d, %d at once over %d connections\n\n%s\n%s\n", herdPods, herdKeys, herdLength, herdAtOnce, herdConnections,
-		"| admitted | refused | wrong | p50, ms | p99, ms | slowest, ms | answers/s |", "| --- | --- | --- | --- | --- | --- | --- |")
+	fmt.Printf("%d pods of %d keys, length %d, %d at once over %d connections\n\n%s\n%s\n",
+		herdPods, herdKeys, herdLength, herdAtOnce, herdConnections,
+		"| admitted | refused | wrong | p50, ms | p99, ms | slowest, ms | answers/s |",
+		"| --- | --- | --- | --- | --- | --- | --- |")
 	for range herdRounds {
 		herd(t, r, connections)
 	}
@@ -59,41 +60,27 @@ type herdAnswer struct {
 	err  error
 }
 
+// crowdedText begins the answer to a request that the webhook gives up for newer ones.
+const crowdedText = "too many requests at once"
+
 // herdError is an error without what differs from pod to pod.
 func herdError(err error) string {
-	if text := err.Error(); strings.Contains(text, errEvicted.Error()) {
-		return fmt.Sprintf("with status %.3s: %s", text, errEvicted)
+	text := strings.TrimSpace(err.Error())
+	if strings.Contains(text, crowdedText) {
+		return fmt.Sprintf("with status %.3s: %s", text, crowdedText)
 	}
-	return regexp.MustCompile(`stream ID \d+|https://\S+|web-\d+`).ReplaceAllString(strings.TrimSpace(err.Error()), "...")
+	return regexp.MustCompile(`stream ID \d+|https://\S+|web-\d+`).ReplaceAllString(text, "...")
 }
 
 func herd(t *testing.T, r *rig.Redis, connections []*target) {
 	t.Helper()
-	var ids []semaphoreID
+	var ids []rig.ID
 	bodies := make([][]byte, herdKeys)
 	for i := range bodies {
-		ids = append(ids, freshID())
+		ids = append(ids, rig.FreshID())
 		bodies[i] = rig.Review(t, ids[i], herdLength)
 	}
-	answers := make([]herdAnswer, herdPods)
-	start, turns := make(chan struct{}), make(slots, herdAtOnce)
-	var pods sync.WaitGroup
-	for i := range answers {
-		pods.Go(func() {
-			<-start
-			turns <- struct{}{}
-			defer func() { <-turns }()
-			begin, key := time.Now(), i%herdKeys
-			text, err := connections[i%herdConnections].do(http.MethodPost, bodies[key])
-			answers[i] = herdAnswer{key, time.Since(begin), text, err}
-		})
-	}
-	time.Sleep(100 * time.Millisecond) // until all are there
-	begin := time.Now()
-	close(start)
-	pods.Wait()
-	elapsed := time.Since(begin)
-
+	answers, elapsed := askForHerd(connections, bodies)
 	wrong := map[string]int{}
 	admitted, refused := make([]int, herdKeys), 0
 	var took []time.Duration
@@ -120,8 +107,8 @@ func herd(t *testing.T, r *rig.Redis, connections []*target) {
 	}
 	slices.Sort(took)
 	slowest := took[len(took)-1]
-	fmt.Printf("| %d | %d | %d | %.0f | %.0f | %.0f | %.0f |\n", total, refused, wrongs, quantile(took, 0.5), quantile(took, 0.99),
-		float64(slowest.Microseconds())/1000, herdPods/elapsed.Seconds())
+	fmt.Printf("| %d | %d | %d | %.0f | %.0f | %.0f | %.0f |\n", total, refused, wrongs,
+		quantile(took, 0.5), quantile(took, 0.99), milliseconds(slowest), herdPods/elapsed.Seconds())
 	uneven := 0
 	for key, n := range admitted {
 		queue, inflight, err := r.Counts(ids[key])
@@ -139,4 +126,28 @@ func herd(t *testing.T, r *rig.Redis, connections []*target) {
 	if slowest > herdSlowest {
 		t.Errorf("the slowest answer took %s, want at most %s", slowest, herdSlowest)
 	}
+}
+
+// askForHerd sends a review for each pod, herdAtOnce of them at once.
+func askForHerd(connections []*target, bodies [][]byte) (answers []herdAnswer, elapsed time.Duration) {
+	answers = make([]herdAnswer, herdPods)
+	start, turns := make(chan struct{}), make(chan struct{}, herdAtOnce)
+	var ready, pods sync.WaitGroup
+	ready.Add(herdPods)
+	for i := range answers {
+		pods.Go(func() {
+			ready.Done()
+			<-start
+			turns <- struct{}{}
+			defer func() { <-turns }()
+			begin, key := time.Now(), i%herdKeys
+			text, err := connections[i%herdConnections].do(http.MethodPost, bodies[key])
+			answers[i] = herdAnswer{key, time.Since(begin), text, err}
+		})
+	}
+	ready.Wait()
+	begin := time.Now()
+	close(start)
+	pods.Wait()
+	return answers, time.Since(begin)
 }
