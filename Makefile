@@ -51,7 +51,7 @@ test-queues: test-needs ## make Sentinel groups, Clusters, moving addresses and 
 
 .PHONY: test-abuse
 test-abuse: test-needs ## misuse a webhook in all ways, in some five minutes: what it needs, and what becomes of admissions beside it
-	go test -count=1 -tags abuse -timeout 15m -v -run TestAbuse .
+	SUITE=1 go test -count=1 -timeout 15m -v ./test/abuse
 
 .PHONY: test-upgrade
 test-upgrade: test-needs ## run the last release beside this program, there and back, under load, in some two minutes; needs the history of git
@@ -138,7 +138,7 @@ bench-memory: test-needs ## measure a webhook's memory over a million admissions
 
 .PHONY: dashboard-picture
 dashboard-picture: test-needs ## draw docs/dashboard.svg from a real Prometheus's data, in some five minutes
-	go test -count=1 -tags measure -timeout 10m -run TestDrawDashboard .
+	SUITE=1 go test -count=1 -timeout 15m -run TestDrawDashboard ./test/monitoring
 
 RELEASE_IMAGE ?= ghcr.io/kaidotio/at-least-semaphore-pod-hook:$(VERSION)
 
@@ -158,9 +158,11 @@ dev: ## develop on the current cluster with Skaffold: build, deploy, forward por
 	skaffold dev --port-forward
 
 .PHONY: lint
-lint: ## check format, vet, staticcheck and the workflows
+lint: ## check format, vet, staticcheck, the shell scripts of deploy/ and the workflows; installs shellcheck if missing
+	@./.ci/need shellcheck:shellcheck
 	@test -z "$$(gofmt -l .)" || { echo "not gofmt-ed:"; gofmt -l .; exit 1; }
 	go vet -tags e2e ./...
 	go -C demo vet ./...
 	go tool -modfile=tools/go.mod staticcheck -tags e2e ./...
+	SUITE=1 go test -count=1 -run '^TestScriptsPassShellcheck$$' ./test/deploy
 	go tool -modfile=tools/go.mod actionlint

@@ -3,14 +3,19 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	corev1 "k8s.io/api/core/v1"
 )
@@ -472,5 +477,98 @@ func TestSidecarReadsItsArguments(t *testing.T) {
 	rig.Must(t, err)
 	if parsed.length != 0 || sidecar.RestartPolicy != nil || len(sidecar.Env) != 3 || sidecar.Env[1].Name != "POD_NAME" || sidecar.Env[2].Name != "NODE_NAME" {
 		t.Errorf("a classic sidecar: %+v, %+v", parsed, sidecar)
+	}
+}
+
+// A namespace without a Redis user gets a warning with the missing command. An installation that
+// makes users by other means gets none.
+func TestForgottenNamespace(t *testing.T) {
+	r := rig.StartRedis(t)
+	setUser := func(name string, rules ...string) {
+		t.Helper()
+		r.Do(t, "ACL", append([]any{"SETUSER", name, "on", ">" + rig.Password}, rig.Anys(strings.Fields(strings.Join(rules, " ")))...)...)
+	}
+	setUser("webhook", webhookACL, "+role +cluster|slots")
+	c := testConfig(r.Address)
+	c.redis = redisSettings{username: "webhook", password: rig.Password}
+	c.sidecarRedisSecret = "redis"
+	warned := func(c webhookConfig) (w *testWebhook, warnings string) {
+		t.Helper()
+		w = startWebhook(t, c)
+		return w, strings.Join(w.admit(t, rig.Review(t, semaphoreID{"shop", uuid.NewString()}, 1)).Warnings, "; ")
+	}
+	want := fmt.Sprintf(warningForgotten, "shop")
+	for _, step := range []struct {
+		what string
+		do   func()
+		want string
+	}{
+		{"without the right to ask", func() { setUser(namespacesUser) }, ""},
+		{"forgotten", func() { setUser("webhook", forgottenACL) }, want},
+		{"another namespace's user", func() { setUser(namespaceUser("shop-2")) }, want},
+		{"a user of no namespace", func() { setUser("sidecar") }, want},
+		{"its own user", func() { setUser(namespaceUser("shop")) }, ""},
+		{"users made by other means", func() { r.Do(t, "ACL", "DELUSER", namespacesUser, namespaceUser("shop")) }, ""},
+	} {
+		step.do()
+		if _, got := warned(c); got != step.want {
+			t.Errorf("%s: warned of %q, want %q", step.what, got, step.want)
+		}
+	}
+
+	setUser(namespacesUser)
+	for _, whenFull := range whenFullChoices {
+		c.whenFull = whenFull
+		if w, got := warned(c); !strings.HasPrefix(got, want) {
+			t.Errorf("%s: warned of %q", whenFull, got)
+		} else if a := w.admit(t, rig.Review(t, semaphoreID{"shop", "job"}, 1, asJob)); len(a.Warnings) == 0 || a.Warnings[0] != want {
+			t.Errorf("of a Job: warned of %q", a.Warnings)
+		}
+	}
+
+	// A running webhook notices a new user, and seldom asks Redis.
+	w, _ := warned(c)
+	setUser(namespaceUser("shop"))
+	rig.Eventually(t, 10*time.Second, func() error {
+		if a := w.admit(t, rig.Review(t, semaphoreID{"shop", "web"}, 1000)); strings.Contains(strings.Join(a.Warnings, "; "), want) {
+			return errors.New("still warned")
+		}
+		return nil
+	})
+	before := r.CommandCalls(t)["acl|users"]
+	for range 20 {
+		w.admit(t, rig.Review(t, semaphoreID{"shop", "web"}, 1000))
+	}
+	if n := r.CommandCalls(t)["acl|users"] - before; n > 0 {
+		t.Errorf("asked %d times for 20 pods", n)
+	}
+}
+
+// If one Redis does not answer, as while its pod is replaced, deploy/namespace.sh ends and names it.
+func TestNamespaceOfARedisThatHangs(t *testing.T) {
+	t.Parallel()
+	folder := t.TempDir()
+	kubectl := `#!/bin/sh
+case "$*" in
+*" exec "*redis-1*) exec sleep 1000 ;;
+*" exec "*) cat >>told ;;
+*" statefulset "*) echo statefulset/redis ;;
+*"get namespace"*) echo namespace/shop ;;
+*component=redis*) printf 'pod/redis-0\npod/redis-1\n' ;;
+*" clock "*) echo 2026-01-01T00:00:00Z ;;
+esac
+`
+	rig.Must(t, os.WriteFile(filepath.Join(folder, "kubectl"), []byte(strings.Replace(kubectl, "told", filepath.Join(folder, "told"), 1)), 0o700))
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "sh", "deploy/namespace.sh", "shop")
+	cmd.Env = append(os.Environ(), "PATH="+folder+":"+os.Getenv("PATH"))
+	cmd.WaitDelay = time.Second
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "pod/redis-1 does not answer") || strings.Contains(string(out), "pod/redis-0") || !strings.Contains(string(out), "as sidecar/shop") {
+		t.Errorf("%v, it says:\n%s", err, out)
+	}
+	if told, err := os.ReadFile(filepath.Join(folder, "told")); err != nil || len(strings.Fields(string(told))) != 2 {
+		t.Errorf("redis-0 was told %q, %v", told, err)
 	}
 }

@@ -255,22 +255,3 @@ func sectionsOf(t *testing.T, page string) (sections []string) {
 	}
 	return sections
 }
-
-// The rules for the user of one namespace are those that are tested for a sidecar, with the namespace in each key.
-func TestNamespaceACLIsDocumented(t *testing.T) {
-	text, err := os.ReadFile("docs/security.md")
-	rig.Must(t, err)
-	var rules []string
-	for rule := range strings.FieldsSeq(sidecarACL) {
-		switch {
-		case strings.HasPrefix(rule, "~"):
-			rule = strings.TrimSuffix(rule, "*") + "{shop/*}"
-		case strings.HasPrefix(rule, "&"):
-			rule = strings.TrimSuffix(rule, "*") + "{shop/*"
-		}
-		rules = append(rules, rule)
-	}
-	if want := "SETUSER sidecar/shop on >PASSWORD " + strings.Join(rules, " ") + "\n"; !strings.Contains(string(text), want) {
-		t.Errorf("not in docs/security.md: %s", want)
-	}
-}

@@ -10,14 +10,12 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
-	"k8s.io/apimachinery/pkg/api/resource"
 )
 
 func TestCertificateFollowsItsFiles(t *testing.T) {
@@ -85,29 +83,6 @@ func TestBadCertificateIsReportedOnce(t *testing.T) {
 		if changed != want || !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("removed, look %d: changed is %t, %v", i, changed, err)
 		}
-	}
-}
-
-// The Deployment gives Go half of the container's memory, and has it collect garbage seldom below that.
-func TestMemoryIsLimitedAsDeployed(t *testing.T) {
-	text, err := os.ReadFile("deploy/base/webhook.yaml")
-	rig.Must(t, err)
-	value := func(pattern string) string {
-		found := regexp.MustCompile(pattern).FindAllSubmatch(text, -1)
-		if len(found) != 1 {
-			t.Fatalf("%d matches of %s in deploy/base/webhook.yaml, want 1", len(found), pattern)
-		}
-		return string(found[0][1])
-	}
-	forGo, err := resource.ParseQuantity(strings.TrimSuffix(value(`name: GOMEMLIMIT\n +value: (\S+)\n`), "B"))
-	rig.Must(t, err)
-	whole, err := resource.ParseQuantity(value(`limits: \{.*memory: (\S+)\}`))
-	rig.Must(t, err)
-	if 2*forGo.Value() != whole.Value() {
-		t.Errorf("GOMEMLIMIT is %s: it must be half of the limit, %s", &forGo, &whole)
-	}
-	if percent := value(`name: GOGC\n +value: "(\d+)"\n`); percent != "400" {
-		t.Errorf("GOGC is %s: it must be 400, as the figures of the documents were measured", percent)
 	}
 }
 

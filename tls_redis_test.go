@@ -2,14 +2,10 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"log/slog"
-	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -56,72 +52,6 @@ func startSecureRedis(t *testing.T, dir string) *rig.Redis {
 	return rig.StartRedisWith(t, rig.RedisOptions{Args: listen,
 		Dial: []redis.DialOption{redis.DialUseTLS(true), redis.DialTLSConfig(&tls.Config{RootCAs: roots}), redis.DialPassword("admin")}})
 }
-
-// The rules in docs/security.md are those that are tested here.
-func TestACLsAreDocumented(t *testing.T) {
-	page, err := os.ReadFile("docs/security.md")
-	rig.Must(t, err)
-	for _, rule := range []string{webhookACL, sidecarACL, "status on >PASSWORD " + statusACL + "\n", "`" + gateACL + "`", "`" + forgottenACL + "`", "SETUSER status " + releaseACL + "\n", "`" + sentinelACL + "`", "`" + ofSentinelsACL + "`", "`" + clusterACL + "`", "`" + lockACL + "`"} {
-		if !strings.Contains(string(page), rule) {
-			t.Errorf("not in docs/security.md: %s", rule)
-		}
-	}
-}
-
-// withoutLock are rules of servers on which there are no locks, but that have Sentinels.
-func withoutLock(rules string) string {
-	return strings.NewReplacer("~lock/* ", "", " +set", "", " +get", "").Replace(rules) + " " + sentinelACL
-}
-
-// The users that deploy/ makes have these rules: the lock is on servers of its own there, and there are Sentinels.
-func TestACLsAreDeployed(t *testing.T) {
-	scripts, err := os.ReadFile("deploy/base/redis-scripts.yaml")
-	rig.Must(t, err)
-	want := map[string][]string{
-		"webhook":    {withoutLock(webhookACL) + " " + forgottenACL, lockACL},
-		"sidecar":    {}, // the namespaces have users of their own, see TestNamespaceUsersFollowTheirFiles
-		"gate":       {withoutLock(sidecarACL) + " " + gateACL, lockACL},
-		"namespaces": {namespacesACL, namespacesACL},
-		"status":     {statusACL + " " + releaseACL + " " + sentinelACL},
-		"default":    {"off", "on resetpass ~* &* +@all", "on nopass resetchannels -@all +ping " + ofSentinelsACL},
-	}
-	got := map[string][]string{}
-	for line := range strings.Lines(string(scripts)) {
-		words := rig.UserLine(line)
-		if len(words) < 3 || words[0] != "user" || want[words[1]] == nil {
-			continue
-		}
-		rules := words[2:]
-		if len(rules) > 1 && strings.HasPrefix(rules[1], ">$") {
-			rules = rules[2:]
-		}
-		got[words[1]] = append(got[words[1]], sorted(strings.Join(rules, " ")))
-	}
-	for user, all := range want {
-		for i := range all {
-			all[i] = sorted(all[i])
-		}
-		slices.Sort(all)
-		slices.Sort(got[user])
-		if !slices.Equal(got[user], all) {
-			t.Errorf("%s has\n%s, want\n%s", user, strings.Join(got[user], "\n"), strings.Join(all, "\n"))
-		}
-	}
-}
-
-// The servers that deploy/ installs start again when their scripts change.
-func TestScriptsAreDeployed(t *testing.T) {
-	scripts, err := os.ReadFile("deploy/base/redis-scripts.yaml")
-	rig.Must(t, err)
-	manifest, err := os.ReadFile("deploy/base/redis.yaml")
-	rig.Must(t, err)
-	if want := fmt.Sprintf("scripts: %q", fmt.Sprintf("%x", sha256.Sum256(scripts))[:12]); !strings.Contains(string(manifest), want) {
-		t.Errorf("the annotation in deploy/base/redis.yaml must be %s", want)
-	}
-}
-
-// sorted is a text with its words in order.
-func sorted(text string) string { return strings.Join(slices.Sorted(strings.FieldsSeq(text)), " ") }
 
 // On a server for the lock, nothing can be left out of the rules for it, and nothing is missing.
 func TestLockACLIsMinimal(t *testing.T) {

@@ -25,8 +25,8 @@ openssl x509 -req -set_serial "0x$serial" -in tls.csr -CA ca.crt -CAkey ca.key -
 
 trust() { # trust FILE: what the API server trusts from now on
   bundle=$(base64 <"$1" | tr -d '\n')
-  step='{"op":"add","path":"/webhooks/%d/clientConfig/caBundle","value":"%s"}'
-  kubectl patch "$configuration" --type=json -p "[$(printf "$step" 0 "$bundle"),$(printf "$step" 1 "$bundle")]"
+  step() { printf '{"op":"add","path":"/webhooks/%d/clientConfig/caBundle","value":"%s"}' "$1" "$bundle"; }
+  kubectl patch "$configuration" --type=json -p "[$(step 0),$(step 1)]"
 }
 
 kubectl get "$configuration" -o 'jsonpath={.webhooks[0].clientConfig.caBundle}' | base64 -d >old.crt
@@ -47,6 +47,7 @@ if [ -s old.crt ]; then # a renewal: the old authority is trusted until all webh
   deadline=$(($(date +%s) + 300))
   while pods=$(behind) && [ -n "$pods" ]; do
     if [ "$(date +%s)" -gt "$deadline" ]; then
+      # shellcheck disable=SC2086 # joins the lines
       echo "without the certificate with serial number $serial:" $pods "- both authorities stay trusted" >&2
       exit 1
     fi

@@ -77,6 +77,7 @@ pods() {
 if [ -n "$delete" ]; then
   [ -z "$there" ] || pods >running
   if [ -n "$there" ] && [ -s running ]; then
+    # shellcheck disable=SC2046 # joins the lines
     echo "$namespace has pods with a sidecar, which would lose their tokens: delete these first:" $(cut -d ' ' -f 2 <running | head -n 5) >&2
     exit 1
   fi

@@ -41,14 +41,15 @@ if [ -s old ]; then
   deadline=$(($(date +%s) + 300))
   while pods=$(behind) && [ -n "$pods" ]; do
     if [ "$(date +%s)" -gt "$deadline" ]; then
+      # shellcheck disable=SC2086 # joins the lines
       echo "without the new secret:" $pods "- the old one stays in use" >&2
       exit 1
     fi
     sleep 2
   done
 fi
-step='{"op":"add","path":"/webhooks/%d/clientConfig/service/path","value":"/mutate/%s"}'
-printf '[%s,%s]' "$(printf "$step" 0 "$(cat new)")" "$(printf "$step" 1 "$(cat new)")" >patch.json
+step() { printf '{"op":"add","path":"/webhooks/%d/clientConfig/service/path","value":"/mutate/%s"}' "$1" "$(cat new)"; }
+printf '[%s,%s]' "$(step 0)" "$(step 1)" >patch.json
 kubectl patch "$configuration" --type=json --patch-file=patch.json
 # The webhooks go on to accept the old one for ten minutes. Those that start now learn it from the Secret, until all API servers know the new.
 [ ! -s old ] || sleep 10

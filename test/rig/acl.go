@@ -13,7 +13,8 @@ const (
 		"+time +scan +llen +zcard +zcount +zrange +zscore +hmget"
 
 	// Besides StatusACL, "status release" needs these.
-	ReleaseACL = "&waiters/* +eval +evalsha +exists +hset +hdel +zrem +zrangebyscore +rpush +ltrim +del +ttl +expire +publish"
+	ReleaseACL = "&waiters/* " +
+		"+eval +evalsha +exists +hset +hdel +zrem +zrangebyscore +rpush +ltrim +del +ttl +expire +publish"
 
 	GateACL       = "+unsubscribe"              // of the gate, besides SidecarACL
 	ForgottenACL  = "+acl|users"                // of the webhook, to warn of namespaces without a user

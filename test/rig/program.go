@@ -78,12 +78,18 @@ func StartAwait(t testing.TB) *Process {
 	return StartProgram(t, "await")
 }
 
-// LimitMemoryAsDeployed gives the processes that the test starts from now on the memory
-// limit that a webhook sets itself in the container of deploy/: half of what the
-// container has.
+// LimitMemoryAsDeployed gives the processes that the test starts from now on the memory settings
+// of Go that the webhook has in deploy/.
 func LimitMemoryAsDeployed(t *testing.T) {
 	t.Helper()
-	t.Setenv("GOMEMLIMIT", strconv.Itoa(256<<20/2))
+	manifest := ReadFile(t, "deploy/base/webhook.yaml")
+	for _, variable := range []string{"GOMEMLIMIT", "GOGC"} {
+		m := regexp.MustCompile(`name: ` + variable + `\n +value: "?(\w+)"?\n`).FindStringSubmatch(manifest)
+		if m == nil {
+			t.Fatalf("deploy/base/webhook.yaml does not set %s", variable)
+		}
+		t.Setenv(variable, m[1])
+	}
 }
 
 // Service is a process with health checks and metrics.

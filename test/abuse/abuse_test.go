@@ -1,6 +1,7 @@
-//go:build abuse
-
-package main
+// Package abuse misuses a webhook, as a process on two cores, while a polite client beside it asks for
+// admissions as an API server does. The tests print what the webhook needed and how long the client
+// waited.
+package abuse
 
 import (
 	"bufio"
@@ -22,10 +23,10 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// The tests of this tag ("make test-abuse") misuse a webhook, as a process on two cores, while a client beside it asks for admissions as
-// an API server does. They say what the webhook needed, and what became of that client.
+// The webhook reads a body of more than smallBody bytes apart from the others.
+const smallBody = 32 << 10
 
-// large posts a body of 4 MiB over a connection of its own, and reads the answer.
+// large posts a body over a connection of its own, and reads the answer.
 func (a *abused) large(ctx context.Context, path string, body []byte) {
 	transport := &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
 	defer transport.CloseIdleConnections()
@@ -44,16 +45,18 @@ func (a *abused) large(ctx context.Context, path string, body []byte) {
 }
 
 func TestAbuseByLargeRequests(t *testing.T) {
-	valid := rig.Review(t, freshID(), maxLength, func(r map[string]any) {
-		r["object"].(map[string]any)["metadata"].(map[string]any)["annotations"].(map[string]any)["large"] = strings.Repeat("x", 4<<20-10000)
+	valid := rig.Review(t, rig.FreshID(), rig.MaxLength, func(r map[string]any) {
+		rig.AnnotationsOf(r)["large"] = strings.Repeat("x", 4<<20-10000)
 		r["dryRun"] = true
 	})
 	for name, body := range map[string][]byte{
 		"a review":    valid,
 		"spaces":      bytes.Repeat([]byte(" "), 4<<20),
 		"nested":      bytes.Repeat([]byte("["), 4<<20),
-		"many fields": append([]byte(`{"request":{"object":{`), append(bytes.Repeat([]byte(`"a":{},`), 590000), `"b":1}}}`...)...),
-		"many texts":  append([]byte(`{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","request":{"uid":"x","namespace":"x","operation":"CREATE","kind":{"version":"v1","kind":"Pod"},"object":{"spec":{"containers":[`), append(bytes.Repeat([]byte(`{},`), 1300000), `{}]}}}}`...)...),
+		"many fields": []byte(`{"request":{"object":{` + strings.Repeat(`"a":{},`, 590000) + `"b":1}}}`),
+		"many texts": []byte(`{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","request":{"uid":"x",` +
+			`"namespace":"x","operation":"CREATE","kind":{"version":"v1","kind":"Pod"},"object":{"spec":{"containers":[` +
+			strings.Repeat(`{},`, 1300000) + `{}]}}}}`),
 	} {
 		for _, many := range []int{64, 256} {
 			t.Run(fmt.Sprintf("%s, %d", name, many), func(t *testing.T) {
@@ -62,13 +65,13 @@ func TestAbuseByLargeRequests(t *testing.T) {
 			})
 		}
 	}
-	t.Run("a stranger's, 256", func(t *testing.T) {
+	t.Run("without the secret, 256", func(t *testing.T) {
 		a := startAbused(t)
 		a.misuse(t, 8*time.Second, 256, func(ctx context.Context, _ int) { a.large(ctx, "/mutate", valid) })
 	})
 }
 
-// Connections that do nothing.
+// Idle connections.
 func TestAbuseByIdleConnections(t *testing.T) {
 	a := startAbused(t)
 	a.misuse(t, 15*time.Second, 2000, func(ctx context.Context, i int) {
@@ -84,7 +87,7 @@ func TestAbuseByIdleConnections(t *testing.T) {
 	})
 }
 
-// Clients that are as slow as they may be.
+// Clients that send and read as slowly as the webhook allows.
 func TestAbuseBySlowness(t *testing.T) {
 	slowly := func(ctx context.Context, conn net.Conn, text string, every time.Duration) {
 		for i := range len(text) {
@@ -111,27 +114,28 @@ func TestAbuseBySlowness(t *testing.T) {
 	t.Run("headers", func(t *testing.T) {
 		a := startAbused(t)
 		a.misuse(t, 10*time.Second, 600, connected(a, func(ctx context.Context, conn net.Conn) {
-			slowly(ctx, conn, "POST "+a.path+" HTTP/1.1\r\nHost: webhook\r\nX: "+strings.Repeat("x", 1000), 200*time.Millisecond)
+			headers := "POST " + a.path + " HTTP/1.1\r\nHost: webhook\r\nX: " + strings.Repeat("x", 1000)
+			slowly(ctx, conn, headers, 200*time.Millisecond)
 		}))
 	})
 	t.Run("bodies", func(t *testing.T) {
 		a := startAbused(t)
 		a.misuse(t, 15*time.Second, 600, connected(a, func(ctx context.Context, conn net.Conn) {
-			fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: webhook\r\nContent-Type: application/json\r\nContent-Length: 3000\r\n\r\n", a.path)
+			_, _ = io.WriteString(conn, a.requestHeaders(3000))
 			slowly(ctx, conn, strings.Repeat(" ", 3000), 200*time.Millisecond)
 		}))
 	})
 	t.Run("large bodies", func(t *testing.T) {
 		a := startAbused(t)
 		a.misuse(t, 15*time.Second, 600, connected(a, func(ctx context.Context, conn net.Conn) {
-			fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: webhook\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n", a.path, 4<<20)
+			_, _ = io.WriteString(conn, a.requestHeaders(4<<20))
 			_, _ = conn.Write(bytes.Repeat([]byte(" "), smallBody+1))
 			slowly(ctx, conn, strings.Repeat(" ", 3000), 200*time.Millisecond)
 		}))
 	})
 	t.Run("readers", func(t *testing.T) {
 		a := startAbused(t)
-		request := "POST " + a.path + " HTTP/1.1\r\nHost: webhook\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+		request := a.requestHeaders(2) + "{}"
 		a.misuse(t, 15*time.Second, 600, connected(a, func(ctx context.Context, conn net.Conn) {
 			_ = conn.SetWriteDeadline(time.Now().Add(5 * time.Second))
 			for ctx.Err() == nil {
@@ -144,7 +148,13 @@ func TestAbuseBySlowness(t *testing.T) {
 	})
 }
 
-// frames opens an HTTP/2 connection and lets write send frames on it until ctx is done, or the webhook has had enough.
+// requestHeaders are the headers of a request of HTTP/1.1 with a body of n bytes.
+func (a *abused) requestHeaders(n int) string {
+	return fmt.Sprintf("POST %s HTTP/1.1\r\nHost: webhook\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n",
+		a.path, n)
+}
+
+// frames opens an HTTP/2 connection. write sends frames on it until ctx is done, or the webhook closes it.
 func (a *abused) frames(ctx context.Context, write func(f *http2.Framer, stream uint32) error) {
 	conn, err := a.dial(ctx, "h2")
 	if err != nil {
@@ -169,19 +179,20 @@ func (a *abused) frames(ctx context.Context, write func(f *http2.Framer, stream 
 	}
 }
 
-// headersOf are those of a request.
+// headersOf are the headers of a request of HTTP/2.
 func headersOf(path string) []byte {
 	var b bytes.Buffer
 	e := hpack.NewEncoder(&b)
-	for _, h := range [][2]string{{":method", "POST"}, {":scheme", "https"}, {":path", path}, {":authority", "webhook"}, {"content-type", "application/json"}} {
+	for _, h := range [][2]string{{":method", "POST"}, {":scheme", "https"}, {":path", path}, {":authority", "webhook"},
+		{"content-type", "application/json"}} {
 		_ = e.WriteField(hpack.HeaderField{Name: h[0], Value: h[1]})
 	}
 	return b.Bytes()
 }
 
-// The floods that HTTP/2 makes possible.
+// Floods of HTTP/2 frames.
 func TestAbuseByHTTP2(t *testing.T) {
-	headers := map[string][]byte{"known": headersOf("/mutate/" + secretA), "unknown": headersOf("/mutate")}
+	headers := map[string][]byte{"known": headersOf("/mutate/" + secret), "unknown": headersOf("/mutate")}
 	floods := map[string]func(f *http2.Framer, stream uint32) error{
 		"settings": func(f *http2.Framer, _ uint32) error {
 			return f.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: uint32(rand.N(1 << 20))})
@@ -194,24 +205,25 @@ func TestAbuseByHTTP2(t *testing.T) {
 			return f.WriteContinuation(1, false, bytes.Repeat([]byte{0x40, 1, 'x', 1, 'y'}, 1000))
 		},
 	}
-	for who, h := range headers {
-		floods["streams, path "+who] = func(f *http2.Framer, stream uint32) error { // bodies never come
+	for path, h := range headers {
+		begin := func(f *http2.Framer, stream uint32) error {
 			return f.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: h, EndHeaders: true})
 		}
-		floods["resets, path "+who] = func(f *http2.Framer, stream uint32) error {
-			if err := f.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: h, EndHeaders: true}); err != nil {
+		floods["streams, path "+path] = begin // bodies never come
+		floods["resets, path "+path] = func(f *http2.Framer, stream uint32) error {
+			if err := begin(f, stream); err != nil {
 				return err
 			}
 			return f.WriteRSTStream(stream, http2.ErrCodeCancel)
 		}
-		floods["data without an end, path "+who] = func(f *http2.Framer, stream uint32) error {
-			if err := f.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: h, EndHeaders: true}); err != nil {
+		floods["data without an end, path "+path] = func(f *http2.Framer, stream uint32) error {
+			if err := begin(f, stream); err != nil {
 				return err
 			}
 			return f.WriteData(stream, false, bytes.Repeat([]byte(" "), 600))
 		}
-		floods["bodies that lack a byte, path "+who] = func(f *http2.Framer, stream uint32) error {
-			if err := f.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: h, EndHeaders: true}); err != nil {
+		floods["bodies that lack a byte, path "+path] = func(f *http2.Framer, stream uint32) error {
+			if err := begin(f, stream); err != nil {
 				return err
 			}
 			if err := f.WriteData(stream, false, bytes.Repeat([]byte(" "), smallBody/2)); err != nil {
@@ -228,7 +240,7 @@ func TestAbuseByHTTP2(t *testing.T) {
 				a.misuse(t, 8*time.Second, 8, abuse)
 				return
 			}
-			// Whoever has the secret may have all of the processor, but no more memory.
+			// A caller with the secret may use all of the processor, but no more memory.
 			ctx, cancel := context.WithTimeout(context.Background(), 8*time.Second)
 			defer cancel()
 			var wg sync.WaitGroup
@@ -239,7 +251,7 @@ func TestAbuseByHTTP2(t *testing.T) {
 	}
 }
 
-// What is no TLS, and TLS that comes to nothing.
+// Garbage in the place of TLS, and handshakes without a request.
 func TestAbuseByTLS(t *testing.T) {
 	t.Run("garbage", func(t *testing.T) {
 		a := startAbused(t)
