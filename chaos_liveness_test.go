@@ -13,7 +13,7 @@ func (c *checker) disturbed(semaphore string) (all []span) {
 		}
 		switch {
 		case f.away || f.shaken || f.loses != losesNothing:
-			all = append(all, span{f.from - slack, f.to + max(c.quiet(), patience*time.Second) + slack})
+			all = append(all, span{f.from - slack, f.to + max(c.quiet(), linePatience) + slack})
 		case f.blind: // a watch is tried again some seconds later
 			all = append(all, span{f.from - slack, f.to + taken})
 		case f.unrepaired:
@@ -26,7 +26,7 @@ func (c *checker) disturbed(semaphore string) (all []span) {
 // occupies returns when a pod may keep others from a token, or be about to give it back.
 func (c *checker) occupies(p *podLife) (all []span) {
 	stale := c.threshold + slack + time.Second // after its last heartbeat
-	gone := (patience + lineQuiet) * time.Second
+	gone := linePatience + lineQuiet
 	switch {
 	case p.took.to != 0 || p.lifted.to != 0:
 		end, from := unending, p.took.from

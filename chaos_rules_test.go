@@ -336,7 +336,7 @@ func (c *checker) displaced(p *podLife, at time.Duration) bool {
 		}
 	}
 	for _, s := range p.silences {
-		if s.to-s.from > lineQuiet*time.Second && s.from <= at && at <= s.to+again {
+		if s.to-s.from > lineQuiet && s.from <= at && at <= s.to+again {
 			return true
 		}
 	}

@@ -1,7 +1,6 @@
-package main
+package model
 
 import (
-	"context"
 	"maps"
 	"slices"
 	"strconv"
@@ -19,7 +18,7 @@ import (
 // world.shift). What tells the two apart lies outside of Redis. Time passes for the processes, too: their heartbeats and questions
 // become due, and their estimate of the server's clock keeps step. A clock that is set changes nothing of that, and the estimate is
 // wrong until the next answer.
-var modelShift = redis.NewScript(2*scriptKeys, `
+var modelShift = redis.NewScript(2*keyCount, `
 local by = tonumber(ARGV[1])
 local function shiftScores(key, by)
   local all = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
@@ -52,8 +51,11 @@ for base = 0, 6, 6 do
   end
 end`)
 
+// keyCount is how many keys a semaphore has.
+const keyCount = 6
+
 // modelDump returns all that a semaphore's keys hold.
-var modelDump = redis.NewScript(scriptKeys, `
+var modelDump = redis.NewScript(keyCount, `
 local expiry = {}
 for i, key in ipairs(KEYS) do
   expiry[i] = redis.call('PEXPIRETIME', key)
@@ -83,25 +85,46 @@ func (d dump) equalButExpiry(other dump) bool {
 		maps.Equal(d.seen, other.seen) && maps.Equal(d.lengths, other.lengths) && maps.Equal(d.since, other.since) && maps.Equal(d.pods, other.pods) && maps.Equal(d.state, other.state)
 }
 
-// modelScripts are the scripts that are tested.
-type modelScripts struct{ acquire, maintain, heartbeat, release, keep, hold *script }
+// scripts are the scripts that are tested.
+type scripts struct{ acquire, maintain, heartbeat, release, keep, hold *redis.Script }
 
-var realScripts = modelScripts{acquireScript, maintainScript, heartbeatScript, releaseScript, keepScript, holdScript}
+// programScripts are those of the program.
+func programScripts() scripts {
+	return scripts{
+		acquire: rig.Script("acquire"), maintain: rig.Script("maintain"), heartbeat: rig.Script("heartbeat"),
+		release: rig.Script("release"), keep: rig.Script("keep"), hold: rig.Script("hold"),
+	}
+}
+
+// estimate is what a client believes of the server's clock.
+type estimate struct {
+	micros int64     // what the server said last (Unix microseconds); zero: nothing yet
+	heard  time.Time // when that was read
+}
+
+// at is the server's time at a moment here; zero, which is always too late, while the server has said nothing.
+func (e *estimate) at(t time.Time) int64 {
+	if e.micros == 0 {
+		return 0
+	}
+	return e.micros + t.Sub(e.heard).Microseconds()
+}
 
 // store is the Redis side of the model: one semaphore, time that is moved by hand, and a replica that may take over.
 type store struct {
 	test    *testing.T
 	redis   *rig.Redis
-	s       *semaphores
-	scripts modelScripts
+	clock   *estimate
+	timing  rig.Timing
+	scripts scripts
 	ears    redis.PubSubConn // where waiters hear that they are called
-	id      semaphoreID
+	id      rig.ID
 	second  int64 // of the real clock: now
 }
 
 func (s *store) replica() []any {
 	var keys []any
-	for _, key := range s.id.keys() {
+	for _, key := range s.id.Keys() {
 		keys = append(keys, "replica/"+key.(string))
 	}
 	return keys
@@ -109,7 +132,7 @@ func (s *store) replica() []any {
 
 // shift moves all stored times.
 func (s *store) shift(seconds int) {
-	keys := append(s.id.keys(), s.replica()...)
+	keys := append(s.id.Keys(), s.replica()...)
 	_, err := modelShift.Do(s.redis.Control, append(keys, seconds)...)
 	rig.Must(s.test, err)
 }
@@ -128,46 +151,35 @@ func (s *store) ticks() int {
 }
 
 // setClock has the server's clock set forward, or back; the times that are stored are shifted by the caller.
-func (s *store) setClock(seconds int) {
-	clock := &serverOf(s.test, s.s, s.id).clock
-	clock.mu.Lock()
-	defer clock.mu.Unlock()
-	clock.micros -= int64(seconds) * 1e6
-}
+func (s *store) setClock(seconds int) { s.clock.micros -= int64(seconds) * 1e6 }
 
-// run runs a script as semaphores.run does, but has all the time of the world. late is by how many seconds the clock has moved on
+// run runs a script as the program does, but has all the time of the world. late is by how many seconds the clock has moved on
 // meanwhile.
-func (s *store) run(script *script, args ...any) (status int, rest []any, late int) {
-	status = statusLate
-	for try := 0; status == statusLate; try++ { // the first may not know the time
+func (s *store) run(script *redis.Script, args ...any) (status int, rest []any, late int) {
+	status = rig.StatusLate
+	for try := 0; status == rig.StatusLate; try++ { // the first may not know the time
 		if try == 3 {
 			s.test.Fatal("refused as late")
 		}
-		var err error
-		status, rest, err = s.s.attempt(context.Background(), serverOf(s.test, s.s, s.id), time.Minute, script, s.id, args)
+		reply, err := rig.RunScript(s.redis.Control, script, s.id, s.clock.at(time.Now().Add(time.Minute)), s.timing, args...)
 		rig.Must(s.test, err)
+		status, rest = reply.Status, reply.Rest
+		*s.clock = estimate{reply.Micros, time.Now()}
 	}
-	clock := &serverOf(s.test, s.s, s.id).clock
-	clock.mu.Lock()
-	defer clock.mu.Unlock()
-	late = int(clock.micros/1e6 - s.second)
+	late = int(s.clock.micros/1e6 - s.second)
 	s.second += int64(late)
 	return status, rest, late
 }
 
 // runLate runs a script after its deadline.
-func (s *store) runLate(script *script, by time.Duration, args ...any) (status int) {
-	deadline := time.Now().Add(-by).UnixMicro()
-	all := append(s.id.keys(), deadline, seconds(s.s.heartbeatInterval), seconds(s.s.staleThreshold), s.s.timeToLive())
-	values, err := redis.Values(script.made().Do(s.redis.Control, append(all, args...)...))
+func (s *store) runLate(script *redis.Script, by time.Duration, args ...any) (status int) {
+	reply, err := rig.RunScript(s.redis.Control, script, s.id, time.Now().Add(-by).UnixMicro(), s.timing, args...)
 	rig.Must(s.test, err)
-	_, err = redis.Scan(values, &status)
-	rig.Must(s.test, err)
-	return status
+	return reply.Status
 }
 
 // listen subscribes to the calls of a waiter, and deafen to none any more.
-func (s *store) listen(token string) { s.hear("SUBSCRIBE", s.id.channel(token)) }
+func (s *store) listen(token string) { s.hear("SUBSCRIBE", s.id.Channel(token)) }
 func (s *store) deafen()             { s.hear("UNSUBSCRIBE") }
 
 // hear sends a command to the connection that listens, and returns in which channels somebody was called before it was answered.
@@ -194,9 +206,9 @@ func (s *store) hear(command string, args ...any) map[string]bool {
 }
 
 // replicate brings the replica up to date; failover lets it take over.
-func (s *store) replicate() { s.copy(s.id.keys(), s.replica()) }
-func (s *store) failover()  { s.copy(s.replica(), s.id.keys()) }
-func (s *store) loseAll()   { s.redis.Do(s.test, "DEL", s.id.keys()...) }
+func (s *store) replicate() { s.copy(s.id.Keys(), s.replica()) }
+func (s *store) failover()  { s.copy(s.replica(), s.id.Keys()) }
+func (s *store) loseAll()   { s.redis.Do(s.test, "DEL", s.id.Keys()...) }
 
 func (s *store) copy(from, to []any) {
 	s.redis.Do(s.test, "DEL", to...)
@@ -206,7 +218,7 @@ func (s *store) copy(from, to []any) {
 }
 
 func (s *store) dump() (d dump) {
-	values, err := redis.Values(modelDump.Do(s.redis.Control, s.id.keys()...))
+	values, err := redis.Values(modelDump.Do(s.redis.Control, s.id.Keys()...))
 	rig.Must(s.test, err)
 	d.free = int(values[0].(int64))
 	for i, m := range map[int]*map[string]int{1: &d.inflight, 2: &d.waiters, 3: &d.seen, 5: &d.state} {

@@ -1,4 +1,4 @@
-package main
+package model
 
 import (
 	"cmp"
@@ -60,6 +60,9 @@ const patience = 14
 
 // lineQuiet is within how long some command comes while waiters live.
 const lineQuiet = 5
+
+// joinLine is the arrival of a waiter that joins the line now.
+const joinLine = "0"
 
 // settled reports whether holders and waiters have had the time to come back since Redis was away, its clock set, or data lost.
 func (w *world) settled() bool { return w.now-w.known.shaken > w.quiet }
@@ -184,7 +187,7 @@ func (w *world) checkCalled(d dump) {
 		if used >= p.length {
 			continue
 		}
-		if p.reachable && !called[w.id.channel(token)] {
+		if p.reachable && !called[w.id.Channel(token)] {
 			w.fail("%s is in line, a token is free for it, and it was not called", token)
 		}
 		free, used = free-1, used+1

@@ -1,9 +1,10 @@
-package main
+package model
 
 import (
 	"strconv"
 
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+	"pgregory.net/rapid"
 )
 
 // actor is a process of a pod that asks for a token, or has one.
@@ -40,6 +41,36 @@ func (p *actor) arrivalOf() string {
 	return strconv.Itoa(p.arrival)
 }
 
+func (w *world) drawLength() int {
+	if rapid.IntRange(0, 2).Draw(w.t, "another length") == 2 {
+		return rapid.IntRange(1, 4).Draw(w.t, "its length")
+	}
+	return w.length
+}
+
+func (w *world) newPod() *actor {
+	p := &actor{token: "p" + strconv.Itoa(len(w.order)+1), length: w.drawLength()}
+	w.pods[p.token] = p
+	w.order = append(w.order, p)
+	return p
+}
+
+// pick draws one of the pods that are so.
+func (w *world) pick(are func(*actor) bool) *actor {
+	var some []*actor
+	for _, p := range w.order {
+		if are(p) {
+			some = append(some, p)
+		}
+	}
+	if len(some) == 0 {
+		w.t.SkipNow()
+	}
+	return some[rapid.IntRange(0, len(some)-1).Draw(w.t, "which")]
+}
+
+func anyPod(*actor) bool { return true }
+
 // act is what p does when it is its time.
 func (w *world) act(p *actor) {
 	p.missed = false
@@ -57,13 +88,13 @@ func (w *world) takes(p *actor) {
 }
 
 // answered is for an answer that p reads.
-func (w *world) answered(p *actor, a answer) {
-	if a.status == acquireTaken {
+func (w *world) answered(p *actor, a rig.Acquired) {
+	if a.Status == rig.AcquireTaken {
 		w.takes(p)
 		return
 	}
 	p.waiting, p.due = true, w.now+p.pace
-	at, err := strconv.Atoi(a.place.arrival)
+	at, err := strconv.Atoi(a.Arrival)
 	rig.Must(w.test, err)
 	p.arrival = at
 }

@@ -1,9 +1,11 @@
-package main
+package model
 
 import (
 	"strings"
 	"testing"
 
+	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	"pgregory.net/rapid"
 )
 
@@ -11,7 +13,7 @@ import (
 func TestModelFindsBrokenScripts(t *testing.T) {
 	t.Parallel()
 	const most = 500 // sequences for each
-	s := newStore(t, realScripts)
+	s := newStore(t, programScripts())
 	for _, c := range []struct{ name, old, new string }{
 		{"a length is taken for one more", "local length = tonumber(ARGV[5])\nlocal token", "local length = tonumber(ARGV[5]) + 1\nlocal token"},
 		{"a token may be taken beyond the length", "return free > 0 and used < length\n", "return free > 0\n"},
@@ -72,19 +74,22 @@ func TestModelFindsBrokenScripts(t *testing.T) {
 }
 
 // breakScripts replaces what is once in the scripts' sources.
-func breakScripts(t *testing.T, from, to string) modelScripts {
+func breakScripts(t *testing.T, from, to string) scripts {
 	t.Helper()
 	places := 0
-	for _, source := range []string{commonSource, acquireSource, maintainSource, heartbeatSource, releaseSource, keepSource, holdSource} {
-		places += strings.Count(source, from)
+	for _, name := range []string{"semaphore", "acquire", "maintain", "heartbeat", "release", "keep", "hold"} {
+		places += strings.Count(rig.ReadFile(t, "lua/"+name+".lua"), from)
 	}
 	if places != 1 {
 		t.Fatalf("%q is %d times in the scripts", from, places)
 	}
-	changed := func(source string) *script {
-		return newScript("broken", strings.Replace(commonSource+source, from, to, 1))
+	changed := func(name string) *redis.Script {
+		return rig.NewScript(strings.Replace(rig.ScriptSource(name), from, to, 1))
 	}
-	return modelScripts{changed(acquireSource), changed(maintainSource), changed(heartbeatSource), changed(releaseSource), changed(keepSource), changed(holdSource)}
+	return scripts{
+		acquire: changed("acquire"), maintain: changed("maintain"), heartbeat: changed("heartbeat"),
+		release: changed("release"), keep: changed("keep"), hold: changed("hold"),
+	}
 }
 
 // findBroken plays one sequence; it returns the rule that the scripts break, or "".

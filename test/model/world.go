@@ -1,10 +1,11 @@
-package main
+package model
 
 import (
 	"fmt"
 	"strconv"
 	"time"
 
+	"github.com/gomodule/redigo/redis"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	"pgregory.net/rapid"
 )
@@ -107,7 +108,7 @@ func (w *world) arrive() {
 }
 
 // command runs a script for somebody.
-func (w *world) command(script *script, args ...any) (status int, rest []any, d dump) {
+func (w *world) command(script *redis.Script, args ...any) (status int, rest []any, d dump) {
 	w.commands++
 	status, rest, late := w.run(script, args...)
 	w.now += late
@@ -122,15 +123,15 @@ func (w *world) note(length int) {
 }
 
 // ask runs the acquire script for p.
-func (w *world) ask(p *actor, arrival string) answer {
+func (w *world) ask(p *actor, arrival string) rig.Acquired {
 	w.note(p.length)
 	status, rest, d := w.command(w.scripts.acquire, p.length, p.token, arrival, p.pod())
-	a, err := parseAnswer(status, rest)
+	a, err := rig.ReadAcquired(rig.Reply{Status: status, Rest: rest})
 	rig.Must(w.test, err)
 	k := w.known
 	_, held := k.holders[p.token]
 	switch {
-	case a.status == acquireTaken:
+	case a.Status == rig.AcquireTaken:
 		if !held {
 			w.checkTake(p, arrival)
 			if d.free != w.last.free-1 {
@@ -143,7 +144,7 @@ func (w *world) ask(p *actor, arrival string) answer {
 		delete(k.line, p.token)
 		delete(k.asked, p.token)
 	case held:
-		w.fail("holder %s asked and was answered %d", p.token, a.status)
+		w.fail("holder %s asked and was answered %d", p.token, a.Status)
 	case d.free != w.last.free:
 		w.fail("%s took no token, and %d of %d are free then", p.token, d.free, w.last.free)
 	case arrival != "":
@@ -153,7 +154,7 @@ func (w *world) ask(p *actor, arrival string) answer {
 		k.asked[p.token] = w.now
 	}
 	w.check(d, false)
-	if a.status == acquireTaken {
+	if a.Status == rig.AcquireTaken {
 		w.checkCalled(d)
 	}
 	w.last = d
@@ -184,7 +185,7 @@ func (w *world) tellLoss() {
 }
 
 // try asks for a token for p; where something is to be repaired first, it repairs it and asks once more.
-func (w *world) try(p *actor) answer {
+func (w *world) try(p *actor) rig.Acquired {
 	if p.kept { // as whoever stands for it does before it asks
 		w.arrive()
 		w.keep(nil, []*actor{p}, map[string]int{p.token: p.arrival})
@@ -197,25 +198,25 @@ func (w *world) try(p *actor) answer {
 	}
 	mustGet := w.mustGet(p, arrival)
 	a := w.ask(p, arrival)
-	if a.status == acquireRepair {
+	if a.Status == rig.AcquireRepair {
 		w.maintain(p.length, arrival == "" || arrival == joinLine)
 		w.arrive()
 		arrival = p.arrivalOf() // the same, if no second has begun
 		mustGet = mustGet || w.mustGet(p, arrival)
 		a = w.ask(p, arrival)
-		if a.status == acquireRepair {
+		if a.Status == rig.AcquireRepair {
 			w.fail("%s was told to repair what was repaired", p.token)
 		}
 	}
-	if mustGet && a.status != acquireTaken {
+	if mustGet && a.Status != rig.AcquireTaken {
 		w.fail("%s is entitled to a token and does not get it", p.token)
 	}
-	if a.status != acquireTaken {
+	if a.Status != rig.AcquireTaken {
 		w.checkReclaims(p)
 	}
 	w.say("%s of length %d asks with arrival %s: %s; %d in flight, %d free, line %v", p.token, p.length,
 		map[bool]string{true: "that it was told", false: strconv.Quote(arrival)}[len(arrival) > 1],
-		map[int]string{acquireTaken: "taken", acquireFull: "full"}[a.status], len(w.last.inflight), w.last.free, w.known.inLine())
+		map[int]string{rig.AcquireTaken: "taken", rig.AcquireFull: "full"}[a.Status], len(w.last.inflight), w.last.free, w.known.inLine())
 	return a
 }
 
@@ -223,7 +224,7 @@ func (w *world) try(p *actor) answer {
 func (w *world) maintain(length int, newcomer bool) {
 	w.arrive()
 	w.note(length)
-	_, _, d := w.command(w.scripts.maintain, length, yesNo(newcomer))
+	_, _, d := w.command(w.scripts.maintain, length, map[bool]string{true: "1", false: "0"}[newcomer])
 	w.check(d, true)
 	w.checkRoom(d)
 	w.checkCalled(d)
@@ -248,7 +249,7 @@ func (w *world) beat(p *actor) {
 	if !held && int(w.second)-seconds < k.born { // it is older than what Redis knows
 		w.tellLoss()
 	}
-	if (status == heartbeatRejoined) == held {
+	if (status == rig.HeartbeatRejoined) == held {
 		w.fail("a heartbeat of %s was answered %d", p.token, status)
 	}
 	free := w.last.free
@@ -272,14 +273,14 @@ func (w *world) giveBack(p *actor) {
 	k := w.known
 	want, free := 0, w.last.free
 	if _, ok := k.holders[p.token]; ok {
-		want = releaseDone
+		want = rig.ReleaseDone
 		last := 0 // it is not known what more would be of use
 		if n := len(k.greatest); n > 0 {
 			last = k.greatest[n-1].length
 		}
 		free = min(free+1, max(0, last-len(k.holders)+1))
 	} else if _, ok := k.line[p.token]; ok {
-		want = releaseLeft
+		want = rig.ReleaseLeft
 	}
 	delete(k.holders, p.token)
 	delete(k.line, p.token)
@@ -288,11 +289,11 @@ func (w *world) giveBack(p *actor) {
 	if status != want {
 		w.fail("a release of %s was answered %d, not %d", p.token, status, want)
 	}
-	if d.free < free || d.free > w.last.free+1 || want != releaseDone && d.free != free {
+	if d.free < free || d.free > w.last.free+1 || want != rig.ReleaseDone && d.free != free {
 		w.fail("a release of %s made %d free tokens %d", p.token, w.last.free, d.free)
 	}
 	w.check(d, false)
-	if want == releaseDone {
+	if want == rig.ReleaseDone {
 		w.checkRoom(d)
 	}
 	w.checkCalled(d)
@@ -308,8 +309,8 @@ func newWorld(t *rapid.T, s store, broken func(rule string)) *world {
 	w.quiet = w.interval + w.back
 	w.threshold = max(pace[1], 2*w.quiet)
 	w.length = rapid.IntRange(1, 4).Draw(t, "length")
-	w.s.heartbeatInterval, w.s.staleThreshold = time.Duration(pace[0])*time.Second, time.Duration(pace[1])*time.Second
-	w.id = freshID()
+	w.timing = rig.Timing{Interval: time.Duration(pace[0]) * time.Second, Threshold: time.Duration(pace[1]) * time.Second}
+	w.id = rig.FreshID()
 	w.say("interval %d s, threshold %d s, length %d", w.interval, w.threshold, w.length)
 	w.last = w.dump()
 	return w

@@ -1,7 +1,6 @@
-package main
+package model
 
 import (
-	"strconv"
 	"testing"
 	"time"
 
@@ -14,7 +13,7 @@ import (
 // RAPID_CHECKS=10000 plays more of them, RAPID_STEPS=100 longer ones. It reports the shortest sequence that fails.
 func TestModel(t *testing.T) {
 	t.Parallel()
-	s := newStore(t, realScripts)
+	s := newStore(t, programScripts())
 	commands := 0
 	rapid.Check(t, func(t *rapid.T) {
 		commands += playModel(t, s, func(rule string) { t.Fatal(rule) })
@@ -23,21 +22,21 @@ func TestModel(t *testing.T) {
 }
 
 // newStore is a Redis of its own, with nothing written to the disk.
-func newStore(t *testing.T, scripts modelScripts) store {
+func newStore(t *testing.T, scripts scripts) store {
 	t.Helper()
 	r := rig.StartRedis(t)
 	r.Do(t, "CONFIG", "SET", "appendonly", "no")
 	ears, err := redis.Dial("tcp", r.Address)
 	rig.Must(t, err)
 	t.Cleanup(func() { ears.Close() })
-	return store{test: t, redis: r, s: testSemaphores(t, r.Address), scripts: scripts, ears: redis.PubSubConn{Conn: ears}}
+	return store{test: t, redis: r, clock: new(estimate), scripts: scripts, ears: redis.PubSubConn{Conn: ears}}
 }
 
 // playModel plays one random sequence.
 func playModel(t *rapid.T, s store, broken func(rule string)) (commands int) {
 	w := newWorld(t, s, broken)
 	defer func() {
-		s.redis.Do(s.test, "DEL", append(w.id.keys(), w.replica()...)...)
+		s.redis.Do(s.test, "DEL", append(w.id.Keys(), w.replica()...)...)
 		if w.listening {
 			s.deafen()
 		}
@@ -76,39 +75,9 @@ func playModel(t *rapid.T, s store, broken func(rule string)) (commands int) {
 	return w.commands
 }
 
-func (w *world) drawLength() int {
-	if rapid.IntRange(0, 2).Draw(w.t, "another length") == 2 {
-		return rapid.IntRange(1, 4).Draw(w.t, "its length")
-	}
-	return w.length
-}
-
-func (w *world) newPod() *actor {
-	p := &actor{token: "p" + strconv.Itoa(len(w.order)+1), length: w.drawLength()}
-	w.pods[p.token] = p
-	w.order = append(w.order, p)
-	return p
-}
-
-// pick draws one of the pods that are so.
-func (w *world) pick(are func(*actor) bool) *actor {
-	var some []*actor
-	for _, p := range w.order {
-		if are(p) {
-			some = append(some, p)
-		}
-	}
-	if len(some) == 0 {
-		w.t.SkipNow()
-	}
-	return some[rapid.IntRange(0, len(some)-1).Draw(w.t, "which")]
-}
-
-func anyPod(*actor) bool { return true }
-
 func (w *world) playAdmission() {
 	p := w.newPod()
-	if w.try(p).status == acquireTaken {
+	if w.try(p).Status == rig.AcquireTaken {
 		w.takes(p)
 	}
 }
@@ -117,7 +86,7 @@ func (w *world) playAdmission() {
 func (w *world) playWaiter() {
 	p := w.newPod()
 	p.pace = rapid.IntRange(2, 4).Draw(w.t, "asks every")
-	if w.try(p).status == acquireTaken {
+	if w.try(p).Status == rig.AcquireTaken {
 		w.takes(p)
 		return
 	}
@@ -170,7 +139,7 @@ func (w *world) playLate() {
 	c := w.drawCommand(p)
 	by := time.Duration(rapid.SampledFrom([]int{1, 1000, 600000}).Draw(w.t, "ms late")) * time.Millisecond
 	before := w.dump()
-	if status := w.runLate(c.script, by, c.args...); status != statusLate {
+	if status := w.runLate(c.script, by, c.args...); status != rig.StatusLate {
 		w.fail("a late %s was answered %d", c.name, status)
 	}
 	if !before.equal(w.dump()) {
@@ -180,7 +149,7 @@ func (w *world) playLate() {
 
 type modelCommand struct {
 	name   string
-	script *script
+	script *redis.Script
 	args   []any
 }
 
