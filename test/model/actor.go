@@ -7,33 +7,33 @@ import (
 	"pgregory.net/rapid"
 )
 
-// actor is a process of a pod that asks for a token, or has one.
+// actor is the process of a pod that asks for a token, or has one.
 type actor struct {
 	token     string
 	length    int
-	stands    bool // asks as one who waits in line, not for an admission
-	waiting   bool // in line, as far as it knows
-	holding   bool // a token, as far as it knows
-	kept      bool // another process stands for it, which keeps its place and asks
-	silent    bool // paused or killed: does nothing, but may wake up
-	reachable bool // hears when it is called
-	arrival   int  // that it was told, by Redis's clock (Unix microseconds); 0: none yet
-	pace      int  // seconds between two questions
-	due       int  // when it asks or beats next
-	since     int  // when it took its token
-	missed    bool // has not been heard since Redis was last away, or its clock was set
+	isWaiter  bool // it joins the line; else it is an admission
+	waiting   bool // it is in line, as far as it knows
+	holding   bool // it has a token, as far as it knows
+	kept      bool // another process keeps its place, and asks for it
+	silent    bool // paused or killed: it does nothing, but may wake up
+	reachable bool // it receives the calls of Redis
+	arrival   int  // as Redis answered it (Unix microseconds); 0: no answer yet
+	pace      int  // seconds between two requests
+	due       int  // the time of its next request or heartbeat
+	since     int  // the time when it took its token
+	missed    bool // no command of it came since Redis was away, or its clock was set
 }
 
-// pod is what p tells of its pod.
+// pod is the pod of p, as the scripts get it.
 func (p *actor) pod() string { return p.token + " node" }
 
-// alive reports whether it does in time what it has to do.
+// alive reports whether p sends its commands in time.
 func (p *actor) alive() bool { return !p.silent && (p.waiting || p.holding) }
 
-// arrivalOf is what p tells when it asks now.
-func (p *actor) arrivalOf() string {
+// nextArrival is the arrival of p's next request.
+func (p *actor) nextArrival() string {
 	switch {
-	case !p.stands:
+	case !p.isWaiter:
 		return ""
 	case p.arrival == 0 || p.kept:
 		return joinLine
@@ -41,6 +41,7 @@ func (p *actor) arrivalOf() string {
 	return strconv.Itoa(p.arrival)
 }
 
+// drawLength draws the length that a pod asks for.
 func (w *world) drawLength() int {
 	if rapid.IntRange(0, 2).Draw(w.t, "another length") == 2 {
 		return rapid.IntRange(1, 4).Draw(w.t, "its length")
@@ -48,6 +49,7 @@ func (w *world) drawLength() int {
 	return w.length
 }
 
+// newPod adds a pod that has not asked yet.
 func (w *world) newPod() *actor {
 	p := &actor{token: "p" + strconv.Itoa(len(w.order)+1), length: w.drawLength()}
 	w.pods[p.token] = p
@@ -55,7 +57,7 @@ func (w *world) newPod() *actor {
 	return p
 }
 
-// pick draws one of the pods that are so.
+// pick draws a pod for which are returns true.
 func (w *world) pick(are func(*actor) bool) *actor {
 	var some []*actor
 	for _, p := range w.order {
@@ -69,9 +71,10 @@ func (w *world) pick(are func(*actor) bool) *actor {
 	return some[rapid.IntRange(0, len(some)-1).Draw(w.t, "which")]
 }
 
+// anyPod is for pick.
 func anyPod(*actor) bool { return true }
 
-// act is what p does when it is its time.
+// act sends the command of p that is due.
 func (w *world) act(p *actor) {
 	p.missed = false
 	if p.holding {
@@ -79,18 +82,18 @@ func (w *world) act(p *actor) {
 		p.due = w.now + w.interval
 		return
 	}
-	w.answered(p, w.try(p))
+	w.readAnswer(p, w.try(p))
 }
 
-// takes is for p, which knows now that it has its token.
-func (w *world) takes(p *actor) {
+// startHolding is for p, which has just got the answer that it has its token.
+func (w *world) startHolding(p *actor) {
 	p.waiting, p.holding, p.since, p.due = false, true, w.now, w.now+w.interval
 }
 
-// answered is for an answer that p reads.
-func (w *world) answered(p *actor, a rig.Acquired) {
+// readAnswer passes an answer to p, which waits.
+func (w *world) readAnswer(p *actor, a rig.Acquired) {
 	if a.Status == rig.AcquireTaken {
-		w.takes(p)
+		w.startHolding(p)
 		return
 	}
 	p.waiting, p.due = true, w.now+p.pace
@@ -99,7 +102,7 @@ func (w *world) answered(p *actor, a rig.Acquired) {
 	p.arrival = at
 }
 
-// live lets time pass in which those that are alive do what they do.
+// live passes time. All actors that are alive send their commands when they are due.
 func (w *world) live(seconds int) {
 	for end := w.now + seconds; ; {
 		var next *actor
@@ -117,8 +120,9 @@ func (w *world) live(seconds int) {
 	}
 }
 
-// calm lets all that are alive be heard again after the last time that Redis was away.
-func (w *world) calm() {
+// liveUntilAllCame passes time until a command has come from all live actors since Redis
+// was away last.
+func (w *world) liveUntilAllCame() {
 	latest := w.now
 	for _, p := range w.order {
 		if p.alive() && p.missed {

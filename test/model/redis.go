@@ -12,12 +12,17 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// The model moves time without waiting for it. To a script, time that passes, and a clock that is set, are the same: what is stored
-// comes to lie further back from now, or less far. So instead of the clock, everything moves that was ever read off it, and the
-// clock stands still: what is stored (modelShift), and what processes were told and tell again, which is their arrival (see
-// world.shift). What tells the two apart lies outside of Redis. Time passes for the processes, too: their heartbeats and questions
-// become due, and their estimate of the server's clock keeps step. A clock that is set changes nothing of that, and the estimate is
-// wrong until the next answer.
+// modelShift moves all stored times of a semaphore and of its replica. The model uses it
+// to move time without waiting.
+//
+// A script cannot tell time that passes from a clock that is set: in both cases the
+// stored times are further from now, or nearer. So the server's clock stands still, and
+// every time that came from it moves. modelShift moves the stored ones. world.shift moves
+// the arrivals that waiters were told and send again.
+//
+// The two cases differ outside of Redis. If time passes, heartbeats and requests become
+// due, and the client's estimate of the server's clock stays right. If the clock is set,
+// nothing becomes due, and the estimate is wrong until the next answer.
 var modelShift = redis.NewScript(2*keyCount, `
 local by = tonumber(ARGV[1])
 local function shiftScores(key, by)
@@ -46,34 +51,41 @@ for base = 0, 6, 6 do
   for i = 1, 6 do
     local left = redis.call('PTTL', KEYS[base + i])
     if left >= 0 then
-      redis.call('PEXPIRE', KEYS[base + i], left + by * 1000) -- deletes it if that is over
+      redis.call('PEXPIRE', KEYS[base + i], left + by * 1000) -- deletes an expired key
     end
   end
 end`)
 
-// keyCount is how many keys a semaphore has.
+// keyCount is the number of keys of a semaphore.
 const keyCount = 6
 
-// modelDump returns all that a semaphore's keys hold.
+// modelDump returns everything that the keys of a semaphore hold.
 var modelDump = redis.NewScript(keyCount, `
 local expiry = {}
 for i, key in ipairs(KEYS) do
   expiry[i] = redis.call('PEXPIRETIME', key)
 end
-return {redis.call('LLEN', KEYS[1]), redis.call('ZRANGE', KEYS[2], 0, -1, 'WITHSCORES'), redis.call('ZRANGE', KEYS[3], 0, -1, 'WITHSCORES'),
-  redis.call('ZRANGE', KEYS[4], 0, -1, 'WITHSCORES'), redis.call('HGETALL', KEYS[5]), redis.call('HGETALL', KEYS[6]), expiry}`)
+return {
+  redis.call('LLEN', KEYS[1]),
+  redis.call('ZRANGE', KEYS[2], 0, -1, 'WITHSCORES'),
+  redis.call('ZRANGE', KEYS[3], 0, -1, 'WITHSCORES'),
+  redis.call('ZRANGE', KEYS[4], 0, -1, 'WITHSCORES'),
+  redis.call('HGETALL', KEYS[5]),
+  redis.call('HGETALL', KEYS[6]),
+  expiry,
+}`)
 
-// dump is what a semaphore's keys hold.
+// dump is everything that the keys of a semaphore hold.
 type dump struct {
 	free     int
 	inflight map[string]int
 	waiters  map[string]int
 	seen     map[string]int
 	lengths  map[string]int
-	since    map[string]int    // token -> when its pod took it; 0 of a waiter
-	pods     map[string]string // token -> the pod
+	since    map[string]int    // token -> when its pod took it; 0 for a waiter
+	pods     map[string]string // token -> its pod
 	state    map[string]int
-	expiry   []int // Unix milliseconds, -1 for never, -2 where there is no such key
+	expiry   []int // Unix milliseconds; -1: never; -2: there is no such key
 }
 
 func (d dump) equal(other dump) bool {
@@ -81,28 +93,35 @@ func (d dump) equal(other dump) bool {
 }
 
 func (d dump) equalButExpiry(other dump) bool {
-	return d.free == other.free && maps.Equal(d.inflight, other.inflight) && maps.Equal(d.waiters, other.waiters) &&
-		maps.Equal(d.seen, other.seen) && maps.Equal(d.lengths, other.lengths) && maps.Equal(d.since, other.since) && maps.Equal(d.pods, other.pods) && maps.Equal(d.state, other.state)
+	return d.free == other.free && maps.Equal(d.inflight, other.inflight) &&
+		maps.Equal(d.waiters, other.waiters) && maps.Equal(d.seen, other.seen) &&
+		maps.Equal(d.lengths, other.lengths) && maps.Equal(d.since, other.since) &&
+		maps.Equal(d.pods, other.pods) && maps.Equal(d.state, other.state)
 }
 
-// scripts are the scripts that are tested.
+// scripts are the scripts under test.
 type scripts struct{ acquire, maintain, heartbeat, release, keep, hold *redis.Script }
 
-// programScripts are those of the program.
-func programScripts() scripts {
+// scriptsOf makes the scripts from their names.
+func scriptsOf(script func(name string) *redis.Script) scripts {
 	return scripts{
-		acquire: rig.Script("acquire"), maintain: rig.Script("maintain"), heartbeat: rig.Script("heartbeat"),
-		release: rig.Script("release"), keep: rig.Script("keep"), hold: rig.Script("hold"),
+		acquire:   script("acquire"),
+		maintain:  script("maintain"),
+		heartbeat: script("heartbeat"),
+		release:   script("release"),
+		keep:      script("keep"),
+		hold:      script("hold"),
 	}
 }
 
-// estimate is what a client believes of the server's clock.
+// estimate is a client's estimate of the server's clock.
 type estimate struct {
-	micros int64     // what the server said last (Unix microseconds); zero: nothing yet
-	heard  time.Time // when that was read
+	micros int64     // the time in the last answer (Unix microseconds); 0: no answer yet
+	heard  time.Time // when the client read it
 }
 
-// at is the server's time at a moment here; zero, which is always too late, while the server has said nothing.
+// at returns the server's time at a moment of the client's clock. Without an answer it
+// returns 0, a deadline that is always over.
 func (e *estimate) at(t time.Time) int64 {
 	if e.micros == 0 {
 		return 0
@@ -110,16 +129,17 @@ func (e *estimate) at(t time.Time) int64 {
 	return e.micros + t.Sub(e.heard).Microseconds()
 }
 
-// store is the Redis side of the model: one semaphore, time that is moved by hand, and a replica that may take over.
+// store is the Redis side of the model: one semaphore, a time that the model moves, and a
+// replica that may take over.
 type store struct {
 	test    *testing.T
 	redis   *rig.Redis
 	clock   *estimate
 	timing  rig.Timing
 	scripts scripts
-	ears    redis.PubSubConn // where waiters hear that they are called
+	ears    redis.PubSubConn // receives the calls for waiters
 	id      rig.ID
-	second  int64 // of the real clock: now
+	second  int64 // the present second of the real clock
 }
 
 func (s *store) replica() []any {
@@ -137,7 +157,8 @@ func (s *store) shift(seconds int) {
 	rig.Must(s.test, err)
 }
 
-// ticks returns how many seconds the real clock has moved on since it was asked last. It waits where the second is about to change.
+// ticks returns the number of seconds that the real clock has moved on since the last
+// call. Near the end of a second it waits for the next one.
 func (s *store) ticks() int {
 	const edge = 10 * time.Millisecond
 	now := time.Now()
@@ -150,18 +171,19 @@ func (s *store) ticks() int {
 	return int(ticks)
 }
 
-// setClock has the server's clock set forward, or back; the times that are stored are shifted by the caller.
+// setClock sets the server's clock forward, or back. The caller shifts the stored times.
 func (s *store) setClock(seconds int) { s.clock.micros -= int64(seconds) * 1e6 }
 
-// run runs a script as the program does, but has all the time of the world. late is by how many seconds the clock has moved on
-// meanwhile.
+// run runs a script as the program does, but gives it a minute. late is the number of
+// seconds that the clock has moved on meanwhile.
 func (s *store) run(script *redis.Script, args ...any) (status int, rest []any, late int) {
 	status = rig.StatusLate
-	for try := 0; status == rig.StatusLate; try++ { // the first may not know the time
+	for try := 0; status == rig.StatusLate; try++ { // the first deadline may be wrong; the answer has the time
 		if try == 3 {
 			s.test.Fatal("refused as late")
 		}
-		reply, err := rig.RunScript(s.redis.Control, script, s.id, s.clock.at(time.Now().Add(time.Minute)), s.timing, args...)
+		deadline := s.clock.at(time.Now().Add(time.Minute))
+		reply, err := rig.RunScript(s.redis.Control, script, s.id, deadline, s.timing, args...)
 		rig.Must(s.test, err)
 		status, rest = reply.Status, reply.Rest
 		*s.clock = estimate{reply.Micros, time.Now()}
@@ -173,16 +195,20 @@ func (s *store) run(script *redis.Script, args ...any) (status int, rest []any, 
 
 // runLate runs a script after its deadline.
 func (s *store) runLate(script *redis.Script, by time.Duration, args ...any) (status int) {
-	reply, err := rig.RunScript(s.redis.Control, script, s.id, time.Now().Add(-by).UnixMicro(), s.timing, args...)
+	deadline := time.Now().Add(-by).UnixMicro()
+	reply, err := rig.RunScript(s.redis.Control, script, s.id, deadline, s.timing, args...)
 	rig.Must(s.test, err)
 	return reply.Status
 }
 
-// listen subscribes to the calls of a waiter, and deafen to none any more.
+// listen subscribes the channel of a waiter.
 func (s *store) listen(token string) { s.hear("SUBSCRIBE", s.id.Channel(token)) }
-func (s *store) deafen()             { s.hear("UNSUBSCRIBE") }
 
-// hear sends a command to the connection that listens, and returns in which channels somebody was called before it was answered.
+// deafen unsubscribes all channels.
+func (s *store) deafen() { s.hear("UNSUBSCRIBE") }
+
+// hear sends a command over the connection that listens. It returns the channels of the
+// calls that came before the answer.
 func (s *store) hear(command string, args ...any) map[string]bool {
 	rig.Must(s.test, s.ears.Conn.Send(command, args...))
 	rig.Must(s.test, s.ears.Conn.Flush())
@@ -190,7 +216,7 @@ func (s *store) hear(command string, args ...any) map[string]bool {
 	for {
 		switch reply := s.ears.Receive().(type) {
 		case redis.Message:
-			if string(reply.Data) == "your turn" {
+			if string(reply.Data) == yourTurn {
 				called[reply.Channel] = true
 			}
 		case redis.Subscription:
@@ -205,10 +231,14 @@ func (s *store) hear(command string, args ...any) map[string]bool {
 	}
 }
 
-// replicate brings the replica up to date; failover lets it take over.
+// replicate brings the replica up to date.
 func (s *store) replicate() { s.copy(s.id.Keys(), s.replica()) }
-func (s *store) failover()  { s.copy(s.replica(), s.id.Keys()) }
-func (s *store) loseAll()   { s.redis.Do(s.test, "DEL", s.id.Keys()...) }
+
+// failover makes the replica take over.
+func (s *store) failover() { s.copy(s.replica(), s.id.Keys()) }
+
+// loseAll deletes the data of the semaphore.
+func (s *store) loseAll() { s.redis.Do(s.test, "DEL", s.id.Keys()...) }
 
 func (s *store) copy(from, to []any) {
 	s.redis.Do(s.test, "DEL", to...)
@@ -217,6 +247,7 @@ func (s *store) copy(from, to []any) {
 	}
 }
 
+// dump reads everything that the keys of the semaphore hold.
 func (s *store) dump() (d dump) {
 	values, err := redis.Values(modelDump.Do(s.redis.Control, s.id.Keys()...))
 	rig.Must(s.test, err)
