@@ -204,7 +204,7 @@ func (a *admitter) warnOfJob(ctx context.Context, d *decision, r *admissionReque
 		} `json:"spec"`
 	}
 	if err := json.Unmarshal(r.Object, &job); err != nil {
-		return bad("decode request.object: %v", err)
+		return badRequestf("decode request.object: %v", err)
 	}
 	annotations := job.Spec.Template.Metadata.Annotations
 	if annotations[annotationEnabled] != "true" {
@@ -299,9 +299,9 @@ func (q *sideQuestion[A]) get(ctx context.Context, isOld func(answer A, age time
 // gatePulse knows whether a gate is at work, by what it tells the queue.
 type gatePulse struct{ sideQuestion[bool] }
 
-func newGatePulse(q queue) *gatePulse {
+func newGatePulse(q tokenServers) *gatePulse {
 	g := new(gatePulse)
-	g.ask = func(ctx context.Context) (bool, error) { return redis.Bool(askQueue(ctx, q, "EXISTS", pulseKey)) }
+	g.ask = func(ctx context.Context) (bool, error) { return redis.Bool(runCommand(ctx, q, "EXISTS", pulseKey)) }
 	return g
 }
 
@@ -352,13 +352,13 @@ func namespaceUser(namespace string) string { return "sidecar/" + namespace }
 type namespaceUsers struct{ sideQuestion[map[string]bool] }
 
 // newNamespaceUsers asks the queue, or nothing if it has no users.
-func newNamespaceUsers(q queue, hasUsers bool) *namespaceUsers {
+func newNamespaceUsers(q tokenServers, hasUsers bool) *namespaceUsers {
 	n := new(namespaceUsers)
 	n.ask = func(ctx context.Context) (map[string]bool, error) {
 		if !hasUsers {
 			return nil, nil
 		}
-		return readUsers(askQueue(ctx, q, "ACL", "USERS")) // which the webhook's user may do by +acl|users
+		return readUsers(runCommand(ctx, q, "ACL", "USERS")) // which the webhook's user may do by +acl|users
 	}
 	return n
 }

@@ -97,30 +97,30 @@ type badRequest struct {
 
 func (e *badRequest) Error() string { return e.text }
 
-func bad(format string, args ...any) *badRequest {
+func badRequestf(format string, args ...any) *badRequest {
 	return &badRequest{http.StatusBadRequest, fmt.Sprintf(format, args...)}
 }
 
 // decodeReview reads an AdmissionReview; its errors are *badRequest.
 func decodeReview(body []byte) (*admissionRequest, error) {
 	if len(body) == 0 {
-		return nil, bad("empty body: an AdmissionReview is expected")
+		return nil, badRequestf("empty body: an AdmissionReview is expected")
 	}
 	review, ok := scanReview(body)
 	if !ok {
 		review = admissionReview{}
 		if err := json.Unmarshal(body, &review); err != nil {
-			return nil, bad("decode AdmissionReview: %v", err)
+			return nil, badRequestf("decode AdmissionReview: %v", err)
 		}
 	}
 	if v := admissionv1.SchemeGroupVersion.String(); review.APIVersion != v || review.Kind != "AdmissionReview" {
-		return nil, bad("got %s of %s: only AdmissionReview of %s is served", quoteShort(review.Kind), quoteShort(review.APIVersion), v)
+		return nil, badRequestf("got %s of %s: only AdmissionReview of %s is served", quoteShort(review.Kind), quoteShort(review.APIVersion), v)
 	}
 	switch r := review.Request; {
 	case r == nil:
-		return nil, bad("AdmissionReview without a request")
+		return nil, badRequestf("AdmissionReview without a request")
 	case r.UID == "":
-		return nil, bad("AdmissionReview without request.uid")
+		return nil, badRequestf("AdmissionReview without request.uid")
 	default:
 		return r, nil
 	}
@@ -129,17 +129,17 @@ func decodeReview(body []byte) (*admissionRequest, error) {
 // decodePod reads the pod of a request to create one; its errors are *badRequest.
 func decodePod(r *admissionRequest) (*pod, error) {
 	if r.Namespace == "" {
-		return nil, bad("AdmissionReview of a pod without request.namespace")
+		return nil, badRequestf("AdmissionReview of a pod without request.namespace")
 	}
 	if len(r.Object) == 0 || string(r.Object) == "null" {
-		return nil, bad("AdmissionReview of a pod without request.object")
+		return nil, badRequestf("AdmissionReview of a pod without request.object")
 	}
 	if r.pod != nil {
 		return r.pod, nil
 	}
 	p := new(pod)
 	if err := json.Unmarshal(r.Object, p); err != nil {
-		return nil, bad("decode request.object: %v", err)
+		return nil, badRequestf("decode request.object: %v", err)
 	}
 	return p, nil
 }

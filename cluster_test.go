@@ -122,13 +122,13 @@ func TestClusterSlotMoving(t *testing.T) {
 	}
 	config := groupConfig(t, c.Address())
 	config.redis = redisSettings{username: "sidecar", password: rig.Password}
-	s := newSemaphores(config.sharedConfig, newRedlock(config.redisAddresses, redisSettings{}, 1), 1, slog.New(slog.DiscardHandler))
+	s := newSemaphores(config.settings, newRedlock(config.redisAddresses, redisSettings{}, 1), 1, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() { rig.Must(t, s.close(context.Background())) })
 	id := freshID()
 	// A pod of length 1 waits while others of length 3 come and go: all keys are there.
 	holder := acquire(t, s, id, 3)
 	gone := acquire(t, s, id, 3)
-	if a, err := s.ask(t.Context(), id, question{uuid.NewString(), 1, joinLine, ""}); err != nil || a.status != acquireFull {
+	if a, err := s.runAcquire(t.Context(), id, acquireRequest{uuid.NewString(), 1, joinLine, ""}); err != nil || a.status != acquireFull {
 		t.Fatalf("got %+v, %v", a, err)
 	}
 	giveBack(t, s, id, gone)
@@ -146,7 +146,7 @@ func TestClusterSlotMoving(t *testing.T) {
 		for _, n := range c.Nodes {
 			n.Do(t, "ACL", "SETUSER", "sidecar", "-"+rule[1:])
 		}
-		fresh := newSemaphores(config.sharedConfig, nil, 1, slog.New(slog.DiscardHandler))
+		fresh := newSemaphores(config.settings, nil, 1, slog.New(slog.DiscardHandler))
 		if rule == "+role" {
 			fresh.queue.(*clusterQueue).doubted[from.Address] = true
 		}

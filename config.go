@@ -21,7 +21,7 @@ const imageRepository = "ghcr.io/kaidotio/at-least-semaphore-pod-hook"
 
 // webhookConfig are the settings of the webhook mode.
 type webhookConfig struct {
-	sharedConfig
+	settings
 	host                    string
 	port                    int
 	certDir                 string
@@ -44,7 +44,7 @@ type webhookConfig struct {
 
 // sidecarConfig are the settings of the sidecar mode.
 type sidecarConfig struct {
-	sharedConfig
+	settings
 	terminationGracePeriod time.Duration // see giveBackSeconds
 	semaphore              semaphoreID
 	token                  string
@@ -56,7 +56,7 @@ type sidecarConfig struct {
 
 // gateConfig are the settings of the gate mode.
 type gateConfig struct {
-	sharedConfig
+	settings
 	kubernetes         kubernetesSettings
 	unschedulable      time.Duration
 	metricsBindAddress string
@@ -70,7 +70,7 @@ const (
 
 // statusConfig are the settings of the status mode.
 type statusConfig struct {
-	sharedConfig
+	settings
 	output    string
 	watch     bool
 	yes       bool
@@ -103,13 +103,13 @@ func parseStatusConfig(args []string, getenv func(string) string) (c statusConfi
 	return c, err
 }
 
-func (c *sharedConfig) declareFlags(f *flags, getenv func(string) string) {
+func (c *settings) declareFlags(f *flags, getenv func(string) string) {
 	c.declareQueueFlags(f, getenv)
 	c.declareLockFlags(f, getenv)
 }
 
 // declareQueueFlags declares what is to be known of the queue.
-func (c *sharedConfig) declareQueueFlags(f *flags, getenv func(string) string) {
+func (c *settings) declareQueueFlags(f *flags, getenv func(string) string) {
 	c.redis.username, c.redis.password = getenv("REDIS_USERNAME"), getenv("REDIS_PASSWORD")
 	c.redis.sentinelUsername, c.redis.sentinelPassword = getenv("REDIS_SENTINEL_USERNAME"), getenv("REDIS_SENTINEL_PASSWORD")
 	declare(f, &c.queueRedisAddress, readQueueAddress, "queue-redis-address", "127.0.0.1:6379",
@@ -123,7 +123,7 @@ func (c *sharedConfig) declareQueueFlags(f *flags, getenv func(string) string) {
 }
 
 // declareLockFlags declares what is to be known of the lock.
-func (c *sharedConfig) declareLockFlags(f *flags, getenv func(string) string) {
+func (c *settings) declareLockFlags(f *flags, getenv func(string) string) {
 	c.etcd.username, c.etcd.password = getenv("ETCD_USERNAME"), getenv("ETCD_PASSWORD")
 	declare(f, &c.lockMode, readChoice(lockModeRedlock, lockModeEtcd), "lock-mode", lockModeRedlock,
 		"lock that guards repairs: `redlock|etcd`")
@@ -137,7 +137,7 @@ func (c *sharedConfig) declareLockFlags(f *flags, getenv func(string) string) {
 	declare(f, &c.etcd.keyFile, readText, "etcd-key-file", "", "`FILE` of the PEM key of --etcd-cert-file")
 }
 
-func (c *sharedConfig) validate(f *flags) {
+func (c *settings) validate(f *flags) {
 	if (c.etcd.certFile == "") != (c.etcd.keyFile == "") {
 		f.problem("--etcd-cert-file and --etcd-key-file go together")
 	} else if c.etcd.certFile != "" {
@@ -176,7 +176,7 @@ func anyHas(scheme string, addresses ...string) bool {
 }
 
 func (c *webhookConfig) declareFlags(f *flags, getenv func(string) string) {
-	c.sharedConfig.declareFlags(f, getenv)
+	c.settings.declareFlags(f, getenv)
 	declare(f, &c.host, readText, "host", "0.0.0.0", "`ADDRESS` to serve /mutate on, over TLS")
 	declare(f, &c.port, readNumber(1, 65535), "port", "9443", "TCP `PORT` to serve /mutate on")
 	declare(f, &c.certDir, readNonEmpty, "certDir", "/var/k8s-webhook-server/serving-certs",
@@ -218,7 +218,7 @@ func (c *webhookConfig) declareFlags(f *flags, getenv func(string) string) {
 }
 
 func (c *webhookConfig) validate(f *flags) {
-	c.sharedConfig.validate(f)
+	c.settings.validate(f)
 	if c.whenFull != whenFullDeny && !c.enableSidecarContainers && !f.wrong["enable-sidecar-containers"] && !f.wrong["when-full"] {
 		f.problem("--when-full: %s needs native sidecars: with --enable-sidecar-containers=false the containers of a pod "+
 			"start all at once, with or without a token", c.whenFull)
@@ -264,7 +264,7 @@ func (c *webhookConfig) sidecarRedisAddresses() []string {
 }
 
 func (c *sidecarConfig) declareFlags(f *flags, getenv func(string) string) {
-	c.sharedConfig.declareFlags(f, getenv)
+	c.settings.declareFlags(f, getenv)
 	c.podUID = getenv("POD_UID")
 	c.pod = newPodName(getenv("POD_NAME"), getenv("NODE_NAME"))
 	declare(f, &c.length, readNumber(1, maxLength), "length", "",
@@ -278,7 +278,7 @@ func (c *sidecarConfig) declareFlags(f *flags, getenv func(string) string) {
 
 // validate reads the arguments after the flags too.
 func (c *sidecarConfig) validate(f *flags) {
-	c.sharedConfig.validate(f)
+	c.settings.validate(f)
 	if f.NArg() != 2 {
 		f.problem("%d arguments after the flags; they are NAMESPACE/KEY TOKEN", f.NArg())
 		return
@@ -320,7 +320,7 @@ func (c *kubernetesSettings) validate(f *flags) {
 }
 
 func (c *gateConfig) declareFlags(f *flags, getenv func(string) string) {
-	c.sharedConfig.declareFlags(f, getenv)
+	c.settings.declareFlags(f, getenv)
 	c.kubernetes.declareFlags(f, getenv)
 	declare(f, &c.unschedulable, readSeconds(1, 86400), "unschedulable-seconds", "300",
 		"`SECONDS` that a pod whose gate was lifted keeps its token without having started")
@@ -329,7 +329,7 @@ func (c *gateConfig) declareFlags(f *flags, getenv func(string) string) {
 }
 
 func (c *gateConfig) validate(f *flags) {
-	c.sharedConfig.validate(f)
+	c.settings.validate(f)
 	c.kubernetes.validate(f)
 	if f.NArg() > 0 {
 		f.problem("unexpected argument %q: gate takes flags only", f.Arg(0))
@@ -354,7 +354,7 @@ func (c *statusConfig) declareFlags(f *flags, getenv func(string) string) {
 }
 
 func (c *statusConfig) validate(f *flags) {
-	c.sharedConfig.validate(f)
+	c.settings.validate(f)
 	operands := f.operands
 	releases := len(operands) > 0 && operands[0] == "release"
 	if releases {

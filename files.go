@@ -16,11 +16,11 @@ import (
 )
 
 // certificate is a TLS key pair that follows its files.
-type certificate struct{ *followed[tls.Certificate] }
+type certificate struct{ *watchedFile[tls.Certificate] }
 
 // loadCertificate reads tls.crt and tls.key in dir.
 func loadCertificate(dir string, log *slog.Logger) (*certificate, error) {
-	f, err := follow(log, parsePair, func(pair tls.Certificate) {
+	f, err := newWatchedFile(log, parsePair, func(pair tls.Certificate) {
 		// The serial number is as openssl prints it.
 		log.Info("certificate taken", "serialNumber", fmt.Sprintf("%X", pair.Leaf.SerialNumber), "notAfter", pair.Leaf.NotAfter, "dnsNames", pair.Leaf.DNSNames)
 	}, filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key"))
@@ -64,24 +64,24 @@ func parseCA(texts [][]byte) (*x509.CertPool, error) {
 	return pool, nil
 }
 
-// followInterval is how often files are looked at. They are read and compared: the kubelet changes a mounted Secret by a symbolic
+// fileInterval is how often files are looked at. They are read and compared: the kubelet changes a mounted Secret by a symbolic
 // link, which notifications on the files do not show.
-const followInterval = time.Second
+const fileInterval = time.Second
 
-// followed is what is read from files, and follows them when they change.
-type followed[T any] struct {
-	files   []string
-	parse   func(texts [][]byte) (T, error) // of the files, in their order
-	taken   func(T)                         // is told, and logs, what is in use a moment later
-	current atomic.Pointer[T]
-	looked  bool   // there is something seen
-	seen    []byte // content of the files, good or bad
-	log     *slog.Logger
+// watchedFile is what is read from files, and follows them when they change.
+type watchedFile[T any] struct {
+	files    []string
+	parse    func(texts [][]byte) (T, error) // of the files, in their order
+	onChange func(T)                         // is told, and logs, what is in use a moment later
+	current  atomic.Pointer[T]
+	looked   bool   // there is something seen
+	seen     []byte // content of the files, good or bad
+	log      *slog.Logger
 }
 
-// follow reads the files, which have to be good.
-func follow[T any](log *slog.Logger, parse func(texts [][]byte) (T, error), taken func(T), files ...string) (*followed[T], error) {
-	f := &followed[T]{files: files, parse: parse, taken: taken, log: log}
+// newWatchedFile reads the files, which have to be good.
+func newWatchedFile[T any](log *slog.Logger, parse func(texts [][]byte) (T, error), taken func(T), files ...string) (*watchedFile[T], error) {
+	f := &watchedFile[T]{files: files, parse: parse, onChange: taken, log: log}
 	if _, err := f.reload(); err != nil {
 		return nil, err
 	}
@@ -90,29 +90,29 @@ func follow[T any](log *slog.Logger, parse func(texts [][]byte) (T, error), take
 
 // reload reads the files again. If they have changed since the last call, it takes what they hold, or says what is wrong with it and
 // keeps what was there before.
-func (f *followed[T]) reload() (changed bool, err error) {
+func (f *watchedFile[T]) reload() (changed bool, err error) {
 	var texts [][]byte
 	for _, file := range f.files {
 		text, err := os.ReadFile(file)
 		if err != nil {
-			return f.see([]byte(err.Error())), err
+			return f.changed([]byte(err.Error())), err
 		}
 		texts = append(texts, text)
 	}
-	if !f.see(bytes.Join(texts, []byte{0})) {
+	if !f.changed(bytes.Join(texts, []byte{0})) {
 		return false, nil
 	}
 	value, err := f.parse(texts)
 	if err != nil {
 		return true, fmt.Errorf("%s: %w", strings.Join(f.files, " and "), err)
 	}
-	f.taken(value)
+	f.onChange(value)
 	f.current.Store(&value)
 	return true, nil
 }
 
-// see remembers what was seen and reports whether it is new.
-func (f *followed[T]) see(what []byte) bool {
+// changed remembers what was seen and reports whether it is new.
+func (f *watchedFile[T]) changed(what []byte) bool {
 	if f.looked && bytes.Equal(what, f.seen) {
 		return false
 	}
@@ -121,7 +121,7 @@ func (f *followed[T]) see(what []byte) bool {
 }
 
 // watch reloads every interval until ctx is done, and logs each bad change once.
-func (f *followed[T]) watch(ctx context.Context, interval time.Duration) {
+func (f *watchedFile[T]) watch(ctx context.Context, interval time.Duration) {
 	for sleep(ctx, interval) == nil {
 		if changed, err := f.reload(); changed && err != nil {
 			f.log.Error("changed files not taken, what they held before stays in use", "error", err.Error())

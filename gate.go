@@ -32,7 +32,7 @@ const watchPatience = 200 * time.Millisecond
 type gate struct {
 	kubernetes    *kubernetes
 	semaphores    *semaphores
-	calls         *subscription
+	subscription  *subscription
 	unschedulable time.Duration
 	metrics       *gateMetrics
 	log           *slog.Logger
@@ -81,13 +81,13 @@ func newGate(c gateConfig, log *slog.Logger) (*gate, error) {
 		return nil, err
 	}
 	c.redis.counts = new(redisCounts)
-	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log)
+	s := newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, log)
 	s.metrics = newMetrics(c.redis.counts)
 	namespaces := c.kubernetes.namespaces
 	if len(namespaces) == 0 {
 		namespaces = []string{""}
 	}
-	g := &gate{kubernetes: k, semaphores: s, calls: newSubscription(s.queue, sideID, log), unschedulable: c.unschedulable, log: log,
+	g := &gate{kubernetes: k, semaphores: s, subscription: newSubscription(s.queue, sideID, log), unschedulable: c.unschedulable, log: log,
 		lines: map[semaphoreID]*gateLine{}, ids: map[string]semaphoreID{}, unlisted: map[string]bool{}}
 	for _, namespace := range namespaces {
 		g.unlisted[namespace] = true
@@ -100,7 +100,7 @@ func newGate(c gateConfig, log *slog.Logger) (*gate, error) {
 func (g *gate) run(ctx context.Context) {
 	g.ctx = ctx
 	g.background.Go(func() { g.kubernetes.run(ctx) })
-	g.background.Go(func() { g.calls.receiveRetrying(ctx) })
+	g.background.Go(func() { g.subscription.receiveRetrying(ctx) })
 	g.background.Go(func() { g.pulse(ctx) })
 	for _, namespace := range slices.Collect(maps.Keys(g.unlisted)) { // synced takes them away
 		g.background.Go(func() { g.kubernetes.watchPods(ctx, labelGated, namespace, g) })
@@ -181,8 +181,8 @@ func (g *gate) closeIfEmpty(l *gateLine) bool {
 	return true
 }
 
-// holdEvery is how often tokens are kept in flight: as sidecars do it, and often enough for the threshold.
-func (g *gate) holdEvery() time.Duration {
+// tokensEvery is how often tokens are kept in flight: as sidecars do it, and often enough for the threshold.
+func (g *gate) tokensEvery() time.Duration {
 	return min(g.semaphores.heartbeatInterval, g.semaphores.staleThreshold/4)
 }
 
@@ -216,8 +216,8 @@ func (g *gate) lift(ctx context.Context, id semaphoreID, p *watchedPod, taken ti
 	return time.Second, false
 }
 
-// letGo removes our label: the pod needs us no longer.
-func (g *gate) letGo(ctx context.Context, p *watchedPod) (again time.Duration) {
+// removeLabel removes our label: the pod needs us no longer.
+func (g *gate) removeLabel(ctx context.Context, p *watchedPod) (again time.Duration) {
 	var steps patch
 	steps.test(jsonText(p.uid), "metadata", "uid")
 	steps.remove("metadata", "labels", labelGated)
@@ -249,9 +249,9 @@ func (g *gate) healthRoutes() http.Handler {
 func (g *gate) pulse(ctx context.Context) {
 	for ctx.Err() == nil {
 		if g.isReady() {
-			_, err := askQueue(ctx, g.semaphores.queue, "HSET", pulseKey, "version", version)
+			_, err := runCommand(ctx, g.semaphores.queue, "HSET", pulseKey, "version", version)
 			if err == nil {
-				_, err = askQueue(ctx, g.semaphores.queue, "EXPIRE", pulseKey, seconds(pulseTime))
+				_, err = runCommand(ctx, g.semaphores.queue, "EXPIRE", pulseKey, seconds(pulseTime))
 			}
 			if err != nil && ctx.Err() == nil {
 				g.log.Debug("no pulse", "error", err.Error())

@@ -72,8 +72,8 @@ func (p *gatedPod) sidecarRan() bool {
 }
 
 const (
-	// keepEvery is how often the places of pods are kept: Redis forgets one after "patience" seconds; see semaphore.lua.
-	keepEvery = 3 * time.Second
+	// placesEvery is how often the places of pods are kept: Redis forgets one after "patience" seconds; see semaphore.lua.
+	placesEvery = 3 * time.Second
 
 	// lineRest is between two looks at a line, however often it is called.
 	lineRest = 20 * time.Millisecond
@@ -99,8 +99,8 @@ type gateLine struct {
 	// Of the loop alone.
 	known      int64           // created, as Redis answered it
 	next       map[int64]int64 // of each second in which pods were created, the next free place
-	keptAt     time.Time       // when the places were kept last
-	heldAt     time.Time       // and the tokens
+	placesAt   time.Time       // when the places were kept last
+	tokensAt   time.Time       // and the tokens
 	subscribed map[string]bool // tokens
 	retry      *backoff
 	limit      logLimiter
@@ -164,7 +164,7 @@ func (l *gateLine) drop(uid string) {
 func (l *gateLine) run(ctx context.Context) {
 	defer l.subscribe(nil)
 	for ctx.Err() == nil {
-		pause := l.look(ctx)
+		pause := l.reconcile(ctx)
 		if l.gate.closeIfEmpty(l) {
 			return
 		}
@@ -180,12 +180,12 @@ func (l *gateLine) run(ctx context.Context) {
 	}
 }
 
-// look does what is to be done now, and returns for how long nothing is.
-func (l *gateLine) look(ctx context.Context) time.Duration {
+// reconcile does what is to be done now, and returns for how long nothing is.
+func (l *gateLine) reconcile(ctx context.Context) time.Duration {
 	pods := l.snapshot()
-	l.settle(ctx, pods)
+	l.finish(ctx, pods)
 	pause, err := l.stand(ctx, pods)
-	due, held := l.hold(ctx, pods) // whatever keeps others from getting theirs
+	due, held := l.refreshTokens(ctx, pods) // whatever keeps others from getting theirs
 	err = errors.Join(err, held)
 	l.lift(ctx, pods)
 	switch {
@@ -199,7 +199,7 @@ func (l *gateLine) look(ctx context.Context) time.Duration {
 	if err != nil {
 		return l.retry.next()
 	}
-	return min(pause, due, keepEvery)
+	return min(pause, due, placesEvery)
 }
 
 // snapshot is all pods, in their order.
@@ -261,10 +261,10 @@ func (l *gateLine) setState(seen *seenGatedPod, from, to lineState) {
 	}
 }
 
-// hold keeps the tokens of those that hold them in flight. One that is lost stands in line again, unless its sidecar takes care of that.
-func (l *gateLine) hold(ctx context.Context, pods []*seenGatedPod) (pause time.Duration, err error) {
-	every := l.gate.holdEvery()
-	if due := every - time.Since(l.heldAt); due > 0 {
+// refreshTokens keeps the tokens of those that hold them in flight. One that is lost stands in line again, unless its sidecar takes care of that.
+func (l *gateLine) refreshTokens(ctx context.Context, pods []*seenGatedPod) (pause time.Duration, err error) {
+	every := l.gate.tokensEvery()
+	if due := every - time.Since(l.tokensAt); due > 0 {
 		return due, nil
 	}
 	byToken := map[string]*seenGatedPod{}
@@ -277,11 +277,11 @@ func (l *gateLine) hold(ctx context.Context, pods []*seenGatedPod) (pause time.D
 	if len(tokens) == 0 {
 		return every, nil
 	}
-	lost, err := l.gate.semaphores.hold(ctx, l.id, tokens)
+	lost, err := l.gate.semaphores.refreshTokens(ctx, l.id, tokens)
 	if err != nil {
 		return 0, err
 	}
-	l.heldAt = time.Now()
+	l.tokensAt = time.Now()
 	for _, token := range lost {
 		p := byToken[token]
 		l.change(p, func() time.Duration {
@@ -299,8 +299,8 @@ func (l *gateLine) hold(ctx context.Context, pods []*seenGatedPod) (pause time.D
 	return every, nil
 }
 
-// settle gives back what pods have that have ended or are gone, and lets go those that need the gate no longer.
-func (l *gateLine) settle(ctx context.Context, pods []*seenGatedPod) {
+// finish gives back what pods have that have ended or are gone, and lets go those that need the gate no longer.
+func (l *gateLine) finish(ctx context.Context, pods []*seenGatedPod) {
 	for _, p := range pods {
 		state, gone := l.stateOf(p)
 		late := p.lifted()
@@ -309,16 +309,16 @@ func (l *gateLine) settle(ctx context.Context, pods []*seenGatedPod) {
 		}
 		switch {
 		case gone:
-			l.change(p, func() time.Duration { return l.giveUp(ctx, p.watchedPod) })
+			l.change(p, func() time.Duration { return l.resolveMissing(ctx, p.watchedPod) })
 		case state == podEnded:
 			l.change(p, func() time.Duration {
 				if again := l.giveBack(ctx, p.uid); again > 0 {
 					return again
 				}
-				return l.gate.letGo(ctx, p.watchedPod)
+				return l.gate.removeLabel(ctx, p.watchedPod)
 			})
 		case state == podLeaves:
-			l.change(p, func() time.Duration { return l.gate.letGo(ctx, p.watchedPod) })
+			l.change(p, func() time.Duration { return l.gate.removeLabel(ctx, p.watchedPod) })
 		case !late.IsZero() && time.Since(late) > l.gate.unschedulable && !p.sidecarRan():
 			l.log.Warn("the pod has not started in time: its token goes stale", "pod", p.name, "token", p.uid, "reason", p.unscheduledReason)
 			l.gate.event(p.watchedPod, true, reasonLate, "LettingGo", strconv.FormatInt(late.Unix(), 10), fmt.Sprintf(
@@ -329,9 +329,9 @@ func (l *gateLine) settle(ctx context.Context, pods []*seenGatedPod) {
 	}
 }
 
-// giveUp ends what a pod has that the watch has lost, if it was deleted, or has ended; else it has lost the label, and its sidecar has the
+// resolveMissing ends what a pod has that the watch has lost, if it was deleted, or has ended; else it has lost the label, and its sidecar has the
 // token.
-func (l *gateLine) giveUp(ctx context.Context, p *watchedPod) (again time.Duration) {
+func (l *gateLine) resolveMissing(ctx context.Context, p *watchedPod) (again time.Duration) {
 	now, err := l.gate.kubernetes.getPod(ctx, p.namespace, p.name, p.uid)
 	switch {
 	case err == nil && now.labels[labelGated] != "": // the watch tells it again
@@ -371,7 +371,7 @@ func (l *gateLine) lift(ctx context.Context, pods []*seenGatedPod) {
 		}
 		l.change(p, func() time.Duration {
 			if p.refused {
-				return l.lookAgain(ctx, p)
+				return l.refetch(ctx, p)
 			}
 			again, refused := l.gate.lift(ctx, l.id, p.watchedPod, p.taken)
 			if refused {
@@ -388,8 +388,8 @@ func (l *gateLine) setRefused(p *seenGatedPod) {
 	p.of.refused = true
 }
 
-// lookAgain learns how a pod is that the watch has told nothing new of, though its gate could not be lifted. It may have ended long ago.
-func (l *gateLine) lookAgain(ctx context.Context, p *seenGatedPod) (again time.Duration) {
+// refetch learns how a pod is that the watch has told nothing new of, though its gate could not be lifted. It may have ended long ago.
+func (l *gateLine) refetch(ctx context.Context, p *seenGatedPod) (again time.Duration) {
 	now, err := l.gate.kubernetes.getPod(ctx, p.namespace, p.name, p.uid)
 	switch {
 	case err == nil:
@@ -429,13 +429,13 @@ func (l *gateLine) stand(ctx context.Context, pods []*seenGatedPod) (pause time.
 	}
 	if len(waiting)+len(leaving) == 0 {
 		l.subscribe(nil)
-		return keepEvery, nil
+		return placesEvery, nil
 	}
 	slices.SortFunc(waiting, func(a, b *seenGatedPod) int { return cmp.Compare(a.arrival, b.arrival) })
 	l.forgetSeconds(waiting)
 	l.subscribe(waiting)
 	served := l.takeCalls()
-	all, err := l.keep(ctx, waiting, leaving)
+	all, err := l.refreshPlaces(ctx, waiting, leaving)
 	if err != nil {
 		return 0, err
 	}
@@ -445,10 +445,10 @@ func (l *gateLine) stand(ctx context.Context, pods []*seenGatedPod) (pause time.
 	return l.ask(ctx, waiting, served)
 }
 
-// keep keeps the places of all, or if they were kept lately, of the first and of those that are new: before anybody asks, Redis is told
+// refreshPlaces keeps the places of all, or if they were kept lately, of the first and of those that are new: before anybody asks, Redis is told
 // what it may have lost.
-func (l *gateLine) keep(ctx context.Context, waiting, leaving []*seenGatedPod) (all kept, err error) {
-	whole := time.Since(l.keptAt) >= keepEvery
+func (l *gateLine) refreshPlaces(ctx context.Context, waiting, leaving []*seenGatedPod) (all placesReply, err error) {
+	whole := time.Since(l.placesAt) >= placesEvery
 	if !whole {
 		some := slices.Clone(waiting[:min(len(waiting), servedMost)])
 		for _, p := range waiting[len(some):] {
@@ -459,21 +459,21 @@ func (l *gateLine) keep(ctx context.Context, waiting, leaving []*seenGatedPod) (
 		waiting = some
 	}
 	byToken := map[string]*seenGatedPod{}
-	var places []keptPlace
+	var places []placeRequest
 	for _, p := range waiting {
 		byToken[p.uid] = p
-		places = append(places, keptPlace{p.uid, p.arrival, p.spec.length, newPodName(p.name, "")})
+		places = append(places, placeRequest{p.uid, p.arrival, p.spec.length, newPodName(p.name, "")})
 	}
 	var gone []string
 	for _, p := range leaving {
 		gone = append(gone, p.uid)
 	}
-	if all, err = l.gate.semaphores.keep(ctx, l.id, l.known, gone, places); err != nil {
+	if all, err = l.gate.semaphores.refreshPlaces(ctx, l.id, l.known, gone, places); err != nil {
 		return all, err
 	}
 	l.known = all.created
 	if whole {
-		l.keptAt = time.Now()
+		l.placesAt = time.Now()
 	}
 	l.setPlaced(waiting, true)
 	l.setPlaced(leaving, false)
@@ -533,7 +533,7 @@ func (l *gateLine) ask(ctx context.Context, waiting []*seenGatedPod, served map[
 			continue
 		}
 		if !a.place.reachable {
-			l.gate.calls.redial(l.id, p.uid)
+			l.gate.subscription.redial(l.id, p.uid)
 		}
 		pause = min(pause, w.untilPoll(a))
 	}
@@ -542,14 +542,14 @@ func (l *gateLine) ask(ctx context.Context, waiting []*seenGatedPod, served map[
 
 // askFor asks for the token of a pod, within askTimeout. Where something is to be repaired first, Redis may have lost its data since it was told of the
 // places: it is told again before anything is made anew.
-func (l *gateLine) askFor(ctx context.Context, w *waiter, p *seenGatedPod) (answer, error) {
+func (l *gateLine) askFor(ctx context.Context, w *waiter, p *seenGatedPod) (acquireReply, error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	a, err := l.gate.semaphores.ask(ctx, l.id, question{w.token, w.length, joinLine, w.pod})
+	a, err := l.gate.semaphores.runAcquire(ctx, l.id, acquireRequest{w.token, w.length, joinLine, w.pod})
 	if err != nil || a.status != acquireRepair {
 		return a, err
 	}
-	if _, err := l.gate.semaphores.keep(ctx, l.id, l.known, nil, []keptPlace{{p.uid, p.arrival, p.spec.length, w.pod}}); err != nil {
+	if _, err := l.gate.semaphores.refreshPlaces(ctx, l.id, l.known, nil, []placeRequest{{p.uid, p.arrival, p.spec.length, w.pod}}); err != nil {
 		return a, err
 	}
 	_, a, err = w.try(ctx, joinLine)
@@ -557,7 +557,7 @@ func (l *gateLine) askFor(ctx context.Context, w *waiter, p *seenGatedPod) (answ
 }
 
 // tellJoined says of those that have joined the line where they stand.
-func (l *gateLine) tellJoined(pods map[string]*seenGatedPod, all kept) {
+func (l *gateLine) tellJoined(pods map[string]*seenGatedPod, all placesReply) {
 	for token, position := range all.joined {
 		p := pods[token]
 		if p == nil || p.told {
@@ -588,6 +588,6 @@ func (l *gateLine) subscribe(waiting []*seenGatedPod) {
 			less = append(less, token)
 		}
 	}
-	l.gate.calls.add(l, l.id, more...)
-	l.gate.calls.remove(l.id, less...)
+	l.gate.subscription.add(l, l.id, more...)
+	l.gate.subscription.remove(l.id, less...)
 }

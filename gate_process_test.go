@@ -185,7 +185,7 @@ func TestGateOldView(t *testing.T) {
 				r.begin(4)
 				api, proxy := rig.StartAPIServerFor(t, r.api.Store), rig.StartProxy(t, r.redis.Address)
 				r.start(func(c *gateConfig) {
-					c.sharedConfig, c.kubernetes = testConfig(proxy.Address).sharedConfig, clientSettings(api)
+					c.settings, c.kubernetes = testConfig(proxy.Address).settings, clientSettings(api)
 				})
 				api.WantWatches(t, 1)
 				proxy.Cut()

@@ -80,7 +80,7 @@ func startTraffic(t *testing.T, g rig.Group, ids ...semaphoreID) *traffic {
 		f.beats.Wait()
 	})
 	newClient := func() *semaphores {
-		return newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, 0), 1, slog.New(slog.DiscardHandler))
+		return newSemaphores(c.settings, newLocker(c.settings, 0), 1, slog.New(slog.DiscardHandler))
 	}
 	for range trafficHolders {
 		token := f.webhook.wantAdmitted(t, f.held, trafficHolders)

@@ -26,17 +26,17 @@ const maxBody = 4 << 20
 // What all that call the webhook may use of it at once. Where there is more, the oldest goes: an API server uses its connections again
 // and again, and its requests take milliseconds, so that it is seldom among those.
 const (
-	maxStrangers  = 512       // connections on which nobody has known the path yet
-	maxCallers    = 512       // other connections
-	maxRequests   = 5120      // that are being read, decided on or answered
-	maxBodies     = 24 << 20  // bytes of their bodies, of each at most smallBody
-	maxStreams    = 100       // of an HTTP/2 connection
-	frameSize     = 16 << 10  // of HTTP/2, and what a stream may send before it is read
-	windowSize    = 128 << 10 // what all streams of a connection may
-	maxHeaderSize = 16 << 10
+	maxUnauthenticated = 512       // connections on which nobody has known the path yet
+	maxAuthenticated   = 512       // other connections
+	maxRequests        = 5120      // that are being read, decided on or answered
+	maxBodies          = 24 << 20  // bytes of their bodies, of each at most smallBody
+	maxStreams         = 100       // of an HTTP/2 connection
+	frameSize          = 16 << 10  // of HTTP/2, and what a stream may send before it is read
+	windowSize         = 128 << 10 // what all streams of a connection may
+	maxHeaderSize      = 16 << 10
 
-	// strangerBytes are what a connection may send, with TLS and all, before somebody on it has known the path.
-	strangerBytes = 96 << 10 // more than what may come with the first request
+	// unauthenticatedBytes are what a connection may send, with TLS and all, before somebody on it has known the path.
+	unauthenticatedBytes = 96 << 10 // more than what may come with the first request
 
 	// restTime is for how long a new connection of a caller waits until the oldest has not been used for as long, and has to go. It is longer
 	// than a request takes where all are busy: so hardly one is cut off that has one under way, unless thousands wait for Redis.
@@ -56,18 +56,18 @@ const (
 	largeBodyTime = 2 * time.Second
 )
 
-// errCrowded is why a request is given up that was begun long ago.
-var errCrowded = errors.New("too many requests at once, of which this is the oldest: try again")
+// errEvicted is why a request is given up that was begun long ago.
+var errEvicted = errors.New("too many requests at once, of which this is the oldest: try again")
 
 // bounds are what the callers of a server use of it.
 type bounds struct {
-	strangers, callers, requests crowd
-	large, decoded               slots    // for large bodies
-	connections                  sync.Map // net.Conn -> *httpConnection
+	unauthenticated, authenticated, requests evictingSet
+	large, decoded                           slots    // for large bodies
+	connections                              sync.Map // net.Conn -> *httpConnection
 }
 
 func newBounds() *bounds {
-	return &bounds{strangers: crowd{most: maxStrangers}, callers: crowd{most: maxCallers}, requests: crowd{most: maxRequests, mostBytes: maxBodies},
+	return &bounds{unauthenticated: evictingSet{most: maxUnauthenticated}, authenticated: evictingSet{most: maxAuthenticated}, requests: evictingSet{most: maxRequests, mostBytes: maxBodies},
 		large: make(slots, maxLarge), decoded: make(slots, maxDecoded)}
 }
 
@@ -78,10 +78,10 @@ type httpConnection struct {
 
 	counted *countedConn // nil in a test
 
-	mu     sync.Mutex
-	closed bool
-	caller bool   // one who knows the path has used it
-	leave  func() // its crowd
+	mu            sync.Mutex
+	closed        bool
+	authenticated bool   // one who knows the path has used it
+	leave         func() // its crowd
 }
 
 type connectionKey struct{}
@@ -95,7 +95,7 @@ func (b *bounds) apply(s *http.Server) {
 		if t, ok := conn.(*tls.Conn); ok {
 			c.counted, _ = t.NetConn().(*countedConn)
 		}
-		c.leave = b.strangers.join(0, c.end)
+		c.leave = b.unauthenticated.add(0, c.end)
 		b.connections.Store(conn, c)
 		return context.WithValue(ctx, connectionKey{}, c)
 	}
@@ -131,10 +131,10 @@ func (c *httpConnection) used(ctx context.Context) {
 		c.counted.trusted.Store(true)
 	}
 	c.mu.Lock()
-	known := c.caller
+	known := c.authenticated
 	c.mu.Unlock()
 	if !known {
-		c.bounds.callers.waitToJoin(ctx)
+		c.bounds.authenticated.waitForRoom(ctx)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -142,7 +142,7 @@ func (c *httpConnection) used(ctx context.Context) {
 		return
 	}
 	c.leave()
-	c.caller, c.leave = true, c.bounds.callers.join(0, c.end)
+	c.authenticated, c.leave = true, c.bounds.authenticated.add(0, c.end)
 }
 
 // refuseMore ends the connection of a request, unless a caller who knows the path has used it: who does not has nothing to ask.
@@ -163,7 +163,7 @@ func (l countingListener) Accept() (net.Conn, error) {
 	return &countedConn{Conn: conn}, nil
 }
 
-// countedConn fails when more than strangerBytes have come, or somebody on it was refused, unless somebody is trusted.
+// countedConn fails when more than unauthenticatedBytes have come, or somebody on it was refused, unless somebody is trusted.
 type countedConn struct {
 	net.Conn
 	trusted atomic.Bool
@@ -179,7 +179,7 @@ func (c *countedConn) Read(b []byte) (int, error) {
 		time.Sleep(refusalTime)
 		return 0, errTooMuch
 	}
-	if c.read >= strangerBytes {
+	if c.read >= unauthenticatedBytes {
 		return 0, errTooMuch
 	}
 	n, err := c.Conn.Read(b)
@@ -196,10 +196,10 @@ func (b *bounds) begin(rw http.ResponseWriter, r *http.Request) (ctx context.Con
 	ctx, giveUp := context.WithCancelCause(r.Context())
 	var mu sync.Mutex
 	over := false
-	leave := b.requests.join(bytesInHand(r), func() {
+	leave := b.requests.add(bytesInHand(r), func() {
 		mu.Lock()
 		defer mu.Unlock()
-		giveUp(errCrowded)
+		giveUp(errEvicted)
 		if control := http.NewResponseController(rw); !over { // they fail where there are none, as in a test
 			_ = control.SetReadDeadline(time.Now())
 			_ = control.SetWriteDeadline(time.Now().Add(time.Second))
@@ -269,12 +269,12 @@ func (b *bounds) readJSON(ctx context.Context, rw http.ResponseWriter, r *http.R
 	switch n := objects(buffer.Bytes()); {
 	case errors.As(failed, &over):
 		return release, tooLarge
-	case context.Cause(ctx) == errCrowded:
-		return release, &badRequest{http.StatusServiceUnavailable, errCrowded.Error()}
+	case context.Cause(ctx) == errEvicted:
+		return release, &badRequest{http.StatusServiceUnavailable, errEvicted.Error()}
 	case errors.Is(failed, os.ErrDeadlineExceeded):
 		return release, &badRequest{http.StatusServiceUnavailable, "the body did not arrive in time"}
 	case failed != nil && failed != io.EOF:
-		return release, bad("read the body: %v", failed)
+		return release, badRequestf("read the body: %v", failed)
 	case n > maxObjects:
 		return release, &badRequest{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body has %d objects: at most %d are decoded", n, maxObjects)}
 	}
@@ -284,8 +284,8 @@ func (b *bounds) readJSON(ctx context.Context, rw http.ResponseWriter, r *http.R
 // objects is how many JSON objects a text has, at most.
 func objects(text []byte) int { return bytes.Count(text, []byte("{")) }
 
-// badCallersLogged is how many lines about bad requests and connections are logged in each logEvery.
-const badCallersLogged = 10
+// badRequestsLogged is how many lines about bad requests and connections are logged in each logEvery.
+const badRequestsLogged = 10
 
 // httpErrors logs what a server of net/http has to say.
 type httpErrors struct {
@@ -294,7 +294,7 @@ type httpErrors struct {
 }
 
 func newHTTPErrors(to *slog.Logger) *log.Logger {
-	return log.New(&httpErrors{log: to, limit: logLimiter{most: badCallersLogged}}, "", 0)
+	return log.New(&httpErrors{log: to, limit: logLimiter{most: badRequestsLogged}}, "", 0)
 }
 
 // Write implements io.Writer.
@@ -305,31 +305,31 @@ func (e *httpErrors) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// crowd is a number of things that come and go. If there are more than so many, or they have more bytes than all may, the oldest have to
+// evictingSet is a number of things that come and go. If there are more than so many, or they have more bytes than all may, the oldest have to
 // go.
-type crowd struct {
+type evictingSet struct {
 	most, mostBytes int
 
 	mu    sync.Mutex
-	all   list.List // of member, the oldest first
+	all   list.List // of *entry, the oldest first
 	bytes int       // of all
 }
 
-// member is one of a crowd: since when, how many bytes it has, and what makes it go.
-type member struct {
-	since  time.Time
-	bytes  int
-	goAway func()
+// entry is one of a crowd: since when, how many bytes it has, and what makes it go.
+type entry struct {
+	since time.Time
+	bytes int
+	evict func()
 }
 
-// join adds one. leave has to be called once it is gone, whatever the reason.
-func (c *crowd) join(bytes int, goAway func()) (leave func()) {
+// add adds one. leave has to be called once it is gone, whatever the reason.
+func (c *evictingSet) add(bytes int, goAway func()) (leave func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	e := c.all.PushBack(&member{time.Now(), bytes, goAway})
+	e := c.all.PushBack(&entry{time.Now(), bytes, goAway})
 	c.bytes += bytes
 	for c.all.Len() > c.most || c.bytes > c.mostBytes {
-		go c.remove(c.all.Front()).goAway()
+		go c.remove(c.all.Front()).evict()
 	}
 	return func() {
 		c.mu.Lock()
@@ -339,15 +339,15 @@ func (c *crowd) join(bytes int, goAway func()) (leave func()) {
 }
 
 // remove takes one out, unless it is not there any more.
-func (c *crowd) remove(e *list.Element) *member {
-	m := c.all.Remove(e).(*member)
+func (c *evictingSet) remove(e *list.Element) *entry {
+	m := c.all.Remove(e).(*entry)
 	c.bytes -= m.bytes
 	m.bytes = 0
 	return m
 }
 
-// waitToJoin waits until one more would make nobody go who has joined less than restTime ago; for restTime at most, or until ctx is done.
-func (c *crowd) waitToJoin(ctx context.Context) {
+// waitForRoom waits until one more would make nobody go who has joined less than restTime ago; for restTime at most, or until ctx is done.
+func (c *evictingSet) waitForRoom(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, restTime)
 	defer cancel()
 	for {
@@ -359,13 +359,13 @@ func (c *crowd) waitToJoin(ctx context.Context) {
 }
 
 // untilRested is how long it takes until the oldest of a crowd that is full has joined restTime ago.
-func (c *crowd) untilRested() time.Duration {
+func (c *evictingSet) untilRested() time.Duration {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.all.Len() < c.most {
 		return 0
 	}
-	return time.Until(c.all.Front().Value.(*member).since.Add(restTime))
+	return time.Until(c.all.Front().Value.(*entry).since.Add(restTime))
 }
 
 func listen(flag, address string) (net.Listener, error) {

@@ -61,9 +61,9 @@ type kubernetesSettings struct {
 type kubernetes struct {
 	address string // HOST:PORT
 	http    *http.Client
-	token   *followed[string]
-	ca      *followed[*x509.CertPool] // nil for the certificates of the system
-	slots   slots                     // of calls in flight
+	token   *watchedFile[string]
+	ca      *watchedFile[*x509.CertPool] // nil for the certificates of the system
+	slots   slots                        // of calls in flight
 	pace    *pacer
 	events  *eventQueue
 	bounds  watchBounds
@@ -75,11 +75,11 @@ func newKubernetes(c kubernetesSettings, log *slog.Logger) (*kubernetes, error) 
 	k := &kubernetes{address: strings.TrimPrefix(c.address, "https://"), slots: make(slots, callsInFlight),
 		pace: newPacer(callsPerSecond, callsPerSecond/2), events: newEventQueue(), bounds: newWatchBounds(), log: log}
 	var err error
-	if k.token, err = follow(log, parseToken, func(string) {}, c.tokenFile); err != nil {
+	if k.token, err = newWatchedFile(log, parseToken, func(string) {}, c.tokenFile); err != nil {
 		return nil, fmt.Errorf("--kubernetes-token-file: %w", err)
 	}
 	if c.caFile != "" {
-		if k.ca, err = follow(log, parseCA, func(*x509.CertPool) {}, c.caFile); err != nil {
+		if k.ca, err = newWatchedFile(log, parseCA, func(*x509.CertPool) {}, c.caFile); err != nil {
 			return nil, fmt.Errorf("--kubernetes-ca-file: %w", err)
 		}
 	}
@@ -102,9 +102,9 @@ func newKubernetes(c kubernetesSettings, log *slog.Logger) (*kubernetes, error) 
 // run follows the files and sends events, until ctx is done.
 func (k *kubernetes) run(ctx context.Context) {
 	defer k.http.CloseIdleConnections()
-	go k.token.watch(ctx, followInterval)
+	go k.token.watch(ctx, fileInterval)
 	if k.ca != nil {
-		go k.ca.watch(ctx, followInterval)
+		go k.ca.watch(ctx, fileInterval)
 	}
 	k.sendEvents(ctx)
 }

@@ -132,7 +132,7 @@ func TestNamespacesAreKeptApart(t *testing.T) {
 	}
 	_, _, err := shop.acquire(t.Context(), id, "", 2, time.Second)
 	wantDenied("acquire", err)
-	_, err = shop.ask(t.Context(), id, question{uuid.NewString(), 2, joinLine, ""})
+	_, err = shop.runAcquire(t.Context(), id, acquireRequest{uuid.NewString(), 2, joinLine, ""})
 	wantDenied("join the line", err)
 	_, err = shop.heartbeat(t.Context(), id, uuid.NewString(), "", 0)
 	wantDenied("heartbeat", err)

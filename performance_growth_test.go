@@ -89,7 +89,7 @@ type growthCase struct {
 	grows   string // what there is few or many of
 	fill    func(t *testing.T, n int) *crowded
 	prepare func(t *testing.T, c *crowded)
-	ask     func(c *crowded, i int) (answer, error)
+	ask     func(c *crowded, i int) (acquireReply, error)
 	want    int // status
 	undo    func(t *testing.T, c *crowded)
 }
@@ -97,10 +97,10 @@ type growthCase struct {
 func growthCases(r *rig.Redis, s *semaphores) []growthCase {
 	ctx := context.Background()
 	var taken []string
-	newcomer := func(c *crowded, arrival string, length int) (answer, error) {
+	newcomer := func(c *crowded, arrival string, length int) (acquireReply, error) {
 		token := uuid.NewString()
 		taken = append(taken, token)
-		return s.ask(ctx, c.id, question{token: token, length: length, arrival: arrival, pod: newPodName("web-1", "node-1")})
+		return s.runAcquire(ctx, c.id, acquireRequest{token: token, length: length, arrival: arrival, pod: newPodName("web-1", "node-1")})
 	}
 	forget := func(t *testing.T, c *crowded) { // all that the slice has added
 		for _, token := range taken {
@@ -119,15 +119,15 @@ func growthCases(r *rig.Redis, s *semaphores) []growthCase {
 		{"admitted", "in flight", inFlight, func(t *testing.T, c *crowded) {
 			keepAlive(t, r, c)
 			r.AddFree(t, c.id, growthSlice)
-		}, func(c *crowded, _ int) (answer, error) { return newcomer(c, "", growthLength) }, acquireTaken, forget},
+		}, func(c *crowded, _ int) (acquireReply, error) { return newcomer(c, "", growthLength) }, acquireTaken, forget},
 		{"refused", "in flight", inFlight, refresh,
-			func(c *crowded, _ int) (answer, error) { return newcomer(c, "", len(c.inflight)) }, acquireFull, forget},
+			func(c *crowded, _ int) (acquireReply, error) { return newcomer(c, "", len(c.inflight)) }, acquireFull, forget},
 		{"refused", "in line", inLine, refresh,
-			func(c *crowded, _ int) (answer, error) { return newcomer(c, "", 10) }, acquireFull, forget},
+			func(c *crowded, _ int) (acquireReply, error) { return newcomer(c, "", 10) }, acquireFull, forget},
 		{"joins", "in line", inLine, refresh,
-			func(c *crowded, _ int) (answer, error) { return newcomer(c, joinLine, 10) }, acquireFull, forget},
-		{"last, asks again", "in line", inLine, refresh, func(c *crowded, _ int) (answer, error) {
-			return s.ask(ctx, c.id, question{token: c.line[len(c.line)-1], length: 10, arrival: fmt.Sprint(c.arrival)})
+			func(c *crowded, _ int) (acquireReply, error) { return newcomer(c, joinLine, 10) }, acquireFull, forget},
+		{"last, asks again", "in line", inLine, refresh, func(c *crowded, _ int) (acquireReply, error) {
+			return s.runAcquire(ctx, c.id, acquireRequest{token: c.line[len(c.line)-1], length: 10, arrival: fmt.Sprint(c.arrival)})
 		}, acquireFull, forget},
 		{"first, is served", "in line", inLine, func(t *testing.T, c *crowded) {
 			// Each that asks is made the first, and takes the place of a holder.
@@ -140,8 +140,8 @@ func growthCases(r *rig.Redis, s *semaphores) []growthCase {
 				r.Do(t, "HSET", c.id.namesKey(), token, 10+growthSlice)
 			}
 			r.AddFree(t, c.id, growthSlice)
-		}, func(c *crowded, i int) (answer, error) {
-			return s.ask(ctx, c.id, question{token: taken[i], length: 10 + growthSlice, arrival: fmt.Sprint(c.arrival)})
+		}, func(c *crowded, i int) (acquireReply, error) {
+			return s.runAcquire(ctx, c.id, acquireRequest{token: taken[i], length: 10 + growthSlice, arrival: fmt.Sprint(c.arrival)})
 		}, acquireTaken, forget},
 	}
 }
@@ -150,7 +150,7 @@ func TestBenchGrowth(t *testing.T) {
 	r := deployedRedis(t)
 	s := testSemaphores(t, r.Address)
 	giveBack(t, s, freshID(), uuid.NewString())
-	_, err := s.ask(context.Background(), freshID(), question{token: uuid.NewString(), length: 1}) // so that the scripts are there
+	_, err := s.runAcquire(context.Background(), freshID(), acquireRequest{token: uuid.NewString(), length: 1}) // so that the scripts are there
 	rig.Must(t, err)
 	fmt.Printf("%d slices of %d commands of each size\n\n%s\n%s\n", growthRounds, growthSlice,
 		"| acquire | | p50, us: 10 | 1,000 | 10,000 | ratio: 1,000 | 10,000 | Redis's own, us: 10 | 1,000 | 10,000 | ratio: 1,000 | 10,000 |",

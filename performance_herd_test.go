@@ -61,8 +61,8 @@ type herdAnswer struct {
 
 // herdError is an error without what differs from pod to pod.
 func herdError(err error) string {
-	if text := err.Error(); strings.Contains(text, errCrowded.Error()) {
-		return fmt.Sprintf("with status %.3s: %s", text, errCrowded)
+	if text := err.Error(); strings.Contains(text, errEvicted.Error()) {
+		return fmt.Sprintf("with status %.3s: %s", text, errEvicted)
 	}
 	return regexp.MustCompile(`stream ID \d+|https://\S+|web-\d+`).ReplaceAllString(strings.TrimSpace(err.Error()), "...")
 }

@@ -77,7 +77,7 @@ func goPairs(pair func() error) func(int, time.Duration) (int, time.Duration, er
 func newOurs(t *testing.T, r *rig.Redis) *contender {
 	t.Helper()
 	c := testConfig(r.Address)
-	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
+	s := newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() { _ = s.close(context.Background()) })
 	id, pod := freshID(), newPodName("web-1", "node-1")
 	return &contender{name: "ours", pairs: goPairs(func() error {

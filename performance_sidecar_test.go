@@ -222,7 +222,7 @@ func TestBenchManySidecars(t *testing.T) {
 		var failed failures
 		for i := range n {
 			id := semaphoreID{"shop", fmt.Sprintf("web-%d", i/shared)}
-			s := newSemaphores(testConfig(r.Address).sharedConfig, nil, 1, slog.New(&failed))
+			s := newSemaphores(testConfig(r.Address).settings, nil, 1, slog.New(&failed))
 			one := &sidecar{semaphores: s, id: id, token: uuid.NewString(), pod: newPodName(fmt.Sprintf("web-%d", i), "node-1"), held: time.Now(),
 				interval: interval, log: s.log, grace: ctx}
 			sidecars.Go(func() {

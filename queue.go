@@ -65,9 +65,9 @@ func (a queueAddress) scheme() string {
 	return scheme + "://"
 }
 
-// queue is the Redis that holds the tokens: one server, a Sentinel group or a Cluster. It knows which server to ask, and learns it
+// tokenServers is the Redis that holds the tokens: one server, a Sentinel group or a Cluster. It knows which server to ask, and learns it
 // anew when that one fails.
-type queue interface {
+type tokenServers interface {
 	// find returns the server that holds a semaphore. Its errors are errUnreached, or ctx's.
 	find(ctx context.Context, id semaphoreID) (*queueServer, error)
 
@@ -89,9 +89,9 @@ type queue interface {
 	close() error
 }
 
-// newQueue makes the queue of an address. maxIdle is how many idle connections are kept to each server; a process that keeps
+// newTokenServers makes the queue of an address. maxIdle is how many idle connections are kept to each server; a process that keeps
 // several looks every second whether a Sentinel group has another primary by now.
-func newQueue(address queueAddress, settings redisSettings, maxIdle int, log *slog.Logger) queue {
+func newTokenServers(address queueAddress, settings redisSettings, maxIdle int, log *slog.Logger) tokenServers {
 	if address.kind != queueServerAlone { // whose name a provider may move to another address at any time
 		settings.resolver = newResolver()
 	}
@@ -142,8 +142,8 @@ func (q oneServer) close() error { return q.server.close() }
 // sideTimeout bounds a question to the queue that an answer does not depend on.
 const sideTimeout = 300 * time.Millisecond
 
-// askQueue sends a command that is about no semaphore of a pod, once, and no longer than sideTimeout.
-func askQueue(ctx context.Context, q queue, command string, args ...any) (any, error) {
+// runCommand sends a command that is about no semaphore of a pod, once, and no longer than sideTimeout.
+func runCommand(ctx context.Context, q tokenServers, command string, args ...any) (any, error) {
 	ctx, cancel := context.WithTimeout(ctx, sideTimeout)
 	defer cancel()
 	server, err := q.find(ctx, sideID)
@@ -323,8 +323,8 @@ func newRoleChecks(settings redisSettings) *roleChecks {
 	return &roleChecks{settings, map[string]bool{}, make(chan roleAnswer)}
 }
 
-// ask asks a server, until ctx is done, unless it is being asked already.
-func (c *roleChecks) ask(ctx context.Context, address string) {
+// start asks a server, until ctx is done, unless it is being asked already.
+func (c *roleChecks) start(ctx context.Context, address string) {
 	if c.asked[address] {
 		return
 	}
@@ -364,9 +364,9 @@ func (c *roleChecks) wait(ctx context.Context) (address string, err error) {
 	return "", nil
 }
 
-// askAll asks several servers at once and passes on their answers, each as it comes, until take returns true or all have answered.
+// fanOut asks several servers at once and passes on their answers, each as it comes, until take returns true or all have answered.
 // It returns nil in the first case, else the errors of those that failed, if any. ask has to end when ctx does.
-func askAll[S, A any](ctx context.Context, servers []S, ask func(context.Context, S) (A, error), take func(A) (enough bool)) error {
+func fanOut[S, A any](ctx context.Context, servers []S, ask func(context.Context, S) (A, error), take func(A) (enough bool)) error {
 	type result struct {
 		answer A
 		err    error

@@ -226,7 +226,7 @@ func (q *clusterQueue) look(ctx context.Context, note func(error)) error {
 		}
 		least = len(doubted)
 		for _, address := range doubted {
-			checks.ask(ctx, address)
+			checks.start(ctx, address)
 		}
 		checked, err := checks.wait(ctx)
 		if err == nil && checked != "" {
@@ -242,7 +242,7 @@ func (q *clusterQueue) look(ctx context.Context, note func(error)) error {
 func (q *clusterQueue) ask(ctx context.Context) (ranges []slotRange, err error) {
 	ctx, cancel := context.WithTimeout(ctx, askAgain)
 	defer cancel()
-	err = askAll(ctx, q.nodes(), q.askOne, func(answer []slotRange) (enough bool) {
+	err = fanOut(ctx, q.nodes(), q.askOne, func(answer []slotRange) (enough bool) {
 		good := len(q.inDoubt(answer)) == 0
 		if ranges == nil || good {
 			ranges = answer

@@ -131,7 +131,7 @@ func (q *sentinelQueue) look(ctx context.Context, note func(error)) error {
 		if !doubted && (named.address == known || named.epoch < epoch) {
 			return nil
 		}
-		checks.ask(ctx, named.address)
+		checks.start(ctx, named.address)
 		checked, err := checks.wait(ctx)
 		if err == nil && checked == named.address {
 			q.adopt(named)
@@ -153,7 +153,7 @@ func (q *sentinelQueue) ask(ctx context.Context) (best sentinelAnswer, err error
 	ctx, cancel := context.WithTimeout(ctx, askAgain)
 	defer cancel()
 	best.epoch = -1
-	err = askAll(ctx, q.address.servers, q.askOne, func(a sentinelAnswer) (enough bool) {
+	err = fanOut(ctx, q.address.servers, q.askOne, func(a sentinelAnswer) (enough bool) {
 		if a.epoch > best.epoch {
 			best = a
 		}

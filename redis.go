@@ -143,25 +143,25 @@ func dialRedis(ctx context.Context, address string, settings redisSettings, read
 // Do implements redis.Conn.
 func (c *redisConn) Do(command string, args ...any) (any, error) {
 	reply, err := c.contextConn.Do(command, args...)
-	return reply, c.remember(err)
+	return reply, c.noteError(err)
 }
 
 // DoWithTimeout implements redis.ConnWithTimeout.
 func (c *redisConn) DoWithTimeout(timeout time.Duration, command string, args ...any) (any, error) {
 	reply, err := c.contextConn.DoWithTimeout(timeout, command, args...)
-	return reply, c.remember(err)
+	return reply, c.noteError(err)
 }
 
 // DoContext implements redis.ConnWithContext.
 func (c *redisConn) DoContext(ctx context.Context, command string, args ...any) (any, error) {
 	reply, err := c.contextConn.DoContext(ctx, command, args...)
-	return reply, c.remember(err)
+	return reply, c.noteError(err)
 }
 
-// remember keeps what is to be concluded from an error. Answers such as READONLY or LOADING mean that this server is not, or no
+// noteError keeps what is to be concluded from an error. Answers such as READONLY or LOADING mean that this server is not, or no
 // longer, the one to talk to; behind the same address there may be another by now. A connection that breaks, or falls silent, is
 // seldom the only one.
-func (c *redisConn) remember(err error) error {
+func (c *redisConn) noteError(err error) error {
 	var answered redis.Error
 	switch {
 	case err == nil:

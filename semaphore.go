@@ -15,8 +15,8 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// sharedConfig are the settings that both modes have.
-type sharedConfig struct {
+// settings are the settings that both modes have.
+type settings struct {
 	lockMode          string
 	redisAddresses    []string
 	etcdAddresses     []string
@@ -28,7 +28,7 @@ type sharedConfig struct {
 }
 
 // newLocker makes the lock of the chosen mode; maxIdle is how many connections to each Redis server are kept.
-func newLocker(c sharedConfig, maxIdle int) locker {
+func newLocker(c settings, maxIdle int) locker {
 	if c.lockMode == lockModeEtcd {
 		return newEtcdLock(c.etcdAddresses, c.etcd)
 	}
@@ -103,7 +103,7 @@ const (
 // semaphores are the counting semaphores in a queue.
 type semaphores struct {
 	address           queueAddress
-	queue             queue
+	queue             tokenServers
 	outages           outages
 	locks             locker
 	heartbeatInterval time.Duration
@@ -113,9 +113,9 @@ type semaphores struct {
 
 	repairs flights[semaphoreID, *repairStage] // those that this process does
 
-	mu      sync.Mutex
-	watched map[semaphoreID]struct{} // see watch
-	strays  time.Time                // until when a command may still come whose connection broke
+	mu               sync.Mutex
+	afterDoubt       map[semaphoreID]struct{} // see repairAfterDoubt
+	unconfirmedUntil time.Time                // until when a command may still come whose connection broke
 
 	background sync.WaitGroup // of repairs, watches, and tokens that are given back
 	closing    context.Context
@@ -123,16 +123,16 @@ type semaphores struct {
 	releasing  slots  // of tokens that are given back at once: a slow Redis is not asked by hundreds
 }
 
-func newSemaphores(c sharedConfig, locks locker, maxIdle int, log *slog.Logger) *semaphores {
+func newSemaphores(c settings, locks locker, maxIdle int, log *slog.Logger) *semaphores {
 	closing, stop := context.WithCancel(context.Background())
 	s := &semaphores{
 		address:           c.queueRedisAddress,
-		queue:             newQueue(c.queueRedisAddress, c.redis, maxIdle, log),
+		queue:             newTokenServers(c.queueRedisAddress, c.redis, maxIdle, log),
 		locks:             locks,
 		heartbeatInterval: c.heartbeatInterval,
 		staleThreshold:    c.staleThreshold,
 		log:               log,
-		watched:           map[semaphoreID]struct{}{},
+		afterDoubt:        map[semaphoreID]struct{}{},
 		closing:           closing,
 		outages:           outages{parts: map[int]outage{}},
 		stop:              stop,
@@ -191,7 +191,7 @@ func (s *semaphores) release(ctx context.Context, id semaphoreID, token string) 
 // an earlier command may still come and count the token again, it releases it once more after that.
 func (s *semaphores) releaseWithin(ctx context.Context, id semaphoreID, token string) (status int, err error) {
 	status, err = s.releaseRetrying(ctx, id, token)
-	if wait := s.straying(); err == nil && wait > 0 && sleep(ctx, wait) == nil {
+	if wait := s.unconfirmedFor(); err == nil && wait > 0 && sleep(ctx, wait) == nil {
 		_, err = s.releaseRetrying(ctx, id, token)
 	}
 	return status, err
@@ -236,19 +236,19 @@ func (s *semaphores) giveBackLater(id semaphoreID, token string) {
 	s.background.Go(func() { s.giveBack(id, token) })
 }
 
-// keepMost is how many places, or tokens, one command keeps: it takes Redis some two milliseconds.
-const keepMost = 250
+// refreshMost is how many places, or tokens, one command keeps: it takes Redis some two milliseconds.
+const refreshMost = 250
 
-// keptPlace is a pod that a process stands in line for.
-type keptPlace struct {
+// placeRequest is a pod that a process stands in line for.
+type placeRequest struct {
 	token   string
 	arrival int64 // its place: Unix microseconds
 	length  int
 	pod     podName
 }
 
-// kept is what became of the places in a line.
-type kept struct {
+// placesReply is what became of the places in a line.
+type placesReply struct {
 	created        int64 // when Redis began to know the semaphore (its Unix seconds), to be told the next time
 	inUse, waiters int
 	served         []string       // those in line, also others', that a token is free for: they are to ask for it
@@ -256,13 +256,13 @@ type kept struct {
 	joined         map[string]int // those that were not in line, and their positions
 }
 
-// keep keeps the places of pods in the line of a semaphore, where they are put if they are not there, and takes those out whose tokens
+// refreshPlaces keeps the places of pods in the line of a semaphore, where they are put if they are not there, and takes those out whose tokens
 // are gone. known is what created was before, or zero. With an error, some of it may be done.
-func (s *semaphores) keep(ctx context.Context, id semaphoreID, known int64, gone []string, pods []keptPlace) (all kept, err error) {
-	all = kept{created: known, joined: map[string]int{}}
+func (s *semaphores) refreshPlaces(ctx context.Context, id semaphoreID, known int64, gone []string, pods []placeRequest) (all placesReply, err error) {
+	all = placesReply{created: known, joined: map[string]int{}}
 	for len(gone)+len(pods) > 0 {
-		leaving := gone[:min(len(gone), keepMost)]
-		staying := pods[:min(len(pods), keepMost-len(leaving))]
+		leaving := gone[:min(len(gone), refreshMost)]
+		staying := pods[:min(len(pods), refreshMost-len(leaving))]
 		gone, pods = gone[len(leaving):], pods[len(staying):]
 		args := append([]any{all.created, len(leaving)}, anySlice(leaving)...)
 		for _, p := range staying {
@@ -289,9 +289,9 @@ func (s *semaphores) keep(ctx context.Context, id semaphoreID, known int64, gone
 	return all, nil
 }
 
-// hold keeps tokens in flight, and returns those that are not there, and are not put back.
-func (s *semaphores) hold(ctx context.Context, id semaphoreID, tokens []string) (lost []string, err error) {
-	for chunk := range slices.Chunk(tokens, keepMost) {
+// refreshTokens keeps tokens in flight, and returns those that are not there, and are not put back.
+func (s *semaphores) refreshTokens(ctx context.Context, id semaphoreID, tokens []string) (lost []string, err error) {
+	for chunk := range slices.Chunk(tokens, refreshMost) {
 		_, rest, err := s.run(ctx, holdScript, id, anySlice(chunk)...)
 		if err != nil {
 			return lost, fmt.Errorf("hold tokens of %s: %w", id, err)

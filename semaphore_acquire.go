@@ -27,12 +27,12 @@ const (
 	lockRetryLeast = 5 * time.Millisecond
 	lockRetryMost  = 25 * time.Millisecond
 
-	// watchEvery is how often a semaphore is looked at whose holders may be gone, or more often with a short interval; see watch.
-	watchEvery = 4 * time.Second
+	// doubtEvery is how often a semaphore is looked at whose holders may be gone, or more often with a short interval; see repairAfterDoubt.
+	doubtEvery = 4 * time.Second
 )
 
-// question is what the acquire script is asked.
-type question struct {
+// acquireRequest is what the acquire script is asked.
+type acquireRequest struct {
 	token   string // the name that the token gets; nobody else ever uses it, so that asking again is safe
 	length  int
 	arrival string // empty: does not wait; joinLine: joins the line; else what it was told when it asked before
@@ -43,10 +43,10 @@ type question struct {
 const joinLine = "0"
 
 // newcomer reports whether the caller was not in line before.
-func (q question) newcomer() bool { return q.arrival == "" || q.arrival == joinLine }
+func (q acquireRequest) newcomer() bool { return q.arrival == "" || q.arrival == joinLine }
 
-// answer is what the acquire script says.
-type answer struct {
+// acquireReply is what the acquire script says.
+type acquireReply struct {
 	agreed  int // with acquireTaken: the greatest length that was asked for lately by others, or 0
 	status  int // acquireTaken, acquireRepair or acquireFull
 	stale   int // with acquireRepair: how many tokens are stale; if none, some are missing
@@ -67,19 +67,19 @@ type place struct {
 }
 
 // ask runs the acquire script once.
-func (s *semaphores) ask(ctx context.Context, id semaphoreID, q question) (answer, error) {
+func (s *semaphores) runAcquire(ctx context.Context, id semaphoreID, q acquireRequest) (acquireReply, error) {
 	status, rest, err := s.run(ctx, acquireScript, id, q.length, q.token, q.arrival, q.pod)
 	if err != nil {
-		return answer{}, fmt.Errorf("acquire %s: %w", id, err)
+		return acquireReply{}, fmt.Errorf("acquire %s: %w", id, err)
 	}
-	a, err := parseAnswer(status, rest)
+	a, err := parseReply(status, rest)
 	if err != nil {
-		return answer{}, fmt.Errorf("acquire %s: unexpected answer of queue Redis %s: %w", id, s.address, err)
+		return acquireReply{}, fmt.Errorf("acquire %s: unexpected answer of queue Redis %s: %w", id, s.address, err)
 	}
 	return a, nil
 }
 
-func parseAnswer(status int, rest []any) (a answer, err error) {
+func parseReply(status int, rest []any) (a acquireReply, err error) {
 	a.status = status
 	switch status {
 	case acquireTaken:
@@ -121,12 +121,12 @@ func (e *fullError) Error() string {
 // held for expiration. Its errors are *fullError, or that Redis or the lock servers are out of reach, or ctx's. With an error, no
 // token is held, or it is given back in the background. agreed is the greatest length that others asked for lately, or 0.
 func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, length int, expiration time.Duration) (token string, agreed int, err error) {
-	q := question{token: uuid.NewString(), length: length, pod: pod}
+	q := acquireRequest{token: uuid.NewString(), length: length, pod: pod}
 	var lockFailing time.Time // since when
 	var last error            // why the repair is not done yet
 	retry := newBackoff(50*time.Millisecond, 500*time.Millisecond)
 	for {
-		a, err := s.ask(ctx, id, q)
+		a, err := s.runAcquire(ctx, id, q)
 		switch {
 		case err != nil:
 			if errors.Is(err, errUnanswered) {
@@ -140,9 +140,9 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, l
 			return q.token, a.agreed, nil
 		case a.status == acquireFull:
 			if a.doubt > 0 {
-				s.watch(id, length, expiration, a.doubt)
+				s.repairAfterDoubt(id, length, expiration, a.doubt)
 			}
-			if s.straying() > 0 { // it may still take a token
+			if s.unconfirmedFor() > 0 { // it may still take a token
 				s.giveBackLater(id, q.token)
 			}
 			return "", 0, &fullError{id, a.inUse, length, a.waiters, a.holders, a.doubt}
@@ -263,24 +263,24 @@ func (s *semaphores) repairLocked(ctx context.Context, stage *repairStage, id se
 	return s.maintain(ctx, id, length, newcomer)
 }
 
-// watch repairs a semaphore after doubt, in which live holders come back, and asks often enough until then that Redis notices no
+// repairAfterDoubt repairs a semaphore after doubt, in which live holders come back, and asks often enough until then that Redis notices no
 // other silence. Where pods are created seldom, each admission would otherwise find a new silence, and no token of a dead holder
 // would ever be reclaimed.
-func (s *semaphores) watch(id semaphoreID, length int, expiration, doubt time.Duration) {
+func (s *semaphores) repairAfterDoubt(id semaphoreID, length int, expiration, doubt time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, ok := s.watched[id]; ok {
+	if _, ok := s.afterDoubt[id]; ok {
 		return
 	}
-	s.watched[id] = struct{}{}
+	s.afterDoubt[id] = struct{}{}
 	s.background.Go(func() {
 		defer func() {
 			s.mu.Lock()
 			defer s.mu.Unlock()
-			delete(s.watched, id)
+			delete(s.afterDoubt, id)
 		}()
 		known := time.Now().Add(doubt)
-		every := min(watchEvery, s.heartbeatInterval/2) // a longer pause would be taken for another silence
+		every := min(doubtEvery, s.heartbeatInterval/2) // a longer pause would be taken for another silence
 		for now := time.Now(); now.Before(known.Add(every)); now = time.Now() {
 			pause := every
 			if left := known.Sub(now); left > 0 {

@@ -124,13 +124,13 @@ func (w *waiter) stand(ctx context.Context, calls *subscription, called wakeup) 
 func (w *waiter) newBackoff() *backoff { return newBackoff(250*time.Millisecond, pollMost) }
 
 // try asks for the token, and if something is to be repaired first, repairs it and asks again. asked is when it asked last.
-func (w *waiter) try(ctx context.Context, arrival string) (asked time.Time, a answer, err error) {
+func (w *waiter) try(ctx context.Context, arrival string) (asked time.Time, a acquireReply, err error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	q := question{w.token, w.length, arrival, w.pod}
+	q := acquireRequest{w.token, w.length, arrival, w.pod}
 	for repaired := false; ; repaired = true {
 		asked = time.Now()
-		a, err = w.semaphores.ask(ctx, w.id, q)
+		a, err = w.semaphores.runAcquire(ctx, w.id, q)
 		if err != nil || a.status != acquireRepair {
 			return asked, a, err
 		}
@@ -145,7 +145,7 @@ func (w *waiter) try(ctx context.Context, arrival string) (asked time.Time, a an
 
 // repair repairs the semaphore for a question that was asked, and does not keep the next one from being asked in time; what it has
 // begun goes on.
-func (w *waiter) repair(ctx context.Context, asked time.Time, q question) error {
+func (w *waiter) repair(ctx context.Context, asked time.Time, q acquireRequest) error {
 	ctx, cancel := context.WithDeadline(ctx, asked.Add(pollMost))
 	defer cancel()
 	return w.semaphores.repair(ctx, w.id, w.length, w.expiration, q.newcomer())
@@ -161,7 +161,7 @@ func (w *waiter) fail(err error) {
 
 // untilPoll is how long a waiter waits for a call. Those at the front do not sleep past the moment at which a token goes
 // stale.
-func (w *waiter) untilPoll(a answer) time.Duration {
+func (w *waiter) untilPoll(a acquireReply) time.Duration {
 	poll := pollLeast + rand.N(pollMost-pollLeast)
 	if a.place.position > w.length {
 		return poll
@@ -176,7 +176,7 @@ func (w *waiter) untilPoll(a answer) time.Duration {
 }
 
 // tell says where the waiter stands, and logs it if it is news.
-func (w *waiter) tell(a answer) {
+func (w *waiter) tell(a acquireReply) {
 	text := waitingText(w.id, w.length, a)
 	w.say(text)
 	since := time.Since(w.logged)
@@ -187,7 +187,7 @@ func (w *waiter) tell(a answer) {
 }
 
 // waitingText says what a waiter waits for.
-func waitingText(id semaphoreID, length int, a answer) string {
+func waitingText(id semaphoreID, length int, a acquireReply) string {
 	text := fmt.Sprintf("waiting for a token of %s: %d of %d in use, %s in line, %s", id, a.inUse, length, ordinal(a.place.position), roughly(a.place.waited))
 	if by := byHolders(a.holders, a.inUse); by != "" {
 		text += "; in use " + by
@@ -245,7 +245,7 @@ type subscriber interface {
 
 // subscription receives the calls of Redis for the pods that a process has in line: one for a sidecar, thousands for a gate.
 type subscription struct {
-	queue queue
+	queue tokenServers
 	id    semaphoreID // the subscription is on its server; in a Cluster, each node publishes what any of them does
 	log   *slog.Logger
 
@@ -264,7 +264,7 @@ type channel struct {
 // subscribeMost is how many channels one command subscribes.
 const subscribeMost = 500
 
-func newSubscription(q queue, id semaphoreID, log *slog.Logger) *subscription {
+func newSubscription(q tokenServers, id semaphoreID, log *slog.Logger) *subscription {
 	return &subscription{queue: q, id: id, log: log, channels: map[string]*channel{}}
 }
 

@@ -26,7 +26,7 @@ func (s *semaphores) attemptTimeout() time.Duration {
 // run runs a script and returns its status and the rest of its answer. An attempt that is not answered within attemptTimeout is
 // repeated on another connection, with twice the time, and one whose connection breaks, or whose server is not the one to ask (any
 // more), after a moment; until ctx is done, or the queue has failed for failoverPatience. Redis refuses an attempt that it sees after
-// its time: when run returns, nothing of it is under way any more, but for an attempt whose connection broke; see straying. It may
+// its time: when run returns, nothing of it is under way any more, but for an attempt whose connection broke; see unconfirmedFor. It may
 // return that long after ctx is done. A question for a token waits for its turn; its error is errTooMany if that is not before ctx is done.
 func (s *semaphores) run(ctx context.Context, script *script, id semaphoreID, args ...any) (status int, rest []any, err error) {
 	late, sent := 0, false
@@ -83,21 +83,21 @@ func canRetry(err error) bool {
 	return errors.Is(err, errUnanswered) || errors.Is(err, errUnreached) || isTransient(err)
 }
 
-// mayStray notes that a command whose connection broke may still come until its deadline.
-func (s *semaphores) mayStray(deadline time.Time) {
+// noteUnconfirmed notes that a command whose connection broke may still come until its deadline.
+func (s *semaphores) noteUnconfirmed(deadline time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if deadline.After(s.strays) {
-		s.strays = deadline
+	if deadline.After(s.unconfirmedUntil) {
+		s.unconfirmedUntil = deadline
 	}
 }
 
-// straying is for how long a command may still come to Redis though its connection broke: something between may have closed the one
+// unconfirmedFor is for how long a command may still come to Redis though its connection broke: something between may have closed the one
 // and yet send on the other.
-func (s *semaphores) straying() time.Duration {
+func (s *semaphores) unconfirmedFor() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return time.Until(s.strays)
+	return time.Until(s.unconfirmedUntil)
 }
 
 // hasTime reports whether ctx leaves the time for another attempt.
@@ -223,7 +223,7 @@ func (s *semaphores) send(ctx context.Context, server *queueServer, deadline tim
 		return 0, nil, fmt.Errorf("%s: %w", server, err)
 	case err != nil:
 		if script != releaseScript {
-			s.mayStray(deadline)
+			s.noteUnconfirmed(deadline)
 		}
 		return 0, nil, fmt.Errorf("%w of %s: %w", errUnanswered, server, err)
 	}
@@ -238,7 +238,7 @@ func (s *semaphores) send(ctx context.Context, server *queueServer, deadline tim
 
 // check tries whether the queue takes writes.
 func (s *semaphores) check(ctx context.Context) error {
-	return askAll(ctx, s.queue.checks(), func(ctx context.Context, id semaphoreID) (int, error) {
+	return fanOut(ctx, s.queue.checks(), func(ctx context.Context, id semaphoreID) (int, error) {
 		status, _, err := s.run(ctx, releaseScript, id, uuid.Nil.String())
 		return status, err
 	}, func(int) (enough bool) { return true })

@@ -61,7 +61,7 @@ func (s *semaphores) survey(ctx context.Context, namespace string) ([]semaphoreS
 	}
 	var states []semaphoreState
 	var errs serverErrors
-	_ = askAll(ctx, servers, func(ctx context.Context, server *queueServer) (some seen, _ error) {
+	_ = fanOut(ctx, servers, func(ctx context.Context, server *queueServer) (some seen, _ error) {
 		if some.states, some.err = s.surveyServer(ctx, server, pattern); some.err != nil {
 			some.err = fmt.Errorf("%s: %w", server, some.err)
 		}

@@ -207,7 +207,7 @@ func TestSentinelUsers(t *testing.T) {
 	config := groupConfig(t, g.Address())
 	config.redis = redisSettings{username: "sidecar", password: rig.Password, sentinelUsername: "hook", sentinelPassword: rig.Password}
 	beat := func() error {
-		s := newSemaphores(config.sharedConfig, nil, 1, slog.New(slog.DiscardHandler))
+		s := newSemaphores(config.settings, nil, 1, slog.New(slog.DiscardHandler))
 		defer s.queue.close()
 		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
 		defer cancel()
@@ -258,7 +258,7 @@ func TestSentinelLook(t *testing.T) {
 	g := rig.StartSentinelGroup(t)
 	id := freshID()
 	acquire(t, semaphoresOf(t, groupConfig(t, g.Address())), id, 3)
-	s := newSemaphores(groupConfig(t, g.Address()).sharedConfig, nil, 1, slog.New(slog.DiscardHandler))
+	s := newSemaphores(groupConfig(t, g.Address()).settings, nil, 1, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() { rig.Must(t, s.queue.close()) })
 	look := func() error {
 		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)

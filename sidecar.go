@@ -39,7 +39,7 @@ type sidecar struct {
 // runSidecar gets the token, keeps it alive by heartbeats until ctx is done, and then gives it back. Its error says that it could
 // not give it back, or not listen for the pod's init container.
 func runSidecar(ctx context.Context, c sidecarConfig, log *slog.Logger) error {
-	semaphores := newSemaphores(c.sharedConfig, nil, 1, log)
+	semaphores := newSemaphores(c.settings, nil, 1, log)
 	defer semaphores.queue.close()
 	s := &sidecar{semaphores: semaphores, locksClosed: make(chan struct{}), id: c.semaphore, token: c.token, pod: c.pod, held: time.Now(), interval: c.heartbeatInterval,
 		log: log.With("namespace", c.semaphore.namespace, "key", c.semaphore.key, "token", c.token)}
@@ -73,7 +73,7 @@ func runSidecar(ctx context.Context, c sidecarConfig, log *slog.Logger) error {
 // was held at the end. Its error says that it cannot listen for the pod's await.
 func (s *sidecar) guard(ctx context.Context, c sidecarConfig) (held bool, err error) {
 	mark := newStartMark(c.podUID, c.token)
-	d := newDoor(mark, fmt.Sprintf("asking queue Redis %s for a token of %s", c.queueRedisAddress, s.id), s.log)
+	d := newAwaitServer(mark, fmt.Sprintf("asking queue Redis %s for a token of %s", c.queueRedisAddress, s.id), s.log)
 	if c.podUID != "" {
 		if err := d.serve(c.podUID); err != nil {
 			return false, err
@@ -82,25 +82,25 @@ func (s *sidecar) guard(ctx context.Context, c sidecarConfig) (held bool, err er
 	if mark.isSet() {
 		s.log.Info("started again in a running pod")
 		s.held = mark.setAt()
-		s.loop(ctx, 0, d.asked)
+		s.loop(ctx, 0, d.askedAgain)
 	} else if c.podUID != "" {
 		defer time.AfterFunc(awaitMissed, d.warnUnheard).Stop()
 	}
 	for ctx.Err() == nil {
-		if !s.admit(ctx, c, d) {
+		if !s.holdBack(ctx, c, d) {
 			return false, nil
 		}
-		s.loop(ctx, s.interval, d.asked)
+		s.loop(ctx, s.interval, d.askedAgain)
 	}
 	return true, nil
 }
 
-// admit gets the token and lets the pod's await pass. It returns false if ctx is done before it has the token. Until the app may
+// holdBack gets the token and lets the pod's await pass. It returns false if ctx is done before it has the token. Until the app may
 // run, admit keeps the token by asking for it again and sends no heartbeats: a token that is lost meanwhile sends the pod back to
 // the line.
-func (s *sidecar) admit(ctx context.Context, c sidecarConfig, d *door) (held bool) {
+func (s *sidecar) holdBack(ctx context.Context, c sidecarConfig, d *awaitServer) (held bool) {
 	<-s.locksClosed // of the last time
-	s.semaphores.locks = newLocker(c.sharedConfig, 0)
+	s.semaphores.locks = newLocker(c.settings, 0)
 	defer s.closeLocks()
 	w := &waiter{semaphores: s.semaphores, id: s.id, token: s.token, pod: s.pod, length: c.length, expiration: c.expiration,
 		say: d.say, log: s.log}
@@ -117,7 +117,7 @@ func (s *sidecar) admit(ctx context.Context, c sidecarConfig, d *door) (held boo
 		if c.podUID == "" { // there is nobody to hold back
 			return true
 		}
-		if passed, err := d.letPass(ctx, asked.Add(fresh)); passed || err != nil {
+		if passed, err := d.admitOne(ctx, asked.Add(fresh)); passed || err != nil {
 			return true
 		}
 	}

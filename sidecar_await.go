@@ -129,14 +129,14 @@ func (a *await) complain(err error) {
 		"container", sidecarName, "error", err.Error())
 }
 
-// door is where a pod's await asks its sidecar. It is opened for an answer of Redis that the token is held, and lets the await
+// awaitServer is where a pod's await asks its sidecar. It is opened for an answer of Redis that the token is held, and lets the await
 // pass while that is fresh. Once it has, the app may run, until an await asks again: an init container runs only while the app
 // does not.
-type door struct {
-	mark   startMark
-	log    *slog.Logger
-	passed chan struct{} // receives when an await was let pass
-	asked  chan struct{} // receives when an await asks after one was let pass
+type awaitServer struct {
+	mark       startMark
+	log        *slog.Logger
+	passed     chan struct{} // receives when an await was let pass
+	askedAgain chan struct{} // receives when an await asks after one was let pass
 
 	mu    sync.Mutex
 	text  string        // what the pod waits for
@@ -146,27 +146,27 @@ type door struct {
 	heard bool          // an await has asked
 }
 
-func newDoor(mark startMark, text string, log *slog.Logger) *door {
-	return &door{mark: mark, text: text, log: log, past: mark.isSet(),
-		open: make(chan struct{}), passed: make(chan struct{}, 1), asked: make(chan struct{}, 1)}
+func newAwaitServer(mark startMark, text string, log *slog.Logger) *awaitServer {
+	return &awaitServer{mark: mark, text: text, log: log, past: mark.isSet(),
+		open: make(chan struct{}), passed: make(chan struct{}, 1), askedAgain: make(chan struct{}, 1)}
 }
 
 // say sets what the pod waits for.
-func (d *door) say(text string) {
+func (d *awaitServer) say(text string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.text = text
 }
 
 // said returns what the pod waits for.
-func (d *door) said() string {
+func (d *awaitServer) said() string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.text
 }
 
 // openUntil opens the door for a time.
-func (d *door) openUntil(until time.Time) {
+func (d *awaitServer) openUntil(until time.Time) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.until.IsZero() {
@@ -175,8 +175,8 @@ func (d *door) openUntil(until time.Time) {
 	d.until = until
 }
 
-// letPass opens the door until a time, and reports whether an await has passed by then. Its error is that of ctx.
-func (d *door) letPass(ctx context.Context, until time.Time) (passed bool, err error) {
+// admitOne opens the door until a time, and reports whether an await has passed by then. Its error is that of ctx.
+func (d *awaitServer) admitOne(ctx context.Context, until time.Time) (passed bool, err error) {
 	d.openUntil(until)
 	closing := time.NewTimer(time.Until(until))
 	defer closing.Stop()
@@ -197,39 +197,39 @@ func (d *door) letPass(ctx context.Context, until time.Time) (passed bool, err e
 }
 
 // opened is closed once the door is open.
-func (d *door) opened() <-chan struct{} {
+func (d *awaitServer) opened() <-chan struct{} {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.open
 }
 
 // shut closes the door.
-func (d *door) shut() {
+func (d *awaitServer) shut() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.shutLocked()
 }
 
-func (d *door) shutLocked() {
+func (d *awaitServer) shutLocked() {
 	if !d.until.IsZero() {
 		d.open, d.until = make(chan struct{}), time.Time{}
 	}
 }
 
-// knock is called for each await that asks.
-func (d *door) knock() {
+// asked is called for each await that asks.
+func (d *awaitServer) asked() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.heard = true
 	if d.past {
 		d.past = false
 		d.mark.remove(d.log)
-		d.asked <- struct{}{} // there is room: it was received before the last await was let pass
+		d.askedAgain <- struct{}{} // there is room: it was received before the last await was let pass
 	}
 }
 
 // warnUnheard logs that no await has asked so far.
-func (d *door) warnUnheard() {
+func (d *awaitServer) warnUnheard() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if !d.heard {
@@ -239,7 +239,7 @@ func (d *door) warnUnheard() {
 }
 
 // pass reports whether an await may pass: the door is open. It closes the door behind it.
-func (d *door) pass() bool {
+func (d *awaitServer) pass() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	ok := time.Now().Before(d.until)
@@ -253,7 +253,7 @@ func (d *door) pass() bool {
 }
 
 // serve answers the awaits of a pod for as long as the process lives.
-func (d *door) serve(podUID string) error {
+func (d *awaitServer) serve(podUID string) error {
 	listener, err := net.ListenUnix("unix", awaitSocket(podUID))
 	if err != nil {
 		return fmt.Errorf("listen for the pod's init container: %w", err)
@@ -276,7 +276,7 @@ func (d *door) serve(podUID string) error {
 
 // answer tells an await what its pod waits for, and then that the token is held, if that is fresh; else it hangs up, to be
 // asked again.
-func (d *door) answer(conn net.Conn) {
+func (d *awaitServer) answer(conn net.Conn) {
 	defer conn.Close()
 	asked := time.Now()
 	gone := make(chan struct{})
@@ -284,7 +284,7 @@ func (d *door) answer(conn net.Conn) {
 		_, _ = io.Copy(io.Discard, conn)
 		close(gone)
 	}()
-	d.knock()
+	d.asked()
 	tell := func(text string) {
 		_ = conn.SetWriteDeadline(time.Now().Add(time.Second))
 		_, _ = fmt.Fprintln(conn, text) // an await that does not hear it asks again

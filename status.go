@@ -25,7 +25,7 @@ const (
 
 // runStatus prints what there is to see, or releases a token.
 func runStatus(ctx context.Context, c statusConfig, stdin io.Reader, stdout io.Writer, log *slog.Logger) error {
-	s := newSemaphores(c.sharedConfig, nil, 1, log)
+	s := newSemaphores(c.settings, nil, 1, log)
 	defer s.queue.close()
 	if c.release != "" {
 		return releaseByHand(ctx, s, c, stdin, stdout)

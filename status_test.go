@@ -57,7 +57,7 @@ func shownSemaphore(t *testing.T, namespace string) (r *rig.Redis, s *semaphores
 	}
 	for _, pod := range []podName{"web-c node-2", ""} {
 		token := uuid.NewString()
-		a, err := s.ask(t.Context(), id, question{token, 2, joinLine, pod})
+		a, err := s.runAcquire(t.Context(), id, acquireRequest{token, 2, joinLine, pod})
 		if err != nil || a.status != acquireFull {
 			t.Fatalf("got %+v, %v", a, err)
 		}

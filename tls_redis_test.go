@@ -193,7 +193,7 @@ func TestACLsAreMinimal(t *testing.T) {
 	semaphoresOf := func(user string) *semaphores {
 		c := testConfig(address)
 		c.redis = redisSettings{username: user, password: rig.Password, caFile: filepath.Join(dir, "tls.crt")}
-		return newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), 1, slog.New(slog.DiscardHandler))
+		return newSemaphores(c.settings, newLocker(c.settings, lockConnections), 1, slog.New(slog.DiscardHandler))
 	}
 	// What both do: take tokens, repair, call waiters, give back.
 	life := func(user string) (*semaphores, semaphoreID, error) {
@@ -231,7 +231,7 @@ func TestACLsAreMinimal(t *testing.T) {
 		if err := s.maintain(ctx, id, 1, true); err != nil { // trim to nothing
 			return s, id, err
 		}
-		_, err = s.ask(ctx, id, question{token: uuid.NewString(), length: 1})
+		_, err = s.runAcquire(ctx, id, acquireRequest{token: uuid.NewString(), length: 1})
 		return s, id, err
 	}
 	sidecarLife := func() error {
@@ -247,7 +247,7 @@ func TestACLsAreMinimal(t *testing.T) {
 			}
 		}
 		other := uuid.NewString()
-		if _, err := s.ask(ctx, id, question{other, 1, joinLine, ""}); err != nil {
+		if _, err := s.runAcquire(ctx, id, acquireRequest{other, 1, joinLine, ""}); err != nil {
 			return err
 		}
 		if _, err := s.release(ctx, id, other); err != nil {
@@ -335,7 +335,7 @@ func TestRedisRefusesUs(t *testing.T) {
 	} {
 		c := testConfig("rediss://" + r.Address)
 		c.redis = settings
-		s := newSemaphores(c.sharedConfig, nil, 1, testSemaphores(t, r.Address).log)
+		s := newSemaphores(c.settings, nil, 1, testSemaphores(t, r.Address).log)
 		err := s.check(context.Background())
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), rig.Password) {
 			t.Errorf("got %v, want %q", err, want)

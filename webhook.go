@@ -48,7 +48,7 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	defer healthListener.Close()
 
 	c.redis.counts = new(redisCounts)
-	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log)
+	s := newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, log)
 	s.metrics = newMetrics(c.redis.counts)
 	s.metrics.countVerdicts()
 	s.metrics.watchCertificate(cert)
@@ -57,7 +57,7 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	w := &webhook{admitter: a, callers: who, bounds: newBounds(), limit: logLimiter{most: badCallersLogged}, log: log, stopping: ctx.Done()}
+	w := &webhook{admitter: a, callers: who, bounds: newBounds(), limit: logLimiter{most: badRequestsLogged}, log: log, stopping: ctx.Done()}
 	s.metrics.watchGate(w.pulse)
 	admissions, endAdmissions := context.WithCancelCause(context.Background())
 	defer endAdmissions(nil)
@@ -69,7 +69,7 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
-	go cert.watch(ctx, followInterval)
+	go cert.watch(ctx, fileInterval)
 	who.watch(ctx)
 	go func() { fail(webhookServer.ServeTLS(countingListener{webhookListener}, "", "")) }()
 	go func() { fail(healthServer.Serve(healthListener)) }()
@@ -125,7 +125,7 @@ func (w *webhook) routes() http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		if !w.callers.mayCall(r.URL.Path) {
 			refuseMore(r)
-			http.Error(rw, w.callers.refuseStranger(r.RemoteAddr), http.StatusNotFound)
+			http.Error(rw, w.callers.refuse(r.RemoteAddr), http.StatusNotFound)
 			return
 		}
 		w.mutate(rw, r)

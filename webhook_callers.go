@@ -59,8 +59,8 @@ func parsePathSecrets(texts [][]byte) (good goodPaths, err error) {
 
 // callers tells who may call the webhook: whoever knows the path, and has a certificate if one is asked for.
 type callers struct {
-	secrets     *followed[goodPaths] // nil: the path has no secret
-	authorities *followed[*x509.CertPool]
+	secrets     *watchedFile[goodPaths] // nil: the path has no secret
+	authorities *watchedFile[*x509.CertPool]
 	names       []string // of certificates; empty for any that an authority has signed
 	log         *slog.Logger
 
@@ -79,15 +79,15 @@ type formerPath struct {
 
 // newCallers reads the files.
 func newCallers(c webhookConfig, log *slog.Logger) (*callers, error) {
-	w := &callers{names: c.clientNames, limit: logLimiter{most: badCallersLogged}, log: log}
+	w := &callers{names: c.clientNames, limit: logLimiter{most: badRequestsLogged}, log: log}
 	var err error
 	if c.pathSecretFile != "" {
-		if w.secrets, err = follow(log, parsePathSecrets, w.takeSecrets, c.pathSecretFile); err != nil {
+		if w.secrets, err = newWatchedFile(log, parsePathSecrets, w.takeSecrets, c.pathSecretFile); err != nil {
 			return nil, fmt.Errorf("--path-secret-file: %w", err)
 		}
 	}
 	if c.clientCAFile != "" {
-		w.authorities, err = follow(log, parseCA, func(*x509.CertPool) { log.Info("authorities of clients taken") }, c.clientCAFile)
+		w.authorities, err = newWatchedFile(log, parseCA, func(*x509.CertPool) { log.Info("authorities of clients taken") }, c.clientCAFile)
 		if err != nil {
 			return nil, fmt.Errorf("--client-ca-file: %w", err)
 		}
@@ -98,10 +98,10 @@ func newCallers(c webhookConfig, log *slog.Logger) (*callers, error) {
 // watch follows the files until ctx is done.
 func (w *callers) watch(ctx context.Context) {
 	if w.secrets != nil {
-		go w.secrets.watch(ctx, followInterval)
+		go w.secrets.watch(ctx, fileInterval)
 	}
 	if w.authorities != nil {
-		go w.authorities.watch(ctx, followInterval)
+		go w.authorities.watch(ctx, fileInterval)
 	}
 }
 
@@ -138,9 +138,9 @@ func (w *callers) mayCall(path string) bool {
 	return found == 1
 }
 
-// refuseStranger is the text for whoever calls another path. That somebody does is logged now and then, as it may be the API server, with
+// refuse is the text for whoever calls another path. That somebody does is logged now and then, as it may be the API server, with
 // another secret.
-func (w *callers) refuseStranger(remote string) string {
+func (w *callers) refuse(remote string) string {
 	if w.secrets == nil {
 		return "not found: admission reviews are served at " + mutatePath
 	}

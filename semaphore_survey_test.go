@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -8,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
@@ -118,5 +120,17 @@ func TestMetricsOfAHangingRedis(t *testing.T) {
 	w.scrape(t)
 	if lines := w.log.Lines(t, "the semaphores cannot be read for the metrics"); len(lines) != 1 {
 		t.Errorf("logged %d times", len(lines))
+	}
+}
+
+// A semaphore that moves to another node of a Cluster is left out, and those beside it are not.
+func TestLookAtMovingSlots(t *testing.T) {
+	s := testSemaphores(t, rig.CommonRedis(t).Address)
+	moved := strings.Repeat("-MOVED 1 127.0.0.1:7000\r\n", 8)
+	there := ":1\r\n:2\r\n:0\r\n:0\r\n*2\r\n$1\r\na\r\n$10\r\n1700000000\r\n:0\r\n*0\r\n*3\r\n$1\r\n3\r\n$-1\r\n$-1\r\n"
+	conn := redis.NewConn(answering{Reader: bytes.NewReader([]byte("*2\r\n$10\r\n1700000010\r\n$1\r\n0\r\n" + moved + there))}, time.Second, time.Second)
+	states, err := s.readStates(t.Context(), conn, []semaphoreID{{"shop", "moved"}, {"shop", "there"}})
+	if err != nil || len(states) != 1 || states[0].id.key != "there" || states[0].inUse != 2 || states[0].oldestHeartbeat != 10*time.Second {
+		t.Errorf("got %+v, %v", states, err)
 	}
 }

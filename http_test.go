@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"net/http"
@@ -11,7 +10,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/gomodule/redigo/redis"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
@@ -87,9 +85,9 @@ func TestLargeRequestsWait(t *testing.T) {
 
 // The oldest goes, and only that; whoever has left is not asked to.
 func TestCrowd(t *testing.T) {
-	c := crowd{most: 2}
+	c := evictingSet{most: 2}
 	gone := make(chan int, 10)
-	join := func(i int) func() { return c.join(0, func() { gone <- i }) }
+	join := func(i int) func() { return c.add(0, func() { gone <- i }) }
 	join(1)
 	leave := join(2)
 	leave()
@@ -110,9 +108,9 @@ func TestCrowd(t *testing.T) {
 
 // As many of the oldest go as it takes for the bytes of a new one; what has left or gone has none any more.
 func TestCrowdOfBytes(t *testing.T) {
-	c := crowd{most: 10, mostBytes: 100}
+	c := evictingSet{most: 10, mostBytes: 100}
 	gone := make(chan int, 10)
-	join := func(i, bytes int) func() { return c.join(bytes, func() { gone <- i }) }
+	join := func(i, bytes int) func() { return c.add(bytes, func() { gone <- i }) }
 	leave := join(1, 60)
 	join(2, 40)
 	leave()
@@ -139,16 +137,16 @@ func TestCrowdWaits(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				c := crowd{most: 1}
-				leave := c.join(0, func() {})
+				c := evictingSet{most: 1}
+				leave := c.add(0, func() {})
 				if test.meanwhile == nil {
 					time.Sleep(restTime)
 				} else {
 					time.Sleep(300 * time.Millisecond)
-					go test.meanwhile(func() { leave(); leave = c.join(0, func() {}) })
+					go test.meanwhile(func() { leave(); leave = c.add(0, func() {}) })
 				}
 				start := time.Now()
-				c.waitToJoin(t.Context())
+				c.waitForRoom(t.Context())
 				if took := time.Since(start); took != test.want {
 					t.Errorf("waited for %s, not %s", took, test.want)
 				}
@@ -156,15 +154,15 @@ func TestCrowdWaits(t *testing.T) {
 		})
 	}
 	synctest.Test(t, func(t *testing.T) {
-		c := crowd{most: 1}
-		leave := c.join(0, func() {})
+		c := evictingSet{most: 1}
+		leave := c.add(0, func() {})
 		leave()
 		start := time.Now()
-		c.waitToJoin(t.Context())
-		c.join(0, func() {})
+		c.waitForRoom(t.Context())
+		c.add(0, func() {})
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 		defer cancel()
-		c.waitToJoin(ctx)
+		c.waitForRoom(ctx)
 		if took := time.Since(start); took != 10*time.Millisecond {
 			t.Errorf("waited for %s in a crowd with room, and for 10ms", took)
 		}
@@ -174,24 +172,12 @@ func TestCrowdWaits(t *testing.T) {
 // An admission that has waited for its connection's turn is answered in time all the same.
 func TestAnswerInTimeAfterWaiting(t *testing.T) {
 	w := startWebhook(t, testConfig(rig.FreeAddress(t))) // no Redis: it tries for as long as it has time
-	w.bounds.callers.most = 1
-	defer w.bounds.callers.join(0, func() {})()
+	w.bounds.authenticated.most = 1
+	defer w.bounds.authenticated.add(0, func() {})()
 	start := time.Now()
 	status, text, err := w.post(context.Background(), rig.Review(t, freshID(), 1), "3s")
 	took := time.Since(start)
 	if err != nil || status != http.StatusInternalServerError || took < restTime/2 || took > 3*time.Second {
 		t.Errorf("answered %d %q, %v, after %s", status, text, err, took)
-	}
-}
-
-// A semaphore that moves to another node of a Cluster is left out, and those beside it are not.
-func TestLookAtMovingSlots(t *testing.T) {
-	s := testSemaphores(t, rig.CommonRedis(t).Address)
-	moved := strings.Repeat("-MOVED 1 127.0.0.1:7000\r\n", 8)
-	there := ":1\r\n:2\r\n:0\r\n:0\r\n*2\r\n$1\r\na\r\n$10\r\n1700000000\r\n:0\r\n*0\r\n*3\r\n$1\r\n3\r\n$-1\r\n$-1\r\n"
-	conn := redis.NewConn(answering{Reader: bytes.NewReader([]byte("*2\r\n$10\r\n1700000010\r\n$1\r\n0\r\n" + moved + there))}, time.Second, time.Second)
-	states, err := s.readStates(t.Context(), conn, []semaphoreID{{"shop", "moved"}, {"shop", "there"}})
-	if err != nil || len(states) != 1 || states[0].id.key != "there" || states[0].inUse != 2 || states[0].oldestHeartbeat != 10*time.Second {
-		t.Errorf("got %+v, %v", states, err)
 	}
 }

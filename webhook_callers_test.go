@@ -66,7 +66,7 @@ func TestPathSecret(t *testing.T) {
 	}
 	w.wantStatusAt(t, "/mutate/"+secretA+"?timeout=10s", body, http.StatusOK)
 	r.WantCounts(t, id, 255, 1)
-	if n := len(w.log.Lines(t, "somebody calls without the path's secret, or with another")); n != badCallersLogged {
+	if n := len(w.log.Lines(t, "somebody calls without the path's secret, or with another")); n != badRequestsLogged {
 		t.Errorf("strangers were logged %d times", n)
 	}
 
@@ -76,8 +76,8 @@ func TestPathSecret(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	take := w.callers.secrets.taken
-	w.callers.secrets.taken = func(good goodPaths) {
+	take := w.callers.secrets.onChange
+	w.callers.secrets.onChange = func(good goodPaths) {
 		if !w.callers.mayCall("/mutate/" + secretA) {
 			t.Error("there is a moment in which the secret of before is no good")
 		}
@@ -85,7 +85,7 @@ func TestPathSecret(t *testing.T) {
 	}
 	write(secretB, secretC)
 	reload()
-	w.callers.secrets.taken = take
+	w.callers.secrets.onChange = take
 	for _, path := range []string{"/mutate/" + secretA, "/mutate/" + secretB, "/mutate/" + secretC} {
 		w.wantStatusAt(t, path, body, http.StatusOK)
 	}
