@@ -11,6 +11,10 @@ help: ## show this help
 demo: build bin/demo ## show the main job, start to end; needs nothing but Go. LOCK=etcd for the other lock, QUEUE=sentinel for a failover
 	@bin/demo $(demo-queue) $(demo-lock) story
 
+.PHONY: test-demo
+test-demo: test-needs ## run the demo with each lock and queue, by hand, and interrupted
+	SUITE=1 go test -race -count=1 -v ./test/demo
+
 .PHONY: run
 run: build bin/demo ## start the demo's set-up and stay up, for trying it by hand
 	@bin/demo $(demo-queue) $(demo-lock) run
@@ -35,6 +39,10 @@ bin/demo:
 test: test-needs ## run all tests with the race detector; installs redis-server, gcc, curl, promtool and openssl if missing
 	go test -race -count=1 -parallel 8 -shuffle=on ./...
 
+.PHONY: test-timing
+test-timing: test-needs ## bound the times in the tests of make test; wants a machine that does nothing else
+	TIMING=1 go test -count=1 -parallel 1 .
+
 .PHONY: test-queues
 test-queues: test-needs ## let Sentinel groups, Clusters and moving addresses fail under load; then run all tests on a Sentinel and on a Cluster
 	go test -race -count=1 -parallel 3 -tags failover -v -run '$(queue-tests)' .
@@ -57,7 +65,7 @@ CHAOS_FLAGS ?=
 
 .PHONY: chaos
 chaos: test-needs ## let pods, gates and servers fail at random, check the history of who worked when, and break scripts on purpose; CHAOS_TIME=1h CHAOS_SEED=2
-	go test -count=1 -tags chaos -timeout 0 -v -run '^TestChaos' . -chaos.time=$(CHAOS_TIME) -chaos.seed=$(CHAOS_SEED) $(CHAOS_FLAGS)
+	SUITE=1 go test -count=1 -timeout 0 -v -run '^TestChaos' ./test/chaos -chaos.time=$(CHAOS_TIME) -chaos.seed=$(CHAOS_SEED) $(CHAOS_FLAGS)
 
 FUZZ_TIME ?= 10s
 
@@ -159,9 +167,8 @@ lint: ## check format, vet, staticcheck and the workflows
 	go vet -tags failover .
 	go vet -tags abuse .
 	go vet -tags upgrade .
-	go vet -tags chaos .
 	go vet -tags bench .
 	go vet -tags e2e,measure . ./e2e
 	go -C demo vet ./...
-	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover,abuse,upgrade,chaos,bench ./...
+	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover,abuse,upgrade,bench ./...
 	go tool -modfile=tools/go.mod actionlint

@@ -37,9 +37,7 @@ func TestFreeTokensAreTakenBeforeARepair(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	rig.Must(t, newWaiter(w.semaphores, id, 3).waitOnly(ctx))
-	if took := time.Since(start); took > atOnce {
-		t.Errorf("took %s", took)
-	}
+	rig.WantWithin(t, time.Since(start), atOnce, "an admission and a waiter with free tokens")
 	if n := counted.tried.Load(); n > 0 {
 		t.Errorf("the lock was tried %d times", n)
 	}
@@ -120,10 +118,8 @@ func TestPodsOfTwoLengths(t *testing.T) {
 	for _, pod := range runs {
 		gap, last = max(gap, pod.admitted.Sub(last)), pod.admitted
 	}
-	t.Logf("%d pods in %s, the longest gap is %s", len(runs), took, gap)
-	if took > 16*work || gap > 3*work {
-		t.Error("too long")
-	}
+	rig.WantWithin(t, took, 16*work, fmt.Sprintf("%d pods", len(runs)))
+	rig.WantWithin(t, gap, 3*work, "the longest gap between two of them")
 	if _, inflight, err := r.Counts(id); err != nil || inflight > 0 {
 		t.Errorf("%d in flight, %v", inflight, err)
 	}
@@ -178,10 +174,12 @@ func (l *lineUp) wantServed(t *testing.T) {
 		if !ok {
 			break
 		}
+		start := time.Now()
 		select {
 		case err := <-p.done:
 			rig.Must(t, err)
-		case <-time.After(atOnce):
+			rig.WantWithin(t, time.Since(start), atOnce, "a free token for a pod in line")
+		case <-time.After(time.Minute):
 			queue, inflight, err := l.r.Counts(l.id)
 			t.Fatalf("a pod of length %d waits for what is free, with %d holders; queue %d, in flight %d, %v", p.length, len(l.holding), queue, inflight, err)
 		}
@@ -273,9 +271,7 @@ func TestRaisedLengthIsServedAtOnce(t *testing.T) {
 		defer cancel()
 		start := time.Now()
 		rig.Must(t, w.waitOnly(ctx))
-		if took := time.Since(start); took > atOnce {
-			t.Errorf("took %s", took)
-		}
+		rig.WantWithin(t, time.Since(start), atOnce, "a free token for a greater length")
 		l.holding = append(l.holding, linePod{token: w.token, length: 3})
 		l.wantState(t)
 	}
@@ -401,7 +397,7 @@ func TestHerd(t *testing.T) {
 	}
 	r.WantCounts(t, id, 0, length)
 	made := r.Info(t, "stats", "total_connections_received:") - before
-	if made > 2*128 { // some may be given up where the machine is slow
+	if made > 4*maxAsking { // a slow machine makes some attempts again, over new connections
 		t.Errorf("%d connections to Redis were opened for %d pods", made, pods)
 	}
 }

@@ -1,4 +1,4 @@
-package main
+package chaos
 
 import (
 	"cmp"
@@ -8,7 +8,8 @@ import (
 	"time"
 )
 
-// history is what happened in a run, for the checker. All moments are since the start of the run, by one monotonic clock.
+// history is what happened in a run. The checker reads it. All moments are since the
+// start of the run, by one monotonic clock.
 type history struct {
 	interval, threshold time.Duration
 	pods                []*podLife
@@ -23,35 +24,35 @@ func (s span) String() string { return fmt.Sprintf("%.2f-%.2f s", s.from.Seconds
 
 func (s span) overlaps(other span) bool { return s.from <= other.to && other.from <= s.to }
 
-// notYet is a moment that did not come.
+// notYet is the moment of what has not happened.
 const notYet time.Duration = 0
 
 // unending is the end of what did not end.
 const unending = 1000 * time.Hour
 
-// podLife is what became of a pod. What is notYet did not happen.
+// podLife is the history of a pod.
 type podLife struct {
 	name      string
 	semaphore string
 	length    int
-	waits     bool // it waits in line where no token is free; else it is refused
+	waits     bool // if no token is free it waits in line; else the webhook refuses it
 	gated     bool // it waits before it is scheduled
 	started   time.Duration
-	asked     time.Duration // when its admission was asked for
-	answered  time.Duration // when that was over
+	asked     time.Duration // when the API server asked for its admission
+	answered  time.Duration // when a webhook answered, or failed to
 	admitted  bool
 	refused   bool          // as all tokens are in use
 	failed    bool          // no webhook answered: a token may have been taken for it
-	inLine    time.Duration // when it was heard that it stands in line
-	lifted    span          // of a gated pod: in which the token was taken for which its gate was lifted
-	took      span          // in which its token was taken; zero: it has none. Nobody knows the moment better
-	ended     time.Duration // when its work ended, or it was told to end before: from here on its token may be given back
+	inLine    time.Duration // when this test learned that it is in line
+	lifted    span          // of a gated pod: within it, a gate took the token for which it lifted the gate
+	took      span          // within it, its token was taken; zero: it has none
+	ended     time.Duration // when its work ended, or it got the signal to end: its sidecar may give the token back
 	released  time.Duration // when its sidecar had ended in order
 	died      time.Duration // when its sidecar was killed for good
-	silences  []span        // in which its sidecar could not beat: it was paused, killed, or cut off
+	silences  []span        // when its sidecar could send no heartbeat: it was paused, killed, or cut off
 }
 
-// holds reports whether the pod has had a token, and not been told to end, all that time.
+// holds reports whether the pod had a token all that time, without a signal to end.
 func (p *podLife) holds(s span) bool {
 	return p.took.to != 0 && p.took.to <= s.from && s.to <= cmp.Or(p.ended, unending)
 }
@@ -60,7 +61,7 @@ func (p *podLife) works(at time.Duration) bool {
 	return p.started != notYet && p.started <= at && at < cmp.Or(p.ended, p.died, unending)
 }
 
-// manner is what becomes of the pod where no token is free.
+// manner is what the pod does if no token is free.
 func (p *podLife) manner() string {
 	switch {
 	case p.gated:
@@ -76,22 +77,22 @@ type loss int
 
 const (
 	losesNothing loss = iota
-	losesRecent       // what was written just before, and meanwhile
+	losesRecent       // the writes just before, and meanwhile
 	losesAll
 )
 
-// fault is what the nemesis did, or the world did by itself.
+// fault is a blow of the nemesis.
 type fault struct {
 	span
 	name       string
-	semaphores []string // on which it has its effect; nil: all
-	loses      loss     // what happens to their data
+	semaphores []string // that it affects; nil: all
+	loses      loss     // the data of these that Redis loses
 	away       bool     // their Redis does not answer
-	shaken     bool     // their Redis, afterwards, first has to hear from all
-	silent     bool     // commands may be carried out whose answers do not arrive
+	shaken     bool     // their Redis first has to hear from all afterwards
+	silent     bool     // Redis may run commands whose answers do not arrive
 	unrepaired bool     // most lock servers are away
-	unlifted   bool     // a gate is away: tokens may be taken long before the gates of their pods are lifted
-	blind      bool     // so it is with all gates, or they do not see the pods
+	unlifted   bool     // a gate is away: it may have taken tokens long before it lifts the gates of their pods
+	blind      bool     // all gates are away, or do not see the pods
 }
 
 func (f fault) hits(semaphore string) bool {
@@ -100,7 +101,7 @@ func (f fault) hits(semaphore string) bool {
 
 func (f fault) String() string { return f.span.String() + " " + f.name }
 
-// around tells what happened to a semaphore at about that time.
+// around is the history of a semaphore within a time, as text.
 func (h *history) around(semaphore string, s span) string {
 	type line struct {
 		at   time.Duration
@@ -144,7 +145,7 @@ func (h *history) around(semaphore string, s span) string {
 	return b.String()
 }
 
-// String is the whole history.
+// String is the whole history as text.
 func (h *history) String() string {
 	var b strings.Builder
 	names := map[string]bool{}

@@ -1,13 +1,9 @@
-//go:build chaos
-
-package main
+package chaos
 
 import (
-	"fmt"
 	"math/rand/v2"
 	"net/http"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -17,27 +13,25 @@ import (
 )
 
 // startGates starts the API server, and two gates on nodes of their own.
-func (w *chaosWorld) startGates() {
+func (w *world) startGates() {
 	w.api = rig.StartAPIServer(w.t)
 	for i := range 2 {
-		g := &chaosServer{binary: w.binary, args: w.nodes[i].args([]string{"gate", "--queue-redis-address=" + w.queue.Address(),
-			"--redis-addresses=" + strings.Join(w.locks.addresses(), ","), "--metrics-bind-address=" + rig.FreeAddress(w.t),
-			fmt.Sprintf("--heartbeat-interval-seconds=%d", seconds(chaosInterval)), fmt.Sprintf("--stale-threshold-seconds=%d", seconds(chaosThreshold)),
-			"--kubernetes-address=" + w.api.Address, "--kubernetes-ca-file=" + w.api.CAFile,
-			"--kubernetes-token-file=" + w.api.TokenFile}, "")}
+		args := []string{"gate", "--kubernetes-address=" + w.api.Address, "--kubernetes-ca-file=" + w.api.CAFile,
+			"--kubernetes-token-file=" + w.api.TokenFile}
+		g := &restarted{binary: w.binary, args: append(args, w.flags(w.nodes[i])...)}
 		g.launch(w.t)
 		w.gates = append(w.gates, g)
 	}
 	go w.hearEvents()
 }
 
-// hearEvents notes which gated pods stand in line, by the events that tell their users.
-func (w *chaosWorld) hearEvents() {
-	for heard := 0; sleep(w.ctx, 50*time.Millisecond) == nil; {
+// hearEvents notes which gated pods are in line, by the events for their users.
+func (w *world) hearEvents() {
+	for heard := 0; rig.Sleep(w.ctx, 50*time.Millisecond) == nil; {
 		events := w.api.Store.EventsOf("shop")
 		waiting := map[string]bool{}
 		for _, e := range events[heard:] {
-			if e.Reason == reasonWaiting {
+			if e.Reason == rig.ReasonWaiting {
 				waiting[e.Regarding.Name] = true
 			}
 		}
@@ -54,13 +48,17 @@ func (w *chaosWorld) hearEvents() {
 	}
 }
 
-// passGate creates the pod, and waits until its gate is lifted. It returns false if it is deleted before that.
-func (p *chaosPod) passGate(rng *rand.Rand) bool {
-	id := idOf(p.life.semaphore)
+func (p *pod) namespace() string { return rig.ParseID(p.life.semaphore).Namespace }
+
+// passGate creates the pod, and waits until a gate lifts its gate. It returns false if a
+// user deletes the pod before that.
+func (p *pod) passGate(rng *rand.Rand) bool {
 	made := rig.GatedPod(p.life.name)
-	made.Namespace = id.namespace
+	made.Namespace = p.namespace()
 	made.Spec.SchedulingGates = made.Spec.SchedulingGates[1:]
-	made.Annotations = map[string]string{annotationEnabled: "true", annotationKey: id.key, annotationLength: strconv.Itoa(p.life.length), annotationExpiration: "2"}
+	made.Annotations = map[string]string{rig.AnnotationEnabled: "true",
+		rig.AnnotationKey: rig.ParseID(p.life.semaphore).Key, rig.AnnotationLength: strconv.Itoa(p.life.length),
+		rig.AnnotationExpiration: "2"}
 	created, status := p.w.api.Store.Create(made)
 	if status != nil {
 		p.w.complain("%s: %s", p.life.name, status.Message)
@@ -71,7 +69,7 @@ func (p *chaosPod) passGate(rng *rand.Rand) bool {
 	p.mu.Unlock()
 	patience := p.w.now() + p.w.patience + within(rng, p.w.patience)
 	for (p.w.now() < patience || p.w.ending()) && p.w.ctx.Err() == nil {
-		now, _ := p.w.api.Store.Get(id.namespace, p.life.name)
+		now, _ := p.w.api.Store.Get(p.namespace(), p.life.name)
 		if len(now.Spec.SchedulingGates) == 0 {
 			p.mu.Lock()
 			defer p.mu.Unlock()
@@ -79,7 +77,7 @@ func (p *chaosPod) passGate(rng *rand.Rand) bool {
 			p.life.lifted = span{max(p.life.asked, at-heardLate), at}
 			return true
 		}
-		time.Sleep(50 * time.Millisecond)
+		_ = rig.Sleep(p.w.ctx, 50*time.Millisecond)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -88,43 +86,37 @@ func (p *chaosPod) passGate(rng *rand.Rand) bool {
 	return false
 }
 
-// show changes the pod as a kubelet does, if it is one of the API server's.
-func (p *chaosPod) show(change func(*corev1.Pod)) {
+// show changes the pod as a kubelet does, if the API server has it.
+func (p *pod) show(change func(*corev1.Pod)) {
 	if p.life.gated {
-		_, _ = p.w.api.Store.Change(idOf(p.life.semaphore).namespace, p.life.name, change)
+		_, _ = p.w.api.Store.Change(p.namespace(), p.life.name, change)
 	}
-}
-
-// isScheduled makes a pod one whose sidecar and await run.
-func isScheduled(p *corev1.Pod) {
-	now := corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}
-	p.Spec.NodeName = "node-1"
-	p.Status.InitContainerStatuses = []corev1.ContainerStatus{{Name: sidecarName, Started: new(true), State: now}, {Name: awaitName, State: now}}
 }
 
 // delete asks for the pod's end, as its user does.
-func (p *chaosPod) delete() {
+func (p *pod) delete() {
 	if p.life.gated {
-		_, _ = p.w.api.Store.Delete(idOf(p.life.semaphore).namespace, p.life.name, false)
+		_, _ = p.w.api.Store.Delete(p.namespace(), p.life.name, false)
 	}
 }
 
-// remove ends the pod as the kubelet does, or, if that is lost, somebody who sees it. One that worked is left until its token is stale: who
-// deletes it before takes that upon himself.
-func (p *chaosPod) remove() {
+// remove deletes the pod from the API server: the kubelet does that, or a user if the
+// node is lost. The user of a pod that worked waits until its token is stale; a user who
+// deletes it earlier takes the risk.
+func (p *pod) remove() {
 	p.mu.Lock()
 	died, started := p.life.died != notYet, p.life.started != notYet
 	p.mu.Unlock()
 	switch {
 	case died && started:
-		_ = sleep(p.w.ctx, chaosThreshold)
+		_ = rig.Sleep(p.w.ctx, staleThreshold)
 	case died:
-		_ = sleep(p.w.ctx, time.Second)
+		_ = rig.Sleep(p.w.ctx, time.Second)
 	}
-	_, _ = p.w.api.Store.Delete(idOf(p.life.semaphore).namespace, p.life.name, true)
+	_, _ = p.w.api.Store.Delete(p.namespace(), p.life.name, true)
 }
 
-// gateBlows are what happens to gates, and to the API server.
+// gateBlows strike gates, and the API server.
 var gateBlows = []blow{
 	{"a gate is killed", false, func(n *nemesis, f *fault) {
 		f.unlifted = true
@@ -147,7 +139,7 @@ var gateBlows = []blow{
 		f.unlifted = true
 		g := pick(n, n.gates)
 		g.Signal(n.t, syscall.SIGSTOP)
-		n.wait(time.Second, chaosThreshold+2*time.Second)
+		n.wait(time.Second, staleThreshold+2*time.Second)
 		g.Signal(n.t, syscall.SIGCONT)
 	}},
 	{"all watches end", false, func(n *nemesis, f *fault) {
@@ -174,9 +166,11 @@ var gateBlows = []blow{
 				return false
 			case 1:
 				w.Header().Set("Retry-After", "1")
-				rig.Respond(w, 0, nil, rig.Failure(http.StatusTooManyRequests, "TooManyRequests", "the server has received too many requests"))
+				rig.Respond(w, 0, nil, rig.Failure(http.StatusTooManyRequests, "TooManyRequests",
+					"the server has received too many requests"))
 			default:
-				rig.Respond(w, 0, nil, rig.Failure(http.StatusInternalServerError, "InternalError", "etcdserver: request timed out"))
+				rig.Respond(w, 0, nil, rig.Failure(http.StatusInternalServerError, "InternalError",
+					"etcdserver: request timed out"))
 			}
 			return true
 		})

@@ -1,4 +1,4 @@
-package main
+package chaos
 
 import (
 	"fmt"
@@ -7,24 +7,26 @@ import (
 	"time"
 )
 
-// The rules that follow are what the README and docs/ promise. A pod counts as counted unless a loss of data, or a silence of its own, of
-// a time close by, is named that explains why Redis may not know of it.
+// The rules below are what the README and docs/ promise. Redis has to count a pod with a
+// token, unless the checker can name an excuse: a loss of data, or a silence of the pod,
+// at about that time.
 
 const (
-	// heardLate is how long after a sidecar has its token that may be known here.
+	// heardLate is the longest time until this test knows that a sidecar has its token.
 	heardLate = 3 * time.Second
 
-	// recent is what Redis may lose in a failover: what was written in so short a time before.
+	// recent is the time before a failover whose writes Redis may lose.
 	recent = 1500 * time.Millisecond
 
-	// slack is for processes that share two cores with dozens.
+	// slack is for processes that share two cores with dozens of others.
 	slack = 2 * time.Second
 
-	// taken is within which time a free token is taken by somebody entitled: a call, or a question four seconds later; and a repair.
+	// taken is the longest time until an entitled pod takes a free token: by a call, or
+	// by its next request four seconds later; and after a repair.
 	taken = 6*time.Second + slack
 )
 
-// violation is a rule that was broken.
+// violation is a broken rule.
 type violation struct {
 	rule      string
 	semaphore string
@@ -46,7 +48,7 @@ const (
 	ruleFree    = "nobody is refused where a token is free"
 )
 
-// excuse is a named reason why a pod may not be counted, and when.
+// excuse is a reason why Redis may not count a pod, and the time of it.
 type excuse struct {
 	span
 	pod  string
@@ -56,14 +58,13 @@ type excuse struct {
 // checker checks a history.
 type checker struct {
 	*history
-	excuses map[*podLife][]excuse
-	found   []violation
-	// over is for how long more worked than the length, all of which is explained; total, for how long anybody worked.
-	over, total time.Duration
-	named       map[string]bool // excuses that explain it
+	excuses     map[*podLife][]excuse
+	found       []violation
+	over, total time.Duration   // with more pods at work than the length; with any
+	named       map[string]bool // excuses that explain over
 }
 
-// check returns what is wrong with a history.
+// check finds the rules that a history breaks.
 func check(h *history) *checker {
 	c := &checker{history: h, excuses: map[*podLife][]excuse{}, named: map[string]bool{}}
 	groups := map[string][]*podLife{}
@@ -94,10 +95,11 @@ func (c *checker) fail(rule, semaphore string, at time.Duration, format string, 
 	c.found = append(c.found, violation{rule, semaphore, at, fmt.Sprintf(format, args...)})
 }
 
-// quiet is within which time a live holder is heard again.
+// quiet is the longest time between two heartbeats of a live holder.
 func (c *checker) quiet() time.Duration { return c.interval + min(3*time.Second, c.interval) }
 
-// backBy is when a pod is surely counted again whose loss, or silence, was over at a moment: it, and Redis, have been there for long enough.
+// backBy is when Redis surely counts a pod again after a loss, or a silence, that was
+// over at a moment. By then, both have been there for long enough.
 func (c *checker) backBy(p *podLife, at time.Duration) time.Duration {
 	for again := true; again; {
 		again = false
@@ -116,12 +118,14 @@ func (c *checker) backBy(p *podLife, at time.Duration) time.Duration {
 	return at + c.quiet() + slack
 }
 
-// earliest is when a pod's token may have been taken, where the answers may not have arrived at once.
+// earliest is when Redis may first have given the pod its token. The answer may have
+// arrived later.
 func (c *checker) earliest(p *podLife, taken span) time.Duration {
 	from := taken.from
 	late := slices.Clone(p.silences)
 	for _, f := range c.faults {
-		if f.hits(p.semaphore) && (f.silent || f.away || f.shaken || f.loses != losesNothing || p.gated && (f.unlifted || f.blind)) {
+		delays := f.silent || f.away || f.shaken || f.loses != losesNothing || p.gated && (f.unlifted || f.blind)
+		if delays && f.hits(p.semaphore) {
 			late = append(late, f.span)
 		}
 	}
@@ -133,7 +137,7 @@ func (c *checker) earliest(p *podLife, taken span) time.Duration {
 	return from
 }
 
-// excusesOf returns when, and why, a pod may not be counted.
+// excusesOf returns the excuses for a pod.
 func (c *checker) excusesOf(p *podLife) (all []excuse) {
 	if p.took.to == 0 {
 		return nil
@@ -154,16 +158,19 @@ func (c *checker) excusesOf(p *podLife) (all []excuse) {
 	if p.died != notYet {
 		silences = append(silences, span{p.died, unending})
 	}
-	if p.started == notYet { // its sidecar may not run yet, or not confirm
+	if p.started == notYet { // its sidecar may not run yet, or not have confirmed
 		silences = append(silences, span{p.took.from, unending})
 	}
 	for i := 0; i < len(silences); i++ {
 		s := silences[i]
-		for i+1 < len(silences) && silences[i+1].from < s.to+c.quiet()+slack { // it may not have been heard between them
+		// Redis may have had no heartbeat between two silences.
+		for i+1 < len(silences) && silences[i+1].from < s.to+c.quiet()+slack {
 			i++
 			s.to = max(s.to, silences[i].to)
 		}
-		for _, f := range c.faults { // Redis was away before or after, for so short a time that it did not notice
+		// Redis may have been away before or after, for too short a time to notice that
+		// itself.
+		for _, f := range c.faults {
 			if f.away && f.hits(p.semaphore) && f.overlaps(span{s.from - c.quiet() - slack, s.to + c.quiet() + slack}) {
 				s.from, s.to = min(s.from, f.from), max(s.to, f.to)
 			}
@@ -176,7 +183,7 @@ func (c *checker) excusesOf(p *podLife) (all []excuse) {
 	return all
 }
 
-// excuseWithin returns why a pod may not have been counted at some moment of a time.
+// excuseWithin returns an excuse for a pod at some moment of a time.
 func (c *checker) excuseWithin(p *podLife, s span) (e excuse, ok bool) {
 	for _, e := range c.excuses[p] {
 		if e.overlaps(s) {
@@ -186,7 +193,8 @@ func (c *checker) excuseWithin(p *podLife, s span) (e excuse, ok bool) {
 	return e, false
 }
 
-// fits reports whether pods with these lengths could have been let in one after the other.
+// fits reports whether pods with these lengths could all get a token, one after the
+// other.
 func fits(lengths []int) bool {
 	slices.Sort(lengths)
 	for i, length := range lengths {
@@ -205,7 +213,8 @@ func names(pods []*podLife) string {
 	return strings.Join(all, ", ")
 }
 
-// checkCount looks at who worked at each moment: those that were never lost nor silent are no more than their lengths allow.
+// checkCount looks at the pods at work at each moment. Without those that have an excuse,
+// they are no more than their lengths allow.
 func (c *checker) checkCount(pods []*podLife) {
 	var moments []time.Duration
 	for _, p := range pods {
@@ -220,7 +229,7 @@ func (c *checker) checkCount(pods []*podLife) {
 			next = moments[i+1]
 		}
 		var lengths, certain []int
-		var who []*podLife
+		var sure []*podLife
 		var because []excuse
 		for _, p := range pods {
 			if !p.works(at) {
@@ -231,7 +240,7 @@ func (c *checker) checkCount(pods []*podLife) {
 				because = append(because, e)
 				continue
 			}
-			certain, who = append(certain, p.length), append(who, p)
+			certain, sure = append(certain, p.length), append(sure, p)
 		}
 		if len(lengths) > 0 {
 			c.total += next - at
@@ -243,13 +252,15 @@ func (c *checker) checkCount(pods []*podLife) {
 			}
 		}
 		if !fits(certain) {
-			c.fail(ruleCount, pods[0].semaphore, at, "%d at work, and neither loss nor silence explains it: %s", len(who), names(who))
-			return // all that follows is the same
+			c.fail(ruleCount, pods[0].semaphore, at,
+				"%d are at work, and neither loss nor silence explains it: %s", len(sure), names(sure))
+			return // later moments say the same
 		}
 	}
 }
 
-// certain are those of the pods, but for some, that surely had a token, and were counted, all that time.
+// certain are the pods, but for some, that surely had a token all that time, and that
+// Redis had to count.
 func (c *checker) certain(pods []*podLife, s span, but ...*podLife) (all []*podLife) {
 	for _, p := range pods {
 		if slices.Contains(but, p) || !p.holds(s) {
@@ -262,20 +273,21 @@ func (c *checker) certain(pods []*podLife, s span, but ...*podLife) (all []*podL
 	return all
 }
 
-// checkLetIn looks at each token that was taken, with all that had rejoined by then: so overshoots end by themselves.
+// checkLetIn looks at each moment in which a pod took a token. Holders that had rejoined
+// by then count: so an overshoot ends by itself.
 func (c *checker) checkLetIn(pods []*podLife) {
 	for _, p := range pods {
 		if p.took.to == 0 {
 			continue
 		}
 		if others := c.certain(pods, p.took, p); len(others) >= p.length {
-			c.fail(ruleLetIn, p.semaphore, p.took.to,
-				"%s of length %d took a token within %s, when %d had one: %s", p.name, p.length, p.took, len(others), names(others))
+			c.fail(ruleLetIn, p.semaphore, p.took.to, "%s of length %d took a token within %s, when %d had one: %s",
+				p.name, p.length, p.took, len(others), names(others))
 		}
 	}
 }
 
-// checkLifted looks at each gate that was lifted, as checkLetIn at tokens.
+// checkLifted is checkLetIn for the moments in which a gate lifted the gate of a pod.
 func (c *checker) checkLifted(pods []*podLife) {
 	for _, p := range pods {
 		if p.lifted.to == 0 {
@@ -283,34 +295,40 @@ func (c *checker) checkLifted(pods []*podLife) {
 		}
 		if others := c.certain(pods, p.lifted, p); len(others) >= p.length {
 			c.fail(ruleLifted, p.semaphore, p.lifted.to,
-				"the gate of %s of length %d was lifted for a token taken within %s, when %d had one: %s", p.name, p.length, p.lifted, len(others), names(others))
+				"the gate of %s of length %d was lifted for a token taken within %s, when %d had one: %s",
+				p.name, p.length, p.lifted, len(others), names(others))
 		}
 	}
 }
 
-// checkOrder looks at each token that was taken while somebody surely stood in line before, and there was no second one.
+// checkOrder looks at each moment in which a pod took the last token while another was
+// surely before it in line.
 func (c *checker) checkOrder(pods []*podLife) {
 	for _, q := range pods {
 		if q.took.to == 0 {
 			continue
 		}
 		for _, p := range pods {
-			if p == q || p.inLine == notYet || p.inLine > q.asked || p.length < q.length || p.took.to != 0 && p.took.from <= q.took.to {
+			if p == q || p.inLine == notYet || p.inLine > q.asked || p.length < q.length ||
+				p.took.to != 0 && p.took.from <= q.took.to {
 				continue
 			}
 			if c.ended(p) <= q.took.to || c.displaced(p, q.took.to) || c.mayPass(q, p) {
 				continue
 			}
-			if others := c.certain(pods, q.took, p, q); len(others) >= q.length-1 && q.length <= p.length && len(others)+2 > p.length {
-				c.fail(ruleOrder, q.semaphore, q.took.to, "%s, which asked at %.2f s, took the last token within %s, and %s was in line since %.2f s; %d had one: %s",
+			others := c.certain(pods, q.took, p, q)
+			if len(others) >= q.length-1 && q.length <= p.length && len(others)+2 > p.length {
+				c.fail(ruleOrder, q.semaphore, q.took.to, "%s, which asked at %.2f s, took the last token "+
+					"within %s, and %s was in line since %.2f s; %d had one: %s",
 					q.name, q.asked.Seconds(), q.took, p.name, p.inLine.Seconds(), len(others), names(others))
 			}
 		}
 	}
 }
 
-// mayPass reports whether a gated pod may stand before one that was in line before it. Its place is the second of its creation, by the
-// API server's clock; pods of one second may stand in the order of their names; and who waits by its sidecar joined by the clock of Redis.
+// mayPass reports whether a gated pod may be before one that was in line before it. Its
+// place is the second of its creation, by the API server's clock. Pods of one second may
+// be in the order of their names. A pod whose sidecar waits joined by the clock of Redis.
 func (c *checker) mayPass(q, p *podLife) bool {
 	shaken := func(f fault) bool { return f.shaken && f.from <= q.took.to }
 	return q.gated && (p.inLine+time.Second > q.asked || !p.gated && slices.ContainsFunc(c.faults, shaken))
@@ -327,11 +345,13 @@ func (c *checker) ended(p *podLife) time.Duration {
 	return end
 }
 
-// displaced reports whether a pod may have lost its place in line for a while, before a moment: with Redis's data, or as it could not ask.
+// displaced reports whether a pod may have lost its place in line for a while before a
+// moment. Redis may have lost its data, or the pod may have been unable to ask.
 func (c *checker) displaced(p *podLife, at time.Duration) bool {
 	const again = 4*time.Second + slack // a waiter asks again
 	for _, f := range c.faults {
-		if f.hits(p.semaphore) && f.loses != losesNothing && f.to >= p.inLine-recent && f.from <= at && at <= f.to+again+c.threshold {
+		if f.hits(p.semaphore) && f.loses != losesNothing && f.to >= p.inLine-recent &&
+			f.from <= at && at <= f.to+again+c.threshold {
 			return true
 		}
 	}

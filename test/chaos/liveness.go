@@ -1,11 +1,20 @@
-package main
+package chaos
 
 import (
+	"cmp"
 	"slices"
 	"time"
 )
 
-// disturbed returns when the queue of a semaphore was away, had to hear from all first, or could not be repaired.
+// Redis forgets a waiter that has not asked for waiterGone. It notices a silence of all
+// waiters after lineQuiet. See patience and lineQuiet in lua/semaphore.lua.
+const (
+	waiterGone = 14 * time.Second
+	lineQuiet  = 5 * time.Second
+)
+
+// disturbed returns the times in which a semaphore's queue was away, had to hear from all
+// first, or could not be repaired.
 func (c *checker) disturbed(semaphore string) (all []span) {
 	for _, f := range c.faults {
 		if !f.hits(semaphore) {
@@ -13,8 +22,8 @@ func (c *checker) disturbed(semaphore string) (all []span) {
 		}
 		switch {
 		case f.away || f.shaken || f.loses != losesNothing:
-			all = append(all, span{f.from - slack, f.to + max(c.quiet(), linePatience) + slack})
-		case f.blind: // a watch is tried again some seconds later
+			all = append(all, span{f.from - slack, f.to + max(c.quiet(), waiterGone) + slack})
+		case f.blind: // a gate retries its watch some seconds later
 			all = append(all, span{f.from - slack, f.to + taken})
 		case f.unrepaired:
 			all = append(all, span{f.from - slack, f.to + 2*slack})
@@ -23,10 +32,11 @@ func (c *checker) disturbed(semaphore string) (all []span) {
 	return all
 }
 
-// occupies returns when a pod may keep others from a token, or be about to give it back.
+// occupies returns the times in which a pod may keep others from a token, or may be
+// giving it back.
 func (c *checker) occupies(p *podLife) (all []span) {
 	stale := c.threshold + slack + time.Second // after its last heartbeat
-	gone := linePatience + lineQuiet
+	gone := waiterGone + lineQuiet
 	switch {
 	case p.took.to != 0 || p.lifted.to != 0:
 		end, from := unending, p.took.from
@@ -41,21 +51,22 @@ func (c *checker) occupies(p *podLife) (all []span) {
 		}
 		all = append(all, span{from, end})
 	case !p.waits && !p.refused:
-		all = append(all, span{p.asked, cmpOr(p.answered, c.end) + stale + slack})
+		all = append(all, span{p.asked, cmp.Or(p.answered, c.end) + stale + slack})
 	case !p.waits:
 		all = append(all, span{p.asked, p.answered})
 	}
 	if p.waits {
-		if p.inLine == notYet && p.took.to == 0 { // it is not known whether it waits
+		if p.inLine == notYet && p.took.to == 0 { // it may be in line
 			all = append(all, span{p.asked, min(c.end, c.ended(p)+gone)})
 		}
 		if p.died != notYet && p.took.to == 0 {
 			all = append(all, span{p.died, p.died + gone})
 		}
 		if p.ended != notYet && p.took.to == 0 && !p.gated {
-			all = append(all, span{p.ended, cmpOr(p.released, c.end) + slack})
+			all = append(all, span{p.ended, cmp.Or(p.released, c.end) + slack})
 		}
-		if p.gated && p.ended != notYet && p.lifted.to == 0 { // a gate may have taken a token, and is to hear that it is deleted
+		// A gate may have taken a token for it, and has to hear of its deletion.
+		if p.gated && p.ended != notYet && p.lifted.to == 0 {
 			all = append(all, span{p.ended - heardLate, p.ended + taken})
 		}
 		for _, s := range p.silences {
@@ -65,15 +76,9 @@ func (c *checker) occupies(p *podLife) (all []span) {
 	return all
 }
 
-func cmpOr(at, other time.Duration) time.Duration {
-	if at == notYet {
-		return other
-	}
-	return at
-}
-
-// checkUnused looks for times in which somebody in line was entitled to a token that nobody could have. What comes free and is taken in
-// time does not count: a pod may have its token for heardLate before it is known.
+// checkUnused looks for times in which a pod in line was entitled to a token that no
+// other pod could have. A token that comes free and is taken in time does not count: a
+// pod may have it for heardLate before this test knows.
 func (c *checker) checkUnused(pods []*podLife) {
 	const step = 250 * time.Millisecond
 	disturbed := c.disturbed(pods[0].semaphore)
@@ -97,7 +102,8 @@ func (c *checker) checkUnused(pods []*podLife) {
 			}
 		}
 		for _, p := range pods {
-			waits := p.inLine != notYet && p.inLine <= at && at < c.ended(p) && (p.took.to == 0 || at < p.took.from) && !in(occupied[p], at)
+			waits := p.inLine != notYet && p.inLine <= at && at < c.ended(p) &&
+				(p.took.to == 0 || at < p.took.from) && !in(occupied[p], at)
 			if waits && (waiter == nil || p.length > waiter.length) {
 				waiter = p
 			}
@@ -108,13 +114,15 @@ func (c *checker) checkUnused(pods []*podLife) {
 		}
 		if at-since > taken {
 			c.fail(ruleUnused, waiter.semaphore, at,
-				"%s of length %d waits, %d tokens can be in use, and one more was free for %s", waiter.name, waiter.length, used, at-since)
+				"%s of length %d waits, %d tokens can be in use, and one more was free for %s",
+				waiter.name, waiter.length, used, at-since)
 			return
 		}
 	}
 }
 
-// checkRefused looks at pods that do not wait and were refused, though not so many tokens could be in use, and nobody could wait.
+// checkRefused looks for pods that do not wait and were refused, though fewer tokens than
+// the length could be in use or waited for.
 func (c *checker) checkRefused(pods []*podLife) {
 	disturbed := c.disturbed(pods[0].semaphore)
 	for _, p := range pods {
@@ -131,18 +139,22 @@ func (c *checker) checkRefused(pods []*podLife) {
 				continue
 			}
 			occupies := slices.ContainsFunc(c.occupies(q), asks.overlaps)
-			waits := q.waits && asks.overlaps(span{q.asked, c.ended(q) + taken}) && (q.took.to == 0 || q.took.to >= asks.from)
+			waits := q.waits && asks.overlaps(span{q.asked, c.ended(q) + taken}) &&
+				(q.took.to == 0 || q.took.to >= asks.from)
 			if occupies || waits {
 				used++
 			}
 		}
 		if used < p.length {
-			c.fail(ruleFree, p.semaphore, p.answered, "%s of length %d was refused, and at most %d others had a token or waited", p.name, p.length, used)
+			c.fail(ruleFree, p.semaphore, p.answered,
+				"%s of length %d was refused, and at most %d others had a token or waited",
+				p.name, p.length, used)
 		}
 	}
 }
 
-// checkDecided looks for admissions that were not answered, though nothing had happened for a while. A few may be of a machine that is busy.
+// checkDecided looks for admissions without an answer and without a fault shortly before.
+// A busy machine may cause a few.
 func (c *checker) checkDecided(pods []*podLife) {
 	const few, while = 3, 10 * time.Second
 	failed := 0
@@ -152,7 +164,9 @@ func (c *checker) checkDecided(pods []*podLife) {
 			continue
 		}
 		if failed++; failed > few {
-			c.fail(ruleDecided, p.semaphore, p.answered, "%s was the %s whose admission nobody decided, and no fault explains it", p.name, ordinal(failed))
+			c.fail(ruleDecided, p.semaphore, p.answered,
+				"%s is one of %d pods whose admission no webhook decided, and no fault explains it",
+				p.name, failed)
 			return
 		}
 	}

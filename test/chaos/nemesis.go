@@ -1,6 +1,4 @@
-//go:build chaos
-
-package main
+package chaos
 
 import (
 	"fmt"
@@ -12,36 +10,40 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// nemesis does what happens to processes, networks and clocks, in an order that its seed tells.
+// nemesis strikes processes, networks and clocks, in an order that its seed decides.
 type nemesis struct {
-	*chaosWorld
+	*world
 	rng    *rand.Rand
-	counts map[string]int
+	counts map[string]int // of blows, by name
 }
 
-// blow is something that the nemesis does. It returns once all is well again.
+func newNemesis(w *world, seed uint64) *nemesis {
+	return &nemesis{w, rand.New(rand.NewPCG(seed, 1<<32)), map[string]int{}}
+}
+
+// blow is something that the nemesis does. strike returns after the world is whole again.
 type blow struct {
 	name   string
-	harms  bool // it may be an excuse for more at work than the length
+	harms  bool // it may excuse more pods at work than the length allows
 	strike func(n *nemesis, f *fault)
 }
 
-// between is a time by chance.
+// between is a random time.
 func (n *nemesis) between(least, most time.Duration) time.Duration {
 	return least + within(n.rng, most-least)
 }
 
 func (n *nemesis) wait(least, most time.Duration) { time.Sleep(n.between(least, most)) }
 
-// one of a list.
+// pick picks one of a list.
 func pick[T any](n *nemesis, list []T) T { return list[n.rng.IntN(len(list))] }
 
-// primaryOf is a server that holds a semaphore, and all that it holds.
+// primaryOf picks a server that holds semaphores, and notes which they are.
 func (n *nemesis) primaryOf(f *fault) *rig.Redis {
-	s := n.queue.Holder(n.t, idOf(pick(n, n.semaphores())))
+	s := n.queue.Holder(n.t, rig.ParseID(pick(n, n.semaphores())))
 	f.semaphores = nil
 	for _, name := range n.semaphores() {
-		if n.queue.Holder(n.t, idOf(name)) == s {
+		if n.queue.Holder(n.t, rig.ParseID(name)) == s {
 			f.semaphores = append(f.semaphores, name)
 		}
 	}
@@ -55,10 +57,10 @@ func (n *nemesis) ready() {
 			s.Redial(n.t)
 		}
 	}
-	n.queue.WantReady(n.t, map[bool]int{true: 2, false: 3}[len(n.queue.sentries()) > 0])
+	n.queue.WantReady(n.t, map[bool]int{true: 2, false: 3}[len(n.queue.sentinels()) > 0])
 }
 
-// The blows that tests ask for by name.
+// The blows that tests name.
 const (
 	longOutage = "all of the queue is paused for longer than the threshold"
 	dataLoss   = "all data is lost"
@@ -66,13 +68,12 @@ const (
 	death      = "all that work die"
 )
 
-// stabs are blows to some pods. Their histories tell of them: they are no faults of the world.
+// stabs are blows to some pods. They are in the histories of these pods: they are no
+// faults of the world.
 var stabs = map[string]func(n *nemesis){
 	briefPause: func(n *nemesis) {
 		for range 3 {
-			n.stabOne(func(p *chaosPod) bool {
-				return p.pause(chaosThreshold - chaosInterval - slack/2 - 500*time.Millisecond)
-			})
+			n.stabOne(func(p *pod) bool { return p.pause(longestHarmless) })
 		}
 	},
 	death: func(n *nemesis) {
@@ -83,6 +84,9 @@ var stabs = map[string]func(n *nemesis){
 		}
 	},
 }
+
+// longestHarmless is the longest pause of a sidecar that does not make its token stale.
+const longestHarmless = staleThreshold - heartbeatInterval - slack/2 - 500*time.Millisecond
 
 var blows = slices.Concat(serverBlows, gateBlows)
 
@@ -125,8 +129,8 @@ var serverBlows = []blow{
 		n.ready()
 	}},
 	{"a Sentinel is killed", false, func(n *nemesis, f *fault) {
-		if sentries := n.queue.sentries(); len(sentries) > 0 {
-			s := pick(n, sentries)
+		if sentinels := n.queue.sentinels(); len(sentinels) > 0 {
+			s := pick(n, sentinels)
 			s.Crash(n.t)
 			n.wait(500*time.Millisecond, 2*time.Second)
 			rig.Must(n.t, s.Start())
@@ -147,11 +151,11 @@ var serverBlows = []blow{
 	}},
 	{longOutage, false, func(n *nemesis, f *fault) {
 		f.away = true
-		all := slices.Concat(n.queue.sentries(), n.queue.data())
+		all := slices.Concat(n.queue.sentinels(), n.queue.data())
 		for _, s := range all {
 			s.Pause(n.t)
 		}
-		n.wait(chaosThreshold+time.Second, chaosThreshold+4*time.Second)
+		n.wait(staleThreshold+time.Second, staleThreshold+4*time.Second)
 		for _, s := range all {
 			s.Resume(n.t)
 		}
@@ -162,12 +166,12 @@ var serverBlows = []blow{
 		n.setClock(n.primaryOf(f), time.Duration(n.rng.IntN(51)-25)*time.Second)
 	}},
 	{"answers take longer", false, func(n *nemesis, f *fault) {
-		node := pick(n, n.nodes)
-		for _, p := range node.proxies {
+		slow := pick(n, n.nodes)
+		for _, p := range slow.proxies {
 			p.Delay.Store(int64(n.between(20*time.Millisecond, 150*time.Millisecond)))
 		}
 		n.wait(2*time.Second, 5*time.Second)
-		for _, p := range node.proxies {
+		for _, p := range slow.proxies {
 			p.Delay.Store(0)
 		}
 	}},
@@ -179,11 +183,11 @@ var serverBlows = []blow{
 		n.wait(3*time.Second, 4*time.Second)
 	}},
 	{"a node is cut off for a while", false, func(n *nemesis, f *fault) { n.cut(f, time.Second, 3*time.Second) }},
-	{"a node is cut off", true, func(n *nemesis, f *fault) { n.cut(f, chaosThreshold, chaosThreshold+4*time.Second) }},
+	{"a node is cut off", true, func(n *nemesis, f *fault) { n.cut(f, staleThreshold, staleThreshold+4*time.Second) }},
 	{"a node is lost", true, func(n *nemesis, f *fault) {
-		node := pick(n, n.nodes)
+		lost := pick(n, n.nodes)
 		for _, p := range n.alive() {
-			if p.node == node {
+			if p.node == lost {
 				p.vanish()
 			}
 		}
@@ -197,7 +201,7 @@ var serverBlows = []blow{
 		s := n.primaryOf(f)
 		s.Crash(n.t)
 		rig.Eventually(n.t, 20*time.Second, func() error {
-			if n.queue.Serves(n.t, s, idOf(f.semaphores[0])) {
+			if n.queue.Serves(n.t, s, rig.ParseID(f.semaphores[0])) {
 				return fmt.Errorf("no other primary than %s", s.Address)
 			}
 			return nil
@@ -217,22 +221,23 @@ var serverBlows = []blow{
 	}},
 }
 
-// cut cuts a node off. Its pods fall silent, those too that come meanwhile.
+// cut cuts a node off. Its pods fall silent, and so do the pods that start there
+// meanwhile.
 func (n *nemesis) cut(f *fault, least, most time.Duration) {
-	node := pick(n, n.nodes)
+	lonely := pick(n, n.nodes)
 	f.silent = true
 	from := n.now()
-	for _, p := range node.proxies {
+	for _, p := range lonely.proxies {
 		p.Cut()
 	}
 	n.wait(least, most)
-	for _, p := range node.proxies {
+	for _, p := range lonely.proxies {
 		p.Mend()
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for _, p := range n.pods {
-		if p.node == node {
+		if p.node == lonely {
 			p.mu.Lock()
 			p.life.silences = append(p.life.silences, span{from, n.now() + time.Second})
 			slices.SortFunc(p.life.silences, func(a, b span) int { return int(a.from - b.from) })
@@ -241,7 +246,7 @@ func (n *nemesis) cut(f *fault, least, most time.Duration) {
 	}
 }
 
-// strike does one of the blows.
+// strike does a blow, and notes it as a fault.
 func (n *nemesis) strike(b blow) {
 	f := fault{name: b.name}
 	f.from = n.now()
@@ -254,7 +259,7 @@ func (n *nemesis) strike(b blow) {
 	n.faults = append(n.faults, f)
 }
 
-// strikeNamed does the blow, or the stab, of that name.
+// strikeNamed does the blow, or the stab, of a name.
 func (n *nemesis) strikeNamed(name string) {
 	if stab := stabs[name]; stab != nil {
 		stab(n)
@@ -263,28 +268,26 @@ func (n *nemesis) strikeNamed(name string) {
 	n.strike(blows[slices.IndexFunc(blows, func(b blow) bool { return b.name == name })])
 }
 
-// stabOne does something to a pod by chance.
-func (n *nemesis) stabOne(do func(p *chaosPod) bool) {
+// stabOne does something to a random pod.
+func (n *nemesis) stabOne(do func(p *pod) bool) {
 	if pods := n.alive(); len(pods) > 0 {
 		do(pick(n, pods))
 	}
 }
 
-// stab does something to one pod.
+// stab does something random to a random pod. Without harms, that excuses nothing.
 func (n *nemesis) stab(harms bool) {
 	switch k := n.rng.IntN(8); {
 	case k == 0:
-		n.stabOne((*chaosPod).killSidecar)
+		n.stabOne((*pod).killSidecar)
 	case k == 1:
-		n.stabOne((*chaosPod).killAwait)
+		n.stabOne((*pod).killAwait)
 	case k == 2 && harms:
-		n.stabOne((*chaosPod).vanish)
+		n.stabOne((*pod).vanish)
 	case k == 3 && harms:
-		n.stabOne(func(p *chaosPod) bool { return p.pause(n.between(chaosThreshold, chaosThreshold+4*time.Second)) })
+		n.stabOne(func(p *pod) bool { return p.pause(n.between(staleThreshold, staleThreshold+4*time.Second)) })
 	case k >= 4:
-		n.stabOne(func(p *chaosPod) bool {
-			return p.pause(n.between(time.Second, chaosThreshold-chaosInterval-slack/2-500*time.Millisecond))
-		})
+		n.stabOne(func(p *pod) bool { return p.pause(n.between(time.Second, longestHarmless)) })
 	}
 }
 
@@ -296,7 +299,8 @@ func (n *nemesis) relength() {
 	n.lengths[name] = 1 + n.rng.IntN(5)
 }
 
-// rage goes on for so long; where it must not harm, with blows that are no excuse for anything.
+// rage strikes until a moment of the world. Without harms, it uses only blows that excuse
+// nothing.
 func (n *nemesis) rage(until time.Duration, harms bool) {
 	for n.now() < until && !n.t.Failed() {
 		if n.rng.IntN(6) == 0 {
