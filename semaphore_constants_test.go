@@ -11,7 +11,8 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// The scripts and the program have the same constants, under the same names, and compute the same times from them.
+// The scripts, the program and test/rig have the same constants, under the same names.
+// The scripts and the program compute the same times from them.
 func TestScriptsAndProgramAgree(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	// value evaluates a local of semaphore.lua.
@@ -41,12 +42,19 @@ func TestScriptsAndProgramAgree(t *testing.T) {
 				s.heartbeatInterval, s.staleThreshold, name, got, want)
 		}
 	}
-	wantSeconds("beatTimeout", beatTimeout)
-	wantSeconds("pollMost", pollMost)
-	wantSeconds("lineQuiet", lineQuiet)
-	wantSeconds("linePatience", linePatience)
-	if got := value("yourTurn"); got != yourTurn {
-		t.Errorf("the scripts call waiters by %q, and waiters wait for %q", got, yourTurn)
+	for name, c := range map[string]struct{ program, suites time.Duration }{
+		"beatTimeout":  {beatTimeout, rig.BeatTimeout},
+		"pollMost":     {pollMost, rig.PollMost},
+		"lineQuiet":    {lineQuiet, rig.LineQuiet},
+		"linePatience": {linePatience, rig.LinePatience},
+	} {
+		wantSeconds(name, c.program)
+		if c.suites != c.program {
+			t.Errorf("%s is %s in test/rig, and %s in the program", name, c.suites, c.program)
+		}
+	}
+	if got := value("yourTurn"); got != yourTurn || rig.YourTurn != yourTurn {
+		t.Errorf("the scripts call waiters by %q, waiters wait for %q, and suites for %q", got, yourTurn, rig.YourTurn)
 	}
 	for _, interval := range []time.Duration{1, 2, 3, 4, 30} {
 		for _, threshold := range []time.Duration{1, 10, 120} {

@@ -216,7 +216,7 @@ func (s *store) hear(command string, args ...any) map[string]bool {
 	for {
 		switch reply := s.ears.Receive().(type) {
 		case redis.Message:
-			if string(reply.Data) == yourTurn {
+			if string(reply.Data) == rig.YourTurn {
 				called[reply.Channel] = true
 			}
 		case redis.Subscription:

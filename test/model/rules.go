@@ -4,6 +4,9 @@ import (
 	"cmp"
 	"maps"
 	"slices"
+	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // knowledge is what Redis has to know of the semaphore. Redis loses it, and rolls it
@@ -60,20 +63,19 @@ func (k *knowledge) greatestLength() int {
 }
 
 // The rules below are those of the README and of docs/. They know nothing of how the
-// scripts work, and so these numbers are not read from the scripts: a script with another
-// number breaks a rule. All are in seconds.
+// scripts work, and read no number from them: a script with another number breaks a rule.
+// All are in seconds.
 const (
-	beatTimeout  = 3   // live holders come back within this time, or an interval
-	pollMost     = 4   // the longest time between two requests of a live waiter
-	lineQuiet    = 5   // with live waiters in line, some command comes within this time
-	linePatience = 14  // a waiter that does not ask for this time is gone
+	beatTimeout  = int(rig.BeatTimeout / time.Second)
+	pollMost     = int(rig.PollMost / time.Second)
+	lineQuiet    = int(rig.LineQuiet / time.Second)
+	linePatience = int(rig.LinePatience / time.Second)
 	lengthMemory = 300 // Redis knows the greatest length for this time
 )
 
 const (
-	joinLine = "0"         // the arrival of a waiter that joins the line
-	yourTurn = "your turn" // the message to a waiter that may take a free token
-	portion  = 256         // most free tokens that a repair makes
+	joinLine = "0" // the arrival of a waiter that joins the line
+	portion  = 256 // most free tokens that a repair makes
 )
 
 // settled reports whether holders and waiters have had the time to come back, since Redis
