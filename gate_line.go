@@ -72,7 +72,8 @@ func (p *gatedPod) sidecarRan() bool {
 }
 
 const (
-	// placesEvery is how often the places of pods are kept: Redis forgets one after "patience" seconds; see semaphore.lua.
+	// placesEvery is the time between two refreshes of the places of pods. It is at most
+	// pollMost: Redis forgets a place after linePatience.
 	placesEvery = 3 * time.Second
 
 	// lineRest is between two looks at a line, however often it is called.

@@ -93,6 +93,12 @@ const (
 )
 
 const (
+	// beatTimeout bounds one heartbeat, if the interval is not shorter. holderRetry is the
+	// longest wait before a failed heartbeat is sent again. Once Redis answers, live holders
+	// beat within beatTimeout. The scripts rely on it; see beatTimeout in semaphore.lua.
+	beatTimeout = 3 * time.Second
+	holderRetry = time.Second
+
 	// giveBackGrace bounds the time in which a process that ends gives back the tokens that no pod will use.
 	giveBackGrace = 5 * time.Second
 

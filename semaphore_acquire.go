@@ -27,8 +27,10 @@ const (
 	lockRetryLeast = 5 * time.Millisecond
 	lockRetryMost  = 25 * time.Millisecond
 
-	// doubtEvery is how often a semaphore is looked at whose holders may be gone, or more often with a short interval; see repairAfterDoubt.
-	doubtEvery = 4 * time.Second
+	// doubtEvery is the time between two repairs of a semaphore whose holders may be gone,
+	// unless half an interval is shorter. Redis would take lineQuiet for another silence. See
+	// repairAfterDoubt.
+	doubtEvery = lineQuiet - time.Second
 )
 
 // acquireRequest is what the acquire script is asked.

@@ -19,6 +19,15 @@ const (
 	pollLeast = 2 * time.Second
 	pollMost  = 4 * time.Second
 
+	// lineQuiet is the longest time without a command while live waiters are in line. Redis
+	// takes a longer silence for a failure of its own.
+	lineQuiet = 5 * time.Second
+
+	// linePatience is the silence after which Redis drops a waiter from the line. A live
+	// waiter asks within pollMost. Then Redis may be away for lineQuiet unnoticed, and the
+	// waiter asks again within pollMost. One more second is for fractions of seconds.
+	linePatience = pollMost + lineQuiet + pollMost + time.Second
+
 	// pollFirst is the longest wait of the first in line. Should its connections have fallen silent, it hears no call, and its next
 	// question costs it an attemptTimeout; all in all it is not more than four seconds late.
 	pollFirst = 1800 * time.Millisecond

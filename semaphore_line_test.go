@@ -77,7 +77,7 @@ func TestNobodyOvertakesTheLine(t *testing.T) {
 	r.WantLine(t, id, first)
 
 	leave() // without a word, as a pod that is killed
-	r.Unseen(t, id, first, 15*time.Second)
+	r.Unseen(t, id, first, linePatience+time.Second)
 	w.wantAdmitted(t, id, 1)
 	r.WantLine(t, id)
 }
@@ -89,7 +89,7 @@ func TestSilentWaiterIsDropped(t *testing.T) {
 	silent, _ := stand(t, r, s, id, true)
 	giveBack(t, s, id, holder)
 	wantFullError(t, s, id, 1, 0)
-	r.Unseen(t, id, silent, 15*time.Second)
+	r.Unseen(t, id, silent, linePatience+time.Second)
 	acquire(t, s, id, 1)
 	r.WantLine(t, id)
 	if n := r.Do(t, "ZCARD", id.seenKey()); n != int64(0) {
@@ -375,7 +375,7 @@ func TestRolledBackTake(t *testing.T) {
 		},
 		"and another was served before the holder was back": func(t *testing.T, l *lineUp) {
 			holder, next := l.rollBack(t, 1, 1, 1), l.waiting[0]
-			l.r.Unseen(t, l.id, holder.token, 15*time.Second)
+			l.r.Unseen(t, l.id, holder.token, linePatience+time.Second)
 			wantDone(t, next.done)
 			l.beat(t, holder.token)
 			l.holding, l.waiting = []linePod{next, holder}, l.waiting[1:]
@@ -575,7 +575,7 @@ func TestCostOfALongLine(t *testing.T) {
 		called, ratio int
 	}{
 		{"alive", 0, 16 + 1, 20}, // the one that asks hears, too, whether it can be called
-		{"gone", 15 * time.Second, 16 + 1, 60},
+		{"gone", linePatience + time.Second, 16 + 1, 60},
 	} {
 		many := asker{r, s, freshID()}
 		seedLine(t, r, s, many.id, free, long, line.silent)

@@ -91,7 +91,7 @@ func TestHoldersOutliveAnOutage(t *testing.T) {
 	beats[0].Signal(t, syscall.SIGKILL)
 	<-beats[0].Done()
 	r.Shift(t, id, -200*time.Second)
-	rig.Eventually(t, interval+3*time.Second+5*time.Second, func() error {
+	rig.Eventually(t, interval+beatTimeout+5*time.Second, func() error {
 		got := r.Inflight(t, id)
 		for _, token := range live[1:] {
 			if !slices.Contains(got, token) {
@@ -126,7 +126,7 @@ func TestSecondOutage(t *testing.T) {
 					a, err := s.runAcquire(context.Background(), id, q)
 					rig.Must(t, err)
 					// As times are in whole seconds, it may be one less.
-					if back := min(3*time.Second, interval); a.status != acquireFull || a.inUse != 1 || a.doubt < back+time.Second {
+					if back := min(beatTimeout, interval); a.status != acquireFull || a.inUse != 1 || a.doubt < back+time.Second {
 						t.Errorf("interval %s, in line %t: %s: got %+v", interval, inLine, what, a)
 					}
 					if inLine {

@@ -18,7 +18,7 @@ import (
 const failoverPatience = 10 * time.Second
 
 // attemptTimeout is after how long a command that is not answered is asked again, on another connection: two seconds, or half
-// of a shorter heartbeat interval, but not less than one. Scripts rely on it; see "back" in semaphore.lua.
+// of a shorter heartbeat interval, but not less than one. See beatTimeout, on which the scripts rely.
 func (s *semaphores) attemptTimeout() time.Duration {
 	return min(max(s.heartbeatInterval/2, time.Second), 2*time.Second)
 }

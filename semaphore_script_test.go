@@ -226,7 +226,7 @@ func TestSilentConnectionOfAHolder(t *testing.T) {
 		made := p.Made.Load()
 		p.Silence()
 		at := r.Now(t)
-		rig.Eventually(t, 4*time.Second+3*time.Second, func() error {
+		rig.Eventually(t, 4*time.Second+beatTimeout, func() error {
 			if score := string(r.Do(t, "ZSCORE", id.inflightKey(), token).([]byte)); score <= fmt.Sprint(at+1) {
 				return fmt.Errorf("the last heartbeat was at %s, now it is %d", score, r.Now(t))
 			}

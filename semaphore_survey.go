@@ -39,7 +39,7 @@ type semaphoreState struct {
 // lateAfter is after how long without a heartbeat a token is late: its holder has missed one. staleAfter is when it is stale; the
 // scripts have the same, see semaphore.lua.
 func (s *semaphores) lateAfter() time.Duration {
-	return s.heartbeatInterval + min(3*time.Second, s.heartbeatInterval)
+	return s.heartbeatInterval + min(beatTimeout, s.heartbeatInterval)
 }
 
 func (s *semaphores) staleAfter() time.Duration { return max(s.staleThreshold, 2*s.lateAfter()) }

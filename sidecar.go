@@ -8,11 +8,6 @@ import (
 )
 
 const (
-	// beatTimeout bounds one heartbeat, and holderRetry the wait before one that failed is tried again: once Redis answers, live
-	// holders are counted again within beatTimeout. Scripts rely on it; see "back" in semaphore.lua.
-	beatTimeout = 3 * time.Second
-	holderRetry = time.Second
-
 	// locksPatience bounds the wait for the end of a repair when the pod ends.
 	locksPatience = 2 * time.Second
 

@@ -4,13 +4,8 @@ import (
 	"cmp"
 	"slices"
 	"time"
-)
 
-// Redis forgets a waiter that has not asked for waiterGone. It notices a silence of all
-// waiters after lineQuiet. See patience and lineQuiet in lua/semaphore.lua.
-const (
-	waiterGone = 14 * time.Second
-	lineQuiet  = 5 * time.Second
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // disturbed returns the times in which a semaphore's queue was away, had to hear from all
@@ -22,7 +17,7 @@ func (c *checker) disturbed(semaphore string) (all []span) {
 		}
 		switch {
 		case f.away || f.shaken || f.loses != losesNothing:
-			all = append(all, span{f.from - slack, f.to + max(c.quiet(), waiterGone) + slack})
+			all = append(all, span{f.from - slack, f.to + max(c.quiet(), rig.LinePatience) + slack})
 		case f.blind: // a gate retries its watch some seconds later
 			all = append(all, span{f.from - slack, f.to + taken})
 		case f.unrepaired:
@@ -36,7 +31,7 @@ func (c *checker) disturbed(semaphore string) (all []span) {
 // giving it back.
 func (c *checker) occupies(p *podLife) (all []span) {
 	stale := c.threshold + slack + time.Second // after its last heartbeat
-	gone := waiterGone + lineQuiet
+	gone := rig.LinePatience + rig.LineQuiet
 	switch {
 	case p.took.to != 0 || p.lifted.to != 0:
 		end, from := unending, p.took.from

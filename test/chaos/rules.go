@@ -5,6 +5,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 // The rules below are what the README and docs/ promise. Redis has to count a pod with a
@@ -96,7 +98,7 @@ func (c *checker) fail(rule, semaphore string, at time.Duration, format string, 
 }
 
 // quiet is the longest time between two heartbeats of a live holder.
-func (c *checker) quiet() time.Duration { return c.interval + min(3*time.Second, c.interval) }
+func (c *checker) quiet() time.Duration { return c.interval + min(rig.BeatTimeout, c.interval) }
 
 // backBy is when Redis surely counts a pod again after a loss, or a silence, that was
 // over at a moment. By then, both have been there for long enough.
@@ -348,7 +350,7 @@ func (c *checker) ended(p *podLife) time.Duration {
 // displaced reports whether a pod may have lost its place in line for a while before a
 // moment. Redis may have lost its data, or the pod may have been unable to ask.
 func (c *checker) displaced(p *podLife, at time.Duration) bool {
-	const again = 4*time.Second + slack // a waiter asks again
+	const again = rig.PollMost + slack // a waiter asks again
 	for _, f := range c.faults {
 		if f.hits(p.semaphore) && f.loses != losesNothing && f.to >= p.inLine-recent &&
 			f.from <= at && at <= f.to+again+c.threshold {
@@ -356,7 +358,7 @@ func (c *checker) displaced(p *podLife, at time.Duration) bool {
 		}
 	}
 	for _, s := range p.silences {
-		if s.to-s.from > lineQuiet && s.from <= at && at <= s.to+again {
+		if s.to-s.from > rig.LineQuiet && s.from <= at && at <= s.to+again {
 			return true
 		}
 	}

@@ -36,6 +36,7 @@
 //	FreshID, ID: InflightKey, ..., Keys            all helpers take any id with the String "NAMESPACE/KEY"
 //	Redis: Counts, WantCounts, Inflight, WantInflight, Line, WantLine, State, Shift, MakeStale, MakeFree ...
 //	ScriptSource(name), Redis.Run(name, id, timing, args...), Acquire, Maintain, Heartbeat, Release
+//	BeatTimeout, PollMost, LineQuiet, LinePatience what scripts, program and suites agree on (constants.go)
 //
 // Reviews (review.go):
 //

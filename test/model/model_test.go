@@ -1,7 +1,6 @@
-package main
+package model
 
 import (
-	"strconv"
 	"testing"
 	"time"
 
@@ -10,11 +9,12 @@ import (
 	"pgregory.net/rapid"
 )
 
-// TestModel plays random sequences of all that can happen to the scripts, on a real Redis, and checks the rules after each command.
-// RAPID_CHECKS=10000 plays more of them, RAPID_STEPS=100 longer ones. It reports the shortest sequence that fails.
+// TestModel plays random sequences of commands, failures and steps of the clock on a real
+// Redis, and checks the rules after each command. It reports the shortest sequence that
+// breaks a rule. RAPID_CHECKS=10000 plays more sequences, RAPID_STEPS=100 longer ones.
 func TestModel(t *testing.T) {
 	t.Parallel()
-	s := newStore(t, realScripts)
+	s := newStore(t, scriptsOf(rig.Script))
 	commands := 0
 	rapid.Check(t, func(t *rapid.T) {
 		commands += playModel(t, s, func(rule string) { t.Fatal(rule) })
@@ -22,22 +22,24 @@ func TestModel(t *testing.T) {
 	t.Logf("%d commands", commands)
 }
 
-// newStore is a Redis of its own, with nothing written to the disk.
-func newStore(t *testing.T, scripts modelScripts) store {
+// newStore starts a Redis of its own that writes nothing to the disk.
+func newStore(t *testing.T, scripts scripts) store {
 	t.Helper()
 	r := rig.StartRedis(t)
 	r.Do(t, "CONFIG", "SET", "appendonly", "no")
 	ears, err := redis.Dial("tcp", r.Address)
 	rig.Must(t, err)
 	t.Cleanup(func() { ears.Close() })
-	return store{test: t, redis: r, s: testSemaphores(t, r.Address), scripts: scripts, ears: redis.PubSubConn{Conn: ears}}
+	return store{
+		test: t, redis: r, clock: new(estimate), scripts: scripts, ears: redis.PubSubConn{Conn: ears},
+	}
 }
 
-// playModel plays one random sequence.
+// playModel plays one random sequence. broken gets the first rule that was broken.
 func playModel(t *rapid.T, s store, broken func(rule string)) (commands int) {
 	w := newWorld(t, s, broken)
 	defer func() {
-		s.redis.Do(s.test, "DEL", append(w.id.keys(), w.replica()...)...)
+		s.redis.Do(s.test, "DEL", append(w.id.Keys(), w.replica()...)...)
 		if w.listening {
 			s.deafen()
 		}
@@ -76,69 +78,39 @@ func playModel(t *rapid.T, s store, broken func(rule string)) (commands int) {
 	return w.commands
 }
 
-func (w *world) drawLength() int {
-	if rapid.IntRange(0, 2).Draw(w.t, "another length") == 2 {
-		return rapid.IntRange(1, 4).Draw(w.t, "its length")
-	}
-	return w.length
-}
-
-func (w *world) newPod() *actor {
-	p := &actor{token: "p" + strconv.Itoa(len(w.order)+1), length: w.drawLength()}
-	w.pods[p.token] = p
-	w.order = append(w.order, p)
-	return p
-}
-
-// pick draws one of the pods that are so.
-func (w *world) pick(are func(*actor) bool) *actor {
-	var some []*actor
-	for _, p := range w.order {
-		if are(p) {
-			some = append(some, p)
-		}
-	}
-	if len(some) == 0 {
-		w.t.SkipNow()
-	}
-	return some[rapid.IntRange(0, len(some)-1).Draw(w.t, "which")]
-}
-
-func anyPod(*actor) bool { return true }
-
 func (w *world) playAdmission() {
 	p := w.newPod()
-	if w.try(p).status == acquireTaken {
-		w.takes(p)
+	if w.try(p).Status == rig.AcquireTaken {
+		w.startHolding(p)
 	}
 }
 
-// playWaiter has a pod join the line, if there is nothing free for it.
+// playWaiter starts a pod that joins the line if no token is free for it.
 func (w *world) playWaiter() {
 	p := w.newPod()
-	p.pace = rapid.IntRange(2, 4).Draw(w.t, "asks every")
-	if w.try(p).status == acquireTaken {
-		w.takes(p)
+	p.pace = rapid.IntRange(2, pollMost).Draw(w.t, "seconds between two requests")
+	if w.try(p).Status == rig.AcquireTaken {
+		w.startHolding(p)
 		return
 	}
 	if p.reachable = rapid.Bool().Draw(w.t, "reachable"); p.reachable {
 		w.listen(p.token)
 		w.listening = true
 	}
-	p.stands = true
-	w.answered(p, w.try(p))
+	p.isWaiter = true
+	w.readAnswer(p, w.try(p))
 }
 
 func (w *world) playAct() { w.act(w.pick((*actor).alive)) }
 
-// playRelease releases what somebody has, or has given back before.
+// playRelease releases the token or the place of a pod, even if the pod has neither.
 func (w *world) playRelease() {
 	p := w.pick(anyPod)
 	w.giveBack(p)
 	p.waiting, p.holding = false, false
 }
 
-// playTurn has a holder give back, and the first in line ask.
+// playTurn releases the token of a holder, and then the first pod in line asks.
 func (w *world) playTurn() {
 	p := w.pick(func(p *actor) bool { return p.alive() && p.holding })
 	w.giveBack(p)
@@ -151,12 +123,14 @@ func (w *world) playTurn() {
 	}
 }
 
+// playSilence pauses, or kills, a live pod.
 func (w *world) playSilence() {
 	p := w.pick((*actor).alive)
 	p.silent = true
 	w.say("%s falls silent", p.token)
 }
 
+// playWake resumes a pod that was paused.
 func (w *world) playWake() {
 	p := w.pick(func(p *actor) bool { return p.silent && (p.waiting || p.holding) })
 	p.silent = false
@@ -164,13 +138,13 @@ func (w *world) playWake() {
 	w.act(p)
 }
 
-// playLate has a command come after its deadline.
+// playLate sends a command that arrives after its deadline.
 func (w *world) playLate() {
 	p := w.pick(anyPod)
 	c := w.drawCommand(p)
 	by := time.Duration(rapid.SampledFrom([]int{1, 1000, 600000}).Draw(w.t, "ms late")) * time.Millisecond
 	before := w.dump()
-	if status := w.runLate(c.script, by, c.args...); status != statusLate {
+	if status := w.runLate(c.script, by, c.args...); status != rig.StatusLate {
 		w.fail("a late %s was answered %d", c.name, status)
 	}
 	if !before.equal(w.dump()) {
@@ -178,9 +152,10 @@ func (w *world) playLate() {
 	}
 }
 
+// modelCommand is a command of a pod.
 type modelCommand struct {
 	name   string
-	script *script
+	script *redis.Script
 	args   []any
 }
 
@@ -188,13 +163,13 @@ func (w *world) drawCommand(p *actor) modelCommand {
 	return rapid.SampledFrom([]modelCommand{
 		{"heartbeat", w.scripts.heartbeat, []any{p.token, p.pod(), 0}},
 		{"release", w.scripts.release, []any{p.token}},
-		{"question of who does not wait", w.scripts.acquire, []any{p.length, p.token, "", p.pod()}},
-		{"question", w.scripts.acquire, []any{p.length, p.token, p.arrivalOf(), p.pod()}},
+		{"request without waiting", w.scripts.acquire, []any{p.length, p.token, "", p.pod()}},
+		{"request", w.scripts.acquire, []any{p.length, p.token, p.nextArrival(), p.pod()}},
 		{"repair", w.scripts.maintain, []any{p.length, "1"}},
 	}).Draw(w.t, "command")
 }
 
-// playRepeat has somebody do the same twice: the second time changes nothing.
+// playRepeat does the same twice. The second time must change nothing.
 func (w *world) playRepeat() {
 	p := w.pick((*actor).alive)
 	what := rapid.IntRange(0, 2).Draw(w.t, "what")
@@ -212,7 +187,7 @@ func (w *world) playRepeat() {
 	}
 	once()
 	second, waiting, before := w.second, p.waiting, w.last
-	if what == 0 && p.holding { // asks for what it has
+	if what == 0 && p.holding { // p asks for the token that it has
 		w.try(p)
 		before = w.last
 	}
@@ -222,12 +197,13 @@ func (w *world) playRepeat() {
 	}
 }
 
-// playUnheard has a waiter ask and not hear the answer; or an admission, whose token is given back later, or not.
+// playUnheard sends a request whose answer does not arrive. It is that of a waiter, or an
+// admission; playRelease may give back the token of the admission later.
 func (w *world) playUnheard() {
 	if rapid.Bool().Draw(w.t, "admission") {
 		p := w.newPod()
 		w.try(p)
-		w.takes(p)
+		w.startHolding(p)
 		p.silent = true
 		return
 	}
@@ -243,19 +219,21 @@ func (w *world) playMaintain() {
 }
 
 func (w *world) playLive() {
-	w.live(rapid.SampledFrom([]int{1, 3, w.quiet, w.quiet + 1, w.threshold + 1, w.threshold + w.quiet + 6}).Draw(w.t, "seconds"))
+	seconds := []int{1, 3, w.quiet, w.quiet + 1, w.threshold + 1, w.threshold + w.quiet + 6}
+	w.live(rapid.SampledFrom(seconds).Draw(w.t, "seconds"))
 }
 
-// playOutage has Redis away: commands come again once it is back, within the time that retries take.
+// playOutage takes Redis away. When it is back, commands come again within the time that
+// retries take.
 func (w *world) playOutage() {
-	w.calm()
+	w.liveUntilAllCame()
 	seconds := rapid.SampledFrom([]int{1, 5, w.quiet, w.quiet + 1, w.threshold + 1, 600}).Draw(w.t, "seconds")
 	w.pass(seconds)
 	w.say("Redis was away for %d s", seconds)
 	for _, p := range w.order {
 		back := w.back
 		if p.waiting {
-			back = 4
+			back = pollMost
 		}
 		if p.alive() && p.due < w.now {
 			p.due = w.now + rapid.IntRange(0, back).Draw(w.t, "back after")
@@ -263,8 +241,9 @@ func (w *world) playOutage() {
 	}
 }
 
+// playClock sets the clock of Redis.
 func (w *world) playClock() {
-	w.calm()
+	w.liveUntilAllCame()
 	seconds := rapid.SampledFrom([]int{1, 5, 30, 600}).Draw(w.t, "seconds")
 	if rapid.Bool().Draw(w.t, "back") {
 		seconds = -seconds
@@ -274,21 +253,22 @@ func (w *world) playClock() {
 }
 
 func (w *world) playLoss() {
-	w.calm()
+	w.liveUntilAllCame()
 	w.loseAll()
 	w.known = newKnowledge()
 	w.last = w.dump()
 	w.say("Redis has lost its data")
 }
 
-// playFailover has a replica take over that lacks the last few commands.
+// playFailover makes a replica take over that lacks the last few commands.
 func (w *world) playFailover() {
-	w.calm()
+	w.liveUntilAllCame()
 	w.replicate()
 	w.replicated = w.known.clone()
 	start := w.now
 	for range rapid.IntRange(1, 3).Draw(w.t, "commands") {
-		rapid.SampledFrom([]func(){w.playAdmission, w.playWaiter, w.playAct, w.playRelease, w.playMaintain, w.playTurn}).Draw(w.t, "command")()
+		play := []func(){w.playAdmission, w.playWaiter, w.playAct, w.playRelease, w.playMaintain, w.playTurn}
+		rapid.SampledFrom(play).Draw(w.t, "command")()
 		if w.now > start {
 			break
 		}
@@ -296,5 +276,5 @@ func (w *world) playFailover() {
 	w.failover()
 	w.known, w.replicated = w.replicated, nil
 	w.last = w.dump()
-	w.say("a replica took over that lacks what came since %d s", start)
+	w.say("a replica took over that lacks all commands since %d s", start)
 }

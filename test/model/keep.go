@@ -1,4 +1,4 @@
-package main
+package model
 
 import (
 	"maps"
@@ -9,7 +9,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-// playHold has a process that does not know who has given back, or has been reclaimed, keep the tokens of all pods.
+// playHold holds the tokens of all pods at once. The process that does it does not know
+// which tokens were given back, or reclaimed.
 func (w *world) playHold() {
 	var tokens []any
 	var want []string
@@ -29,7 +30,7 @@ func (w *world) playHold() {
 	_, err := redis.Scan(rest, &lost)
 	rig.Must(w.test, err)
 	if !slices.Equal(lost, want) {
-		w.fail("to hold all tells that %v are lost, want %v", lost, want)
+		w.fail("hold answered that %v are lost, want %v", lost, want)
 	}
 	for token := range w.known.holders {
 		if at, ok := d.inflight[token]; ok && at < int(w.second)-1 {
@@ -37,15 +38,15 @@ func (w *world) playHold() {
 		}
 	}
 	if d.free != w.last.free {
-		w.fail("to hold all made %d free tokens %d", w.last.free, d.free)
+		w.fail("hold made %d free tokens %d", w.last.free, d.free)
 	}
 	w.check(d, false)
 	w.last = d
-	w.say("all are held: %d in flight", len(d.inflight))
+	w.say("all tokens are held: %d in flight", len(d.inflight))
 }
 
-// playKeep has a process keep the places of all that wait, of those that have a token by now, and of one that came long ago, or tells it of one
-// that is gone, or both.
+// playKeep keeps the places of all pods in line, and of all that have a token by now. It
+// may add a pod that came long ago, and may name a pod that is gone.
 func (w *world) playKeep() {
 	var gone []*actor
 	if len(w.order) > 0 && rapid.Bool().Draw(w.t, "one is gone") {
@@ -60,19 +61,22 @@ func (w *world) playKeep() {
 			if !inLine {
 				at = 1
 			}
-			stay, places[p.token] = append(stay, p), at+rapid.SampledFrom([]int{0, 0, 1e6}).Draw(w.t, "told later by")
+			later := rapid.SampledFrom([]int{0, 0, 1e6}).Draw(w.t, "microseconds later than its place")
+			stay, places[p.token] = append(stay, p), at+later
 		}
 	}
 	if rapid.Bool().Draw(w.t, "a new one") {
 		p := w.newPod()
-		p.stands, p.kept, p.waiting, p.pace, p.due = true, true, true, 4, w.now+4
-		p.arrival = (int(w.second)-rapid.SampledFrom([]int{0, 10, 1000}).Draw(w.t, "seconds old"))*1e6 + len(w.order)
+		p.isWaiter, p.kept, p.waiting, p.pace, p.due = true, true, true, pollMost, w.now+pollMost
+		age := rapid.SampledFrom([]int{0, 10, 1000}).Draw(w.t, "seconds old")
+		p.arrival = (int(w.second)-age)*1e6 + len(w.order)
 		stay, places[p.token] = append(stay, p), p.arrival
 	}
 	w.keep(gone, stay, places)
 }
 
-// keep keeps the places of those that stay, and takes out of the line those that are gone. It follows arrive.
+// keep keeps the places of the pods that stay, and takes the pods that are gone out of
+// the line. Call arrive before.
 func (w *world) keep(gone, stay []*actor, places map[string]int) {
 	args := []any{0, len(gone)}
 	for _, p := range gone {
@@ -107,22 +111,23 @@ func (w *world) keep(gone, stay []*actor, places map[string]int) {
 		w.checkCalled(d)
 	}
 	if d.free != w.last.free || !maps.Equal(d.inflight, w.last.inflight) && len(d.inflight) != len(w.last.inflight) {
-		w.fail("to keep places changed who holds tokens")
+		w.fail("keep changed the holders of tokens")
 	}
 	w.last = d
 	w.say("places were kept: %d in flight, %d free, line %v", len(d.inflight), d.free, k.inLine())
 }
 
-// checkKept compares what was answered with what is.
+// checkKept compares the answer of keep with the state.
 func (w *world) checkKept(rest []any, d dump, wantHeld []string) {
 	var created, inUse, waiters int
 	var served, held []string
 	var joined []any
 	_, err := redis.Scan(rest, &created, &inUse, &waiters, &served, &held, &joined)
 	rig.Must(w.test, err)
-	if inUse != len(d.inflight) || waiters != len(d.waiters) || !slices.Equal(held, wantHeld) || created != d.state["created"] {
-		w.fail("answered created %d, %d in use, %d waiters, held %v; want %d, %d, %d, %v", created, inUse, waiters, held,
-			d.state["created"], len(d.inflight), len(d.waiters), wantHeld)
+	if inUse != len(d.inflight) || waiters != len(d.waiters) || !slices.Equal(held, wantHeld) ||
+		created != d.state["created"] {
+		w.fail("keep answered created %d, %d in use, %d waiters, held %v; want %d, %d, %d, %v",
+			created, inUse, waiters, held, d.state["created"], len(d.inflight), len(d.waiters), wantHeld)
 	}
 	var want []string
 	free, used := d.free, len(d.inflight)
@@ -133,6 +138,6 @@ func (w *world) checkKept(rest []any, d dump, wantHeld []string) {
 		}
 	}
 	if !slices.Equal(served, want) {
-		w.fail("answered that a token is free for %v, want %v", served, want)
+		w.fail("keep answered that a token is free for %v, want %v", served, want)
 	}
 }

@@ -1,109 +1,132 @@
-package main
+package model
 
 import (
 	"cmp"
 	"maps"
 	"slices"
+	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// knowledge is what Redis has to know, with all times in seconds of the model's time. It is lost and rolled back with Redis's data.
+// knowledge is what Redis has to know of the semaphore. Redis loses it, and rolls it
+// back, with its data. Times are in seconds of the model's time, or by Redis's clock
+// (Unix seconds).
 type knowledge struct {
-	holders  map[string]int // those that count as holders -> their last heartbeat
-	line     map[string]int // those in line -> their arrival
-	asked    map[string]int // those in line -> when they asked last
-	born     int            // when its data began, by Redis's clock (Unix seconds); 0: it is known to have lost data
+	holders  map[string]int // token that counts as in use -> its last heartbeat
+	line     map[string]int // token in line -> its arrival
+	asked    map[string]int // token in line -> its last request
+	born     int            // when the data began, by Redis's clock; 0: Redis knows that it has lost data
 	touched  int            // the last command, by Redis's clock
-	resumed  int            // the same by Redis's clock
-	shaken   int            // the same; also where Redis's clock was set by so little that it cannot notice, the first question since
-	told     int            // when a loss of data was told
-	clockSet bool           // since the last question or repair
-	greatest []asking       // the lengths that were asked for
+	resumed  int            // the end of the last silence that Redis notices, by its clock
+	shaken   int            // the same, in the model's time; also after a step of the clock too small to notice
+	told     int            // when a caller reported a loss of data
+	clockSet bool           // since the last request or repair
+	greatest []asking       // the lengths that callers asked for
 }
 
-// asking is that somebody asked for a length, when by Redis's clock.
+// asking is a request for a length, and its time by Redis's clock.
 type asking struct{ at, length int }
 
 const never = -1 << 30
 
 func newKnowledge() *knowledge {
-	return &knowledge{holders: map[string]int{}, line: map[string]int{}, asked: map[string]int{}, touched: never, resumed: never, shaken: never, told: never}
+	return &knowledge{
+		holders: map[string]int{}, line: map[string]int{}, asked: map[string]int{},
+		touched: never, resumed: never, shaken: never, told: never,
+	}
 }
 
 func (k *knowledge) clone() *knowledge {
 	c := *k
-	c.holders, c.line, c.asked, c.greatest = maps.Clone(k.holders), maps.Clone(k.line), maps.Clone(k.asked), slices.Clone(k.greatest)
+	c.holders, c.line, c.asked = maps.Clone(k.holders), maps.Clone(k.line), maps.Clone(k.asked)
+	c.greatest = slices.Clone(k.greatest)
 	return &c
 }
 
-// inLine are those in line, the first first.
+// inLine returns the tokens in line, in their order.
 func (k *knowledge) inLine() []string {
 	return slices.SortedFunc(maps.Keys(k.line), func(a, b string) int {
 		return cmp.Or(cmp.Compare(k.line[a], k.line[b]), cmp.Compare(a, b))
 	})
 }
 
-// greatestLength is the greatest length that was asked for lately.
+// greatestLength returns the greatest length that callers asked for lately.
 func (k *knowledge) greatestLength() int {
 	greatest := 0
 	for _, a := range k.greatest {
-		if a.at >= k.greatest[len(k.greatest)-1].at-300 {
+		if a.at >= k.greatest[len(k.greatest)-1].at-lengthMemory {
 			greatest = max(greatest, a.length)
 		}
 	}
 	return greatest
 }
 
-// The rules that follow are what the README and docs/ say, and know nothing of how scripts do it.
+// The rules below are those of the README and of docs/. They know nothing of how the
+// scripts work, and read no number from them: a script with another number breaks a rule.
+// All are in seconds.
+const (
+	beatTimeout  = int(rig.BeatTimeout / time.Second)
+	pollMost     = int(rig.PollMost / time.Second)
+	lineQuiet    = int(rig.LineQuiet / time.Second)
+	linePatience = int(rig.LinePatience / time.Second)
+	lengthMemory = 300 // Redis knows the greatest length for this time
+)
 
-// patience is after how long a waiter that does not ask is gone.
-const patience = 14
+const (
+	joinLine = "0" // the arrival of a waiter that joins the line
+	portion  = 256 // most free tokens that a repair makes
+)
 
-// lineQuiet is within how long some command comes while waiters live.
-const lineQuiet = 5
-
-// settled reports whether holders and waiters have had the time to come back since Redis was away, its clock set, or data lost.
+// settled reports whether holders and waiters have had the time to come back, since Redis
+// was away, lost data, or had its clock set.
 func (w *world) settled() bool { return w.now-w.known.shaken > w.quiet }
 
-// stale reports whether a holder must count as dead.
+// stale reports whether a repair has to reclaim a holder.
 func (w *world) stale(token string) bool {
 	return w.settled() && w.now-max(w.known.holders[token], w.known.shaken) > w.threshold
 }
 
-// mayBeStale reports whether a holder may count as dead: it has been silent for the threshold, by the clock that Redis had meanwhile.
+// mayBeStale reports whether a repair may reclaim a holder. The holder has been silent
+// for the threshold, by the clock that Redis had meanwhile.
 func (w *world) mayBeStale(token string) bool {
 	beat := w.known.holders[token]
 	return w.now-beat > w.threshold || beat <= w.known.shaken
 }
 
-// keepsPlace reports whether one in line must not lose its place.
+// keepsPlace reports whether a waiter must not lose its place.
 func (w *world) keepsPlace(token string) bool {
 	p := w.pods[token]
 	return p.waiting && p.alive()
 }
 
-// mayBeGone reports whether one in line may be dropped; gone, whether it must not keep others from what is free any more.
+// mayBeGone reports whether Redis may drop a waiter from the line.
 func (w *world) mayBeGone(token string) bool {
-	return w.now-w.known.asked[token] > patience || w.known.asked[token] <= w.known.shaken
+	return w.now-w.known.asked[token] > linePatience || w.known.asked[token] <= w.known.shaken
 }
 
+// gone reports whether a waiter must not keep others from free tokens any more.
 func (w *world) gone(token string) bool {
-	return w.now-max(w.known.asked[token], w.known.shaken) > patience
+	return w.now-max(w.known.asked[token], w.known.shaken) > linePatience
 }
 
-// ahead are those in line before p, if it asks with that arrival.
+// ahead returns the tokens in line before p, if p asks with this arrival.
 func (w *world) ahead(p *actor, arrival string) []string {
 	line := w.known.inLine()
 	if i := slices.Index(line, p.token); i >= 0 {
 		return line[:i]
 	}
 	if arrival != "" && arrival != joinLine {
-		i, _ := slices.BinarySearchFunc(line, p.arrival, func(token string, at int) int { return cmp.Compare(w.known.line[token], at) })
+		i, _ := slices.BinarySearchFunc(line, p.arrival, func(token string, at int) int {
+			return cmp.Compare(w.known.line[token], at)
+		})
 		return line[:i]
 	}
 	return line
 }
 
-// entitled returns how many of those get a token of the free ones in their turn, where so many are in use.
+// entitled counts the given waiters that get a free token in their turn, while used
+// tokens are in use.
 func (w *world) entitled(tokens []string, used int, counts func(string) bool) (n int) {
 	for _, token := range tokens {
 		if counts(token) && w.pods[token].length > used+n {
@@ -113,7 +136,7 @@ func (w *world) entitled(tokens []string, used int, counts func(string) bool) (n
 	return n
 }
 
-// mustGet reports whether p, which asks, must get a token at once, or after one repair.
+// mustGet reports whether a request of p must get a token at once, or after one repair.
 func (w *world) mustGet(p *actor, arrival string) bool {
 	used, free := len(w.known.holders), w.last.free
 	ahead := w.ahead(p, arrival)
@@ -124,7 +147,7 @@ func (w *world) mustGet(p *actor, arrival string) bool {
 	}
 	newcomer := arrival == "" || arrival == joinLine
 	if newcomer && free == 0 && first == 0 && used < p.length && w.now-w.known.told > w.quiet {
-		return true // it cannot know that holders may be about to come back
+		return true // a newcomer cannot know that holders may come back
 	}
 	for token := range w.known.holders {
 		if w.stale(token) {
@@ -134,14 +157,14 @@ func (w *world) mustGet(p *actor, arrival string) bool {
 	return w.settled() && used < p.length && w.entitled(ahead, used, present) == 0
 }
 
-// checkTake is for a token that p has just taken; before is what was there then.
+// checkTake checks that p was allowed to take the token that it has just taken.
 func (w *world) checkTake(p *actor, arrival string) {
 	used := len(w.known.holders)
 	if used >= p.length {
 		w.fail("%s was admitted with %d in flight of its length %d", p.token, used, p.length)
 	}
 	if w.last.free == 0 {
-		w.fail("%s took a token where none was free", p.token)
+		w.fail("%s took a token, and none was free", p.token)
 	}
 	first := w.entitled(w.ahead(p, arrival), used, w.keepsPlace)
 	if w.last.free <= first || used+first >= p.length {
@@ -149,7 +172,7 @@ func (w *world) checkTake(p *actor, arrival string) {
 	}
 }
 
-// checkReclaimed is for a holder that a repair has reclaimed.
+// checkReclaimed checks that a repair was allowed to reclaim a holder.
 func (w *world) checkReclaimed(token string) {
 	if w.pods[token].alive() {
 		w.fail("live holder %s was reclaimed", token)
@@ -159,7 +182,7 @@ func (w *world) checkReclaimed(token string) {
 	}
 }
 
-// checkDropped is for one that was in line and is not there any more.
+// checkDropped checks that Redis was allowed to drop a waiter from the line.
 func (w *world) checkDropped(token string) {
 	if w.keepsPlace(token) {
 		w.fail("live waiter %s was dropped from the line", token)
@@ -169,7 +192,8 @@ func (w *world) checkDropped(token string) {
 	}
 }
 
-// checkCalled sees to it that those for whom a token is free have been called, if they can hear it.
+// checkCalled checks that Redis has called the reachable waiters that a token is free
+// for.
 func (w *world) checkCalled(d dump) {
 	if !w.listening || d.free == 0 || len(w.known.line) == 0 {
 		return
@@ -184,21 +208,22 @@ func (w *world) checkCalled(d dump) {
 		if used >= p.length {
 			continue
 		}
-		if p.reachable && !called[w.id.channel(token)] {
+		if p.reachable && !called[w.id.Channel(token)] {
 			w.fail("%s is in line, a token is free for it, and it was not called", token)
 		}
 		free, used = free-1, used+1
 	}
 }
 
-// checkRoom sees to it that what is free can be used.
+// checkRoom checks that no more tokens are free than callers can use.
 func (w *world) checkRoom(d dump) {
 	if greatest := w.known.greatestLength(); greatest > 0 && d.free > max(0, greatest-len(d.inflight)) {
-		w.fail("%d free and %d in flight, where at most %d were asked for", d.free, len(d.inflight), greatest)
+		w.fail("%d free and %d in flight, and callers asked for at most %d", d.free, len(d.inflight), greatest)
 	}
 }
 
-// checkReclaims is for p that asked, and got nothing: what dead holders had and it could use has been reclaimed.
+// checkReclaims checks a request of p that got no token: no token of a dead holder is
+// left that p could use.
 func (w *world) checkReclaims(p *actor) {
 	dead := 0
 	for token := range w.known.holders {
@@ -211,7 +236,8 @@ func (w *world) checkReclaims(p *actor) {
 	}
 }
 
-// check compares what Redis holds now with what it has to know, and with the rules that always hold.
+// check compares the data in Redis with the knowledge it has to have, and with the rules
+// that always hold.
 func (w *world) check(d dump, reclaims bool) {
 	for _, token := range slices.Sorted(maps.Keys(w.known.holders)) {
 		if _, ok := d.inflight[token]; ok {
@@ -239,16 +265,16 @@ func (w *world) check(d dump, reclaims bool) {
 		}
 	}
 	if !maps.Equal(d.waiters, w.known.line) {
-		w.fail("the places in line are not those that waiters were told")
+		w.fail("the places in line are not those that the waiters were answered")
 	}
 	for _, token := range w.known.inLine() {
 		_, seen := d.seen[token]
 		if !seen || d.lengths[token] != w.pods[token].length {
-			w.fail("%s is in line, and when it asked, and its length, is not known", token)
+			w.fail("%s is in line, and Redis does not know its last request or its length", token)
 		}
 	}
 	if len(d.seen) != len(d.waiters) || len(d.lengths) != len(d.waiters) {
-		w.fail("more is known of waiters than wait")
+		w.fail("Redis knows more waiters than are in line")
 	}
 	for token, since := range d.since {
 		_, held := d.inflight[token]
@@ -257,7 +283,8 @@ func (w *world) check(d dump, reclaims bool) {
 		}
 	}
 	if len(d.since) != len(d.inflight)+len(d.waiters) {
-		w.fail("%d pods are known, and %d tokens in use or waited for", len(d.since), len(d.inflight)+len(d.waiters))
+		w.fail("Redis knows %d pods, and %d tokens are in use or waited for",
+			len(d.since), len(d.inflight)+len(d.waiters))
 	}
 	for i, at := range d.expiry {
 		if at == -1 {
