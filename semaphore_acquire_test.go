@@ -453,7 +453,7 @@ func TestTooManyQuestions(t *testing.T) {
 	before := redisErrors()
 	fullOf(t, serverOf(t, s, id).asking)
 	status, text, err := w.post(context.Background(), rig.Review(t, id, 2), "300ms")
-	if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, "questions to queue Redis "+r.Address+": too many at once: try again") {
+	if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, "requests to queue Redis "+r.Address+": too many at once: try again") {
 		t.Errorf("answered %d %q, %v", status, text, err)
 	}
 	rig.Must(t, s.check(t.Context()))
