@@ -331,7 +331,7 @@ func TestNoGateAtWork(t *testing.T) {
 	g := newGateTest(t, 1)
 	w := startWebhook(t, testConfig(g.redis.Address))
 	warnings := func() []string {
-		w.pulse.asked = time.Time{} // a webhook believes what it knows for five seconds
+		w.pulse.ran = time.Time{} // a webhook believes what it knows for five seconds
 		return w.admit(t, rig.Review(t, freshID(), 1, whenFull(whenFullGate))).Warnings
 	}
 	if got := warnings(); !slices.Equal(got, []string{warningGated, warningNoGate}) {

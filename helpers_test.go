@@ -315,7 +315,7 @@ func (g *gateTest) run(name string) {
 // newWaiter is a waiter of this process, with a token of its own, that says nothing.
 func newWaiter(s *semaphores, id semaphoreID, length int) *waiter {
 	return &waiter{semaphores: s, id: id, token: uuid.NewString(), length: length, expiration: 10 * time.Second,
-		say: func(string) {}, log: slog.New(slog.DiscardHandler)}
+		report: func(string) {}, log: slog.New(slog.DiscardHandler)}
 }
 
 // waitOnly is wait without what it returns besides the error.

@@ -322,7 +322,7 @@ func TestLengthsThatDisagree(t *testing.T) {
 	for _, c := range []struct{ length, agreed int }{{9998, 0}, {9999, 9998}, {9999, 0}, {9998, 9999}} {
 		want := []string(nil)
 		if c.agreed != 0 {
-			want = []string{fmt.Sprintf("this pod says that its semaphore has the length %d, others said %d lately: each gets tokens by its own", c.length, c.agreed)}
+			want = []string{fmt.Sprintf("this pod sets the length of its semaphore to %d, others set %d lately: each gets tokens by its own", c.length, c.agreed)}
 		}
 		a := w.admit(t, rig.Review(t, id, c.length))
 		if !a.Allowed || !slices.Equal(a.Warnings, want) {
@@ -453,7 +453,7 @@ func TestTooManyQuestions(t *testing.T) {
 	before := redisErrors()
 	fullOf(t, serverOf(t, s, id).asking)
 	status, text, err := w.post(context.Background(), rig.Review(t, id, 2), "300ms")
-	if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, "questions to queue Redis "+r.Address+": too many at once: try again") {
+	if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, "requests to queue Redis "+r.Address+": too many at once: try again") {
 		t.Errorf("answered %d %q, %v", status, text, err)
 	}
 	rig.Must(t, s.check(t.Context()))

@@ -161,7 +161,7 @@ func TestWaiterOutlivesTheLock(t *testing.T) {
 	said := make(chan string, 100)
 	done := make(chan error, 1)
 	w := newWaiter(s, id, 1)
-	w.say = func(text string) { said <- text }
+	w.report = func(text string) { said <- text }
 	go func() { done <- w.waitOnly(context.Background()) }()
 	rig.Eventually(t, 20*time.Second, func() error {
 		if queue, inflight, err := r.Counts(id); queue+inflight != 0 || err != nil {
@@ -214,7 +214,7 @@ func TestWaitingText(t *testing.T) {
 		"waiting for a token of shop/web: 1 of 1 in use, 111th in line, 90 min": {1, acquireReply{inUse: 1, place: place{position: 111, waited: 90 * time.Minute}}},
 		"waiting for a token of shop/web: 2 of 2 in use, 1st in line, 5 s; in use by web-b (4 h), web-a (11 s)": {2,
 			acquireReply{inUse: 2, holders: []holder{{"web-b", 4 * time.Hour}, {"web-a", 11 * time.Second}}, place: place{position: 1, waited: 5 * time.Second}}},
-		"waiting for a token of shop/web: 0 of 1 in use, 1st in line, 5 s; Redis was away or has lost data, in 20 s it is known who is gone": {1,
+		"waiting for a token of shop/web: 0 of 1 in use, 1st in line, 5 s; Redis was away or has lost data: in 20 s it knows which holders are gone": {1,
 			acquireReply{doubt: 20 * time.Second, place: place{position: 1, waited: 5 * time.Second}}},
 	} {
 		if got := waitingText(testID, c.length, c.a); got != want {
@@ -430,7 +430,7 @@ func TestNobodyOvertakesWhilePodsArePaused(t *testing.T) {
 	pod := func(s *semaphores) error {
 		var inLine time.Time
 		w := newWaiter(s, id, length)
-		w.say = func(string) {
+		w.report = func(string) {
 			if inLine.IsZero() {
 				inLine = time.Now()
 			}

@@ -83,7 +83,7 @@ func TestMetricsOfManySemaphores(t *testing.T) {
 	all := startWebhook(t, testConfig(r.Address)).scrape(t)
 	all.want(t, map[string]float64{"semaphores": semaphores, "semaphores_left_out": semaphores - mostMeasured, "survey_success": 1})
 	var v surveyResult
-	if err := newSurveyor(s).look(&v); err != nil || len(v.shown) != mostMeasured || cap(v.shown) >= v.seen {
+	if err := newSurveyor(s).read(&v); err != nil || len(v.shown) != mostMeasured || cap(v.shown) >= v.seen {
 		t.Errorf("%d of %d states are kept, with room for %d: %v", len(v.shown), v.seen, cap(v.shown), err)
 	}
 	if _, ok := all.of("inflight", semaphoreID{"shop", "key-0"}); ok {

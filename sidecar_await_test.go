@@ -147,7 +147,7 @@ func TestAwaitWithoutSidecar(t *testing.T) {
 	a.answered = time.Now().Add(-awaitPatience)
 	for range 3 {
 		_, err := a.ask(t.Context())
-		a.complain(err)
+		a.logUnanswered(err)
 	}
 	lines := b.Lines(t, "the sidecar does not answer, to be asked again; it must be the init container before this one, and run")
 	if len(lines) != 1 || lines[0]["container"] != sidecarName || !strings.Contains(lines[0]["error"].(string), "connection refused") {
@@ -159,9 +159,9 @@ func TestAwaitWithoutSidecar(t *testing.T) {
 func TestNobodyAsksAtTheDoor(t *testing.T) {
 	var b rig.Log
 	d := newAwaitServer(startMark{}, "", slog.New(slog.NewJSONHandler(&b, nil)))
-	d.warnUnheard()
+	d.warnNotAsked()
 	d.asked()
-	d.warnUnheard()
+	d.warnNotAsked()
 	if n := strings.Count(b.String(), "no init container asks for the token"); n != 1 {
 		t.Errorf("logged %d times: %s", n, b.String())
 	}

@@ -66,7 +66,7 @@ func TestPathSecret(t *testing.T) {
 	}
 	w.wantStatusAt(t, "/mutate/"+secretA+"?timeout=10s", body, http.StatusOK)
 	r.WantCounts(t, id, 255, 1)
-	if n := len(w.log.Lines(t, "somebody calls without the path's secret, or with another")); n != badRequestsLogged {
+	if n := len(w.log.Lines(t, "a client calls without the path's secret, or with another")); n != badRequestsLogged {
 		t.Errorf("strangers were logged %d times", n)
 	}
 
@@ -77,7 +77,7 @@ func TestPathSecret(t *testing.T) {
 		}
 	}
 	take := w.callers.secrets.onChange
-	w.callers.secrets.onChange = func(good goodPaths) {
+	w.callers.secrets.onChange = func(good pathDigests) {
 		if !w.callers.mayCall("/mutate/" + secretA) {
 			t.Error("there is a moment in which the secret of before is no good")
 		}
