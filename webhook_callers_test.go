@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -9,8 +10,10 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/big"
 	"net/http"
 	"os"
@@ -249,6 +252,74 @@ func TestCallerUsage(t *testing.T) {
 	} {
 		if code, _, stderr := runArgs(nil, "webhook", "--certDir="+dir, flag); code != 1 || !strings.Contains(stderr, want) || strings.Contains(stderr, "hello") {
 			t.Errorf("%s: %d %s", flag, code, stderr)
+		}
+	}
+}
+
+func TestCertificateFollowsItsFiles(t *testing.T) {
+	dir := t.TempDir()
+	var b rig.Log
+	log := slog.New(slog.NewJSONHandler(&b, nil))
+	if _, err := loadCertificate(dir, log); err == nil || !strings.Contains(err.Error(), "--certDir: open "+dir) {
+		t.Errorf("without files: %v", err)
+	}
+	rig.WriteCertificate(t, dir, 1)
+	c, err := loadCertificate(dir, log)
+	rig.Must(t, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go c.watch(ctx, time.Millisecond)
+	wantSerial := func(want int64) {
+		t.Helper()
+		rig.Eventually(t, 5*time.Second, func() error {
+			pair, err := c.get(nil)
+			if err == nil && pair.Leaf.SerialNumber.Int64() != want {
+				err = fmt.Errorf("serial number %d, want %d", pair.Leaf.SerialNumber, want)
+			}
+			return err
+		})
+	}
+	wantLines := func(message string, n int) {
+		t.Helper()
+		rig.Eventually(t, 5*time.Second, func() error {
+			if got := len(b.Lines(t, message)); got < n {
+				return fmt.Errorf("%d times %q", got, message)
+			}
+			return nil
+		})
+	}
+	wantSerial(1)
+	rig.WriteCertificate(t, dir, 2)
+	wantSerial(2)
+	wantLines("certificate taken", 2)
+
+	rig.Must(t, os.WriteFile(filepath.Join(dir, "tls.key"), []byte("not a key"), 0o600))
+	wantLines("changed files not taken, what they held before stays in use", 1)
+	wantSerial(2)
+	rig.Must(t, os.Remove(filepath.Join(dir, "tls.key")))
+	wantLines("changed files not taken, what they held before stays in use", 2)
+	wantSerial(2)
+	rig.WriteCertificate(t, dir, 3)
+	wantSerial(3)
+}
+
+// A bad pair is logged once, not at every look.
+func TestBadCertificateIsReportedOnce(t *testing.T) {
+	dir := t.TempDir()
+	rig.WriteCertificate(t, dir, 1)
+	c, err := loadCertificate(dir, slog.New(slog.DiscardHandler))
+	rig.Must(t, err)
+	rig.Must(t, os.WriteFile(filepath.Join(dir, "tls.crt"), []byte("not a certificate"), 0o600))
+	for i, want := range []bool{true, false, false} {
+		if changed, _ := c.reload(); changed != want {
+			t.Errorf("look %d: changed is %t", i, changed)
+		}
+	}
+	rig.Must(t, os.Remove(filepath.Join(dir, "tls.crt")))
+	for i, want := range []bool{true, false} {
+		changed, err := c.reload()
+		if changed != want || !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("removed, look %d: changed is %t, %v", i, changed, err)
 		}
 	}
 }
