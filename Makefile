@@ -20,7 +20,7 @@ run: build bin/demo ## start the demo's set-up and stay up, for trying it by han
 	@bin/demo $(demo-queue) $(demo-lock) run
 
 # etcd is built from its module; the go command keeps it.
-etcd = $(shell go tool -modfile=tools/go.mod -n go.etcd.io/etcd/server/v3)
+etcd = $(shell go tool -modfile=test/tools/go.mod -n go.etcd.io/etcd/server/v3)
 demo-lock = $(if $(filter redlock,$(LOCK)),,$(if $(filter etcd,$(LOCK)),-etcd $(etcd),$(error LOCK is $(LOCK): it must be redlock or etcd)))
 
 # Real servers, which have to be installed.
@@ -163,6 +163,6 @@ lint: ## check format, vet, staticcheck, the shell scripts of deploy/ and the wo
 	@test -z "$$(gofmt -l .)" || { echo "not gofmt-ed:"; gofmt -l .; exit 1; }
 	go vet -tags e2e ./...
 	go -C demo vet ./...
-	go tool -modfile=tools/go.mod staticcheck -tags e2e ./...
+	go tool -modfile=test/tools/go.mod staticcheck -tags e2e ./...
 	SUITE=1 go test -count=1 -run '^TestScriptsPassShellcheck$$' ./test/deploy
-	go tool -modfile=tools/go.mod actionlint
+	go tool -modfile=test/tools/go.mod actionlint
