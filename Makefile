@@ -11,12 +11,16 @@ help: ## show this help
 demo: build bin/demo ## show the main job, start to end; needs nothing but Go. LOCK=etcd for the other lock, QUEUE=sentinel for a failover
 	@bin/demo $(demo-queue) $(demo-lock) story
 
+.PHONY: test-demo
+test-demo: test-needs ## run the demo with each lock and queue, by hand, and interrupted
+	SUITE=1 go test -race -count=1 -v ./test/demo
+
 .PHONY: run
 run: build bin/demo ## start the demo's set-up and stay up, for trying it by hand
 	@bin/demo $(demo-queue) $(demo-lock) run
 
 # etcd is built from its module; the go command keeps it.
-etcd = $(shell go tool -modfile=tools/go.mod -n go.etcd.io/etcd/server/v3)
+etcd = $(shell go tool -modfile=test/tools/go.mod -n go.etcd.io/etcd/server/v3)
 demo-lock = $(if $(filter redlock,$(LOCK)),,$(if $(filter etcd,$(LOCK)),-etcd $(etcd),$(error LOCK is $(LOCK): it must be redlock or etcd)))
 
 # Real servers, which have to be installed.
@@ -35,13 +39,15 @@ bin/demo:
 test: test-needs ## run all tests with the race detector; installs redis-server, gcc, curl, promtool and openssl if missing
 	go test -race -count=1 -parallel 8 -shuffle=on ./...
 
+.PHONY: test-timing
+test-timing: test-needs ## bound the times in the tests of make test; wants a machine that does nothing else
+	TIMING=1 go test -count=1 -parallel 1 .
+
 .PHONY: test-queues
-test-queues: test-needs ## let Sentinel groups, Clusters and moving addresses fail under load; then run all tests on a Sentinel and on a Cluster
-	go test -race -count=1 -parallel 3 -tags failover -v -run '$(queue-tests)' .
+test-queues: test-needs ## make Sentinel groups, Clusters, moving addresses and gates fail under load; then run the tests that use a queue on a Sentinel and on a Cluster
+	SUITE=1 go test -race -count=1 -parallel 3 -timeout 20m -v ./test/failover
 	TEST_QUEUE=sentinel go test -race -count=1 -parallel 8 -shuffle=on .
 	TEST_QUEUE=cluster go test -race -count=1 -parallel 8 -shuffle=on .
-
-queue-tests = ^Test(SentinelFailover|GateFailover|PrimaryWithoutReplicas|SentinelsGone|SentinelsThatCannotHelp|SentinelOfThePast|SentinelUsers|SentinelLook|SentinelsBehindSlowDNS|Cluster.*|Slots|ProviderFailover)$$
 
 .PHONY: test-abuse
 test-abuse: test-needs ## misuse a webhook in all ways, in some five minutes: what it needs, and what becomes of admissions beside it
@@ -57,7 +63,7 @@ CHAOS_FLAGS ?=
 
 .PHONY: chaos
 chaos: test-needs ## let pods, gates and servers fail at random, check the history of who worked when, and break scripts on purpose; CHAOS_TIME=1h CHAOS_SEED=2
-	go test -count=1 -tags chaos -timeout 0 -v -run '^TestChaos' . -chaos.time=$(CHAOS_TIME) -chaos.seed=$(CHAOS_SEED) $(CHAOS_FLAGS)
+	SUITE=1 go test -count=1 -timeout 0 -v -run '^TestChaos' ./test/chaos -chaos.time=$(CHAOS_TIME) -chaos.seed=$(CHAOS_SEED) $(CHAOS_FLAGS)
 
 FUZZ_TIME ?= 10s
 
@@ -92,24 +98,24 @@ measure: build ## measure waiting pods there, for three quarters of an hour; E2E
 
 .PHONY: measure-sidecars
 measure-sidecars: test-needs ## measure up to a thousand waiting sidecars against one Redis, for some ten minutes; needs no cluster
-	go test -count=1 -tags measure -timeout 30m -v -run TestMeasureWaiters .
+	SUITE=1 go test -count=1 -timeout 30m -v -run '^TestMeasureWaiters$$' ./test/bench
 
 .PHONY: measure-gate
 measure-gate: test-needs ## measure 5,000 gated pods of 50 semaphores, in some three minutes; needs no cluster
-	go test -count=1 -tags measure -timeout 15m -v -run TestMeasureGate .
+	SUITE=1 go test -count=1 -timeout 15m -v -run '^TestMeasureGate$$' ./test/bench
 
 BENCH_ROUNDS ?= 15
 
 .PHONY: bench
 bench: test-needs ## measure admissions side by side with a server that does nothing, in some three minutes; BENCH_ROUNDS=50 to be more sure
-	BENCH_ROUNDS=$(BENCH_ROUNDS) go test -count=1 -tags bench -timeout 60m -v -run '^TestBench$$' .
+	SUITE=1 BENCH_ROUNDS=$(BENCH_ROUNDS) go test -count=1 -timeout 60m -v -run '^TestBench$$' ./test/bench
 	go test -run '^$$' -bench . .
 
 SIDECAR_TIME ?= 10m
 
 .PHONY: bench-sidecar
 bench-sidecar: test-needs ## measure sidecars for SIDECAR_TIME=10m, then up to 10,000 simulated ones for six minutes; fails where one takes too much
-	SIDECAR_TIME=$(SIDECAR_TIME) go test -count=1 -tags bench -timeout 0 -v -run '^TestBench(Many)?Sidecars?$$' .
+	SUITE=1 SIDECAR_TIME=$(SIDECAR_TIME) go test -count=1 -timeout 0 -v -run '^TestBench(Many)?Sidecars?$$' ./test/bench
 
 OTHERS ?= redis-semaphore@5.8.0 ioredis@6.0.0
 
@@ -118,17 +124,17 @@ bench-others: test-needs ## measure taking and giving back side by side with an 
 	@./.ci/need node:nodejs npm:npm
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 		npm install --prefix "$$folder" --silent --no-audit --no-fund --ignore-scripts $(OTHERS) && \
-		NODE_PATH="$$folder/node_modules" BENCH_ROUNDS=$(BENCH_ROUNDS) go test -count=1 -tags bench -timeout 15m -v -run '^TestBenchOthers$$' .
+		NODE_PATH="$$folder/node_modules" SUITE=1 BENCH_ROUNDS=$(BENCH_ROUNDS) go test -count=1 -timeout 15m -v -run '^TestBenchOthers$$' ./test/bench
 
 HERD_AT_ONCE ?= 5000
 
 .PHONY: bench-growth
 bench-growth: test-needs ## measure 10 to 10,000 pods in flight and in line, how long repairs hold Redis, and 5,000 pods at once; HERD_AT_ONCE=500
-	HERD_AT_ONCE=$(HERD_AT_ONCE) go test -count=1 -tags bench -timeout 10m -v -run '^TestBench(Growth|Repair|Herd)$$' .
+	SUITE=1 HERD_AT_ONCE=$(HERD_AT_ONCE) go test -count=1 -timeout 10m -v -run '^TestBench(Growth|Repair|Herd)$$' ./test/bench
 
 .PHONY: bench-memory
 bench-memory: test-needs ## measure a webhook's memory over a million admissions, in some ten minutes; MEMORY_ADMISSIONS=100000 for fewer
-	go test -count=1 -tags bench -timeout 120m -v -run '^TestBenchMemory$$' .
+	SUITE=1 go test -count=1 -timeout 120m -v -run '^TestBenchMemory$$' ./test/bench
 
 .PHONY: dashboard-picture
 dashboard-picture: test-needs ## draw docs/dashboard.svg from a real Prometheus's data, in some five minutes
@@ -155,14 +161,8 @@ dev: ## develop on the current cluster with Skaffold: build, deploy, forward por
 lint: ## check format, vet, staticcheck, the shell scripts of deploy/ and the workflows; installs shellcheck if missing
 	@./.ci/need shellcheck:shellcheck
 	@test -z "$$(gofmt -l .)" || { echo "not gofmt-ed:"; gofmt -l .; exit 1; }
-	go vet ./...
-	go vet -tags e2e . ./e2e
-	go vet -tags failover .
-	go vet -tags upgrade .
-	go vet -tags chaos .
-	go vet -tags bench .
-	go vet -tags e2e,measure . ./e2e
+	go vet -tags e2e ./...
 	go -C demo vet ./...
-	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover,upgrade,chaos,bench ./...
+	go tool -modfile=test/tools/go.mod staticcheck -tags e2e ./...
 	SUITE=1 go test -count=1 -run '^TestScriptsPassShellcheck$$' ./test/deploy
-	go tool -modfile=tools/go.mod actionlint
+	go tool -modfile=test/tools/go.mod actionlint

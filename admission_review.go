@@ -14,8 +14,9 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// admissionReview is what is needed of the API server's request. The pod is never decoded whole and marshalled
-// again: fields that this program has not heard of must stay as they are.
+// admissionReview is the part of the API server's request that we need. The pod is never
+// decoded whole and marshalled again: fields that this program does not know must stay as
+// they are.
 type admissionReview struct {
 	APIVersion string            `json:"apiVersion"`
 	Kind       string            `json:"kind"`
@@ -31,7 +32,7 @@ type admissionRequest struct {
 	DryRun      bool                    `json:"dryRun"`
 	Object      json.RawMessage         `json:"object"`
 
-	pod *pod // what the object is if it is a pod, where it was scanned
+	pod *pod // the object, if the scanner has read it as a pod
 }
 
 type pod struct {
@@ -69,7 +70,7 @@ func namesOf[T interface{ name() string }](items []T) []string {
 	return names
 }
 
-// name is the pod's name, or what the API server will make one of.
+// name is the pod's name, or the generateName from which the API server makes one.
 func (p *pod) name() string {
 	if p.Metadata.Name == "" {
 		return p.Metadata.GenerateName
@@ -77,19 +78,20 @@ func (p *pod) name() string {
 	return p.Metadata.Name
 }
 
-// isStatic reports whether the pod is the mirror of a static pod: the kubelet runs that from a file, whatever becomes of the mirror.
+// isStatic reports whether the pod is the mirror of a static pod. The kubelet runs a
+// static pod from a file, whatever becomes of the mirror.
 func (p *pod) isStatic() bool {
 	_, ok := p.Metadata.Annotations[corev1.MirrorPodAnnotationKey]
 	return ok
 }
 
-// isWindows reports whether the pod is to run on Windows.
+// isWindows reports whether the pod runs on Windows.
 func (p *pod) isWindows() bool {
 	windows := string(corev1.Windows)
 	return p.Spec.OS.Name == windows || p.Spec.NodeSelector[corev1.LabelOSStable] == windows
 }
 
-// badRequest is an error that is the sender's fault.
+// badRequest is an error in the request.
 type badRequest struct {
 	status int
 	text   string
@@ -97,30 +99,31 @@ type badRequest struct {
 
 func (e *badRequest) Error() string { return e.text }
 
-func bad(format string, args ...any) *badRequest {
+func badRequestf(format string, args ...any) *badRequest {
 	return &badRequest{http.StatusBadRequest, fmt.Sprintf(format, args...)}
 }
 
 // decodeReview reads an AdmissionReview; its errors are *badRequest.
 func decodeReview(body []byte) (*admissionRequest, error) {
 	if len(body) == 0 {
-		return nil, bad("empty body: an AdmissionReview is expected")
+		return nil, badRequestf("empty body: an AdmissionReview is expected")
 	}
 	review, ok := scanReview(body)
 	if !ok {
 		review = admissionReview{}
 		if err := json.Unmarshal(body, &review); err != nil {
-			return nil, bad("decode AdmissionReview: %v", err)
+			return nil, badRequestf("decode AdmissionReview: %v", err)
 		}
 	}
 	if v := admissionv1.SchemeGroupVersion.String(); review.APIVersion != v || review.Kind != "AdmissionReview" {
-		return nil, bad("got %s of %s: only AdmissionReview of %s is served", quoteShort(review.Kind), quoteShort(review.APIVersion), v)
+		return nil, badRequestf("got %s of %s: only AdmissionReview of %s is served",
+			quoteShort(review.Kind), quoteShort(review.APIVersion), v)
 	}
 	switch r := review.Request; {
 	case r == nil:
-		return nil, bad("AdmissionReview without a request")
+		return nil, badRequestf("AdmissionReview without a request")
 	case r.UID == "":
-		return nil, bad("AdmissionReview without request.uid")
+		return nil, badRequestf("AdmissionReview without request.uid")
 	default:
 		return r, nil
 	}
@@ -129,25 +132,26 @@ func decodeReview(body []byte) (*admissionRequest, error) {
 // decodePod reads the pod of a request to create one; its errors are *badRequest.
 func decodePod(r *admissionRequest) (*pod, error) {
 	if r.Namespace == "" {
-		return nil, bad("AdmissionReview of a pod without request.namespace")
+		return nil, badRequestf("AdmissionReview of a pod without request.namespace")
 	}
 	if len(r.Object) == 0 || string(r.Object) == "null" {
-		return nil, bad("AdmissionReview of a pod without request.object")
+		return nil, badRequestf("AdmissionReview of a pod without request.object")
 	}
 	if r.pod != nil {
 		return r.pod, nil
 	}
 	p := new(pod)
 	if err := json.Unmarshal(r.Object, p); err != nil {
-		return nil, bad("decode request.object: %v", err)
+		return nil, badRequestf("decode request.object: %v", err)
 	}
 	return p, nil
 }
 
-// scanner reads a JSON document once, from its beginning to its end, and only keeps what it is asked for. encoding/json does the same in
-// four passes, which were a quarter of what an admission costs. It knows documents as an API server writes them. In all others (what is no
-// JSON, null or another type where something is wanted, names in other letters, deep nesting) it fails, without saying why: encoding/json
-// decides on these, as if there was no scanner.
+// scanner reads a JSON document in one pass and keeps only the fields that are asked for.
+// encoding/json needs four passes, which were a quarter of the cost of an admission. The
+// scanner knows documents as an API server writes them. On all others it fails, without a
+// reason, and encoding/json decides. Examples are invalid JSON, null or a wrong type in a
+// field that we need, field names in another case, and deep nesting.
 type scanner struct {
 	text   []byte
 	at     int
@@ -155,7 +159,8 @@ type scanner struct {
 	failed bool
 }
 
-// maxDepth is how deep values may be nested. A pod's affinity, and the managedFields of all, need about twenty.
+// maxDepth is how deep values may be nested. A pod's affinity needs about twenty levels,
+// and so do the managedFields of any object.
 const maxDepth = 64
 
 func (s *scanner) fail() {
@@ -163,7 +168,7 @@ func (s *scanner) fail() {
 	s.at = len(s.text)
 }
 
-// next is the first byte of what comes next, or 0 at the end.
+// next returns the first byte of the next token, or 0 at the end.
 func (s *scanner) next() byte {
 	for ; s.at < len(s.text); s.at++ {
 		switch c := s.text[s.at]; c {
@@ -175,7 +180,7 @@ func (s *scanner) next() byte {
 	return 0
 }
 
-// take goes on behind a byte that must come next.
+// take consumes a byte that must come next.
 func (s *scanner) take(c byte) {
 	if s.next() != c || s.failed {
 		s.fail()
@@ -184,7 +189,7 @@ func (s *scanner) take(c byte) {
 	s.at++
 }
 
-// list reads what is between two brackets, with commas in between.
+// list reads the items between two brackets.
 func (s *scanner) list(open, end byte, item func()) {
 	s.take(open)
 	if s.depth++; s.depth > maxDepth {
@@ -203,7 +208,8 @@ func (s *scanner) list(open, end byte, item func()) {
 
 func (s *scanner) items(item func()) { s.list('[', ']', item) }
 
-// fields reads an object. visit has to read the value of each field that is known; the others are skipped.
+// fields reads an object. visit must read the value of each known field; other fields are
+// skipped.
 func (s *scanner) fields(known []string, visit func(name string)) {
 	s.list('{', '}', func() {
 		name, plain := s.quoted()
@@ -239,7 +245,7 @@ func (s *scanner) skip() {
 
 func isDigit(c byte) bool { return '0' <= c && c <= '9' }
 
-// value is the text of any value.
+// value returns the text of any value.
 func (s *scanner) value() []byte {
 	s.next()
 	start := s.at
@@ -289,7 +295,7 @@ func (s *scanner) number() {
 	}
 }
 
-// quoted reads a string. If it is plain, the text is all that it says; else it has escapes, or is not ASCII.
+// quoted reads a string. A plain string is ASCII without escapes: its text is its value.
 func (s *scanner) quoted() (text []byte, plain bool) {
 	s.take('"')
 	start := s.at
@@ -315,7 +321,7 @@ func (s *scanner) quoted() (text []byte, plain bool) {
 	return nil, false
 }
 
-// escape reads what begins with a backslash.
+// escape reads an escape sequence.
 func (s *scanner) escape() {
 	rest := s.text[s.at+1:]
 	switch {
@@ -359,20 +365,22 @@ func (s *scanner) strings(to *map[string]string) {
 	})
 }
 
-// The fields that are read; see the types in admission.go.
+// The fields that are read; see the types above.
 var (
 	reviewFields   = []string{"kind", "apiVersion", "request"}
 	requestFields  = []string{"uid", "kind", "subResource", "namespace", "operation", "object", "dryRun"}
 	kindFields     = []string{"group", "version", "kind"}
 	objectFields   = []string{"metadata", "spec"}
 	metadataFields = []string{"name", "generateName", "annotations", "labels"}
-	specFields     = []string{"volumes", "initContainers", "containers", "restartPolicy", "terminationGracePeriodSeconds", "nodeSelector",
-		"imagePullSecrets", "os", "resources", "nodeName", "schedulingGates"}
+	specFields     = []string{"volumes", "initContainers", "containers", "restartPolicy",
+		"terminationGracePeriodSeconds", "nodeSelector", "imagePullSecrets", "os", "resources", "nodeName",
+		"schedulingGates"}
 	containerFields = []string{"name", "resources"}
 	namedFields     = []string{"name"}
 )
 
-// scanReview reads a review, with the pod that its object may be. It reports false where encoding/json has to decide.
+// scanReview reads a review, and its object as a pod. ok is false if encoding/json has to
+// decide.
 func scanReview(body []byte) (review admissionReview, ok bool) {
 	s := &scanner{text: body}
 	s.fields(reviewFields, func(name string) {
@@ -382,7 +390,7 @@ func scanReview(body []byte) (review admissionReview, ok bool) {
 		case "apiVersion":
 			review.APIVersion = s.string()
 		case "request":
-			if review.Request != nil { // encoding/json makes one of the two
+			if review.Request != nil { // encoding/json merges the two
 				s.fail()
 			}
 			review.Request = s.request()
@@ -489,7 +497,8 @@ func (s *scanner) spec(p *pod, name string) {
 	}
 }
 
-// scanItems reads a list, which must be there once only: encoding/json would write a second one over the first, field by field.
+// scanItems reads a list. A second one of the same name fails: encoding/json would write
+// it over the first, field by field.
 func scanItems[T any](s *scanner, to *[]T, item func() T) {
 	if *to != nil {
 		s.fail()

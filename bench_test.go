@@ -38,7 +38,7 @@ func BenchmarkDecode(b *testing.B) {
 // All of a decision but for the token: the decoding of the pod, the annotations, and the patch.
 func BenchmarkDecide(b *testing.B) {
 	c := testConfig("127.0.0.1:6379") // is not asked
-	s := newSemaphores(c.sharedConfig, nil, 1, slog.New(slog.DiscardHandler))
+	s := newSemaphores(c.settings, nil, 1, slog.New(slog.DiscardHandler))
 	defer s.queue.close()
 	a, err := newAdmitter(c, s)
 	rig.Must(b, err)
@@ -65,7 +65,7 @@ func BenchmarkPatch(b *testing.B) {
 // One script takes a token, another gives it back.
 func BenchmarkScript(b *testing.B) {
 	c := testConfig(deployedRedis(b).Address)
-	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
+	s := newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
 	defer s.close(context.Background())
 	id, pod := freshID(), newPodName("web-1", "")
 	token, _, err := s.acquire(b.Context(), id, pod, maxLength, 10*time.Second) // so that there are tokens
@@ -75,7 +75,7 @@ func BenchmarkScript(b *testing.B) {
 		_, err := s.release(b.Context(), id, token)
 		rig.Must(b, err)
 		token = uuid.NewString()
-		a, err := s.ask(b.Context(), id, question{token: token, length: maxLength, pod: pod})
+		a, err := s.runAcquire(b.Context(), id, acquireRequest{token: token, length: maxLength, pod: pod})
 		if err != nil || a.status != acquireTaken {
 			b.Fatalf("%+v, %v", a, err)
 		}

@@ -19,9 +19,9 @@ import (
 
 const imageRepository = "ghcr.io/kaidotio/at-least-semaphore-pod-hook"
 
-// webhookConfig are the settings of the webhook mode.
+// webhookConfig is the settings of the mode webhook.
 type webhookConfig struct {
-	sharedConfig
+	settings
 	host                    string
 	port                    int
 	certDir                 string
@@ -42,102 +42,113 @@ type webhookConfig struct {
 	metricsBindAddress      string
 }
 
-// sidecarConfig are the settings of the sidecar mode.
+// sidecarConfig is the settings of the mode sidecar.
 type sidecarConfig struct {
-	sharedConfig
+	settings
 	terminationGracePeriod time.Duration // see giveBackSeconds
 	semaphore              semaphoreID
 	token                  string
-	length                 int // zero: the pod runs already, there is nothing to wait for
+	length                 int // zero: the webhook has already taken the token, so the sidecar waits for nothing
 	expiration             time.Duration
-	podUID                 string // empty outside of a pod: there is nothing to hold back
+	podUID                 string // empty outside of a pod: there is no await to answer
 	pod                    podName
 }
 
-// gateConfig are the settings of the gate mode.
+// gateConfig is the settings of the mode gate.
 type gateConfig struct {
-	sharedConfig
+	settings
 	kubernetes         kubernetesSettings
-	unschedulable      time.Duration
+	unschedulable      time.Duration // for this long, a pod keeps its token after the lift without starting
 	metricsBindAddress string
 }
 
-// What "status" prints.
+// The values of -o of the mode status.
 const (
 	outputTable = "table"
 	outputJSON  = "json"
 )
 
-// statusConfig are the settings of the status mode.
+// statusConfig is the settings of the mode status.
 type statusConfig struct {
-	sharedConfig
+	settings
 	output    string
 	watch     bool
 	yes       bool
 	namespace string      // empty for all
-	semaphore semaphoreID // empty for all of the namespace
-	release   string      // the token, or the pod, to release; empty for none
+	semaphore semaphoreID // zero for all of the namespace
+	release   string      // token or pod to release; empty for none
 }
 
-// parseWebhookConfig reads the webhook's command line. Its errors are *usageError and *helpRequest.
+// parseWebhookConfig reads the command line of the mode webhook. Its error is a
+// *usageError or a *helpRequest.
 func parseWebhookConfig(args []string, getenv func(string) string) (c webhookConfig, err error) {
 	err = parseFlags(&c, "webhook", "[flags]", args, getenv)
 	return c, err
 }
 
-// parseSidecarConfig reads the sidecar's command line. Its errors are *usageError and *helpRequest.
+// parseSidecarConfig reads the command line of the mode sidecar. Its error is a
+// *usageError or a *helpRequest.
 func parseSidecarConfig(args []string, getenv func(string) string) (c sidecarConfig, err error) {
 	err = parseFlags(&c, "sidecar", "[flags] NAMESPACE/KEY TOKEN", args, getenv)
 	return c, err
 }
 
-// parseGateConfig reads the command line of "gate". Its errors are *usageError and *helpRequest.
+// parseGateConfig reads the command line of the mode gate. Its error is a *usageError or
+// a *helpRequest.
 func parseGateConfig(args []string, getenv func(string) string) (c gateConfig, err error) {
 	err = parseFlags(&c, "gate", "[flags]", args, getenv)
 	return c, err
 }
 
-// parseStatusConfig reads the command line of "status". Its errors are *usageError and *helpRequest.
+// parseStatusConfig reads the command line of the mode status. Its error is a *usageError
+// or a *helpRequest.
 func parseStatusConfig(args []string, getenv func(string) string) (c statusConfig, err error) {
-	err = parseFlags(&c, "status", "[flags] [NAMESPACE | NAMESPACE/KEY]\n       at-least-semaphore-pod-hook status [flags] release NAMESPACE/KEY TOKEN|POD", args, getenv)
+	const arguments = "[flags] [NAMESPACE | NAMESPACE/KEY]\n" +
+		"       at-least-semaphore-pod-hook status [flags] release NAMESPACE/KEY TOKEN|POD"
+	err = parseFlags(&c, "status", arguments, args, getenv)
 	return c, err
 }
 
-func (c *sharedConfig) declareFlags(f *flags, getenv func(string) string) {
+// declareFlags declares the flags of the queue and of the lock, for the modes webhook,
+// sidecar and gate.
+func (c *settings) declareFlags(f *flags, getenv func(string) string) {
 	c.declareQueueFlags(f, getenv)
 	c.declareLockFlags(f, getenv)
 }
 
-// declareQueueFlags declares what is to be known of the queue.
-func (c *sharedConfig) declareQueueFlags(f *flags, getenv func(string) string) {
+// declareQueueFlags declares the flags of the queue. The mode status needs no lock, and
+// has only these.
+func (c *settings) declareQueueFlags(f *flags, getenv func(string) string) {
 	c.redis.username, c.redis.password = getenv("REDIS_USERNAME"), getenv("REDIS_PASSWORD")
-	c.redis.sentinelUsername, c.redis.sentinelPassword = getenv("REDIS_SENTINEL_USERNAME"), getenv("REDIS_SENTINEL_PASSWORD")
+	c.redis.sentinelUsername = getenv("REDIS_SENTINEL_USERNAME")
+	c.redis.sentinelPassword = getenv("REDIS_SENTINEL_PASSWORD")
 	declare(f, &c.queueRedisAddress, readQueueAddress, "queue-redis-address", "127.0.0.1:6379",
-		"Redis that holds the tokens: `HOST:PORT`, or "+sentinelExample+", or "+clusterExample+"; rediss in place of redis for TLS")
+		"Redis that holds the tokens: `HOST:PORT`, or "+sentinelExample+", or "+clusterExample+
+			"; for TLS, rediss instead of redis")
 	declare(f, &c.heartbeatInterval, readSeconds(1, 3600), "heartbeat-interval-seconds", "30",
 		"`SECONDS` between two heartbeats of a sidecar")
 	declare(f, &c.staleThreshold, readSeconds(2, 86400), "stale-threshold-seconds", "120",
-		"`SECONDS` without a heartbeat after which a token is reclaimed; at least twice the interval")
+		"`SECONDS` without a heartbeat after which a token is reclaimed; at least twice the heartbeat interval")
 	declare(f, &c.redis.caFile, readCAFile, "redis-ca-file", "",
-		"`FILE` of the PEM certificates to trust for rediss://; none for those of the system")
+		"`FILE` of the PEM CA certificates for rediss://; without it, the system's")
 }
 
-// declareLockFlags declares what is to be known of the lock.
-func (c *sharedConfig) declareLockFlags(f *flags, getenv func(string) string) {
+// declareLockFlags declares the flags of the lock.
+func (c *settings) declareLockFlags(f *flags, getenv func(string) string) {
 	c.etcd.username, c.etcd.password = getenv("ETCD_USERNAME"), getenv("ETCD_PASSWORD")
 	declare(f, &c.lockMode, readChoice(lockModeRedlock, lockModeEtcd), "lock-mode", lockModeRedlock,
-		"lock that guards repairs: `redlock|etcd`")
+		"lock for repairs: `redlock|etcd`")
 	declare(f, &c.redisAddresses, readAddresses("redis://", "rediss://"), "redis-addresses", "127.0.0.1:6379",
-		"Redis servers of the redlock, as `HOST:PORT,...`; rediss://HOST:PORT for TLS")
+		"Redis servers of the lock mode redlock, as `HOST:PORT,...`; for TLS, rediss://HOST:PORT")
 	declare(f, &c.etcdAddresses, readAddresses("http://", "https://"), "etcd-addresses", "127.0.0.1:2379",
-		"etcd servers of the etcd lock, as `HOST:PORT,...`; https://HOST:PORT, or one of the --etcd files, for TLS")
+		"etcd servers of the lock mode etcd, as `HOST:PORT,...`; for TLS, https://HOST:PORT or one of the --etcd files")
 	declare(f, &c.etcd.caFile, readCAFile, "etcd-ca-file", "",
-		"`FILE` of the PEM certificates to trust for etcd; none for those of the system")
+		"`FILE` of the PEM CA certificates for etcd; without it, the system's")
 	declare(f, &c.etcd.certFile, readText, "etcd-cert-file", "", "`FILE` of the PEM client certificate for etcd")
 	declare(f, &c.etcd.keyFile, readText, "etcd-key-file", "", "`FILE` of the PEM key of --etcd-cert-file")
 }
 
-func (c *sharedConfig) validate(f *flags) {
+func (c *settings) validate(f *flags) {
 	if (c.etcd.certFile == "") != (c.etcd.keyFile == "") {
 		f.problem("--etcd-cert-file and --etcd-key-file go together")
 	} else if c.etcd.certFile != "" {
@@ -154,7 +165,8 @@ func (c *sharedConfig) validate(f *flags) {
 	bothRead := !f.wrong["stale-threshold-seconds"] && !f.wrong["heartbeat-interval-seconds"]
 	if bothRead && c.staleThreshold < 2*c.heartbeatInterval {
 		f.problem("--stale-threshold-seconds: %d is less than twice --heartbeat-interval-seconds %d: "+
-			"one late heartbeat would cost a running pod its token", seconds(c.staleThreshold), seconds(c.heartbeatInterval))
+			"one late heartbeat would cost a running pod its token",
+			seconds(c.staleThreshold), seconds(c.heartbeatInterval))
 	}
 	if c.redis.username != "" && c.redis.password == "" {
 		f.problem("REDIS_USERNAME is set and REDIS_PASSWORD is not")
@@ -163,7 +175,8 @@ func (c *sharedConfig) validate(f *flags) {
 		f.problem("REDIS_SENTINEL_USERNAME is set and REDIS_SENTINEL_PASSWORD is not")
 	}
 	if c.redis.sentinelPassword != "" && c.queueRedisAddress.kind != queueSentinel && !f.wrong["queue-redis-address"] {
-		f.problem("REDIS_SENTINEL_PASSWORD is not used: --queue-redis-address names no Sentinels, as %s does", sentinelExample)
+		f.problem("REDIS_SENTINEL_PASSWORD is not used: --queue-redis-address names no Sentinels, as %s does",
+			sentinelExample)
 	}
 	if (c.etcd.username == "") != (c.etcd.password == "") {
 		f.problem("ETCD_USERNAME and ETCD_PASSWORD go together")
@@ -176,55 +189,64 @@ func anyHas(scheme string, addresses ...string) bool {
 }
 
 func (c *webhookConfig) declareFlags(f *flags, getenv func(string) string) {
-	c.sharedConfig.declareFlags(f, getenv)
+	c.settings.declareFlags(f, getenv)
 	declare(f, &c.host, readText, "host", "0.0.0.0", "`ADDRESS` to serve /mutate on, over TLS")
 	declare(f, &c.port, readNumber(1, 65535), "port", "9443", "TCP `PORT` to serve /mutate on")
 	declare(f, &c.certDir, readNonEmpty, "certDir", "/var/k8s-webhook-server/serving-certs",
-		"`DIRECTORY` of tls.crt and tls.key; reread when they change")
+		"`DIRECTORY` of tls.crt and tls.key, which are reread when they change")
 	declare(f, &c.pathSecretFile, readText, "path-secret-file", "",
-		"`FILE` of a secret that the path must end with, /mutate/SECRET; one a line, reread when it changes; none for /mutate")
+		"`FILE` of the secrets of the path /mutate/SECRET, one a line, reread when it changes; "+
+			"without it, the path is /mutate")
 	declare(f, &c.clientCAFile, readCAFile, "client-ca-file", "",
-		"`FILE` of the PEM certificates of those that sign the certificates of clients; none to ask for no certificate")
+		"`FILE` of the PEM CA certificates that clients' certificates must be signed by; "+
+			"without it, clients need no certificate")
 	declare(f, &c.clientNames, readNameList, "client-name", "",
-		"`NAME,...` of clients: the common name, or a DNS name, of their certificates; none for all that are signed")
+		"`NAME,...` of the accepted clients: common name or DNS name of their certificates; "+
+			"without it, any signed certificate")
 	declare(f, &c.metricsBindAddress, readAddress(), "metrics-bind-address", "0.0.0.0:8080",
 		"`HOST:PORT` to serve /metrics, /healthz and /readyz on, over plain HTTP")
 	declare(f, &c.whenFull, readChoice(whenFullChoices...), "when-full", whenFullDeny,
-		"what becomes of a pod for which no token is free: `deny|wait|gate`; its annotation when-full wins")
+		"for a pod that finds no free token: `deny|wait|gate`; its annotation when-full takes precedence")
 	declare(f, &c.enableSidecarContainers, readBool, "enable-sidecar-containers", "true",
 		"`true|false`: inject a native sidecar (Kubernetes 1.30 or later), or a classic container")
-	declare(f, &c.sidecarImage, readImage, "sidecar-image", imageRepository+":"+version, "`IMAGE` of the injected sidecar")
+	declare(f, &c.sidecarImage, readImage, "sidecar-image", imageRepository+":"+version,
+		"`IMAGE` of the injected containers")
 	declare(f, &c.sidecarImagePullSecret, readObjectName, "sidecar-image-pull-secret", "",
-		"`NAME` of a Secret in the pod's namespace that is added to the pod's imagePullSecrets")
+		"`NAME` of a Secret in the pod's namespace, which the webhook adds to the pod's imagePullSecrets")
 	declare(f, &c.sidecarLimits, readResources, "sidecar-resources", "cpu=100m,memory=64Mi",
-		"limits, as `RESOURCE=QUANTITY,...`, of each injected container; its requests, too, in a pod of the QoS class Guaranteed")
+		"limits, as `RESOURCE=QUANTITY,...`, of each injected container; "+
+			"in a pod of the QoS class Guaranteed, also its requests")
 	declare(f, &c.sidecarRequests, readResources, "sidecar-requests", "cpu=5m,memory=32Mi",
-		"requests, as `RESOURCE=QUANTITY,...`, of each injected container in other pods")
+		"requests, as `RESOURCE=QUANTITY,...`, of each injected container in all other pods")
 	declare(f, &c.restartAwait, readBool, "await-restart", "false",
-		"`true|false`: the init container that holds back the app says restartPolicy OnFailure (Kubernetes 1.35 or later), "+
-			"so that a pod whose own is Never does not fail should it be killed")
+		"`true|false`: give the init container await the restartPolicy OnFailure (Kubernetes 1.35 or later); "+
+			"without it, a pod with restartPolicy Never fails if await is killed")
 	declare(f, &c.podAnnotations, readAnnotations, "pod-annotations", "",
-		"`NAME=VALUE,...` to annotate pods with that get a sidecar and do not have them, for service meshes; "+
-			"what has no = belongs to the value before it")
+		"`NAME=VALUE,...` to add to the pods that get a sidecar, unless they have them, for service meshes; "+
+			"a part without = belongs to the value before it")
 	declare(f, &c.sidecarRedisSecret, readObjectName, "sidecar-redis-secret", "",
-		"`NAME` of a Secret in the pod's namespace "+
-			"whose keys username (optional) and password are the sidecar's credentials for Redis")
+		"`NAME` of a Secret in the pod's namespace: "+
+			"its keys username (optional) and password are the sidecar's credentials for Redis")
 	declare(f, &c.sidecarRedisCA, readObject, "sidecar-redis-ca", "",
-		"`secret/NAME|configmap/NAME` in the pod's namespace "+
-			"whose key ca.crt holds the certificates that the sidecar trusts for rediss://")
+		"`secret/NAME|configmap/NAME` in the pod's namespace: "+
+			"its key ca.crt has the sidecar's CA certificates for rediss://")
 	declare(f, &c.sidecarEtcdSecret, readObjectName, "sidecar-etcd-secret", "",
-		"`NAME` of a Secret in the pod's namespace with what the sidecars need for the etcd lock: "+
-			"username and password, ca.crt, tls.crt and tls.key, each if the webhook has it")
+		"`NAME` of a Secret in the pod's namespace: "+
+			"its keys username and password, ca.crt, tls.crt and tls.key are the sidecar's access to etcd, "+
+			"each if the webhook has it")
 }
 
 func (c *webhookConfig) validate(f *flags) {
-	c.sharedConfig.validate(f)
-	if c.whenFull != whenFullDeny && !c.enableSidecarContainers && !f.wrong["enable-sidecar-containers"] && !f.wrong["when-full"] {
-		f.problem("--when-full: %s needs native sidecars: with --enable-sidecar-containers=false the containers of a pod "+
+	c.settings.validate(f)
+	bothRead := !f.wrong["enable-sidecar-containers"] && !f.wrong["when-full"]
+	if bothRead && c.whenFull != whenFullDeny && !c.enableSidecarContainers {
+		f.problem("--when-full: %s needs native sidecars: "+
+			"with --enable-sidecar-containers=false the containers of a pod "+
 			"start all at once, with or without a token", c.whenFull)
 	}
 	if c.redis.password+c.redis.sentinelPassword != "" && c.sidecarRedisSecret == "" {
-		f.problem("--sidecar-redis-secret: is needed where REDIS_PASSWORD or REDIS_SENTINEL_PASSWORD is set: the sidecars would have no credentials")
+		f.problem("--sidecar-redis-secret: is needed where REDIS_PASSWORD or REDIS_SENTINEL_PASSWORD is set: " +
+			"the sidecars would have no credentials")
 	}
 	switch sidecarsUseTLS := anyHas("rediss://", c.sidecarRedisAddresses()...); {
 	case sidecarsUseTLS && c.redis.caFile != "" && c.sidecarRedisCA.name == "":
@@ -239,7 +261,8 @@ func (c *webhookConfig) validate(f *flags) {
 	}
 	for name, request := range c.sidecarRequests {
 		if limit, ok := c.sidecarLimits[name]; ok && request.Cmp(limit) > 0 {
-			f.problem("--sidecar-requests: %s=%s is more than the limit in --sidecar-resources, %s", name, &request, &limit)
+			f.problem("--sidecar-requests: %s=%s is more than the limit in --sidecar-resources, %s",
+				name, &request, &limit)
 		}
 	}
 	if c.restartAwait && !c.enableSidecarContainers && !f.wrong["enable-sidecar-containers"] {
@@ -254,7 +277,8 @@ func (c *webhookConfig) validate(f *flags) {
 	}
 }
 
-// sidecarRedisAddresses are the Redis servers that the sidecars use. Only native ones ever take a lock.
+// sidecarRedisAddresses returns the Redis servers that the sidecars use. Only native
+// sidecars ever take a lock.
 func (c *webhookConfig) sidecarRedisAddresses() []string {
 	addresses := slices.Clone(c.queueRedisAddress.servers)
 	if c.enableSidecarContainers && c.lockMode == lockModeRedlock {
@@ -264,21 +288,22 @@ func (c *webhookConfig) sidecarRedisAddresses() []string {
 }
 
 func (c *sidecarConfig) declareFlags(f *flags, getenv func(string) string) {
-	c.sharedConfig.declareFlags(f, getenv)
+	c.settings.declareFlags(f, getenv)
 	c.podUID = getenv("POD_UID")
 	c.pod = newPodName(getenv("POD_NAME"), getenv("NODE_NAME"))
 	declare(f, &c.length, readNumber(1, maxLength), "length", "",
-		"`NUMBER` of tokens of the semaphore: the sidecar waits until it has one, and await ends then. "+
-			"Without it, the token is already taken")
+		"`NUMBER` of tokens of the semaphore: the sidecar waits for one, and await ends when the sidecar has it; "+
+			"without it, the webhook has already taken the token")
 	declare(f, &c.expiration, readSeconds(1, maxExpiration), "expiration-seconds", "10",
-		"`SECONDS` that a repair may hold the lock")
-	declare(f, &c.terminationGracePeriod, readSeconds(1, 3600), "termination-grace-period-seconds", strconv.Itoa(giveBackSeconds),
-		"`SECONDS` to go on trying to give the token back after SIGTERM")
+		"`SECONDS` after which the lock of a repair expires")
+	declare(f, &c.terminationGracePeriod, readSeconds(1, 3600),
+		"termination-grace-period-seconds", strconv.Itoa(giveBackSeconds),
+		"`SECONDS` to keep trying to give the token back after SIGTERM")
 }
 
-// validate reads the arguments after the flags too.
+// validate also reads the arguments after the flags.
 func (c *sidecarConfig) validate(f *flags) {
-	c.sharedConfig.validate(f)
+	c.settings.validate(f)
 	if f.NArg() != 2 {
 		f.problem("%d arguments after the flags; they are NAMESPACE/KEY TOKEN", f.NArg())
 		return
@@ -293,7 +318,7 @@ func (c *sidecarConfig) validate(f *flags) {
 	}
 }
 
-// declareFlags declares flags that need no values in a pod.
+// declareFlags declares the flags of the API server. In a pod, their defaults are right.
 func (c *kubernetesSettings) declareFlags(f *flags, getenv func(string) string) {
 	var address, caFile, tokenFile string
 	if host := getenv("KUBERNETES_SERVICE_HOST"); host != "" {
@@ -301,13 +326,13 @@ func (c *kubernetesSettings) declareFlags(f *flags, getenv func(string) string) 
 		caFile, tokenFile = path.Join(serviceAccount, "ca.crt"), path.Join(serviceAccount, "token")
 	}
 	declare(f, &c.address, readAddress("https://"), "kubernetes-address", address,
-		"API server: `HOST:PORT`; in a pod, that of its cluster")
+		"`HOST:PORT` of the API server; in a pod, by default, that of its cluster")
 	declare(f, &c.caFile, readCAFile, "kubernetes-ca-file", caFile,
-		"`FILE` of the PEM certificates to trust for the API server, reread when it changes; none for those of the system")
+		"`FILE` of the PEM CA certificates for the API server, reread when it changes; without it, the system's")
 	declare(f, &c.tokenFile, readText, "kubernetes-token-file", tokenFile,
 		"`FILE` of the ServiceAccount's token, reread when it changes")
 	declare(f, &c.namespaces, readNameList, "namespaces", "",
-		"`NAMESPACE,...` to look for gated pods in; none for all")
+		"`NAMESPACE,...` to watch for gated pods; without it, all")
 }
 
 func (c *kubernetesSettings) validate(f *flags) {
@@ -320,16 +345,16 @@ func (c *kubernetesSettings) validate(f *flags) {
 }
 
 func (c *gateConfig) declareFlags(f *flags, getenv func(string) string) {
-	c.sharedConfig.declareFlags(f, getenv)
+	c.settings.declareFlags(f, getenv)
 	c.kubernetes.declareFlags(f, getenv)
 	declare(f, &c.unschedulable, readSeconds(1, 86400), "unschedulable-seconds", "300",
-		"`SECONDS` that a pod whose gate was lifted keeps its token without having started")
+		"`SECONDS` after the lift of its gate until a pod that has not started loses its token")
 	declare(f, &c.metricsBindAddress, readAddress(), "metrics-bind-address", "0.0.0.0:8080",
 		"`HOST:PORT` to serve /metrics, /healthz and /readyz on, over plain HTTP")
 }
 
 func (c *gateConfig) validate(f *flags) {
-	c.sharedConfig.validate(f)
+	c.settings.validate(f)
 	c.kubernetes.validate(f)
 	if f.NArg() > 0 {
 		f.problem("unexpected argument %q: gate takes flags only", f.Arg(0))
@@ -341,20 +366,23 @@ func (c *statusConfig) declareFlags(f *flags, getenv func(string) string) {
 	if password := getenv("STATUS_REDIS_PASSWORD"); password != "" {
 		c.redis.username, c.redis.password = getenv("STATUS_REDIS_USERNAME"), password
 	}
-	// In a container of the webhook, that is where it has its own from.
-	for name, variable := range map[string]string{"queue-redis-address": "QUEUE_REDIS_ADDRESS",
-		"heartbeat-interval-seconds": "HEARTBEAT_INTERVAL_SECONDS", "stale-threshold-seconds": "STALE_THRESHOLD_SECONDS"} {
+	// The webhook's container has these variables, so that status needs no flags there.
+	for name, variable := range map[string]string{
+		"queue-redis-address":        "QUEUE_REDIS_ADDRESS",
+		"heartbeat-interval-seconds": "HEARTBEAT_INTERVAL_SECONDS",
+		"stale-threshold-seconds":    "STALE_THRESHOLD_SECONDS",
+	} {
 		if text := getenv(variable); text != "" {
 			f.setDefault(name, text)
 		}
 	}
-	declare(f, &c.output, readChoice(outputTable, outputJSON), "o", outputTable, "output: `table|json`")
-	declare(f, &c.watch, readBool, "watch", "false", "`true|false`: print it again every two seconds")
-	declare(f, &c.yes, readBool, "yes", "false", "`true|false`: release without asking")
+	declare(f, &c.output, readChoice(outputTable, outputJSON), "o", outputTable, "output format: `table|json`")
+	declare(f, &c.watch, readBool, "watch", "false", "`true|false`: repeat the output every two seconds")
+	declare(f, &c.yes, readBool, "yes", "false", "`true|false`: release without confirmation")
 }
 
 func (c *statusConfig) validate(f *flags) {
-	c.sharedConfig.validate(f)
+	c.settings.validate(f)
 	operands := f.operands
 	releases := len(operands) > 0 && operands[0] == "release"
 	if releases {
@@ -384,10 +412,10 @@ func (c *statusConfig) validate(f *flags) {
 	}
 }
 
-// giveBackSeconds is for how long a sidecar tries to give its token back, if it is not told otherwise.
+// giveBackSeconds is the default time in which a sidecar tries to give its token back.
 const giveBackSeconds = 10
 
-// Examples of right addresses, for messages.
+// Examples of valid addresses, for messages.
 const (
 	sentinelExample = "redis+sentinel://a:26379,b:26379,c:26379/NAME"
 	clusterExample  = "redis+cluster://a:6379,b:6379,c:6379"
@@ -396,7 +424,7 @@ const (
 // primaryName is a name that Sentinels accept.
 var primaryName = regexp.MustCompile(`^[A-Za-z0-9._-]+$`)
 
-// readQueueAddress reads an address of any kind.
+// readQueueAddress reads the address of one server, of a Sentinel group or of a Cluster.
 func readQueueAddress(text string) (queueAddress, error) {
 	scheme, rest, _ := strings.Cut(text, "://")
 	plain, engine, isGroup := strings.Cut(scheme, "+")
@@ -409,11 +437,13 @@ func readQueueAddress(text string) (queueAddress, error) {
 		}
 		return a, err
 	}
+	wrongScheme := fmt.Errorf("%q is no scheme: an address is HOST:PORT, or like %s or %s",
+		scheme+"://", sentinelExample, clusterExample)
 	example := clusterExample
 	var problems []error
 	switch {
 	case plain != "redis" && plain != "rediss":
-		return a, fmt.Errorf("%q is no scheme: an address is HOST:PORT, or like %s or %s", scheme+"://", sentinelExample, clusterExample)
+		return a, wrongScheme
 	case engine == "sentinel":
 		a.kind, example = queueSentinel, sentinelExample
 		var found bool
@@ -422,12 +452,13 @@ func readQueueAddress(text string) (queueAddress, error) {
 		case !found || a.name == "":
 			problems = append(problems, errors.New("the name of the primary is missing"))
 		case !primaryName.MatchString(a.name):
-			problems = append(problems, fmt.Errorf("%s is no name of a primary: it has letters, digits, and the characters ._- only", quoteShort(a.name)))
+			problems = append(problems, fmt.Errorf(
+				"%s is no name of a primary: it has letters, digits, and the characters ._- only", quoteShort(a.name)))
 		}
 	case engine == "cluster":
 		a.kind = queueCluster
 	default:
-		return a, fmt.Errorf("%q is no scheme: an address is HOST:PORT, or like %s or %s", scheme+"://", sentinelExample, clusterExample)
+		return a, wrongScheme
 	}
 	servers, err := readAddresses()(rest)
 	if err != nil {
@@ -440,7 +471,8 @@ func readQueueAddress(text string) (queueAddress, error) {
 		a.servers = append(a.servers, s)
 	}
 	if len(problems) > 0 {
-		return a, fmt.Errorf("%s (an example: %s)", strings.ReplaceAll(errors.Join(problems...).Error(), "\n", "; "), example)
+		all := strings.ReplaceAll(errors.Join(problems...).Error(), "\n", "; ")
+		return a, fmt.Errorf("%s (an example: %s)", all, example)
 	}
 	return a, nil
 }

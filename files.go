@@ -15,14 +15,14 @@ import (
 	"time"
 )
 
-// certificate is a TLS key pair that follows its files.
-type certificate struct{ *followed[tls.Certificate] }
+// certificate is a TLS key pair that is reread when its files change.
+type certificate struct{ *watchedFile[tls.Certificate] }
 
 // loadCertificate reads tls.crt and tls.key in dir.
 func loadCertificate(dir string, log *slog.Logger) (*certificate, error) {
-	f, err := follow(log, parsePair, func(pair tls.Certificate) {
-		// The serial number is as openssl prints it.
-		log.Info("certificate taken", "serialNumber", fmt.Sprintf("%X", pair.Leaf.SerialNumber), "notAfter", pair.Leaf.NotAfter, "dnsNames", pair.Leaf.DNSNames)
+	f, err := newWatchedFile(log, parsePair, func(pair tls.Certificate) {
+		serial := fmt.Sprintf("%X", pair.Leaf.SerialNumber) // as openssl prints it
+		log.Info("certificate taken", "serialNumber", serial, "notAfter", pair.Leaf.NotAfter, "dnsNames", pair.Leaf.DNSNames)
 	}, filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key"))
 	if err != nil {
 		return nil, fmt.Errorf("--certDir: %w", err)
@@ -32,12 +32,13 @@ func loadCertificate(dir string, log *slog.Logger) (*certificate, error) {
 
 func parsePair(texts [][]byte) (tls.Certificate, error) { return tls.X509KeyPair(texts[0], texts[1]) }
 
-// get is for tls.Config.GetCertificate.
+// get implements tls.Config.GetCertificate.
 func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	return c.current.Load(), nil
 }
 
-// readCA reads a file of PEM certificates; nil, for those of the system, if there is no file.
+// readCA reads a file of PEM certificates. For no file it returns nil: the system's
+// certificates.
 func readCA(file string) (*x509.CertPool, error) {
 	if file == "" {
 		return nil, nil
@@ -53,7 +54,7 @@ func readCA(file string) (*x509.CertPool, error) {
 	return pool, nil
 }
 
-// errNoCertificate says that a file of certificates has none.
+// errNoCertificate means that a file contains no certificate.
 var errNoCertificate = errors.New("no PEM certificate")
 
 func parseCA(texts [][]byte) (*x509.CertPool, error) {
@@ -64,64 +65,65 @@ func parseCA(texts [][]byte) (*x509.CertPool, error) {
 	return pool, nil
 }
 
-// followInterval is how often files are looked at. They are read and compared: the kubelet changes a mounted Secret by a symbolic
-// link, which notifications on the files do not show.
-const followInterval = time.Second
+// fileInterval is the interval at which files are read and compared. File notifications
+// do not work here: the kubelet updates a mounted Secret by replacing a symbolic link.
+const fileInterval = time.Second
 
-// followed is what is read from files, and follows them when they change.
-type followed[T any] struct {
-	files   []string
-	parse   func(texts [][]byte) (T, error) // of the files, in their order
-	taken   func(T)                         // is told, and logs, what is in use a moment later
-	current atomic.Pointer[T]
-	looked  bool   // there is something seen
-	seen    []byte // content of the files, good or bad
-	log     *slog.Logger
+// watchedFile is a value that is read from files, and reread when they change.
+type watchedFile[T any] struct {
+	files    []string
+	parse    func(texts [][]byte) (T, error) // texts are the contents, in the order of files
+	onChange func(T)                         // runs just before a value comes into use
+	current  atomic.Pointer[T]
+	hasRead  bool   // last is set
+	last     []byte // last content of the files, or the last error of reading them
+	log      *slog.Logger
 }
 
-// follow reads the files, which have to be good.
-func follow[T any](log *slog.Logger, parse func(texts [][]byte) (T, error), taken func(T), files ...string) (*followed[T], error) {
-	f := &followed[T]{files: files, parse: parse, taken: taken, log: log}
+// newWatchedFile reads the files. It fails if their content is bad.
+func newWatchedFile[T any](log *slog.Logger, parse func(texts [][]byte) (T, error), onChange func(T),
+	files ...string) (*watchedFile[T], error) {
+	f := &watchedFile[T]{files: files, parse: parse, onChange: onChange, log: log}
 	if _, err := f.reload(); err != nil {
 		return nil, err
 	}
 	return f, nil
 }
 
-// reload reads the files again. If they have changed since the last call, it takes what they hold, or says what is wrong with it and
-// keeps what was there before.
-func (f *followed[T]) reload() (changed bool, err error) {
+// reload reads the files again. If they have changed since the last call, it takes the
+// new value. If that is bad, it returns an error and keeps the old value.
+func (f *watchedFile[T]) reload() (changed bool, err error) {
 	var texts [][]byte
 	for _, file := range f.files {
 		text, err := os.ReadFile(file)
 		if err != nil {
-			return f.see([]byte(err.Error())), err
+			return f.changed([]byte(err.Error())), err
 		}
 		texts = append(texts, text)
 	}
-	if !f.see(bytes.Join(texts, []byte{0})) {
+	if !f.changed(bytes.Join(texts, []byte{0})) {
 		return false, nil
 	}
 	value, err := f.parse(texts)
 	if err != nil {
 		return true, fmt.Errorf("%s: %w", strings.Join(f.files, " and "), err)
 	}
-	f.taken(value)
+	f.onChange(value)
 	f.current.Store(&value)
 	return true, nil
 }
 
-// see remembers what was seen and reports whether it is new.
-func (f *followed[T]) see(what []byte) bool {
-	if f.looked && bytes.Equal(what, f.seen) {
+// changed reports whether content differs from that of the last call.
+func (f *watchedFile[T]) changed(content []byte) bool {
+	if f.hasRead && bytes.Equal(content, f.last) {
 		return false
 	}
-	f.looked, f.seen = true, what
+	f.hasRead, f.last = true, content
 	return true
 }
 
-// watch reloads every interval until ctx is done, and logs each bad change once.
-func (f *followed[T]) watch(ctx context.Context, interval time.Duration) {
+// watch reloads every interval until ctx is done. It logs each bad change once.
+func (f *watchedFile[T]) watch(ctx context.Context, interval time.Duration) {
 	for sleep(ctx, interval) == nil {
 		if changed, err := f.reload(); changed && err != nil {
 			f.log.Error("changed files not taken, what they held before stays in use", "error", err.Error())

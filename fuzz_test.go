@@ -55,7 +55,7 @@ func fuzzedWebhook(f *testing.F) *webhook {
 	if err != nil {
 		f.Fatal(err)
 	}
-	s := newSemaphores(c.sharedConfig, nil, 1, log)
+	s := newSemaphores(c.settings, nil, 1, log)
 	s.outages.parts[0] = outage{began: time.Now().Add(-time.Hour), last: time.Now()} // it does not wait for Redis
 	a, err := newAdmitter(c, s)
 	rig.Must(f, err)
@@ -240,13 +240,13 @@ func FuzzAnswers(f *testing.F) {
 			var status int
 			var micros int64
 			if rest, err := redis.Scan(values, &status, &micros); err == nil {
-				if a, err := parseAnswer(status, rest); err == nil {
+				if a, err := parseReply(status, rest); err == nil {
 					_ = waitingText(testID, 3, a)
 					_ = refusal(&fullError{testID, a.inUse, 3, a.waiters, a.holders, a.doubt})
 				}
 			}
 		}
-		s := newSemaphores(testConfig("127.0.0.1:1").sharedConfig, nil, 1, slog.New(slog.DiscardHandler))
+		s := newSemaphores(testConfig("127.0.0.1:1").settings, nil, 1, slog.New(slog.DiscardHandler))
 		states, _ := s.readStates(ctx, dial(), []semaphoreID{testID})
 		var d semaphoreDetail
 		d.id = testID

@@ -3,22 +3,34 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"slices"
+	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 )
 
-func TestMain(m *testing.M) { os.Exit(rig.Run(m)) }
+func TestMain(m *testing.M) {
+	if err := chooseTests(); err != nil {
+		panic(err)
+	}
+	os.Exit(rig.Run(m))
+}
 
 // freshID is a semaphore that no other test uses.
 func freshID() semaphoreID { return semaphoreOf(rig.FreshID()) }
@@ -35,7 +47,7 @@ func (p patch) MarshalJSON() ([]byte, error) { return p.json(), nil }
 
 func testConfig(address string) webhookConfig {
 	return webhookConfig{
-		sharedConfig: sharedConfig{
+		settings: settings{
 			lockMode:          "redlock",
 			redisAddresses:    []string{address},
 			etcdAddresses:     []string{"127.0.0.1:2379"},
@@ -60,7 +72,7 @@ func beating(address string, interval time.Duration) webhookConfig {
 // semaphoresOf is what a webhook, or a sidecar, of a configuration has.
 func semaphoresOf(t *testing.T, c webhookConfig) *semaphores {
 	t.Helper()
-	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
+	s := newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() { rig.Must(t, s.close(context.Background())) })
 	return s
 }
@@ -87,9 +99,9 @@ func startWebhook(t testing.TB, c webhookConfig) *testWebhook {
 	c.redis.counts = new(redisCounts)
 	who, err := newCallers(c, log)
 	rig.Must(t, err)
-	a, err := newAdmitter(c, newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log))
+	a, err := newAdmitter(c, newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, log))
 	rig.Must(t, err)
-	w := &webhook{admitter: a, callers: who, bounds: newBounds(), limit: logLimiter{most: badCallersLogged}, log: log}
+	w := &webhook{admitter: a, callers: who, bounds: newBounds(), limit: logLimiter{most: badRequestsLogged}, log: log}
 	w.semaphores.metrics = newMetrics(c.redis.counts)
 	w.semaphores.metrics.countVerdicts()
 	w.semaphores.metrics.watchSemaphores(w.semaphores)
@@ -163,4 +175,303 @@ func (w *testWebhook) wantFull(t *testing.T, id semaphoreID, length, inUse int) 
 	if a.Allowed || a.Code != http.StatusTooManyRequests || !strings.HasPrefix(a.Message, want) || a.Patch != nil {
 		t.Fatalf("got %+v, want 429 %q", a, want)
 	}
+}
+
+// gateTest is an API server with pods, and a Redis, for gates.
+type gateTest struct {
+	*testing.T
+	redis  *rig.Redis
+	api    *rig.APIServer
+	config webhookConfig // of gates and owner, what they share
+	owner  *semaphores   // does what sidecars do
+	id     semaphoreID
+	length int
+}
+
+func newGateTest(t *testing.T, length int) *gateTest {
+	t.Helper()
+	r := rig.StartRedis(t)
+	return newGateTestOn(t, r, testConfig(r.Address), length)
+}
+
+// newGateTestOn is newGateTest with a Redis that is there.
+func newGateTestOn(t *testing.T, r *rig.Redis, c webhookConfig, length int) *gateTest {
+	t.Helper()
+	s := rig.StartAPIServer(t)
+	return &gateTest{t, r, s, c, semaphoresOf(t, c), semaphoreID{s.NewNamespace(t), "web"}, length}
+}
+
+// start starts a gate, which ends with the test or by stop.
+func (g *gateTest) start(change ...func(*gateConfig)) (started *gate, log *rig.Log, stop func()) {
+	g.Helper()
+	c := gateConfig{settings: g.config.settings, kubernetes: clientSettings(g.api), unschedulable: 5 * time.Minute}
+	for _, ch := range change {
+		ch(&c)
+	}
+	log = new(rig.Log)
+	started, err := newGate(c, slog.New(slog.NewJSONHandler(log, nil)))
+	rig.Must(g.T, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		started.run(ctx)
+		rig.Must(g.T, started.semaphores.close(context.Background()))
+	}()
+	stop = func() {
+		cancel()
+		<-done
+	}
+	g.Cleanup(stop)
+	g.Cleanup(func() {
+		if g.Failed() {
+			g.Logf("log of gate:\n%s", log)
+		}
+	})
+	return started, log, stop
+}
+
+// create creates a pod as the webhook lets it pass, and returns its token.
+func (g *gateTest) create(name string) (token string) {
+	g.Helper()
+	return g.createAs(rig.GatedPod(name))
+}
+
+// createAs is create for a pod that is made already.
+func (g *gateTest) createAs(p *corev1.Pod) (token string) {
+	g.Helper()
+	p.Spec.SchedulingGates = p.Spec.SchedulingGates[1:]
+	p.Annotations = map[string]string{annotationEnabled: "true", annotationKey: g.id.key, annotationLength: strconv.Itoa(g.length), annotationExpiration: "10"}
+	return string(g.api.CreatePod(g.T, g.id.namespace, p).UID)
+}
+
+func (g *gateTest) createAll(names ...string) (tokens []string) {
+	g.Helper()
+	for _, name := range names {
+		tokens = append(tokens, g.create(name))
+	}
+	return tokens
+}
+
+func (g *gateTest) pod(name string) *corev1.Pod {
+	g.Helper()
+	p, status := g.api.Store.Get(g.id.namespace, name)
+	if status != nil {
+		g.Fatalf("pod %s: %s", name, status.Message)
+	}
+	return p
+}
+
+// lifted reports whether the pod's gate was lifted.
+func (g *gateTest) lifted(name string) bool { return len(g.pod(name).Spec.SchedulingGates) == 0 }
+
+// wantLifted waits until exactly those are lifted, of all that are given.
+func (g *gateTest) wantLifted(lifted []string, gated ...string) {
+	g.Helper()
+	rig.Eventually(g.T, 20*time.Second, func() error {
+		for _, name := range lifted {
+			if !g.lifted(name) {
+				return fmt.Errorf("%s is gated yet", name)
+			}
+		}
+		return nil
+	})
+	for _, name := range gated {
+		if g.lifted(name) {
+			g.Fatalf("the gate of %s was lifted", name)
+		}
+	}
+}
+
+// wantHolders waits until exactly these tokens are in flight.
+func (g *gateTest) wantHolders(want ...string) {
+	g.Helper()
+	want = slices.Sorted(slices.Values(want))
+	rig.Eventually(g.T, 20*time.Second, func() error {
+		got, err := redis.Strings(g.redis.Control.Do("ZRANGE", g.id.inflightKey(), 0, -1))
+		slices.Sort(got)
+		if err == nil && !slices.Equal(got, want) {
+			err = fmt.Errorf("in flight are %v, want %v", got, want)
+		}
+		return err
+	})
+}
+
+// run lets a pod start, as a kubelet shows it.
+func (g *gateTest) run(name string) {
+	g.Helper()
+	_, status := g.api.Store.Change(g.id.namespace, name, rig.MarkRunning)
+	if status != nil {
+		g.Fatal(status.Message)
+	}
+	rig.Eventually(g.T, 10*time.Second, func() error {
+		if label, ok := g.pod(name).Labels[labelGated]; ok {
+			return fmt.Errorf("%s has the label %q yet", name, label)
+		}
+		return nil
+	})
+}
+
+// newWaiter is a waiter of this process, with a token of its own, that says nothing.
+func newWaiter(s *semaphores, id semaphoreID, length int) *waiter {
+	return &waiter{semaphores: s, id: id, token: uuid.NewString(), length: length, expiration: 10 * time.Second,
+		report: func(string) {}, log: slog.New(slog.DiscardHandler)}
+}
+
+// waitOnly is wait without what it returns besides the error.
+func (w *waiter) waitOnly(ctx context.Context) error {
+	_, _, err := w.wait(ctx)
+	return err
+}
+
+// queueUp starts a waiter in this process and waits until it is in line; the channel has what became of it.
+func queueUp(t *testing.T, ctx context.Context, s *semaphores, id semaphoreID, length int, r *rig.Redis) (token string, done <-chan error) {
+	t.Helper()
+	before, err := r.Line(id)
+	rig.Must(t, err)
+	result := make(chan error, 1)
+	w := newWaiter(s, id, length)
+	ctx, cancel := context.WithCancel(ctx)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		result <- w.waitOnly(ctx)
+	}()
+	t.Cleanup(func() { // before the semaphores are closed
+		cancel()
+		<-ended
+	})
+	r.WantLine(t, id, append(before, w.token)...)
+	return w.token, result
+}
+
+func wantDone(t *testing.T, done <-chan error) {
+	t.Helper()
+	select {
+	case err := <-done:
+		rig.Must(t, err)
+	case <-time.After(20 * time.Second):
+		t.Fatal("still waiting")
+	}
+}
+
+func giveBack(t *testing.T, s *semaphores, id semaphoreID, token string) {
+	t.Helper()
+	_, err := s.release(context.Background(), id, token)
+	rig.Must(t, err)
+}
+
+// stand puts somebody in line, reachable or not, who never comes.
+func stand(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, reachable bool) (token string, leave func()) {
+	t.Helper()
+	token = uuid.NewString()
+	ctx, cancel := context.WithCancel(context.Background())
+	t.Cleanup(cancel)
+	if reachable {
+		subscribed := newWakeup()
+		calls := newSubscription(s.queue, id, s.log)
+		calls.add(subscribed, id, token)
+		go func() { _ = calls.receive(ctx) }()
+		<-subscribed
+	}
+	if a, err := s.runAcquire(ctx, id, acquireRequest{token, 1, joinLine, ""}); err != nil || a.status != acquireFull {
+		t.Fatalf("got %+v, %v", a, err)
+	}
+	return token, func() {
+		cancel()
+		rig.Eventually(t, 10*time.Second, func() error {
+			n, err := redis.Values(r.Control.Do("PUBSUB", "NUMSUB", id.channel(token)))
+			if err == nil && n[1] != int64(0) {
+				err = errors.New("still subscribed")
+			}
+			return err
+		})
+	}
+}
+
+// deafSemaphores subscribe for the first time at a server that nobody publishes to.
+func deafSemaphores(t *testing.T, address string) *semaphores {
+	t.Helper()
+	s, elsewhere := testSemaphores(t, address), rig.StartRedis(t)
+	pool := serverOf(t, s, freshID()).pool
+	dial, dialled := pool.DialContext, 0
+	pool.DialContext = func(ctx context.Context) (redis.Conn, error) {
+		if dialled++; dialled == 2 { // the first is for the claims
+			return dialRedis(ctx, elsewhere.Address, redisSettings{}, time.Minute)
+		}
+		return dial(ctx)
+	}
+	return s
+}
+
+// testSemaphores is the semaphores of one webhook.
+func testSemaphores(t *testing.T, address string) *semaphores {
+	t.Helper()
+	c := testConfig(address)
+	s := newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
+	t.Cleanup(func() { rig.Must(t, s.close(context.Background())) })
+	return s
+}
+
+// serverOf is the server that holds a semaphore.
+func serverOf(t *testing.T, s *semaphores, id semaphoreID) *queueServer {
+	t.Helper()
+	server, err := s.queue.find(context.Background(), id)
+	rig.Must(t, err)
+	return server
+}
+
+// newSemaphore is a semaphore of a test's own on the common Redis.
+func newSemaphore(t *testing.T) (*rig.Redis, *semaphores, semaphoreID) {
+	t.Helper()
+	return newSemaphoreOn(t, rig.CommonRedis(t))
+}
+
+func newSemaphoreOn(t *testing.T, r *rig.Redis) (*rig.Redis, *semaphores, semaphoreID) {
+	t.Helper()
+	return r, testSemaphores(t, r.Address), freshID()
+}
+
+// maintain repairs for somebody who was not in line.
+func maintain(t *testing.T, s *semaphores, id semaphoreID, length int) {
+	t.Helper()
+	rig.Must(t, s.maintain(context.Background(), id, length, true))
+}
+
+func acquire(t *testing.T, s *semaphores, id semaphoreID, length int) string {
+	t.Helper()
+	token, _, err := s.acquire(context.Background(), id, "", length, 10*time.Second)
+	rig.Must(t, err)
+	return token
+}
+
+func wantFullError(t *testing.T, s *semaphores, id semaphoreID, length, inUse int) {
+	t.Helper()
+	_, _, err := s.acquire(context.Background(), id, "", length, 10*time.Second)
+	var full *fullError
+	if !errors.As(err, &full) || full.inUse != inUse || full.length != length {
+		t.Fatalf("got %v, want %d of %d in use", err, inUse, length)
+	}
+}
+
+// countingLocker counts what is asked of a locker.
+type countingLocker struct {
+	locker
+	tried, locked atomic.Int32
+}
+
+func (l *countingLocker) tryLock(ctx context.Context, name string, expiration time.Duration) (func(context.Context) error, error) {
+	l.tried.Add(1)
+	unlock, err := l.locker.tryLock(ctx, name, expiration)
+	if err == nil {
+		l.locked.Add(1)
+	}
+	return unlock, err
+}
+
+func mustJSON(t *testing.T, v any) []byte {
+	t.Helper()
+	b, err := json.Marshal(v)
+	rig.Must(t, err)
+	return b
 }

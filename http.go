@@ -20,34 +20,42 @@ import (
 	"time"
 )
 
-// maxBody is more than any AdmissionReview: etcd refuses objects over 1.5 MiB, and a review may hold two.
+// maxBody is more than any AdmissionReview has: etcd refuses objects over 1.5 MiB, and a
+// review may hold two.
 const maxBody = 4 << 20
 
-// What all that call the webhook may use of it at once. Where there is more, the oldest goes: an API server uses its connections again
-// and again, and its requests take milliseconds, so that it is seldom among those.
+// Limits on all clients together. Beyond a limit, the oldest is evicted: that is seldom
+// an API server, which reuses its connections and whose requests take milliseconds. A
+// request is authenticated if its path is the one of the webhook, with the secret.
 const (
-	maxStrangers  = 512       // connections on which nobody has known the path yet
-	maxCallers    = 512       // other connections
-	maxRequests   = 5120      // that are being read, decided on or answered
-	maxBodies     = 24 << 20  // bytes of their bodies, of each at most smallBody
-	maxStreams    = 100       // of an HTTP/2 connection
-	frameSize     = 16 << 10  // of HTTP/2, and what a stream may send before it is read
-	windowSize    = 128 << 10 // what all streams of a connection may
-	maxHeaderSize = 16 << 10
+	maxUnauthenticated = 512       // connections that have had no authenticated request yet
+	maxAuthenticated   = 512       // other connections
+	maxRequests        = 5120      // that are being read, decided or answered
+	maxBodies          = 24 << 20  // bytes of their bodies, at most smallBody of each
+	maxStreams         = 100       // of an HTTP/2 connection
+	frameSize          = 16 << 10  // of HTTP/2, and the unread bytes of a stream
+	windowSize         = 128 << 10 // unread bytes of all streams of a connection
+	maxHeaderSize      = 16 << 10
 
-	// strangerBytes are what a connection may send, with TLS and all, before somebody on it has known the path.
-	strangerBytes = 96 << 10 // more than what may come with the first request
+	// unauthenticatedBytes is what a connection may send, with TLS and all, before its
+	// first authenticated request. It is more than may come with that request.
+	unauthenticatedBytes = 96 << 10
 
-	// restTime is for how long a new connection of a caller waits until the oldest has not been used for as long, and has to go. It is longer
-	// than a request takes where all are busy: so hardly one is cut off that has one under way, unless thousands wait for Redis.
+	// restTime is how long the oldest authenticated connection must be unused before a
+	// new one evicts it; the new one waits that long at most. It is longer than a request
+	// takes while all are busy. So eviction hardly ever cuts off a request, unless
+	// thousands wait for Redis.
 	restTime = time.Second
 
-	// refusalTime is what an answer has to get away before the connection is closed.
+	// refusalTime is how long a refusal has to reach the client before the connection is
+	// closed.
 	refusalTime = 50 * time.Millisecond
 
-	// A body of more than smallBody bytes, or smallObjects JSON objects, which take more memory than their text, is large: it waits until it
-	// is one of maxLarge, until its pod is decided on, and one of maxDecoded, until it is decoded. It has largeBodyTime to arrive. One of
-	// more than maxObjects is refused.
+	// A body is large if it has more than smallBody bytes, or more than smallObjects JSON
+	// objects, which take more memory than their text. At most maxLarge are held, each
+	// until its pod is decided, and at most maxDecoded are decoded at once; others wait.
+	// A large body must arrive within largeBodyTime. A body of more than maxObjects is
+	// refused.
 	smallBody     = 32 << 10
 	smallObjects  = 1000
 	maxObjects    = 50000
@@ -56,46 +64,56 @@ const (
 	largeBodyTime = 2 * time.Second
 )
 
-// errCrowded is why a request is given up that was begun long ago.
-var errCrowded = errors.New("too many requests at once, of which this is the oldest: try again")
+// errEvicted ends the oldest request.
+var errEvicted = errors.New("too many requests at once, of which this is the oldest: try again")
 
-// bounds are what the callers of a server use of it.
+// bounds limits what the clients of a server use.
 type bounds struct {
-	strangers, callers, requests crowd
-	large, decoded               slots    // for large bodies
-	connections                  sync.Map // net.Conn -> *httpConnection
+	unauthenticated, authenticated, requests evictingSet
+	large, decoded                           slots    // for large bodies
+	connections                              sync.Map // net.Conn -> *httpConnection
 }
 
 func newBounds() *bounds {
-	return &bounds{strangers: crowd{most: maxStrangers}, callers: crowd{most: maxCallers}, requests: crowd{most: maxRequests, mostBytes: maxBodies},
-		large: make(slots, maxLarge), decoded: make(slots, maxDecoded)}
+	return &bounds{
+		unauthenticated: evictingSet{most: maxUnauthenticated},
+		authenticated:   evictingSet{most: maxAuthenticated},
+		requests:        evictingSet{most: maxRequests, mostBytes: maxBodies},
+		large:           make(slots, maxLarge),
+		decoded:         make(slots, maxDecoded),
+	}
 }
 
-// httpConnection is one to a server with bounds.
+// httpConnection is a connection to a server with bounds.
 type httpConnection struct {
 	net.Conn
 	bounds *bounds
 
 	counted *countedConn // nil in a test
 
-	mu     sync.Mutex
-	closed bool
-	caller bool   // one who knows the path has used it
-	leave  func() // its crowd
+	mu            sync.Mutex
+	closed        bool
+	authenticated bool   // it has had an authenticated request
+	leave         func() // leaves its evictingSet
 }
 
 type connectionKey struct{}
 
-// apply makes a server keep the bounds.
+// apply sets the bounds of a server.
 func (b *bounds) apply(s *http.Server) {
 	s.MaxHeaderBytes = maxHeaderSize
-	s.HTTP2 = &http.HTTP2Config{MaxConcurrentStreams: maxStreams, MaxReadFrameSize: frameSize, MaxReceiveBufferPerConnection: windowSize, MaxReceiveBufferPerStream: frameSize}
+	s.HTTP2 = &http.HTTP2Config{
+		MaxConcurrentStreams:          maxStreams,
+		MaxReadFrameSize:              frameSize,
+		MaxReceiveBufferPerConnection: windowSize,
+		MaxReceiveBufferPerStream:     frameSize,
+	}
 	s.ConnContext = func(ctx context.Context, conn net.Conn) context.Context {
 		c := &httpConnection{Conn: conn, bounds: b}
 		if t, ok := conn.(*tls.Conn); ok {
 			c.counted, _ = t.NetConn().(*countedConn)
 		}
-		c.leave = b.strangers.join(0, c.end)
+		c.leave = b.unauthenticated.add(0, c.end)
 		b.connections.Store(conn, c)
 		return context.WithValue(ctx, connectionKey{}, c)
 	}
@@ -109,7 +127,7 @@ func (b *bounds) apply(s *http.Server) {
 	}
 }
 
-// end closes the connection, without waiting for the other side.
+// end closes the connection without waiting for the client.
 func (c *httpConnection) end() {
 	if t, ok := c.Conn.(*tls.Conn); ok {
 		_ = t.NetConn().Close()
@@ -125,16 +143,16 @@ func (c *httpConnection) ended() {
 	c.leave()
 }
 
-// used notes that a caller who knows the path has used the connection. The first time, it waits for its turn while all others are busy.
+// used notes an authenticated request. The first one of a connection waits for room.
 func (c *httpConnection) used(ctx context.Context) {
 	if c.counted != nil {
-		c.counted.trusted.Store(true)
+		c.counted.authenticated.Store(true)
 	}
 	c.mu.Lock()
-	known := c.caller
+	authenticated := c.authenticated
 	c.mu.Unlock()
-	if !known {
-		c.bounds.callers.waitToJoin(ctx)
+	if !authenticated {
+		c.bounds.authenticated.waitForRoom(ctx)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -142,17 +160,18 @@ func (c *httpConnection) used(ctx context.Context) {
 		return
 	}
 	c.leave()
-	c.caller, c.leave = true, c.bounds.callers.join(0, c.end)
+	c.authenticated, c.leave = true, c.bounds.authenticated.add(0, c.end)
 }
 
-// refuseMore ends the connection of a request, unless a caller who knows the path has used it: who does not has nothing to ask.
+// refuseMore ends the connection of an unauthenticated request, unless it has had an
+// authenticated one: a client that does not know the path has no business here.
 func refuseMore(r *http.Request) {
 	if c, ok := r.Context().Value(connectionKey{}).(*httpConnection); ok && c.counted != nil {
 		c.counted.refused.Store(true)
 	}
 }
 
-// countingListener counts what comes on each connection.
+// countingListener counts the bytes that arrive on each connection.
 type countingListener struct{ net.Listener }
 
 func (l countingListener) Accept() (net.Conn, error) {
@@ -163,23 +182,24 @@ func (l countingListener) Accept() (net.Conn, error) {
 	return &countedConn{Conn: conn}, nil
 }
 
-// countedConn fails when more than strangerBytes have come, or somebody on it was refused, unless somebody is trusted.
+// countedConn fails after unauthenticatedBytes, or after a refusal, unless it has had an
+// authenticated request.
 type countedConn struct {
 	net.Conn
-	trusted atomic.Bool
-	refused atomic.Bool
-	read    int // by one reader at a time
+	authenticated atomic.Bool
+	refused       atomic.Bool
+	read          int // by one reader at a time
 }
 
 func (c *countedConn) Read(b []byte) (int, error) {
-	if c.trusted.Load() {
+	if c.authenticated.Load() {
 		return c.Conn.Read(b)
 	}
 	if c.refused.Load() {
 		time.Sleep(refusalTime)
 		return 0, errTooMuch
 	}
-	if c.read >= strangerBytes {
+	if c.read >= unauthenticatedBytes {
 		return 0, errTooMuch
 	}
 	n, err := c.Conn.Read(b)
@@ -187,20 +207,20 @@ func (c *countedConn) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// errTooMuch is why a connection is closed.
-var errTooMuch = errors.New("too much was sent by a client that does not know the path")
+// errTooMuch closes a connection.
+var errTooMuch = errors.New("an unauthenticated client has sent too much, or was refused")
 
-// begin is for a request of a caller who knows the path: it is one of those that may be given up. The context ends when it is; done has
-// to be called at its end.
+// begin begins an authenticated request, which may be evicted: that ends its context. The
+// caller must call done at its end.
 func (b *bounds) begin(rw http.ResponseWriter, r *http.Request) (ctx context.Context, done func()) {
-	ctx, giveUp := context.WithCancelCause(r.Context())
+	ctx, cancel := context.WithCancelCause(r.Context())
 	var mu sync.Mutex
 	over := false
-	leave := b.requests.join(bytesInHand(r), func() {
+	leave := b.requests.add(initialBytes(r), func() {
 		mu.Lock()
 		defer mu.Unlock()
-		giveUp(errCrowded)
-		if control := http.NewResponseController(rw); !over { // they fail where there are none, as in a test
+		cancel(errEvicted)
+		if control := http.NewResponseController(rw); !over { // without a connection, as in a test, these fail
 			_ = control.SetReadDeadline(time.Now())
 			_ = control.SetWriteDeadline(time.Now().Add(time.Second))
 		}
@@ -213,36 +233,41 @@ func (b *bounds) begin(rw http.ResponseWriter, r *http.Request) (ctx context.Con
 		defer mu.Unlock()
 		over = true
 		leave()
-		giveUp(nil)
+		cancel(nil)
 	}
 }
 
-// bytesInHand is how many bytes of a request's body are read before it is known to be large.
-func bytesInHand(r *http.Request) int {
-	if r.ContentLength < 0 { // it does not say
+// initialBytes returns how many bytes of a body are read before it counts as large.
+func initialBytes(r *http.Request) int {
+	if r.ContentLength < 0 { // unknown
 		return smallBody
 	}
 	return int(min(r.ContentLength, smallBody))
 }
 
-// readJSON reads the JSON body of a POST, within the bounds, and decodes it. release has to be called once the decoded value is
-// needed no longer. Its errors are *badRequest, and those of decode.
-func (b *bounds) readJSON(ctx context.Context, rw http.ResponseWriter, r *http.Request, decode func(text []byte) error) (release func(), err error) {
+// readJSON reads the JSON body of a POST within the bounds and decodes it. The caller
+// must call release when it no longer needs the decoded value. Its errors are
+// *badRequest, and those of decode.
+func (b *bounds) readJSON(ctx context.Context, rw http.ResponseWriter, r *http.Request,
+	decode func(text []byte) error) (release func(), err error) {
 	release = func() {}
 	if r.Method != http.MethodPost {
-		return release, &badRequest{http.StatusMethodNotAllowed, fmt.Sprintf("method %s is not allowed: POST an AdmissionReview", r.Method)}
+		return release, &badRequest{http.StatusMethodNotAllowed,
+			fmt.Sprintf("method %s is not allowed: POST an AdmissionReview", r.Method)}
 	}
 	contentType := r.Header.Get("Content-Type")
 	if media, _, err := mime.ParseMediaType(contentType); err != nil || media != "application/json" {
-		return release, &badRequest{http.StatusUnsupportedMediaType, fmt.Sprintf("Content-Type is %s: it must be application/json", quoteShort(contentType))}
+		return release, &badRequest{http.StatusUnsupportedMediaType,
+			fmt.Sprintf("Content-Type is %s: it must be application/json", quoteShort(contentType))}
 	}
-	tooLarge := &badRequest{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body is larger than %d bytes", maxBody)}
+	tooLarge := &badRequest{http.StatusRequestEntityTooLarge,
+		fmt.Sprintf("the body is larger than %d bytes", maxBody)}
 	if r.ContentLength > maxBody {
 		return release, tooLarge
 	}
 	var buffer bytes.Buffer
 	limited := http.MaxBytesReader(rw, r.Body, maxBody)
-	buffer.Grow(bytesInHand(r) + bytes.MinRead)
+	buffer.Grow(initialBytes(r) + bytes.MinRead)
 	_, failed := io.CopyN(&buffer, limited, smallBody)
 	more := failed == nil
 	if more || objects(buffer.Bytes()) > smallObjects {
@@ -260,7 +285,7 @@ func (b *bounds) readJSON(ctx context.Context, rw http.ResponseWriter, r *http.R
 			buffer.Grow(int(r.ContentLength) - buffer.Len() + bytes.MinRead)
 		}
 		control := http.NewResponseController(rw)
-		_ = control.SetReadDeadline(time.Now().Add(largeBodyTime)) // fails where there is none, as in a test
+		_ = control.SetReadDeadline(time.Now().Add(largeBodyTime)) // fails without a connection, as in a test
 		if _, failed = buffer.ReadFrom(limited); failed == nil {
 			_ = control.SetReadDeadline(time.Time{})
 		}
@@ -269,67 +294,70 @@ func (b *bounds) readJSON(ctx context.Context, rw http.ResponseWriter, r *http.R
 	switch n := objects(buffer.Bytes()); {
 	case errors.As(failed, &over):
 		return release, tooLarge
-	case context.Cause(ctx) == errCrowded:
-		return release, &badRequest{http.StatusServiceUnavailable, errCrowded.Error()}
+	case context.Cause(ctx) == errEvicted:
+		return release, &badRequest{http.StatusServiceUnavailable, errEvicted.Error()}
 	case errors.Is(failed, os.ErrDeadlineExceeded):
 		return release, &badRequest{http.StatusServiceUnavailable, "the body did not arrive in time"}
 	case failed != nil && failed != io.EOF:
-		return release, bad("read the body: %v", failed)
+		return release, badRequestf("read the body: %v", failed)
 	case n > maxObjects:
-		return release, &badRequest{http.StatusRequestEntityTooLarge, fmt.Sprintf("the body has %d objects: at most %d are decoded", n, maxObjects)}
+		return release, &badRequest{http.StatusRequestEntityTooLarge,
+			fmt.Sprintf("the body has %d objects: at most %d are decoded", n, maxObjects)}
 	}
 	return release, decode(buffer.Bytes())
 }
 
-// objects is how many JSON objects a text has, at most.
+// objects returns the greatest number of JSON objects that a text may have.
 func objects(text []byte) int { return bytes.Count(text, []byte("{")) }
 
-// badCallersLogged is how many lines about bad requests and connections are logged in each logEvery.
-const badCallersLogged = 10
+// badRequestsLogged caps the lines about bad requests and connections in each logEvery.
+const badRequestsLogged = 10
 
-// httpErrors logs what a server of net/http has to say.
+// httpErrors logs the errors of a net/http server.
 type httpErrors struct {
 	log   *slog.Logger
 	limit logLimiter
 }
 
 func newHTTPErrors(to *slog.Logger) *log.Logger {
-	return log.New(&httpErrors{log: to, limit: logLimiter{most: badCallersLogged}}, "", 0)
+	return log.New(&httpErrors{log: to, limit: logLimiter{most: badRequestsLogged}}, "", 0)
 }
 
 // Write implements io.Writer.
 func (e *httpErrors) Write(line []byte) (int, error) {
 	if dropped, ok := e.limit.allow(); ok {
-		e.log.Warn("a connection or request failed", "error", strings.TrimSpace(string(line)), "notLoggedBefore", dropped)
+		e.log.Warn("a connection or request failed", "error", strings.TrimSpace(string(line)),
+			"notLoggedBefore", dropped)
 	}
 	return len(line), nil
 }
 
-// crowd is a number of things that come and go. If there are more than so many, or they have more bytes than all may, the oldest have to
-// go.
-type crowd struct {
+// evictingSet is a set of entries. When it has more than most, or more than mostBytes, it
+// evicts the oldest.
+type evictingSet struct {
 	most, mostBytes int
 
 	mu    sync.Mutex
-	all   list.List // of member, the oldest first
+	all   list.List // of *entry, the oldest first
 	bytes int       // of all
 }
 
-// member is one of a crowd: since when, how many bytes it has, and what makes it go.
-type member struct {
-	since  time.Time
-	bytes  int
-	goAway func()
+// entry is an entry of an evictingSet.
+type entry struct {
+	since time.Time
+	bytes int
+	evict func()
 }
 
-// join adds one. leave has to be called once it is gone, whatever the reason.
-func (c *crowd) join(bytes int, goAway func()) (leave func()) {
+// add adds an entry. The caller must call leave when the entry is gone, whatever the
+// reason.
+func (c *evictingSet) add(bytes int, evict func()) (leave func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	e := c.all.PushBack(&member{time.Now(), bytes, goAway})
+	e := c.all.PushBack(&entry{time.Now(), bytes, evict})
 	c.bytes += bytes
 	for c.all.Len() > c.most || c.bytes > c.mostBytes {
-		go c.remove(c.all.Front()).goAway()
+		go c.remove(c.all.Front()).evict()
 	}
 	return func() {
 		c.mu.Lock()
@@ -338,34 +366,36 @@ func (c *crowd) join(bytes int, goAway func()) (leave func()) {
 	}
 }
 
-// remove takes one out, unless it is not there any more.
-func (c *crowd) remove(e *list.Element) *member {
-	m := c.all.Remove(e).(*member)
+// remove removes an entry, unless it is gone already.
+func (c *evictingSet) remove(e *list.Element) *entry {
+	m := c.all.Remove(e).(*entry)
 	c.bytes -= m.bytes
 	m.bytes = 0
 	return m
 }
 
-// waitToJoin waits until one more would make nobody go who has joined less than restTime ago; for restTime at most, or until ctx is done.
-func (c *crowd) waitToJoin(ctx context.Context) {
+// waitForRoom waits until one more entry evicts none that is younger than restTime. It
+// waits for restTime at most, and no longer than ctx.
+func (c *evictingSet) waitForRoom(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, restTime)
 	defer cancel()
 	for {
-		wait := c.untilRested()
+		wait := c.untilOldestRested()
 		if wait <= 0 || sleep(ctx, wait) != nil {
 			return
 		}
 	}
 }
 
-// untilRested is how long it takes until the oldest of a crowd that is full has joined restTime ago.
-func (c *crowd) untilRested() time.Duration {
+// untilOldestRested returns the time until the oldest entry of a full set is restTime
+// old.
+func (c *evictingSet) untilOldestRested() time.Duration {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.all.Len() < c.most {
 		return 0
 	}
-	return time.Until(c.all.Front().Value.(*member).since.Add(restTime))
+	return time.Until(c.all.Front().Value.(*entry).since.Add(restTime))
 }
 
 func listen(flag, address string) (net.Listener, error) {
@@ -376,7 +406,8 @@ func listen(flag, address string) (net.Listener, error) {
 	return l, nil
 }
 
-// newHealthServer serves /healthz, /readyz and /metrics over plain HTTP, within bounds of its own.
+// newHealthServer serves /healthz, /readyz and /metrics over plain HTTP, within bounds of
+// its own.
 func newHealthServer(routes http.Handler, errorLog *log.Logger) *http.Server {
 	s := &http.Server{
 		Handler:           routes,
@@ -390,12 +421,13 @@ func newHealthServer(routes http.Handler, errorLog *log.Logger) *http.Server {
 	return s
 }
 
-// newHealthRoutes are the routes of a health server. ready returns why the process is not ready.
+// newHealthRoutes returns the routes of a health server. ready returns why the process is
+// not ready.
 func newHealthRoutes(ready func(context.Context) error, metrics http.Handler) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(rw http.ResponseWriter, _ *http.Request) { fmt.Fprintln(rw, "ok") })
 	mux.HandleFunc("GET /readyz", func(rw http.ResponseWriter, r *http.Request) {
-		ctx, cancel := context.WithTimeout(r.Context(), 900*time.Millisecond) // kubelet's probes give up after 1 s
+		ctx, cancel := context.WithTimeout(r.Context(), 900*time.Millisecond) // the kubelet's probes time out after 1 s
 		defer cancel()
 		if err := ready(ctx); err != nil {
 			http.Error(rw, err.Error(), http.StatusServiceUnavailable)

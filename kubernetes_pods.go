@@ -16,26 +16,27 @@ import (
 	"unique"
 )
 
-// watchedPod is what is kept of a pod: some hundred bytes, as there may be thousands.
+// watchedPod is the part of a pod that the gate keeps: some hundred bytes, because there
+// may be thousands of pods.
 type watchedPod struct {
 	namespace, name, uid string
 	version              string            // resourceVersion
 	created              time.Time         // whole seconds
-	deleted              bool              // it is being deleted
-	labels, annotations  map[string]string // ours, those with annotationPrefix
+	deleted              bool              // it has a deletionTimestamp
+	labels, annotations  map[string]string // only those with annotationPrefix
 	gates                []string
 	phase                string
-	unscheduledReason    string          // of the condition PodScheduled, such as Unschedulable
-	initContainers       []initContainer // ours
+	unscheduledReason    string          // reason of the condition PodScheduled, such as Unschedulable
+	initContainers       []initContainer // sidecar and await
 }
 
 // initContainer is the state of the sidecar, or of await.
 type initContainer struct {
 	name  string
-	state string // waiting, running or terminated; empty if the kubelet has not said
+	state string // waiting, running or terminated; empty before the kubelet reports it
 }
 
-// podObject is what is read of a pod in JSON.
+// podObject is the part of a pod's JSON that the gate reads.
 type podObject struct {
 	Metadata struct {
 		Name              string            `json:"name"`
@@ -70,22 +71,29 @@ type podObject struct {
 func (o *podObject) watched() *watchedPod {
 	m := &o.Metadata
 	p := &watchedPod{
-		namespace: shared(m.Namespace), name: m.Name, uid: m.UID, version: m.ResourceVersion, created: m.CreationTimestamp, deleted: m.DeletionTimestamp != nil,
-		labels: ours(m.Labels), annotations: ours(m.Annotations), phase: shared(o.Status.Phase),
+		namespace:   interned(m.Namespace),
+		name:        m.Name,
+		uid:         m.UID,
+		version:     m.ResourceVersion,
+		created:     m.CreationTimestamp,
+		deleted:     m.DeletionTimestamp != nil,
+		labels:      prefixed(m.Labels),
+		annotations: prefixed(m.Annotations),
+		phase:       interned(o.Status.Phase),
 	}
 	for _, g := range o.Spec.SchedulingGates {
-		p.gates = append(p.gates, shared(g.Name))
+		p.gates = append(p.gates, interned(g.Name))
 	}
 	for _, c := range o.Status.Conditions {
 		if c.Type == "PodScheduled" {
-			p.unscheduledReason = shared(c.Reason)
+			p.unscheduledReason = interned(c.Reason)
 		}
 	}
 	for _, s := range o.Status.InitContainerStatuses {
 		if s.Name != sidecarName && s.Name != awaitName {
 			continue
 		}
-		c := initContainer{name: shared(s.Name)}
+		c := initContainer{name: interned(s.Name)}
 		switch {
 		case s.State.Terminated != nil:
 			c.state = "terminated"
@@ -99,30 +107,30 @@ func (o *podObject) watched() *watchedPod {
 	return p
 }
 
-// shared is a text of which many pods have the same: they keep one.
-func shared(text string) string { return unique.Make(text).Value() }
+// interned returns a copy of text that all pods with an equal text share.
+func interned(text string) string { return unique.Make(text).Value() }
 
-// ours are the labels or annotations that are for us. What others annotate may be long.
-func ours(all map[string]string) map[string]string {
-	var few map[string]string
+// prefixed returns the labels or annotations with our prefix. All others may be long.
+func prefixed(all map[string]string) map[string]string {
+	var own map[string]string
 	for name, value := range all {
 		if strings.HasPrefix(name, annotationPrefix) {
-			if few == nil {
-				few = map[string]string{}
+			if own == nil {
+				own = map[string]string{}
 			}
-			few[shared(name)] = shared(value)
+			own[interned(name)] = interned(value)
 		}
 	}
-	return few
+	return own
 }
 
-// listMeta is what a page of a list says of the list.
+// listMeta is the ListMeta of a page of a list.
 type listMeta struct {
 	ResourceVersion string `json:"resourceVersion"`
 	Continue        string `json:"continue"` // empty on the last page
 }
 
-// readPods reads a page of a list pod by pod, as a page may have megabytes.
+// readPods reads a page of a list pod by pod, because a page may have megabytes.
 func readPods(body io.Reader, each func(*watchedPod)) (meta listMeta, err error) {
 	d := json.NewDecoder(body)
 	if _, err := d.Token(); err != nil { // {
@@ -165,52 +173,65 @@ func readItems(d *json.Decoder, each func(*watchedPod)) error {
 	return err
 }
 
-// watchBounds are those of lists and watches; tests have smaller ones.
+// watchBounds are the limits of lists and watches. Tests use smaller ones.
 type watchBounds struct {
 	page        int           // pods in a page of a list
-	length      time.Duration // after so long, and up to half of it more, the API server ends a watch
-	silence     time.Duration // without an event or a bookmark, after which a watch is given up
-	first, most time.Duration // waits before it is tried again
+	length      time.Duration // the API server ends a watch after this time, or up to half of it later
+	silence     time.Duration // the client ends a watch after this time without an event or a bookmark
+	first, most time.Duration // waits before a retry
 }
 
-// The API server sends a bookmark each minute, and a quarter of it later at most.
+// newWatchBounds returns the limits for production. The API server sends a bookmark at
+// least every 75 seconds.
 func newWatchBounds() watchBounds {
-	return watchBounds{page: 500, length: 4 * time.Minute, silence: 100 * time.Second, first: 200 * time.Millisecond, most: 30 * time.Second}
+	return watchBounds{
+		page:    500,
+		length:  4 * time.Minute,
+		silence: 100 * time.Second,
+		first:   200 * time.Millisecond,
+		most:    30 * time.Second,
+	}
 }
 
-// errSilent ends a watch that says nothing.
-var errSilent = fmt.Errorf("%w: the watch said nothing for too long", errTryAgain)
+// errWatchSilent ends a watch that sends nothing.
+var errWatchSilent = fmt.Errorf("%w: the watch sent nothing for too long", errTryAgain)
 
-// podHandler hears of pods, from one goroutine for each watch. It must not block: the API server ends a watch that is not read.
+// podHandler receives the changes of pods, from one goroutine for each watch. It must not
+// block: the API server ends a watch whose client does not read.
 type podHandler interface {
-	// setPod tells of a pod that is new or has changed. The handler may keep it, and must not change it.
+	// setPod receives a new or changed pod. The handler may keep it, and must not change
+	// it.
 	setPod(*watchedPod)
-	// dropPod tells that a pod is gone, as it was known last: it was deleted, or lost the label; getPod tells which. A new pod of the
-	// same name may have been told of before.
+	// dropPod receives the last state of a pod that was deleted or has lost its label;
+	// getPod tells which. setPod may already have received a new pod of the same name.
 	dropPod(*watchedPod)
-	// synced tells, after each list, that all pods of the namespace have been told of; "" is all namespaces.
+	// synced runs after each list: the handler has received all pods of the namespace; ""
+	// is all namespaces.
 	synced(namespace string)
 }
 
-// podWatch tells a handler of the pods of one namespace. Its state is where it is: in list, in watch, or in pause.
+// podWatch passes the pods of one namespace to a handler. Its state is the method that
+// runs: list, watch or pause.
 type podWatch struct {
 	k         *kubernetes
 	namespace string
 	selector  string
 	handler   podHandler
-	known     map[string]*watchedPod // by UID: what the handler was told of
-	version   string                 // up to which it was told
+	known     map[string]*watchedPod // pods that the handler has received, by UID
+	version   string                 // resourceVersion that the handler has received
 	retry     *backoff
-	waited    time.Duration // last, in pause
+	waited    time.Duration // the last wait in pause
 	limit     logLimiter    // of lines about failures
 	log       *slog.Logger
 }
 
-// watchPods tells the handler of all pods of a namespace, or of all for "", that a label selector matches, until ctx is done.
+// watchPods passes all pods of a namespace that a label selector matches to the handler,
+// until ctx is done. The namespace "" stands for all.
 func (k *kubernetes) watchPods(ctx context.Context, selector, namespace string, handler podHandler) {
-	w := &podWatch{k: k, namespace: namespace, selector: selector, handler: handler, known: map[string]*watchedPod{},
-		log: k.log.With("namespace", namespace)}
-	w.retry = newBackoff(k.bounds.first, k.bounds.most)
+	w := &podWatch{
+		k: k, namespace: namespace, selector: selector, handler: handler, known: map[string]*watchedPod{},
+		retry: newBackoff(k.bounds.first, k.bounds.most), log: k.log.With("namespace", namespace),
+	}
 	for {
 		err := w.list(ctx)
 		if err == nil {
@@ -222,13 +243,15 @@ func (k *kubernetes) watchPods(ctx context.Context, selector, namespace string, 
 	}
 }
 
-// list tells of all pods, page by page, and then of those that have gone since they were told of.
+// list passes all pods to the handler, page by page. Then it drops the known pods that
+// are not in the list.
 func (w *podWatch) list(ctx context.Context) error {
 	start, seen := time.Now(), map[string]bool{}
 	query := url.Values{"labelSelector": {w.selector}, "limit": {strconv.Itoa(w.k.bounds.page)}}
 	for {
 		var page listMeta
-		err := w.k.exchange(ctx, listTimeout, http.MethodGet, podsPath(w.namespace)+"?"+query.Encode(), "", nil, func(body io.Reader) (err error) {
+		path := podsPath(w.namespace) + "?" + query.Encode()
+		err := w.k.exchange(ctx, listTimeout, http.MethodGet, path, "", nil, func(body io.Reader) (err error) {
 			page, err = readPods(body, func(p *watchedPod) {
 				seen[p.uid] = true
 				w.set(p)
@@ -238,7 +261,7 @@ func (w *podWatch) list(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("list pods: %w", err)
 		}
-		w.version = page.ResourceVersion // of all pages
+		w.version = page.ResourceVersion // equal on all pages
 		if page.Continue == "" {
 			break
 		}
@@ -267,13 +290,13 @@ func (w *podWatch) drop(p *watchedPod) {
 	w.handler.dropPod(p)
 }
 
-// follow watches, and again from where a watch ended, until the API server no longer knows what happened since (errExpired), or ctx is
-// done.
+// follow watches, and resumes where a watch ended. It returns errExpired when the API
+// server no longer has the changes since then, or ctx's error.
 func (w *podWatch) follow(ctx context.Context) error {
 	for {
 		start := time.Now()
 		err := w.watch(ctx)
-		if time.Since(start) > max(time.Second, w.waited) { // else it ends as soon as it begins
+		if time.Since(start) > max(time.Second, w.waited) { // unless it ended as soon as it began
 			w.retry = newBackoff(w.k.bounds.first, w.k.bounds.most)
 		}
 		if errors.Is(err, errExpired) {
@@ -285,7 +308,8 @@ func (w *podWatch) follow(ctx context.Context) error {
 	}
 }
 
-// pause waits before the next attempt, however the last one ended. Its error is that of ctx.
+// pause waits before the next attempt, after success and failure alike. It returns the
+// cause if ctx is done.
 func (w *podWatch) pause(ctx context.Context, failed error) error {
 	if _, ok := w.limit.allow(); ok && ctx.Err() == nil && failed != nil {
 		w.log.Warn("watch of pods ended, tries again", "error", failed.Error())
@@ -297,11 +321,12 @@ func (w *podWatch) pause(ctx context.Context, failed error) error {
 	return sleep(ctx, w.waited)
 }
 
-// watch tells of what happens from the version on. It returns nil when the API server ends the watch.
+// watch passes the changes since version to the handler. It returns nil when the API
+// server ends the watch.
 func (w *podWatch) watch(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	silence := time.AfterFunc(w.k.bounds.silence, func() { cancel(errSilent) })
+	silence := time.AfterFunc(w.k.bounds.silence, func() { cancel(errWatchSilent) })
 	defer silence.Stop()
 	length := w.k.bounds.length + rand.N(w.k.bounds.length/2+1) // so that not all watches end at once
 	query := url.Values{"labelSelector": {w.selector}, "watch": {"true"}, "allowWatchBookmarks": {"true"},
@@ -318,14 +343,14 @@ func (w *podWatch) watch(ctx context.Context) error {
 		} else if err != nil {
 			return w.ended(ctx, fmt.Errorf("API server %s: %w: %w", w.k.address, errTryAgain, err))
 		}
-		if err := w.take(e); err != nil {
+		if err := w.handle(e); err != nil {
 			return w.ended(ctx, err)
 		}
 		silence.Reset(w.k.bounds.silence)
 	}
 }
 
-// ended is why a watch ended.
+// ended returns why a watch ended: the cause if ctx is done, else err.
 func (w *podWatch) ended(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)
@@ -336,16 +361,16 @@ func (w *podWatch) ended(ctx context.Context, err error) error {
 // watchEvent is one line of a watch.
 type watchEvent struct {
 	Type   string          `json:"type"`
-	Object json.RawMessage `json:"object"` // a pod; of a bookmark, one that has nothing but a version; or a Status
+	Object json.RawMessage `json:"object"` // a pod; a bookmark's has only a version; an ERROR has a Status
 }
 
-func (w *podWatch) take(e watchEvent) error {
+func (w *podWatch) handle(e watchEvent) error {
 	if e.Type == "ERROR" {
-		refused := &apiError{address: w.k.address}
-		if err := json.Unmarshal(e.Object, &refused.apiStatus); err != nil {
+		failure := &apiError{address: w.k.address}
+		if err := json.Unmarshal(e.Object, &failure.apiStatus); err != nil {
 			return fmt.Errorf("decode an ERROR event: %w", err)
 		}
-		return refused
+		return failure
 	}
 	var o podObject
 	if err := json.Unmarshal(e.Object, &o); err != nil {

@@ -5,13 +5,23 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"runtime"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
 func TestLock(t *testing.T) {
@@ -108,9 +118,7 @@ func TestLock(t *testing.T) {
 			if _, err := l.tryLock(ctx, "lock/{hangs}", time.Minute); !errors.Is(err, context.Canceled) {
 				t.Errorf("got %v", err)
 			}
-			if took := time.Since(start); took > time.Second {
-				t.Errorf("the cancelled attempt took %s", took)
-			}
+			rig.WantWithin(t, time.Since(start), time.Second, "a cancelled attempt")
 			for i := range s.addresses() {
 				s.resume(t, i)
 			}
@@ -190,4 +198,546 @@ func wantNothingLeft(t *testing.T, s lockServers) {
 	rig.Must(t, l.close())
 	wantNoMore(before)
 	rig.Eventually(t, 10*time.Second, s.connectionsLeft)
+}
+
+// lockServers are the servers of one kind of lock.
+type lockServers interface {
+	newLocker() locker
+	addresses() []string
+	expire(t *testing.T, name string) // does what the expiry of a lock does
+	locksLeft() error
+	connectionsLeft() error
+	pause(t *testing.T, i int)
+	resume(t *testing.T, i int)
+	kill(i int)
+	healthy() error
+	configure(c *webhookConfig)
+}
+
+type redlockServers []*rig.Redis
+
+func (s redlockServers) newLocker() locker {
+	return newRedlock(s.addresses(), redisSettings{}, lockConnections)
+}
+
+func (s redlockServers) addresses() []string {
+	var addresses []string
+	for _, r := range s {
+		addresses = append(addresses, r.Address)
+	}
+	return addresses
+}
+
+func (s redlockServers) expire(t *testing.T, name string) {
+	for _, r := range s {
+		r.Do(t, "DEL", name)
+	}
+}
+
+func (s redlockServers) locksLeft() error {
+	for _, r := range s {
+		if n, err := redis.Int(r.Control.Do("DBSIZE")); err != nil || n > 0 {
+			return fmt.Errorf("%d keys left, %v", n, err)
+		}
+	}
+	return nil
+}
+
+func (s redlockServers) connectionsLeft() error {
+	for _, r := range s {
+		clients, err := redis.String(r.Control.Do("CLIENT", "LIST"))
+		if n := strings.Count(clients, "\n"); err != nil || n > 1 {
+			return fmt.Errorf("%d connections left, %v", n-1, err)
+		}
+	}
+	return nil
+}
+
+func (s redlockServers) pause(t *testing.T, i int)  { s[i].Pause(t) }
+func (s redlockServers) resume(t *testing.T, i int) { s[i].Resume(t) }
+func (s redlockServers) kill(i int)                 { s[i].Stop() }
+
+func (s redlockServers) healthy() error {
+	for _, r := range s {
+		if _, err := r.Control.Do("PING"); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s redlockServers) configure(c *webhookConfig) {
+	c.lockMode, c.redisAddresses = lockModeRedlock, s.addresses()
+}
+
+type etcdServers []*rig.Etcd
+
+func (s etcdServers) newLocker() locker   { return newEtcdLock(s.addresses(), etcdSettings{}) }
+func (s etcdServers) addresses() []string { return rig.EtcdAddresses(s) }
+
+func (s etcdServers) expire(t *testing.T, name string) {
+	got, err := s[0].Control.Get(context.Background(), name)
+	rig.Must(t, err)
+	_, err = s[0].Control.Revoke(context.Background(), clientv3.LeaseID(got.Kvs[0].Lease))
+	rig.Must(t, err)
+}
+
+func (s etcdServers) locksLeft() error {
+	ctx := context.Background()
+	leases, err := s[0].Control.Leases(ctx)
+	if err != nil || len(leases.Leases) > 0 {
+		return fmt.Errorf("leases %v left, %v", leases, err)
+	}
+	keys, err := s[0].Control.Get(ctx, "", clientv3.WithPrefix(), clientv3.WithCountOnly())
+	if err != nil || keys.Count > 0 {
+		return fmt.Errorf("%d keys left, %v", keys.Count, err)
+	}
+	return nil
+}
+
+func (s etcdServers) connectionsLeft() error {
+	for _, m := range s {
+		if n, err := rig.EstablishedConnections(m.Address); err != nil || n > 1 { // one is the test's
+			return fmt.Errorf("%d connections left, %v", n-1, err)
+		}
+	}
+	return nil
+}
+
+func (s etcdServers) pause(t *testing.T, i int)  { s[i].Pause(t) }
+func (s etcdServers) resume(t *testing.T, i int) { s[i].Resume(t) }
+func (s etcdServers) kill(i int)                 { s[i].Kill() }
+
+func (s etcdServers) healthy() error {
+	for _, m := range s {
+		if err := m.Answers(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s etcdServers) configure(c *webhookConfig) {
+	c.lockMode, c.etcdAddresses = lockModeEtcd, s.addresses()
+}
+
+// forEachLock runs a test over both locks at once, each with servers of its own.
+func forEachLock(t *testing.T, servers int, test func(t *testing.T, s lockServers)) {
+	for name, start := range startLockServers {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			test(t, start(t, servers))
+		})
+	}
+}
+
+var startLockServers = map[string]func(t *testing.T, servers int) lockServers{
+	lockModeRedlock: func(t *testing.T, servers int) lockServers {
+		var s redlockServers
+		for range servers {
+			s = append(s, rig.StartRedis(t))
+		}
+		return s
+	},
+	lockModeEtcd: func(t *testing.T, servers int) lockServers {
+		return etcdServers(rig.LeaderFirst(t, rig.StartEtcd(t, servers)))
+	},
+}
+
+// lockWithin takes a lock that is to become free.
+func lockWithin(t *testing.T, l locker, name string, expiration time.Duration) func(context.Context) error {
+	t.Helper()
+	var unlock func(context.Context) error
+	rig.Eventually(t, 20*time.Second, func() (err error) {
+		unlock, err = l.tryLock(context.Background(), name, expiration)
+		return err
+	})
+	return unlock
+}
+
+func wantTaken(t *testing.T, l locker, name string) {
+	t.Helper()
+	if _, err := l.tryLock(context.Background(), name, time.Minute); !errors.Is(err, errLockTaken) {
+		t.Fatalf("got %v, want that the lock is taken", err)
+	}
+}
+
+func wantNamed(t *testing.T, text string, addresses ...string) {
+	t.Helper()
+	for _, a := range addresses {
+		if !strings.Contains(text, a+": ") {
+			t.Errorf("%s is not named in %q", a, text)
+		}
+	}
+	if strings.Contains(text, "\n") {
+		t.Errorf("more than one line: %q", text)
+	}
+}
+
+// startLockedWebhook starts a webhook whose queue is on the common Redis and whose lock is on s.
+func startLockedWebhook(t *testing.T, s lockServers) (*testWebhook, *rig.Redis) {
+	t.Helper()
+	queue := rig.CommonRedis(t)
+	c := testConfig(queue.Address)
+	s.configure(&c)
+	return startWebhook(t, c), queue
+}
+
+// One lock server of three is down, whichever, killed or hanging: admissions that need the lock go on, within a second.
+func TestOneLockServerDown(t *testing.T) {
+	for _, down := range []string{"hangs", "first killed", "last killed"} { // of etcd, the first is the leader
+		t.Run(down, func(t *testing.T) {
+			t.Parallel()
+			forEachLock(t, 3, func(t *testing.T, s lockServers) {
+				w, queue := startLockedWebhook(t, s)
+				wantQuick := func(what string) {
+					t.Helper()
+					id := freshID()
+					start := time.Now()
+					w.wantAdmitted(t, id, 3)
+					rig.WantWithin(t, time.Since(start), time.Second, "an admission, "+what)
+					queue.WantCounts(t, id, 2, 1)
+				}
+				wantQuick("all up")
+				switch down {
+				case "first killed":
+					s.kill(0)
+				case "last killed":
+					s.kill(2)
+				default:
+					for i := range s.addresses() {
+						s.pause(t, i)
+						for range 3 {
+							wantQuick(fmt.Sprintf("server %d hangs", i))
+						}
+						s.resume(t, i)
+						rig.Eventually(t, 20*time.Second, s.healthy)
+					}
+				}
+				for range 3 {
+					wantQuick(down)
+				}
+			})
+		})
+	}
+}
+
+// Two of three are down: what needs the lock fails, naming the servers, well before the API server gives up; what needs
+// no repair goes on.
+func TestTwoLockServersDown(t *testing.T) {
+	t.Parallel()
+	for _, hangs := range []bool{true, false} {
+		t.Run(fmt.Sprintf("hangs=%t", hangs), func(t *testing.T) {
+			t.Parallel()
+			forEachLock(t, 3, func(t *testing.T, s lockServers) {
+				w, queue := startLockedWebhook(t, s)
+				steady, fresh := freshID(), freshID()
+				w.wantAdmitted(t, steady, 3)
+				for i := range 2 {
+					if hangs {
+						s.pause(t, i)
+					} else {
+						s.kill(i)
+					}
+				}
+				wantFailure := func(timeout string, within time.Duration) {
+					start := time.Now()
+					status, text, err := w.post(context.Background(), rig.Review(t, fresh, 3), timeout)
+					if err != nil || status != http.StatusInternalServerError {
+						t.Errorf("answered %d: %s, %v", status, text, err)
+					}
+					rig.WantWithin(t, time.Since(start), within, "a failure with a timeout of "+timeout)
+					wantNamed(t, strings.TrimSpace(text), s.addresses()[:2]...)
+				}
+				var wg sync.WaitGroup
+				for range 20 {
+					wg.Go(func() { wantFailure("10s", 6*time.Second) })
+				}
+				wg.Wait()
+				wantFailure("1s", time.Second)
+				queue.WantCounts(t, fresh, 0, 0)
+
+				w.wantAdmitted(t, steady, 3)
+				w.wantAdmitted(t, steady, 3)
+				w.wantFull(t, steady, 3, 3)
+			})
+		})
+	}
+}
+
+// The same for Redlock over TLS, whose handshake a server that hangs does not answer either, with the shortest expiration.
+func TestOneLockServerHangsBehindTLS(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	rig.WriteCertificate(t, dir, 1)
+	var addresses []string
+	var servers []*rig.Redis
+	for range 3 {
+		r := startSecureRedis(t, dir)
+		servers = append(servers, r)
+		addresses = append(addresses, "rediss://"+r.Address)
+	}
+	l := newRedlock(addresses, redisSettings{username: "webhook", password: rig.Password, caFile: filepath.Join(dir, "tls.crt")}, lockConnections)
+	defer l.close()
+	servers[1].Pause(t)
+	for range 3 {
+		start := time.Now()
+		unlock, err := l.tryLock(context.Background(), "lock/{shop/web}", time.Second)
+		rig.Must(t, err)
+		rig.WantWithin(t, time.Since(start), time.Second, "a lock of which one server hangs")
+		rig.Must(t, unlock(context.Background()))
+	}
+}
+
+// Many admissions that wait for a lock that somebody holds ask for it, and for tokens, only so often.
+func TestWaitingForALockIsCheap(t *testing.T) {
+	lock := rig.StartRedis(t)
+	w, _ := startLockedWebhook(t, redlockServers{lock})
+	id := freshID()
+	unlock, err := w.semaphores.locks.tryLock(context.Background(), id.lockKey(), time.Minute)
+	rig.Must(t, err)
+	var wg sync.WaitGroup
+	for range 50 {
+		wg.Go(func() {
+			status, text, err := w.post(context.Background(), rig.Review(t, id, 50), "1s")
+			if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, id.lockKey()+" is held by another") {
+				t.Errorf("answered %d %s, %v", status, text, err)
+			}
+		})
+	}
+	wg.Wait()
+	// 0.9 s in steps of 5 ms at the least, if they all went alone.
+	if tried := lock.CommandCalls(t)["set"]; tried > 50*180 {
+		t.Errorf("the lock was tried %d times", tried)
+	} else {
+		t.Logf("the lock was tried %d times", tried)
+	}
+	rig.Must(t, unlock(context.Background()))
+}
+
+// A lock server that stalls for a moment costs a moment, not the admission; and nothing of the attempt that timed out
+// stays behind, though the server has seen none of our scripts before.
+func TestStallingLockServer(t *testing.T) {
+	t.Parallel()
+	lock := rig.StartRedis(t)
+	proxy := rig.StartProxy(t, lock.Address)
+	w, queue := startLockedWebhook(t, redlockServers{{Address: proxy.Address}})
+	id := freshID()
+	lock.Pause(t)
+	answered := make(chan error, 1)
+	go func() {
+		a, err := w.tryAdmit(rig.Review(t, id, 3))
+		if err == nil && !a.Allowed {
+			err = errors.New(a.Message)
+		}
+		answered <- err
+	}()
+	rig.Eventually(t, 10*time.Second, func() error { // the attempt has timed out, and has been repeated
+		select {
+		case err := <-answered:
+			return fmt.Errorf("answered too early: %w", err)
+		default:
+		}
+		if n := proxy.Made.Load(); n < 2 {
+			return fmt.Errorf("%d connections", n)
+		}
+		return nil
+	})
+	lock.Resume(t)
+	rig.Must(t, <-answered)
+	queue.WantCounts(t, id, 2, 1)
+	rig.Eventually(t, 10*time.Second, func() error {
+		if keys := fmt.Sprint(lock.Do(t, "KEYS", "*")); keys != "[]" {
+			return fmt.Errorf("left: %s", keys)
+		}
+		return nil
+	})
+}
+
+// A webhook is paused while it holds the lock and is about to maintain. Its lock expires, another webhook maintains and
+// admits, and then the first one's script is run after all: the semaphore is as if it had not been.
+func TestPausedMaintainer(t *testing.T) {
+	t.Parallel()
+	forEachLock(t, 1, func(t *testing.T, s lockServers) {
+		queue := rig.StartRedis(t)
+		proxy := rig.StartProxy(t, queue.Address)
+		maintain := proxy.HoldFirst(t, maintainScript.made().Hash(), false)
+		id := freshID()
+		const length = 5
+		body := rig.Review(t, id, length, func(request map[string]any) { rig.AnnotationsOf(request)[annotationExpiration] = "1" })
+
+		c := testConfig(queue.Address)
+		s.configure(&c)
+		paused := rig.StartWebhook(t, proxy.Address, "--lock-mode="+c.lockMode, "--redis-addresses="+strings.Join(c.redisAddresses, ","),
+			"--etcd-addresses="+strings.Join(c.etcdAddresses, ","))
+		answered := make(chan error, 1)
+		go func() {
+			status, text, _, err := paused.Post(body)
+			if err == nil && (status != 200 || !strings.Contains(text, `"allowed":true`)) {
+				err = fmt.Errorf("%d %s", status, text)
+			}
+			answered <- err
+		}()
+		<-maintain.Held
+		paused.Signal(t, syscall.SIGSTOP)
+		paused.WantState(t, "T")
+		l := s.newLocker()
+		defer l.close()
+		wantTaken(t, l, id.lockKey())
+
+		w := startWebhook(t, c)
+		for range 2 {
+			a := w.admit(t, body) // waits until the lock has expired
+			if !a.Allowed {
+				t.Fatalf("not admitted: %+v", a)
+			}
+		}
+		queue.WantCounts(t, id, length-2, 2)
+		before := queue.Inflight(t, id)
+
+		maintain.Deliver()
+		paused.Signal(t, syscall.SIGCONT)
+		rig.Must(t, <-answered)
+		queue.WantCounts(t, id, length-3, 3)
+		for _, token := range before {
+			if !slices.Contains(queue.Inflight(t, id), token) {
+				t.Errorf("token %s was lost", token)
+			}
+		}
+	})
+}
+
+// Sixty-four webhooks get the first admissions of one key at once: whoever fits is admitted, and few of them take the
+// lock.
+func TestManyWebhooks(t *testing.T) {
+	forEachLock(t, 1, func(t *testing.T, s lockServers) {
+		const webhooks, length = 64, 48
+		queue := rig.StartRedis(t)
+		id := freshID()
+		c := testConfig(queue.Address)
+		s.configure(&c)
+		lockers := make([]*countingLocker, webhooks)
+		start := make(chan struct{})
+		admitted := make(chan string, webhooks)
+		var wg sync.WaitGroup
+		for i := range webhooks {
+			one := testSemaphores(t, queue.Address)
+			rig.Must(t, one.locks.close())
+			lockers[i] = &countingLocker{locker: newLocker(c.settings, lockConnections)}
+			one.locks = lockers[i]
+			wg.Go(func() {
+				<-start
+				token, _, err := one.acquire(context.Background(), id, "", length, 10*time.Second)
+				var full *fullError
+				if err == nil {
+					admitted <- token
+				} else if !errors.As(err, &full) || full.inUse != length {
+					t.Error(err)
+				}
+			})
+		}
+		close(start)
+		wg.Wait()
+		close(admitted)
+		locked := 0
+		for _, l := range lockers {
+			locked += int(l.locked.Load())
+		}
+		t.Logf("the lock was taken %d times", locked)
+		if len(admitted) != length || locked < 1 || locked > 12 {
+			t.Errorf("%d admitted, the lock was taken %d times", len(admitted), locked)
+		}
+		queue.WantCounts(t, id, 0, length)
+	})
+}
+
+func TestEtcdWithTLSAndAuth(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	rig.WriteCertificate(t, dir, 1)
+	crt, key := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
+	files := etcdSettings{caFile: crt, certFile: crt, keyFile: key}
+	tlsConfig, err := files.tls()
+	rig.Must(t, err)
+	m := &rig.Etcd{Address: rig.FreeAddress(t)}
+	peer := "http://" + rig.FreeAddress(t)
+	m.Serve(t, "https://"+m.Address, tlsConfig, "--cert-file", crt, "--key-file", key, "--trusted-ca-file", crt, "--client-cert-auth",
+		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", "default="+peer, "--bcrypt-cost", "4")
+	m.WantServing(t)
+	ctx := context.Background()
+	for _, step := range []func() error{
+		func() error { return errOf(m.Control.UserAdd(ctx, "root", "admin")) },
+		func() error { return errOf(m.Control.UserGrantRole(ctx, "root", "root")) },
+		func() error { return errOf(m.Control.RoleAdd(ctx, "locks")) },
+		func() error {
+			return errOf(m.Control.RoleGrantPermission(ctx, "locks", "lock/", clientv3.GetPrefixRangeEnd("lock/"), clientv3.PermissionType(clientv3.PermReadWrite)))
+		},
+		func() error { return errOf(m.Control.UserAdd(ctx, "webhook", rig.Password)) },
+		func() error { return errOf(m.Control.UserGrantRole(ctx, "webhook", "locks")) },
+		func() error { return errOf(m.Control.AuthEnable(ctx)) },
+	} {
+		rig.Must(t, step())
+	}
+	admin, err := clientv3.New(clientv3.Config{Endpoints: []string{m.Address}, TLS: tlsConfig, Username: "root", Password: "admin", DialTimeout: 5 * time.Second})
+	rig.Must(t, err)
+	defer admin.Close()
+
+	settings := files
+	settings.username, settings.password = "webhook", rig.Password
+	for _, address := range []string{m.Address, "https://" + m.Address} {
+		l := newEtcdLock([]string{address}, settings)
+		for range 3 {
+			unlock, err := l.tryLock(ctx, "lock/{shop/web}", time.Minute)
+			rig.Must(t, err)
+			wantTaken(t, l, "lock/{shop/web}")
+			rig.Must(t, unlock(ctx))
+			// What changes users makes all log-ins void.
+			rig.Must(t, errOf(admin.UserAdd(ctx, "another-"+uuid.NewString(), "x")))
+		}
+		if _, err := l.tryLock(ctx, "elsewhere", time.Minute); err == nil || !strings.Contains(err.Error(), "permission denied") {
+			t.Errorf("a key that the role does not have: %v", err)
+		}
+		rig.Must(t, l.close())
+	}
+
+	for want, change := range map[string]func(*etcdSettings){
+		"invalid user ID or password": func(s *etcdSettings) { s.password = "wrong-" + rig.Password },
+		"no such file":                func(s *etcdSettings) { s.caFile = filepath.Join(dir, "none") },
+		"Unavailable":                 func(s *etcdSettings) { s.certFile, s.username, s.password = "", "", "" },
+	} {
+		wrong := settings
+		change(&wrong)
+		l := newEtcdLock([]string{m.Address}, wrong)
+		_, err := l.tryLock(ctx, "lock/{shop/web}", time.Minute)
+		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), m.Address) || strings.Contains(err.Error(), rig.Password) {
+			t.Errorf("got %v, want %q", err, want)
+		}
+		rig.Must(t, l.close())
+	}
+}
+
+// No secret is in the arguments or the logs of a webhook that cannot log in, nor in what it answers.
+func TestSecretsAreNotShown(t *testing.T) {
+	r := rig.StartRedis(t)
+	r.Do(t, "CONFIG", "SET", "requirepass", "something-else")
+	dir := t.TempDir()
+	rig.WriteCertificate(t, dir, 1)
+	t.Setenv("REDIS_PASSWORD", rig.Password)
+	t.Setenv("ETCD_USERNAME", "webhook")
+	t.Setenv("ETCD_PASSWORD", rig.Password)
+	address := rig.FreeAddress(t)
+	p := rig.StartProgram(t, "webhook", "--host=127.0.0.1", "--port="+rig.Port(address), "--metrics-bind-address="+rig.FreeAddress(t), "--certDir="+dir,
+		"--queue-redis-address="+r.Address, "--redis-addresses="+r.Address, "--lock-mode=etcd", "--sidecar-redis-secret=redis",
+		"--sidecar-etcd-secret=etcd")
+	p.WantLog(t, "serving")
+	body := filepath.Join(dir, "review.json")
+	rig.Must(t, os.WriteFile(body, rig.Review(t, freshID(), 1), 0o600))
+	answer, err := exec.Command("curl", "-sS", "--cacert", filepath.Join(dir, "tls.crt"), "-H", "Content-Type: application/json",
+		"--data", "@"+body, "https://"+address+"/mutate").CombinedOutput()
+	rig.Must(t, err)
+	if !strings.Contains(string(answer), "WRONGPASS") || strings.Contains(string(answer), rig.Password) {
+		t.Errorf("answered %s", answer)
+	}
+	p.Log.WantLines(t, "admission", 1)
+	p.WantNoSecret(t)
 }

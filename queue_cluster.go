@@ -15,10 +15,10 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// clusterSlots is how many slots the keys of a Redis Cluster are spread over.
+// clusterSlots is the number of hash slots of a Redis Cluster.
 const clusterSlots = 16384
 
-// slot is the slot of a semaphore's keys: the CRC16 (XMODEM) of their hash tag.
+// slot returns the hash slot of a semaphore's keys: the CRC16 (XMODEM) of their hash tag.
 func (id semaphoreID) slot() int {
 	var crc uint16
 	for _, b := range []byte(id.String()) {
@@ -34,13 +34,14 @@ func (id semaphoreID) slot() int {
 	return int(crc) % clusterSlots
 }
 
-// slotRange are slots that one master serves.
+// slotRange is a range of slots that one master serves.
 type slotRange struct {
 	from, to int // both included
 	address  string
 }
 
-// clusterQueue is a queue of several primaries, masters, each of which serves a part of the slots.
+// clusterQueue is a queue on a Redis Cluster. Each of its primaries (masters) serves a
+// part of the slots.
 type clusterQueue struct {
 	address   queueAddress
 	settings  redisSettings
@@ -50,29 +51,29 @@ type clusterQueue struct {
 
 	mu      sync.Mutex
 	servers map[string]*queueServer // by address
-	doubted map[string]bool         // those of them on which a command has failed since they were known to be masters
-	ranges  []slotRange             // as a node said last
-	moved   map[int]string          // by slot: what MOVED said since then
+	doubted map[string]bool         // addresses at which a command has failed since the last successful check
+	ranges  []slotRange             // from the last look-up
+	moved   map[int]string          // addresses from MOVED since then, by slot
 }
 
 func newClusterQueue(address queueAddress, settings redisSettings, maxIdle int, log *slog.Logger) *clusterQueue {
 	q := &clusterQueue{address: address, settings: settings, maxIdle: maxIdle, log: log,
 		servers: map[string]*queueServer{}, doubted: map[string]bool{}, moved: map[int]string{}}
-	q.discovery = newDiscovery(q.look)
+	q.discovery = newDiscovery(q.lookUp)
 	return q
 }
 
-// find implements queue.
+// find implements tokenServers.
 func (q *clusterQueue) find(ctx context.Context, id semaphoreID) (*queueServer, error) {
 	slot := id.slot()
-	server, certain := q.known(slot)
+	server, certain := q.serverOf(slot)
 	if certain {
 		return server, nil
 	}
 	if err := q.discovery.wait(ctx); err != nil {
 		return nil, fmt.Errorf("queue Redis %s: %w", q.address, err)
 	}
-	if server, certain = q.known(slot); server == nil {
+	if server, certain = q.serverOf(slot); server == nil {
 		return nil, fmt.Errorf("queue Redis %s: %w: no node serves slot %d", q.address, errUnreached, slot)
 	}
 	if !certain {
@@ -81,7 +82,7 @@ func (q *clusterQueue) find(ctx context.Context, id semaphoreID) (*queueServer, 
 	return server, nil
 }
 
-// primaries implements queue.
+// primaries implements tokenServers.
 func (q *clusterQueue) primaries(ctx context.Context) ([]*queueServer, error) {
 	if _, err := q.find(ctx, semaphoreID{}); err != nil && !errors.Is(err, errUnreached) {
 		return nil, err
@@ -98,8 +99,9 @@ func (q *clusterQueue) primaries(ctx context.Context) ([]*queueServer, error) {
 	return slices.Collect(maps.Values(masters)), nil
 }
 
-// known returns the server of a slot, if it is known, and whether it need not be looked up first.
-func (q *clusterQueue) known(slot int) (server *queueServer, certain bool) {
+// serverOf returns the known server of a slot, and whether it can be used without a
+// look-up.
+func (q *clusterQueue) serverOf(slot int) (server *queueServer, certain bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	address := q.moved[slot]
@@ -114,7 +116,7 @@ func (q *clusterQueue) known(slot int) (server *queueServer, certain bool) {
 	return q.serverLocked(address), !q.doubted[address]
 }
 
-// at implements queue.
+// at implements tokenServers.
 func (q *clusterQueue) at(address string) *queueServer {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -130,7 +132,7 @@ func (q *clusterQueue) serverLocked(address string) *queueServer {
 	return server
 }
 
-// failed implements queue.
+// failed implements tokenServers.
 func (q *clusterQueue) failed(server *queueServer, id semaphoreID, err error) {
 	to, moved := redirection(server, err, "MOVED")
 	if !moved && isSlotMoving(err) {
@@ -141,21 +143,23 @@ func (q *clusterQueue) failed(server *queueServer, id semaphoreID, err error) {
 	switch {
 	case moved:
 		q.moved[id.slot()] = to
-		q.discovery.start() // others may have moved, too
+		q.discovery.start() // other slots may have moved, too
 	case q.servers[server.address] == server:
 		q.discovery.noteFailed(err)
 		q.doubted[server.address] = true
 	}
 }
 
-// isSlotMoving reports whether a command was not, or not wholly, run because its keys are on the way to another node.
+// isSlotMoving reports whether a command was not, or only partly, run because its slot is
+// moving to another node.
 func isSlotMoving(err error) bool {
 	var answered redis.Error
 	return errors.As(err, &answered) &&
-		(strings.HasPrefix(answered.Error(), "TRYAGAIN") || strings.HasPrefix(answered.Error(), "ASK ") || isPartlyRun(answered))
+		(strings.HasPrefix(answered.Error(), "TRYAGAIN") || strings.HasPrefix(answered.Error(), "ASK ") ||
+			isPartlyRun(answered))
 }
 
-// redirection returns the address to which an answer of a server, MOVED or ASK, sends us.
+// redirection returns the address in a server's redirection of a kind: MOVED or ASK.
 func redirection(from *queueServer, err error, kind string) (address string, ok bool) {
 	var answered redis.Error
 	if !errors.As(err, &answered) {
@@ -172,7 +176,8 @@ func redirection(from *queueServer, err error, kind string) (address string, ok 
 	return nodeAddress(from.address, host, port), true
 }
 
-// nodeAddress is the address of a node that another names. No host, or "?", stands for its own.
+// nodeAddress returns the address of a node that the node from names. An empty host, or
+// "?", means the host of from.
 func nodeAddress(from, host, port string) string {
 	scheme, hostPort := "", from
 	if before, after, found := strings.Cut(from, "://"); found {
@@ -184,10 +189,11 @@ func nodeAddress(from, host, port string) string {
 	return scheme + net.JoinHostPort(host, port)
 }
 
-// part implements queue: a slot fails and comes back with its master.
+// part implements tokenServers: a slot fails and recovers with its master.
 func (q *clusterQueue) part(id semaphoreID) int { return id.slot() }
 
-// checks implements queue. Their slots lie far apart, so that each master of a small Cluster is likely to have one.
+// checks implements tokenServers. The slots lie far apart, so that each master of a small
+// Cluster probably has one.
 func (q *clusterQueue) checks() []semaphoreID {
 	var ids []semaphoreID
 	for n := range 8 {
@@ -196,7 +202,7 @@ func (q *clusterQueue) checks() []semaphoreID {
 	return ids
 }
 
-// close implements queue.
+// close implements tokenServers.
 func (q *clusterQueue) close() error {
 	q.discovery.close()
 	q.mu.Lock()
@@ -208,29 +214,30 @@ func (q *clusterQueue) close() error {
 	return errors.Join(errs...)
 }
 
-// look asks the nodes who serves which slot, until none of those that they name is in doubt, or one less than before. A master that
-// is in doubt is asked itself; while it does not answer, the others may find out that it is gone.
-func (q *clusterQueue) look(ctx context.Context, note func(error)) error {
+// lookUp asks the nodes for the masters of the slots, until no master is doubted, or one
+// fewer than before. It asks each doubted master itself. While that one does not answer,
+// the other nodes may start a failover.
+func (q *clusterQueue) lookUp(ctx context.Context, note func(error)) error {
 	checks := newRoleChecks(q.settings)
-	least := clusterSlots // masters in doubt so far
+	fewest := clusterSlots // doubted masters so far
 	for ctx.Err() == nil {
-		ranges, err := q.ask(ctx)
+		ranges, err := q.askNodes(ctx)
 		if err != nil {
 			note(err)
 			_ = sleep(ctx, lookupPause)
 			continue
 		}
 		doubted := q.adopt(ranges)
-		if len(doubted) == 0 || len(doubted) < least && least < clusterSlots {
+		if len(doubted) == 0 || len(doubted) < fewest && fewest < clusterSlots {
 			return nil
 		}
-		least = len(doubted)
+		fewest = len(doubted)
 		for _, address := range doubted {
-			checks.ask(ctx, address)
+			checks.start(ctx, address)
 		}
 		checked, err := checks.wait(ctx)
 		if err == nil && checked != "" {
-			q.trust(checked)
+			q.clearDoubt(checked)
 			return nil
 		}
 		note(err)
@@ -238,12 +245,13 @@ func (q *clusterQueue) look(ctx context.Context, note func(error)) error {
 	return ctx.Err()
 }
 
-// ask returns what a node says about the slots: the first that names no master that is in doubt, if there is one.
-func (q *clusterQueue) ask(ctx context.Context) (ranges []slotRange, err error) {
+// askNodes returns the slots as a node describes them. It prefers the first answer
+// without a doubted master.
+func (q *clusterQueue) askNodes(ctx context.Context) (ranges []slotRange, err error) {
 	ctx, cancel := context.WithTimeout(ctx, askAgain)
 	defer cancel()
-	err = askAll(ctx, q.nodes(), q.askOne, func(answer []slotRange) (enough bool) {
-		good := len(q.inDoubt(answer)) == 0
+	err = fanOut(ctx, q.nodes(), q.askNode, func(answer []slotRange) (enough bool) {
+		good := len(q.doubtedMasters(answer)) == 0
 		if ranges == nil || good {
 			ranges = answer
 		}
@@ -255,7 +263,7 @@ func (q *clusterQueue) ask(ctx context.Context) (ranges []slotRange, err error) 
 	return ranges, err
 }
 
-func (q *clusterQueue) askOne(ctx context.Context, node string) (ranges []slotRange, err error) {
+func (q *clusterQueue) askNode(ctx context.Context, node string) (ranges []slotRange, err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("%s: %w", node, err)
@@ -268,7 +276,7 @@ func (q *clusterQueue) askOne(ctx context.Context, node string) (ranges []slotRa
 	return readSlots(node, reply)
 }
 
-// readSlots reads what a node says about the slots.
+// readSlots reads a node's answer to CLUSTER SLOTS.
 func readSlots(node string, reply any) (ranges []slotRange, err error) {
 	entries, err := redis.Values(reply, nil)
 	if err != nil {
@@ -298,7 +306,8 @@ func readSlots(node string, reply any) (ranges []slotRange, err error) {
 	return ranges, nil
 }
 
-// nodes are those to ask: all that are named in the address, and those that were found.
+// nodes returns the addresses to ask: those of the flag, and those of the masters that
+// look-ups found.
 func (q *clusterQueue) nodes() []string {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -307,8 +316,8 @@ func (q *clusterQueue) nodes() []string {
 	return slices.Compact(nodes)
 }
 
-// inDoubt are the masters of these slots on which a command has failed.
-func (q *clusterQueue) inDoubt(ranges []slotRange) (addresses []string) {
+// doubtedMasters returns the masters of these slots at which a command has failed.
+func (q *clusterQueue) doubtedMasters(ranges []slotRange) (addresses []string) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	for _, r := range ranges {
@@ -319,7 +328,7 @@ func (q *clusterQueue) inDoubt(ranges []slotRange) (addresses []string) {
 	return addresses
 }
 
-// adopt takes over who serves which slot, and returns those of the masters that are in doubt.
+// adopt takes over the masters of the slots, and returns the doubted ones.
 func (q *clusterQueue) adopt(ranges []slotRange) (doubted []string) {
 	q.mu.Lock()
 	masters := map[string]bool{}
@@ -328,7 +337,8 @@ func (q *clusterQueue) adopt(ranges []slotRange) (doubted []string) {
 	}
 	if q.ranges != nil && !slices.Equal(q.ranges, ranges) {
 		q.settings.counts.failedOver()
-		q.log.Warn("the queue's Cluster has changed", "queueRedis", q.address.text, "masters", strings.Join(slices.Sorted(maps.Keys(masters)), ","))
+		q.log.Warn("the queue's Cluster has changed", "queueRedis", q.address.text,
+			"masters", strings.Join(slices.Sorted(maps.Keys(masters)), ","))
 	}
 	q.ranges = ranges
 	clear(q.moved)
@@ -340,11 +350,11 @@ func (q *clusterQueue) adopt(ranges []slotRange) (doubted []string) {
 		}
 	}
 	q.mu.Unlock()
-	return q.inDoubt(ranges)
+	return q.doubtedMasters(ranges)
 }
 
-// trust takes a master out of doubt.
-func (q *clusterQueue) trust(address string) {
+// clearDoubt notes that a server has said that it is a master.
+func (q *clusterQueue) clearDoubt(address string) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	delete(q.doubted, address)

@@ -13,72 +13,74 @@ import (
 )
 
 const (
-	// sentinelsAskedEvery is how often a process with many connections asks whether there is another primary by now. During a
-	// failover by hand, the old one takes writes for some seconds more, which are lost.
-	sentinelsAskedEvery = time.Second
+	// sentinelPollInterval is the interval at which a process with many connections asks
+	// for a new primary. During a manual failover, the old primary takes writes for some
+	// seconds more, and these are lost.
+	sentinelPollInterval = time.Second
 
-	// sentinelsSettle is for how long after a look-up any other process asks as often. Two Sentinels can each promote a replica at
-	// the same time; the one that loses takes writes until it is made a replica of the other, some ten seconds later.
-	sentinelsSettle = 20 * time.Second
+	// sentinelSettleTime is the time after a look-up in which every process polls. Two
+	// Sentinels can each promote a replica at the same time. The losing replica takes
+	// writes until the Sentinels demote it, some ten seconds later.
+	sentinelSettleTime = 20 * time.Second
 )
 
-// sentinelQueue is a queue of a primary and its replicas: the primary is the one that the Sentinels name.
+// sentinelQueue is a queue on the primary that Sentinels name.
 type sentinelQueue struct {
-	oneServer // checks and part
+	oneServer // for checks and part
 	address   queueAddress
 	settings  redisSettings
 	maxIdle   int
-	watchful  bool       // always asks every sentinelsAskedEvery
-	limit     logLimiter // of lines about Sentinels that do not answer
+	polls     bool       // asks every sentinelPollInterval at all times
+	limit     logLimiter // of lines about unanswered queries to Sentinels
 	log       *slog.Logger
 	discovery *discovery
 
 	mu      sync.Mutex
 	primary *queueServer // nil: not known yet
-	epoch   int          // of the Sentinel that named it
-	doubted bool         // a command has failed since it was known to be one
-	checked time.Time    // when it was last found to be one
-	asked   time.Time    // when the Sentinels were asked last
+	epoch   int          // configuration epoch in which the Sentinels named it
+	doubted bool         // a command has failed since the last successful check
+	checked time.Time    // last time that the server said that it is a primary
+	polled  time.Time    // last query to the Sentinels
 }
 
 func newSentinelQueue(address queueAddress, settings redisSettings, maxIdle int, log *slog.Logger) *sentinelQueue {
-	q := &sentinelQueue{address: address, settings: settings, maxIdle: maxIdle, watchful: maxIdle > 1, log: log}
-	q.discovery = newDiscovery(q.look)
+	q := &sentinelQueue{address: address, settings: settings, maxIdle: maxIdle, polls: maxIdle > 1, log: log}
+	q.discovery = newDiscovery(q.lookUp)
 	return q
 }
 
-// find implements queue.
+// find implements tokenServers.
 func (q *sentinelQueue) find(ctx context.Context, _ semaphoreID) (*queueServer, error) {
-	primary, certain := q.known()
+	primary, certain := q.current()
 	if certain {
 		return primary, nil
 	}
 	if err := q.discovery.wait(ctx); err != nil {
 		return nil, fmt.Errorf("queue Redis %s: %w", q.address, err)
 	}
-	primary, _ = q.known()
+	primary, _ = q.current()
 	return primary, nil
 }
 
-// primaries implements queue.
+// primaries implements tokenServers.
 func (q *sentinelQueue) primaries(ctx context.Context) ([]*queueServer, error) {
 	primary, err := q.find(ctx, semaphoreID{})
 	return []*queueServer{primary}, err
 }
 
-// known returns the primary, if it is known, and whether it need not be looked up first.
-func (q *sentinelQueue) known() (primary *queueServer, certain bool) {
+// current returns the known primary, and whether it can be used without a look-up.
+func (q *sentinelQueue) current() (primary *queueServer, certain bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	certain = q.primary != nil && !q.doubted
-	watch := q.watchful || time.Since(q.checked) < sentinelsSettle
-	if certain && watch && time.Since(q.asked) > sentinelsAskedEvery {
+	polls := q.polls || time.Since(q.checked) < sentinelSettleTime
+	if certain && polls && time.Since(q.polled) > sentinelPollInterval {
 		q.discovery.start()
 	}
 	return q.primary, certain
 }
 
-// failed implements queue.
+// failed implements tokenServers.
 func (q *sentinelQueue) failed(server *queueServer, _ semaphoreID, err error) {
 	q.discovery.noteFailed(err)
 	q.mu.Lock()
@@ -86,14 +88,14 @@ func (q *sentinelQueue) failed(server *queueServer, _ semaphoreID, err error) {
 	q.doubted = q.doubted || server == q.primary
 }
 
-// at implements queue; there are no redirections here.
+// at implements tokenServers. A Sentinel group has no redirections.
 func (q *sentinelQueue) at(string) *queueServer {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return q.primary
 }
 
-// close implements queue.
+// close implements tokenServers.
 func (q *sentinelQueue) close() error {
 	q.discovery.close()
 	q.mu.Lock()
@@ -104,11 +106,11 @@ func (q *sentinelQueue) close() error {
 	return q.primary.close()
 }
 
-// look asks the Sentinels, and the server that they name whether it is a primary. While that one does not answer, it goes on asking
-// them: they may find out that it is gone.
-func (q *sentinelQueue) look(ctx context.Context, note func(error)) error {
+// lookUp asks the Sentinels for the primary, and that server whether it is one. While the
+// server does not answer, lookUp keeps asking the Sentinels: they may start a failover.
+func (q *sentinelQueue) lookUp(ctx context.Context, note func(error)) error {
 	q.mu.Lock()
-	q.asked = time.Now()
+	q.polled = time.Now()
 	known, doubted, epoch := "", q.doubted, q.epoch
 	if q.primary != nil {
 		known = q.primary.address
@@ -117,21 +119,22 @@ func (q *sentinelQueue) look(ctx context.Context, note func(error)) error {
 
 	checks := newRoleChecks(q.settings)
 	for ctx.Err() == nil {
-		named, err := q.ask(ctx)
+		named, err := q.askSentinels(ctx)
 		switch {
 		case err != nil && known == "":
 			note(err)
 			_ = sleep(ctx, lookupPause)
 			continue
 		case err != nil:
-			q.warn(err)
+			q.warnNoSentinel(err)
 			named = sentinelAnswer{known, epoch}
 		}
-		// A Sentinel that was cut off for a while may be the only one that answers, and name a primary of before.
+		// The only Sentinel that answers may have been cut off for a while, and name an
+		// old primary.
 		if !doubted && (named.address == known || named.epoch < epoch) {
 			return nil
 		}
-		checks.ask(ctx, named.address)
+		checks.start(ctx, named.address)
 		checked, err := checks.wait(ctx)
 		if err == nil && checked == named.address {
 			q.adopt(named)
@@ -142,18 +145,20 @@ func (q *sentinelQueue) look(ctx context.Context, note func(error)) error {
 	return ctx.Err()
 }
 
-// sentinelAnswer is what a Sentinel says: the higher the epoch, the newer it is.
+// sentinelAnswer is the primary that a Sentinel names. The higher the epoch, the newer
+// the answer.
 type sentinelAnswer struct {
 	address string
 	epoch   int
 }
 
-// ask returns what the best informed of the Sentinels says. Its error says why none has answered.
-func (q *sentinelQueue) ask(ctx context.Context) (best sentinelAnswer, err error) {
+// askSentinels returns the answer with the highest epoch. Its error says why no Sentinel
+// has answered.
+func (q *sentinelQueue) askSentinels(ctx context.Context) (best sentinelAnswer, err error) {
 	ctx, cancel := context.WithTimeout(ctx, askAgain)
 	defer cancel()
 	best.epoch = -1
-	err = askAll(ctx, q.address.servers, q.askOne, func(a sentinelAnswer) (enough bool) {
+	err = fanOut(ctx, q.address.servers, q.askSentinel, func(a sentinelAnswer) (enough bool) {
 		if a.epoch > best.epoch {
 			best = a
 		}
@@ -165,7 +170,7 @@ func (q *sentinelQueue) ask(ctx context.Context) (best sentinelAnswer, err error
 	return best, err
 }
 
-func (q *sentinelQueue) askOne(ctx context.Context, sentinel string) (a sentinelAnswer, err error) {
+func (q *sentinelQueue) askSentinel(ctx context.Context, sentinel string) (a sentinelAnswer, err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("asking Sentinel %s: %w", sentinel, err)
@@ -176,14 +181,14 @@ func (q *sentinelQueue) askOne(ctx context.Context, sentinel string) (a sentinel
 		return a, err
 	}
 	defer conn.Close()
-	known, err := redis.StringMap(conn.DoContext(ctx, "SENTINEL", "MASTER", q.address.name))
+	master, err := redis.StringMap(conn.DoContext(ctx, "SENTINEL", "MASTER", q.address.name))
 	if err != nil {
 		return a, err
 	}
-	if a.epoch, err = strconv.Atoi(known["config-epoch"]); err != nil {
+	if a.epoch, err = strconv.Atoi(master["config-epoch"]); err != nil {
 		return a, fmt.Errorf("unexpected answer: %w", err)
 	}
-	// In a failover that it leads, it names here the new one first.
+	// A Sentinel that leads a failover names the new primary in this answer first.
 	named, err := redis.Strings(conn.DoContext(ctx, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", q.address.name))
 	if err == nil && len(named) != 2 {
 		err = fmt.Errorf("unexpected answer %q", named)
@@ -195,8 +200,8 @@ func (q *sentinelQueue) askOne(ctx context.Context, sentinel string) (a sentinel
 	return a, nil
 }
 
-// warn logs that no Sentinel answers, now and then.
-func (q *sentinelQueue) warn(err error) {
+// warnNoSentinel logs, at a limited rate, that no Sentinel answers.
+func (q *sentinelQueue) warnNoSentinel(err error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if _, ok := q.limit.allow(); ok {
@@ -216,7 +221,8 @@ func (q *sentinelQueue) adopt(named sentinelAnswer) {
 	server := newQueueServer(named.address, q.settings, q.maxIdle)
 	if q.primary != nil {
 		q.settings.counts.failedOver()
-		q.log.Warn("the queue has another primary", "queueRedis", q.address.text, "primary", named.address, "before", q.primary.address)
+		q.log.Warn("the queue has another primary", "queueRedis", q.address.text, "primary", named.address,
+			"before", q.primary.address)
 		_ = q.primary.close()
 	}
 	q.primary = server

@@ -15,8 +15,9 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// sharedConfig are the settings that both modes have.
-type sharedConfig struct {
+// settings are shared by the modes that use semaphores: webhook, sidecar, gate and
+// status.
+type settings struct {
 	lockMode          string
 	redisAddresses    []string
 	etcdAddresses     []string
@@ -27,8 +28,9 @@ type sharedConfig struct {
 	etcd              etcdSettings
 }
 
-// newLocker makes the lock of the chosen mode; maxIdle is how many connections to each Redis server are kept.
-func newLocker(c sharedConfig, maxIdle int) locker {
+// newLocker makes the lock of the chosen mode. It keeps up to maxIdle connections to each
+// Redis server.
+func newLocker(c settings, maxIdle int) locker {
 	if c.lockMode == lockModeEtcd {
 		return newEtcdLock(c.etcdAddresses, c.etcd)
 	}
@@ -56,7 +58,7 @@ var keepSource string
 //go:embed lua/hold.lua
 var holdSource string
 
-// scriptKeys is how many keys each script takes: all of a semaphore.
+// scriptKeys is the number of keys that each script takes: all keys of a semaphore.
 const scriptKeys = 6
 
 var (
@@ -68,17 +70,20 @@ var (
 	holdScript      = newScript("hold", commonSource, holdSource)
 )
 
-// script is one that Redis runs. What is sent is made when it is first wanted: that takes 25 KB of memory, and a sidecar sends two or three.
+// script is a Redis script. Its text is built on first use: it takes 25 KB of memory, and
+// a sidecar sends two or three scripts.
 type script struct {
 	name string
 	made func() *redis.Script
 }
 
 func newScript(name string, sources ...string) *script {
-	return &script{name, sync.OnceValue(func() *redis.Script { return redis.NewScript(scriptKeys, strings.Join(sources, "")) })}
+	return &script{name, sync.OnceValue(func() *redis.Script {
+		return redis.NewScript(scriptKeys, strings.Join(sources, ""))
+	})}
 }
 
-// The statuses that the scripts answer; see their headers.
+// The statuses that the scripts return; see their headers.
 const (
 	statusLate = -1
 
@@ -93,17 +98,25 @@ const (
 )
 
 const (
-	// giveBackGrace bounds the time in which a process that ends gives back the tokens that no pod will use.
+	// beatTimeout bounds one heartbeat, if the interval is not shorter. holderRetry is the
+	// longest wait before a failed heartbeat is sent again. Once Redis answers, live holders
+	// beat within beatTimeout. The scripts rely on it; see beatTimeout in semaphore.lua.
+	beatTimeout = 3 * time.Second
+	holderRetry = time.Second
+
+	// giveBackGrace bounds the time in which a stopping process gives back tokens that no
+	// pod will use.
 	giveBackGrace = 5 * time.Second
 
-	// idleConnections is how many connections to each queue server a process that serves many pods keeps.
+	// idleConnections is the number of idle connections that a webhook or gate keeps to
+	// each queue server.
 	idleConnections = 64
 )
 
-// semaphores are the counting semaphores in a queue.
+// semaphores are the counting semaphores of a queue.
 type semaphores struct {
 	address           queueAddress
-	queue             queue
+	queue             tokenServers
 	outages           outages
 	locks             locker
 	heartbeatInterval time.Duration
@@ -111,28 +124,28 @@ type semaphores struct {
 	log               *slog.Logger
 	metrics           *metrics // nil for a sidecar
 
-	repairs flights[semaphoreID, *repairStage] // those that this process does
+	repairs flights[semaphoreID, *repairStage] // by this process
 
-	mu      sync.Mutex
-	watched map[semaphoreID]struct{} // see watch
-	strays  time.Time                // until when a command may still come whose connection broke
+	mu               sync.Mutex
+	afterDoubt       map[semaphoreID]struct{} // semaphores that repairAfterDoubt works on
+	unconfirmedUntil time.Time                // see unconfirmedFor
 
-	background sync.WaitGroup // of repairs, watches, and tokens that are given back
+	background sync.WaitGroup // repairs, unlocks and releases
 	closing    context.Context
 	stop       func() // ends closing
-	releasing  slots  // of tokens that are given back at once: a slow Redis is not asked by hundreds
+	releasing  slots  // caps concurrent releases of unused tokens: a slow Redis does not get hundreds
 }
 
-func newSemaphores(c sharedConfig, locks locker, maxIdle int, log *slog.Logger) *semaphores {
+func newSemaphores(c settings, locks locker, maxIdle int, log *slog.Logger) *semaphores {
 	closing, stop := context.WithCancel(context.Background())
 	s := &semaphores{
 		address:           c.queueRedisAddress,
-		queue:             newQueue(c.queueRedisAddress, c.redis, maxIdle, log),
+		queue:             newTokenServers(c.queueRedisAddress, c.redis, maxIdle, log),
 		locks:             locks,
 		heartbeatInterval: c.heartbeatInterval,
 		staleThreshold:    c.staleThreshold,
 		log:               log,
-		watched:           map[semaphoreID]struct{}{},
+		afterDoubt:        map[semaphoreID]struct{}{},
 		closing:           closing,
 		outages:           outages{parts: map[int]outage{}},
 		stop:              stop,
@@ -142,13 +155,14 @@ func newSemaphores(c sharedConfig, locks locker, maxIdle int, log *slog.Logger) 
 	return s
 }
 
-// close waits for what goes on in the background, at most until ctx is done, and closes all connections.
+// close waits for background work until ctx is done, then closes all connections.
 func (s *semaphores) close(ctx context.Context) error {
 	s.stop()
 	return errors.Join(s.closeLocks(ctx), s.queue.close())
 }
 
-// closeLocks is close for all but the connections to the queue Redis: from now on nothing can be repaired.
+// closeLocks is close, but keeps the connections to the queue Redis. After it, nothing
+// can be repaired.
 func (s *semaphores) closeLocks(ctx context.Context) error {
 	done := make(chan error, 1)
 	go func() {
@@ -163,14 +177,17 @@ func (s *semaphores) closeLocks(ctx context.Context) error {
 	}
 }
 
-// timeToLive is for how many seconds the keys of a semaphore with holders or waiters outlive their last use.
+// timeToLive returns how many seconds the keys of a semaphore with holders or waiters
+// outlive their last use.
 func (s *semaphores) timeToLive() int {
 	return int(max(24*time.Hour, 10*s.staleThreshold) / time.Second)
 }
 
-// heartbeat keeps a token in flight, or puts it back there (rejoined) if it had been reclaimed or lost. It tells which pod has it, and
-// for how long.
-func (s *semaphores) heartbeat(ctx context.Context, id semaphoreID, token string, pod podName, held time.Duration) (rejoined bool, err error) {
+// heartbeat keeps a token in flight. If the token had been reclaimed or lost, Redis
+// counts it again, and rejoined is true. The heartbeat names the token's pod, and how
+// long the pod has held it.
+func (s *semaphores) heartbeat(ctx context.Context, id semaphoreID, token string, pod podName,
+	held time.Duration) (rejoined bool, err error) {
 	status, _, err := s.run(ctx, heartbeatScript, id, token, pod, seconds(held))
 	if err != nil {
 		return false, fmt.Errorf("heartbeat %s: %w", id, err)
@@ -178,7 +195,8 @@ func (s *semaphores) heartbeat(ctx context.Context, id semaphoreID, token string
 	return status == heartbeatRejoined, nil
 }
 
-// release gives a token back, or leaves the line; status is releaseDone, releaseLeft, or zero if there was nothing to do.
+// release gives a token back, or leaves the line. status is releaseDone, releaseLeft, or
+// zero if there was nothing to release.
 func (s *semaphores) release(ctx context.Context, id semaphoreID, token string) (status int, err error) {
 	status, _, err = s.run(ctx, releaseScript, id, token)
 	if err != nil {
@@ -187,11 +205,13 @@ func (s *semaphores) release(ctx context.Context, id semaphoreID, token string) 
 	return status, nil
 }
 
-// releaseWithin releases a token and retries until it is released or ctx is done; then the error is that of the last attempt. Where
-// an earlier command may still come and count the token again, it releases it once more after that.
+// releaseWithin releases a token. It retries until that succeeds or ctx is done, and then
+// returns the error of the last attempt. An earlier command whose connection broke may
+// still arrive and count the token again: after its deadline, releaseWithin releases once
+// more.
 func (s *semaphores) releaseWithin(ctx context.Context, id semaphoreID, token string) (status int, err error) {
 	status, err = s.releaseRetrying(ctx, id, token)
-	if wait := s.straying(); err == nil && wait > 0 && sleep(ctx, wait) == nil {
+	if wait := s.unconfirmedFor(); err == nil && wait > 0 && sleep(ctx, wait) == nil {
 		_, err = s.releaseRetrying(ctx, id, token)
 	}
 	return status, err
@@ -208,11 +228,13 @@ func (s *semaphores) releaseRetrying(ctx context.Context, id semaphoreID, token 
 		if sleep(ctx, retry.next()) != nil {
 			return 0, err
 		}
-		s.log.Warn("release failed, to be retried", "namespace", id.namespace, "key", id.key, "token", token, "error", err.Error())
+		s.log.Warn("release failed, to be retried", "namespace", id.namespace, "key", id.key, "token", token,
+			"error", err.Error())
 	}
 }
 
-// giveBack releases a token that nobody will use, and retries until it is stale anyway.
+// giveBack releases a token that no pod will use. It retries until the token is stale
+// anyway.
 func (s *semaphores) giveBack(id semaphoreID, token string) {
 	ctx, cancel := context.WithTimeout(context.Background(), s.staleThreshold)
 	defer cancel()
@@ -225,44 +247,48 @@ func (s *semaphores) giveBack(id semaphoreID, token string) {
 	log := s.log.With("namespace", id.namespace, "key", id.key, "token", token)
 	switch {
 	case err != nil:
-		log.Error("unused token left to go stale", "staleThreshold", s.staleThreshold.String(), "error", err.Error())
+		log.Error("unused token left to go stale", "staleThreshold", s.staleThreshold.String(),
+			"error", err.Error())
 	case status == releaseDone:
 		log.Info("unused token given back")
 	}
 }
 
-// giveBackLater is giveBack in the background; close waits for it.
+// giveBackLater runs giveBack in the background; close waits for it.
 func (s *semaphores) giveBackLater(id semaphoreID, token string) {
 	s.background.Go(func() { s.giveBack(id, token) })
 }
 
-// keepMost is how many places, or tokens, one command keeps: it takes Redis some two milliseconds.
-const keepMost = 250
+// refreshMost caps the places, or tokens, of one command: so many take Redis about two
+// milliseconds.
+const refreshMost = 250
 
-// keptPlace is a pod that a process stands in line for.
-type keptPlace struct {
+// placeRequest is the place in line of one pod.
+type placeRequest struct {
 	token   string
-	arrival int64 // its place: Unix microseconds
+	arrival int64 // Unix microseconds: orders the line
 	length  int
 	pod     podName
 }
 
-// kept is what became of the places in a line.
-type kept struct {
-	created        int64 // when Redis began to know the semaphore (its Unix seconds), to be told the next time
+// placesReply is the state of a line after its places were refreshed.
+type placesReply struct {
+	created        int64 // Unix seconds at which Redis first knew the semaphore; goes into the next request
 	inUse, waiters int
-	served         []string       // those in line, also others', that a token is free for: they are to ask for it
-	held           []string       // those that have their token already
-	joined         map[string]int // those that were not in line, and their positions
+	served         []string       // waiters, also of other processes, that a token is free for
+	held           []string       // tokens that are in flight already
+	joined         map[string]int // tokens that were not in line, and their new positions
 }
 
-// keep keeps the places of pods in the line of a semaphore, where they are put if they are not there, and takes those out whose tokens
-// are gone. known is what created was before, or zero. With an error, some of it may be done.
-func (s *semaphores) keep(ctx context.Context, id semaphoreID, known int64, gone []string, pods []keptPlace) (all kept, err error) {
-	all = kept{created: known, joined: map[string]int{}}
+// refreshPlaces keeps the places of pods in a semaphore's line, and adds those that are
+// missing. It removes the tokens in gone from the line. known is created of the last
+// reply, or zero. With an error, part of the work may be done.
+func (s *semaphores) refreshPlaces(ctx context.Context, id semaphoreID, known int64, gone []string,
+	pods []placeRequest) (all placesReply, err error) {
+	all = placesReply{created: known, joined: map[string]int{}}
 	for len(gone)+len(pods) > 0 {
-		leaving := gone[:min(len(gone), keepMost)]
-		staying := pods[:min(len(pods), keepMost-len(leaving))]
+		leaving := gone[:min(len(gone), refreshMost)]
+		staying := pods[:min(len(pods), refreshMost-len(leaving))]
 		gone, pods = gone[len(leaving):], pods[len(staying):]
 		args := append([]any{all.created, len(leaving)}, anySlice(leaving)...)
 		for _, p := range staying {
@@ -289,24 +315,27 @@ func (s *semaphores) keep(ctx context.Context, id semaphoreID, known int64, gone
 	return all, nil
 }
 
-// hold keeps tokens in flight, and returns those that are not there, and are not put back.
-func (s *semaphores) hold(ctx context.Context, id semaphoreID, tokens []string) (lost []string, err error) {
-	for chunk := range slices.Chunk(tokens, keepMost) {
+// refreshTokens keeps tokens in flight. It returns those that are not in flight, and does
+// not put them back.
+func (s *semaphores) refreshTokens(ctx context.Context, id semaphoreID, tokens []string) (lost []string, err error) {
+	for chunk := range slices.Chunk(tokens, refreshMost) {
 		_, rest, err := s.run(ctx, holdScript, id, anySlice(chunk)...)
 		if err != nil {
 			return lost, fmt.Errorf("hold tokens of %s: %w", id, err)
 		}
 		var some []string
 		if _, err := redis.Scan(rest, &some); err != nil {
-			return lost, fmt.Errorf("hold tokens of %s: unexpected answer of queue Redis %s: %w", id, s.address, err)
+			return lost, fmt.Errorf("hold tokens of %s: unexpected answer of queue Redis %s: %w",
+				id, s.address, err)
 		}
 		lost = append(lost, some...)
 	}
 	return lost, nil
 }
 
-// podName tells people which pod has a token, as "NAME NODE": NAME is the pod's, or what the API server will make one of, and NODE is
-// empty where it has none yet. It is empty where nothing is known.
+// podName is the pod of a token, for people, as "NAME NODE". NAME is the pod's name, or
+// the generateName from which the API server makes one. NODE is empty until it is known.
+// An unknown pod is empty.
 type podName string
 
 func newPodName(name, node string) podName {
@@ -319,16 +348,17 @@ func newPodName(name, node string) podName {
 	return podName(name + " " + node)
 }
 
-// holder is who has a token.
+// holder is a pod that has a token.
 type holder struct {
-	name string // the pod's, or the token where that is not known
+	name string // of the pod, or the token if that is unknown
 	held time.Duration
 }
 
-// heldUnknown is for how long a pod has a token that has not told.
+// heldUnknown marks a holder that has not reported how long it has held its token.
 const heldUnknown = -time.Second
 
-// parseHolders reads what the acquire script says of them, and puts first who has a token longest.
+// parseHolders parses the holders in a reply of the acquire script. The longest holder
+// comes first.
 func parseHolders(list []any) (holders []holder, err error) {
 	for len(list) > 0 {
 		var held int
@@ -336,15 +366,16 @@ func parseHolders(list []any) (holders []holder, err error) {
 		if list, err = redis.Scan(list, &held, &h.name); err != nil {
 			return nil, err
 		}
-		h.held, h.name = time.Duration(held)*time.Second, shown(h.name)
+		h.held, h.name = time.Duration(held)*time.Second, displayName(h.name)
 		holders = append(holders, h)
 	}
 	slices.SortStableFunc(holders, func(a, b holder) int { return cmp.Compare(b.held, a.held) })
 	return holders, nil
 }
 
-// shown is the name of a pod, or a token, as people may see it: whoever can write into Redis may have put anything there.
-func shown(name string) string {
+// displayName is the name of a pod, or a token, that is safe to show: any client that can
+// write to Redis may have stored anything.
+func displayName(name string) string {
 	if isObjectName(name) {
 		return name
 	}
@@ -361,8 +392,8 @@ func (h holder) String() string {
 	return fmt.Sprintf("%s (%s)", h.name, roughly(h.held))
 }
 
-// byHolders names those who have the tokens in use, as many as fit into the message of an event of Kubernetes, which is cut at 1024
-// bytes.
+// byHolders lists the holders of the tokens in use. It stops at 500 bytes, because
+// Kubernetes cuts the message of an event at 1024 bytes.
 func byHolders(holders []holder, inUse int) string {
 	const most = 500
 	var text string

@@ -14,72 +14,80 @@ import (
 )
 
 const (
-	// unlockTimeout bounds the freeing of a lock, which nobody waits for.
+	// unlockTimeout bounds an unlock. It runs in the background.
 	unlockTimeout = 3 * time.Second
 
-	// repairTimeout bounds a repair, lock and script, and the wait for its turn before that.
+	// repairTimeout bounds a repair (lock and script), and before it the wait for a slot.
 	repairTimeout = 10 * time.Second
 
-	// lockPatience is for how long lock servers that do not answer are tried again.
+	// lockPatience is how long an acquire retries lock servers that do not answer.
 	lockPatience = 2 * time.Second
 
-	// lockRetryLeast and lockRetryMost bound the wait for somebody else's repair.
+	// lockRetryLeast and lockRetryMost bound the pause while another process repairs.
 	lockRetryLeast = 5 * time.Millisecond
 	lockRetryMost  = 25 * time.Millisecond
 
-	// watchEvery is how often a semaphore is looked at whose holders may be gone, or more often with a short interval; see watch.
-	watchEvery = 4 * time.Second
+	// doubtEvery is the time between two repairs of a semaphore whose holders may be gone,
+	// unless half an interval is shorter. Redis would take lineQuiet for another silence. See
+	// repairAfterDoubt.
+	doubtEvery = lineQuiet - time.Second
 )
 
-// question is what the acquire script is asked.
-type question struct {
-	token   string // the name that the token gets; nobody else ever uses it, so that asking again is safe
+// acquireRequest has the arguments of the acquire script.
+type acquireRequest struct {
+	token   string // the name of the new token; it is used once only, so that a retry is safe
 	length  int
-	arrival string // empty: does not wait; joinLine: joins the line; else what it was told when it asked before
+	arrival string // empty: does not wait; joinLine: joins the line; else the arrival of the last reply
 	pod     podName
 }
 
 // joinLine is the arrival of a waiter that joins the line now.
 const joinLine = "0"
 
-// newcomer reports whether the caller was not in line before.
-func (q question) newcomer() bool { return q.arrival == "" || q.arrival == joinLine }
+// newcomer reports whether the pod was not in line before.
+func (q acquireRequest) newcomer() bool { return q.arrival == "" || q.arrival == joinLine }
 
-// answer is what the acquire script says.
-type answer struct {
-	agreed  int // with acquireTaken: the greatest length that was asked for lately by others, or 0
-	status  int // acquireTaken, acquireRepair or acquireFull
-	stale   int // with acquireRepair: how many tokens are stale; if none, some are missing
-	inUse   int // with acquireFull, as all below
+// acquireReply is the reply of the acquire script.
+type acquireReply struct {
+	status int // acquireTaken, acquireRepair or acquireFull
+
+	agreed int // with acquireTaken: the greatest length that others asked for lately, or 0
+	stale  int // with acquireRepair: the number of stale tokens; if it is 0, tokens are missing
+
+	// With acquireFull:
+	inUse   int
 	waiters int
-	doubt   time.Duration // if not zero: Redis was away, or has lost data, and knows only after that time which holders or waiters are gone
-	holders []holder      // some of those who have the tokens
-	place   place         // of a waiter
+	holders []holder // some of them
+	place   place    // of a waiter
+
+	// doubt is not zero after an outage or data loss of Redis: only after this time does
+	// Redis know which holders or waiters are gone.
+	doubt time.Duration
 }
 
 // place is where a waiter stands.
 type place struct {
 	position  int           // 1 for the first
-	arrival   string        // when it joined, for its next question
+	arrival   string        // when it joined; goes into its next request
 	waited    time.Duration // since then
 	staleIn   time.Duration // until the token with the oldest heartbeat may be stale
-	reachable bool          // its subscription received a message
+	reachable bool          // Redis delivered a message to its subscription
 }
 
-// ask runs the acquire script once.
-func (s *semaphores) ask(ctx context.Context, id semaphoreID, q question) (answer, error) {
+// runAcquire runs the acquire script once.
+func (s *semaphores) runAcquire(ctx context.Context, id semaphoreID, q acquireRequest) (acquireReply, error) {
 	status, rest, err := s.run(ctx, acquireScript, id, q.length, q.token, q.arrival, q.pod)
 	if err != nil {
-		return answer{}, fmt.Errorf("acquire %s: %w", id, err)
+		return acquireReply{}, fmt.Errorf("acquire %s: %w", id, err)
 	}
-	a, err := parseAnswer(status, rest)
+	a, err := parseReply(status, rest)
 	if err != nil {
-		return answer{}, fmt.Errorf("acquire %s: unexpected answer of queue Redis %s: %w", id, s.address, err)
+		return acquireReply{}, fmt.Errorf("acquire %s: unexpected answer of queue Redis %s: %w", id, s.address, err)
 	}
 	return a, nil
 }
 
-func parseAnswer(status int, rest []any) (a answer, err error) {
+func parseReply(status int, rest []any) (a acquireReply, err error) {
 	a.status = status
 	switch status {
 	case acquireTaken:
@@ -105,7 +113,7 @@ func parseAnswer(status int, rest []any) (a answer, err error) {
 	return a, err
 }
 
-// fullError says that all tokens are in use, or are kept for those who wait in line.
+// fullError says that all tokens are in use or reserved for the line.
 type fullError struct {
 	id                     semaphoreID
 	inUse, length, waiters int
@@ -117,22 +125,25 @@ func (e *fullError) Error() string {
 	return fmt.Sprintf("all tokens of %s are in use, or kept for its line", e.id)
 }
 
-// acquire takes a token for a pod, if it has a name, that does not wait, and repairs the semaphore before, where needed, under a lock that may be
-// held for expiration. Its errors are *fullError, or that Redis or the lock servers are out of reach, or ctx's. With an error, no
-// token is held, or it is given back in the background. agreed is the greatest length that others asked for lately, or 0.
-func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, length int, expiration time.Duration) (token string, agreed int, err error) {
-	q := question{token: uuid.NewString(), length: length, pod: pod}
-	var lockFailing time.Time // since when
+// acquire takes a token for a pod that does not wait; pod may be empty. If needed, it
+// first repairs the semaphore, under a lock that may be held for expiration. agreed is
+// the greatest length that others asked for lately, or 0. Its errors are *fullError,
+// ctx's, or that Redis or the lock servers are unreachable. With an error, no token is
+// held, or it is given back in the background.
+func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, length int,
+	expiration time.Duration) (token string, agreed int, err error) {
+	q := acquireRequest{token: uuid.NewString(), length: length, pod: pod}
+	var lockFailing time.Time // since when the lock servers fail
 	var last error            // why the repair is not done yet
 	retry := newBackoff(50*time.Millisecond, 500*time.Millisecond)
 	for {
-		a, err := s.ask(ctx, id, q)
+		a, err := s.runAcquire(ctx, id, q)
 		switch {
 		case err != nil:
 			if errors.Is(err, errUnanswered) {
 				s.giveBackLater(id, q.token)
 			}
-			if last != nil && !hasTime(ctx) { // tells more
+			if last != nil && !hasTime(ctx) { // says more than err
 				err = fmt.Errorf("%w (%w)", last, cmp.Or(context.Cause(ctx), context.DeadlineExceeded))
 			}
 			return "", 0, err
@@ -140,9 +151,9 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, l
 			return q.token, a.agreed, nil
 		case a.status == acquireFull:
 			if a.doubt > 0 {
-				s.watch(id, length, expiration, a.doubt)
+				s.repairAfterDoubt(id, length, expiration, a.doubt)
 			}
-			if s.straying() > 0 { // it may still take a token
+			if s.unconfirmedFor() > 0 { // an earlier attempt may still take a token
 				s.giveBackLater(id, q.token)
 			}
 			return "", 0, &fullError{id, a.inUse, length, a.waiters, a.holders, a.doubt}
@@ -159,7 +170,7 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, l
 				last = err
 			}
 			return "", 0, fmt.Errorf("%w (%w)", last, context.Cause(ctx))
-		case errors.Is(err, errLockTaken) || errors.Is(err, errTooMany): // somebody else is doing our work, or we may be next
+		case errors.Is(err, errLockTaken) || errors.Is(err, errTooMany): // another repair runs, here or elsewhere
 			last, wait = err, lockRetryLeast+rand.N(lockRetryMost-lockRetryLeast)
 		case errors.As(err, &unlocked): // the lock servers may be back in a moment
 			if lockFailing.IsZero() {
@@ -178,7 +189,7 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, l
 	}
 }
 
-// lockError says that a lock could not be tried.
+// lockError says that the lock servers failed, not that the lock is taken.
 type lockError struct {
 	id  semaphoreID
 	err error
@@ -192,16 +203,18 @@ type repairStage = atomic.Int32
 
 const (
 	repairQueue int32 = iota
-	repairTurn
+	repairSlot
 	repairLock
 )
 
-// repair repairs a semaphore, or waits for the end of a repair of it that this process does already. Its errors are errLockTaken,
-// *lockError, errTooMany, or that Redis is out of reach; or ctx's, which does not end the repair. newcomer: see maintain.
-func (s *semaphores) repair(ctx context.Context, id semaphoreID, length int, expiration time.Duration, newcomer bool) error {
+// repair repairs a semaphore. If this process repairs it already, repair waits for that.
+// The end of ctx does not end the repair. Its errors are errLockTaken, *lockError,
+// errTooMany, ctx's, or that Redis is unreachable. For newcomer, see maintain.
+func (s *semaphores) repair(ctx context.Context, id semaphoreID, length int, expiration time.Duration,
+	newcomer bool) error {
 	r := s.repairs.join(id, new(repairStage), func(stage *repairStage) error {
 		ctx := context.WithoutCancel(ctx)
-		free, err := s.turnToRepair(ctx, stage, id)
+		free, err := s.takeRepairSlot(ctx, stage, id)
 		if err != nil {
 			return err
 		}
@@ -214,7 +227,7 @@ func (s *semaphores) repair(ctx context.Context, id semaphoreID, length int, exp
 	case <-ctx.Done():
 	}
 	switch r.state.Load() {
-	case repairTurn:
+	case repairSlot:
 		return fmt.Errorf("repairs: %w (%w)", errTooMany, context.Cause(ctx))
 	case repairLock:
 		return &lockError{id, unanswered(s.locks.servers(), context.Cause(ctx))}
@@ -222,37 +235,41 @@ func (s *semaphores) repair(ctx context.Context, id semaphoreID, length int, exp
 	return unanswered([]string{"queue Redis " + s.address.text}, context.Cause(ctx))
 }
 
-// turnToRepair waits until a repair may begin; free has to be called at its end. Its error is errTooMany.
-func (s *semaphores) turnToRepair(ctx context.Context, stage *repairStage, id semaphoreID) (free func(), err error) {
+// takeRepairSlot waits until a repair may begin. The caller must call free at its end.
+// Its error is errTooMany.
+func (s *semaphores) takeRepairSlot(ctx context.Context, stage *repairStage,
+	id semaphoreID) (free func(), err error) {
 	ctx, cancel := context.WithTimeout(ctx, repairTimeout)
 	defer cancel()
 	server, err := s.queue.find(ctx, id)
-	if err != nil { // the script is tried until the queue is back
+	if err != nil { // the script retries until the queue is back
 		return func() {}, nil
 	}
-	stage.Store(repairTurn)
+	stage.Store(repairSlot)
 	if free, err = server.repairing.take(ctx); err != nil {
 		err = fmt.Errorf("repairs: %w", err)
 	}
 	return free, err
 }
 
-// repairLocked does a repair under the lock.
-func (s *semaphores) repairLocked(ctx context.Context, stage *repairStage, id semaphoreID, length int, expiration time.Duration, newcomer bool) error {
+// repairLocked takes the lock and repairs the semaphore.
+func (s *semaphores) repairLocked(ctx context.Context, stage *repairStage, id semaphoreID, length int,
+	expiration time.Duration, newcomer bool) error {
 	ctx, cancel := context.WithTimeout(ctx, repairTimeout)
 	defer cancel()
 	stage.Store(repairLock)
 	unlock, err := s.locks.tryLock(ctx, id.lockKey(), expiration)
 	s.metrics.lock(err)
 	if errors.Is(err, errLockTaken) {
-		return fmt.Errorf("%s is held by another; it frees itself %s after it was taken: %w", id.lockKey(), expiration, err)
+		return fmt.Errorf("%s is held by another; it frees itself %s after it was taken: %w",
+			id.lockKey(), expiration, err)
 	}
 	if err != nil {
 		return &lockError{id, err}
 	}
 	stage.Store(repairQueue)
 	taken := time.Now()
-	defer s.background.Go(func() { // the pod need not wait for it
+	defer s.background.Go(func() { // the pod does not wait for it
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), unlockTimeout)
 		defer cancel()
 		if err := unlock(ctx); err != nil {
@@ -263,27 +280,28 @@ func (s *semaphores) repairLocked(ctx context.Context, stage *repairStage, id se
 	return s.maintain(ctx, id, length, newcomer)
 }
 
-// watch repairs a semaphore after doubt, in which live holders come back, and asks often enough until then that Redis notices no
-// other silence. Where pods are created seldom, each admission would otherwise find a new silence, and no token of a dead holder
-// would ever be reclaimed.
-func (s *semaphores) watch(id semaphoreID, length int, expiration, doubt time.Duration) {
+// repairAfterDoubt repairs a semaphore when the doubt is over and live holders are back.
+// Until then it repairs often enough that Redis sees no further silence. Otherwise, where
+// pods are created seldom, each admission would find a new silence, and no token of a
+// dead holder would ever be reclaimed.
+func (s *semaphores) repairAfterDoubt(id semaphoreID, length int, expiration, doubt time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, ok := s.watched[id]; ok {
+	if _, ok := s.afterDoubt[id]; ok {
 		return
 	}
-	s.watched[id] = struct{}{}
+	s.afterDoubt[id] = struct{}{}
 	s.background.Go(func() {
 		defer func() {
 			s.mu.Lock()
 			defer s.mu.Unlock()
-			delete(s.watched, id)
+			delete(s.afterDoubt, id)
 		}()
-		known := time.Now().Add(doubt)
-		every := min(watchEvery, s.heartbeatInterval/2) // a longer pause would be taken for another silence
-		for now := time.Now(); now.Before(known.Add(every)); now = time.Now() {
+		over := time.Now().Add(doubt)
+		every := min(doubtEvery, s.heartbeatInterval/2) // Redis takes a longer pause for another silence
+		for now := time.Now(); now.Before(over.Add(every)); now = time.Now() {
 			pause := every
-			if left := known.Sub(now); left > 0 {
+			if left := over.Sub(now); left > 0 {
 				pause = min(every, left)
 			}
 			select {
@@ -294,24 +312,25 @@ func (s *semaphores) watch(id semaphoreID, length int, expiration, doubt time.Du
 			ctx, cancel := context.WithTimeout(context.Background(), repairTimeout)
 			err := s.repair(ctx, id, length, expiration, false)
 			cancel()
-			if errors.Is(err, errTooMany) { // once more, at least
-				if now := time.Now(); now.After(known) {
-					known = now
+			if errors.Is(err, errTooMany) { // repair once more, at least
+				if now := time.Now(); now.After(over) {
+					over = now
 				}
 			} else if err != nil && !errors.Is(err, errLockTaken) {
-				s.log.Warn("tokens of dead holders may stay in use until the next admission", "namespace", id.namespace, "key", id.key, "error", err.Error())
+				s.log.Warn("tokens of dead holders may stay in use until the next admission",
+					"namespace", id.namespace, "key", id.key, "error", err.Error())
 				return
 			}
 		}
 	})
 }
 
-// maintain reclaims, refills and trims. newcomer says that the caller was not in line before: it does not wait for tokens that Redis
-// may have lost.
+// maintain reclaims, refills and trims. A newcomer was not in line before: for it, Redis
+// refills without waiting for holders whose tokens it may have lost.
 func (s *semaphores) maintain(ctx context.Context, id semaphoreID, length int, newcomer bool) error {
 	var reclaimed, refilled, trimmed int
 	var err error
-	for left := 1; left > 0 && err == nil; { // many stale tokens take more than one command, so that none holds Redis for long
+	for left := 1; left > 0 && err == nil; { // one command reclaims a portion, so that none blocks Redis for long
 		var rest []any
 		var r, f, t int
 		if _, rest, err = s.run(ctx, maintainScript, id, length, yesNo(newcomer)); err == nil {
@@ -330,7 +349,7 @@ func (s *semaphores) maintain(ctx context.Context, id semaphoreID, length int, n
 	return nil
 }
 
-// yesNo is how the scripts take a yes or no.
+// yesNo encodes a bool for the scripts.
 func yesNo(yes bool) string {
 	if yes {
 		return "1"

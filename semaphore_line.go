@@ -13,37 +13,50 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// A waiter asks again when it is called, and after a while in any case: that is how it keeps its place, how a call that went
-// lost costs no more than seconds, and how stale tokens are reclaimed where nobody else asks.
+// A waiter acquires again when Redis notifies it, and after a few seconds in any case.
+// That keeps its place. If a notification is lost, it costs only seconds. If no other
+// process acquires, it still reclaims stale tokens.
 const (
 	pollLeast = 2 * time.Second
 	pollMost  = 4 * time.Second
 
-	// pollFirst is the longest wait of the first in line. Should its connections have fallen silent, it hears no call, and its next
-	// question costs it an attemptTimeout; all in all it is not more than four seconds late.
+	// lineQuiet is the longest time without a command while live waiters are in line. Redis
+	// takes a longer silence for a failure of its own.
+	lineQuiet = 5 * time.Second
+
+	// linePatience is the silence after which Redis drops a waiter from the line. A live
+	// waiter asks within pollMost. Then Redis may be away for lineQuiet unnoticed, and the
+	// waiter asks again within pollMost. One more second is for fractions of seconds.
+	linePatience = pollMost + lineQuiet + pollMost + time.Second
+
+	// pollFirst is the longest wait of the first in line. If its connections fall silent,
+	// it gets no notification, and its next acquire takes an attemptTimeout more:
+	// together at most four seconds.
 	pollFirst = 1800 * time.Millisecond
 
-	// pollAhead is the wait where a token is free, and those ahead have yet to come for it.
+	// pollAhead is the wait while a token is free but reserved for waiters ahead.
 	pollAhead = time.Second
 
-	// askTimeout bounds a question of a waiter, with what it repairs. It does not wait for a repair longer than pollMost after it has
-	// asked: it has to go on asking, as Redis would take a silence of all that wait for one of its own.
-	askTimeout = 6 * time.Second
+	// acquireTimeout bounds an acquire of a waiter, with its repair. The waiter does not
+	// wait for a repair longer than pollMost after its request: it must keep asking,
+	// because Redis takes a silence of all waiters for an outage of its own.
+	acquireTimeout = 6 * time.Second
 
-	// subscribePatience is for how long a waiter tries to be reachable before it joins the line.
+	// subscribePatience is how long a waiter tries to subscribe before it joins the line.
 	subscribePatience = 2 * time.Second
 
-	// Everybody asks at once when a token goes stale, within this time.
+	// staleJitter spreads the acquires of waiters when a token goes stale.
 	staleJitter = 500 * time.Millisecond
 
-	// logMoved is how often a waiter logs that it waits, if it has moved up meanwhile; see logEvery.
+	// logMoved is how often a waiter logs its place if that has changed; if not, see
+	// logEvery.
 	logMoved = 5 * time.Second
 )
 
 // errKeptRepairing says that a repair was done and has not helped.
 var errKeptRepairing = errors.New("other processes kept repairing it, or their pods took what was there")
 
-// waiter gets a token for a pod, however long it takes.
+// waiter acquires a token for a pod, however long that takes.
 type waiter struct {
 	semaphores *semaphores
 	id         semaphoreID
@@ -51,48 +64,50 @@ type waiter struct {
 	pod        podName
 	length     int
 	expiration time.Duration
-	say        func(string) // is told what is waited for
+	report     func(string) // receives a text that says why the pod waits
 	log        *slog.Logger
 
-	logged         time.Time // that it waits
+	logged         time.Time // when it last logged its place
 	loggedPosition int
-	limit          logLimiter // of lines about why there is no token yet
+	limit          logLimiter // of warnings
 }
 
-// wait returns when the token is in flight: when Redis was asked that said so, and whether the waiter stood in line before; or the
-// error of ctx. In the latter case the caller has to release the token, which may be in line, or in flight.
+// wait returns once the token is in flight. asked is when the successful request was
+// sent; inLine reports whether the waiter stood in line before. If ctx is done first,
+// wait returns its error. The caller must then release the token, which may be in line or
+// in flight.
 func (w *waiter) wait(ctx context.Context) (asked time.Time, inLine bool, err error) {
-	asked, a, err := w.try(ctx, "")
+	asked, a, err := w.acquireOnce(ctx, "")
 	if err == nil && a.status == acquireTaken {
 		return asked, false, nil
 	}
 	if err != nil {
-		w.fail(err)
+		w.reportError(err)
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	called := newWakeup()
-	calls := newSubscription(w.semaphores.queue, w.id, w.log)
-	calls.add(called, w.id, w.token)
-	go calls.receiveRetrying(ctx) // before it joins the line, so that no call is missed
-	if err := called.waitFor(ctx, subscribePatience); err != nil {
+	wakeup := newWakeup()
+	subscription := newSubscription(w.semaphores.queue, w.id, w.log)
+	subscription.add(wakeup, w.id, w.token)
+	go subscription.receiveRetrying(ctx) // before it joins the line, so that it misses no notification
+	if err := wakeup.waitFor(ctx, subscribePatience); err != nil {
 		return asked, false, err
 	}
-	asked, err = w.stand(ctx, calls, called)
+	asked, err = w.waitInLine(ctx, subscription, wakeup)
 	return asked, true, err
 }
 
-// stand joins the line and stands in it until the token is in flight, or ctx is done.
-func (w *waiter) stand(ctx context.Context, calls *subscription, called wakeup) (asked time.Time, err error) {
+// waitInLine joins the line and stays there until the token is in flight, or ctx is done.
+func (w *waiter) waitInLine(ctx context.Context, sub *subscription, wakeup wakeup) (asked time.Time, err error) {
 	arrival := joinLine
 	for retry := w.newBackoff(); ; {
-		asked, a, err := w.try(ctx, arrival)
+		asked, a, err := w.acquireOnce(ctx, arrival)
 		pause := w.untilPoll(a)
 		switch {
 		case ctx.Err() != nil:
 			return asked, ctx.Err()
 		case err != nil:
-			w.fail(err)
+			w.reportError(err)
 			pause = retry.next()
 			if a.status == acquireRepair { // Redis has answered
 				pause = min(pause, max(0, time.Until(asked.Add(pollMost))))
@@ -102,11 +117,11 @@ func (w *waiter) stand(ctx context.Context, calls *subscription, called wakeup) 
 		default:
 			arrival, retry = a.place.arrival, w.newBackoff()
 			if !a.place.reachable {
-				calls.redial(w.id, w.token)
+				sub.redial(w.id, w.token)
 			}
-			w.tell(a)
+			w.reportPlace(a)
 		}
-		if err := called.waitFor(ctx, pause); err != nil {
+		if err := wakeup.waitFor(ctx, pause); err != nil {
 			return asked, err
 		}
 	}
@@ -114,14 +129,15 @@ func (w *waiter) stand(ctx context.Context, calls *subscription, called wakeup) 
 
 func (w *waiter) newBackoff() *backoff { return newBackoff(250*time.Millisecond, pollMost) }
 
-// try asks for the token, and if something is to be repaired first, repairs it and asks again. asked is when it asked last.
-func (w *waiter) try(ctx context.Context, arrival string) (asked time.Time, a answer, err error) {
-	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+// acquireOnce acquires the token. If the semaphore needs a repair first, it repairs it
+// and acquires again. asked is when the last request was sent.
+func (w *waiter) acquireOnce(ctx context.Context, arrival string) (asked time.Time, a acquireReply, err error) {
+	ctx, cancel := context.WithTimeout(ctx, acquireTimeout)
 	defer cancel()
-	q := question{w.token, w.length, arrival, w.pod}
+	q := acquireRequest{w.token, w.length, arrival, w.pod}
 	for repaired := false; ; repaired = true {
 		asked = time.Now()
-		a, err = w.semaphores.ask(ctx, w.id, q)
+		a, err = w.semaphores.runAcquire(ctx, w.id, q)
 		if err != nil || a.status != acquireRepair {
 			return asked, a, err
 		}
@@ -134,25 +150,25 @@ func (w *waiter) try(ctx context.Context, arrival string) (asked time.Time, a an
 	}
 }
 
-// repair repairs the semaphore for a question that was asked, and does not keep the next one from being asked in time; what it has
-// begun goes on.
-func (w *waiter) repair(ctx context.Context, asked time.Time, q question) error {
+// repair repairs the semaphore for a request sent at asked. It returns in time for the
+// next request; the repair itself goes on.
+func (w *waiter) repair(ctx context.Context, asked time.Time, q acquireRequest) error {
 	ctx, cancel := context.WithDeadline(ctx, asked.Add(pollMost))
 	defer cancel()
 	return w.semaphores.repair(ctx, w.id, w.length, w.expiration, q.newcomer())
 }
 
-// fail says why there is no token yet.
-func (w *waiter) fail(err error) {
-	w.say(err.Error())
+// reportError reports why there is no token yet.
+func (w *waiter) reportError(err error) {
+	w.report(err.Error())
 	if _, ok := w.limit.allow(); ok {
 		w.log.Warn("no token yet, to be retried", "error", err.Error())
 	}
 }
 
-// untilPoll is how long a waiter waits for a call. Those at the front do not sleep past the moment at which a token goes
-// stale.
-func (w *waiter) untilPoll(a answer) time.Duration {
+// untilPoll returns how long a waiter waits for a notification. Waiters at the front wake
+// when a token goes stale.
+func (w *waiter) untilPoll(a acquireReply) time.Duration {
 	poll := pollLeast + rand.N(pollMost-pollLeast)
 	if a.place.position > w.length {
 		return poll
@@ -160,16 +176,17 @@ func (w *waiter) untilPoll(a answer) time.Duration {
 	if a.place.position == 1 {
 		poll = pollFirst/2 + rand.N(pollFirst/2)
 	}
-	if a.inUse < w.length { // kept for those ahead, unless they are gone
+	if a.inUse < w.length { // reserved for waiters ahead, unless these are gone
 		poll = min(poll, pollAhead)
 	}
 	return max(min(poll, a.place.staleIn+rand.N(staleJitter)), 50*time.Millisecond)
 }
 
-// tell says where the waiter stands, and logs it if it is news.
-func (w *waiter) tell(a answer) {
+// reportPlace reports the waiter's place. It logs a new place every logMoved, and the
+// same place every logEvery.
+func (w *waiter) reportPlace(a acquireReply) {
 	text := waitingText(w.id, w.length, a)
-	w.say(text)
+	w.report(text)
 	since := time.Since(w.logged)
 	if since > logEvery || a.place.position != w.loggedPosition && since > logMoved {
 		w.log.Info(text)
@@ -177,27 +194,28 @@ func (w *waiter) tell(a answer) {
 	}
 }
 
-// waitingText says what a waiter waits for.
-func waitingText(id semaphoreID, length int, a answer) string {
-	text := fmt.Sprintf("waiting for a token of %s: %d of %d in use, %s in line, %s", id, a.inUse, length, ordinal(a.place.position), roughly(a.place.waited))
+// waitingText describes what a waiter waits for.
+func waitingText(id semaphoreID, length int, a acquireReply) string {
+	text := fmt.Sprintf("waiting for a token of %s: %d of %d in use, %s in line, %s",
+		id, a.inUse, length, ordinal(a.place.position), roughly(a.place.waited))
 	if by := byHolders(a.holders, a.inUse); by != "" {
 		text += "; in use " + by
 	}
-	return text + inDoubt(a.doubt)
+	return text + doubtText(a.doubt)
 }
 
-// inDoubt says why nobody gets what seems to be free.
-func inDoubt(doubt time.Duration) string {
+// doubtText says why Redis hands out no free tokens.
+func doubtText(doubt time.Duration) string {
 	if doubt <= 0 {
 		return ""
 	}
-	return fmt.Sprintf("; Redis was away or has lost data, in %s it is known who is gone", roughly(doubt))
+	return fmt.Sprintf("; Redis was away or has lost data: in %s it knows which holders are gone", roughly(doubt))
 }
 
 // yourTurn is the message to a waiter for which a token is free; see semaphore.lua.
 const yourTurn = "your turn"
 
-// wakeup wakes a loop; several wakes before it runs are one.
+// wakeup wakes a loop. Several wakes before the loop runs count as one.
 type wakeup chan struct{}
 
 func newWakeup() wakeup { return make(wakeup, 1) }
@@ -209,10 +227,10 @@ func (w wakeup) wake() {
 	}
 }
 
-// call implements subscriber, for a loop that has one token.
-func (w wakeup) call(string) { w.wake() }
+// tokenFree implements subscriber, for a loop that has one token.
+func (w wakeup) tokenFree(string) { w.wake() }
 
-// waitFor waits for a wake, but no longer than d. Its error is that of ctx.
+// waitFor waits for a wake, at most for d. Its error is ctx's.
 func (w wakeup) waitFor(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
 	defer t.Stop()
@@ -226,18 +244,20 @@ func (w wakeup) waitFor(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// subscriber is told what a subscription receives. Its methods must not block.
+// subscriber receives the events of a subscription. Its methods must not block.
 type subscriber interface {
-	// wake is for a channel that has just been subscribed: what was published before was not received.
+	// wake follows a new subscription of a channel: messages before it were not received.
 	wake()
-	// call is for a token that is free for the pod of this name.
-	call(token string)
+	// tokenFree follows the message of Redis that the waiter of this token can have it
+	// now.
+	tokenFree(token string)
 }
 
-// subscription receives the calls of Redis for the pods that a process has in line: one for a sidecar, thousands for a gate.
+// subscription receives Redis's messages for the waiting pods of a process: one pod for a
+// sidecar, thousands for a gate.
 type subscription struct {
-	queue queue
-	id    semaphoreID // the subscription is on its server; in a Cluster, each node publishes what any of them does
+	queue tokenServers
+	id    semaphoreID // selects the server; each node of a Cluster publishes the messages of all nodes
 	log   *slog.Logger
 
 	mu       sync.Mutex
@@ -245,17 +265,17 @@ type subscription struct {
 	conn     *redis.PubSubConn   // nil while there is none
 }
 
-// channel is where the scripts call for one token.
+// channel is where the scripts publish that a token is free.
 type channel struct {
 	to    subscriber
 	token string
-	since time.Time // when it was subscribed; zero while it is not
+	since time.Time // when it was subscribed; zero before
 }
 
-// subscribeMost is how many channels one command subscribes.
+// subscribeMost caps the channels that one command subscribes.
 const subscribeMost = 500
 
-func newSubscription(q queue, id semaphoreID, log *slog.Logger) *subscription {
+func newSubscription(q tokenServers, id semaphoreID, log *slog.Logger) *subscription {
 	return &subscription{queue: q, id: id, log: log, channels: map[string]*channel{}}
 }
 
@@ -285,7 +305,8 @@ func (s *subscription) remove(id semaphoreID, tokens ...string) {
 	s.send(names, (*redis.PubSubConn).Unsubscribe)
 }
 
-// send sends a command for channels on the connection, if there is one; if it fails, the connection ends.
+// send sends a command for channels, if there is a connection. If the command fails, the
+// connection ends.
 func (s *subscription) send(names []any, command func(*redis.PubSubConn, ...any) error) {
 	for some := range slices.Chunk(names, subscribeMost) {
 		if s.conn == nil {
@@ -298,8 +319,9 @@ func (s *subscription) send(names []any, command func(*redis.PubSubConn, ...any)
 	}
 }
 
-// redial ends the connection if the channel of a token has been subscribed for a while. It is for a token whose messages reach
-// nobody: the server has forgotten the subscription, or is another one by now.
+// redial closes the connection if the token's channel was subscribed more than a second
+// ago. It follows a message that Redis delivered to no subscriber: the server has
+// forgotten the subscription, or another server has taken over.
 func (s *subscription) redial(id semaphoreID, token string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -309,7 +331,8 @@ func (s *subscription) redial(id semaphoreID, token string) {
 	}
 }
 
-// receiveRetrying receives until ctx is done, over a new connection each time that one fails.
+// receiveRetrying receives until ctx is done. Each time that the connection fails, it
+// opens another one.
 func (s *subscription) receiveRetrying(ctx context.Context) {
 	var limit logLimiter
 	for retry := newBackoff(250*time.Millisecond, pollMost); ; {
@@ -322,7 +345,7 @@ func (s *subscription) receiveRetrying(ctx context.Context) {
 			retry = newBackoff(250*time.Millisecond, pollMost)
 		}
 		if _, ok := limit.allow(); ok {
-			s.log.Warn("cannot be called when a token comes free, asks every few seconds", "error", err.Error())
+			s.log.Warn("not notified of free tokens, asks every few seconds instead", "error", err.Error())
 		}
 		if sleep(ctx, retry.next()) != nil {
 			return
@@ -330,7 +353,8 @@ func (s *subscription) receiveRetrying(ctx context.Context) {
 	}
 }
 
-// receive subscribes all channels and passes on what is published, until the connection fails or ctx is done.
+// receive subscribes all channels and dispatches messages until the connection fails or
+// ctx is done.
 func (s *subscription) receive(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -338,7 +362,7 @@ func (s *subscription) receive(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	conn, err := server.pool.DialContext(ctx) // not the pool's: it would keep it
+	conn, err := server.pool.DialContext(ctx) // not from the pool, which would keep it
 	if err != nil {
 		return fmt.Errorf("connect to %s: %w", server, err)
 	}
@@ -353,15 +377,15 @@ func (s *subscription) receive(ctx context.Context) error {
 			return fmt.Errorf("%s: subscription: %w", server, message)
 		case redis.Subscription:
 			if message.Kind == "subscribe" {
-				s.pass(message.Channel, "")
+				s.dispatch(message.Channel, "")
 			}
 		case redis.Message:
-			s.pass(message.Channel, string(message.Data))
+			s.dispatch(message.Channel, string(message.Data))
 		}
 	}
 }
 
-// setConnection notes the connection, and subscribes all channels on it.
+// setConnection stores the connection and subscribes all channels on it.
 func (s *subscription) setConnection(conn *redis.PubSubConn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -374,8 +398,9 @@ func (s *subscription) setConnection(conn *redis.PubSubConn) {
 	s.send(names, (*redis.PubSubConn).Subscribe)
 }
 
-// pass passes on a message; an empty one says that the channel is subscribed now.
-func (s *subscription) pass(name, message string) {
+// dispatch passes a message to its subscriber. An empty message says that the channel is
+// now subscribed.
+func (s *subscription) dispatch(name, message string) {
 	s.mu.Lock()
 	c, ok := s.channels[name]
 	if ok && message == "" {
@@ -387,6 +412,6 @@ func (s *subscription) pass(name, message string) {
 	case message == "":
 		c.to.wake()
 	case message == yourTurn:
-		c.to.call(c.token)
+		c.to.tokenFree(c.token)
 	}
 }

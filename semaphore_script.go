@@ -13,30 +13,38 @@ import (
 	"github.com/google/uuid"
 )
 
-// failoverPatience is for how long commands are tried again while a part of the queue fails: a failover takes less. After that they
-// are tried once each: whoever asks is told at once.
+// failoverPatience is how long commands are retried while a part of the queue fails; a
+// failover takes less. After that, each command is tried once, so that its caller gets
+// the error at once.
 const failoverPatience = 10 * time.Second
 
-// attemptTimeout is after how long a command that is not answered is asked again, on another connection: two seconds, or half
-// of a shorter heartbeat interval, but not less than one. Scripts rely on it; see "back" in semaphore.lua.
+// attemptTimeout is how long a command may go unanswered before it is sent again on
+// another connection. It is half the heartbeat interval, but at least one second and at
+// most two. See beatTimeout, on which the scripts rely.
 func (s *semaphores) attemptTimeout() time.Duration {
 	return min(max(s.heartbeatInterval/2, time.Second), 2*time.Second)
 }
 
-// run runs a script and returns its status and the rest of its answer. An attempt that is not answered within attemptTimeout is
-// repeated on another connection, with twice the time, and one whose connection breaks, or whose server is not the one to ask (any
-// more), after a moment; until ctx is done, or the queue has failed for failoverPatience. Redis refuses an attempt that it sees after
-// its time: when run returns, nothing of it is under way any more, but for an attempt whose connection broke; see straying. It may
-// return that long after ctx is done. A question for a token waits for its turn; its error is errTooMany if that is not before ctx is done.
-func (s *semaphores) run(ctx context.Context, script *script, id semaphoreID, args ...any) (status int, rest []any, err error) {
+// run runs a script and returns its status and the rest of its reply. It retries until
+// ctx is done, or the queue has failed for failoverPatience. If an attempt is not
+// answered within attemptTimeout, the next one gets another connection and twice the
+// time. If the connection breaks, or another server is responsible, the next attempt
+// follows after a pause.
+//
+// Redis refuses an attempt that arrives after its deadline. So no attempt is under way
+// when run returns, except one whose connection broke; see unconfirmedFor. An attempt
+// outlasts the end of ctx, so run may return that much later. An acquire waits for a slot
+// first; if ctx is done before, the error is errTooMany.
+func (s *semaphores) run(ctx context.Context, script *script, id semaphoreID,
+	args ...any) (status int, rest []any, err error) {
 	late, sent := 0, false
-	var refused error // what Redis has answered to an attempt before the last
+	var refused error // the last error that Redis returned
 	part := s.queue.part(id)
 	pause := newBackoff(10*time.Millisecond, 500*time.Millisecond)
 	for timeout := s.attemptTimeout(); ; {
 		var server *queueServer
 		var free func()
-		server, free, err = s.turn(ctx, script, id)
+		server, free, err = s.takeServer(ctx, script, id)
 		start := time.Now()
 		if err == nil {
 			status, rest, err = s.attempt(ctx, server, timeout, script, id, args)
@@ -51,11 +59,12 @@ func (s *semaphores) run(ctx context.Context, script *script, id semaphoreID, ar
 			s.outages.ended(part)
 		}
 		switch {
-		case err == nil && status == statusLate && late < 3: // the answer tells the time
+		case err == nil && status == statusLate && late < 3: // its reply has corrected our view of Redis's clock
 			late++
 			continue
 		case err == nil && status == statusLate:
-			err = fmt.Errorf("queue Redis %s: refused as too late, again and again: its clock jumps, or commands take seconds to arrive", s.address)
+			err = fmt.Errorf("queue Redis %s: refused repeatedly as too late: "+
+				"its clock jumps, or commands take seconds to arrive", s.address)
 		case again:
 			if isTransient(err) {
 				refused = err
@@ -71,45 +80,50 @@ func (s *semaphores) run(ctx context.Context, script *script, id semaphoreID, ar
 		if err != nil && sent && !errors.Is(err, errUnanswered) {
 			err = fmt.Errorf("%w (and %w before)", err, errUnanswered)
 		}
-		if err != nil && refused != nil && !isTransient(err) { // there was no time for another answer
+		if err != nil && refused != nil && !isTransient(err) { // ctx ended before another reply
 			err = fmt.Errorf("%w (before: %w)", err, refused)
 		}
 		return status, rest, err
 	}
 }
 
-// canRetry reports whether a command that failed so may work in a moment, here or on another server.
+// canRetry reports whether a command that failed with this error may work in a moment,
+// here or on another server.
 func canRetry(err error) bool {
 	return errors.Is(err, errUnanswered) || errors.Is(err, errUnreached) || isTransient(err)
 }
 
-// mayStray notes that a command whose connection broke may still come until its deadline.
-func (s *semaphores) mayStray(deadline time.Time) {
+// noteUnconfirmed notes a command whose connection broke: Redis may still receive it
+// before its deadline.
+func (s *semaphores) noteUnconfirmed(deadline time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if deadline.After(s.strays) {
-		s.strays = deadline
+	if deadline.After(s.unconfirmedUntil) {
+		s.unconfirmedUntil = deadline
 	}
 }
 
-// straying is for how long a command may still come to Redis though its connection broke: something between may have closed the one
-// and yet send on the other.
-func (s *semaphores) straying() time.Duration {
+// unconfirmedFor returns how long Redis may still receive a command whose connection
+// broke. A proxy may close its connection to us and still deliver on its connection to
+// Redis.
+func (s *semaphores) unconfirmedFor() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return time.Until(s.strays)
+	return time.Until(s.unconfirmedUntil)
 }
 
-// hasTime reports whether ctx leaves the time for another attempt.
+// hasTime reports whether ctx leaves time for another attempt.
 func hasTime(ctx context.Context) bool {
 	deadline, ok := ctx.Deadline()
 	return ctx.Err() == nil && (!ok || time.Until(deadline) > 10*time.Millisecond)
 }
 
-// turn finds the server that runs a script for a semaphore, and waits for the turn of a question for a token there. free has to be called once
-// it is answered. Its errors are those of the queue's find; errUnreached, if there is no room as the queue has failed for failoverPatience; and
-// errTooMany, which is no failure of Redis.
-func (s *semaphores) turn(ctx context.Context, script *script, id semaphoreID) (server *queueServer, free func(), err error) {
+// takeServer finds the server of a semaphore and, for an acquire, waits for a slot there.
+// The caller must call free after the reply. Its errors are those of find; errUnreached
+// if no slot is free and the queue has failed for failoverPatience; and errTooMany, which
+// is no failure of Redis.
+func (s *semaphores) takeServer(ctx context.Context, script *script,
+	id semaphoreID) (server *queueServer, free func(), err error) {
 	defer func() {
 		if err != nil && !errors.Is(err, errTooMany) {
 			s.metrics.script(script.name, 0, err)
@@ -120,24 +134,27 @@ func (s *semaphores) turn(ctx context.Context, script *script, id semaphoreID) (
 		if script != acquireScript {
 			return server, func() {}, nil
 		}
-		if failing := s.outages.lasts(s.queue.part(id)); failing > failoverPatience && server.asking.used() {
-			return nil, nil, fmt.Errorf("%w: %s has not answered for %s, and others ask it already", errUnreached, server, failing.Round(time.Second))
+		if failing := s.outages.failingFor(s.queue.part(id)); failing > failoverPatience && server.asking.used() {
+			return nil, nil, fmt.Errorf("%w: %s has not answered for %s, and enough requests wait for it",
+				errUnreached, server, failing.Round(time.Second))
 		}
 		free, err = server.asking.take(ctx)
 		if err != nil {
-			return nil, nil, fmt.Errorf("questions to %s: %w", server, err)
+			return nil, nil, fmt.Errorf("requests to %s: %w", server, err)
 		}
-		asked := server
-		if server, err = s.queue.find(ctx, id); err == nil && server == asked {
+		before := server
+		if server, err = s.queue.find(ctx, id); err == nil && server == before {
 			return server, free, nil
 		}
-		free() // it has a successor by now, or is about to
+		free() // another server has taken over, or is about to
 	}
 	return nil, nil, err
 }
 
-// attempt runs a script once. It is not cut off by the end of ctx, but takes no more time than ctx has.
-func (s *semaphores) attempt(ctx context.Context, server *queueServer, timeout time.Duration, script *script, id semaphoreID, args []any) (status int, rest []any, err error) {
+// attempt runs a script once. The end of ctx does not cut it off, but it takes no more
+// time than ctx has.
+func (s *semaphores) attempt(ctx context.Context, server *queueServer, timeout time.Duration, script *script,
+	id semaphoreID, args []any) (status int, rest []any, err error) {
 	start := time.Now()
 	defer func() { s.metrics.script(script.name, time.Since(start), err) }()
 	deadline := start.Add(timeout)
@@ -165,16 +182,18 @@ func runScript(ctx context.Context, conn redis.Conn, script *script, keysAndArgs
 	return script.made().Do(timedConn{conn, deadline}, keysAndArgs...)
 }
 
-// timedConn is a connection whose commands are given up at a deadline. A context, which could end at any time, costs a goroutine for each.
+// timedConn is a connection whose commands time out at a deadline. A context, which could
+// end at any time, costs a goroutine for each command.
 type timedConn struct {
 	redis.Conn
 	deadline time.Time
 }
 
-// Do implements redis.Conn. Its error is context.DeadlineExceeded if the answer does not come in time.
+// Do implements redis.Conn. If the reply does not come in time, its error is
+// context.DeadlineExceeded.
 func (c timedConn) Do(command string, args ...any) (any, error) {
 	left := time.Until(c.deadline)
-	if left <= 0 { // which DoWithTimeout would take for no limit
+	if left <= 0 { // DoWithTimeout takes 0 for no limit
 		return nil, context.DeadlineExceeded
 	}
 	reply, err := redis.DoWithTimeout(c.Conn, left, command, args...)
@@ -184,18 +203,19 @@ func (c timedConn) Do(command string, args ...any) (any, error) {
 	return reply, err
 }
 
-// runScriptAsking runs a script on a node of a Cluster to which its slot is moving. ASKING is for one command, so that it cannot be
-// tried first whether the node knows the script.
+// runScriptAsking runs a script on a node of a Cluster to which its slot is moving.
+// ASKING holds for one command only. So it sends the whole script, without trying first
+// whether the node knows its hash.
 func runScriptAsking(ctx context.Context, conn redis.Conn, script *script, keysAndArgs []any) (any, error) {
 	err := errors.Join(conn.Send("ASKING"), script.made().Send(conn, keysAndArgs...))
 	if err != nil {
 		return nil, err
 	}
-	replies, err := redis.Values(redis.DoContext(conn, ctx, "")) // all that are outstanding
+	replies, err := redis.Values(redis.DoContext(conn, ctx, "")) // all outstanding ones
 	if err != nil {
 		return nil, err
 	}
-	for _, r := range replies { // if ASKING is refused, that is what is wrong
+	for _, r := range replies { // an error of ASKING explains the one after it
 		if err, ok := r.(redis.Error); ok {
 			return nil, err
 		}
@@ -204,7 +224,8 @@ func runScriptAsking(ctx context.Context, conn redis.Conn, script *script, keysA
 }
 
 // send runs a script on a server.
-func (s *semaphores) send(ctx context.Context, server *queueServer, deadline time.Time, run runner, script *script, id semaphoreID, args []any) (int, []any, error) {
+func (s *semaphores) send(ctx context.Context, server *queueServer, deadline time.Time, run runner, script *script,
+	id semaphoreID, args []any) (int, []any, error) {
 	conn, err := server.pool.GetContext(ctx)
 	if err != nil {
 		if isUnreachable(err) || server.left.Load() {
@@ -213,17 +234,19 @@ func (s *semaphores) send(ctx context.Context, server *queueServer, deadline tim
 		return 0, nil, fmt.Errorf("connect to %s: %w", server, err)
 	}
 	defer conn.Close()
-	all := append(id.keys(), server.clock.at(deadline), seconds(s.heartbeatInterval), seconds(s.staleThreshold), s.timeToLive())
+	all := append(id.keys(), server.clock.at(deadline), seconds(s.heartbeatInterval), seconds(s.staleThreshold),
+		s.timeToLive())
 	values, err := redis.Values(run(ctx, conn, script, append(all, args...)))
 	var answered redis.Error
 	switch {
-	case errors.As(err, &answered) && strings.Contains(answered.Error(), "unauthenticated"): // so many arguments
+	case errors.As(err, &answered) && strings.Contains(answered.Error(), "unauthenticated"):
+		// Redis limits the arguments of unauthenticated clients.
 		return 0, nil, fmt.Errorf("%s: NOAUTH: it wants a password (%w)", server, err)
 	case errors.As(err, &answered):
 		return 0, nil, fmt.Errorf("%s: %w", server, err)
 	case err != nil:
 		if script != releaseScript {
-			s.mayStray(deadline)
+			s.noteUnconfirmed(deadline)
 		}
 		return 0, nil, fmt.Errorf("%w of %s: %w", errUnanswered, server, err)
 	}
@@ -236,9 +259,9 @@ func (s *semaphores) send(ctx context.Context, server *queueServer, deadline tim
 	return status, values, nil
 }
 
-// check tries whether the queue takes writes.
+// check returns an error unless the queue takes writes.
 func (s *semaphores) check(ctx context.Context) error {
-	return askAll(ctx, s.queue.checks(), func(ctx context.Context, id semaphoreID) (int, error) {
+	return fanOut(ctx, s.queue.checks(), func(ctx context.Context, id semaphoreID) (int, error) {
 		status, _, err := s.run(ctx, releaseScript, id, uuid.Nil.String())
 		return status, err
 	}, func(int) (enough bool) { return true })
@@ -252,13 +275,13 @@ type outages struct {
 
 type outage struct{ began, last time.Time }
 
-// failed notes that a command has failed, and returns for how long they have.
+// failed notes that a command has failed. It returns how long the part has failed.
 func (o *outages) failed(part int) time.Duration {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	now := time.Now()
 	known, ok := o.parts[part]
-	if !ok || now.Sub(known.last) > failoverPatience { // nobody has asked for so long
+	if !ok || now.Sub(known.last) > failoverPatience { // no command for so long: a new outage
 		known.began = now
 	}
 	known.last = now
@@ -266,8 +289,8 @@ func (o *outages) failed(part int) time.Duration {
 	return now.Sub(known.began)
 }
 
-// lasts is for how long a part has failed, or 0.
-func (o *outages) lasts(part int) time.Duration {
+// failingFor returns how long a part has failed, or 0.
+func (o *outages) failingFor(part int) time.Duration {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	known, ok := o.parts[part]
@@ -277,7 +300,7 @@ func (o *outages) lasts(part int) time.Duration {
 	return time.Since(known.began)
 }
 
-// ended notes that a part answers.
+// ended notes that a part answers again.
 func (o *outages) ended(part int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -14,38 +14,41 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// A survey reads what is in the queue, by commands that change nothing and that never make Redis look through all its keys at once.
+// A survey reads the state of the queue. Its commands change nothing, and none makes
+// Redis scan all its keys at once.
 const (
-	scanCount   = 1000 // keys that Redis looks at in one step
-	surveyBatch = 100  // semaphores that are read at once
-	detailMost  = 1000 // holders, and waiters, that are shown of a semaphore
+	scanCount   = 1000 // keys that Redis examines in one step
+	surveyBatch = 100  // semaphores of one round trip
+	detailMost  = 1000 // holders, and waiters, of a semaphore that are shown
 )
 
-// semaphoreState is what is to be seen of a semaphore at a time.
+// semaphoreState is the state of a semaphore at one moment.
 type semaphoreState struct {
 	id              semaphoreID
-	length          int           // the greatest that was asked for lately; 0 if nobody has asked
+	length          int           // the greatest that pods asked for lately; 0 if none has
 	free            int           // tokens in the queue
 	inUse           int           // tokens in flight
-	late            int           // of those, how many have missed a heartbeat
-	stale           int           // and how many are stale
-	waiting         int           // how many are in line
+	late            int           // those in flight that have missed a heartbeat, with the stale ones
+	stale           int           // those in flight that are stale
+	waiting         int           // pods in line
 	longestWait     time.Duration // of the first in line
 	oldestHeartbeat time.Duration // since the oldest
-	reclaimed       int           // stale tokens that were taken back, since the semaphore is known
+	reclaimed       int           // stale tokens that were taken back since Redis knows the semaphore
 	rejoined        int           // tokens that their holders put back
 }
 
-// lateAfter is after how long without a heartbeat a token is late: its holder has missed one. staleAfter is when it is stale; the
-// scripts have the same, see semaphore.lua.
+// A token is late when its last heartbeat is older than lateAfter: its holder has missed
+// one. It is stale when that heartbeat is older than staleAfter. The scripts compute the
+// same; see semaphore.lua.
 func (s *semaphores) lateAfter() time.Duration {
-	return s.heartbeatInterval + min(3*time.Second, s.heartbeatInterval)
+	return s.heartbeatInterval + min(beatTimeout, s.heartbeatInterval)
 }
 
 func (s *semaphores) staleAfter() time.Duration { return max(s.staleThreshold, 2*s.lateAfter()) }
 
-// survey returns the state of all semaphores of a namespace, or of all namespaces, in the order of their names. Where it cannot see
-// all, before ctx is done, it returns what it has seen, and an error.
+// survey returns the state of all semaphores of a namespace, or of all namespaces, in the
+// order of their names. If it cannot read all before ctx is done, it returns those that
+// it has read, and an error.
 func (s *semaphores) survey(ctx context.Context, namespace string) ([]semaphoreState, error) {
 	servers, err := s.queue.primaries(ctx)
 	if err != nil {
@@ -55,18 +58,18 @@ func (s *semaphores) survey(ctx context.Context, namespace string) ([]semaphoreS
 	if namespace != "" {
 		pattern = "state/{" + globQuote(namespace) + "/*}"
 	}
-	type seen struct {
+	type result struct {
 		states []semaphoreState
 		err    error
 	}
 	var states []semaphoreState
 	var errs serverErrors
-	_ = askAll(ctx, servers, func(ctx context.Context, server *queueServer) (some seen, _ error) {
+	_ = fanOut(ctx, servers, func(ctx context.Context, server *queueServer) (some result, _ error) {
 		if some.states, some.err = s.surveyServer(ctx, server, pattern); some.err != nil {
 			some.err = fmt.Errorf("%s: %w", server, some.err)
 		}
 		return some, nil
-	}, func(some seen) (enough bool) {
+	}, func(some result) (enough bool) {
 		states = append(states, some.states...)
 		if some.err != nil {
 			errs = append(errs, some.err)
@@ -74,7 +77,7 @@ func (s *semaphores) survey(ctx context.Context, namespace string) ([]semaphoreS
 		return false
 	})
 	slices.SortFunc(states, func(a, b semaphoreState) int { return cmp.Compare(a.id.String(), b.id.String()) })
-	// One that moved meanwhile may have been seen twice.
+	// A semaphore that moved between nodes meanwhile may be there twice.
 	states = slices.CompactFunc(states, func(a, b semaphoreState) bool { return a.id == b.id })
 	if len(errs) > 0 {
 		return states, errs
@@ -82,20 +85,22 @@ func (s *semaphores) survey(ctx context.Context, namespace string) ([]semaphoreS
 	return states, nil
 }
 
-// globQuote takes their meaning from what a pattern of Redis could take for wildcards.
+// globQuote escapes the wildcards of a Redis pattern.
 func globQuote(text string) string {
 	return strings.NewReplacer(`*`, `\*`, `?`, `\?`, `[`, `\[`, `]`, `\]`, `\`, `\\`).Replace(text)
 }
 
-// surveyServer looks for semaphores on a server, and reads each as soon as it is found.
-func (s *semaphores) surveyServer(ctx context.Context, server *queueServer, pattern string) (states []semaphoreState, err error) {
-	defer func() { s.noteLook(server, semaphoreID{}, err) }()
+// surveyServer finds the semaphores on a server, and reads each batch as soon as it is
+// found.
+func (s *semaphores) surveyServer(ctx context.Context, server *queueServer,
+	pattern string) (states []semaphoreState, err error) {
+	defer func() { s.noteReadError(server, semaphoreID{}, err) }()
 	conn, err := server.pool.GetContext(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer conn.Close()
-	seen := map[semaphoreID]bool{} // SCAN may name a key twice
+	seen := map[semaphoreID]bool{} // SCAN may return a key twice
 	for cursor := "0"; ; {
 		reply, err := redis.Values(redis.DoContext(conn, ctx, "SCAN", cursor, "MATCH", pattern, "COUNT", scanCount))
 		var keys []string
@@ -125,7 +130,8 @@ func (s *semaphores) surveyServer(ctx context.Context, server *queueServer, patt
 	}
 }
 
-// idOfStateKey is the semaphore whose state is kept under a key, if pods can have it: those of checkID are not shown.
+// idOfStateKey parses the semaphore of a state key. ok is false unless pods can have it:
+// that leaves out those of checkID.
 func idOfStateKey(key string) (id semaphoreID, ok bool) {
 	name, ok := strings.CutPrefix(key, "state/{")
 	name, ok2 := strings.CutSuffix(name, "}")
@@ -133,8 +139,10 @@ func idOfStateKey(key string) (id semaphoreID, ok bool) {
 	return id, ok && ok2 && id.namespace != "" && id.namespace != checkID(0).namespace && id.key != ""
 }
 
-// readStates reads semaphores by one round trip. One that is on its way to another node of a Cluster is left out.
-func (s *semaphores) readStates(ctx context.Context, conn redis.Conn, ids []semaphoreID) (states []semaphoreState, err error) {
+// readStates reads semaphores in one round trip. It leaves out a semaphore that is moving
+// to another node of a Cluster.
+func (s *semaphores) readStates(ctx context.Context, conn redis.Conn,
+	ids []semaphoreID) (states []semaphoreState, err error) {
 	now, err := redisTime(ctx, conn)
 	if err != nil {
 		return nil, err
@@ -173,10 +181,10 @@ func (s *semaphores) readStates(ctx context.Context, conn redis.Conn, ids []sema
 	return states, nil
 }
 
-// exclusive is a bound of a range of scores that does not belong to it.
+// exclusive formats an exclusive bound of a range of scores.
 func exclusive(score float64) string { return fmt.Sprintf("(%.0f", score) }
 
-// redisTime is the time of a server, in Unix seconds.
+// redisTime returns the time of a server, in Unix seconds.
 func redisTime(ctx context.Context, conn redis.Conn) (float64, error) {
 	now, err := redis.Ints(redis.DoContext(conn, ctx, "TIME"))
 	if err != nil {
@@ -188,7 +196,7 @@ func redisTime(ctx context.Context, conn redis.Conn) (float64, error) {
 	return float64(now[0]) + float64(now[1])/1e6, nil
 }
 
-// readState reads the answers to the commands of readStates.
+// readState parses the replies to the commands of readStates.
 func readState(id semaphoreID, now float64, replies []any) (semaphoreState, error) {
 	st := semaphoreState{id: id}
 	for _, r := range replies {
@@ -210,8 +218,8 @@ func readState(id semaphoreID, now float64, replies []any) (semaphoreState, erro
 	return st, err
 }
 
-// age is for how long there is what a range of one member, with its score, tells of; zero if there is none. unit is how much of a
-// score a second is.
+// age returns the age of the only member of a range, by its score; zero if the range is
+// empty. unit is the number of score units in a second.
 func age(now float64, memberAndScore []any, unit float64) (time.Duration, error) {
 	if len(memberAndScore) != 2 {
 		return 0, nil
@@ -220,24 +228,26 @@ func age(now float64, memberAndScore []any, unit float64) (time.Duration, error)
 	return since(now, score/unit), err
 }
 
-// since is how long ago a time was; zero if it lies in the future, as the clock was set.
+// since returns how long ago a time was; zero if it is in the future, because the clock
+// was set back.
 func since(now, then float64) time.Duration {
 	return max(0, time.Duration((now-then)*float64(time.Second)))
 }
 
-// noteLook tells the queue why a look at a server has failed, so that the next one finds its successor.
-func (s *semaphores) noteLook(server *queueServer, id semaphoreID, err error) {
+// noteReadError reports a failed read to the queue, so that the next read finds the
+// server that took over.
+func (s *semaphores) noteReadError(server *queueServer, id semaphoreID, err error) {
 	if err != nil && (canRetry(err) || isUnreachable(err)) {
 		s.queue.failed(server, id, err)
 	}
 }
 
-// tokenState is what is to be seen of a token in use, or of a waiter.
+// tokenState is the state of a token in use, or of a waiter.
 type tokenState struct {
 	token     string
-	pod, node string        // empty where they are not known
-	held      time.Duration // or waited; heldUnknown where that is not known
-	heard     time.Duration // since its last heartbeat, or since it has asked
+	pod, node string        // empty if unknown
+	held      time.Duration // or waited; heldUnknown if unknown
+	idle      time.Duration // since its last heartbeat, or since its last request
 	length    int           // of a waiter
 	arrival   float64       // of a waiter: its place in line
 	stale     bool          // of a token in use
@@ -245,19 +255,20 @@ type tokenState struct {
 
 func (t tokenState) name() string { return cmp.Or(t.pod, t.token) }
 
-// semaphoreDetail is a semaphore with its holders, those that have their tokens longest first, and its line.
+// semaphoreDetail is a semaphore with its holders, the longest first, and its line.
 type semaphoreDetail struct {
 	semaphoreState
 	holders, line []tokenState // detailMost of each, at most
 }
 
-// inspect reads a semaphore. One that nobody has used for minutes is not known: all is zero.
+// inspect reads a semaphore. Redis forgets a semaphore that no pod has used for minutes:
+// then all is zero.
 func (s *semaphores) inspect(ctx context.Context, id semaphoreID) (d semaphoreDetail, err error) {
 	server, err := s.queue.find(ctx, id)
 	if err != nil {
 		return d, err
 	}
-	defer func() { s.noteLook(server, id, err) }()
+	defer func() { s.noteReadError(server, id, err) }()
 	conn, err := server.pool.GetContext(ctx)
 	if err != nil {
 		return d, fmt.Errorf("connect to %s: %w", server, err)
@@ -265,7 +276,7 @@ func (s *semaphores) inspect(ctx context.Context, id semaphoreID) (d semaphoreDe
 	defer conn.Close()
 	states, err := s.readStates(ctx, conn, []semaphoreID{id})
 	if err == nil && len(states) == 0 {
-		err = errors.New("it is on its way to another node of the Cluster: ask again")
+		err = errors.New("it is moving to another node of the Cluster: try again")
 	}
 	if err == nil {
 		d.semaphoreState = states[0]
@@ -302,8 +313,9 @@ func (s *semaphores) readTokens(ctx context.Context, conn redis.Conn, d *semapho
 		return err
 	}
 	for token, at := range beats {
-		heard := since(now, at)
-		d.holders = append(d.holders, tokenState{token: token, held: heldUnknown, heard: heard, stale: heard > s.staleAfter()})
+		idle := since(now, at)
+		d.holders = append(d.holders, tokenState{token: token, held: heldUnknown, idle: idle,
+			stale: idle > s.staleAfter()})
 	}
 	for token, at := range arrivals {
 		d.line = append(d.line, tokenState{token: token, arrival: at, held: since(now, at/1e6)})
@@ -317,7 +329,7 @@ func (s *semaphores) readTokens(ctx context.Context, conn redis.Conn, d *semapho
 	return err
 }
 
-// readHolders adds who has the tokens, and since when.
+// readHolders adds the pod of each token, and since when the pod holds it.
 func readHolders(ctx context.Context, conn redis.Conn, id semaphoreID, now float64, holders []tokenState) error {
 	texts, err := readNames(ctx, conn, id, holders, "/pod")
 	for i, text := range texts {
@@ -330,7 +342,7 @@ func readHolders(ctx context.Context, conn redis.Conn, id semaphoreID, now float
 	return err
 }
 
-// readLine adds who waits, and when they asked last.
+// readLine adds the pod of each waiter, its length, and when it asked last.
 func readLine(ctx context.Context, conn redis.Conn, id semaphoreID, now float64, line []tokenState) error {
 	if len(line) == 0 {
 		return nil
@@ -346,7 +358,7 @@ func readLine(ctx context.Context, conn redis.Conn, id semaphoreID, now float64,
 	for i := range line {
 		w := &line[i]
 		w.pod, w.node, _ = parseName(texts[i])
-		w.length, _ = strconv.Atoi(lengths[i]) // it may have left meanwhile
+		w.length, _ = strconv.Atoi(lengths[i]) // empty if it has left meanwhile
 		err = errors.Join(err, conn.Send("ZSCORE", id.seenKey(), w.token))
 	}
 	if err != nil {
@@ -355,14 +367,16 @@ func readLine(ctx context.Context, conn redis.Conn, id semaphoreID, now float64,
 	asked, err := redis.Values(redis.DoContext(conn, ctx, ""))
 	for i, reply := range asked {
 		if at, err := redis.Float64(reply, nil); err == nil {
-			line[i].heard = since(now, at)
+			line[i].idle = since(now, at)
 		}
 	}
 	return err
 }
 
-// readNames reads a field of the names of each token; empty where there is none.
-func readNames(ctx context.Context, conn redis.Conn, id semaphoreID, tokens []tokenState, suffix string) ([]string, error) {
+// readNames reads one field for each token from the hash of names; empty where there is
+// none.
+func readNames(ctx context.Context, conn redis.Conn, id semaphoreID, tokens []tokenState,
+	suffix string) ([]string, error) {
 	if len(tokens) == 0 {
 		return nil, nil
 	}
@@ -373,7 +387,7 @@ func readNames(ctx context.Context, conn redis.Conn, id semaphoreID, tokens []to
 	return redis.Strings(redis.DoContext(conn, ctx, "HMGET", fields...))
 }
 
-// parseName reads what the scripts keep of a pod; see semaphore.lua.
+// parseName parses what the scripts store of a pod; see semaphore.lua.
 func parseName(text string) (pod, node string, since float64) {
 	at, name, _ := strings.Cut(text, " ")
 	pod, node, _ = strings.Cut(name, " ")
@@ -385,13 +399,14 @@ func parseName(text string) (pod, node string, since float64) {
 }
 
 const (
-	// surveyTimeout bounds a look at Redis for a scrape: all other metrics are told at once.
+	// surveyTimeout bounds the survey of a scrape, which the other metrics wait for.
 	surveyTimeout = 2 * time.Second
 
-	// surveyFresh is for how long scrapes share a look.
+	// surveyFresh is how long scrapes share a survey.
 	surveyFresh = time.Second
 
-	// mostMeasured is of how many semaphores there are metrics. Those that are left out have the fewest tokens in use, and no line.
+	// mostMeasured caps the semaphores that have metrics. The others have no line and the
+	// fewest tokens in use.
 	mostMeasured = 1000
 )
 
@@ -403,45 +418,63 @@ type semaphoreGauge struct {
 }
 
 func gauge(name, help string, value func(semaphoreState) float64) semaphoreGauge {
-	return semaphoreGauge{prometheus.NewDesc(metricsPrefix+name, help, []string{"namespace", "key"}, nil), prometheus.GaugeValue, value}
+	return newSemaphoreGauge(name, help, prometheus.GaugeValue, value)
 }
 
 func counter(name, help string, value func(semaphoreState) float64) semaphoreGauge {
-	return semaphoreGauge{prometheus.NewDesc(metricsPrefix+name, help, []string{"namespace", "key"}, nil), prometheus.CounterValue, value}
+	return newSemaphoreGauge(name, help, prometheus.CounterValue, value)
+}
+
+func newSemaphoreGauge(name, help string, kind prometheus.ValueType,
+	value func(semaphoreState) float64) semaphoreGauge {
+	return semaphoreGauge{prometheus.NewDesc(metricsPrefix+name, help, []string{"namespace", "key"}, nil), kind, value}
 }
 
 var semaphoreGauges = []semaphoreGauge{
-	gauge("length", "Greatest length that pods of the semaphore asked for lately.", func(s semaphoreState) float64 { return float64(s.length) }),
-	gauge("queue", "Free tokens of the semaphore.", func(s semaphoreState) float64 { return float64(s.free) }),
-	gauge("inflight", "Tokens of the semaphore in use.", func(s semaphoreState) float64 { return float64(s.inUse) }),
-	gauge("late", "Tokens in use that have missed a heartbeat, with the stale ones.", func(s semaphoreState) float64 { return float64(s.late) }),
-	gauge("stale", "Tokens in use without a heartbeat for the stale threshold.", func(s semaphoreState) float64 { return float64(s.stale) }),
-	gauge("waiters", "Pods that wait in the semaphore's line.", func(s semaphoreState) float64 { return float64(s.waiting) }),
-	gauge("longest_wait_seconds", "For how long the first in line waits; 0 if there is none.", func(s semaphoreState) float64 { return s.longestWait.Seconds() }),
+	gauge("length", "Greatest length that pods of the semaphore asked for lately.",
+		func(s semaphoreState) float64 { return float64(s.length) }),
+	gauge("queue", "Free tokens of the semaphore.",
+		func(s semaphoreState) float64 { return float64(s.free) }),
+	gauge("inflight", "Tokens of the semaphore in use.",
+		func(s semaphoreState) float64 { return float64(s.inUse) }),
+	gauge("late", "Tokens in use that have missed a heartbeat, with the stale ones.",
+		func(s semaphoreState) float64 { return float64(s.late) }),
+	gauge("stale", "Tokens in use without a heartbeat for the stale threshold.",
+		func(s semaphoreState) float64 { return float64(s.stale) }),
+	gauge("waiters", "Pods that wait in the semaphore's line.",
+		func(s semaphoreState) float64 { return float64(s.waiting) }),
+	gauge("longest_wait_seconds", "Waiting time of the first pod in line; 0 if the line is empty.",
+		func(s semaphoreState) float64 { return s.longestWait.Seconds() }),
 	gauge("oldest_heartbeat_seconds", "Time since the oldest heartbeat of a token in use; 0 if there is none.",
 		func(s semaphoreState) float64 { return s.oldestHeartbeat.Seconds() }),
 	counter("reclaimed_tokens_total", "Stale tokens of the semaphore that were reclaimed, by webhooks and sidecars.",
 		func(s semaphoreState) float64 { return float64(s.reclaimed) }),
-	counter("rejoined_tokens_total", "Tokens of the semaphore that their holders put back: they had been reclaimed, or lost with Redis.",
+	counter("rejoined_tokens_total",
+		"Tokens of the semaphore that their holders put back: they had been reclaimed, or lost with Redis.",
 		func(s semaphoreState) float64 { return float64(s.rejoined) }),
 }
 
-// Metrics of the look itself.
+// Metrics of the survey itself.
 var (
-	surveySuccess  = prometheus.NewDesc(metricsPrefix+"survey_success", "1 if all semaphores could be read for this scrape.", nil, nil)
-	surveyDuration = prometheus.NewDesc(metricsPrefix+"survey_duration_seconds", "Time that it took to read the semaphores.", nil, nil)
-	semaphoresSeen = prometheus.NewDesc(metricsPrefix+"semaphores", "Semaphores that were used in the last minutes, or are in use.", nil, nil)
-	semaphoresLeft = prometheus.NewDesc(metricsPrefix+"semaphores_left_out", "Semaphores without metrics of their own, as there are too many.", nil, nil)
+	surveySuccess = prometheus.NewDesc(metricsPrefix+"survey_success",
+		"1 if all semaphores could be read for this scrape.", nil, nil)
+	surveyDuration = prometheus.NewDesc(metricsPrefix+"survey_duration_seconds",
+		"Time that it took to read the semaphores.", nil, nil)
+	semaphoresSeen = prometheus.NewDesc(metricsPrefix+"semaphores",
+		"Semaphores that were used in the last minutes, or are in use.", nil, nil)
+	semaphoresLeft = prometheus.NewDesc(metricsPrefix+"semaphores_left_out",
+		"Semaphores without metrics of their own, as there are too many.", nil, nil)
 )
 
-// surveyor reads the semaphores at each scrape. Each webhook tells of all of them: what two of them tell must not be added.
+// surveyor reads the semaphores at each scrape. Each webhook exports all of them, so
+// values of several webhooks must not be added.
 type surveyor struct {
 	semaphores *semaphores
 	surveys    flights[struct{}, *surveyResult]
 	limit      logLimiter
 }
 
-// surveyResult is what scrapes show of a survey.
+// surveyResult is the part of a survey that scrapes export.
 type surveyResult struct {
 	took  time.Duration
 	shown []semaphoreState // those with metrics of their own
@@ -454,7 +487,7 @@ func newSurveyor(s *semaphores) *surveyor {
 	return v
 }
 
-// watchSemaphores adds what is in the queue.
+// watchSemaphores registers the metrics of the semaphores.
 func (m *metrics) watchSemaphores(s *semaphores) { m.registry.MustRegister(newSurveyor(s)) }
 
 // Describe implements prometheus.Collector.
@@ -469,7 +502,7 @@ func (v *surveyor) Describe(descs chan<- *prometheus.Desc) {
 
 // Collect implements prometheus.Collector.
 func (v *surveyor) Collect(metrics chan<- prometheus.Metric) {
-	survey := v.surveys.join(struct{}{}, new(surveyResult), v.look)
+	survey := v.surveys.join(struct{}{}, new(surveyResult), v.read)
 	<-survey.done
 	result := survey.state
 	for _, st := range result.shown {
@@ -481,26 +514,31 @@ func (v *surveyor) Collect(metrics chan<- prometheus.Metric) {
 	if survey.err != nil {
 		success = 0
 	}
-	for desc, value := range map[*prometheus.Desc]float64{surveySuccess: success, surveyDuration: result.took.Seconds(),
-		semaphoresSeen: float64(result.seen), semaphoresLeft: float64(result.seen - len(result.shown))} {
+	for desc, value := range map[*prometheus.Desc]float64{
+		surveySuccess:  success,
+		surveyDuration: result.took.Seconds(),
+		semaphoresSeen: float64(result.seen),
+		semaphoresLeft: float64(result.seen - len(result.shown)),
+	} {
 		metrics <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, value)
 	}
 }
 
-// look reads the semaphores, the busiest first.
-func (v *surveyor) look(result *surveyResult) error {
+// read reads the semaphores and keeps the busiest.
+func (v *surveyor) read(result *surveyResult) error {
 	ctx, cancel := context.WithTimeout(context.Background(), surveyTimeout)
 	defer cancel()
 	start := time.Now()
 	states, err := v.semaphores.survey(ctx, "")
 	result.took = time.Since(start)
-	states = slices.DeleteFunc(states, func(st semaphoreState) bool { // a stranger's, which may not even be text
+	states = slices.DeleteFunc(states, func(st semaphoreState) bool { // keys of another program may not even be text
 		return !isObjectName(st.id.namespace) || checkKey(st.id.key) != ""
 	})
 	slices.SortStableFunc(states, func(a, b semaphoreState) int {
 		return cmp.Or(cmp.Compare(b.waiting, a.waiting), cmp.Compare(b.inUse, a.inUse))
 	})
-	result.seen, result.shown = len(states), slices.Clone(states[:min(len(states), mostMeasured)]) // the others are not kept until the next look
+	result.seen = len(states)
+	result.shown = slices.Clone(states[:min(len(states), mostMeasured)]) // a clone frees the others
 	if err != nil {
 		if _, ok := v.limit.allow(); ok {
 			v.semaphores.log.Warn("the semaphores cannot be read for the metrics", "error", err.Error())

@@ -16,43 +16,46 @@ import (
 	"time"
 )
 
-// A pod with a native sidecar is held back by a regular init container, which runs the mode "await": it asks the sidecar over a
-// socket and ends well when, and only when, the token is held. Kubernetes starts no later container of the pod before that,
-// whatever is restarted meanwhile. (A startup probe of the sidecar would not do: a kubelet that is restarted takes a running
-// sidecar whose probe has no result yet for started, and goes on to the app.)
+// A regular init container holds back the app of a pod with a native sidecar. It runs the
+// mode "await": it asks the sidecar over a socket, and succeeds when, and only when, the
+// token is held. Kubernetes starts no later container of the pod before that, whatever
+// restarts meanwhile. (A startup probe of the sidecar would not do: a restarted kubelet
+// takes a running sidecar without a probe result for started, and goes on to the app.)
 //
-// The socket is an abstract one (see unix(7)): it needs no file system, no port, and is there in the host's network too, where
-// the pod's UID keeps pods apart.
+// The socket is abstract (see unix(7)): it needs no file system and no port. It also
+// exists in the host's network, where the pod's UID keeps pods apart.
 const (
-	// answerFresh is how long after its question the answer "held" counts. A later one may be from before the await, or the
-	// sidecar, was paused: it is asked for again.
+	// answerFresh is how long after its question the answer "held" counts. A later answer
+	// may date from before a pause of the await or the sidecar, so the await asks again.
 	answerFresh = time.Second
 
-	// An await hears what its pod waits for after awaitFirst, and then every logEvery, for its log.
+	// awaitFirst is when an await first receives what its pod waits for, for its log;
+	// after that, every logEvery.
 	awaitFirst = time.Second
 
-	// awaitPatience is after how long an await first says that no sidecar answers.
+	// awaitPatience is how long an await waits before it first logs that no sidecar
+	// answers.
 	awaitPatience = 10 * time.Second
 
-	// The least and the longest wait before an await asks a sidecar that does not answer again.
+	// askLeast and askMost bound the pause of an await whose sidecar does not answer.
 	askLeast = 20 * time.Millisecond
 	askMost  = time.Second
 
 	heldText = "holding the token"
 )
 
-// errNotHeld is the error of an await that was told to end.
-var errNotHeld = errors.New("told to end before the token was held")
+// errNotHeld is the error of an await that was stopped.
+var errNotHeld = errors.New("stopped before the token was held")
 
 // awaitSocket is the address at which a pod's sidecar answers.
 func awaitSocket(podUID string) *net.UnixAddr {
 	return &net.UnixAddr{Net: "unix", Name: "@at-least-semaphore-pod/" + podUID}
 }
 
-// runAwait is the mode "await": it returns nil once the sidecar of its pod holds the token. Until then it asks, for as long as it
-// takes; its only error is errNotHeld, when ctx is done.
+// runAwait is the mode "await": it returns nil once the sidecar of its pod holds the
+// token. It waits without a limit; its only error is errNotHeld, when ctx is done.
 func runAwait(ctx context.Context, podUID string, log *slog.Logger) error {
-	debug.FreeOSMemory() // it may be long
+	debug.FreeOSMemory() // the wait may be long
 	return newAwait(podUID, log).run(ctx)
 }
 
@@ -61,9 +64,9 @@ type await struct {
 	podUID   string
 	log      *slog.Logger
 	now      func() time.Time
-	heard    string     // what it said last
-	answered time.Time  // when it was there last
-	limit    logLimiter // of lines about a sidecar that does not answer
+	status   string     // the sidecar's last answer
+	answered time.Time  // when the sidecar last answered
+	limit    logLimiter // of warnings that it does not answer
 }
 
 func newAwait(podUID string, log *slog.Logger) *await {
@@ -81,18 +84,19 @@ func (a *await) run(ctx context.Context) error {
 			return nil
 		case ctx.Err() != nil:
 			return errNotHeld
-		case took >= answerFresh: // the sidecar was there, and is to be asked anew
+		case took >= answerFresh: // the sidecar was there: ask again at once
 			retry = newBackoff(askLeast, askMost)
 			continue
 		}
-		a.complain(err)
+		a.logUnanswered(err)
 		if sleep(ctx, retry.next()) != nil {
 			return errNotHeld
 		}
 	}
 }
 
-// ask connects to the sidecar and logs what it says, until it says that the token is held, or the connection ends.
+// ask connects to the sidecar and logs its answers until it says that the token is held,
+// or the connection ends.
 func (a *await) ask(ctx context.Context) (held bool, err error) {
 	conn, err := new(net.Dialer).DialContext(ctx, "unix", awaitSocket(a.podUID).Name)
 	if err != nil {
@@ -110,15 +114,16 @@ func (a *await) ask(ctx context.Context) (held bool, err error) {
 		if text == heldText {
 			return true, nil
 		}
-		if text != a.heard {
-			a.heard = text
+		if text != a.status {
+			a.status = text
 			a.log.Info(text)
 		}
 	}
 }
 
-// complain logs that no sidecar answers, after a while and then every logEvery.
-func (a *await) complain(err error) {
+// logUnanswered logs that no sidecar answers: after awaitPatience, and then every
+// logEvery.
+func (a *await) logUnanswered(err error) {
 	if a.now().Sub(a.answered) < awaitPatience {
 		return
 	}
@@ -129,131 +134,132 @@ func (a *await) complain(err error) {
 		"container", sidecarName, "error", err.Error())
 }
 
-// door is where a pod's await asks its sidecar. It is opened for an answer of Redis that the token is held, and lets the await
-// pass while that is fresh. Once it has, the app may run, until an await asks again: an init container runs only while the app
-// does not.
-type door struct {
-	mark   startMark
-	log    *slog.Logger
-	passed chan struct{} // receives when an await was let pass
-	asked  chan struct{} // receives when an await asks after one was let pass
+// awaitServer is where a pod's await asks its sidecar. It opens when Redis replies that
+// the token is held, and admits one await while that reply is fresh. After that the app
+// may run, until an await asks again: an init container runs only while the app does not.
+type awaitServer struct {
+	mark       startMark
+	log        *slog.Logger
+	passed     chan struct{} // receives when an await was admitted
+	askedAgain chan struct{} // receives when an await asks after one was admitted
 
-	mu    sync.Mutex
-	text  string        // what the pod waits for
-	open  chan struct{} // closed while the door is open
-	until time.Time     // when it closes by itself; zero while it is closed
-	past  bool          // the last await was let pass
-	heard bool          // an await has asked
+	mu       sync.Mutex
+	status   string        // what the pod waits for
+	open     chan struct{} // closed while the server is open
+	until    time.Time     // when it shuts by itself; zero while it is shut
+	admitted bool          // the last await was admitted
+	wasAsked bool          // an await has asked
 }
 
-func newDoor(mark startMark, text string, log *slog.Logger) *door {
-	return &door{mark: mark, text: text, log: log, past: mark.isSet(),
-		open: make(chan struct{}), passed: make(chan struct{}, 1), asked: make(chan struct{}, 1)}
+func newAwaitServer(mark startMark, status string, log *slog.Logger) *awaitServer {
+	return &awaitServer{mark: mark, status: status, log: log, admitted: mark.isSet(),
+		open: make(chan struct{}), passed: make(chan struct{}, 1), askedAgain: make(chan struct{}, 1)}
 }
 
-// say sets what the pod waits for.
-func (d *door) say(text string) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.text = text
+// setStatus sets what the pod waits for.
+func (s *awaitServer) setStatus(status string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.status = status
 }
 
-// said returns what the pod waits for.
-func (d *door) said() string {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.text
+// getStatus returns what the pod waits for.
+func (s *awaitServer) getStatus() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.status
 }
 
-// openUntil opens the door for a time.
-func (d *door) openUntil(until time.Time) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.until.IsZero() {
-		close(d.open)
+// openUntil opens the server for a time.
+func (s *awaitServer) openUntil(until time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.until.IsZero() {
+		close(s.open)
 	}
-	d.until = until
+	s.until = until
 }
 
-// letPass opens the door until a time, and reports whether an await has passed by then. Its error is that of ctx.
-func (d *door) letPass(ctx context.Context, until time.Time) (passed bool, err error) {
-	d.openUntil(until)
+// admitOne opens the server until a time, and reports whether it has admitted an await by
+// then. Its error is ctx's.
+func (s *awaitServer) admitOne(ctx context.Context, until time.Time) (passed bool, err error) {
+	s.openUntil(until)
 	closing := time.NewTimer(time.Until(until))
 	defer closing.Stop()
 	select {
-	case <-d.passed:
+	case <-s.passed:
 		return true, nil
 	case <-closing.C:
 	case <-ctx.Done():
 		err = ctx.Err()
 	}
-	d.shut()
+	s.shut()
 	select {
-	case <-d.passed: // at the last moment
+	case <-s.passed: // at the last moment
 		return true, err
 	default:
 		return false, err
 	}
 }
 
-// opened is closed once the door is open.
-func (d *door) opened() <-chan struct{} {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.open
+// opened returns a channel that is closed once the server is open.
+func (s *awaitServer) opened() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.open
 }
 
-// shut closes the door.
-func (d *door) shut() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.shutLocked()
+// shut shuts the server.
+func (s *awaitServer) shut() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.shutLocked()
 }
 
-func (d *door) shutLocked() {
-	if !d.until.IsZero() {
-		d.open, d.until = make(chan struct{}), time.Time{}
+func (s *awaitServer) shutLocked() {
+	if !s.until.IsZero() {
+		s.open, s.until = make(chan struct{}), time.Time{}
 	}
 }
 
-// knock is called for each await that asks.
-func (d *door) knock() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.heard = true
-	if d.past {
-		d.past = false
-		d.mark.remove(d.log)
-		d.asked <- struct{}{} // there is room: it was received before the last await was let pass
+// asked notes that an await asks.
+func (s *awaitServer) asked() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.wasAsked = true
+	if s.admitted {
+		s.admitted = false
+		s.mark.remove(s.log)
+		s.askedAgain <- struct{}{} // never blocks: the last value was received before an await was admitted
 	}
 }
 
-// warnUnheard logs that no await has asked so far.
-func (d *door) warnUnheard() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if !d.heard {
-		d.log.Warn("no init container asks for the token: unless the kubelet is away, the app runs without one; the next init container "+
-			"after this sidecar must be the one named here", "container", awaitName)
+// warnNotAsked logs that no await has asked so far.
+func (s *awaitServer) warnNotAsked() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.wasAsked {
+		s.log.Warn("no init container asks for the token: unless the kubelet is away, the app runs without one; "+
+			"the next init container after this sidecar must be the one named here", "container", awaitName)
 	}
 }
 
-// pass reports whether an await may pass: the door is open. It closes the door behind it.
-func (d *door) pass() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	ok := time.Now().Before(d.until)
-	d.shutLocked()
+// pass reports whether an await may pass, and shuts the server behind it.
+func (s *awaitServer) pass() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	ok := time.Now().Before(s.until)
+	s.shutLocked()
 	if ok {
-		d.past = true
-		d.mark.set(d.log) // before the await hears of it
-		d.passed <- struct{}{}
+		s.admitted = true
+		s.mark.set(s.log) // before the await gets the answer
+		s.passed <- struct{}{}
 	}
 	return ok
 }
 
 // serve answers the awaits of a pod for as long as the process lives.
-func (d *door) serve(podUID string) error {
+func (s *awaitServer) serve(podUID string) error {
 	listener, err := net.ListenUnix("unix", awaitSocket(podUID))
 	if err != nil {
 		return fmt.Errorf("listen for the pod's init container: %w", err)
@@ -263,7 +269,7 @@ func (d *door) serve(podUID string) error {
 			conn, err := listener.Accept()
 			switch {
 			case err == nil:
-				go d.answer(conn)
+				go s.answer(conn)
 			case errors.Is(err, net.ErrClosed):
 				return
 			default: // no file descriptor left, for example
@@ -274,49 +280,50 @@ func (d *door) serve(podUID string) error {
 	return nil
 }
 
-// answer tells an await what its pod waits for, and then that the token is held, if that is fresh; else it hangs up, to be
-// asked again.
-func (d *door) answer(conn net.Conn) {
+// answer sends an await what its pod waits for, and then that the token is held. If that
+// is no longer fresh, it closes the connection, and the await asks again.
+func (s *awaitServer) answer(conn net.Conn) {
 	defer conn.Close()
 	asked := time.Now()
-	gone := make(chan struct{})
+	closed := make(chan struct{})
 	go func() { // an await sends nothing
 		_, _ = io.Copy(io.Discard, conn)
-		close(gone)
+		close(closed)
 	}()
-	d.knock()
-	tell := func(text string) {
+	s.asked()
+	send := func(text string) {
 		_ = conn.SetWriteDeadline(time.Now().Add(time.Second))
-		_, _ = fmt.Fprintln(conn, text) // an await that does not hear it asks again
+		_, _ = fmt.Fprintln(conn, text) // if this fails, the await asks again
 	}
-	news := time.NewTimer(awaitFirst)
-	defer news.Stop()
+	next := time.NewTimer(awaitFirst)
+	defer next.Stop()
 	for {
 		select {
-		case <-d.opened():
+		case <-s.opened():
 			if time.Since(asked) >= answerFresh/2 {
 				return
 			}
-			if d.pass() {
-				tell(heldText)
+			if s.pass() {
+				send(heldText)
 				return
 			}
-		case <-news.C:
-			tell(d.said())
-			news.Reset(logEvery)
-		case <-gone:
+		case <-next.C:
+			send(s.getStatus())
+			next.Reset(logEvery)
+		case <-closed:
 			return
 		}
 	}
 }
 
-// startMark is a file that says that the pod's app may have been started. It lies in /dev/shm, which the containers of a pod
-// share and which lives as long as they can: it outlives a sidecar that is killed, but not the pod's sandbox or its node. (An
-// emptyDir would do, too, but kubectl drain refuses pods that have one.) With hostIPC it is that of the node, where the empty
-// file stays until the node restarts.
+// startMark is a file that says that the pod's app may have started. It is in /dev/shm,
+// which the containers of a pod share and which lives as long as they can. So it outlives
+// a killed sidecar, but not the pod's sandbox or its node. (An emptyDir would do, too,
+// but kubectl drain refuses pods that have one.) With hostIPC, /dev/shm is the node's,
+// and the empty file stays until the node restarts.
 type startMark struct{ path string }
 
-// newStartMark names the mark of a pod; outside of a pod there is none.
+// newStartMark returns the mark of a pod; outside of a pod there is none.
 func newStartMark(podUID, token string) startMark {
 	if podUID == "" {
 		return startMark{}
@@ -332,7 +339,7 @@ func (m startMark) isSet() bool {
 	return err == nil
 }
 
-// setAt is when a mark that is set was.
+// setAt returns when the mark was set.
 func (m startMark) setAt() time.Time {
 	info, err := os.Stat(m.path)
 	if err != nil {
@@ -343,12 +350,14 @@ func (m startMark) setAt() time.Time {
 
 func (m startMark) set(log *slog.Logger) {
 	if err := os.WriteFile(m.path, nil, 0o600); err != nil {
-		log.Warn("should this sidecar be killed and its token be reclaimed, it will have to wait in line again", "error", err.Error())
+		log.Warn("start not marked: if this sidecar is killed and its token reclaimed, the pod waits in line again",
+			"error", err.Error())
 	}
 }
 
 func (m startMark) remove(log *slog.Logger) {
 	if err := os.Remove(m.path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		log.Warn("should this sidecar be killed, it will take the app for started", "error", err.Error())
+		log.Warn("start mark not removed: if this sidecar is killed, it takes the app for started",
+			"error", err.Error())
 	}
 }

@@ -8,10 +8,10 @@ import (
 	"time"
 )
 
-// truncate cuts what a user wrote to at most so many bytes.
+// truncate cuts s to the given number of bytes.
 func truncate(s string, most int) string { return s[:min(len(s), most)] }
 
-// quoteShort quotes the beginning of a value that a user wrote, on one line.
+// quoteShort quotes a value that a user wrote, on one line and cut to 40 bytes.
 func quoteShort(s string) string {
 	const most = 40
 	if len(s) > most {
@@ -20,6 +20,7 @@ func quoteShort(s string) string {
 	return strconv.Quote(s)
 }
 
+// ordinal writes 1 as "1st", 2 as "2nd", and so on.
 func ordinal(n int) string {
 	suffix := "th"
 	if n/10%10 != 1 {
@@ -35,7 +36,7 @@ func ordinal(n int) string {
 	return fmt.Sprintf("%d%s", n, suffix)
 }
 
-// roughly is a duration for people.
+// roughly writes a duration for people, in seconds, minutes or hours.
 func roughly(d time.Duration) string {
 	switch {
 	case d < 2*time.Minute:
@@ -46,7 +47,8 @@ func roughly(d time.Duration) string {
 	return fmt.Sprintf("%d h", d/time.Hour)
 }
 
-// printable is a text from Redis, where anybody with its password may have put anything, as it can be shown on a terminal.
+// printable quotes a text from Redis unless a terminal can show it as it is. Any client
+// with the password can write control characters there.
 func printable(text string) string {
 	if quoted := fmt.Sprintf("%+q", text); quoted != `"`+text+`"` {
 		return quoted
@@ -56,19 +58,20 @@ func printable(text string) string {
 
 func seconds(d time.Duration) int { return int(d / time.Second) }
 
-// maxObjectName is how long the name of an object may be.
+// maxObjectName is the longest name that Kubernetes accepts for a pod or a node.
 const maxObjectName = 253
 
-// objectName is what names of pods and nodes are made of. How long they may be is for isObjectName: as part of the expression, it would take
-// each process 200 KB to read it.
+// objectName matches the characters of a pod's or a node's name. isObjectName checks the
+// length: as part of the expression, it would cost each process 200 KB.
 var objectName = regexp.MustCompile(`^[a-z0-9][a-z0-9.-]*$`)
 
-// isObjectName reports whether a pod or a node can have this name. What a pod's creator writes has not been checked when the webhook is called.
+// isObjectName reports whether a pod or a node can have this name. The API server calls
+// webhooks before it validates the pod.
 func isObjectName(name string) bool {
 	return len(name) <= maxObjectName && objectName.MatchString(name)
 }
 
-// serverErrors are the errors of several servers, on one line.
+// serverErrors joins the errors of several servers on one line.
 type serverErrors []error
 
 func (e serverErrors) Unwrap() []error { return e }
@@ -81,7 +84,8 @@ func (e serverErrors) Error() string {
 	return strings.Join(texts, "; ")
 }
 
-// unanswered is the error of an attempt that was given up before the servers had answered.
+// unanswered returns the error of an attempt that ended for cause before the servers
+// answered.
 func unanswered(servers []string, cause error) error {
 	var errs serverErrors
 	for _, s := range servers {

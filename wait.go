@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// sleep waits for d, or until ctx is done, whose error it returns.
+// sleep waits for d. If ctx is done first, it returns the cause.
 func sleep(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
 	defer t.Stop()
@@ -21,8 +21,8 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// backoff doubles from first to most; each wait is jittered by up to half, so that what failed together does
-// not return together.
+// backoff doubles its waits from first to most. Jitter shortens each wait by up to half,
+// so that clients that failed together do not retry together.
 type backoff struct{ wait, most time.Duration }
 
 func newBackoff(first, most time.Duration) *backoff { return &backoff{first, most} }
@@ -33,17 +33,18 @@ func (b *backoff) next() time.Duration {
 	return wait - rand.N(wait/2+1)
 }
 
-// slots are a number of things that may happen at once.
+// slots cap how many operations run at once.
 type slots chan struct{}
 
-// errTooMany is why something was not begun: it was not its turn in time.
+// errTooMany means that no slot became free in time, so the operation did not begin.
 var errTooMany = errors.New("too many at once: try again")
 
-// take waits for a slot, first come, first served; free has to be called once it is not needed any more. Its error is errTooMany.
+// take waits for a slot, first come, first served. The caller calls free at the end of
+// its operation. The error wraps errTooMany.
 func (s slots) take(ctx context.Context) (free func(), err error) {
 	free = sync.OnceFunc(func() { <-s })
 	select {
-	case s <- struct{}{}: // whether ctx is done or not
+	case s <- struct{}{}: // even if ctx is done
 		return free, nil
 	default:
 	}
@@ -55,19 +56,20 @@ func (s slots) take(ctx context.Context) (free func(), err error) {
 	}
 }
 
-// used reports whether none is left.
+// used reports whether all slots are taken.
 func (s slots) used() bool { return len(s) == cap(s) }
 
-// flights runs one call for each key at a time, and callers that come meanwhile share it.
+// flights runs one call a key at a time. Callers that arrive meanwhile share its result.
 type flights[K comparable, S any] struct {
-	keep  time.Duration   // how long a call that has ended is shared; zero: not at all
-	group *sync.WaitGroup // of the calls; nil if nobody waits for their end
+	keep  time.Duration   // for this long, callers share the result of a finished call
+	group *sync.WaitGroup // of the calls; nil if no caller waits for their end
 
 	mu      sync.Mutex
 	running map[K]*flight[S]
 }
 
-// flight is one call. Its state and its error are written by the call, and read by others once done is closed.
+// flight is one call. The call writes state and err; others read them after done is
+// closed.
 type flight[S any] struct {
 	state S
 	done  chan struct{}
@@ -75,7 +77,7 @@ type flight[S any] struct {
 	err   error
 }
 
-// join returns the flight of a key: the one that runs, or else a new one with this state.
+// join returns the running flight of a key, or starts a new one with this state.
 func (f *flights[K, S]) join(key K, state S, run func(S) error) *flight[S] {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -104,11 +106,11 @@ func (f *flights[K, S]) join(key K, state S, run func(S) error) *flight[S] {
 	return r
 }
 
-// pacer lets calls pass in their order, one each gap, and a burst of them after a rest.
+// pacer limits the rate of calls: in order, one each gap, with a burst after a rest.
 type pacer struct {
 	gap  time.Duration
-	rest time.Duration // no more than so much of it counts
-	head chan struct{} // full while a call is at the head of the line
+	rest time.Duration // longest rest that counts towards a burst
+	head chan struct{} // full while a call is first in line
 
 	mu   sync.Mutex
 	next time.Time // when the next call may pass
@@ -119,7 +121,7 @@ func newPacer(perSecond, burst int) *pacer {
 	return &pacer{gap: gap, rest: gap * time.Duration(burst), head: make(chan struct{}, 1)}
 }
 
-// wait waits for the caller's turn. Its error is that of ctx.
+// wait waits for the caller's turn. It returns the cause if ctx is done first.
 func (p *pacer) wait(ctx context.Context) error {
 	select {
 	case p.head <- struct{}{}:
@@ -138,7 +140,7 @@ func (p *pacer) wait(ctx context.Context) error {
 	}
 }
 
-// pass lets a call pass, or says in what time it may.
+// pass admits a call and returns zero, or returns the time until the next call is due.
 func (p *pacer) pass() time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -153,7 +155,7 @@ func (p *pacer) pass() time.Duration {
 	return 0
 }
 
-// hold lets none pass for d.
+// hold stops all calls for d.
 func (p *pacer) hold(d time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -162,10 +164,11 @@ func (p *pacer) hold(d time.Duration) {
 	}
 }
 
-// logEvery is the time between two log lines about the same lasting condition.
+// logEvery is the interval at which a lasting condition is logged again.
 const logEvery = time.Minute
 
-// logLimiter caps how often one kind of line is logged: most lines, or one if most is zero, in each logEvery.
+// logLimiter caps how often one kind of line is logged: most lines in each logEvery, or
+// one line if most is zero.
 type logLimiter struct {
 	most int
 
@@ -175,7 +178,8 @@ type logLimiter struct {
 	dropped int
 }
 
-// allow reports whether a line may be logged now, and how many were dropped before it.
+// allow reports whether a line may be logged now, and how many lines were dropped before
+// it.
 func (l *logLimiter) allow() (dropped int, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -190,7 +194,7 @@ func (l *logLimiter) allow() (dropped int, ok bool) {
 	return dropped, true
 }
 
-// reset makes the next line allowed: it is about another condition.
+// reset allows the next line, because it is about another condition.
 func (l *logLimiter) reset() {
 	l.mu.Lock()
 	defer l.mu.Unlock()

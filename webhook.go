@@ -21,18 +21,18 @@ const (
 	defaultTimeout = 10 * time.Second
 	maxTimeout     = 30 * time.Second
 
-	// admissionGrace is the time after SIGTERM in which admissions that have begun may finish; then they get an error, and
-	// giveBackGrace begins. Kubernetes kills after 30 seconds.
+	// admissionGrace is how long after SIGTERM running admissions may take. After that
+	// they get an error, and giveBackGrace begins. Kubernetes kills after 30 seconds.
 	admissionGrace = 20 * time.Second
 )
 
-// runWebhook serves until ctx is done, and then finishes what it has begun.
+// runWebhook serves until ctx is done, and then finishes running admissions.
 func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	cert, err := loadCertificate(c.certDir, log)
 	if err != nil {
 		return err
 	}
-	who, err := newCallers(c, log)
+	clients, err := newCallers(c, log)
 	if err != nil {
 		return err
 	}
@@ -48,7 +48,7 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	defer healthListener.Close()
 
 	c.redis.counts = new(redisCounts)
-	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log)
+	s := newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, log)
 	s.metrics = newMetrics(c.redis.counts)
 	s.metrics.countVerdicts()
 	s.metrics.watchCertificate(cert)
@@ -57,20 +57,27 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	w := &webhook{admitter: a, callers: who, bounds: newBounds(), limit: logLimiter{most: badCallersLogged}, log: log, stopping: ctx.Done()}
+	w := &webhook{
+		admitter: a,
+		callers:  clients,
+		bounds:   newBounds(),
+		limit:    logLimiter{most: badRequestsLogged},
+		log:      log,
+		stopping: ctx.Done(),
+	}
 	s.metrics.watchGate(w.pulse)
 	admissions, endAdmissions := context.WithCancelCause(context.Background())
 	defer endAdmissions(nil)
 	errorLog := newHTTPErrors(log)
-	webhookServer := newWebhookServer(w.routes(), who.tls(cert), w.bounds)
+	webhookServer := newWebhookServer(w.routes(), clients.tls(cert), w.bounds)
 	webhookServer.BaseContext = func(net.Listener) context.Context { return admissions }
 	webhookServer.ErrorLog = errorLog
 	healthServer := newHealthServer(w.healthRoutes(), errorLog)
 
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
-	go cert.watch(ctx, followInterval)
-	who.watch(ctx)
+	go cert.watch(ctx, fileInterval)
+	clients.watch(ctx)
 	go func() { fail(webhookServer.ServeTLS(countingListener{webhookListener}, "", "")) }()
 	go func() { fail(healthServer.Serve(healthListener)) }()
 	log.Info("serving", "address", webhookListener.Addr().String(), "healthAddress", healthListener.Addr().String(),
@@ -97,7 +104,7 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	return err
 }
 
-// newWebhookServer is the server that the API server calls.
+// newWebhookServer makes the server that the API server calls.
 func newWebhookServer(handler http.Handler, tls *tls.Config, b *bounds) *http.Server {
 	s := &http.Server{
 		Handler:           handler,
@@ -116,7 +123,7 @@ type webhook struct {
 	admitter
 	callers  *callers
 	bounds   *bounds
-	limit    logLimiter // of lines about bad requests
+	limit    logLimiter // of warnings about bad requests
 	log      *slog.Logger
 	stopping <-chan struct{}
 }
@@ -125,7 +132,7 @@ func (w *webhook) routes() http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		if !w.callers.mayCall(r.URL.Path) {
 			refuseMore(r)
-			http.Error(rw, w.callers.refuseStranger(r.RemoteAddr), http.StatusNotFound)
+			http.Error(rw, w.callers.refuse(r.RemoteAddr), http.StatusNotFound)
 			return
 		}
 		w.mutate(rw, r)
@@ -136,7 +143,8 @@ func (w *webhook) healthRoutes() http.Handler {
 	return newHealthRoutes(w.ready, w.semaphores.metrics.handler(w.log))
 }
 
-// ready returns why this webhook cannot decide: it is stopping, or the queue takes no writes.
+// ready returns why this webhook cannot decide: it is stopping, or the queue takes no
+// writes.
 func (w *webhook) ready(ctx context.Context) error {
 	select {
 	case <-w.stopping:
@@ -146,8 +154,9 @@ func (w *webhook) ready(ctx context.Context) error {
 	}
 }
 
-// mutate speaks HTTP with the API server: an AdmissionReview with a decision and status 200, or another status
-// with the reason as text, on which the failurePolicy of the cluster's administrator decides.
+// mutate speaks HTTP with the API server. It answers with status 200 and an
+// AdmissionReview that has a decision; or with another status and the reason as text, and
+// then the administrator's failurePolicy decides.
 func (w *webhook) mutate(rw http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	ctx, done := w.bounds.begin(rw, r)
@@ -169,7 +178,7 @@ func (w *webhook) mutate(rw http.ResponseWriter, r *http.Request) {
 		d.audit()
 		err = deliver(ctx, rw, d.response)
 		if err == nil && d.verdict != "" {
-			err = wantDelivered(rw)
+			err = flush(rw)
 		}
 		if err != nil && d.verdict != "" {
 			d.verdict = verdictUndeliverable
@@ -190,7 +199,8 @@ func (w *webhook) mutate(rw http.ResponseWriter, r *http.Request) {
 	w.logAdmission(r, d, err, took)
 }
 
-// verdictOf is the verdict on a request that was not read: it may have been a good one, for which there was no room.
+// verdictOf returns the verdict on a request that was not read: a good request may have
+// found no room.
 func verdictOf(err error) string {
 	var wrong *badRequest
 	if errors.As(err, &wrong) && wrong.status == http.StatusServiceUnavailable {
@@ -199,7 +209,7 @@ func verdictOf(err error) string {
 	return verdictBadRequest
 }
 
-// refuse answers a request on which nothing was decided.
+// refuse answers a request without a decision.
 func refuse(rw http.ResponseWriter, err error) {
 	status := http.StatusInternalServerError
 	var wrong *badRequest
@@ -215,12 +225,12 @@ func refuse(rw http.ResponseWriter, err error) {
 	http.Error(rw, err.Error(), status)
 }
 
-// logAdmission writes the one line of an annotated pod, or of a request that made no sense.
+// logAdmission writes the one line about an annotated pod or a bad request.
 func (w *webhook) logAdmission(r *http.Request, d decision, err error, took time.Duration) {
 	level := slog.LevelInfo
 	switch {
 	case err == nil:
-	case d.verdict == verdictUndeliverable: // nothing is lost
+	case d.verdict == verdictUndeliverable: // its token is given back
 		level = slog.LevelWarn
 	default:
 		level = slog.LevelError
@@ -235,7 +245,8 @@ func (w *webhook) logAdmission(r *http.Request, d decision, err error, took time
 			return
 		}
 		level = slog.LevelWarn
-		attrs = append(attrs, slog.String("remote", r.RemoteAddr), slog.String("verdict", d.verdict), slog.Int("notLoggedBefore", dropped))
+		attrs = append(attrs, slog.String("remote", r.RemoteAddr), slog.String("verdict", d.verdict),
+			slog.Int("notLoggedBefore", dropped))
 	default:
 		attrs = append(attrs, slog.String("namespace", d.semaphore.namespace), slog.String("key", d.semaphore.key),
 			slog.String("pod", d.pod), slog.String("verdict", d.verdict), slog.String("token", d.token))
@@ -249,8 +260,8 @@ func (w *webhook) logAdmission(r *http.Request, d decision, err error, took time
 	w.log.LogAttrs(context.WithoutCancel(r.Context()), level, "admission", attrs...)
 }
 
-// answerWithin is how long an answer may take for an API server that gives up after its ?timeout=, less a margin
-// for the way back.
+// answerWithin returns how long an answer may take. An API server gives up after its
+// ?timeout=; some of that is left for the way back.
 func answerWithin(timeout string) time.Duration {
 	d, err := time.ParseDuration(timeout)
 	if err != nil || d <= 0 {
@@ -260,7 +271,7 @@ func answerWithin(timeout string) time.Duration {
 	return d - min(d/10, 500*time.Millisecond)
 }
 
-// deliver writes an answer; an error says that the API server does not get it.
+// deliver writes an answer. An error says that the API server does not get it.
 func deliver(ctx context.Context, rw http.ResponseWriter, response *admissionv1.AdmissionResponse) error {
 	body, err := json.Marshal(admissionv1.AdmissionReview{
 		TypeMeta: metav1.TypeMeta{APIVersion: admissionv1.SchemeGroupVersion.String(), Kind: "AdmissionReview"},
@@ -282,8 +293,9 @@ func deliver(ctx context.Context, rw http.ResponseWriter, response *admissionv1.
 	return nil
 }
 
-// wantDelivered sends what was written, which costs a packet more than to let the server do that: its error is that of deliver.
-func wantDelivered(rw http.ResponseWriter) error {
+// flush sends what deliver has written. It costs a packet more than to leave that to the
+// server, but an error says that the API server does not get the answer.
+func flush(rw http.ResponseWriter) error {
 	if err := http.NewResponseController(rw).Flush(); err != nil {
 		return fmt.Errorf("deliver the answer: %w", err)
 	}

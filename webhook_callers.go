@@ -16,16 +16,18 @@ import (
 	"time"
 )
 
-// mutatePath is where admission reviews are served, followed by a slash and a secret if there is one.
+// mutatePath is where admission reviews are served. A slash and a secret follow it, if
+// there is one.
 const mutatePath = "/mutate"
 
 const (
-	// formerSecretFor is for how long a secret that was replaced is still good: whoever changes it by hand has to change the webhook's
-	// configuration, too.
+	// formerSecretFor is how long a replaced secret stays valid: in that time an
+	// administrator who changes it by hand also changes the webhook's configuration.
 	formerSecretFor = 10 * time.Minute
 )
 
-// pathSecret is what may follow mutatePath, and Kubernetes accepts, if it has leastPathSecret to mostPathSecret characters.
+// pathSecret matches a secret that Kubernetes accepts in a path. It has leastPathSecret
+// to mostPathSecret characters.
 var pathSecret = regexp.MustCompile(`^[a-z0-9][a-z0-9-]*[a-z0-9]$`)
 
 const (
@@ -33,61 +35,66 @@ const (
 	mostPathSecret  = 128
 )
 
-// goodPath is the digest of a path: comparing these tells nothing of what is good, not even by the time that it takes.
-type goodPath [sha256.Size]byte
+// pathDigest is the digest of a valid path. A comparison of digests reveals nothing of
+// the path, not even by its time.
+type pathDigest [sha256.Size]byte
 
-func newGoodPath(path string) goodPath { return sha256.Sum256([]byte(path)) }
+func newPathDigest(path string) pathDigest { return sha256.Sum256([]byte(path)) }
 
-// goodPaths are those of a file, whose content has that digest.
-type goodPaths struct {
-	paths  []goodPath
-	digest string
+// pathDigests are the valid paths of a file.
+type pathDigests struct {
+	paths  []pathDigest
+	digest string // of the file's content
 }
 
-// parsePathSecrets reads a secret from each line.
-func parsePathSecrets(texts [][]byte) (good goodPaths, err error) {
+// parsePathSecrets reads one secret from each line.
+func parsePathSecrets(texts [][]byte) (good pathDigests, err error) {
 	good.digest = fmt.Sprintf("%x", sha256.Sum256(texts[0]))[:16]
 	for n, line := range strings.Split(strings.TrimSpace(string(texts[0])), "\n") {
 		line = strings.TrimSpace(line)
-		if len(line) < leastPathSecret || len(line) > mostPathSecret || !pathSecret.MatchString(line) { // it may be a secret, and is not shown
-			return good, fmt.Errorf("line %d is no secret: it must be 16 to 128 of a-z 0-9 -, with no - at either end, as Kubernetes wants paths", n+1)
+		if len(line) < leastPathSecret || len(line) > mostPathSecret || !pathSecret.MatchString(line) {
+			// The error does not show the line: it may be a secret.
+			return good, fmt.Errorf("line %d is no secret: "+
+				"it must be 16 to 128 of a-z 0-9 -, with no - at either end, as Kubernetes wants paths", n+1)
 		}
-		good.paths = append(good.paths, newGoodPath(mutatePath+"/"+line))
+		good.paths = append(good.paths, newPathDigest(mutatePath+"/"+line))
 	}
 	return good, nil
 }
 
-// callers tells who may call the webhook: whoever knows the path, and has a certificate if one is asked for.
+// callers authenticates the clients of the webhook: by the path, and by a certificate if
+// one is required.
 type callers struct {
-	secrets     *followed[goodPaths] // nil: the path has no secret
-	authorities *followed[*x509.CertPool]
-	names       []string // of certificates; empty for any that an authority has signed
+	secrets     *watchedFile[pathDigests] // nil: the path has no secret
+	authorities *watchedFile[*x509.CertPool]
+	names       []string // of certificates; empty accepts any that an authority has signed
 	log         *slog.Logger
 
-	limit logLimiter // of lines about callers that do not know the path
+	limit logLimiter // of warnings about unauthenticated clients
 
 	mu     sync.Mutex
-	last   []goodPath // of the file
+	last   []pathDigest // those of the file
 	former []formerPath
 }
 
-// formerPath is one that was replaced.
+// formerPath is a path that was replaced.
 type formerPath struct {
-	path  goodPath
+	path  pathDigest
 	until time.Time
 }
 
 // newCallers reads the files.
 func newCallers(c webhookConfig, log *slog.Logger) (*callers, error) {
-	w := &callers{names: c.clientNames, limit: logLimiter{most: badCallersLogged}, log: log}
+	w := &callers{names: c.clientNames, limit: logLimiter{most: badRequestsLogged}, log: log}
 	var err error
 	if c.pathSecretFile != "" {
-		if w.secrets, err = follow(log, parsePathSecrets, w.takeSecrets, c.pathSecretFile); err != nil {
+		if w.secrets, err = newWatchedFile(log, parsePathSecrets, w.takeSecrets, c.pathSecretFile); err != nil {
 			return nil, fmt.Errorf("--path-secret-file: %w", err)
 		}
 	}
 	if c.clientCAFile != "" {
-		w.authorities, err = follow(log, parseCA, func(*x509.CertPool) { log.Info("authorities of clients taken") }, c.clientCAFile)
+		taken := func(*x509.CertPool) { log.Info("authorities of clients taken") }
+		w.authorities, err = newWatchedFile(log, parseCA, taken, c.clientCAFile)
 		if err != nil {
 			return nil, fmt.Errorf("--client-ca-file: %w", err)
 		}
@@ -95,19 +102,19 @@ func newCallers(c webhookConfig, log *slog.Logger) (*callers, error) {
 	return w, nil
 }
 
-// watch follows the files until ctx is done.
+// watch watches the files until ctx is done.
 func (w *callers) watch(ctx context.Context) {
 	if w.secrets != nil {
-		go w.secrets.watch(ctx, followInterval)
+		go w.secrets.watch(ctx, fileInterval)
 	}
 	if w.authorities != nil {
-		go w.authorities.watch(ctx, followInterval)
+		go w.authorities.watch(ctx, fileInterval)
 	}
 }
 
-// takeSecrets keeps those that are replaced for a while. The log has the digest of the file, by which deploy/path-secret.sh knows that
-// they are in use.
-func (w *callers) takeSecrets(good goodPaths) {
+// takeSecrets takes new secrets, and keeps those that they replace for a while. It logs
+// the digest of the file, by which deploy/path-secret.sh knows that they are in use.
+func (w *callers) takeSecrets(good pathDigests) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, path := range w.last {
@@ -119,12 +126,13 @@ func (w *callers) takeSecrets(good goodPaths) {
 	w.log.Info("path secret taken", "digest", good.digest, "paths", len(good.paths))
 }
 
-// mayCall reports whether a path is one at which admission reviews are served. It takes the same time for each.
+// mayCall reports whether admission reviews are served at a path. It takes the same time
+// for each path.
 func (w *callers) mayCall(path string) bool {
 	if w.secrets == nil {
 		return path == mutatePath
 	}
-	asked := newGoodPath(path)
+	asked := newPathDigest(path)
 	found := 0
 	for _, good := range w.secrets.current.Load().paths {
 		found |= subtle.ConstantTimeCompare(asked[:], good[:])
@@ -138,19 +146,20 @@ func (w *callers) mayCall(path string) bool {
 	return found == 1
 }
 
-// refuseStranger is the text for whoever calls another path. That somebody does is logged now and then, as it may be the API server, with
-// another secret.
-func (w *callers) refuseStranger(remote string) string {
+// refuse returns the text for an unauthenticated client. It logs some of these, because
+// one may be an API server with another secret.
+func (w *callers) refuse(remote string) string {
 	if w.secrets == nil {
 		return "not found: admission reviews are served at " + mutatePath
 	}
 	if dropped, ok := w.limit.allow(); ok {
-		w.log.Warn("somebody calls without the path's secret, or with another", "remote", remote, "notLoggedBefore", dropped)
+		w.log.Warn("a client calls without the path's secret, or with another", "remote", remote,
+			"notLoggedBefore", dropped)
 	}
 	return "not found: the path must end with the secret of --path-secret-file"
 }
 
-// tls are the TLS settings of the server.
+// tls returns the TLS settings of the server.
 func (w *callers) tls(cert *certificate) *tls.Config {
 	c := &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: cert.get, NextProtos: []string{"h2", "http/1.1"}}
 	if w.authorities == nil {
@@ -166,7 +175,7 @@ func (w *callers) tls(cert *certificate) *tls.Config {
 	return c
 }
 
-// checkName refuses a client whose certificate is of another name.
+// checkName refuses a client whose certificate has another name.
 func (w *callers) checkName(state tls.ConnectionState) error {
 	if len(w.names) == 0 {
 		return nil
@@ -180,5 +189,6 @@ func (w *callers) checkName(state tls.ConnectionState) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("the client certificate is of %s: --client-name is %s", quoteShort(leaf.Subject.CommonName), strings.Join(w.names, ","))
+	return fmt.Errorf("the client certificate is of %s: --client-name is %s",
+		quoteShort(leaf.Subject.CommonName), strings.Join(w.names, ","))
 }

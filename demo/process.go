@@ -56,10 +56,10 @@ func (p *process) end(signal syscall.Signal) (exitCode int, err error) {
 	}
 }
 
-// stopAll ends what still runs, last started first, so that the sidecars end before the webhook; by force where asking
-// does not help.
+// stopAll ends all processes, last started first, so that the sidecars end before the webhook. It
+// kills those that have not ended in time, and says so.
 func (s *setup) stopAll() {
-	late := time.After(3 * time.Second)
+	late := time.After(10 * time.Second)
 	for _, p := range slices.Backward(s.processes) {
 		_ = p.cmd.Process.Signal(syscall.SIGTERM)
 		_ = p.cmd.Process.Signal(syscall.SIGCONT) // it may be paused
@@ -67,7 +67,10 @@ func (s *setup) stopAll() {
 		case <-p.done:
 		case <-late:
 			for _, p := range s.processes {
-				_ = p.cmd.Process.Kill()
+				if !p.ended() {
+					fmt.Fprintf(os.Stderr, "%s (process %d) did not end, and was killed\n", p.cmd.Path, p.cmd.Process.Pid)
+					_ = p.cmd.Process.Kill()
+				}
 			}
 			<-p.done
 		}

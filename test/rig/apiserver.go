@@ -24,8 +24,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// APIServer speaks HTTPS, asks for a token, and does to its clients what API servers and networks do. Behind it
-// are pods: in a store of its own, or in a real API server.
+// APIServer speaks HTTPS, asks for a token, and does to its clients what API servers and
+// networks do. Behind it are pods: in a store of its own, or in a real API server.
 type APIServer struct {
 	Address   string
 	Dir       string // of the certificate and the token
@@ -34,7 +34,8 @@ type APIServer struct {
 
 	Store *APIStore // nil if the pods are in a real API server
 
-	// Late delays all watches: while it is locked they tell nothing, and then all that they have missed.
+	// Late delays all watches: while it is locked they tell nothing, and then all that
+	// they have missed.
 	Late sync.RWMutex
 
 	pods http.Handler
@@ -47,7 +48,8 @@ type APIServer struct {
 	requests []string // all, as METHOD PATH?QUERY
 }
 
-// APIFault handles a request in the API server's place, or reports false. It may change the request.
+// APIFault handles a request in the API server's place, or reports false. It may change
+// the request.
 type APIFault func(w http.ResponseWriter, r *http.Request) bool
 
 // StartAPIServer starts an API server in front of a store of its own.
@@ -179,7 +181,8 @@ func (s *APIServer) eachWatch(do func(*servedWatch)) (n int) {
 // DropWatches ends the connections of all watches, and returns their number.
 func (s *APIServer) DropWatches() int { return s.eachWatch(func(w *servedWatch) { w.drop() }) }
 
-// SilenceWatches makes all watches of this moment tell nothing any more, and returns their number.
+// SilenceWatches makes all watches of this moment tell nothing any more, and returns
+// their number.
 func (s *APIServer) SilenceWatches() int {
 	return s.eachWatch(func(w *servedWatch) { w.silent.Store(true) })
 }
@@ -202,7 +205,8 @@ func (s *APIServer) Count(matches func(request string) bool) int {
 	return len(slices.DeleteFunc(slices.Clone(s.requests), func(r string) bool { return !matches(r) }))
 }
 
-// Direct sends a request to the pods, past the faults. It has to succeed; out gets the answer unless it is nil.
+// Direct sends a request to the pods, past the faults. It has to succeed; out gets the
+// answer unless it is nil.
 func (s *APIServer) Direct(t testing.TB, method, path string, in, out any) {
 	t.Helper()
 	w := s.TryDirect(t, method, path, in)
@@ -231,7 +235,8 @@ func (s *APIServer) TryDirect(t testing.TB, method, path string, in any) *httpte
 	return w
 }
 
-// GatedPod is a pod with our gate and one of another controller. No scheduler and no kubelet touches it.
+// GatedPod is a pod with our gate and one of another controller. No scheduler and no
+// kubelet touches it.
 func GatedPod(name string) *corev1.Pod {
 	return &corev1.Pod{
 		TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},
@@ -251,7 +256,8 @@ func MarkScheduled(p *corev1.Pod) {
 		{Name: SidecarName, Started: new(true), State: now}, {Name: AwaitName, State: now}}
 }
 
-// MarkRunning makes a pod one that a kubelet has started: its sidecar runs, and its await has ended.
+// MarkRunning makes a pod one that a kubelet has started: its sidecar runs, and its await
+// has ended.
 func MarkRunning(p *corev1.Pod) {
 	MarkScheduled(p)
 	p.Status.Phase = corev1.PodRunning
@@ -294,7 +300,8 @@ func (s *APIServer) NewNamespace(t testing.TB) string {
 	s.Direct(t, http.MethodPost, "/api/v1/namespaces", object, nil)
 	t.Cleanup(func() { s.Direct(t, http.MethodDelete, "/api/v1/namespaces/"+name, nil, nil) })
 	// A controller does that, too, in a moment. Without it the API server takes no pods.
-	account := map[string]any{"apiVersion": "v1", "kind": "ServiceAccount", "metadata": map[string]any{"name": "default"}}
+	account := map[string]any{"apiVersion": "v1", "kind": "ServiceAccount",
+		"metadata": map[string]any{"name": "default"}}
 	w := s.TryDirect(t, http.MethodPost, "/api/v1/namespaces/"+name+"/serviceaccounts", account)
 	if w.Code != http.StatusCreated && w.Code != http.StatusConflict {
 		t.Fatalf("create a ServiceAccount: %d %s", w.Code, w.Body)
@@ -315,7 +322,8 @@ func (s *APIServer) FailWatches(times int32, code int32) {
 	})
 }
 
-// ExpireWatches makes the API server forget its history: the version of the next watch is too old.
+// ExpireWatches makes the API server forget its history: the version of the next watch is
+// too old.
 func (s *APIServer) ExpireWatches() {
 	if s.Store != nil {
 		s.Store.Compact()

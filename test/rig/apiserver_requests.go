@@ -56,7 +56,8 @@ func (s *APIStore) serveWatch(w http.ResponseWriter, r *http.Request, matches fu
 	query, flush := r.URL.Query(), http.NewResponseController(w).Flush
 	version, err := strconv.Atoi(query.Get("resourceVersion"))
 	if err != nil {
-		Respond(w, 0, nil, Failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "a watch from no version is not served here"))
+		Respond(w, 0, nil, Failure(http.StatusBadRequest, metav1.StatusReasonBadRequest,
+			"a watch from no version is not served here"))
 		return
 	}
 	length, _ := strconv.Atoi(query.Get("timeoutSeconds"))
@@ -70,8 +71,9 @@ func (s *APIStore) serveWatch(w http.ResponseWriter, r *http.Request, matches fu
 	for flush() == nil {
 		changes, changed, upTo, ok := s.since(version)
 		if !ok {
-			send("ERROR", metav1.Status{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Status"}, Status: metav1.StatusFailure,
-				Code: http.StatusGone, Reason: metav1.StatusReasonExpired, Message: fmt.Sprintf("too old resource version: %d", version)})
+			send("ERROR", metav1.Status{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Status"},
+				Status: metav1.StatusFailure, Code: http.StatusGone, Reason: metav1.StatusReasonExpired,
+				Message: fmt.Sprintf("too old resource version: %d", version)})
 			return
 		}
 		for _, c := range changes {
@@ -83,7 +85,8 @@ func (s *APIStore) serveWatch(w http.ResponseWriter, r *http.Request, matches fu
 		select {
 		case <-changed:
 		case <-bookmark.C:
-			mark := &corev1.Pod{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"}, ObjectMeta: metav1.ObjectMeta{ResourceVersion: strconv.Itoa(version)}}
+			mark := &corev1.Pod{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},
+				ObjectMeta: metav1.ObjectMeta{ResourceVersion: strconv.Itoa(version)}}
 			if query.Get("allowWatchBookmarks") == "true" && !send("BOOKMARK", mark) {
 				return
 			}
@@ -98,8 +101,8 @@ func (s *APIStore) serveWatch(w http.ResponseWriter, r *http.Request, matches fu
 	}
 }
 
-// event is what a watch tells of a change. A change after which the selector does not match any more is a
-// deletion, of the pod as it was before, with the new version.
+// event is what a watch tells of a change. A change after which the selector does not
+// match any more is a deletion, of the pod as it was before, with the new version.
 func (c podChange) event(matched, matches bool) (kind string, p *corev1.Pod) {
 	switch {
 	case matched && matches:
@@ -128,8 +131,8 @@ func (s *APIStore) serveCreate(w http.ResponseWriter, r *http.Request) {
 	Respond(w, http.StatusCreated, created, status)
 }
 
-// servePatch takes JSON patches. As a real API server does, it allows a patch to remove gates but not to add
-// them, and answers 422 if a test fails.
+// servePatch takes JSON patches. As a real API server does, it allows a patch to remove
+// gates but not to add them, and answers 422 if a test fails.
 func (s *APIStore) servePatch(w http.ResponseWriter, r *http.Request) {
 	body, err := io.ReadAll(r.Body)
 	steps, wrong := jsonpatch.DecodePatch(body)
@@ -161,7 +164,8 @@ func applySteps(p *corev1.Pod, steps jsonpatch.Patch) (*corev1.Pod, *metav1.Stat
 	}
 	for _, g := range patched.Spec.SchedulingGates {
 		if !slices.Contains(p.Spec.SchedulingGates, g) {
-			return nil, Failure(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "spec.schedulingGates: only deletion is allowed")
+			return nil, Failure(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid,
+				"spec.schedulingGates: only deletion is allowed")
 		}
 	}
 	if patched.Spec.NodeName != p.Spec.NodeName || patched.UID != p.UID {
@@ -181,11 +185,13 @@ func (s *APIStore) serveEvent(w http.ResponseWriter, r *http.Request) {
 	defer s.mu.Unlock()
 	var status *metav1.Status
 	switch same := func(other eventsv1.Event) bool { return other.Namespace == e.Namespace && other.Name == e.Name }; {
-	case e.EventTime.IsZero() || e.ReportingController == "" || e.ReportingInstance == "" || e.Action == "" || e.Reason == "" ||
-		e.Type != corev1.EventTypeNormal && e.Type != corev1.EventTypeWarning || len(e.Note) >= 1024 || e.Regarding.Namespace != e.Namespace:
+	case e.EventTime.IsZero() || e.ReportingController == "" || e.ReportingInstance == "" ||
+		e.Action == "" || e.Reason == "" || e.Type != corev1.EventTypeNormal && e.Type != corev1.EventTypeWarning ||
+		len(e.Note) >= 1024 || e.Regarding.Namespace != e.Namespace:
 		status = Failure(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "Event %q is invalid", e.Name)
 	case slices.ContainsFunc(s.events, same):
-		status = Failure(http.StatusConflict, metav1.StatusReasonAlreadyExists, "events.events.k8s.io %q already exists", e.Name)
+		status = Failure(http.StatusConflict, metav1.StatusReasonAlreadyExists,
+			"events.events.k8s.io %q already exists", e.Name)
 	default:
 		s.events = append(s.events, e)
 	}

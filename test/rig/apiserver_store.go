@@ -19,9 +19,10 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// APIStore holds pods and events, and serves them as a real API server does: lists in pages of one version,
-// watches from a version on, with bookmarks and a bounded history, JSON patches. Nothing schedules or runs the
-// pods: see Change. It never changes a pod in place.
+// APIStore holds pods and events, and serves them as a real API server does: lists in
+// pages of one version, watches from a version on, with bookmarks and a bounded history,
+// JSON patches. Nothing schedules or runs the pods: see Change. It never changes a pod in
+// place.
 type APIStore struct {
 	*http.ServeMux
 	BookmarkEvery time.Duration // a minute in a real one
@@ -46,7 +47,8 @@ type podChange struct {
 
 // NewAPIStore makes an empty store.
 func NewAPIStore() *APIStore {
-	s := &APIStore{ServeMux: http.NewServeMux(), BookmarkEvery: 100 * time.Millisecond, HistoryMost: 1000, version: 1000, compacted: 1000,
+	s := &APIStore{ServeMux: http.NewServeMux(), BookmarkEvery: 100 * time.Millisecond, HistoryMost: 1000,
+		version: 1000, compacted: 1000,
 		pods: map[string]*corev1.Pod{}, pages: map[string][]*corev1.Pod{}, changed: make(chan struct{})}
 	const pods, pod = "/api/v1/namespaces/{namespace}/pods", "/api/v1/namespaces/{namespace}/pods/{name}"
 	s.HandleFunc("GET /api/v1/pods", s.servePods)
@@ -57,7 +59,8 @@ func NewAPIStore() *APIStore {
 		Respond(w, http.StatusOK, p, status)
 	})
 	s.HandleFunc("DELETE "+pod, func(w http.ResponseWriter, r *http.Request) {
-		p, status := s.Delete(r.PathValue("namespace"), r.PathValue("name"), r.URL.Query().Get("gracePeriodSeconds") == "0")
+		now := r.URL.Query().Get("gracePeriodSeconds") == "0"
+		p, status := s.Delete(r.PathValue("namespace"), r.PathValue("name"), now)
 		Respond(w, http.StatusOK, p, status)
 	})
 	s.HandleFunc("PATCH "+pod, s.servePatch)
@@ -130,14 +133,15 @@ func (s *APIStore) Create(p *corev1.Pod) (*corev1.Pod, *metav1.Status) {
 	p.Status.Phase = cmp.Or(p.Status.Phase, corev1.PodPending)
 	if len(p.Spec.SchedulingGates) > 0 && len(p.Status.Conditions) == 0 {
 		p.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodScheduled, Status: corev1.ConditionFalse,
-			Reason: corev1.PodReasonSchedulingGated, Message: "Scheduling is blocked due to non-empty scheduling gates"}}
+			Reason:  corev1.PodReasonSchedulingGated,
+			Message: "Scheduling is blocked due to non-empty scheduling gates"}}
 	}
 	s.put(nil, p)
 	return p, nil
 }
 
-// Delete removes a pod. It only marks a pod that has a node, unless now is set: the kubelet removes that pod
-// when it has ended.
+// Delete removes a pod. It only marks a pod that has a node, unless now is set: the
+// kubelet removes that pod when it has ended.
 func (s *APIStore) Delete(namespace, name string, now bool) (*corev1.Pod, *metav1.Status) {
 	p, status := s.Get(namespace, name)
 	if status != nil {
@@ -197,11 +201,13 @@ func (s *APIStore) page(matches func(*corev1.Pod) bool, next, limit string) (*co
 	} else {
 		var there bool
 		if rest, there = s.pages[next]; !there {
-			return nil, Failure(http.StatusGone, metav1.StatusReasonExpired, "The provided continue parameter is too old to display a consistent list result.")
+			return nil, Failure(http.StatusGone, metav1.StatusReasonExpired,
+				"The provided continue parameter is too old to display a consistent list result.")
 		}
 		version, _, _ = strings.Cut(next, ".")
 	}
-	list := &corev1.PodList{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "PodList"}, ListMeta: metav1.ListMeta{ResourceVersion: version}, Items: []corev1.Pod{}}
+	list := &corev1.PodList{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "PodList"},
+		ListMeta: metav1.ListMeta{ResourceVersion: version}, Items: []corev1.Pod{}}
 	most, err := strconv.Atoi(limit)
 	if err != nil || most > len(rest) {
 		most = len(rest)
@@ -216,8 +222,8 @@ func (s *APIStore) page(matches func(*corev1.Pod) bool, next, limit string) (*co
 	return list, nil
 }
 
-// since are the changes after a version, and a channel that the next change closes. It is not ok if the store
-// does not know them any more.
+// since are the changes after a version, and a channel that the next change closes. It is
+// not ok if the store does not know them any more.
 func (s *APIStore) since(version int) (changes []podChange, changed chan struct{}, upTo int, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -7,7 +7,8 @@ import (
 	"testing"
 )
 
-// Edit replaces a text that is in a file of the program exactly once. File is its path from the root.
+// Edit replaces a text that is in a file of the program exactly once. File is its path
+// from the root.
 type Edit struct{ File, From, To string }
 
 // BuildBroken builds the program with edits. The source stays as it is.

@@ -16,7 +16,7 @@ import (
 
 // etcdBinary builds etcd from its module, once. The go command keeps it.
 var etcdBinary = sync.OnceValues(func() (string, error) {
-	cmd := exec.Command("go", "tool", "-modfile="+Path("tools/go.mod"), "-n", "go.etcd.io/etcd/server/v3")
+	cmd := exec.Command("go", "tool", "-modfile="+Path("test/tools/go.mod"), "-n", "go.etcd.io/etcd/server/v3")
 	cmd.Dir = Root()
 	out, err := cmd.Output()
 	if err != nil {

@@ -14,7 +14,8 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// DownAfter is the silence after which Sentinels, and nodes of a Cluster, take a server for lost.
+// DownAfter is the silence after which Sentinels, and nodes of a Cluster, take a server
+// for lost.
 const DownAfter = time.Second
 
 // ClusterSlots is the number of slots of a Redis Cluster.
@@ -40,7 +41,8 @@ type SentinelGroup struct {
 	Sentinels []*Redis
 }
 
-// StartSentinelGroup starts a group, with more arguments of the servers, and waits until it is whole.
+// StartSentinelGroup starts a group, with more arguments of the servers, and waits until
+// it is whole.
 func StartSentinelGroup(t testing.TB, args ...string) *SentinelGroup {
 	t.Helper()
 	return StartSentinelGroupWith(t, GroupOptions{Args: args})
@@ -65,7 +67,8 @@ func StartSentinelGroupWith(t testing.TB, o GroupOptions) *SentinelGroup {
 	for range 3 {
 		s := startSentinel(t, dir, o.Env)
 		s.Do(t, "SENTINEL", "MONITOR", "tokens", "127.0.0.1", Port(g.Servers[0].Address), 2)
-		s.Do(t, "SENTINEL", "SET", "tokens", "down-after-milliseconds", DownAfter.Milliseconds(), "failover-timeout", 6000)
+		s.Do(t, "SENTINEL", "SET", "tokens", "down-after-milliseconds", DownAfter.Milliseconds(),
+			"failover-timeout", 6000)
 		g.Sentinels = append(g.Sentinels, s)
 	}
 	g.WantReady(t, 2)
@@ -86,7 +89,8 @@ func startSentinel(t testing.TB, dir string, env func(address string) []string) 
 	return s
 }
 
-// WantReady waits until all Sentinels know each other and one primary, and n of its replicas are in sync.
+// WantReady waits until all Sentinels know each other and one primary, and n of its
+// replicas are in sync.
 func (g *SentinelGroup) WantReady(t testing.TB, replicas int) {
 	t.Helper()
 	Eventually(t, 40*time.Second, func() error {
@@ -106,7 +110,7 @@ func (g *SentinelGroup) WantReady(t testing.TB, replicas int) {
 			m, err := redis.StringMap(s.Control.Do("SENTINEL", "MASTER", "tokens"))
 			if err != nil || m["num-other-sentinels"] != "2" || m["num-slaves"] < fmt.Sprint(replicas) ||
 				m["port"] != Port(primary.Address) || m["flags"] != "master" {
-				return fmt.Errorf("Sentinel %s knows %s other Sentinels and %s replicas of %s (%s), %v", s.Address,
+				return fmt.Errorf("the Sentinel %s knows %s other Sentinels and %s replicas of %s (%s), %v", s.Address,
 					m["num-other-sentinels"], m["num-slaves"], m["port"], m["flags"], err)
 			}
 		}
@@ -197,7 +201,8 @@ func StartClusterWith(t testing.TB, o GroupOptions) *Cluster {
 			return append([]string{"--port", port, "--repl-diskless-sync-delay", "0", "--cluster-enabled", "yes",
 				"--cluster-port", Port(bus), "--cluster-node-timeout", fmt.Sprint(DownAfter.Milliseconds()),
 				"--cluster-require-full-coverage", "no",
-				// Else a master without slots becomes a replica, of which redis-cli complains.
+				// Else a master without slots becomes a replica, of which redis-cli
+				// complains.
 				"--cluster-allow-replica-migration", "no"}, o.Args...)
 		}
 		s := StartRedisWith(t, RedisOptions{Args: args, Env: o.Env, Kind: SingleQueue})
@@ -263,7 +268,8 @@ func (c *Cluster) Ranges(t testing.TB, asked *Redis) (ranges []SlotRange) {
 	return ranges
 }
 
-// besides uses another connection, which gives up after two seconds: the node may be paused.
+// besides uses another connection, which gives up after two seconds: the node may be
+// paused.
 func (r *Redis) besides(use func(conn redis.Conn) error) error {
 	const patience = 2 * time.Second
 	conn, err := redis.Dial("tcp", r.Address, redis.DialConnectTimeout(patience), redis.DialReadTimeout(patience))
@@ -307,7 +313,8 @@ func readSlots(conn redis.Conn) (ranges []SlotRange, err error) {
 	return ranges, nil
 }
 
-// masterOf is the address of the master of a semaphore's slot, as a node sees it, or empty.
+// masterOf is the address of the master of a semaphore's slot, as a node sees it, or
+// empty.
 func masterOf(asked *Redis, id fmt.Stringer) (address string, err error) {
 	err = asked.besides(func(conn redis.Conn) error {
 		ranges, err := readSlots(conn)

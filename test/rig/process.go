@@ -15,13 +15,15 @@ import (
 	"time"
 )
 
-// Process is a process that a test starts: the program, or a server. Change Cmd before the start.
+// Process is a process that a test starts: the program, or a server. Change Cmd before
+// the start.
 type Process struct {
 	Cmd    *exec.Cmd
 	Log    Log // stderr
 	Stdout Log
 
-	// Hear gets each line of stderr as the process writes it. Done comes after the last line.
+	// Hear gets each line of stderr as the process writes it. Done comes after the last
+	// line.
 	Hear func(line string)
 
 	done chan struct{} // closed when the process has ended
@@ -130,7 +132,8 @@ func (p *Process) Resume(t testing.TB) {
 	p.Signal(t, syscall.SIGCONT)
 }
 
-// WantState waits until the process is in a state of /proc/PID/stat: T is stopped, S sleeps.
+// WantState waits until the process is in a state of /proc/PID/stat: T is stopped, S
+// sleeps.
 func (p *Process) WantState(t testing.TB, want string) {
 	t.Helper()
 	Eventually(t, 10*time.Second, func() error {
@@ -189,7 +192,8 @@ func (p *Process) WantLog(t testing.TB, message string) map[string]any {
 	return lines[0]
 }
 
-// WantLogPrefix waits for a log line whose message begins with prefix, and returns the message.
+// WantLogPrefix waits for a log line whose message begins with prefix, and returns the
+// message.
 func (p *Process) WantLogPrefix(t testing.TB, prefix string) (message string) {
 	t.Helper()
 	Eventually(t, 20*time.Second, func() error {

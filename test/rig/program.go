@@ -39,7 +39,8 @@ func StartProgram(t testing.TB, args ...string) *Process {
 // podUIDs are the UIDs of the pods that InPod has made, by test.
 var podUIDs sync.Map
 
-// InPod makes the sidecars and awaits of a test the containers of one pod, whose UID it returns.
+// InPod makes the sidecars and awaits of a test the containers of one pod, whose UID it
+// returns.
 func InPod(t testing.TB, token string) string {
 	t.Helper()
 	podUID := uuid.NewString()
@@ -48,7 +49,8 @@ func InPod(t testing.TB, token string) string {
 	return podUID
 }
 
-// StartMark is the file by which the sidecar of a pod knows that the pod's app may have been started.
+// StartMark is the file by which the sidecar of a pod knows that the pod's app may have
+// been started.
 func StartMark(token string) string {
 	return filepath.Join("/dev/shm", "at-least-semaphore-pod-"+token)
 }
@@ -76,8 +78,8 @@ func StartAwait(t testing.TB) *Process {
 	return StartProgram(t, "await")
 }
 
-// LimitMemoryAsDeployed gives the processes that the test starts from now on the memory settings of Go that the
-// webhook has in deploy/.
+// LimitMemoryAsDeployed gives the processes that the test starts from now on the memory settings
+// of Go that the webhook has in deploy/.
 func LimitMemoryAsDeployed(t *testing.T) {
 	t.Helper()
 	manifest := ReadFile(t, "deploy/base/webhook.yaml")
@@ -126,8 +128,8 @@ func (s *Service) Metrics(t testing.TB) string {
 	return string(text)
 }
 
-// Metric is the value of one series, as it is named in the metrics: NAME or NAME{LABELS}. ok is false if the
-// service does not have it.
+// Metric is the value of one series, as it is named in the metrics: NAME or NAME{LABELS}.
+// ok is false if the service does not have it.
 func (s *Service) Metric(t testing.TB, series string) (value float64, ok bool) {
 	t.Helper()
 	m := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(series) + ` (\S+)$`).FindStringSubmatch(s.Metrics(t))
@@ -147,7 +149,8 @@ type Webhook struct {
 	Client  *http.Client
 }
 
-// StartWebhook starts the webhook and waits until it is ready. address is of the Redis for tokens and lock.
+// StartWebhook starts the webhook and waits until it is ready. address is of the Redis
+// for tokens and lock.
 func StartWebhook(t testing.TB, address string, flags ...string) *Webhook {
 	t.Helper()
 	return StartWebhookOf(t, Program(t), address, flags...)
@@ -229,7 +232,8 @@ func (w *Webhook) WantAdmitted(t testing.TB, id fmt.Stringer, length int) string
 // Gate is the program as a gate.
 type Gate struct{ Service }
 
-// StartGate starts a gate and waits until it is ready. address is of the Redis for tokens and lock.
+// StartGate starts a gate and waits until it is ready. address is of the Redis for tokens
+// and lock.
 func StartGate(t testing.TB, api *APIServer, address string, flags ...string) *Gate {
 	t.Helper()
 	g := NewGate(t, Program(t), api, address, flags...)

@@ -34,7 +34,8 @@ func (c *proxied) close() {
 	c.server.Close()
 }
 
-// HeldCommand is the first command that contains a text. The proxy keeps it back on its way to the server.
+// HeldCommand is the first command that contains a text. The proxy keeps it back on its
+// way to the server.
 type HeldCommand struct {
 	Held    chan struct{} // closed when the command is kept back
 	Deliver func()        // sends it on
@@ -105,8 +106,8 @@ func announce(answer []byte, server, proxy string) []byte {
 	return bytes.ReplaceAll(answer, []byte(":"+Port(server)+"\r\n"), []byte(":"+Port(proxy)+"\r\n"))
 }
 
-// forward passes on what it reads until the connection ends. From a silent connection it passes on nothing, not
-// even the end.
+// forward passes on what it reads until the connection ends. From a silent connection it
+// passes on nothing, not even the end.
 func (c *proxied) forward(from net.Conn, write func([]byte) error) {
 	b := make([]byte, 1<<16)
 	for {
@@ -145,8 +146,8 @@ func (p *Proxy) toServer(c *proxied, b []byte) error {
 	return err
 }
 
-// HoldFirst keeps back the first command that contains a text. With hangUp, the proxy also closes the client's
-// connection.
+// HoldFirst keeps back the first command that contains a text. With hangUp, the proxy
+// also closes the client's connection.
 func (p *Proxy) HoldFirst(t testing.TB, text string, hangUp bool) *HeldCommand {
 	t.Helper()
 	h := &HeldCommand{Held: make(chan struct{}), Sent: make(chan struct{}), text: text, hangUp: hangUp,
@@ -159,7 +160,8 @@ func (p *Proxy) HoldFirst(t testing.TB, text string, hangUp bool) *HeldCommand {
 	return h
 }
 
-// Silence makes the connections of this moment swallow all bytes from now on. New connections work.
+// Silence makes the connections of this moment swallow all bytes from now on. New
+// connections work.
 func (p *Proxy) Silence() {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -9,8 +9,9 @@ import (
 	"testing"
 )
 
-// TestQueue is the kind of queue that all tests use. Empty is one server. By TEST_QUEUE it is a primary that a
-// Sentinel names, or a Cluster of one node, which a test can look into.
+// TestQueue is the kind of queue that all tests use. Empty is one server. By TEST_QUEUE
+// it is a primary that a Sentinel names, or a Cluster of one node, which a test can look
+// into.
 var TestQueue = os.Getenv("TEST_QUEUE")
 
 // The kinds of queues.
@@ -20,8 +21,8 @@ const (
 	ClusterQueue  = "cluster"
 )
 
-// QueueAddress is the address by which the program finds a server of a test, or a proxy in front of it. An
-// address with a scheme, or of another machine, stays as it is.
+// QueueAddress is the address by which the program finds a server of a test, or a proxy
+// in front of it. An address with a scheme, or of another machine, stays as it is.
 func QueueAddress(address string) string {
 	host, port, err := net.SplitHostPort(address)
 	switch {
@@ -52,7 +53,8 @@ func UnreachedText(address string) string {
 	return fmt.Sprintf("queue Redis %s: out of reach: ", QueueAddress(address))
 }
 
-// SkipUnderSentinel skips a test that counts connections or commands of one server: a Sentinel has its own.
+// SkipUnderSentinel skips a test that counts connections or commands of one server: a
+// Sentinel has its own.
 func SkipUnderSentinel(t testing.TB) {
 	t.Helper()
 	if TestQueue == SentinelQueue {
@@ -60,7 +62,8 @@ func SkipUnderSentinel(t testing.TB) {
 	}
 }
 
-// IfDiscovered is n where the program discovers its server, which takes connections of its own, and else 0.
+// IfDiscovered is n where the program discovers its server, which takes connections of
+// its own, and else 0.
 func IfDiscovered(n int) int {
 	if TestQueue == "" {
 		return 0

@@ -18,7 +18,8 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// RedisProgram is the server that the tests start: redis-server, or what REDIS_SERVER names.
+// RedisProgram is the server that the tests start: redis-server, or what REDIS_SERVER
+// names.
 var RedisProgram = cmp.Or(os.Getenv("REDIS_SERVER"), "redis-server")
 
 // Redis is a real redis-server. Process is the one that runs now: Start replaces it.
@@ -35,7 +36,8 @@ type Redis struct {
 
 // RedisOptions say how a redis-server is started.
 type RedisOptions struct {
-	// Args are its arguments but for the folder, at a port. Nil: it listens there without TLS.
+	// Args are its arguments but for the folder, at a port. Nil: it listens there without
+	// TLS.
 	Args func(port string) []string
 
 	Dial []redis.DialOption            // of the test's own connections
@@ -46,8 +48,8 @@ type RedisOptions struct {
 // PlainPort is the argument for a port without TLS.
 func PlainPort(port string) []string { return []string{"--port", port} }
 
-// StartRedis starts a redis-server of the test's own. It has an append-only file: Stop and Start restart it with
-// its data.
+// StartRedis starts a redis-server of the test's own. It has an append-only file: Stop
+// and Start restart it with its data.
 func StartRedis(t testing.TB) *Redis {
 	t.Helper()
 	return StartRedisWith(t, RedisOptions{})
@@ -124,7 +126,8 @@ func (r *Redis) Start() error {
 	})
 	if err != nil {
 		r.Stop()
-		return fmt.Errorf("%s did not answer at %s: %w: %s%s", RedisProgram, r.Address, err, r.Stdout.String(), r.Log.String())
+		said := r.Stdout.String() + r.Log.String()
+		return fmt.Errorf("%s did not answer at %s: %w: %s", RedisProgram, r.Address, err, said)
 	}
 	if r.allSlots {
 		return r.serveAllSlots()
@@ -178,7 +181,8 @@ var (
 	sharedRedisOnce sync.Once
 )
 
-// CommonRedis is one server for all tests that do not disturb it. The connection is the test's own.
+// CommonRedis is one server for all tests that do not disturb it. The connection is the
+// test's own.
 func CommonRedis(t testing.TB) *Redis {
 	t.Helper()
 	sharedRedisOnce.Do(func() { sharedRedis, sharedRedisErr = launchRedis(Folder(), RedisOptions{}) })
@@ -255,7 +259,8 @@ func (r *Redis) Fill(t testing.TB) (empty func()) {
 	return func() { r.Do(t, "CONFIG", "SET", "maxmemory", "0") }
 }
 
-// WantReplicasInSync waits until all replicas have what the server has, which takes no more writes.
+// WantReplicasInSync waits until all replicas have what the server has, which takes no
+// more writes.
 func (r *Redis) WantReplicasInSync(t testing.TB) {
 	t.Helper()
 	Eventually(t, 10*time.Second, func() error {
@@ -313,8 +318,8 @@ func (s LockServers) ConnectionsLeft() error {
 	return nil
 }
 
-// UserLine is a line of deploy/base/redis-scripts.yaml as words. They begin with "user" if the line makes a
-// user, with or without a password in the environment.
+// UserLine is a line of deploy/base/redis-scripts.yaml as words. They begin with "user"
+// if the line makes a user, with or without a password in the environment.
 func UserLine(line string) []string {
 	line = strings.TrimSpace(line)
 	if _, user, ok := strings.Cut(line, "_PASSWORD:+user "); ok && strings.HasPrefix(line, "${") {
@@ -353,7 +358,8 @@ func launchSentinel(dir string, env func(address string) []string) (*Redis, erro
 	return nil, last
 }
 
-// serveAllSlots makes the server a Cluster of its own. A node does not serve for its first two seconds.
+// serveAllSlots makes the server a Cluster of its own. A node does not serve for its
+// first two seconds.
 func (r *Redis) serveAllSlots() error {
 	_, err := r.Control.Do("CLUSTER", "ADDSLOTSRANGE", 0, ClusterSlots-1)
 	if err != nil && !strings.Contains(err.Error(), "busy") {

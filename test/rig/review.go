@@ -40,7 +40,8 @@ const (
 // MaxLength is the greatest length that a pod may ask for.
 const MaxLength = 10000
 
-// Fixture is an AdmissionReview that a real API server sent; see test/testdata/admission-reviews.
+// Fixture is an AdmissionReview that a real API server sent; see
+// test/testdata/admission-reviews.
 func Fixture(t testing.TB, name string) map[string]any {
 	t.Helper()
 	var review map[string]any
@@ -51,7 +52,8 @@ func Fixture(t testing.TB, name string) map[string]any {
 // FixtureFolder holds the fixtures. Its path is from the root.
 const FixtureFolder = "test/testdata/admission-reviews"
 
-// Review makes the AdmissionReview of a Deployment's pod, out of one that a real API server sent.
+// Review makes the AdmissionReview of a Deployment's pod, out of one that a real API
+// server sent.
 func Review(t testing.TB, id fmt.Stringer, length int, change ...func(request map[string]any)) []byte {
 	t.Helper()
 	review := Fixture(t, "deployment-pod.json")
@@ -91,7 +93,8 @@ func ReadAdmission(status int, text string) (Admission, error) {
 		return Admission{}, err
 	}
 	answer := review.Response
-	a := Admission{Allowed: answer.Allowed, Patch: answer.Patch, Warnings: answer.Warnings, Audit: answer.AuditAnnotations}
+	a := Admission{Allowed: answer.Allowed, Patch: answer.Patch, Warnings: answer.Warnings,
+		Audit: answer.AuditAnnotations}
 	if r := answer.Result; r != nil {
 		a.Code, a.Message = r.Code, r.Message
 	}

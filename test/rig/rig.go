@@ -1,13 +1,16 @@
-// Package rig is what all suites of tests share. It starts real servers and real processes of the program,
-// and reads what they say. It uses no name of the program: a suite sees what a user of the program sees.
+// Package rig is what all suites of tests share. It starts real servers and real
+// processes of the program, and reads what they say. It uses no name of the program: a
+// suite sees what a user of the program sees.
 //
-// All helpers take the test, fail it with a clear message, and stop what they started when the test ends.
+// All helpers take the test, fail it with a clear message, and stop what they started
+// when the test ends.
 //
 // A suite in a folder of its own begins with
 //
 //	func TestMain(m *testing.M) { rig.Main(m, "make chaos") }
 //
-// and then runs only with SUITE=1 in the environment, as its make target sets it. "go test ./..." stays quick.
+// and then runs only with SUITE=1 in the environment, as its make target sets it. "go
+// test ./..." stays quick.
 //
 // Program (this file, process.go, program.go):
 //
@@ -30,9 +33,10 @@
 //
 // What Redis holds of a semaphore (semaphore.go, scripts.go):
 //
-//	FreshID, ID: InflightKey, ..., Keys, Slot      all helpers take any id with the String "NAMESPACE/KEY"
+//	FreshID, ID: InflightKey, ..., Keys            all helpers take any id with the String "NAMESPACE/KEY"
 //	Redis: Counts, WantCounts, Inflight, WantInflight, Line, WantLine, State, Shift, MakeStale, MakeFree ...
 //	ScriptSource(name), Redis.Run(name, id, timing, args...), Acquire, Maintain, Heartbeat, Release
+//	BeatTimeout, PollMost, LineQuiet, LinePatience what scripts, program and suites agree on (constants.go)
 //
 // Reviews (review.go):
 //
@@ -42,6 +46,7 @@ package rig
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -65,7 +70,8 @@ import (
 	"time"
 )
 
-// Root is the folder of the project: the first one above that has the go.mod of the program.
+// Root is the folder of the project: the first one above that has the go.mod of the
+// program.
 var Root = sync.OnceValue(func() string {
 	dir, err := os.Getwd()
 	if err != nil {
@@ -93,8 +99,9 @@ func ReadFile(t testing.TB, path string) string {
 	return string(text)
 }
 
-// Main is the TestMain of a suite in a folder of its own. Without SUITE=1 in the environment it runs only the
-// tests that are quick, if any, and says which make target runs the suite.
+// Main is the TestMain of a suite in a folder of its own. Without SUITE=1 in the
+// environment it runs only the tests that are quick, if any, and says which make target
+// runs the suite.
 func Main(m *testing.M, target string, quick ...string) {
 	flag.Parse()
 	if os.Getenv("SUITE") == "1" {
@@ -126,7 +133,8 @@ func finish(m *testing.M) (code int) {
 	return m.Run()
 }
 
-// Folder is a temporary folder of this test process. It outlives the tests; Run removes it.
+// Folder is a temporary folder of this test process. It outlives the tests; Run removes
+// it.
 var Folder = sync.OnceValue(func() string {
 	dir, err := os.MkdirTemp("", "at-least-semaphore-pod-hook")
 	if err != nil {
@@ -149,7 +157,8 @@ func Program(t testing.TB) string {
 	return path
 }
 
-// Build builds the program of the source folder root. The paths in an overlay are from that folder.
+// Build builds the program of the source folder root. The paths in an overlay are from
+// that folder.
 func Build(root, binary string, flags ...string) error {
 	args := slices.Concat([]string{"build", "-C", root}, flags, []string{"-o", binary, "."})
 	if out, err := exec.Command("go", args...).CombinedOutput(); err != nil {
@@ -158,7 +167,8 @@ func Build(root, binary string, flags ...string) error {
 	return nil
 }
 
-// Eventually polls until check returns nil. It fails the test with the last error of check.
+// Eventually polls until check returns nil. It fails the test with the last error of
+// check.
 func Eventually(t testing.TB, within time.Duration, check func() error) {
 	t.Helper()
 	if err := poll(within, check); err != nil {
@@ -186,6 +196,18 @@ func Must(t testing.TB, err error) {
 	}
 }
 
+// Sleep waits for d, or until ctx is done, whose error it returns.
+func Sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
 // JSON is a value as JSON.
 func JSON(t testing.TB, value any) []byte {
 	t.Helper()
@@ -206,8 +228,8 @@ func FreeAddress(t testing.TB) string {
 	}
 }
 
-// lastPort counts up: no port is given out twice. The range lies below the ports that the system takes for
-// connections.
+// lastPort counts up: no port is given out twice. The range lies below the ports that the
+// system takes for connections.
 var lastPort = func() *atomic.Int64 {
 	n := new(atomic.Int64)
 	n.Store(int64(os.Getpid()) * 1009)
@@ -223,7 +245,8 @@ func Port(address string) string {
 // Password is the password of all users that the tests make.
 const Password = "correct-horse"
 
-// WriteCertificate writes tls.crt and tls.key of 127.0.0.1 into a folder. The certificate is its own CA.
+// WriteCertificate writes tls.crt and tls.key of 127.0.0.1 into a folder. The certificate
+// is its own CA.
 func WriteCertificate(t testing.TB, dir string, serial int64) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -248,7 +271,8 @@ func WriteCertificate(t testing.TB, dir string, serial int64) {
 	Must(t, os.WriteFile(filepath.Join(dir, "tls.key"), private, 0o600))
 }
 
-// Log is a buffer that several goroutines may write to and read. The program's log in it is JSON lines.
+// Log is a buffer that several goroutines may write to and read. The program's log in it
+// is JSON lines.
 type Log struct {
 	mu sync.Mutex
 	b  bytes.Buffer
@@ -266,8 +290,8 @@ func (l *Log) String() string {
 	return l.b.String()
 }
 
-// WantLines waits for n lines with a message, and fails the test if there are more: a line about an answer
-// comes after it.
+// WantLines waits for n lines with a message, and fails the test if there are more: a
+// line about an answer comes after it.
 func (l *Log) WantLines(t testing.TB, message string, n int) (found []map[string]any) {
 	t.Helper()
 	Eventually(t, 10*time.Second, func() error {
@@ -282,7 +306,8 @@ func (l *Log) WantLines(t testing.TB, message string, n int) (found []map[string
 	return found
 }
 
-// Lines are the lines with a message. It fails the test if a line is no JSON, or has a key twice.
+// Lines are the lines with a message. It fails the test if a line is no JSON, or has a
+// key twice.
 func (l *Log) Lines(t testing.TB, message string) []map[string]any {
 	t.Helper()
 	var found []map[string]any
@@ -316,7 +341,8 @@ func EstablishedConnections(address string) (n int, err error) {
 // established is how /proc/net/tcp says ESTABLISHED.
 const established = "01"
 
-// WantUnreadBytes waits until a connection of a server has received bytes that the server has not read.
+// WantUnreadBytes waits until a connection of a server has received bytes that the server
+// has not read.
 func WantUnreadBytes(t testing.TB, address string) {
 	t.Helper()
 	Eventually(t, 20*time.Second, func() error {

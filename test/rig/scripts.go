@@ -30,7 +30,8 @@ const (
 	ReleaseLeft = 2
 )
 
-// ScriptSource is the text of a script of lua/ as Redis gets it, with what all scripts share.
+// ScriptSource is the text of a script of lua/ as Redis gets it, with what all scripts
+// share.
 func ScriptSource(name string) string {
 	var text strings.Builder
 	for _, part := range []string{"semaphore", name} {
@@ -63,6 +64,12 @@ type Timing struct{ Interval, Threshold time.Duration }
 // DefaultTiming is the timing of a process without flags.
 var DefaultTiming = Timing{30 * time.Second, 120 * time.Second}
 
+// Flags are the flags of a process with this timing.
+func (t Timing) Flags() []string {
+	return []string{fmt.Sprintf("--heartbeat-interval-seconds=%d", seconds(t.Interval)),
+		fmt.Sprintf("--stale-threshold-seconds=%d", seconds(t.Threshold))}
+}
+
 // Reply is what a script answers.
 type Reply struct {
 	Status int
@@ -80,7 +87,8 @@ func (r *Redis) Run(name string, id fmt.Stringer, timing Timing, args ...any) (R
 	return RunScript(r.Control, Script(name), id, deadline, timing, args...)
 }
 
-// RunScript runs a script over a connection. deadline is in Unix microseconds of the server.
+// RunScript runs a script over a connection. deadline is in Unix microseconds of the
+// server.
 func RunScript(
 	conn redis.Conn, script *redis.Script, id fmt.Stringer, deadline int64, timing Timing, args ...any,
 ) (reply Reply, err error) {
@@ -137,8 +145,8 @@ func ReadAcquired(reply Reply) (a Acquired, err error) {
 	return a, err
 }
 
-// TryAcquire asks once for a token. arrival is empty for a client that does not wait, "0" to join the line, and
-// else as it was answered before.
+// TryAcquire asks once for a token. arrival is empty for a client that does not wait, "0"
+// to join the line, and else as it was answered before.
 func (r *Redis) TryAcquire(id fmt.Stringer, timing Timing, length int, token, arrival, pod string) (Acquired, error) {
 	reply, err := r.Run("acquire", id, timing, length, token, arrival, pod)
 	if err != nil {
@@ -147,7 +155,8 @@ func (r *Redis) TryAcquire(id fmt.Stringer, timing Timing, length int, token, ar
 	return ReadAcquired(reply)
 }
 
-// Acquire takes a token for a pod that does not wait, and repairs the semaphore before if it has to.
+// Acquire takes a token for a pod that does not wait, and repairs the semaphore before if
+// it has to.
 func (r *Redis) Acquire(t testing.TB, id fmt.Stringer, length int) (token string) {
 	t.Helper()
 	token = uuid.NewString()
@@ -164,7 +173,8 @@ func (r *Redis) Acquire(t testing.TB, id fmt.Stringer, length int) (token string
 	return token
 }
 
-// Maintain repairs a semaphore. newcomer is the repair of a client that was not in line before.
+// Maintain repairs a semaphore. newcomer is the repair of a client that was not in line
+// before.
 func (r *Redis) Maintain(id fmt.Stringer, timing Timing, length int, newcomer bool) error {
 	asks := map[bool]string{true: "1", false: "0"}[newcomer]
 	for left := 1; left > 0; { // the script reclaims a portion of the stale tokens
@@ -180,7 +190,8 @@ func (r *Redis) Maintain(id fmt.Stringer, timing Timing, length int, newcomer bo
 	return nil
 }
 
-// Heartbeat keeps a token in use, or puts it back (rejoined). held is the time that its pod has had it.
+// Heartbeat keeps a token in use, or puts it back (rejoined). held is the time that its
+// pod has had it.
 func (r *Redis) Heartbeat(t testing.TB, id fmt.Stringer, token, pod string, held time.Duration) (rejoined bool) {
 	t.Helper()
 	reply, err := r.Run("heartbeat", id, DefaultTiming, token, pod, seconds(held))

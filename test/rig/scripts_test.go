@@ -19,7 +19,8 @@ func TestScripts(t *testing.T) {
 	waiter := uuid.NewString()
 	a, err := r.TryAcquire(id, DefaultTiming, 2, waiter, "0", "web-2 ")
 	Must(t, err)
-	if a.Status != AcquireFull || a.InUse != 2 || a.Waiters != 1 || a.Position != 1 || a.Arrival == "" || len(a.Holders) != 4 {
+	if a.Status != AcquireFull || a.InUse != 2 || a.Waiters != 1 || a.Position != 1 || a.Arrival == "" ||
+		len(a.Holders) != 4 {
 		t.Errorf("a waiter was answered %+v", a)
 	}
 	r.WantLine(t, id, waiter)
@@ -29,7 +30,8 @@ func TestScripts(t *testing.T) {
 	if a, err := r.TryAcquire(id, DefaultTiming, 2, uuid.NewString(), "", ""); err != nil || a.Status != AcquireFull {
 		t.Errorf("a client that does not wait was answered %+v, %v", a, err)
 	}
-	if a, err := r.TryAcquire(id, DefaultTiming, 2, waiter, a.Arrival, "web-2 "); err != nil || a.Status != AcquireTaken || a.Agreed != 2 {
+	a, err = r.TryAcquire(id, DefaultTiming, 2, waiter, a.Arrival, "web-2 ")
+	if err != nil || a.Status != AcquireTaken || a.Agreed != 2 {
 		t.Errorf("the waiter was answered %+v, %v", a, err)
 	}
 	r.WantInflight(t, id, first, waiter)
@@ -40,7 +42,8 @@ func TestScripts(t *testing.T) {
 		t.Error("the reclaimed token did not rejoin")
 	}
 	r.WantCounts(t, id, 0, 2)
-	if reply, err := RunScript(r.Control, Script("release"), id, 1, DefaultTiming, first); err != nil || reply.Status != StatusLate {
+	reply, err := RunScript(r.Control, Script("release"), id, 1, DefaultTiming, first)
+	if err != nil || reply.Status != StatusLate {
 		t.Errorf("a late release was answered %+v, %v", reply, err)
 	}
 }

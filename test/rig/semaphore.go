@@ -13,7 +13,8 @@ import (
 	"github.com/google/uuid"
 )
 
-// ID names a semaphore. The helpers below take any id with the same String: NAMESPACE/KEY.
+// ID names a semaphore. The helpers below take any id with the same String:
+// NAMESPACE/KEY.
 type ID struct{ Namespace, Key string }
 
 func (id ID) String() string { return id.Namespace + "/" + id.Key }
@@ -56,7 +57,8 @@ func (r *Redis) Counts(id fmt.Stringer) (queue, inflight int, err error) {
 	return queue, inflight, err
 }
 
-// WantCounts waits until the semaphore has these numbers of free tokens and of tokens in use.
+// WantCounts waits until the semaphore has these numbers of free tokens and of tokens in
+// use.
 func (r *Redis) WantCounts(t testing.TB, id fmt.Stringer, queue, inflight int) {
 	t.Helper()
 	Eventually(t, 20*time.Second, func() error {
@@ -98,7 +100,8 @@ func (r *Redis) WantInflight(t testing.TB, id fmt.Stringer, want ...string) {
 	}
 }
 
-// LastHeartbeat is the time of a token's last heartbeat, in Unix seconds; 0 if it is not in use.
+// LastHeartbeat is the time of a token's last heartbeat, in Unix seconds; 0 if it is not
+// in use.
 func (r *Redis) LastHeartbeat(t testing.TB, id fmt.Stringer, token string) int {
 	t.Helper()
 	score, err := redis.Int(r.Control.Do("ZSCORE", idOf(id).InflightKey(), token))
@@ -114,7 +117,8 @@ func (r *Redis) MakeStale(t testing.TB, id fmt.Stringer, token string) {
 	r.Do(t, "ZADD", idOf(id).InflightKey(), "XX", 1, token)
 }
 
-// TryMakeStale is MakeStale over a connection of its own, for another goroutine than the test's.
+// TryMakeStale is MakeStale over a connection of its own, for another goroutine than the
+// test's.
 func (r *Redis) TryMakeStale(id fmt.Stringer, token string) error {
 	return r.besides(func(conn redis.Conn) error {
 		_, err := conn.Do("ZADD", idOf(id).InflightKey(), "XX", 1, token)
@@ -226,7 +230,8 @@ func (r *Redis) Pods(t testing.TB, id fmt.Stringer) map[string]string {
 	return pods
 }
 
-// WantPod waits until the pod of a token is "NAME NODE", and returns since when it has the token.
+// WantPod waits until the pod of a token is "NAME NODE", and returns since when it has
+// the token.
 func (r *Redis) WantPod(t testing.TB, id fmt.Stringer, token, want string) (since string) {
 	t.Helper()
 	Eventually(t, 10*time.Second, func() error {
@@ -270,8 +275,9 @@ for _, field in ipairs({'created', 'touched', 'resumed', 'lost', 'asked'}) do
   end
 end`)
 
-// Shift moves all times of a semaphore. To the past: as if Redis had been out of reach for so long, or its clock
-// had been set forward. To the future: as if its clock had been set back.
+// Shift moves all times of a semaphore. To the past: as if Redis had been out of reach
+// for so long, or its clock had been set forward. To the future: as if its clock had been
+// set back.
 func (r *Redis) Shift(t testing.TB, id fmt.Stringer, by time.Duration) {
 	t.Helper()
 	_, err := shiftScript.Do(r.Control, append(idOf(id).Keys(), seconds(by))...)

@@ -1,0 +1,390 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+)
+
+// dnsAnswer is what a test lets DNS answer: by itself none.
+type dnsAnswer struct {
+	addresses []string
+	err       error
+}
+
+// testResolver is one whose DNS answers when it is told to, as a real one does not.
+func testResolver(t *testing.T) (r *resolver, asked chan string, answer chan dnsAnswer) {
+	t.Helper()
+	asked, answer = make(chan string, 100), make(chan dnsAnswer)
+	r = newResolver()
+	r.ask = func(ctx context.Context, host string) ([]string, error) {
+		asked <- host
+		select {
+		case a := <-answer:
+			return a.addresses, a.err
+		case <-t.Context().Done():
+			return nil, errors.New("the test is over")
+		}
+	}
+	return r, asked, answer
+}
+
+func (r *resolver) wantKnown(t *testing.T, host string, want ...string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	if got, err := r.resolve(ctx, host); err != nil || !slices.Equal(got, want) {
+		t.Errorf("%s is at %v, %v; want %v", host, got, err, want)
+	}
+}
+
+// wantKnownSoon waits until an answer has arrived.
+func (r *resolver) wantKnownSoon(t *testing.T, host string, want ...string) {
+	t.Helper()
+	rig.Eventually(t, 5*time.Second, func() error {
+		if known, _ := r.start(host); !slices.Equal(known, want) {
+			return fmt.Errorf("%s is at %v, want %v", host, known, want)
+		}
+		return nil
+	})
+}
+
+// A question that takes longer than a dial has time is not asked in vain, and not again meanwhile.
+func TestResolveSlowDNS(t *testing.T) {
+	t.Parallel()
+	r, asked, answer := testResolver(t)
+	for range 3 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		_, err := r.resolve(ctx, "a.test")
+		var dns *net.DNSError
+		if !errors.As(err, &dns) || !dns.IsTimeout || dns.Name != "a.test" {
+			t.Errorf("without an answer: %v", err)
+		}
+		cancel()
+	}
+	answer <- dnsAnswer{addresses: []string{"192.0.2.1"}}
+	r.wantKnownSoon(t, "a.test", "192.0.2.1")
+	r.wantKnown(t, "a.test", "192.0.2.1")
+	if len(asked) != 1 {
+		t.Errorf("DNS was asked %d times, want once", len(asked))
+	}
+}
+
+// An old answer is used when there is no new one, and only then.
+func TestResolveOldAnswer(t *testing.T) {
+	t.Parallel()
+	r, asked, answer := testResolver(t)
+	go func() { answer <- dnsAnswer{addresses: []string{"192.0.2.1"}} }()
+	r.wantKnown(t, "a.test", "192.0.2.1")
+	r.doubt("a.test")
+	r.wantKnown(t, "a.test", "192.0.2.1") // DNS is silent
+	answer <- dnsAnswer{err: &net.DNSError{Err: "server misbehaving", Name: "a.test"}}
+	r.wantKnown(t, "a.test", "192.0.2.1") // and then it fails
+	go func() { answer <- dnsAnswer{addresses: []string{"192.0.2.2", "192.0.2.3"}} }()
+	r.wantKnownSoon(t, "a.test", "192.0.2.2", "192.0.2.3")
+	if len(asked) != 3 {
+		t.Errorf("DNS was asked %d times, want 3", len(asked))
+	}
+}
+
+func TestResolveUnknownHost(t *testing.T) {
+	t.Parallel()
+	r, _, answer := testResolver(t)
+	go func() { answer <- dnsAnswer{err: &net.DNSError{Err: "no such host", Name: "a.test"}} }()
+	_, err := r.dial(t.Context(), new(net.Dialer), "tcp", "a.test:1")
+	if err == nil || !strings.Contains(err.Error(), "lookup a.test: no such host") || !isUnreachable(err) {
+		t.Errorf("got %v", err)
+	}
+}
+
+// The first address that answers is taken; where none does, DNS is asked again.
+func TestDialResolved(t *testing.T) {
+	t.Parallel()
+	r, asked, answer := testResolver(t)
+	_, port, _ := net.SplitHostPort(rig.StartRedis(t).Address)
+	dial := func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		c, err := r.dial(ctx, new(net.Dialer), "tcp", "a.test:"+port)
+		if err == nil {
+			c.Close()
+		}
+		return err
+	}
+	go func() { answer <- dnsAnswer{addresses: []string{"127.0.0.99"}} }() // nobody listens there
+	if err := dial(); err == nil || !strings.Contains(err.Error(), "127.0.0.99:"+port) {
+		t.Errorf("got %v", err)
+	}
+	go func() { answer <- dnsAnswer{addresses: []string{"127.0.0.99", "127.0.0.1"}} }()
+	rig.Must(t, dial())
+	rig.Must(t, dial())
+	if len(asked) != 2 {
+		t.Errorf("DNS was asked %d times, want 2", len(asked))
+	}
+}
+
+// The rules of the users in Redis.
+const (
+	webhookACL     = rig.WebhookACL
+	sidecarACL     = rig.SidecarACL
+	statusACL      = rig.StatusACL
+	releaseACL     = rig.ReleaseACL
+	gateACL        = rig.GateACL
+	forgottenACL   = rig.ForgottenACL
+	namespacesACL  = rig.NamespacesACL
+	sentinelACL    = rig.SentinelACL
+	ofSentinelsACL = rig.OnSentinelsACL
+	clusterACL     = rig.ClusterACL
+	lockACL        = rig.LockACL
+)
+
+// isDenied reports whether an error says that the user may not do it.
+func isDenied(err error) bool {
+	return strings.Contains(err.Error(), "NOPERM") || isPermissionError(err.Error())
+}
+
+// startSecureRedis starts a redis-server that speaks TLS only, with a user for the webhook and one for the sidecar.
+func startSecureRedis(t *testing.T, dir string) *rig.Redis {
+	t.Helper()
+	crt, key := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
+	listen := func(port string) []string {
+		args := []string{"--port", "0", "--tls-port", port, "--tls-cert-file", crt, "--tls-key-file", key, "--tls-ca-cert-file", crt, "--tls-auth-clients", "no"}
+		for _, user := range []string{"default on >admin ~* &* +@all", "webhook on >" + rig.Password + " " + webhookACL, "sidecar on >" + rig.Password + " " + sidecarACL} {
+			args = append(append(args, "--user"), strings.Fields(user)...)
+		}
+		return args
+	}
+	roots, err := readCA(crt)
+	rig.Must(t, err)
+	return rig.StartRedisWith(t, rig.RedisOptions{Args: listen,
+		Dial: []redis.DialOption{redis.DialUseTLS(true), redis.DialTLSConfig(&tls.Config{RootCAs: roots}), redis.DialPassword("admin")}})
+}
+
+// On a server for the lock, nothing can be left out of the rules for it, and nothing is missing.
+func TestLockACLIsMinimal(t *testing.T) {
+	r := rig.StartRedis(t)
+	settings := redisSettings{username: "locker", password: rig.Password}
+	lock := func() error {
+		l := newRedlock([]string{r.Address}, settings, 1)
+		defer l.close()
+		unlock, err := l.tryLock(t.Context(), freshID().lockKey(), time.Minute)
+		if err != nil {
+			return err
+		}
+		return unlock(t.Context())
+	}
+	rules := strings.Fields(lockACL)
+	r.Do(t, "ACL", append([]any{"SETUSER", "locker", "on", ">" + rig.Password}, rig.Anys(rules)...)...)
+	rig.Must(t, lock())
+	for _, rule := range rules[1:] {
+		r.Do(t, "ACL", "SETUSER", "locker", "-"+rule[1:])
+		if err := lock(); err == nil || !isDenied(err) {
+			t.Errorf("without %s: %v", rule, err)
+		}
+		r.Do(t, "ACL", "SETUSER", "locker", rule)
+	}
+}
+
+// The whole job over TLS, with the users of docs/security.md.
+func TestRedisWithTLSAndACL(t *testing.T) {
+	dir := t.TempDir()
+	rig.WriteCertificate(t, dir, 1)
+	r := startSecureRedis(t, dir)
+	address, ca := "rediss://"+r.Address, filepath.Join(dir, "tls.crt")
+	c := testConfig(address)
+	c.redis = redisSettings{username: "webhook", password: rig.Password, caFile: ca}
+	w := startWebhook(t, c)
+	id := freshID()
+	rig.Must(t, w.semaphores.check(context.Background()))
+	token := w.wantAdmitted(t, id, 2)
+	r.MakeStale(t, id, w.wantAdmitted(t, id, 2))
+	w.semaphores.giveBack(id, w.wantAdmitted(t, id, 2)) // after a repair
+	w.wantFull(t, id, 1, 1)
+	r.ForgetLength(t, id)
+	maintain(t, w.semaphores, id, 1) // a trim
+	r.WantCounts(t, id, 0, 1)
+
+	t.Setenv("REDIS_USERNAME", "sidecar")
+	t.Setenv("REDIS_PASSWORD", rig.Password)
+	p := rig.StartSidecar(t, address, id, token, "--redis-ca-file="+ca)
+	p.WantLog(t, "holding the token")
+	r.Do(t, "DEL", id.inflightKey())
+	r.WantCounts(t, id, 0, 1)
+	p.Signal(t, syscall.SIGTERM)
+	p.WantExit(t, 0)
+	r.WantCounts(t, id, 1, 0)
+	p.WantNoSecret(t)
+}
+
+// The rules allow what the sidecar and the webhook do, and all that they allow is needed.
+func TestACLsAreMinimal(t *testing.T) {
+	dir := t.TempDir()
+	rig.WriteCertificate(t, dir, 1)
+	r := startSecureRedis(t, dir)
+	ctx, address := context.Background(), "rediss://"+r.Address
+	semaphoresOf := func(user string) *semaphores {
+		c := testConfig(address)
+		c.redis = redisSettings{username: user, password: rig.Password, caFile: filepath.Join(dir, "tls.crt")}
+		return newSemaphores(c.settings, newLocker(c.settings, lockConnections), 1, slog.New(slog.DiscardHandler))
+	}
+	// What both do: take tokens, repair, call waiters, give back.
+	life := func(user string) (*semaphores, semaphoreID, error) {
+		s, id := semaphoresOf(user), freshID()
+		unlock, err := s.locks.tryLock(ctx, id.lockKey(), time.Minute)
+		if err != nil {
+			return s, id, err
+		}
+		if err := unlock(ctx); err != nil {
+			return s, id, err
+		}
+		if r.Do(t, "EXISTS", id.lockKey()) != int64(0) {
+			return s, id, errors.New("NOPERM: the lock was not freed")
+		}
+		for _, length := range []int{3, 2} { // refill, trim
+			if err := s.maintain(ctx, id, length, true); err != nil {
+				return s, id, err
+			}
+			r.ForgetLength(t, id)
+		}
+		token, _, err := s.acquire(ctx, id, "", 1, time.Second)
+		if err != nil {
+			return s, id, err
+		}
+		r.Do(t, "ZADD", id.waitersKey(), 1, "gone")
+		r.Do(t, "ZADD", id.seenKey(), 1, "gone")
+		r.Do(t, "HSET", id.namesKey(), "gone", 1)
+		r.Do(t, "ZADD", id.waitersKey(), 2, "there")
+		r.Do(t, "ZADD", id.seenKey(), time.Now().Unix(), "there")
+		if _, err := s.release(ctx, id, token); err != nil {
+			return s, id, err
+		}
+		r.Do(t, "ZADD", id.inflightKey(), 99999999999, uuid.NewString()) // to be caught up with
+		r.ForgetLength(t, id)
+		if err := s.maintain(ctx, id, 1, true); err != nil { // trim to nothing
+			return s, id, err
+		}
+		_, err = s.runAcquire(ctx, id, acquireRequest{token: uuid.NewString(), length: 1})
+		return s, id, err
+	}
+	sidecarLife := func() error {
+		s, id, err := life("sidecar")
+		defer s.close(ctx)
+		if err != nil {
+			return err
+		}
+		token := uuid.NewString()
+		for range 2 { // it rejoins, and renews
+			if _, err := s.heartbeat(ctx, id, token, "", 0); err != nil {
+				return err
+			}
+		}
+		other := uuid.NewString()
+		if _, err := s.runAcquire(ctx, id, acquireRequest{other, 1, joinLine, ""}); err != nil {
+			return err
+		}
+		if _, err := s.release(ctx, id, other); err != nil {
+			return err
+		}
+		if _, err := s.release(ctx, id, token); err != nil { // to the queue, or it would not be popped
+			return err
+		}
+		if _, err := s.heartbeat(ctx, id, token, "", 0); err != nil {
+			return err
+		}
+		attempt, cancel := context.WithCancel(ctx)
+		defer cancel()
+		subscribed := newWakeup()
+		calls := newSubscription(s.queue, id, s.log)
+		calls.add(subscribed, id, token)
+		heard := make(chan error, 1)
+		go func() { heard <- calls.receive(attempt) }()
+		select {
+		case <-subscribed:
+			return nil
+		case err := <-heard:
+			return err
+		}
+	}
+	webhookLife := func() error {
+		s, _, err := life("webhook")
+		defer s.close(ctx)
+		return errors.Join(err, s.check(ctx), errOf(s.survey(ctx, "")))
+	}
+	for user, c := range map[string]struct {
+		rule string
+		live func() error
+	}{"sidecar": {sidecarACL, sidecarLife}, "webhook": {webhookACL, webhookLife}} {
+		rig.Must(t, c.live())
+		for rule := range strings.FieldsSeq(c.rule) {
+			command, isCommand := strings.CutPrefix(rule, "+")
+			if !isCommand {
+				continue
+			}
+			r.Do(t, "ACL", "SETUSER", user, "-"+command)
+			r.Do(t, "SCRIPT", "FLUSH")
+			r.Do(t, "ACL", "LOG", "RESET")
+			err := c.live()
+			if denied, _ := redis.Values(r.Do(t, "ACL", "LOG"), nil); err == nil && len(denied) > 0 {
+				err = errors.New("NOPERM, for which it makes up") // a waiter that cannot be called asks
+			}
+			if err == nil || !isDenied(err) {
+				t.Errorf("%s without %s: %v", user, rule, err)
+			}
+			r.Do(t, "ACL", "SETUSER", user, rule)
+		}
+		rig.Must(t, c.live())
+	}
+
+	settings := redisSettings{username: "sidecar", password: rig.Password, caFile: filepath.Join(dir, "tls.crt")}
+	conn, err := dialRedis(ctx, "rediss://"+r.Address, settings, time.Second)
+	rig.Must(t, err)
+	defer conn.Close()
+	for _, command := range []string{"FLUSHALL", "KEYS *", "CONFIG GET *", "ACL LIST", "PING", "GET other", "SET other 1", "PUBLISH other x",
+		"LRANGE queue/{a/b} 0 -1", "ZADD other 1 a", "RPUSH other a", "SCRIPT FLUSH", "SHUTDOWN", "MONITOR", "SUBSCRIBE c"} {
+		words := strings.Fields(command)
+		var args []any
+		for _, w := range words[1:] {
+			args = append(args, w)
+		}
+		if reply, err := conn.Do(words[0], args...); err == nil || !strings.HasPrefix(err.Error(), "NOPERM") {
+			t.Errorf("%s: answered %v, %v", command, reply, err)
+		}
+	}
+}
+
+// What is wrong with the credentials or the certificate is said, without the password.
+func TestRedisRefusesUs(t *testing.T) {
+	dir, elsewhere := t.TempDir(), t.TempDir()
+	rig.WriteCertificate(t, dir, 1)
+	rig.WriteCertificate(t, elsewhere, 2)
+	r := startSecureRedis(t, dir)
+	ca := filepath.Join(dir, "tls.crt")
+	for want, settings := range map[string]redisSettings{
+		"WRONGPASS":                        {username: "webhook", password: "wrong-" + rig.Password, caFile: ca},
+		"NOAUTH":                           {caFile: ca},
+		"certificate signed by unknown au": {username: "webhook", password: rig.Password, caFile: filepath.Join(elsewhere, "tls.crt")},
+		"no such file or directory":        {username: "webhook", password: rig.Password, caFile: filepath.Join(elsewhere, "none")},
+	} {
+		c := testConfig("rediss://" + r.Address)
+		c.redis = settings
+		s := newSemaphores(c.settings, nil, 1, testSemaphores(t, r.Address).log)
+		err := s.check(context.Background())
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), rig.Password) {
+			t.Errorf("got %v, want %q", err, want)
+		}
+		s.queue.close()
+	}
+}

@@ -1,0 +1,294 @@
+package model
+
+import (
+	"cmp"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+)
+
+// knowledge is what Redis has to know of the semaphore. Redis loses it, and rolls it
+// back, with its data. Times are in seconds of the model's time, or by Redis's clock
+// (Unix seconds).
+type knowledge struct {
+	holders  map[string]int // token that counts as in use -> its last heartbeat
+	line     map[string]int // token in line -> its arrival
+	asked    map[string]int // token in line -> its last request
+	born     int            // when the data began, by Redis's clock; 0: Redis knows that it has lost data
+	touched  int            // the last command, by Redis's clock
+	resumed  int            // the end of the last silence that Redis notices, by its clock
+	shaken   int            // the same, in the model's time; also after a step of the clock too small to notice
+	told     int            // when a caller reported a loss of data
+	clockSet bool           // since the last request or repair
+	greatest []asking       // the lengths that callers asked for
+}
+
+// asking is a request for a length, and its time by Redis's clock.
+type asking struct{ at, length int }
+
+const never = -1 << 30
+
+func newKnowledge() *knowledge {
+	return &knowledge{
+		holders: map[string]int{}, line: map[string]int{}, asked: map[string]int{},
+		touched: never, resumed: never, shaken: never, told: never,
+	}
+}
+
+func (k *knowledge) clone() *knowledge {
+	c := *k
+	c.holders, c.line, c.asked = maps.Clone(k.holders), maps.Clone(k.line), maps.Clone(k.asked)
+	c.greatest = slices.Clone(k.greatest)
+	return &c
+}
+
+// inLine returns the tokens in line, in their order.
+func (k *knowledge) inLine() []string {
+	return slices.SortedFunc(maps.Keys(k.line), func(a, b string) int {
+		return cmp.Or(cmp.Compare(k.line[a], k.line[b]), cmp.Compare(a, b))
+	})
+}
+
+// greatestLength returns the greatest length that callers asked for lately.
+func (k *knowledge) greatestLength() int {
+	greatest := 0
+	for _, a := range k.greatest {
+		if a.at >= k.greatest[len(k.greatest)-1].at-lengthMemory {
+			greatest = max(greatest, a.length)
+		}
+	}
+	return greatest
+}
+
+// The rules below are those of the README and of docs/. They know nothing of how the
+// scripts work, and read no number from them: a script with another number breaks a rule.
+// All are in seconds.
+const (
+	beatTimeout  = int(rig.BeatTimeout / time.Second)
+	pollMost     = int(rig.PollMost / time.Second)
+	lineQuiet    = int(rig.LineQuiet / time.Second)
+	linePatience = int(rig.LinePatience / time.Second)
+	lengthMemory = 300 // Redis knows the greatest length for this time
+)
+
+const (
+	joinLine = "0" // the arrival of a waiter that joins the line
+	portion  = 256 // most free tokens that a repair makes
+)
+
+// settled reports whether holders and waiters have had the time to come back, since Redis
+// was away, lost data, or had its clock set.
+func (w *world) settled() bool { return w.now-w.known.shaken > w.quiet }
+
+// stale reports whether a repair has to reclaim a holder.
+func (w *world) stale(token string) bool {
+	return w.settled() && w.now-max(w.known.holders[token], w.known.shaken) > w.threshold
+}
+
+// mayBeStale reports whether a repair may reclaim a holder. The holder has been silent
+// for the threshold, by the clock that Redis had meanwhile.
+func (w *world) mayBeStale(token string) bool {
+	beat := w.known.holders[token]
+	return w.now-beat > w.threshold || beat <= w.known.shaken
+}
+
+// keepsPlace reports whether a waiter must not lose its place.
+func (w *world) keepsPlace(token string) bool {
+	p := w.pods[token]
+	return p.waiting && p.alive()
+}
+
+// mayBeGone reports whether Redis may drop a waiter from the line.
+func (w *world) mayBeGone(token string) bool {
+	return w.now-w.known.asked[token] > linePatience || w.known.asked[token] <= w.known.shaken
+}
+
+// gone reports whether a waiter must not keep others from free tokens any more.
+func (w *world) gone(token string) bool {
+	return w.now-max(w.known.asked[token], w.known.shaken) > linePatience
+}
+
+// ahead returns the tokens in line before p, if p asks with this arrival.
+func (w *world) ahead(p *actor, arrival string) []string {
+	line := w.known.inLine()
+	if i := slices.Index(line, p.token); i >= 0 {
+		return line[:i]
+	}
+	if arrival != "" && arrival != joinLine {
+		i, _ := slices.BinarySearchFunc(line, p.arrival, func(token string, at int) int {
+			return cmp.Compare(w.known.line[token], at)
+		})
+		return line[:i]
+	}
+	return line
+}
+
+// entitled counts the given waiters that get a free token in their turn, while used
+// tokens are in use.
+func (w *world) entitled(tokens []string, used int, counts func(string) bool) (n int) {
+	for _, token := range tokens {
+		if counts(token) && w.pods[token].length > used+n {
+			n++
+		}
+	}
+	return n
+}
+
+// mustGet reports whether a request of p must get a token at once, or after one repair.
+func (w *world) mustGet(p *actor, arrival string) bool {
+	used, free := len(w.known.holders), w.last.free
+	ahead := w.ahead(p, arrival)
+	present := func(token string) bool { return !w.gone(token) }
+	first := w.entitled(ahead, used, present)
+	if free > first && used+first < p.length {
+		return true
+	}
+	newcomer := arrival == "" || arrival == joinLine
+	if newcomer && free == 0 && first == 0 && used < p.length && w.now-w.known.told > w.quiet {
+		return true // a newcomer cannot know that holders may come back
+	}
+	for token := range w.known.holders {
+		if w.stale(token) {
+			used--
+		}
+	}
+	return w.settled() && used < p.length && w.entitled(ahead, used, present) == 0
+}
+
+// checkTake checks that p was allowed to take the token that it has just taken.
+func (w *world) checkTake(p *actor, arrival string) {
+	used := len(w.known.holders)
+	if used >= p.length {
+		w.fail("%s was admitted with %d in flight of its length %d", p.token, used, p.length)
+	}
+	if w.last.free == 0 {
+		w.fail("%s took a token, and none was free", p.token)
+	}
+	first := w.entitled(w.ahead(p, arrival), used, w.keepsPlace)
+	if w.last.free <= first || used+first >= p.length {
+		w.fail("%s overtook %d live waiters", p.token, first)
+	}
+}
+
+// checkReclaimed checks that a repair was allowed to reclaim a holder.
+func (w *world) checkReclaimed(token string) {
+	if w.pods[token].alive() {
+		w.fail("live holder %s was reclaimed", token)
+	}
+	if !w.mayBeStale(token) {
+		w.fail("holder %s was reclaimed %d s after its heartbeat", token, w.now-w.known.holders[token])
+	}
+}
+
+// checkDropped checks that Redis was allowed to drop a waiter from the line.
+func (w *world) checkDropped(token string) {
+	if w.keepsPlace(token) {
+		w.fail("live waiter %s was dropped from the line", token)
+	}
+	if !w.mayBeGone(token) {
+		w.fail("waiter %s was dropped from the line %d s after it asked", token, w.now-w.known.asked[token])
+	}
+}
+
+// checkCalled checks that Redis has called the reachable waiters that a token is free
+// for.
+func (w *world) checkCalled(d dump) {
+	if !w.listening || d.free == 0 || len(w.known.line) == 0 {
+		return
+	}
+	called := w.hear("PING")
+	free, used := d.free, len(d.inflight)
+	for _, token := range w.known.inLine() {
+		p := w.pods[token]
+		if free == 0 {
+			return
+		}
+		if used >= p.length {
+			continue
+		}
+		if p.reachable && !called[w.id.Channel(token)] {
+			w.fail("%s is in line, a token is free for it, and it was not called", token)
+		}
+		free, used = free-1, used+1
+	}
+}
+
+// checkRoom checks that no more tokens are free than callers can use.
+func (w *world) checkRoom(d dump) {
+	if greatest := w.known.greatestLength(); greatest > 0 && d.free > max(0, greatest-len(d.inflight)) {
+		w.fail("%d free and %d in flight, and callers asked for at most %d", d.free, len(d.inflight), greatest)
+	}
+}
+
+// checkReclaims checks a request of p that got no token: no token of a dead holder is
+// left that p could use.
+func (w *world) checkReclaims(p *actor) {
+	dead := 0
+	for token := range w.known.holders {
+		if w.stale(token) {
+			dead++
+		}
+	}
+	if dead > 0 && len(w.known.holders)-dead < p.length {
+		w.fail("%s asked, and %d dead holders were not reclaimed", p.token, dead)
+	}
+}
+
+// check compares the data in Redis with the knowledge it has to have, and with the rules
+// that always hold.
+func (w *world) check(d dump, reclaims bool) {
+	for _, token := range slices.Sorted(maps.Keys(w.known.holders)) {
+		if _, ok := d.inflight[token]; ok {
+			continue
+		}
+		if !reclaims {
+			w.fail("holder %s is not in flight any more", token)
+		}
+		w.checkReclaimed(token)
+		delete(w.known.holders, token)
+	}
+	for _, token := range slices.Sorted(maps.Keys(d.inflight)) {
+		if _, ok := w.known.holders[token]; !ok {
+			w.fail("%s is in flight and should not be", token)
+		}
+		if _, ok := d.waiters[token]; ok {
+			w.fail("%s is in flight and in line", token)
+		}
+	}
+	for _, token := range w.known.inLine() {
+		if _, ok := d.waiters[token]; !ok {
+			w.checkDropped(token)
+			delete(w.known.line, token)
+			delete(w.known.asked, token)
+		}
+	}
+	if !maps.Equal(d.waiters, w.known.line) {
+		w.fail("the places in line are not those that the waiters were answered")
+	}
+	for _, token := range w.known.inLine() {
+		_, seen := d.seen[token]
+		if !seen || d.lengths[token] != w.pods[token].length {
+			w.fail("%s is in line, and Redis does not know its last request or its length", token)
+		}
+	}
+	if len(d.seen) != len(d.waiters) || len(d.lengths) != len(d.waiters) {
+		w.fail("Redis knows more waiters than are in line")
+	}
+	for token, since := range d.since {
+		_, held := d.inflight[token]
+		if _, waits := d.waiters[token]; held == waits || held != (since > 0) || d.pods[token] != w.pods[token].pod() {
+			w.fail("%s has pod %q since %d", token, d.pods[token], since)
+		}
+	}
+	if len(d.since) != len(d.inflight)+len(d.waiters) {
+		w.fail("Redis knows %d pods, and %d tokens are in use or waited for",
+			len(d.since), len(d.inflight)+len(d.waiters))
+	}
+	for i, at := range d.expiry {
+		if at == -1 {
+			w.fail("key %d does not expire", i+1)
+		}
+	}
+}
