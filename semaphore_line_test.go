@@ -724,7 +724,7 @@ func TestHolderTellsOfALoss(t *testing.T) {
 				r.WantCounts(t, id, 0, newcomers+i+1)
 				_, _, err := s.acquire(t.Context(), id, "", 4, time.Second)
 				var full *fullError
-				if !errors.As(err, &full) || newcomers+i+1 < 4 && !strings.Contains(refusal(full), "; Redis was away or has lost data, in ") {
+				if !errors.As(err, &full) || newcomers+i+1 < 4 && !strings.Contains(refusal(full), "; Redis was away or has lost data: in ") {
 					t.Errorf("%d are back: %v, %+v; want to be told to wait for the others", i+1, err, full)
 				}
 			}
