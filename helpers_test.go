@@ -117,7 +117,7 @@ func startWebhook(t testing.TB, c webhookConfig) *testWebhook {
 
 func (w *testWebhook) close() {
 	w.server.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	_ = w.semaphores.close(ctx)
 }
@@ -350,7 +350,7 @@ func wantDone(t *testing.T, done <-chan error) {
 	select {
 	case err := <-done:
 		rig.Must(t, err)
-	case <-time.After(20 * time.Second):
+	case <-time.After(90 * time.Second):
 		t.Fatal("still waiting")
 	}
 }

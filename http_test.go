@@ -24,7 +24,6 @@ func largeReview(t *testing.T, id semaphoreID) []byte {
 // While Redis hangs, as many large requests as may wait for it do; others are told to come again. Small ones are not in their way, and
 // all of them come over one connection.
 func TestLargeRequestsWait(t *testing.T) {
-	t.Parallel()
 	r := rig.StartRedis(t)
 	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
@@ -43,7 +42,7 @@ func TestLargeRequestsWait(t *testing.T) {
 		count[status]++
 	}
 	for range maxLarge {
-		wg.Go(func() { post(largeReview(t, id), "4s", answers) })
+		wg.Go(func() { post(largeReview(t, id), "6s", answers) })
 	}
 	rig.Eventually(t, 5*time.Second, func() error {
 		if n := len(w.bounds.large); n != maxLarge {
@@ -52,11 +51,11 @@ func TestLargeRequestsWait(t *testing.T) {
 		return nil
 	})
 	for range 6 {
-		wg.Go(func() { post(largeReview(t, id), "2s", answers) })
+		wg.Go(func() { post(largeReview(t, id), "3s", answers) })
 	}
 	small := map[int]int{}
 	for range 20 {
-		wg.Go(func() { post(rig.Review(t, freshID(), 0), "3s", small) }) // wrong annotations: needs no Redis
+		wg.Go(func() { post(rig.Review(t, freshID(), 0), "6s", small) }) // wrong annotations: needs no Redis
 	}
 	rig.Eventually(t, 3*time.Second, func() error {
 		mu.Lock()

@@ -44,7 +44,7 @@ func testResolver(t *testing.T) (r *resolver, asked chan string, answer chan dns
 
 func (r *resolver) wantKnown(t *testing.T, host string, want ...string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
 	if got, err := r.resolve(ctx, host); err != nil || !slices.Equal(got, want) {
 		t.Errorf("%s is at %v, %v; want %v", host, got, err, want)
@@ -116,7 +116,7 @@ func TestDialResolved(t *testing.T) {
 	r, asked, answer := testResolver(t)
 	_, port, _ := net.SplitHostPort(rig.StartRedis(t).Address)
 	dial := func() error {
-		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 		defer cancel()
 		c, err := r.dial(ctx, new(net.Dialer), "tcp", "a.test:"+port)
 		if err == nil {

@@ -34,7 +34,7 @@ func TestFreeTokensAreTakenBeforeARepair(t *testing.T) {
 	w.semaphores.locks = counted
 	start := time.Now()
 	w.wantAdmitted(t, id, 3)
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
 	rig.Must(t, newWaiter(w.semaphores, id, 3).waitOnly(ctx))
 	rig.WantWithin(t, time.Since(start), atOnce, "an admission and a waiter with free tokens")
@@ -267,7 +267,7 @@ func TestRaisedLengthIsServedAtOnce(t *testing.T) {
 	l.join(t, 1, 1, 1)
 	for range 2 {
 		w := newWaiter(s, id, 3)
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 		defer cancel()
 		start := time.Now()
 		rig.Must(t, w.waitOnly(ctx))
@@ -473,7 +473,7 @@ func TestTooManyQuestionsInAnOutage(t *testing.T) {
 	s.outages.failed(part)
 	began := s.outages.parts[part].began
 	fullOf(t, serverOf(t, s, id).asking)
-	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	if _, _, err := s.acquire(ctx, id, "", 1, 10*time.Second); !errors.Is(err, errTooMany) {
 		t.Errorf("got %v", err)
@@ -572,7 +572,7 @@ func TestRepairsTakeTurns(t *testing.T) {
 		}
 		return nil
 	})
-	late, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	late, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	if _, _, err := s.acquire(late, freshID(), "", 1, 10*time.Second); !errors.Is(err, errTooMany) {
 		t.Errorf("got %v", err)

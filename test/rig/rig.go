@@ -167,10 +167,13 @@ func Build(root, binary string, flags ...string) error {
 	return nil
 }
 
-// Eventually polls until check returns nil. It fails the test with the last error of
-// check.
+// Eventually polls until check returns nil. It fails the test with the last error of check
+// after patience, or after within if the suite is timed.
 func Eventually(t testing.TB, within time.Duration, check func() error) {
 	t.Helper()
+	if !timed {
+		within = max(within, patience)
+	}
 	if err := poll(within, check); err != nil {
 		t.Fatalf("not within %s: %v", within, err)
 	}
