@@ -456,16 +456,24 @@ func startDyingPods(t *testing.T, r *rig.Redis, id semaphoreID, pods, length int
 	return d
 }
 
-// wantNext waits for the first in line to be served.
-func (d *dyingPods) wantNext(within time.Duration) (token string, err error) {
-	start := time.Now()
+// next waits for the first in line to be served.
+func (d *dyingPods) next(within time.Duration) (token string, err error) {
 	select {
 	case err = <-d.done[0]:
 	case <-time.After(within):
-		return "", fmt.Errorf("%s has stood still for %s, with %d in line", d.id, time.Since(start), len(d.waiting))
+		return "", fmt.Errorf("%s has stood still for %s, with %d in line", d.id, within, len(d.waiting))
 	}
 	token = d.waiting[0].token
 	d.waiting, d.done = d.waiting[1:], d.done[1:]
+	return token, err
+}
+
+// wantNext is next, and soon.
+func (d *dyingPods) wantNext(t *testing.T, soon time.Duration) (token string, err error) {
+	t.Helper()
+	start := time.Now()
+	token, err = d.next(90 * time.Second)
+	rig.WantWithin(t, time.Since(start), soon, "the wait of the first in line")
 	return token, err
 }
 
@@ -487,7 +495,7 @@ func TestLinesWithALockServerThatHangs(t *testing.T) {
 	for _, line := range lines {
 		wg.Go(func() {
 			for len(line.waiting) > 0 {
-				token, err := line.wantNext(stalled)
+				token, err := line.wantNext(t, stalled)
 				if err == nil {
 					err = r.TryMakeStale(line.id, token)
 				}
@@ -528,11 +536,11 @@ func TestLineAfterLockServersHung(t *testing.T) {
 			back := make(chan struct{})
 			line := startDyingPods(t, r, id, waiting, 1, func() locker { return &hangingLocker{redlockServers{r}.newLocker(), back} })
 			r.MakeStale(t, id, holder)
-			if token, err := line.wantNext(15 * time.Second); err == nil {
+			if token, err := line.next(15 * time.Second); err == nil {
 				t.Errorf("%s was served without the lock", token)
 			}
 			close(back)
-			if _, err := line.wantNext(stalled); err != nil {
+			if _, err := line.wantNext(t, stalled); err != nil {
 				t.Error(err)
 			}
 		})

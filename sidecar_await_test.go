@@ -82,7 +82,7 @@ func TestAwaitEndsOnSignal(t *testing.T) {
 			if !errors.Is(err, errNotHeld) {
 				t.Errorf("with a sidecar %t: got %v", withSidecar, err)
 			}
-		case <-time.After(time.Second):
+		case <-time.After(time.Minute):
 			t.Fatalf("with a sidecar %t: does not end", withSidecar)
 		}
 	}
