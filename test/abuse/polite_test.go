@@ -23,18 +23,19 @@ import (
 )
 
 const (
-	// maxMemory is the most resident memory: three quarters of what the container has.
+	// maxMemory limits the resident memory to three quarters of the container's limit.
 	maxMemory = 192 << 20
 
-	// 99 % of the polite client's admissions take at most maxLatency. If the cores have more to do,
-	// they take at most maxRatio times as long as 99 % of the requests to the reference.
+	// At most 1 % of the polite client's admissions may take longer than maxLatency. On
+	// busy cores, the 99th percentile may be maxRatio times that of the requests to the
+	// reference.
 	maxLatency = time.Second
 	maxRatio   = 10
 
 	maxNoise = 100 // log lines about misuse
 )
 
-// The environment of the processes that this suite makes of its own test binary.
+// Environment variables of the processes that run this test binary in a role.
 const (
 	roleVariable      = "ABUSE_ROLE"
 	urlVariable       = "ABUSE_URL"
@@ -77,7 +78,7 @@ func startRole(t *testing.T, role string, stdin io.Reader, env ...string) *rig.P
 	return p
 }
 
-// beReference serves requests without looking at them, until the process is killed.
+// beReference answers requests without reading them, until the process is killed.
 func beReference() error {
 	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(w, r.Body)
@@ -90,14 +91,14 @@ func beReference() error {
 	select {}
 }
 
-// politeAnswer is the line of JSON that the polite client prints for each admission.
+// politeAnswer is the JSON line that the polite client prints for each admission.
 type politeAnswer struct {
 	Took      time.Duration
 	Failure   string
-	Reference time.Duration // that the same request to the reference took
+	Reference time.Duration // the duration of the same request to the reference
 }
 
-// bePolite sends the review forty times a second to the webhook, and then to the reference.
+// bePolite sends the review to the webhook and to the reference, forty times a second.
 func bePolite() error {
 	deadline, err := time.Parse(time.RFC3339Nano, os.Getenv(untilVariable))
 	if err != nil {
@@ -137,11 +138,11 @@ func bePolite() error {
 	return nil
 }
 
-// abused is a webhook that clients misuse.
+// abused is a webhook under misuse.
 type abused struct {
 	*rig.Webhook
 	address string
-	path    string // where it serves, with the secret
+	path    string // the path of the webhook, with the secret
 }
 
 // secret is the secret in the path of the webhook.
@@ -164,10 +165,11 @@ func (a *abused) dial(ctx context.Context, protocols ...string) (net.Conn, error
 	return d.DialContext(ctx, "tcp", a.address)
 }
 
-// polite starts the polite client, which asks for admissions until the deadline of ctx. As an API
-// server does, the client keeps one connection, and is a process of its own: in the process of the
-// misuse, it would wait for its turn. The client has been answered once when polite returns. The
-// returned function waits for the end of the client, and returns its other answers.
+// polite starts the polite client, which asks for admissions until the deadline of ctx.
+// Like an API server, the client keeps one connection. It is a process of its own: in the
+// process of the misuse, it would wait for CPU. polite returns after the client's first
+// answer. The returned function waits until the client ends, and returns its other
+// answers.
 func (a *abused) polite(ctx context.Context, t *testing.T) func() []politeAnswer {
 	t.Helper()
 	reference := startRole(t, referenceRole, nil)
@@ -190,7 +192,7 @@ func (a *abused) polite(ctx context.Context, t *testing.T) func() []politeAnswer
 	}
 }
 
-// misuse makes many clients do the same again and again, for a while, and checks the costs.
+// misuse runs abuse repeatedly in many clients for a while, and checks the costs.
 func (a *abused) misuse(t *testing.T, lasts time.Duration, many int, abuse func(ctx context.Context, i int)) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), lasts)
@@ -203,8 +205,8 @@ func (a *abused) misuse(t *testing.T, lasts time.Duration, many int, abuse func(
 	a.wantBounded(t)
 }
 
-// overrun starts the clients that misuse the webhook. All of them share two cores: each pauses between
-// two attempts.
+// overrun starts the misusing clients. They share two cores, so each pauses between two
+// attempts.
 func (a *abused) overrun(ctx context.Context, wg *sync.WaitGroup, many int, abuse func(ctx context.Context, i int)) {
 	for i := range many {
 		wg.Go(func() {
