@@ -9,8 +9,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-// playHold holds the tokens of all pods at once. The process that does it does not know
-// which tokens were given back, or reclaimed.
+// playHold refreshes the tokens of all pods in one command. Its process does not know
+// which tokens were given back or reclaimed.
 func (w *world) playHold() {
 	var tokens []any
 	var want []string
@@ -45,8 +45,8 @@ func (w *world) playHold() {
 	w.say("all tokens are held: %d in flight", len(d.inflight))
 }
 
-// playKeep keeps the places of all pods in line, and of all that have a token by now. It
-// may add a pod that came long ago, and may name a pod that is gone.
+// playKeep refreshes the places of all pods in line, and of all that have got a token
+// since. It may add a pod that came long ago, and may name a pod that is gone.
 func (w *world) playKeep() {
 	var gone []*actor
 	if len(w.order) > 0 && rapid.Bool().Draw(w.t, "one is gone") {
@@ -75,8 +75,8 @@ func (w *world) playKeep() {
 	w.keep(gone, stay, places)
 }
 
-// keep keeps the places of the pods that stay, and takes the pods that are gone out of
-// the line. Call arrive before.
+// keep refreshes the places of the pods that stay, and removes the pods that are gone
+// from the line. Call arrive before.
 func (w *world) keep(gone, stay []*actor, places map[string]int) {
 	args := []any{0, len(gone)}
 	for _, p := range gone {
@@ -117,7 +117,7 @@ func (w *world) keep(gone, stay []*actor, places map[string]int) {
 	w.say("places were kept: %d in flight, %d free, line %v", len(d.inflight), d.free, k.inLine())
 }
 
-// checkKept compares the answer of keep with the state.
+// checkKept compares the reply of keep with the state.
 func (w *world) checkKept(rest []any, d dump, wantHeld []string) {
 	var created, inUse, waiters int
 	var served, held []string

@@ -10,31 +10,31 @@ import (
 	"pgregory.net/rapid"
 )
 
-// world is a semaphore, the pods that use it, and what the rules say about them. Times
-// and durations are in seconds.
+// world is a semaphore, its pods, and what the rules require of them. Times and durations
+// are in seconds.
 type world struct {
 	store
 	t         *rapid.T
-	broken    func(rule string) // gets the rule that was broken, and does not return
+	broken    func(rule string) // receives the broken rule, and does not return
 	interval  int
 	threshold int
-	back      int // live holders come back within this time, once Redis answers
+	back      int // live holders come back within this time after Redis answers
 	quiet     int
 	length    int // the length that most pods ask for
 	listening bool
 
 	now        int // the model's time
 	pods       map[string]*actor
-	order      []*actor // in the order in which they came
+	order      []*actor // in order of creation
 	known      *knowledge
-	replicated *knowledge // of a replica that may take over; nil: there is none
+	replicated *knowledge // of a replica that may be promoted; nil: none
 	last       dump
 	commands   int
 }
 
 func (w *world) fail(format string, args ...any) { w.broken(fmt.Sprintf(format, args...)) }
 
-// say logs what happens. rapid prints the log of the shortest failure.
+// say logs an event. rapid prints the log of the shortest failure.
 func (w *world) say(format string, args ...any) {
 	w.t.Logf("%5d s: %s", w.now, fmt.Sprintf(format, args...))
 }
@@ -79,10 +79,10 @@ func (w *world) step(seconds int) {
 	w.known.clockSet = true
 }
 
-// arrive prepares for a command that comes now.
+// arrive prepares for a command that arrives now.
 func (w *world) arrive() {
 	if ticks := w.ticks(); ticks != 0 {
-		w.shift(ticks) // the model's time stands still meanwhile
+		w.shift(ticks) // the model's time stands still
 	}
 	k := w.known
 	if len(w.last.state) == 0 { // deleted, or expired
@@ -99,10 +99,10 @@ func (w *world) arrive() {
 		k.shaken, k.resumed = w.now, second
 	}
 	if (k.clockSet || second < k.touched) && k.told != never {
-		k.told = w.now // the report may lie in the time that comes again
+		k.told = w.now // the report may lie in the repeated time
 	}
 	if k.clockSet || second-k.touched > max(w.interval, lineQuiet) {
-		k.shaken = w.now // a second silence soon after the first
+		k.shaken = w.now // a second silence shortly after the first
 	}
 	k.touched = second
 }
@@ -116,7 +116,7 @@ func (w *world) command(script *redis.Script, args ...any) (status int, rest []a
 	return status, rest, w.dump()
 }
 
-// note notes a request, or a repair, for a length.
+// note records a request or a repair for a length.
 func (w *world) note(length int) {
 	w.known.clockSet = false
 	w.known.greatest = append(w.known.greatest, asking{int(w.second), length})
@@ -161,7 +161,7 @@ func (w *world) ask(p *actor, arrival string) rig.Acquired {
 	return a
 }
 
-// join is for p, which is in line now and was not before.
+// join updates p, which has just joined the line.
 func (w *world) join(p *actor, arrival string, d dump) {
 	at := d.waiters[p.token]
 	if arrival == joinLine {
@@ -176,7 +176,7 @@ func (w *world) join(p *actor, arrival string, d dump) {
 	w.known.line[p.token] = at
 }
 
-// noteLoss is for a waiter or a holder that is older than the data in Redis. Callers that
+// noteLoss handles a waiter or holder that is older than the data in Redis. Callers that
 // did not know of the holders made the free tokens.
 func (w *world) noteLoss() {
 	k := w.known
@@ -185,10 +185,10 @@ func (w *world) noteLoss() {
 	k.told, k.shaken, k.resumed = w.now, w.now, int(w.second)
 }
 
-// try asks for a token for p. If Redis answers that a repair comes first, try repairs and
+// try asks for a token for p. If Redis replies that a repair comes first, try repairs and
 // asks again.
 func (w *world) try(p *actor) rig.Acquired {
-	if p.kept { // the process that keeps its place does so before it asks
+	if p.kept { // the process that refreshes its place does so before it asks
 		w.arrive()
 		w.keep(nil, []*actor{p}, map[string]int{p.token: p.arrival})
 	}
@@ -203,7 +203,7 @@ func (w *world) try(p *actor) rig.Acquired {
 	if a.Status == rig.AcquireRepair {
 		w.maintain(p.length, arrival == "" || arrival == joinLine)
 		w.arrive()
-		arrival = p.nextArrival() // the same, if no second has begun
+		arrival = p.nextArrival() // the same unless a new second has begun
 		mustGet = mustGet || w.mustGet(p, arrival)
 		a = w.ask(p, arrival)
 		if a.Status == rig.AcquireRepair {
@@ -261,7 +261,7 @@ func (w *world) beat(p *actor) {
 	}
 	free := w.last.free
 	if !held {
-		free = max(0, free-1) // a pod that runs counts
+		free = max(0, free-1) // a running pod counts
 	}
 	if d.free != free {
 		w.fail("after a heartbeat of %s, %d tokens are free, not %d", p.token, d.free, free)
@@ -274,7 +274,7 @@ func (w *world) beat(p *actor) {
 	w.say("%s beats: %d in flight, %d free", p.token, len(d.inflight), d.free)
 }
 
-// giveBack releases the token of p, or its place in line.
+// giveBack releases p's token or its place in line.
 func (w *world) giveBack(p *actor) {
 	w.arrive()
 	k := w.known
