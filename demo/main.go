@@ -3,7 +3,7 @@
 // certificate, and sends AdmissionReviews of a real API server over TLS and HTTP/2. Only
 // Redis is an embedded look-alike, unless -sentinels is given.
 //
-//	demo [flags] story   tells a story and checks each step; exits 0 only if every step succeeds
+//	demo [flags] story   tells a story and checks each step; exits 0 if every step succeeds
 //	demo [flags] run     starts the same set-up and keeps it up until it is interrupted
 //
 // With -etcd FILE, a real etcd holds the lock. With -sentinels FILE, a real Redis with

@@ -55,7 +55,8 @@ func TestAbuseByLargeRequests(t *testing.T) {
 		"nested":      bytes.Repeat([]byte("["), 4<<20),
 		"many fields": []byte(`{"request":{"object":{` + strings.Repeat(`"a":{},`, 590000) + `"b":1}}}`),
 		"many texts": []byte(`{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","request":{"uid":"x",` +
-			`"namespace":"x","operation":"CREATE","kind":{"version":"v1","kind":"Pod"},"object":{"spec":{"containers":[` +
+			`"namespace":"x","operation":"CREATE","kind":{"version":"v1","kind":"Pod"},` +
+			`"object":{"spec":{"containers":[` +
 			strings.Repeat(`{},`, 1300000) + `{}]}}}}`),
 	} {
 		for _, many := range []int{64, 256} {
@@ -150,7 +151,8 @@ func TestAbuseBySlowness(t *testing.T) {
 
 // requestHeaders returns the headers of an HTTP/1.1 request with a body of n bytes.
 func (a *abused) requestHeaders(n int) string {
-	return fmt.Sprintf("POST %s HTTP/1.1\r\nHost: webhook\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n",
+	return fmt.Sprintf("POST %s HTTP/1.1\r\nHost: webhook\r\nContent-Type: application/json\r\n"+
+		"Content-Length: %d\r\n\r\n",
 		a.path, n)
 }
 

@@ -142,7 +142,7 @@ const pingingFloor = "(a) floor and PING"
 type benchCase struct {
 	name   string
 	bodies [][]byte
-	says   string // in each answer
+	want   string // in each answer
 	reset  func() // before each slice
 	next   atomic.Int64
 }
@@ -160,7 +160,7 @@ func (c *benchCase) slice(t *testing.T, of *target, concurrent int) (all []time.
 		workers.Go(func() {
 			for start := time.Now(); start.Before(end); {
 				text, err := of.do(http.MethodPost, c.bodies[int(c.next.Add(1))%len(c.bodies)])
-				if err == nil && !bytes.Contains(text, []byte(c.says)) {
+				if err == nil && !bytes.Contains(text, []byte(c.want)) {
 					err = fmt.Errorf("answered %s", text)
 				}
 				if err != nil {
@@ -328,17 +328,17 @@ func benchCases(t *testing.T, r *rig.Redis) []*benchCase {
 	r.Do(t, "ZADD", full.InflightKey(), time.Now().Add(time.Hour).Unix(), uuid.NewString())
 	const allowed = `"allowed":true`
 	return []*benchCase{
-		{name: pingingFloor, bodies: ofOne(rig.MaxLength), says: allowed, reset: nothing},
-		{name: "(b) one key", bodies: ofOne(rig.MaxLength), says: allowed,
+		{name: pingingFloor, bodies: ofOne(rig.MaxLength), want: allowed, reset: nothing},
+		{name: "(b) one key", bodies: ofOne(rig.MaxLength), want: allowed,
 			reset: func() { r.MakeFree(t, one, rig.MaxLength) }},
-		{name: "(c) 1000 keys", bodies: many, says: allowed, reset: nothing},
-		{name: "(d) full", bodies: [][]byte{rig.Review(t, full, 1)}, says: "1 of 1 tokens in use", reset: nothing},
+		{name: "(c) 1000 keys", bodies: many, want: allowed, reset: nothing},
+		{name: "(d) full", bodies: [][]byte{rig.Review(t, full, 1)}, want: "1 of 1 tokens in use", reset: nothing},
 		{name: "(e) not annotated", bodies: ofOne(1, annotated(rig.AnnotationEnabled, "false")),
-			says: allowed, reset: nothing},
+			want: allowed, reset: nothing},
 		{name: "(f) wait", bodies: ofOne(1, annotated(rig.AnnotationWhenFull, rig.WhenFullWait)),
-			says: allowed, reset: nothing},
+			want: allowed, reset: nothing},
 		{name: "(g) invalid", bodies: ofOne(1, annotated(rig.AnnotationLength, "many")),
-			says: "must be a whole number", reset: nothing},
+			want: "must be a whole number", reset: nothing},
 	}
 }
 

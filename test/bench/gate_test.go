@@ -88,7 +88,8 @@ func TestMeasureGate(t *testing.T) {
 	percent := func(d time.Duration) string { return fmt.Sprintf("%.1f %%", 100*d.Seconds()/elapsed) }
 	t.Logf("they cost %s of a processor in Redis, and %s in gate, "+
 		"which has %d KB resident (VmRSS), %d of them its own (RssAnon)",
-		percent(r.CPU(t)-redisBefore), percent(gate.CPU(t)-gateBefore), gate.Memory(t, "VmRSS"), gate.Memory(t, "RssAnon"))
+		percent(r.CPU(t)-redisBefore), percent(gate.CPU(t)-gateBefore),
+		gate.Memory(t, "VmRSS"), gate.Memory(t, "RssAnon"))
 	wantInLines(t, r, ids, len(names))
 
 	var lifted []time.Duration

@@ -121,7 +121,7 @@ func herd(t *testing.T, r *rig.Redis, connections []*target) {
 		}
 	}
 	if uneven > 0 {
-		t.Errorf("of %d of %d keys, not all %d tokens are in use by pods that were admitted", uneven, herdKeys, herdLength)
+		t.Errorf("for %d of %d keys, admitted pods do not use all %d tokens", uneven, herdKeys, herdLength)
 	}
 	if slowest > herdSlowest {
 		t.Errorf("the slowest answer took %s, want at most %s", slowest, herdSlowest)

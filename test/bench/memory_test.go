@@ -58,11 +58,11 @@ func (m *memoryTraffic) useKey(connection *target, control redis.Conn) error {
 		if err != nil {
 			return err
 		}
-		says, count := `"allowed":true`, &m.admitted
+		want, count := `"allowed":true`, &m.admitted
 		if i == memoryLength || i == memoryLength+1 {
-			says, count = "5 of 5 tokens in use", &m.refused
+			want, count = "5 of 5 tokens in use", &m.refused
 		}
-		if !bytes.Contains(text, []byte(says)) {
+		if !bytes.Contains(text, []byte(want)) {
 			return fmt.Errorf("%s: admission %d was answered %s", id, i+1, text)
 		}
 		count.Add(1)

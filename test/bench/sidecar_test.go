@@ -49,7 +49,9 @@ type sidecarKind struct {
 }
 
 var sidecarKinds = []sidecarKind{
-	{"native", func(address string) []string { return []string{"--length=10000", "--redis-addresses=" + address} }, true},
+	{"native", func(address string) []string {
+		return []string{"--length=10000", "--redis-addresses=" + address}
+	}, true},
 	{"classic", func(string) []string { return nil }, false},
 }
 
@@ -153,7 +155,8 @@ func TestBenchSidecar(t *testing.T) {
 			t.Errorf("a heartbeat of a %s sidecar takes %s, more than %s", m.kind.name, perBeat, sidecarCPU)
 		}
 		if start > sidecarStart {
-			t.Errorf("the first heartbeat of a %s sidecar comes after %s, later than %s", m.kind.name, start, sidecarStart)
+			t.Errorf("the first heartbeat of a %s sidecar comes after %s, later than %s",
+				m.kind.name, start, sidecarStart)
 		}
 	}
 }

@@ -38,9 +38,9 @@ func TestChaos(t *testing.T) {
 			w.populate(*seedFlag, *podCount)
 			// In the second third, blows may excuse more pods at work than the length
 			// allows. In the first and last third, they never do.
-			n.rage(*runTime/3, false)
-			n.rage(*runTime*2/3, true)
-			n.rage(*runTime, false)
+			n.strikeUntil(*runTime/3, false)
+			n.strikeUntil(*runTime*2/3, true)
+			n.strikeUntil(*runTime, false)
 			w.mu.Lock()
 			for name := range w.lengths {
 				w.lengths[name] = 5 // earlier pods with a greater length keep their tokens for a while

@@ -22,20 +22,20 @@ func (w *world) startGates() {
 		g.launch(w.t)
 		w.gates = append(w.gates, g)
 	}
-	go w.hearEvents()
+	go w.watchEvents()
 }
 
-// hearEvents records which gated pods are in line, from the gates' events.
-func (w *world) hearEvents() {
-	for heard := 0; rig.Sleep(w.ctx, 50*time.Millisecond) == nil; {
+// watchEvents records which gated pods are in line, from the gates' events.
+func (w *world) watchEvents() {
+	for seen := 0; rig.Sleep(w.ctx, 50*time.Millisecond) == nil; {
 		events := w.api.Store.EventsOf("shop")
 		waiting := map[string]bool{}
-		for _, e := range events[heard:] {
+		for _, e := range events[seen:] {
 			if e.Reason == rig.ReasonWaiting {
 				waiting[e.Regarding.Name] = true
 			}
 		}
-		heard = len(events)
+		seen = len(events)
 		w.mu.Lock()
 		for _, p := range w.pods {
 			if waiting[p.life.name] {
@@ -74,7 +74,7 @@ func (p *pod) passGate(rng *rand.Rand) bool {
 			p.mu.Lock()
 			defer p.mu.Unlock()
 			at := p.w.now()
-			p.life.lifted = span{max(p.life.asked, at-heardLate), at}
+			p.life.lifted = span{max(p.life.asked, at-noticeDelay), at}
 			return true
 		}
 		_ = rig.Sleep(p.w.ctx, 50*time.Millisecond)

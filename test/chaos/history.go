@@ -88,7 +88,7 @@ type fault struct {
 	semaphores []string // the affected semaphores; nil: all
 	loses      loss     // the lost data of these semaphores
 	away       bool     // their Redis does not answer
-	shaken     bool     // afterwards, their Redis needs a command from each pod first
+	recovering bool     // afterwards, their Redis needs a command from each pod first
 	silent     bool     // Redis may run commands whose replies do not arrive
 	unrepaired bool     // most lock servers are away
 	unlifted   bool     // a gate is away: it may take a token long before it lifts the pod's scheduling gate
@@ -108,33 +108,33 @@ func (h *history) around(semaphore string, s span) string {
 		text string
 	}
 	var lines []line
-	say := func(at time.Duration, format string, args ...any) {
+	add := func(at time.Duration, format string, args ...any) {
 		if at >= s.from && at <= s.to && at != notYet {
 			lines = append(lines, line{at, fmt.Sprintf(format, args...)})
 		}
 	}
 	for _, f := range h.faults {
 		if f.hits(semaphore) {
-			say(f.from, "fault begins: %s", f.name)
-			say(f.to, "fault ends: %s", f.name)
+			add(f.from, "fault begins: %s", f.name)
+			add(f.to, "fault ends: %s", f.name)
 		}
 	}
 	for _, p := range h.pods {
 		if p.semaphore != semaphore {
 			continue
 		}
-		say(p.asked, "%s asks, length %d, %s", p.name, p.length, p.manner())
-		say(p.answered, "%s is answered: admitted %t, refused %t, failed %t", p.name, p.admitted, p.refused, p.failed)
-		say(p.inLine, "%s is in line", p.name)
-		say(p.lifted.to, "the gate of %s is lifted, its token taken within %s", p.name, p.lifted)
-		say(p.took.to, "%s has a token, taken within %s", p.name, p.took)
-		say(p.started, "%s works", p.name)
-		say(p.ended, "%s ends", p.name)
-		say(p.released, "%s is gone in order", p.name)
-		say(p.died, "%s is killed for good", p.name)
+		add(p.asked, "%s asks, length %d, %s", p.name, p.length, p.manner())
+		add(p.answered, "%s is answered: admitted %t, refused %t, failed %t", p.name, p.admitted, p.refused, p.failed)
+		add(p.inLine, "%s is in line", p.name)
+		add(p.lifted.to, "the gate of %s is lifted, its token taken within %s", p.name, p.lifted)
+		add(p.took.to, "%s has a token, taken within %s", p.name, p.took)
+		add(p.started, "%s works", p.name)
+		add(p.ended, "%s ends", p.name)
+		add(p.released, "%s is gone in order", p.name)
+		add(p.died, "%s is killed for good", p.name)
 		for _, q := range p.silences {
-			say(q.from, "%s falls silent", p.name)
-			say(q.to, "%s is back", p.name)
+			add(q.from, "%s falls silent", p.name)
+			add(q.to, "%s is back", p.name)
 		}
 	}
 	slices.SortStableFunc(lines, func(a, b line) int { return cmp.Compare(a.at, b.at) })

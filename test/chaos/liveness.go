@@ -16,7 +16,7 @@ func (c *checker) disturbed(semaphore string) (all []span) {
 			continue
 		}
 		switch {
-		case f.away || f.shaken || f.loses != losesNothing:
+		case f.away || f.recovering || f.loses != losesNothing:
 			all = append(all, span{f.from - slack, f.to + max(c.quiet(), rig.LinePatience) + slack})
 		case f.blind: // a gate retries its watch some seconds later
 			all = append(all, span{f.from - slack, f.to + taken})
@@ -62,7 +62,7 @@ func (c *checker) occupies(p *podLife) (all []span) {
 		}
 		// A gate may have taken a token for it, and must learn of its deletion.
 		if p.gated && p.ended != notYet && p.lifted.to == 0 {
-			all = append(all, span{p.ended - heardLate, p.ended + taken})
+			all = append(all, span{p.ended - noticeDelay, p.ended + taken})
 		}
 		for _, s := range p.silences {
 			all = append(all, span{s.from, s.to + gone})
@@ -73,7 +73,7 @@ func (c *checker) occupies(p *podLife) (all []span) {
 
 // checkUnused finds spans in which a pod in line was entitled to a token that no other
 // pod could have. A free token that a pod takes in time does not count: this test may
-// learn of that after heardLate.
+// learn of that after noticeDelay.
 func (c *checker) checkUnused(pods []*podLife) {
 	const step = 250 * time.Millisecond
 	disturbed := c.disturbed(pods[0].semaphore)

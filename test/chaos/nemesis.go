@@ -162,7 +162,7 @@ var serverBlows = []blow{
 		n.ready()
 	}},
 	{"a clock is set", false, func(n *nemesis, f *fault) {
-		f.shaken = true
+		f.recovering = true
 		n.setClock(n.primaryOf(f), time.Duration(n.rng.IntN(51)-25)*time.Second)
 	}},
 	{"answers take longer", false, func(n *nemesis, f *fault) {
@@ -299,9 +299,9 @@ func (n *nemesis) relength() {
 	n.lengths[name] = 1 + n.rng.IntN(5)
 }
 
-// rage executes blows until a time of the world. Without harms, it uses only blows that
+// strikeUntil executes blows until a time of the world. Without harms, it uses only blows that
 // excuse nothing.
-func (n *nemesis) rage(until time.Duration, harms bool) {
+func (n *nemesis) strikeUntil(until time.Duration, harms bool) {
 	for n.now() < until && !n.t.Failed() {
 		if n.rng.IntN(6) == 0 {
 			n.relength()

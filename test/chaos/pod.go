@@ -45,11 +45,11 @@ func (w *world) newPod(name, semaphore string, length int, waits bool, on *node)
 		life: podLife{name: name, semaphore: semaphore, length: length, waits: waits}}
 }
 
-// launch starts a process of the pod. hear receives the lines of its log.
-func (p *pod) launch(args []string, hear func(line string)) *rig.Process {
+// launch starts a process of the pod. onLine receives the lines of its log.
+func (p *pod) launch(args []string, onLine func(line string)) *rig.Process {
 	process := rig.NewProcess(p.w.binary, args...)
 	process.Cmd.Env = append(os.Environ(), "POD_UID="+p.uid, "POD_NAME="+p.life.name, "NODE_NAME="+p.node.name)
-	process.Hear = hear
+	process.OnLine = onLine
 	if err := process.Launch(); err != nil {
 		panic(err)
 	}
@@ -63,8 +63,8 @@ func signal(p *rig.Process, s syscall.Signal) {
 	}
 }
 
-// heard records a log line of the sidecar about its token.
-func (p *pod) heard(line string) {
+// readLog records a log line of the sidecar about its token.
+func (p *pod) readLog(line string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := p.w.now()
@@ -80,7 +80,7 @@ func (p *pod) heard(line string) {
 	case held && l.gated && !p.lost:
 		l.took = span{l.lifted.from, now}
 	case held && (l.waits || p.lost):
-		l.took = span{max(l.asked, now-heardLate), now}
+		l.took = span{max(l.asked, now-noticeDelay), now}
 	}
 }
 
@@ -173,7 +173,7 @@ func (p *pod) live(rng *rand.Rand) {
 	}
 	_ = rig.Sleep(p.w.ctx, within(rng, 500*time.Millisecond)) // the scheduler finds a node
 	args := p.node.args(injected.Args, p.uid)
-	start := func() *rig.Process { return p.launch(args, p.heard) }
+	start := func() *rig.Process { return p.launch(args, p.readLog) }
 	p.mu.Lock()
 	p.sidecar = start()
 	p.await = p.launch([]string{"await"}, nil)

@@ -13,8 +13,8 @@ import (
 // token. The only excuses are a loss of data or a silence of the pod, at about that time.
 
 const (
-	// heardLate limits the time until this test learns that a sidecar has its token.
-	heardLate = 3 * time.Second
+	// noticeDelay limits the time until this test learns that a sidecar has its token.
+	noticeDelay = 3 * time.Second
 
 	// recent is the age of writes that Redis may lose in a failover.
 	recent = 1500 * time.Millisecond
@@ -125,13 +125,13 @@ func (c *checker) earliest(p *podLife, taken span) time.Duration {
 	from := taken.from
 	late := slices.Clone(p.silences)
 	for _, f := range c.faults {
-		delays := f.silent || f.away || f.shaken || f.loses != losesNothing || p.gated && (f.unlifted || f.blind)
+		delays := f.silent || f.away || f.recovering || f.loses != losesNothing || p.gated && (f.unlifted || f.blind)
 		if delays && f.hits(p.semaphore) {
 			late = append(late, f.span)
 		}
 	}
 	for _, s := range late {
-		if s.overlaps(span{taken.from - heardLate, taken.to}) {
+		if s.overlaps(span{taken.from - noticeDelay, taken.to}) {
 			from = min(from, s.from)
 		}
 	}
@@ -329,8 +329,8 @@ func (c *checker) checkOrder(pods []*podLife) {
 // pod's place is the second of its creation, by the API server's clock, then its name. A
 // pod whose sidecar waits joined by the clock of Redis.
 func (c *checker) mayPass(q, p *podLife) bool {
-	shaken := func(f fault) bool { return f.shaken && f.from <= q.took.to }
-	return q.gated && (p.inLine+time.Second > q.asked || !p.gated && slices.ContainsFunc(c.faults, shaken))
+	recovering := func(f fault) bool { return f.recovering && f.from <= q.took.to }
+	return q.gated && (p.inLine+time.Second > q.asked || !p.gated && slices.ContainsFunc(c.faults, recovering))
 }
 
 // ended returns when a pod ended, by itself or not.

@@ -109,7 +109,7 @@ func TestChaosChecker(t *testing.T) {
 		"after an outage": {[]*podLife{worker("a", 1, 1, 30), worker("b", 1, 20, 30)},
 			[]fault{during(fault{away: true}, 5, 19)}, ruleLetIn},
 		"a clock that is set": {[]*podLife{worker("a", 1, 1, 20), worker("b", 1, 6, 20)},
-			[]fault{during(fault{shaken: true}, 5, 5)}, ruleCount},
+			[]fault{during(fault{recovering: true}, 5, 5)}, ruleCount},
 		"a long silence":  {[]*podLife{worker("a", 1, 1, 20).silent(2, 14), worker("b", 1, 11, 20)}, nil, ""},
 		"a short silence": {[]*podLife{worker("a", 1, 1, 20).silent(2, 6), worker("b", 1, 7, 20)}, nil, ruleCount},
 		"too early in a silence": {[]*podLife{worker("a", 1, 1, 20).silent(6, 18), worker("b", 1, 8, 20)},
@@ -156,7 +156,7 @@ func TestChaosChecker(t *testing.T) {
 		},
 		"gated, after a clock was set": {
 			[]*podLife{worker("a", 1, 1, 10), inLineSince("b", 1, 2, 20, 30), gatedSince("c", 1, 4, 10, 20)},
-			[]fault{during(fault{shaken: true}, 1, 1)}, "",
+			[]fault{during(fault{recovering: true}, 1, 1)}, "",
 		},
 		"lifted without a token": {[]*podLife{worker("a", 1, 1, 20), gatedSince("b", 1, 2, 10, 0).diesAt(11)},
 			nil, ruleLifted},

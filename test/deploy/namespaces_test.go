@@ -178,7 +178,7 @@ func isDenied(text string) bool {
 	return false
 }
 
-// isRefusal reports whether a text says that Redis refuses a password, or denies a command.
+// isRefusal reports whether Redis refuses a password or denies a command in a text.
 func isRefusal(text string) bool { return strings.Contains(text, "WRONGPASS") || isDenied(text) }
 
 // The sidecars of a namespace can use its semaphores. They cannot touch another
@@ -277,7 +277,9 @@ func TestNamespaceUsersFollowTheirFiles(t *testing.T) {
 		rig.Eventually(t, 30*time.Second, func() error {
 			for _, server := range []*rig.Redis{s.tokens, s.locks} {
 				users, err := redis.Strings(server.Control.Do("ACL", "USERS"))
-				users = slices.DeleteFunc(users, func(u string) bool { return !strings.HasPrefix(u, namespaceUser("")) })
+				users = slices.DeleteFunc(users, func(u string) bool {
+					return !strings.HasPrefix(u, namespaceUser(""))
+				})
 				slices.Sort(users)
 				if err != nil || !slices.Equal(users, want) {
 					return fmt.Errorf("%s has the users %q, want %q (%v)", server.Address, users, want, err)
@@ -318,8 +320,8 @@ func TestNamespaceUsersFollowTheirFiles(t *testing.T) {
 
 	// deploy/namespace.sh sends Redis a password before the file has it.
 	s.run(t, "third\n", "sh namespace shop")
-	told := s.startWaiting(t, "shop", "third", rig.ID{Namespace: "shop", Key: "told"})
-	rig.Must(t, told.holds(t))
+	announced := s.startWaiting(t, "shop", "third", rig.ID{Namespace: "shop", Key: "announced"})
+	rig.Must(t, announced.holds(t))
 	wantConnected()
 	write("shop", "third 2026-01-03T00:00:00Z\n")
 	rig.Must(t, os.Remove(filepath.Join(s.folder, "blog"))) // by mistake

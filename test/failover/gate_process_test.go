@@ -57,7 +57,8 @@ func TestGateOldView(t *testing.T) {
 				r.begin(4)
 				r.rest()
 				api, proxy := rig.StartAPIServerFor(t, r.api.Store), rig.StartProxy(t, r.redis.Address)
-				r.startGate(t, api, "--queue-redis-address="+rig.QueueAddress(proxy.Address), "--redis-addresses="+proxy.Address)
+				r.startGate(t, api, "--queue-redis-address="+rig.QueueAddress(proxy.Address),
+					"--redis-addresses="+proxy.Address)
 				api.WantWatches(t, 1)
 				proxy.Cut()
 				if view == "late" {

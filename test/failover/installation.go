@@ -27,7 +27,8 @@ const patience = time.Minute
 // code later.
 var checkedProgram = sync.OnceValues(func() (path string, err error) {
 	var flags []string
-	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+	race := debug.BuildSetting{Key: "-race", Value: "true"}
+	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, race) {
 		flags = append(flags, "-race")
 	}
 	path = filepath.Join(rig.Folder(), "checked")
@@ -106,7 +107,8 @@ func (i *installation) startGate(t *testing.T, api *rig.APIServer, flags ...stri
 // newSidecar returns the sidecar, not started, of a pod whose token a webhook has taken.
 func (i *installation) newSidecar(t *testing.T, id rig.ID, token string) *rig.Process {
 	t.Helper()
-	return rig.NewProcess(rig.Program(t), slices.Concat([]string{"sidecar"}, i.flags(), []string{id.String(), token})...)
+	args := slices.Concat([]string{"sidecar"}, i.flags(), []string{id.String(), token})
+	return rig.NewProcess(rig.Program(t), args...)
 }
 
 // newWaitingSidecar returns a sidecar, not started, that acquires its token itself.

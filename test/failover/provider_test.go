@@ -31,7 +31,8 @@ func TestProviderFailover(t *testing.T) {
 	primary.Do(t, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
 	replica.Do(t, "REPLICAOF", "127.0.0.1", rig.Port(primary.Address))
 	rig.Eventually(t, 20*time.Second, func() error {
-		if info := string(replica.Do(t, "INFO", "replication").([]byte)); !strings.Contains(info, "master_link_status:up") {
+		info := string(replica.Do(t, "INFO", "replication").([]byte))
+		if !strings.Contains(info, "master_link_status:up") {
 			return errors.New(info)
 		}
 		return nil

@@ -34,7 +34,8 @@ type relay struct {
 func newRelay(t *testing.T, length int) *relay {
 	t.Helper()
 	r := rig.StartRedis(t)
-	return newRelayOn(t, newInstallation(t, rig.QueueAddress(r.Address), slowTiming), length, func(rig.ID) *rig.Redis { return r })
+	i := newInstallation(t, rig.QueueAddress(r.Address), slowTiming)
+	return newRelayOn(t, i, length, func(rig.ID) *rig.Redis { return r })
 }
 
 // newRelayOn makes a relay on any queue. holder returns the server that holds a

@@ -84,7 +84,7 @@ func startTraffic(t *testing.T, g rig.Group, ids ...rig.ID) *traffic {
 	for range waiterCount {
 		token := uuid.NewString()
 		w := f.newWaitingSidecar(t, f.line, token, 1)
-		w.Hear = func(line string) {
+		w.OnLine = func(line string) {
 			if strings.Contains(line, `"msg":"`+rig.HeldText+`"`) {
 				f.got <- token
 			}
@@ -254,13 +254,15 @@ func (f *traffic) wantRecovered(t *testing.T, bound time.Duration, unaffected ..
 		failed++
 		lastFailed = max(lastFailed, a.start+a.took)
 		if isUnaffected || !a.isShort || a.start+a.took > bound {
-			t.Errorf("%s after the fault, an admission failed after %s (short timeout: %t): %v", a.start, a.took, a.isShort, a.err)
+			t.Errorf("%s after the fault, an admission failed after %s (short timeout: %t): %v",
+				a.start, a.took, a.isShort, a.err)
 		}
 	}
 	if slowest > bound {
 		t.Errorf("the slowest admission took %s, more than %s", slowest, bound)
 	}
-	t.Logf("of %d admissions %d failed, the last %.1f s after the fault; the slowest took %.1f s, on unaffected servers %.2f s",
+	t.Logf("of %d admissions %d failed, the last %.1f s after the fault; "+
+		"the slowest took %.1f s, on unaffected servers %.2f s",
 		len(all), failed, lastFailed.Seconds(), slowest.Seconds(), slowestUnaffected.Seconds())
 	f.wantHoldersBack(t)
 	f.wantCounted(t)
@@ -343,7 +345,7 @@ func (f *traffic) wantLineGoesOn(t *testing.T) {
 			}
 			last = got
 		case <-time.After(patience):
-			t.Fatal("the line does not go on")
+			t.Fatal("the line does not move")
 		}
 		// Redis calls the waiter. A waiter that is still subscribed to the old server
 		// learns of it when it asks again, at most four seconds later.

@@ -27,11 +27,11 @@ func newStore(t *testing.T, scripts scripts) store {
 	t.Helper()
 	r := rig.StartRedis(t)
 	r.Do(t, "CONFIG", "SET", "appendonly", "no")
-	ears, err := redis.Dial("tcp", r.Address)
+	subscriber, err := redis.Dial("tcp", r.Address)
 	rig.Must(t, err)
-	t.Cleanup(func() { ears.Close() })
+	t.Cleanup(func() { subscriber.Close() })
 	return store{
-		test: t, redis: r, clock: new(estimate), scripts: scripts, ears: redis.PubSubConn{Conn: ears},
+		test: t, redis: r, clock: new(estimate), scripts: scripts, subscriber: redis.PubSubConn{Conn: subscriber},
 	}
 }
 
@@ -40,8 +40,8 @@ func playModel(t *rapid.T, s store, broken func(rule string)) (commands int) {
 	w := newWorld(t, s, broken)
 	defer func() {
 		s.redis.Do(s.test, "DEL", append(w.id.Keys(), w.replica()...)...)
-		if w.listening {
-			s.deafen()
+		if w.subscribed {
+			s.unsubscribe()
 		}
 	}()
 	actions := map[string]func(*rapid.T){}
@@ -94,8 +94,8 @@ func (w *world) playWaiter() {
 		return
 	}
 	if p.reachable = rapid.Bool().Draw(w.t, "reachable"); p.reachable {
-		w.listen(p.token)
-		w.listening = true
+		w.subscribe(p.token)
+		w.subscribed = true
 	}
 	p.isWaiter = true
 	w.readAnswer(p, w.try(p))
@@ -115,7 +115,7 @@ func (w *world) playTurn() {
 	p := w.pick(func(p *actor) bool { return p.alive() && p.holding })
 	w.giveBack(p)
 	p.holding = false
-	for _, token := range w.known.inLine() {
+	for _, token := range w.expected.inLine() {
 		if first := w.pods[token]; first.alive() && first.waiting {
 			w.act(first)
 			return
@@ -127,14 +127,14 @@ func (w *world) playTurn() {
 func (w *world) playSilence() {
 	p := w.pick((*actor).alive)
 	p.silent = true
-	w.say("%s falls silent", p.token)
+	w.logf("%s falls silent", p.token)
 }
 
 // playWake resumes a pod that was paused.
 func (w *world) playWake() {
 	p := w.pick(func(p *actor) bool { return p.silent && (p.waiting || p.holding) })
 	p.silent = false
-	w.say("%s wakes up", p.token)
+	w.logf("%s wakes up", p.token)
 	w.act(p)
 }
 
@@ -229,7 +229,7 @@ func (w *world) playOutage() {
 	w.liveUntilAllCame()
 	seconds := rapid.SampledFrom([]int{1, 5, w.quiet, w.quiet + 1, w.threshold + 1, 600}).Draw(w.t, "seconds")
 	w.pass(seconds)
-	w.say("Redis was away for %d s", seconds)
+	w.logf("Redis was away for %d s", seconds)
 	for _, p := range w.order {
 		back := w.back
 		if p.waiting {
@@ -249,22 +249,22 @@ func (w *world) playClock() {
 		seconds = -seconds
 	}
 	w.step(seconds)
-	w.say("Redis's clock is set by %d s", seconds)
+	w.logf("Redis's clock is set by %d s", seconds)
 }
 
 func (w *world) playLoss() {
 	w.liveUntilAllCame()
 	w.loseAll()
-	w.known = newKnowledge()
+	w.expected = newKnowledge()
 	w.last = w.dump()
-	w.say("Redis has lost its data")
+	w.logf("Redis has lost its data")
 }
 
 // playFailover promotes a replica that lacks the last few commands.
 func (w *world) playFailover() {
 	w.liveUntilAllCame()
 	w.replicate()
-	w.replicated = w.known.clone()
+	w.replicated = w.expected.clone()
 	start := w.now
 	for range rapid.IntRange(1, 3).Draw(w.t, "commands") {
 		play := []func(){w.playAdmission, w.playWaiter, w.playAct, w.playRelease, w.playMaintain, w.playTurn}
@@ -274,7 +274,7 @@ func (w *world) playFailover() {
 		}
 	}
 	w.failover()
-	w.known, w.replicated = w.replicated, nil
+	w.expected, w.replicated = w.replicated, nil
 	w.last = w.dump()
-	w.say("a replica took over that lacks all commands since %d s", start)
+	w.logf("a replica took over that lacks all commands since %d s", start)
 }

@@ -117,7 +117,7 @@ func scriptsOf(script func(name string) *redis.Script) scripts {
 // estimate is a client's estimate of the server's clock.
 type estimate struct {
 	micros int64     // the time in the last reply (Unix microseconds); 0: no reply yet
-	heard  time.Time // when the client read it
+	readAt time.Time // when the client read it
 }
 
 // at returns the server's time at a moment of the client's clock. Without a reply it
@@ -126,20 +126,20 @@ func (e *estimate) at(t time.Time) int64 {
 	if e.micros == 0 {
 		return 0
 	}
-	return e.micros + t.Sub(e.heard).Microseconds()
+	return e.micros + t.Sub(e.readAt).Microseconds()
 }
 
 // store is the Redis side of the model: one semaphore, a clock that the model moves, and
 // a replica that may be promoted.
 type store struct {
-	test    *testing.T
-	redis   *rig.Redis
-	clock   *estimate
-	timing  rig.Timing
-	scripts scripts
-	ears    redis.PubSubConn // receives the calls for waiters
-	id      rig.ID
-	second  int64 // the present second of the real clock
+	test       *testing.T
+	redis      *rig.Redis
+	clock      *estimate
+	timing     rig.Timing
+	scripts    scripts
+	subscriber redis.PubSubConn // receives the calls for waiters
+	id         rig.ID
+	second     int64 // the present second of the real clock
 }
 
 func (s *store) replica() []any {
@@ -174,13 +174,13 @@ func (s *store) ticks() int {
 // setClock moves the server's clock forward or back. The caller shifts the stored times.
 func (s *store) setClock(seconds int) { s.clock.micros -= int64(seconds) * 1e6 }
 
-// run runs a script as the program does, but with a deadline of a minute. late is the
+// run runs a script as the program does, but with a deadline of a minute. elapsed is the
 // number of seconds that the clock has advanced meanwhile.
-func (s *store) run(script *redis.Script, args ...any) (status int, rest []any, late int) {
+func (s *store) run(script *redis.Script, args ...any) (status int, rest []any, elapsed int) {
 	status = rig.StatusLate
 	for try := 0; status == rig.StatusLate; try++ { // the first deadline may be wrong; the reply has the time
 		if try == 3 {
-			s.test.Fatal("refused as late")
+			s.test.Fatal("Redis refused three deadlines as late")
 		}
 		deadline := s.clock.at(time.Now().Add(time.Minute))
 		reply, err := rig.RunScript(s.redis.Control, script, s.id, deadline, s.timing, args...)
@@ -188,9 +188,9 @@ func (s *store) run(script *redis.Script, args ...any) (status int, rest []any, 
 		status, rest = reply.Status, reply.Rest
 		*s.clock = estimate{reply.Micros, time.Now()}
 	}
-	late = int(s.clock.micros/1e6 - s.second)
-	s.second += int64(late)
-	return status, rest, late
+	elapsed = int(s.clock.micros/1e6 - s.second)
+	s.second += int64(elapsed)
+	return status, rest, elapsed
 }
 
 // runLate runs a script after its deadline.
@@ -201,20 +201,20 @@ func (s *store) runLate(script *redis.Script, by time.Duration, args ...any) (st
 	return reply.Status
 }
 
-// listen subscribes to the channel of a waiter.
-func (s *store) listen(token string) { s.hear("SUBSCRIBE", s.id.Channel(token)) }
+// subscribe subscribes to the channel of a waiter.
+func (s *store) subscribe(token string) { s.receiveCalls("SUBSCRIBE", s.id.Channel(token)) }
 
-// deafen unsubscribes from all channels.
-func (s *store) deafen() { s.hear("UNSUBSCRIBE") }
+// unsubscribe unsubscribes from all channels.
+func (s *store) unsubscribe() { s.receiveCalls("UNSUBSCRIBE") }
 
-// hear sends a command over the subscribed connection. It returns the channels of the
+// receiveCalls sends a command over the subscribed connection. It returns the channels of the
 // calls that came before the reply.
-func (s *store) hear(command string, args ...any) map[string]bool {
-	rig.Must(s.test, s.ears.Conn.Send(command, args...))
-	rig.Must(s.test, s.ears.Conn.Flush())
+func (s *store) receiveCalls(command string, args ...any) map[string]bool {
+	rig.Must(s.test, s.subscriber.Conn.Send(command, args...))
+	rig.Must(s.test, s.subscriber.Conn.Flush())
 	called := map[string]bool{}
 	for {
-		switch reply := s.ears.Receive().(type) {
+		switch reply := s.subscriber.Receive().(type) {
 		case redis.Message:
 			if string(reply.Data) == rig.YourTurn {
 				called[reply.Channel] = true

@@ -66,7 +66,7 @@ func startPod(
 	args := append([]string{"sidecar", "--queue-redis-address=" + r.Address}, flags...)
 	p := rig.NewProcess(rig.Program(t), append(args, id.String(), token)...)
 	p.Cmd.Env = append(os.Environ(), "POD_NAME="+name, "NODE_NAME="+node)
-	p.Hear = func(line string) {
+	p.OnLine = func(line string) {
 		if strings.Contains(line, `"msg":"`+rig.HeldText+`"`) {
 			time.AfterFunc(works, func() { _ = p.Cmd.Process.Signal(syscall.SIGTERM) })
 		}

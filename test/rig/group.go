@@ -259,9 +259,9 @@ type SlotRange struct {
 }
 
 // Ranges returns the slots of the Cluster, as a node reports them.
-func (c *Cluster) Ranges(t testing.TB, asked *Redis) (ranges []SlotRange) {
+func (c *Cluster) Ranges(t testing.TB, node *Redis) (ranges []SlotRange) {
 	t.Helper()
-	Must(t, asked.besides(func(conn redis.Conn) (err error) {
+	Must(t, node.besides(func(conn redis.Conn) (err error) {
 		ranges, err = readSlots(conn)
 		return err
 	}))
@@ -315,8 +315,8 @@ func readSlots(conn redis.Conn) (ranges []SlotRange, err error) {
 
 // masterOf returns the address of the master of a semaphore's slot, as a node reports it,
 // or "".
-func masterOf(asked *Redis, id fmt.Stringer) (address string, err error) {
-	err = asked.besides(func(conn redis.Conn) error {
+func masterOf(node *Redis, id fmt.Stringer) (address string, err error) {
+	err = node.besides(func(conn redis.Conn) error {
 		ranges, err := readSlots(conn)
 		if err != nil {
 			return err

@@ -22,9 +22,9 @@ type Process struct {
 	Log    Log // stderr
 	Stdout Log
 
-	// Hear receives each line of stderr as the process writes it. Done is closed after
+	// OnLine receives each line of stderr as the process writes it. Done is closed after
 	// the last line.
-	Hear func(line string)
+	OnLine func(line string)
 
 	done chan struct{} // closed when the process has ended
 }
@@ -55,8 +55,8 @@ func (p *Process) Start(t testing.TB) {
 
 // Launch starts the process. The caller must end it.
 func (p *Process) Launch() error {
-	if p.Hear != nil {
-		p.Cmd.Stderr = io.MultiWriter(p.Cmd.Stderr, &lineWriter{hear: p.Hear})
+	if p.OnLine != nil {
+		p.Cmd.Stderr = io.MultiWriter(p.Cmd.Stderr, &lineWriter{onLine: p.OnLine})
 	}
 	if err := p.Cmd.Start(); err != nil {
 		return err
@@ -68,10 +68,10 @@ func (p *Process) Launch() error {
 	return nil
 }
 
-// lineWriter calls hear for each line.
+// lineWriter calls onLine for each line.
 type lineWriter struct {
-	hear func(line string)
-	rest []byte
+	onLine func(line string)
+	rest   []byte
 }
 
 func (w *lineWriter) Write(p []byte) (int, error) {
@@ -81,7 +81,7 @@ func (w *lineWriter) Write(p []byte) (int, error) {
 		if end < 0 {
 			return len(p), nil
 		}
-		w.hear(string(w.rest[:end+1]))
+		w.onLine(string(w.rest[:end+1]))
 		w.rest = w.rest[end+1:]
 	}
 }

@@ -125,8 +125,8 @@ func (r *Redis) Start() error {
 	})
 	if err != nil {
 		r.Stop()
-		said := r.Stdout.String() + r.Log.String()
-		return fmt.Errorf("%s did not answer at %s: %w: %s", RedisProgram, r.Address, err, said)
+		output := r.Stdout.String() + r.Log.String()
+		return fmt.Errorf("%s did not answer at %s: %w: %s", RedisProgram, r.Address, err, output)
 	}
 	if r.allSlots {
 		return r.serveAllSlots()

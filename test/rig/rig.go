@@ -19,7 +19,7 @@
 //	StartProgram, StartSidecar, StartWaitingSidecar, StartAwait, InPod
 //	StartWebhook, StartGate       wait until the process is ready
 //	NewWebhook, NewGate, NewProcess + Start, Launch
-//	Process                       Log, Stdout, Hear, Signal, Pause, Resume, Kill, Done,
+//	Process                       Log, Stdout, OnLine, Signal, Pause, Resume, Kill, Done,
 //	                              WantExit, WantLog, Memory, CPU
 //	Webhook, Gate                 URL, Post, WantReady, Metrics, Metric
 //
@@ -32,7 +32,8 @@
 //	LockServers                   the servers of a Redlock: Addresses, LocksLeft
 //	StartEtcd, LeaderFirst
 //	StartProxy
-//	Proxy                         Silence, Cut, Mend, HoldFirst, Answers, Delay, Rewrite, Made
+//	Proxy                         Silence, Cut, Mend, HoldFirst, Answers, Delay, Rewrite,
+//	                              Made
 //	StartAPIServer                an API server with pods, events, watches and faults
 //	QueueAddress                  a server's address for the program; see TEST_QUEUE
 //
@@ -40,12 +41,12 @@
 //
 //	FreshID, ID                   InflightKey, ..., Keys; helpers take any id with the
 //	                              String "NAMESPACE/KEY"
-//	Redis                         Counts, WantCounts, Inflight, WantInflight, Line, WantLine,
-//	                              State, Shift, MakeStale, MakeFree, ...
+//	Redis                         Counts, WantCounts, Inflight, WantInflight, Line,
+//	                              WantLine, State, Shift, MakeStale, MakeFree, ...
 //	ScriptSource(name), Redis.Run(name, id, timing, args...)
 //	Acquire, Maintain, Heartbeat, Release
 //	BeatTimeout, PollMost, LineQuiet, LinePatience
-//	                              times that scripts, program and suites share (constants.go)
+//	                              times of scripts and program (constants.go)
 //
 // Reviews (review.go):
 //

@@ -40,7 +40,7 @@ type installation struct {
 	asked    int
 	holding  map[rig.ID]map[string]bool // the tokens of pods that rely on them
 	order    []string                   // pod names of one line, in the order in which their apps started
-	done     map[string]int             // pods that went through their whole life, by their when-full, webhook and sidecar
+	done     map[string]int             // pods that have ended in order, by when-full, webhook and sidecar
 	problems []string
 }
 
@@ -228,7 +228,7 @@ func (u *installation) run(p pod) {
 	case <-u.failed:
 		return
 	}
-	u.letGo(p, token)
+	u.stopRelying(p, token)
 	if sidecar.Ended() {
 		u.problem("the sidecar %s ended before its app", name)
 	}
@@ -331,8 +331,8 @@ func (u *installation) hold(p pod, token string) {
 	}
 }
 
-// letGo records that a pod no longer relies on its token.
-func (u *installation) letGo(p pod, token string) {
+// stopRelying records that a pod no longer relies on its token.
+func (u *installation) stopRelying(p pod, token string) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	delete(u.holding[p.id], token)

@@ -202,11 +202,12 @@ func (l *line) wantOrder() {
 		case len(got) == len(want) && waiting == len(l.joined)-len(want):
 			return
 		default:
-			err = fmt.Errorf("%v have a token, and %d wait; want %v, and %d", got, waiting, want, len(l.joined)-len(want))
+			err = fmt.Errorf("%v have a token, and %d wait; want %v, and %d",
+				got, waiting, want, len(l.joined)-len(want))
 		}
 	}
 	if !isClosed(l.failed) {
-		l.problem("the line does not go on: %v", err)
+		l.problem("the line does not move: %v", err)
 	}
 }
 
@@ -254,7 +255,8 @@ func TestUpgradeFindsWhatIsBroken(t *testing.T) {
 		{
 			name:    "users lack a command",
 			without: "+zrank",
-			want:    []string{"NOPERM", "can't run this command", "ACL failure in script"}, // depends on the version of Redis
+			// The text depends on the version of Redis.
+			want: []string{"NOPERM", "can't run this command", "ACL failure in script"},
 		},
 		{
 			name: "tokens in use are kept elsewhere",
