@@ -32,7 +32,7 @@ const (
 	maxLatency = time.Second
 	maxRatio   = 10
 
-	maxNoise = 100 // log lines about misuse
+	maxLogLines = 100 // log lines about misuse
 )
 
 // Environment variables of the processes that run this test binary in a role.
@@ -251,14 +251,14 @@ func (a *abused) wantBounded(t *testing.T) {
 	if peak > maxMemory {
 		t.Errorf("want at most %d MiB", maxMemory>>20)
 	}
-	noise := 0
+	lines := 0
 	for line := range strings.Lines(a.Log.String()) {
 		if !strings.Contains(line, `"msg":"admission"`) || strings.Contains(line, `"verdict":"bad request"`) {
-			noise++
+			lines++
 		}
 	}
-	if noise > maxNoise {
-		t.Errorf("the webhook has logged %d lines about misuse, want at most %d", noise, maxNoise)
+	if lines > maxLogLines {
+		t.Errorf("the webhook has logged %d lines about misuse, want at most %d", lines, maxLogLines)
 	}
 }
 

@@ -183,7 +183,7 @@ func isRefusal(text string) bool { return strings.Contains(text, "WRONGPASS") ||
 
 // The sidecars of a namespace can use its semaphores. They cannot touch another
 // namespace's: neither read, acquire, release, wait, call nor list.
-func TestNamespacesAreKeptApart(t *testing.T) {
+func TestNamespacesAreIsolated(t *testing.T) {
 	t.Parallel()
 	s := startDeployedServers(t)
 	s.run(t, "shop-password\n", "sh namespace shop")

@@ -150,7 +150,7 @@ func wantOnceAMinute(t *testing.T, lines []map[string]any) {
 
 // A Sentinel that was cut off, or belongs to an older group, reports a former primary.
 // The webhook does not go back there when no other Sentinel answers.
-func TestSentinelOfThePast(t *testing.T) {
+func TestOutdatedSentinel(t *testing.T) {
 	t.Parallel()
 	g := rig.StartSentinelGroup(t)
 	past := rig.StartSentinel(t)
@@ -185,7 +185,7 @@ func TestSentinelOfThePast(t *testing.T) {
 }
 
 // An error names the problem with the address or with the password of the Sentinels.
-func TestSentinelsThatCannotHelp(t *testing.T) {
+func TestSentinelErrors(t *testing.T) {
 	t.Parallel()
 	g := rig.StartSentinelGroup(t)
 	sentinel := g.Sentinels[0]

@@ -69,7 +69,7 @@ func messagesIn(t *testing.T, file *ast.File) (messages []string) {
 }
 
 // The runbook has each alert, each message of level WARN and above, and no other alert.
-func TestRunbookIsWhole(t *testing.T) {
+func TestRunbookIsComplete(t *testing.T) {
 	runbook, rules := rig.ReadFile(t, "docs/runbook.md"), rig.ReadFile(t, rulesFile)
 	alerts := regexp.MustCompile(`- alert: (\w+)`).FindAllStringSubmatch(rules, -1)
 	headings := regexp.MustCompile(`(?m)^### (\w+)$`).FindAllStringSubmatch(runbook, -1)

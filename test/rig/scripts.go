@@ -168,7 +168,7 @@ func (r *Redis) Acquire(t testing.TB, id fmt.Stringer, length int) (token string
 		case a.Status == AcquireFull:
 			t.Fatalf("%s: %d of %d tokens are in use, %d wait", id, a.InUse, length, a.Waiters)
 		}
-		return errors.Join(errors.New("has to be repaired"), r.Maintain(id, DefaultTiming, length, true))
+		return errors.Join(errors.New("the semaphore needs a repair"), r.Maintain(id, DefaultTiming, length, true))
 	})
 	return token
 }

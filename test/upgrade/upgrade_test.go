@@ -242,9 +242,9 @@ func (u *installation) wantNothingLeft(t *testing.T, now programBuild) {
 	}
 }
 
-// TestUpgradeFindsWhatIsBroken checks that the suite detects two programs that do not
+// TestUpgradeFindsIncompatibility checks that the suite detects two programs that do not
 // work together.
-func TestUpgradeFindsWhatIsBroken(t *testing.T) {
+func TestUpgradeFindsIncompatibility(t *testing.T) {
 	before, _, _ := programBefore(t)
 	for _, c := range []struct {
 		name    string
