@@ -1,6 +1,6 @@
-// Package abuse misuses a webhook, as a process on two cores, while a polite client beside it asks for
-// admissions as an API server does. The tests print what the webhook needed and how long the client
-// waited.
+// Package abuse misuses a webhook, as a process on two cores. A polite client beside it
+// asks for admissions, as an API server does. The tests print the cost for the webhook
+// and how long the client waited.
 package abuse
 
 import (
@@ -23,10 +23,10 @@ import (
 	"golang.org/x/net/http2/hpack"
 )
 
-// The webhook reads a body of more than smallBody bytes apart from the others.
+// The webhook limits bodies of more than smallBody bytes separately.
 const smallBody = 32 << 10
 
-// large posts a body over a connection of its own, and reads the answer.
+// large posts a body over a new connection, and reads the answer.
 func (a *abused) large(ctx context.Context, path string, body []byte) {
 	transport := &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
 	defer transport.CloseIdleConnections()
@@ -55,7 +55,8 @@ func TestAbuseByLargeRequests(t *testing.T) {
 		"nested":      bytes.Repeat([]byte("["), 4<<20),
 		"many fields": []byte(`{"request":{"object":{` + strings.Repeat(`"a":{},`, 590000) + `"b":1}}}`),
 		"many texts": []byte(`{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","request":{"uid":"x",` +
-			`"namespace":"x","operation":"CREATE","kind":{"version":"v1","kind":"Pod"},"object":{"spec":{"containers":[` +
+			`"namespace":"x","operation":"CREATE","kind":{"version":"v1","kind":"Pod"},` +
+			`"object":{"spec":{"containers":[` +
 			strings.Repeat(`{},`, 1300000) + `{}]}}}}`),
 	} {
 		for _, many := range []int{64, 256} {
@@ -71,7 +72,7 @@ func TestAbuseByLargeRequests(t *testing.T) {
 	})
 }
 
-// Idle connections.
+// Idle connections stay open.
 func TestAbuseByIdleConnections(t *testing.T) {
 	a := startAbused(t)
 	a.misuse(t, 15*time.Second, 2000, func(ctx context.Context, i int) {
@@ -82,12 +83,12 @@ func TestAbuseByIdleConnections(t *testing.T) {
 		}
 		defer conn.Close()
 		defer context.AfterFunc(ctx, func() { conn.Close() })()
-		_, _ = conn.Read(make([]byte, 1)) // until it is closed
+		_, _ = conn.Read(make([]byte, 1)) // until the webhook closes it
 		_ = sleep(ctx, time.Second)
 	})
 }
 
-// Clients that send and read as slowly as the webhook allows.
+// Clients send and read as slowly as the webhook allows.
 func TestAbuseBySlowness(t *testing.T) {
 	slowly := func(ctx context.Context, conn net.Conn, text string, every time.Duration) {
 		for i := range len(text) {
@@ -148,13 +149,15 @@ func TestAbuseBySlowness(t *testing.T) {
 	})
 }
 
-// requestHeaders are the headers of a request of HTTP/1.1 with a body of n bytes.
+// requestHeaders returns the headers of an HTTP/1.1 request with a body of n bytes.
 func (a *abused) requestHeaders(n int) string {
-	return fmt.Sprintf("POST %s HTTP/1.1\r\nHost: webhook\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n",
+	return fmt.Sprintf("POST %s HTTP/1.1\r\nHost: webhook\r\nContent-Type: application/json\r\n"+
+		"Content-Length: %d\r\n\r\n",
 		a.path, n)
 }
 
-// frames opens an HTTP/2 connection. write sends frames on it until ctx is done, or the webhook closes it.
+// frames opens an HTTP/2 connection. write sends frames on it until ctx is done or the
+// webhook closes it.
 func (a *abused) frames(ctx context.Context, write func(f *http2.Framer, stream uint32) error) {
 	conn, err := a.dial(ctx, "h2")
 	if err != nil {
@@ -179,7 +182,7 @@ func (a *abused) frames(ctx context.Context, write func(f *http2.Framer, stream 
 	}
 }
 
-// headersOf are the headers of a request of HTTP/2.
+// headersOf returns the headers of an HTTP/2 request.
 func headersOf(path string) []byte {
 	var b bytes.Buffer
 	e := hpack.NewEncoder(&b)
@@ -190,7 +193,7 @@ func headersOf(path string) []byte {
 	return b.Bytes()
 }
 
-// Floods of HTTP/2 frames.
+// Clients flood the webhook with HTTP/2 frames.
 func TestAbuseByHTTP2(t *testing.T) {
 	headers := map[string][]byte{"known": headersOf("/mutate/" + secret), "unknown": headersOf("/mutate")}
 	floods := map[string]func(f *http2.Framer, stream uint32) error{
@@ -209,7 +212,7 @@ func TestAbuseByHTTP2(t *testing.T) {
 		begin := func(f *http2.Framer, stream uint32) error {
 			return f.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: h, EndHeaders: true})
 		}
-		floods["streams, path "+path] = begin // bodies never come
+		floods["streams, path "+path] = begin // bodies never arrive
 		floods["resets, path "+path] = func(f *http2.Framer, stream uint32) error {
 			if err := begin(f, stream); err != nil {
 				return err
@@ -240,7 +243,7 @@ func TestAbuseByHTTP2(t *testing.T) {
 				a.misuse(t, 8*time.Second, 8, abuse)
 				return
 			}
-			// A caller with the secret may use all of the processor, but no more memory.
+			// A caller with the secret may use all CPU, but no more memory.
 			ctx, cancel := context.WithTimeout(context.Background(), 8*time.Second)
 			defer cancel()
 			var wg sync.WaitGroup
@@ -251,7 +254,7 @@ func TestAbuseByHTTP2(t *testing.T) {
 	}
 }
 
-// Garbage in the place of TLS, and handshakes without a request.
+// Clients send garbage instead of TLS, or no request after the handshake.
 func TestAbuseByTLS(t *testing.T) {
 	t.Run("garbage", func(t *testing.T) {
 		a := startAbused(t)

@@ -28,10 +28,11 @@ import (
 // "make bench" compares admissions with a floor: a process with the webhook's server and
 // TLS settings. Its handler reads the body and answers a constant of the same size.
 //
-// Both run all the time. The client asks them in turn, in short slices, so other load of
-// the machine affects both alike. A ratio compares the two slices of one pair; the table
-// has the medians of these ratios. The first lines of the table compare a second floor,
-// which also sends Redis a PING for each request. No webhook can do with less.
+// Both run all the time. The client sends requests to them in turn, in short slices, so
+// other load of the machine affects both alike. A ratio compares the two slices of one
+// pair; the table has the medians of these ratios. The first lines of the table compare a
+// second floor, which also sends Redis a PING for each request: no webhook can be
+// cheaper.
 
 const (
 	benchSlice  = 200 * time.Millisecond
@@ -41,7 +42,7 @@ const (
 // benchRounds is the number of pairs of slices for each line of the table.
 var benchRounds, _ = strconv.Atoi(cmp.Or(os.Getenv("BENCH_ROUNDS"), "15"))
 
-// target is a server that is measured.
+// target is a measured server.
 type target struct {
 	url, statistics string
 	client          *http.Client // over one connection, as the API server's
@@ -53,8 +54,7 @@ func newTarget(t *testing.T, url, statistics string) *target {
 	return &target{url, statistics, &http.Client{Transport: transport, Timeout: 20 * time.Second}}
 }
 
-// startWebhook starts the webhook with the memory settings of deploy/. It logs into a
-// file.
+// startWebhook starts the webhook with the memory settings of deploy/. It logs to a file.
 func startWebhook(t *testing.T, r *rig.Redis, logFile string) *target {
 	t.Helper()
 	secret := filepath.Join(t.TempDir(), "secret")
@@ -69,7 +69,7 @@ func startWebhook(t *testing.T, r *rig.Redis, logFile string) *target {
 	return newTarget(t, w.URL+"/mutate/"+benchSecret+"?timeout=10s", w.HealthURL+"/metrics")
 }
 
-// startRedis starts a Redis that writes its file as the one in deploy/ does.
+// startRedis starts a Redis that writes its append-only file as in deploy/.
 func startRedis(t *testing.T) *rig.Redis {
 	t.Helper()
 	r := rig.StartRedis(t)
@@ -98,7 +98,7 @@ func (f *target) do(method string, body []byte) ([]byte, error) {
 	return text, err
 }
 
-// statistic reads numbers of the process.
+// statistic reads numbers from the metrics of the process.
 func (f *target) statistic(t *testing.T) func(name string) float64 {
 	t.Helper()
 	response, err := f.client.Get(f.statistics)
@@ -109,7 +109,7 @@ func (f *target) statistic(t *testing.T) func(name string) float64 {
 	return func(name string) float64 { return numberIn(t, text, `(?m)^`+name+` (\S+)$`) }
 }
 
-// numberIn is the first group of a pattern as a number.
+// numberIn returns the first group of a pattern as a number.
 func numberIn(t *testing.T, text []byte, pattern string) float64 {
 	t.Helper()
 	m := regexp.MustCompile(pattern).FindSubmatch(text)
@@ -121,34 +121,34 @@ func numberIn(t *testing.T, text []byte, pattern string) float64 {
 	return n
 }
 
-// redisCPU is the processor time that a Redis has used so far, in seconds.
+// redisCPU returns the CPU time that a Redis has used so far, in seconds.
 func redisCPU(t *testing.T, r *rig.Redis) float64 {
 	t.Helper()
 	info := r.Do(t, "INFO", "cpu").([]byte)
 	return numberIn(t, info, `used_cpu_user:([0-9.]+)`) + numberIn(t, info, `used_cpu_sys:([0-9.]+)`)
 }
 
-// runScript runs a script of lua/ over a connection, as the program does: by its hash,
-// and with no command before it.
+// runScript runs a script of lua/ over a connection as the program does: by its hash,
+// without another command before.
 func runScript(conn redis.Conn, name string, id rig.ID, args ...any) (rig.Reply, error) {
 	deadline := time.Now().Add(time.Hour).UnixMicro()
 	return rig.RunScript(conn, rig.Script(name), id, deadline, rig.DefaultTiming, args...)
 }
 
-// pingingFloor is the case that asks the floor with a PING in place of the webhook.
+// pingingFloor is the case that measures the floor with a PING, not the webhook.
 const pingingFloor = "(a) floor and PING"
 
 // benchCase is a kind of request.
 type benchCase struct {
 	name   string
 	bodies [][]byte
-	says   string // in each answer
+	want   string // in each answer
 	reset  func() // before each slice
 	next   atomic.Int64
 }
 
-// slice sends requests for the time of a slice, concurrent ones at once. It returns the
-// duration of each, and the rate a second.
+// slice sends concurrent requests for one slice of time. It returns the duration of each
+// request, and the requests a second.
 func (c *benchCase) slice(t *testing.T, of *target, concurrent int) (all []time.Duration, rate float64) {
 	t.Helper()
 	c.reset()
@@ -160,7 +160,7 @@ func (c *benchCase) slice(t *testing.T, of *target, concurrent int) (all []time.
 		workers.Go(func() {
 			for start := time.Now(); start.Before(end); {
 				text, err := of.do(http.MethodPost, c.bodies[int(c.next.Add(1))%len(c.bodies)])
-				if err == nil && !bytes.Contains(text, []byte(c.says)) {
+				if err == nil && !bytes.Contains(text, []byte(c.want)) {
 					err = fmt.Errorf("answered %s", text)
 				}
 				if err != nil {
@@ -182,7 +182,7 @@ func (c *benchCase) slice(t *testing.T, of *target, concurrent int) (all []time.
 	return all, float64(len(all)) / elapsed.Seconds()
 }
 
-// quantile is a quantile of sorted durations, in milliseconds.
+// quantile returns a quantile of sorted durations, in milliseconds.
 func quantile(sorted []time.Duration, q float64) float64 {
 	return milliseconds(sorted[min(len(sorted)-1, int(q*float64(len(sorted))))])
 }
@@ -201,7 +201,7 @@ func ratios(a, b []float64) (all []float64) {
 	return all
 }
 
-// benchSeries are the results of all slices of one server.
+// benchSeries has the results of all slices of one server.
 type benchSeries struct {
 	rates, p50s []float64 // of each slice
 	all         []time.Duration
@@ -241,7 +241,7 @@ func TestBench(t *testing.T) {
 	}
 }
 
-// measure makes a line of the table.
+// measure measures one line of the table.
 func (c *benchCase) measure(t *testing.T, r *rig.Redis, measured, floor *target, concurrent int) string {
 	t.Helper()
 	c.slice(t, measured, concurrent)
@@ -270,7 +270,7 @@ func (c *benchCase) measure(t *testing.T, r *rig.Redis, measured, floor *target,
 		1e6*cost.cpu, 1e6*floorCost.cpu, 1e6*cost.redisCPU, cost.allocations, cost.bytes/1024, cost.commands)
 }
 
-// costs are the costs of a process and of its Redis.
+// costs has the costs of a process and of its Redis.
 type costs struct {
 	cpu, redisCPU      float64 // seconds
 	allocations, bytes float64
@@ -285,7 +285,7 @@ func (c costs) minus(other costs) costs {
 	}
 }
 
-// each is the share of one request.
+// each returns the share of one request.
 func (c costs) each(requests int) costs {
 	n := float64(requests)
 	return costs{
@@ -295,7 +295,7 @@ func (c costs) each(requests int) costs {
 	}
 }
 
-// costs are the costs so far.
+// costs returns the costs so far.
 func (f *target) costs(t *testing.T, r *rig.Redis) (c costs) {
 	t.Helper()
 	process := f.statistic(t)
@@ -328,17 +328,17 @@ func benchCases(t *testing.T, r *rig.Redis) []*benchCase {
 	r.Do(t, "ZADD", full.InflightKey(), time.Now().Add(time.Hour).Unix(), uuid.NewString())
 	const allowed = `"allowed":true`
 	return []*benchCase{
-		{name: pingingFloor, bodies: ofOne(rig.MaxLength), says: allowed, reset: nothing},
-		{name: "(b) one key", bodies: ofOne(rig.MaxLength), says: allowed,
+		{name: pingingFloor, bodies: ofOne(rig.MaxLength), want: allowed, reset: nothing},
+		{name: "(b) one key", bodies: ofOne(rig.MaxLength), want: allowed,
 			reset: func() { r.MakeFree(t, one, rig.MaxLength) }},
-		{name: "(c) 1000 keys", bodies: many, says: allowed, reset: nothing},
-		{name: "(d) full", bodies: [][]byte{rig.Review(t, full, 1)}, says: "1 of 1 tokens in use", reset: nothing},
+		{name: "(c) 1000 keys", bodies: many, want: allowed, reset: nothing},
+		{name: "(d) full", bodies: [][]byte{rig.Review(t, full, 1)}, want: "1 of 1 tokens in use", reset: nothing},
 		{name: "(e) not annotated", bodies: ofOne(1, annotated(rig.AnnotationEnabled, "false")),
-			says: allowed, reset: nothing},
+			want: allowed, reset: nothing},
 		{name: "(f) wait", bodies: ofOne(1, annotated(rig.AnnotationWhenFull, rig.WhenFullWait)),
-			says: allowed, reset: nothing},
+			want: allowed, reset: nothing},
 		{name: "(g) invalid", bodies: ofOne(1, annotated(rig.AnnotationLength, "many")),
-			says: "must be a whole number", reset: nothing},
+			want: "must be a whole number", reset: nothing},
 	}
 }
 

@@ -18,7 +18,7 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// The environment of the floor's process, which is this test binary.
+// Environment variables of the floor's process, which runs this test binary.
 const (
 	floorFolder  = "FLOOR_CERTIFICATE"
 	floorAddress = "FLOOR_ADDRESS"
@@ -34,8 +34,8 @@ func TestMain(m *testing.M) {
 	rig.Main(m, "make bench")
 }
 
-// serveFloor answers each POST with the last PUT, and a GET with what /metrics tells of a
-// process.
+// serveFloor answers each POST with the last PUT body. It answers a GET with metrics of
+// this process.
 func serveFloor(address, folder, redisAddress string) error {
 	pair, err := tls.LoadX509KeyPair(filepath.Join(folder, "tls.crt"), filepath.Join(folder, "tls.key"))
 	if err != nil {

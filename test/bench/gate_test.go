@@ -13,11 +13,11 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// createGated creates a pod as the webhook admits it for a gate.
+// createGated creates a gated pod, as the webhook admits it.
 func createGated(t *testing.T, api *rig.APIServer, id rig.ID, name string, length int) {
 	t.Helper()
 	p := rig.GatedPod(name)
-	p.Spec.SchedulingGates = p.Spec.SchedulingGates[1:] // without the one of another controller
+	p.Spec.SchedulingGates = p.Spec.SchedulingGates[1:] // without the gate of another controller
 	p.Annotations = map[string]string{
 		rig.AnnotationEnabled: "true", rig.AnnotationKey: id.Key,
 		rig.AnnotationLength: strconv.Itoa(length), rig.AnnotationExpiration: "10",
@@ -25,8 +25,8 @@ func createGated(t *testing.T, api *rig.APIServer, id rig.ID, name string, lengt
 	api.CreatePod(t, id.Namespace, p)
 }
 
-// wantInLines waits until n pods wait in the lines of some semaphores, and returns the
-// time that it took.
+// wantInLines waits until n pods wait in the lines of the semaphores, and returns how
+// long that took.
 func wantInLines(t *testing.T, r *rig.Redis, ids []rig.ID, n int) time.Duration {
 	t.Helper()
 	start := time.Now()
@@ -47,9 +47,9 @@ func wantInLines(t *testing.T, r *rig.Redis, ids []rig.ID, n int) time.Duration 
 	return time.Since(start)
 }
 
-// The cost of gates: "make measure-gate" makes many pods of many full semaphores, and
-// starts one gate. It measures how soon the gate puts new pods in line, takes deleted
-// ones out, and lifts a scheduling gate once a token is free.
+// "make measure-gate" measures the cost of gates. It creates many pods of many full
+// semaphores and starts one gate. It measures how soon the gate puts new pods in line,
+// removes deleted pods, and lifts a scheduling gate when a token is free.
 func TestMeasureGate(t *testing.T) {
 	const semaphores, each, length, over = 50, 100, 5, time.Minute
 	r, api := rig.StartRedis(t), rig.StartAPIServer(t)
@@ -83,12 +83,13 @@ func TestMeasureGate(t *testing.T) {
 		len(names), semaphores, created.Round(time.Millisecond), joined.Round(time.Millisecond))
 
 	redisBefore, gateBefore, start := r.CPU(t), gate.CPU(t), time.Now()
-	time.Sleep(over) // the cost of this time is measured
+	time.Sleep(over) // the test measures the cost of this time
 	elapsed := time.Since(start).Seconds()
 	percent := func(d time.Duration) string { return fmt.Sprintf("%.1f %%", 100*d.Seconds()/elapsed) }
 	t.Logf("they cost %s of a processor in Redis, and %s in gate, "+
 		"which has %d KB resident (VmRSS), %d of them its own (RssAnon)",
-		percent(r.CPU(t)-redisBefore), percent(gate.CPU(t)-gateBefore), gate.Memory(t, "VmRSS"), gate.Memory(t, "RssAnon"))
+		percent(r.CPU(t)-redisBefore), percent(gate.CPU(t)-gateBefore),
+		gate.Memory(t, "VmRSS"), gate.Memory(t, "RssAnon"))
 	wantInLines(t, r, ids, len(names))
 
 	var lifted []time.Duration
@@ -125,7 +126,7 @@ func TestMeasureGate(t *testing.T) {
 	t.Logf("%d were deleted; %s later they had left the line", gone,
 		wantInLines(t, r, ids, left-gone).Round(time.Millisecond))
 	for line := range strings.Lines(gate.Log.String()) {
-		// So many pods at once have more events than the gate sends.
+		// So many pods at once cause more events than the gate sends.
 		if strings.Contains(line, `"level":"WARN"`) && !strings.Contains(line, "events of pods left out") {
 			t.Errorf("it warned: %s", line)
 		}

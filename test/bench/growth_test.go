@@ -18,16 +18,16 @@ import (
 const (
 	growthRounds = 41
 	growthSlice  = 25  // commands of each slice
-	growthMost   = 1.3 // the ratio of medians, to that with the least
+	growthMost   = 1.3 // limit for the ratio of the medians, to the smallest size
 	growthLength = 20000
 
 	repairRounds = 15
-	repairMost   = 5 * time.Millisecond // that one command may block Redis
+	repairMost   = 5 * time.Millisecond // longest time for which one command may block Redis
 )
 
 var growthSizes = []int{10, 1000, 10000}
 
-// crowded is a semaphore with many tokens in flight or in line, all of them alive.
+// crowded is a semaphore with many live tokens in flight or in line.
 type crowded struct {
 	id             rig.ID
 	inflight, line []string
@@ -35,7 +35,7 @@ type crowded struct {
 }
 
 // newCrowded makes a semaphore with tokens in flight, in line, and free. ago is the time
-// since the last heartbeat of each holder and the last question of each waiter.
+// since each holder's last heartbeat and each waiter's last request.
 func newCrowded(t *testing.T, r *rig.Redis, inflight, line, free, length int, ago time.Duration) *crowded {
 	t.Helper()
 	c := &crowded{id: rig.FreshID()}
@@ -62,7 +62,7 @@ func newCrowded(t *testing.T, r *rig.Redis, inflight, line, free, length int, ag
 		name(token)
 		c.line = append(c.line, token)
 	}
-	r.Do(t, "") // waits for all of it
+	r.Do(t, "") // waits for all commands
 	r.AddFree(t, c.id, free)
 	for _, key := range c.id.Keys() {
 		r.Do(t, "EXPIRE", key, 86400)
@@ -70,7 +70,7 @@ func newCrowded(t *testing.T, r *rig.Redis, inflight, line, free, length int, ag
 	return c
 }
 
-// keepAlive notes that all in line have asked just now.
+// keepAlive records that all waiters have asked just now.
 func (c *crowded) keepAlive(t *testing.T, r *rig.Redis) {
 	t.Helper()
 	now := time.Now().Unix()
@@ -84,7 +84,7 @@ func (c *crowded) keepAlive(t *testing.T, r *rig.Redis) {
 	}
 }
 
-// request is a call of the acquire script.
+// request is one call of the acquire script.
 type request struct {
 	token   string
 	length  int
@@ -100,10 +100,10 @@ func (q request) send(conn redis.Conn, id rig.ID) (rig.Acquired, error) {
 	return rig.ReadAcquired(reply)
 }
 
-// growthCase is a command that is measured.
+// growthCase is a measured command.
 type growthCase struct {
 	name    string
-	grows   string // what there is few or many of
+	grows   string // what the sizes count
 	fill    func(t *testing.T, n int) *crowded
 	prepare func(t *testing.T, c *crowded) // before each slice
 	next    func(c *crowded, i int) request
@@ -154,7 +154,7 @@ func growthCases(r *rig.Redis) []growthCase {
 			},
 			want: rig.AcquireFull, undo: forget},
 		{name: "first, is served", grows: "in line", fill: inLine,
-			// Each that asks is made the first, and takes the place of a holder.
+			// Each caller becomes the first in line, and takes the place of a holder.
 			prepare: func(t *testing.T, c *crowded) {
 				c.keepAlive(t, r)
 				for range growthSlice {
@@ -173,7 +173,7 @@ func growthCases(r *rig.Redis) []growthCase {
 	}
 }
 
-// figures are the times of all slices, in microseconds, for each of growthSizes.
+// figures has the times of all slices, in microseconds, for each of growthSizes.
 type figures [][]float64
 
 func TestBenchGrowth(t *testing.T) {
@@ -195,7 +195,7 @@ func TestBenchGrowth(t *testing.T) {
 	}
 }
 
-// measure returns the median of each slice, and the mean by Redis's own clock.
+// measure returns the median of each slice, and the mean as Redis measures it.
 func (c growthCase) measure(t *testing.T, r *rig.Redis) (p50s, own figures) {
 	t.Helper()
 	var all []*crowded
@@ -231,10 +231,10 @@ func (c growthCase) measure(t *testing.T, r *rig.Redis) (p50s, own figures) {
 	return p50s, own
 }
 
-// ratio is the median ratio of a size to the first.
+// ratio returns the median ratio of a size to the first size.
 func (f figures) ratio(size int) float64 { return median(ratios(f[size], f[0])) }
 
-// columns are the medians of all sizes, and the ratios of all but the first.
+// columns formats the medians of all sizes, and the ratios of all but the first.
 func (f figures) columns() (text string) {
 	for i := range f {
 		text += fmt.Sprintf(" %.0f |", median(f[i]))
@@ -245,17 +245,17 @@ func (f figures) columns() (text string) {
 	return text
 }
 
-// repairCase is what a repair finds, and what it leaves.
+// repairCase describes a semaphore before and after a repair.
 type repairCase struct {
 	name           string
 	length         int
 	inflight, line int
 	free           int
-	ago            time.Duration // since the last heartbeats and questions; negative after the clock was set back
+	ago            time.Duration // since the last heartbeats and requests; negative: the clock was set back
 	queue, inUse   int           // afterwards
 }
 
-// No command of a repair blocks Redis for long, whatever there is to do.
+// No command of a repair blocks Redis for long, whatever its work is.
 func TestBenchRepair(t *testing.T) {
 	const many, portion = 10000, 256
 	r := startRedis(t)
@@ -301,8 +301,8 @@ func TestBenchRepair(t *testing.T) {
 	}
 }
 
-// repair repairs a semaphore for a client that was not in line before. One command
-// reclaims a portion of the stale tokens.
+// repair repairs a semaphore for a client that was not in line. Each command reclaims a
+// portion of the stale tokens.
 func repair(t *testing.T, r *rig.Redis, id rig.ID, length int) {
 	t.Helper()
 	for left := 1; left > 0; {

@@ -23,14 +23,14 @@ const (
 	herdKeys        = 500
 	herdLength      = 5 // half of the pods are admitted
 	herdConnections = 64
-	herdSlowest     = 5 * time.Second // any answer
+	herdSlowest     = 5 * time.Second // limit for each answer
 	herdRounds      = 3
 )
 
-// herdAtOnce is the number of pods that come at once: all of them, or HERD_AT_ONCE.
+// herdAtOnce is the number of concurrent requests: all pods, or HERD_AT_ONCE.
 var herdAtOnce, _ = strconv.Atoi(cmp.Or(os.Getenv("HERD_AT_ONCE"), strconv.Itoa(herdPods)))
 
-// A herd: "make bench-growth" asks one webhook for thousands of pods at once, over many
+// "make bench-growth" sends one webhook requests for thousands of pods at once, over many
 // connections.
 func TestBenchHerd(t *testing.T) {
 	r := startRedis(t)
@@ -38,7 +38,7 @@ func TestBenchHerd(t *testing.T) {
 	var connections []*target
 	for range herdConnections {
 		connection := newTarget(t, w.url, w.statistics)
-		_, err := connection.do(http.MethodPost, rig.Review(t, rig.FreshID(), 1)) // opens it
+		_, err := connection.do(http.MethodPost, rig.Review(t, rig.FreshID(), 1)) // opens the connection
 		rig.Must(t, err)
 		connections = append(connections, connection)
 	}
@@ -60,10 +60,10 @@ type herdAnswer struct {
 	err  error
 }
 
-// crowdedText begins the answer to a request that the webhook gives up for newer ones.
+// crowdedText begins the answer to a request that the webhook evicts for newer ones.
 const crowdedText = "too many requests at once"
 
-// herdError is an error without what differs from pod to pod.
+// herdError returns an error without the parts that differ between pods.
 func herdError(err error) string {
 	text := strings.TrimSpace(err.Error())
 	if strings.Contains(text, crowdedText) {
@@ -121,7 +121,7 @@ func herd(t *testing.T, r *rig.Redis, connections []*target) {
 		}
 	}
 	if uneven > 0 {
-		t.Errorf("of %d of %d keys, not all %d tokens are in use by pods that were admitted", uneven, herdKeys, herdLength)
+		t.Errorf("for %d of %d keys, admitted pods do not use all %d tokens", uneven, herdKeys, herdLength)
 	}
 	if slowest > herdSlowest {
 		t.Errorf("the slowest answer took %s, want at most %s", slowest, herdSlowest)

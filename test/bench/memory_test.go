@@ -23,13 +23,13 @@ const (
 	memoryLength      = 5
 	memoryPerKey      = 10 // admissions
 
-	// What a webhook may grow by from the first look to the last, in bytes. With a
-	// million admissions, that is less than a dozen for each key.
+	// Limits for the growth of a webhook between the first and the last measurement, in
+	// bytes. With a million admissions, that is less than a dozen for each key.
 	memoryHeapGrowth     = 1 << 20
-	memoryResidentGrowth = 8 << 20 // with what is free in Go's heap
+	memoryResidentGrowth = 8 << 20 // includes the free part of Go's heap
 )
 
-// memoryLooks are the numbers of admissions after which the test looks at the memory.
+// memoryLooks returns the numbers of admissions after which the test measures the memory.
 func memoryLooks(t *testing.T) []int64 {
 	t.Helper()
 	all, err := strconv.ParseInt(cmp.Or(os.Getenv("MEMORY_ADMISSIONS"), "1000000"), 10, 64)
@@ -37,7 +37,7 @@ func memoryLooks(t *testing.T) []int64 {
 	return []int64{all / 10, 3 * all / 10, all}
 }
 
-// memoryTraffic admits the pods of many keys, and gives all tokens back.
+// memoryTraffic admits pods of many keys, and gives all tokens back.
 type memoryTraffic struct {
 	ctx  context.Context
 	body []byte // of a review with the key memoryKey
@@ -48,8 +48,8 @@ type memoryTraffic struct {
 // memoryKey stands for the key in memoryTraffic.body.
 const memoryKey = "the-key-goes-here"
 
-// useKey uses up one key, asks for it in vain, gives all tokens back, and takes some
-// again.
+// useKey takes all tokens of one key, asks in vain for one more, gives them back, and
+// takes some again.
 func (m *memoryTraffic) useKey(connection *target, control redis.Conn) error {
 	id := rig.ID{Namespace: "shop", Key: fmt.Sprintf("web-%d", m.keys.Add(1))}
 	body := bytes.ReplaceAll(m.body, []byte(memoryKey), []byte(id.Key))
@@ -58,11 +58,11 @@ func (m *memoryTraffic) useKey(connection *target, control redis.Conn) error {
 		if err != nil {
 			return err
 		}
-		says, count := `"allowed":true`, &m.admitted
+		want, count := `"allowed":true`, &m.admitted
 		if i == memoryLength || i == memoryLength+1 {
-			says, count = "5 of 5 tokens in use", &m.refused
+			want, count = "5 of 5 tokens in use", &m.refused
 		}
-		if !bytes.Contains(text, []byte(says)) {
+		if !bytes.Contains(text, []byte(want)) {
 			return fmt.Errorf("%s: admission %d was answered %s", id, i+1, text)
 		}
 		count.Add(1)
@@ -75,7 +75,8 @@ func (m *memoryTraffic) useKey(connection *target, control redis.Conn) error {
 	}
 	err := m.giveBackAll(control, id)
 	if err == nil {
-		// As if they had expired. Then only the webhook can remember the key.
+		// Delete the keys as if they had expired. Then only the webhook could still hold
+		// them.
 		_, err = control.Do("DEL", id.Keys()...)
 	}
 	return err
@@ -93,7 +94,7 @@ func (m *memoryTraffic) giveBackAll(control redis.Conn, id rig.ID) error {
 }
 
 // "make bench-memory" sends one webhook a million pods of a hundred thousand keys, over
-// several connections. Memory that the webhook keeps for any of them shows.
+// several connections. The test fails if the webhook keeps memory for them.
 func TestBenchMemory(t *testing.T) {
 	r := rig.StartRedis(t)
 	r.Do(t, "CONFIG", "SET", "appendonly", "no") // Redis is not measured
@@ -147,7 +148,7 @@ func TestBenchMemory(t *testing.T) {
 	}
 }
 
-// wait waits for a number of admissions. It returns false if the traffic has ended.
+// wait waits for a number of admissions. It returns false if the traffic ends first.
 func (m *memoryTraffic) wait(admissions int64) bool {
 	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
@@ -161,8 +162,8 @@ func (m *memoryTraffic) wait(admissions int64) bool {
 	return true
 }
 
-// memoryLook is the memory of a process over some seconds, in bytes: the most that it
-// has, and live, the least that its heap holds after a garbage collection.
+// memoryLook has a process's memory over some seconds, in bytes. live is the smallest
+// heap after a garbage collection; the others are maxima.
 type memoryLook struct{ resident, heap, live, goroutines float64 }
 
 func lookAtMemory(t *testing.T, w *target) (look memoryLook) {

@@ -23,17 +23,17 @@ import (
 
 const benchPermits = 100
 
-// contender is a semaphore that is measured.
+// contender is a measured semaphore.
 type contender struct {
 	name  string
 	pairs func(clients int, over time.Duration) (pairs int, elapsed time.Duration, err error)
 
 	rates []float64 // pairs a second, of each slice
-	redis []float64 // processor time of Redis for a pair, in microseconds
+	redis []float64 // CPU time of Redis for a pair, in microseconds
 }
 
-// slice makes clients take and give back, and returns the pairs a second, and the
-// processor time of Redis for each.
+// slice makes clients acquire and release. It returns the pairs a second, and the CPU
+// time of Redis for each pair.
 func (c *contender) slice(t *testing.T, r *rig.Redis, clients int, over time.Duration) (rate, cost float64) {
 	t.Helper()
 	before := redisCPU(t, r)
@@ -45,7 +45,7 @@ func (c *contender) slice(t *testing.T, r *rig.Redis, clients int, over time.Dur
 	return float64(n) / elapsed.Seconds(), 1e6 * (redisCPU(t, r) - before) / float64(n)
 }
 
-// goPairs makes a contender's pairs out of the pair of one client.
+// goPairs runs the pair function of one client in many clients.
 func goPairs(pair func() error) func(int, time.Duration) (int, time.Duration, error) {
 	return func(clients int, over time.Duration) (int, time.Duration, error) {
 		var all sync.WaitGroup
@@ -83,8 +83,8 @@ func onPool(pool *redis.Pool, want int, command func(redis.Conn) (int, error)) e
 	return err
 }
 
-// newOurs is the acquire and release of this program: its scripts, with what a webhook
-// and a sidecar send them.
+// newOurs acquires and releases with this program's scripts. It sends them what a webhook
+// and a sidecar send.
 func newOurs(t *testing.T, r *rig.Redis) *contender {
 	t.Helper()
 	pool := newPool(r.Address)
@@ -107,8 +107,8 @@ func newOurs(t *testing.T, r *rig.Redis) *contender {
 	})}
 }
 
-// A semaphore needs at least a Sorted Set of the permits and their times by Redis's
-// clock. It can do without a line.
+// A minimal semaphore: a Sorted Set of the permits and their times by Redis's clock,
+// without a line.
 var (
 	plainAcquire = redis.NewScript(1, `
 local now = tonumber(redis.call('TIME')[1])
@@ -140,7 +140,7 @@ func newPlain(t *testing.T, r *rig.Redis) *contender {
 	})}
 }
 
-// newNode is redis-semaphore, in a process of its own. NODE_PATH names its folder.
+// newNode runs redis-semaphore in its own process. NODE_PATH names its folder.
 func newNode(t *testing.T, r *rig.Redis) *contender {
 	t.Helper()
 	program := rig.Path("test/testdata/redis-semaphore.js")

@@ -22,18 +22,18 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// "make bench-sidecar" measures a sidecar, as the process of a release, while it holds
-// its token. Then it measures what many of them cost their Redis. It fails if a sidecar
-// takes more than these bounds, which TestBenchSidecar explains.
+// "make bench-sidecar" measures a sidecar that holds its token, as a process of a
+// release. Then it measures the load of many sidecars on their Redis. It fails if a
+// sidecar exceeds these limits, which TestBenchSidecar explains.
 const (
-	sidecarMemory     = 2560 // KB of its own
+	sidecarMemory     = 2560 // KB, not shared
 	sidecarCPU        = 2 * time.Millisecond
 	sidecarStart      = 30 * time.Millisecond
 	sidecarConnection = 1
 )
 
-// benchTime is the time for which sidecars hold their tokens before their memory is
-// measured: SIDECAR_TIME.
+// benchTime is the time for which sidecars hold their tokens before the test measures
+// their memory: SIDECAR_TIME.
 func benchTime(t *testing.T) time.Duration {
 	t.Helper()
 	d, err := time.ParseDuration(cmp.Or(os.Getenv("SIDECAR_TIME"), "10m"))
@@ -49,18 +49,19 @@ type sidecarKind struct {
 }
 
 var sidecarKinds = []sidecarKind{
-	{"native", func(address string) []string { return []string{"--length=10000", "--redis-addresses=" + address} }, true},
+	{"native", func(address string) []string {
+		return []string{"--length=10000", "--redis-addresses=" + address}
+	}, true},
 	{"classic", func(string) []string { return nil }, false},
 }
 
-// podEnvironment is the environment of the containers that the webhook injects into a
-// pod.
+// podEnvironment returns the environment of the containers that the webhook injects.
 func podEnvironment() []string {
 	return append(os.Environ(), "GOMAXPROCS=1", "POD_UID="+uuid.NewString(),
 		"POD_NAME=web-5d8f7c9b6-x2x7k", "NODE_NAME=node-1")
 }
 
-// process is a sidecar with the default settings, which is not started yet.
+// process returns a sidecar with the default settings, not started.
 func (k sidecarKind) process(program, address string, id rig.ID, token string) *rig.Process {
 	args := append([]string{"sidecar", "--queue-redis-address=" + address}, k.flags(address)...)
 	p := rig.NewProcess(program, append(args, id.String(), token)...)
@@ -83,11 +84,11 @@ func (k sidecarKind) start(t *testing.T, program, address string, id rig.ID, tok
 	return p
 }
 
-// The memory of a sidecar is what the kernel counts as anonymous (RssAnon): the pages
-// that no other process shares, on any node. The other resident pages are of the binary's
-// file; all sidecars of a node share them. CPU is that of all threads, with what the
-// runtime does between the heartbeats. A start ends when Redis has the first heartbeat.
-// The first heartbeat of a native sidecar is its taking of the token.
+// The memory of a sidecar is its anonymous memory (RssAnon): the pages that no other
+// process shares. The other resident pages belong to the binary's file, and all sidecars
+// of a node share them. The CPU time covers all threads, including the runtime's work
+// between heartbeats. A start ends with the first heartbeat in Redis. The first heartbeat
+// of a native sidecar takes the token.
 func TestBenchSidecar(t *testing.T) {
 	const each = 5
 	program := filepath.Join(t.TempDir(), "at-least-semaphore-pod-hook")
@@ -103,7 +104,7 @@ func TestBenchSidecar(t *testing.T) {
 		kind       sidecarKind
 		starts     []time.Duration
 		processes  []*rig.Process
-		cpu        time.Duration // so far, when the measurement begins
+		cpu        time.Duration // before the measurement
 		connection int
 	}
 	var all []*measured
@@ -111,7 +112,7 @@ func TestBenchSidecar(t *testing.T) {
 		m := &measured{kind: kind}
 		id := rig.FreshID()
 		r.MakeFree(t, id, 10000)
-		for range 4 * each { // the first reads the binary from the disk
+		for range 4 * each { // the first start reads the binary from the disk
 			m.starts = append(m.starts, startTime(t, r, kind, program, id))
 		}
 		before := connectionsOf(t, r)
@@ -119,7 +120,7 @@ func TestBenchSidecar(t *testing.T) {
 			m.processes = append(m.processes, kind.start(t, program, r.Address, id, uuid.NewString()))
 		}
 		r.WantInflightCount(t, id, each)
-		rig.Eventually(t, 10*time.Second, func() error { // sidecars soon close those to lock servers
+		rig.Eventually(t, 10*time.Second, func() error { // sidecars soon close their connections to lock servers
 			m.connection = connectionsOf(t, r) - before
 			if m.connection > sidecarConnection*each {
 				return fmt.Errorf("%d sidecars have %d connections", each, m.connection)
@@ -132,7 +133,7 @@ func TestBenchSidecar(t *testing.T) {
 		m.cpu = threadsTime(t, m.processes)
 	}
 	beats := scriptsRun(t, r)
-	time.Sleep(over) // the cost of this time is measured
+	time.Sleep(over) // the test measures the cost of this time
 	beats = (scriptsRun(t, r) - beats) / (each * len(all))
 	if want := int(over / rig.DefaultTiming.Interval); beats < want-1 || beats > want+1 {
 		t.Errorf("%d heartbeats of each, want some %d", beats, want)
@@ -154,12 +155,14 @@ func TestBenchSidecar(t *testing.T) {
 			t.Errorf("a heartbeat of a %s sidecar takes %s, more than %s", m.kind.name, perBeat, sidecarCPU)
 		}
 		if start > sidecarStart {
-			t.Errorf("the first heartbeat of a %s sidecar comes after %s, later than %s", m.kind.name, start, sidecarStart)
+			t.Errorf("the first heartbeat of a %s sidecar comes after %s, later than %s",
+				m.kind.name, start, sidecarStart)
 		}
 	}
 }
 
-// startTime is the time from the start of a process until Redis has its first heartbeat.
+// startTime returns the time from the start of a process until its first heartbeat in
+// Redis.
 func startTime(t *testing.T, r *rig.Redis, kind sidecarKind, program string, id rig.ID) time.Duration {
 	t.Helper()
 	token := uuid.NewString()
@@ -181,21 +184,20 @@ func startTime(t *testing.T, r *rig.Redis, kind sidecarKind, program string, id 
 	}
 }
 
-// connectionsOf is the number of connections of a Redis.
+// connectionsOf returns the number of connections of a Redis.
 func connectionsOf(t *testing.T, r *rig.Redis) int {
 	t.Helper()
 	return int(numberIn(t, r.Do(t, "INFO", "clients").([]byte), `connected_clients:(\d+)`))
 }
 
-// scriptsRun is the number of scripts that a Redis has run.
+// scriptsRun returns the number of scripts that a Redis has run.
 func scriptsRun(t *testing.T, r *rig.Redis) int {
 	t.Helper()
 	calls := r.CommandCalls(t)
 	return calls["evalsha"] + calls["eval"]
 }
 
-// threadsTime is the processor time of all threads of processes so far, to the
-// nanosecond.
+// threadsTime returns the CPU time of all threads of the processes, in nanoseconds.
 func threadsTime(t *testing.T, processes []*rig.Process) (all time.Duration) {
 	t.Helper()
 	for _, p := range processes {
@@ -215,18 +217,18 @@ func threadsTime(t *testing.T, processes []*rig.Process) (all time.Duration) {
 	return all
 }
 
-// simulation is many sidecars in one process. Each sends what a sidecar sends while it
-// holds its token, over a connection of its own.
+// simulation is many sidecars in one process. Each sends the commands of a sidecar that
+// holds its token, over its own connection.
 type simulation struct {
 	address  string
 	interval time.Duration
 
 	began      atomic.Int64 // sidecars that have sent a heartbeat
-	complaints atomic.Int64 // about heartbeats after the first: they failed, or the token was lost
+	complaints atomic.Int64 // heartbeats after the first that failed or found the token lost
 	last       atomic.Value // complaint
 }
 
-// run is one sidecar, until ctx is done.
+// run simulates one sidecar until ctx is done.
 func (s *simulation) run(ctx context.Context, id rig.ID, pod string) {
 	token, held := uuid.NewString(), time.Now()
 	var conn redis.Conn
@@ -304,7 +306,7 @@ func TestBenchManySidecars(t *testing.T) {
 			t.Errorf("%d sidecars have %d connections", n, got)
 		}
 		cpu, beats, start := redisCPU(t, r), scriptsRun(t, r), time.Now()
-		time.Sleep(2 * interval) // the cost of this time is measured
+		time.Sleep(2 * interval) // the test measures the cost of this time
 		elapsed := time.Since(start).Seconds()
 		cpu, beats = redisCPU(t, r)-cpu, scriptsRun(t, r)-beats
 		used := numberIn(t, r.Do(t, "INFO", "memory").([]byte), `used_memory:(\d+)`)
@@ -327,7 +329,7 @@ func TestBenchManySidecars(t *testing.T) {
 	}
 }
 
-// allowFiles allows this process, and those that it starts, to have n files open.
+// allowFiles raises the limit of open files to n, for this process and its children.
 func allowFiles(t *testing.T, n uint64) {
 	t.Helper()
 	var limit syscall.Rlimit

@@ -11,8 +11,8 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// The cost of waiting: "make measure-sidecars" starts many sidecars, as processes,
-// against one Redis.
+// "make measure-sidecars" measures the cost of waiting: it starts many sidecars, as
+// processes, against one Redis.
 func TestMeasureWaiters(t *testing.T) {
 	const over = time.Minute
 	t.Logf("%8s  %14s  %14s  %16s  %18s  %16s  %s", "waiters", "Redis CPU", "Redis memory", "CPU per sidecar",
@@ -31,7 +31,7 @@ func TestMeasureWaiters(t *testing.T) {
 		for _, p := range sidecars {
 			sidecarsBefore += p.CPU(t)
 		}
-		time.Sleep(over) // the cost of this time is measured
+		time.Sleep(over) // the test measures the cost of this time
 		elapsed := time.Since(start)
 		redisCPU := r.CPU(t) - redisBefore
 		var sidecarsCPU time.Duration
@@ -42,7 +42,7 @@ func TestMeasureWaiters(t *testing.T) {
 			resident += p.Memory(t, "VmRSS")
 		}
 		sidecarsCPU -= sidecarsBefore
-		r.WantLineLength(t, id, n) // Redis has dropped none
+		r.WantLineLength(t, id, n) // Redis has dropped no waiter
 
 		r.Release(t, id, first)
 		r.WantLineLength(t, id, n-1)
@@ -59,8 +59,7 @@ func TestMeasureWaiters(t *testing.T) {
 	}
 }
 
-// startWaiters starts n sidecars that wait for one token, and returns them by their
-// tokens.
+// startWaiters starts n sidecars that wait for one token. It returns them by token.
 func startWaiters(t *testing.T, r *rig.Redis, id rig.ID, n int) map[string]*rig.Process {
 	t.Helper()
 	all := map[string]*rig.Process{}
@@ -71,7 +70,7 @@ func startWaiters(t *testing.T, r *rig.Redis, id rig.ID, n int) map[string]*rig.
 		rig.Must(t, p.Launch())
 		t.Cleanup(p.Kill)
 		all[token] = p
-		if i%10 == 9 { // a slow machine starts no more than ten at once
+		if i%10 == 9 { // at most ten starts at once, for slow machines
 			r.WantLineLength(t, id, i+1)
 		}
 	}
@@ -79,7 +78,7 @@ func startWaiters(t *testing.T, r *rig.Redis, id rig.ID, n int) map[string]*rig.
 	return all
 }
 
-// handOver ends the holder, and returns the time until the first in line holds the token.
+// handOver ends the holder, and returns the time until the first in line has the token.
 func handOver(t *testing.T, r *rig.Redis, id rig.ID, sidecars map[string]*rig.Process) time.Duration {
 	t.Helper()
 	holder, next := r.Inflight(t, id)[0], r.MustLine(t, id)[0]

@@ -11,14 +11,14 @@ import (
 
 var findWithin = flag.Duration("chaos.find", 4*time.Minute, "the longest time until the checker finds a broken script")
 
-// broken is a program that the checker has to find.
+// broken is a program that the checker must find.
 type broken struct {
 	name  string
 	edits []rig.Edit
-	blow  string // that shows it; empty for none
+	blow  string // the blow that exposes it; empty: none
 	every time.Duration
 	rush  bool
-	rules []string // of which the checker has to report one
+	rules []string // the checker must report one of them
 }
 
 var programs = []broken{
@@ -73,16 +73,16 @@ var programs = []broken{
 	},
 }
 
-// TestChaosFindsBrokenScripts breaks the program in one way after the other, and wants
-// the checker to find each. A world gets only the blow that shows what is broken: so it
-// does not take long.
+// TestChaosFindsBrokenScripts breaks the program in one way after another, and requires
+// the checker to find each. Each world gets only the blow that exposes the defect, which
+// saves time.
 func TestChaosFindsBrokenScripts(t *testing.T) {
 	for _, c := range programs {
 		t.Run(c.name, func(t *testing.T) {
 			w := startWorld(t, rig.BuildBroken(t, c.edits), "")
 			w.rush = c.rush
-			// With gated pods fewer ask, and the other broken programs take longer to be
-			// found.
+			// Gated pods send fewer requests: it takes longer to find the other defects
+			// with them.
 			w.gating = slices.Contains(c.rules, ruleLifted)
 			w.populate(*seedFlag, *podCount)
 			defer w.finish()

@@ -1,10 +1,10 @@
-// Package chaos lets dozens of pods live beside a nemesis. The pods are real processes,
-// and so are the webhooks, gates and servers. The nemesis kills, pauses and cuts off any
-// of them. A checker then reads the history: it says which pod worked when, and which
-// rule that breaks.
+// Package chaos runs dozens of pods beside a nemesis. The pods are real processes, and so
+// are the webhooks, gates and servers. The nemesis kills, pauses and cuts off any of
+// them. A checker then reads the history of the pods at work and reports the broken
+// rules.
 //
-// "make chaos" runs it. pod.go is the life of a pod, nemesis.go what happens to it,
-// rules.go and liveness.go what has to hold.
+// "make chaos" runs it. pod.go has the life of a pod, nemesis.go the faults, rules.go and
+// liveness.go the rules.
 package chaos
 
 import (
@@ -37,10 +37,10 @@ func TestChaos(t *testing.T) {
 			n := newNemesis(w, *seedFlag)
 			w.populate(*seedFlag, *podCount)
 			// In the second third, blows may excuse more pods at work than the length
-			// allows. Before and after it, none do.
-			n.rage(*runTime/3, false)
-			n.rage(*runTime*2/3, true)
-			n.rage(*runTime, false)
+			// allows. In the first and last third, they never do.
+			n.strikeUntil(*runTime/3, false)
+			n.strikeUntil(*runTime*2/3, true)
+			n.strikeUntil(*runTime, false)
 			w.mu.Lock()
 			for name := range w.lengths {
 				w.lengths[name] = 5 // earlier pods with a greater length keep their tokens for a while
@@ -75,7 +75,7 @@ func TestChaos(t *testing.T) {
 	}
 }
 
-// verdict checks the history so far.
+// verdict checks the history up to now.
 func (w *world) verdict(seed uint64) *checker {
 	h := w.history()
 	c := check(h)
@@ -95,7 +95,7 @@ func (w *world) verdict(seed uint64) *checker {
 	return c
 }
 
-// keep writes the history and all logs to a file in bin/ of the project.
+// keep writes the history and all logs to a file in the project's bin/.
 func (w *world) keep(h *history, seed uint64) string {
 	rig.Must(w.t, os.MkdirAll(rig.Path("bin"), 0o700))
 	name := fmt.Sprintf("chaos-%s-%d.txt", strings.ReplaceAll(w.t.Name(), "/", "-"), seed)

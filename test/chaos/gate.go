@@ -12,7 +12,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// startGates starts the API server, and two gates on nodes of their own.
+// startGates starts the API server, and two gates on separate nodes.
 func (w *world) startGates() {
 	w.api = rig.StartAPIServer(w.t)
 	for i := range 2 {
@@ -22,20 +22,20 @@ func (w *world) startGates() {
 		g.launch(w.t)
 		w.gates = append(w.gates, g)
 	}
-	go w.hearEvents()
+	go w.watchEvents()
 }
 
-// hearEvents notes which gated pods are in line, by the events for their users.
-func (w *world) hearEvents() {
-	for heard := 0; rig.Sleep(w.ctx, 50*time.Millisecond) == nil; {
+// watchEvents records which gated pods are in line, from the gates' events.
+func (w *world) watchEvents() {
+	for seen := 0; rig.Sleep(w.ctx, 50*time.Millisecond) == nil; {
 		events := w.api.Store.EventsOf("shop")
 		waiting := map[string]bool{}
-		for _, e := range events[heard:] {
+		for _, e := range events[seen:] {
 			if e.Reason == rig.ReasonWaiting {
 				waiting[e.Regarding.Name] = true
 			}
 		}
-		heard = len(events)
+		seen = len(events)
 		w.mu.Lock()
 		for _, p := range w.pods {
 			if waiting[p.life.name] {
@@ -50,8 +50,8 @@ func (w *world) hearEvents() {
 
 func (p *pod) namespace() string { return rig.ParseID(p.life.semaphore).Namespace }
 
-// passGate creates the pod, and waits until a gate lifts its gate. It returns false if a
-// user deletes the pod before that.
+// passGate creates the pod, and waits until a gate lifts its scheduling gate. It returns
+// false if a user deletes the pod first.
 func (p *pod) passGate(rng *rand.Rand) bool {
 	made := rig.GatedPod(p.life.name)
 	made.Namespace = p.namespace()
@@ -74,7 +74,7 @@ func (p *pod) passGate(rng *rand.Rand) bool {
 			p.mu.Lock()
 			defer p.mu.Unlock()
 			at := p.w.now()
-			p.life.lifted = span{max(p.life.asked, at-heardLate), at}
+			p.life.lifted = span{max(p.life.asked, at-noticeDelay), at}
 			return true
 		}
 		_ = rig.Sleep(p.w.ctx, 50*time.Millisecond)
@@ -86,23 +86,23 @@ func (p *pod) passGate(rng *rand.Rand) bool {
 	return false
 }
 
-// show changes the pod as a kubelet does, if the API server has it.
+// show changes the pod in the API server, if it exists, as a kubelet does.
 func (p *pod) show(change func(*corev1.Pod)) {
 	if p.life.gated {
 		_, _ = p.w.api.Store.Change(p.namespace(), p.life.name, change)
 	}
 }
 
-// delete asks for the pod's end, as its user does.
+// delete deletes the pod, as its user does.
 func (p *pod) delete() {
 	if p.life.gated {
 		_, _ = p.w.api.Store.Delete(p.namespace(), p.life.name, false)
 	}
 }
 
-// remove deletes the pod from the API server: the kubelet does that, or a user if the
-// node is lost. The user of a pod that worked waits until its token is stale; a user who
-// deletes it earlier takes the risk.
+// remove deletes the pod from the API server. The kubelet does that, or a user if the
+// node is lost. The user waits until the pod's token is stale: an earlier deletion would
+// be at the user's risk.
 func (p *pod) remove() {
 	p.mu.Lock()
 	died, started := p.life.died != notYet, p.life.started != notYet
@@ -116,7 +116,7 @@ func (p *pod) remove() {
 	_, _ = p.w.api.Store.Delete(p.namespace(), p.life.name, true)
 }
 
-// gateBlows strike gates, and the API server.
+// gateBlows hit gates and the API server.
 var gateBlows = []blow{
 	{"a gate is killed", false, func(n *nemesis, f *fault) {
 		f.unlifted = true

@@ -8,15 +8,15 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// disturbed returns the times in which a semaphore's queue was away, had to hear from all
-// first, or could not be repaired.
+// disturbed returns the spans in which a semaphore's queue was away, needed a command
+// from each pod first, or could not be repaired.
 func (c *checker) disturbed(semaphore string) (all []span) {
 	for _, f := range c.faults {
 		if !f.hits(semaphore) {
 			continue
 		}
 		switch {
-		case f.away || f.shaken || f.loses != losesNothing:
+		case f.away || f.recovering || f.loses != losesNothing:
 			all = append(all, span{f.from - slack, f.to + max(c.quiet(), rig.LinePatience) + slack})
 		case f.blind: // a gate retries its watch some seconds later
 			all = append(all, span{f.from - slack, f.to + taken})
@@ -27,7 +27,7 @@ func (c *checker) disturbed(semaphore string) (all []span) {
 	return all
 }
 
-// occupies returns the times in which a pod may keep others from a token, or may be
+// occupies returns the spans in which a pod may keep a token from others, or may be
 // giving it back.
 func (c *checker) occupies(p *podLife) (all []span) {
 	stale := c.threshold + slack + time.Second // after its last heartbeat
@@ -60,9 +60,9 @@ func (c *checker) occupies(p *podLife) (all []span) {
 		if p.ended != notYet && p.took.to == 0 && !p.gated {
 			all = append(all, span{p.ended, cmp.Or(p.released, c.end) + slack})
 		}
-		// A gate may have taken a token for it, and has to hear of its deletion.
+		// A gate may have taken a token for it, and must learn of its deletion.
 		if p.gated && p.ended != notYet && p.lifted.to == 0 {
-			all = append(all, span{p.ended - heardLate, p.ended + taken})
+			all = append(all, span{p.ended - noticeDelay, p.ended + taken})
 		}
 		for _, s := range p.silences {
 			all = append(all, span{s.from, s.to + gone})
@@ -71,9 +71,9 @@ func (c *checker) occupies(p *podLife) (all []span) {
 	return all
 }
 
-// checkUnused looks for times in which a pod in line was entitled to a token that no
-// other pod could have. A token that comes free and is taken in time does not count: a
-// pod may have it for heardLate before this test knows.
+// checkUnused finds spans in which a pod in line was entitled to a token that no other
+// pod could have. A free token that a pod takes in time does not count: this test may
+// learn of that after noticeDelay.
 func (c *checker) checkUnused(pods []*podLife) {
 	const step = 250 * time.Millisecond
 	disturbed := c.disturbed(pods[0].semaphore)
@@ -116,8 +116,8 @@ func (c *checker) checkUnused(pods []*podLife) {
 	}
 }
 
-// checkRefused looks for pods that do not wait and were refused, though fewer tokens than
-// the length could be in use or waited for.
+// checkRefused finds pods that the webhook refused although tokens were free: fewer than
+// the length could be in use or awaited.
 func (c *checker) checkRefused(pods []*podLife) {
 	disturbed := c.disturbed(pods[0].semaphore)
 	for _, p := range pods {
@@ -148,8 +148,8 @@ func (c *checker) checkRefused(pods []*podLife) {
 	}
 }
 
-// checkDecided looks for admissions without an answer and without a fault shortly before.
-// A busy machine may cause a few.
+// checkDecided finds admissions without an answer and without a recent fault. A busy
+// machine may cause a few.
 func (c *checker) checkDecided(pods []*podLife) {
 	const few, while = 3, 10 * time.Second
 	failed := 0

@@ -10,7 +10,7 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// nemesis strikes processes, networks and clocks, in an order that its seed decides.
+// nemesis disturbs processes, networks and clocks. Its seed decides the order.
 type nemesis struct {
 	*world
 	rng    *rand.Rand
@@ -21,24 +21,24 @@ func newNemesis(w *world, seed uint64) *nemesis {
 	return &nemesis{w, rand.New(rand.NewPCG(seed, 1<<32)), map[string]int{}}
 }
 
-// blow is something that the nemesis does. strike returns after the world is whole again.
+// blow is one disturbance. strike returns after everything works again.
 type blow struct {
 	name   string
 	harms  bool // it may excuse more pods at work than the length allows
 	strike func(n *nemesis, f *fault)
 }
 
-// between is a random time.
+// between returns a random duration.
 func (n *nemesis) between(least, most time.Duration) time.Duration {
 	return least + within(n.rng, most-least)
 }
 
 func (n *nemesis) wait(least, most time.Duration) { time.Sleep(n.between(least, most)) }
 
-// pick picks one of a list.
+// pick returns a random element of a list.
 func pick[T any](n *nemesis, list []T) T { return list[n.rng.IntN(len(list))] }
 
-// primaryOf picks a server that holds semaphores, and notes which they are.
+// primaryOf picks a server that holds semaphores, and records which.
 func (n *nemesis) primaryOf(f *fault) *rig.Redis {
 	s := n.queue.Holder(n.t, rig.ParseID(pick(n, n.semaphores())))
 	f.semaphores = nil
@@ -50,7 +50,7 @@ func (n *nemesis) primaryOf(f *fault) *rig.Redis {
 	return s
 }
 
-// ready waits until the queue is whole.
+// ready waits until the queue works.
 func (n *nemesis) ready() {
 	for _, s := range n.queue.data() {
 		if _, err := s.Control.Do("PING"); err != nil {
@@ -60,7 +60,7 @@ func (n *nemesis) ready() {
 	n.queue.WantReady(n.t, map[bool]int{true: 2, false: 3}[len(n.queue.sentinels()) > 0])
 }
 
-// The blows that tests name.
+// Blows that tests name.
 const (
 	longOutage = "all of the queue is paused for longer than the threshold"
 	dataLoss   = "all data is lost"
@@ -68,8 +68,8 @@ const (
 	death      = "all that work die"
 )
 
-// stabs are blows to some pods. They are in the histories of these pods: they are no
-// faults of the world.
+// stabs are blows to single pods. Their histories record them: they are no faults of the
+// world.
 var stabs = map[string]func(n *nemesis){
 	briefPause: func(n *nemesis) {
 		for range 3 {
@@ -162,7 +162,7 @@ var serverBlows = []blow{
 		n.ready()
 	}},
 	{"a clock is set", false, func(n *nemesis, f *fault) {
-		f.shaken = true
+		f.recovering = true
 		n.setClock(n.primaryOf(f), time.Duration(n.rng.IntN(51)-25)*time.Second)
 	}},
 	{"answers take longer", false, func(n *nemesis, f *fault) {
@@ -215,14 +215,13 @@ var serverBlows = []blow{
 		s.Pause(n.t)
 		n.wait(500*time.Millisecond, 5*time.Second)
 		s.Resume(n.t)
-		n.wait(time.Millisecond, 2*time.Second) // it may take itself for the primary
+		n.wait(time.Millisecond, 2*time.Second) // it may still act as the primary
 		n.queue.rejoin(n.t, s)
 		n.ready()
 	}},
 }
 
-// cut cuts a node off. Its pods fall silent, and so do the pods that start there
-// meanwhile.
+// cut cuts a node off. Its pods, including those that start there meanwhile, fall silent.
 func (n *nemesis) cut(f *fault, least, most time.Duration) {
 	lonely := pick(n, n.nodes)
 	f.silent = true
@@ -246,7 +245,7 @@ func (n *nemesis) cut(f *fault, least, most time.Duration) {
 	}
 }
 
-// strike does a blow, and notes it as a fault.
+// strike executes a blow, and records it as a fault.
 func (n *nemesis) strike(b blow) {
 	f := fault{name: b.name}
 	f.from = n.now()
@@ -259,7 +258,7 @@ func (n *nemesis) strike(b blow) {
 	n.faults = append(n.faults, f)
 }
 
-// strikeNamed does the blow, or the stab, of a name.
+// strikeNamed executes the blow or the stab with a name.
 func (n *nemesis) strikeNamed(name string) {
 	if stab := stabs[name]; stab != nil {
 		stab(n)
@@ -268,14 +267,15 @@ func (n *nemesis) strikeNamed(name string) {
 	n.strike(blows[slices.IndexFunc(blows, func(b blow) bool { return b.name == name })])
 }
 
-// stabOne does something to a random pod.
+// stabOne applies do to a random pod.
 func (n *nemesis) stabOne(do func(p *pod) bool) {
 	if pods := n.alive(); len(pods) > 0 {
 		do(pick(n, pods))
 	}
 }
 
-// stab does something random to a random pod. Without harms, that excuses nothing.
+// stab applies a random stab to a random pod. Without harms, it uses only stabs that
+// excuse nothing.
 func (n *nemesis) stab(harms bool) {
 	switch k := n.rng.IntN(8); {
 	case k == 0:
@@ -291,7 +291,7 @@ func (n *nemesis) stab(harms bool) {
 	}
 }
 
-// relength changes the length for new pods of some semaphore.
+// relength changes the length that new pods of a random semaphore ask for.
 func (n *nemesis) relength() {
 	name := pick(n, n.semaphores()[1:])
 	n.mu.Lock()
@@ -299,9 +299,9 @@ func (n *nemesis) relength() {
 	n.lengths[name] = 1 + n.rng.IntN(5)
 }
 
-// rage strikes until a moment of the world. Without harms, it uses only blows that excuse
-// nothing.
-func (n *nemesis) rage(until time.Duration, harms bool) {
+// strikeUntil executes blows until a time of the world. Without harms, it uses only blows that
+// excuse nothing.
+func (n *nemesis) strikeUntil(until time.Duration, harms bool) {
 	for n.now() < until && !n.t.Failed() {
 		if n.rng.IntN(6) == 0 {
 			n.relength()

@@ -18,54 +18,53 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// giveBackWithin is the longest time that a sidecar takes to give its token back: its ten
+// giveBackWithin limits the time that a sidecar takes to give its token back: ten
 // seconds, and more on a busy machine.
 const giveBackWithin = 25 * time.Second
 
-// pod is a pod: real processes for its sidecar and its init container, and an app that
-// does nothing. Its podLife is its part of the history.
+// pod simulates a pod: its sidecar and init container are real processes, its app does
+// nothing. Its podLife is its part of the history.
 type pod struct {
 	w     *world
 	uid   string
 	node  *node
-	token string // that the webhook has taken for it
+	token string // the token that the webhook has taken for it
 
-	mu      sync.Mutex // guards all below
+	mu      sync.Mutex // guards the fields below
 	life    podLife
 	sidecar *rig.Process
 	await   *rig.Process
-	lost    bool // it is in line again after it had a token
-	over    bool // it is about to end, or has ended: nothing is started again
+	lost    bool // it had a token and is in line again
+	over    bool // it ends or has ended: no process starts again
 	log     bytes.Buffer
 }
 
-// newPod makes a pod of a semaphore on a node.
+// newPod makes a pod of a semaphore, on a node.
 func (w *world) newPod(name, semaphore string, length int, waits bool, on *node) *pod {
 	return &pod{w: w, uid: uuid.NewString(), node: on,
 		life: podLife{name: name, semaphore: semaphore, length: length, waits: waits}}
 }
 
-// launch starts a process of the pod. hear gets the lines of its log.
-func (p *pod) launch(args []string, hear func(line string)) *rig.Process {
+// launch starts a process of the pod. onLine receives the lines of its log.
+func (p *pod) launch(args []string, onLine func(line string)) *rig.Process {
 	process := rig.NewProcess(p.w.binary, args...)
 	process.Cmd.Env = append(os.Environ(), "POD_UID="+p.uid, "POD_NAME="+p.life.name, "NODE_NAME="+p.node.name)
-	process.Hear = hear
+	process.OnLine = onLine
 	if err := process.Launch(); err != nil {
 		panic(err)
 	}
 	return process
 }
 
-// signal sends a signal to a process that may have ended, or that there may never have
-// been.
+// signal sends a signal to a process, which may be nil or have ended.
 func signal(p *rig.Process, s syscall.Signal) {
 	if p != nil {
 		_ = p.Cmd.Process.Signal(s)
 	}
 }
 
-// heard notes what the sidecar says of its token.
-func (p *pod) heard(line string) {
+// readLog records a log line of the sidecar about its token.
+func (p *pod) readLog(line string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := p.w.now()
@@ -81,11 +80,11 @@ func (p *pod) heard(line string) {
 	case held && l.gated && !p.lost:
 		l.took = span{l.lifted.from, now}
 	case held && (l.waits || p.lost):
-		l.took = span{max(l.asked, now-heardLate), now}
+		l.took = span{max(l.asked, now-noticeDelay), now}
 	}
 }
 
-// ask asks for the admission as an API server does: if a webhook does not answer, it asks
+// ask requests the admission as an API server does: if a webhook does not answer, it asks
 // another. It returns the pod's sidecar, or nil if the pod is not admitted.
 func (p *pod) ask(rng *rand.Rand) *corev1.Container {
 	whenFull := rig.WhenFullDeny
@@ -142,7 +141,7 @@ func (p *pod) ask(rng *rand.Rand) *corev1.Container {
 	return nil
 }
 
-// injected is the sidecar in a patch.
+// injected returns the sidecar in a patch.
 func injected(review, patch []byte) (*corev1.Container, error) {
 	patched, err := rig.PatchedPod(review, patch)
 	if err != nil {
@@ -156,7 +155,7 @@ func injected(review, patch []byte) (*corev1.Container, error) {
 	return nil, fmt.Errorf("no sidecar in the patch %s", patch)
 }
 
-// live is a pod's whole life.
+// live runs the pod's whole life.
 func (p *pod) live(rng *rand.Rand) {
 	injected := p.ask(rng)
 	if injected == nil {
@@ -174,7 +173,7 @@ func (p *pod) live(rng *rand.Rand) {
 	}
 	_ = rig.Sleep(p.w.ctx, within(rng, 500*time.Millisecond)) // the scheduler finds a node
 	args := p.node.args(injected.Args, p.uid)
-	start := func() *rig.Process { return p.launch(args, p.heard) }
+	start := func() *rig.Process { return p.launch(args, p.readLog) }
 	p.mu.Lock()
 	p.sidecar = start()
 	p.await = p.launch([]string{"await"}, nil)
@@ -183,7 +182,7 @@ func (p *pod) live(rng *rand.Rand) {
 	p.show(rig.MarkScheduled)
 	defer os.Remove(rig.StartMark(p.tokenOf()))
 
-	patience := time.NewTimer(p.w.patience + within(rng, p.w.patience)) // a user deletes a pod that waits for long
+	patience := time.NewTimer(p.w.patience + within(rng, p.w.patience)) // a user deletes a pod that waits too long
 	defer patience.Stop()
 	work := time.NewTimer(time.Hour)
 	defer work.Stop()
@@ -241,7 +240,7 @@ func (p *pod) live(rng *rand.Rand) {
 	p.end()
 }
 
-// end ends the pod as Kubernetes does: first the app, or the init container, then the
+// end ends the pod as Kubernetes does: the app or the init container first, then the
 // sidecar.
 func (p *pod) end() {
 	p.mu.Lock()
@@ -265,7 +264,7 @@ func (p *pod) end() {
 	case died || p.life.died != notYet:
 	case sidecar.ExitCode() == 0:
 		p.life.released = p.w.now()
-	default: // killed, or it could not give the token back
+	default: // killed, or it failed to give the token back
 		p.life.died = p.life.ended
 	}
 }
@@ -292,19 +291,19 @@ func (p *pod) awaitDone() <-chan struct{} {
 	return p.await.Done()
 }
 
-// silenceBegins notes that the sidecar cannot send heartbeats. mu is held.
+// silenceBegins records that the sidecar cannot send heartbeats. The caller holds mu.
 func (p *pod) silenceBegins() {
 	p.life.silences = append(p.life.silences, span{p.w.now(), unending})
 }
 
-// silenceEnds notes that the sidecar can send heartbeats again. mu is held.
+// silenceEnds records that the sidecar can send heartbeats again. The caller holds mu.
 func (p *pod) silenceEnds() {
 	for i := range p.life.silences {
-		p.life.silences[i].to = min(p.life.silences[i].to, p.w.now()+time.Second) // a process has to start
+		p.life.silences[i].to = min(p.life.silences[i].to, p.w.now()+time.Second) // a process needs time to start
 	}
 }
 
-// strike calls do if the pod has a sidecar that lives, and reports whether it has.
+// strike calls do if the pod has a live sidecar, and reports whether it has.
 func (p *pod) strike(do func()) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -315,7 +314,7 @@ func (p *pod) strike(do func()) bool {
 	return true
 }
 
-// vanish kills the pod for good, as the loss of its node does.
+// vanish kills the pod for good, like the loss of its node.
 func (p *pod) vanish() bool {
 	return p.strike(func() {
 		p.life.died = p.w.now()
@@ -353,7 +352,7 @@ func (p *pod) pause(long time.Duration) bool {
 	})
 }
 
-// review is the AdmissionReview of the pod.
+// review returns the AdmissionReview of the pod.
 func (p *pod) review(whenFull string) []byte {
 	return rig.Review(p.w.t, rig.ParseID(p.life.semaphore), p.life.length, func(request map[string]any) {
 		request["uid"] = p.uid
@@ -377,7 +376,7 @@ func (h *webhook) ask(review []byte) (rig.Admission, error) {
 	return rig.ReadAdmission(response.StatusCode, string(text))
 }
 
-// within is a random time of less than most.
+// within returns a random duration below most.
 func within(rng *rand.Rand, most time.Duration) time.Duration {
 	return time.Duration(rng.Int64N(int64(most)))
 }

@@ -9,7 +9,7 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// queue is a queue whose servers the nemesis can strike.
+// queue is a queue with servers that the nemesis can disturb.
 type queue interface {
 	rig.Group
 	data() []*rig.Redis      // the servers with tokens
@@ -46,8 +46,9 @@ func (q *sentinelQueue) replica(_ *testing.T, primary *rig.Redis) *rig.Redis {
 	return nil
 }
 
-// handOver stops writes on the primary, waits until the replicas have its data, and asks
-// for a failover. Sentinels that were paused do nothing for half a minute (TILT).
+// handOver stops writes on the primary, waits until the replicas are in sync, and asks
+// for a failover. Sentinels that were paused are in TILT mode: they do nothing for half a
+// minute.
 func (q *sentinelQueue) handOver(t *testing.T, primary *rig.Redis) {
 	const try = 6 * time.Second
 	var asked time.Time
@@ -69,8 +70,8 @@ func (q *sentinelQueue) handOver(t *testing.T, primary *rig.Redis) {
 	primary.Do(t, "CLIENT", "UNPAUSE")
 }
 
-// rejoin makes a running server a replica of the primary that the Sentinels name. They
-// would do that themselves some ten seconds later.
+// rejoin makes a running server a replica of the primary that the Sentinels report. They
+// would do that themselves about ten seconds later.
 func (q *sentinelQueue) rejoin(t *testing.T, back *rig.Redis) {
 	if port := q.NamedPort(t); port != rig.Port(back.Address) {
 		back.Redial(t)
@@ -78,7 +79,7 @@ func (q *sentinelQueue) rejoin(t *testing.T, back *rig.Redis) {
 	}
 }
 
-// restart starts a server that was killed. Its arguments name its primary, as it has no
+// restart starts a killed server. Its arguments name its primary, as it has no
 // configuration file.
 func (q *sentinelQueue) restart(t *testing.T, server *rig.Redis) {
 	if i := slices.Index(server.Args, "--replicaof"); i >= 0 {
@@ -90,7 +91,7 @@ func (q *sentinelQueue) restart(t *testing.T, server *rig.Redis) {
 	rig.Must(t, server.Start())
 }
 
-// clusterQueue is a queue in a Cluster.
+// clusterQueue is a queue on a Cluster.
 type clusterQueue struct{ *rig.Cluster }
 
 func (q *clusterQueue) data() []*rig.Redis      { return q.Nodes }

@@ -9,22 +9,21 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// The rules below are what the README and docs/ promise. Redis has to count a pod with a
-// token, unless the checker can name an excuse: a loss of data, or a silence of the pod,
-// at about that time.
+// These are the rules that the README and docs/ promise. Redis must count each pod with a
+// token. The only excuses are a loss of data or a silence of the pod, at about that time.
 
 const (
-	// heardLate is the longest time until this test knows that a sidecar has its token.
-	heardLate = 3 * time.Second
+	// noticeDelay limits the time until this test learns that a sidecar has its token.
+	noticeDelay = 3 * time.Second
 
-	// recent is the time before a failover whose writes Redis may lose.
+	// recent is the age of writes that Redis may lose in a failover.
 	recent = 1500 * time.Millisecond
 
-	// slack is for processes that share two cores with dozens of others.
+	// slack allows for dozens of processes on two cores.
 	slack = 2 * time.Second
 
-	// taken is the longest time until an entitled pod takes a free token: by a call, or
-	// by its next request four seconds later; and after a repair.
+	// taken limits the time until an entitled pod takes a free token: by a call, or by
+	// its next request four seconds later, and after a repair.
 	taken = 6*time.Second + slack
 )
 
@@ -50,7 +49,7 @@ const (
 	ruleFree    = "nobody is refused where a token is free"
 )
 
-// excuse is a reason why Redis may not count a pod, and the time of it.
+// excuse is a reason why Redis may not count a pod, and its span.
 type excuse struct {
 	span
 	pod  string
@@ -62,11 +61,11 @@ type checker struct {
 	*history
 	excuses     map[*podLife][]excuse
 	found       []violation
-	over, total time.Duration   // with more pods at work than the length; with any
-	named       map[string]bool // excuses that explain over
+	over, total time.Duration   // time with more pods at work than the length; with any
+	named       map[string]bool // the excuses that explain over
 }
 
-// check finds the rules that a history breaks.
+// check returns a checker with the rules that a history breaks.
 func check(h *history) *checker {
 	c := &checker{history: h, excuses: map[*podLife][]excuse{}, named: map[string]bool{}}
 	groups := map[string][]*podLife{}
@@ -100,8 +99,8 @@ func (c *checker) fail(rule, semaphore string, at time.Duration, format string, 
 // quiet is the longest time between two heartbeats of a live holder.
 func (c *checker) quiet() time.Duration { return c.interval + min(rig.BeatTimeout, c.interval) }
 
-// backBy is when Redis surely counts a pod again after a loss, or a silence, that was
-// over at a moment. By then, both have been there for long enough.
+// backBy returns the time by which Redis surely counts a pod again after a loss or a
+// silence that ended at that time. By then, both have worked long enough.
 func (c *checker) backBy(p *podLife, at time.Duration) time.Duration {
 	for again := true; again; {
 		again = false
@@ -120,19 +119,19 @@ func (c *checker) backBy(p *podLife, at time.Duration) time.Duration {
 	return at + c.quiet() + slack
 }
 
-// earliest is when Redis may first have given the pod its token. The answer may have
+// earliest returns when Redis may first have given the pod its token. The reply may have
 // arrived later.
 func (c *checker) earliest(p *podLife, taken span) time.Duration {
 	from := taken.from
 	late := slices.Clone(p.silences)
 	for _, f := range c.faults {
-		delays := f.silent || f.away || f.shaken || f.loses != losesNothing || p.gated && (f.unlifted || f.blind)
+		delays := f.silent || f.away || f.recovering || f.loses != losesNothing || p.gated && (f.unlifted || f.blind)
 		if delays && f.hits(p.semaphore) {
 			late = append(late, f.span)
 		}
 	}
 	for _, s := range late {
-		if s.overlaps(span{taken.from - heardLate, taken.to}) {
+		if s.overlaps(span{taken.from - noticeDelay, taken.to}) {
 			from = min(from, s.from)
 		}
 	}
@@ -160,7 +159,7 @@ func (c *checker) excusesOf(p *podLife) (all []excuse) {
 	if p.died != notYet {
 		silences = append(silences, span{p.died, unending})
 	}
-	if p.started == notYet { // its sidecar may not run yet, or not have confirmed
+	if p.started == notYet { // its sidecar may not run, or may not have confirmed
 		silences = append(silences, span{p.took.from, unending})
 	}
 	for i := 0; i < len(silences); i++ {
@@ -170,8 +169,7 @@ func (c *checker) excusesOf(p *podLife) (all []excuse) {
 			i++
 			s.to = max(s.to, silences[i].to)
 		}
-		// Redis may have been away before or after, for too short a time to notice that
-		// itself.
+		// Redis may have been away before or after, too shortly to notice that itself.
 		for _, f := range c.faults {
 			if f.away && f.hits(p.semaphore) && f.overlaps(span{s.from - c.quiet() - slack, s.to + c.quiet() + slack}) {
 				s.from, s.to = min(s.from, f.from), max(s.to, f.to)
@@ -185,7 +183,7 @@ func (c *checker) excusesOf(p *podLife) (all []excuse) {
 	return all
 }
 
-// excuseWithin returns an excuse for a pod at some moment of a time.
+// excuseWithin returns an excuse for a pod at some time within s.
 func (c *checker) excuseWithin(p *podLife, s span) (e excuse, ok bool) {
 	for _, e := range c.excuses[p] {
 		if e.overlaps(s) {
@@ -195,8 +193,7 @@ func (c *checker) excuseWithin(p *podLife, s span) (e excuse, ok bool) {
 	return e, false
 }
 
-// fits reports whether pods with these lengths could all get a token, one after the
-// other.
+// fits reports whether pods with these lengths could all get a token, one after another.
 func fits(lengths []int) bool {
 	slices.Sort(lengths)
 	for i, length := range lengths {
@@ -215,8 +212,8 @@ func names(pods []*podLife) string {
 	return strings.Join(all, ", ")
 }
 
-// checkCount looks at the pods at work at each moment. Without those that have an excuse,
-// they are no more than their lengths allow.
+// checkCount checks the pods at work at each moment. Without the excused pods, their
+// number must not exceed their lengths.
 func (c *checker) checkCount(pods []*podLife) {
 	var moments []time.Duration
 	for _, p := range pods {
@@ -256,13 +253,13 @@ func (c *checker) checkCount(pods []*podLife) {
 		if !fits(certain) {
 			c.fail(ruleCount, pods[0].semaphore, at,
 				"%d are at work, and neither loss nor silence explains it: %s", len(sure), names(sure))
-			return // later moments say the same
+			return // later moments give the same result
 		}
 	}
 }
 
-// certain are the pods, but for some, that surely had a token all that time, and that
-// Redis had to count.
+// certain returns the pods that surely had a token during all of s and that Redis had to
+// count, except for but.
 func (c *checker) certain(pods []*podLife, s span, but ...*podLife) (all []*podLife) {
 	for _, p := range pods {
 		if slices.Contains(but, p) || !p.holds(s) {
@@ -275,8 +272,8 @@ func (c *checker) certain(pods []*podLife, s span, but ...*podLife) (all []*podL
 	return all
 }
 
-// checkLetIn looks at each moment in which a pod took a token. Holders that had rejoined
-// by then count: so an overshoot ends by itself.
+// checkLetIn checks each moment in which a pod took a token. Holders that had rejoined by
+// then count: so an overshoot ends by itself.
 func (c *checker) checkLetIn(pods []*podLife) {
 	for _, p := range pods {
 		if p.took.to == 0 {
@@ -289,7 +286,7 @@ func (c *checker) checkLetIn(pods []*podLife) {
 	}
 }
 
-// checkLifted is checkLetIn for the moments in which a gate lifted the gate of a pod.
+// checkLifted is checkLetIn for the moments in which a gate lifted a scheduling gate.
 func (c *checker) checkLifted(pods []*podLife) {
 	for _, p := range pods {
 		if p.lifted.to == 0 {
@@ -303,7 +300,7 @@ func (c *checker) checkLifted(pods []*podLife) {
 	}
 }
 
-// checkOrder looks at each moment in which a pod took the last token while another was
+// checkOrder checks each moment in which a pod took the last token while another pod was
 // surely before it in line.
 func (c *checker) checkOrder(pods []*podLife) {
 	for _, q := range pods {
@@ -328,15 +325,15 @@ func (c *checker) checkOrder(pods []*podLife) {
 	}
 }
 
-// mayPass reports whether a gated pod may be before one that was in line before it. Its
-// place is the second of its creation, by the API server's clock. Pods of one second may
-// be in the order of their names. A pod whose sidecar waits joined by the clock of Redis.
+// mayPass reports whether a gated pod may pass a pod that was in line before it. A gated
+// pod's place is the second of its creation, by the API server's clock, then its name. A
+// pod whose sidecar waits joined by the clock of Redis.
 func (c *checker) mayPass(q, p *podLife) bool {
-	shaken := func(f fault) bool { return f.shaken && f.from <= q.took.to }
-	return q.gated && (p.inLine+time.Second > q.asked || !p.gated && slices.ContainsFunc(c.faults, shaken))
+	recovering := func(f fault) bool { return f.recovering && f.from <= q.took.to }
+	return q.gated && (p.inLine+time.Second > q.asked || !p.gated && slices.ContainsFunc(c.faults, recovering))
 }
 
-// ended is when a pod ended, in order or not.
+// ended returns when a pod ended, by itself or not.
 func (c *checker) ended(p *podLife) time.Duration {
 	end := unending
 	for _, at := range []time.Duration{p.ended, p.died} {
@@ -347,8 +344,8 @@ func (c *checker) ended(p *podLife) time.Duration {
 	return end
 }
 
-// displaced reports whether a pod may have lost its place in line for a while before a
-// moment. Redis may have lost its data, or the pod may have been unable to ask.
+// displaced reports whether a pod may have lost its place in line shortly before at:
+// Redis may have lost its data, or the pod may have been unable to ask.
 func (c *checker) displaced(p *podLife, at time.Duration) bool {
 	const again = rig.PollMost + slack // a waiter asks again
 	for _, f := range c.faults {

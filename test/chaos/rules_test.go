@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// worker is a pod that took its token at a second, worked from then on, and ended at
-// another; 0 for not yet.
+// worker returns a pod that took its token at second from, worked, and ended at second
+// to; 0: not yet.
 func worker(name string, length, from, to int) *podLife {
 	at := time.Duration(from) * time.Second
 	l := &podLife{name: name, semaphore: "shop/web", length: length, asked: at, answered: at + 50*time.Millisecond,
@@ -19,7 +19,7 @@ func worker(name string, length, from, to int) *podLife {
 	return l
 }
 
-// inLineSince is a pod that waits from a second on, and works from another on; 0 for
+// inLineSince returns a pod that waits from second from and works from second to; 0:
 // never.
 func inLineSince(name string, length, from, to, end int) *podLife {
 	l := &podLife{name: name, semaphore: "shop/web", length: length, waits: true}
@@ -32,8 +32,8 @@ func inLineSince(name string, length, from, to, end int) *podLife {
 	return l
 }
 
-// gatedSince is a pod that waits gated from a second on. At another, its gate is lifted;
-// it works half a second later.
+// gatedSince returns a pod that waits gated from second from. At second to, its gate is
+// lifted; it works half a second later.
 func gatedSince(name string, length, from, to, end int) *podLife {
 	l := inLineSince(name, length, from, to, end)
 	l.gated = true
@@ -89,7 +89,7 @@ func TestChaosChecker(t *testing.T) {
 	for name, c := range map[string]struct {
 		pods   []*podLife
 		faults []fault
-		rule   string // that the history breaks, maybe besides others; empty for none
+		rule   string // the rule that the history breaks, perhaps with others; empty: none
 	}{
 		"one after the other": {[]*podLife{worker("a", 1, 1, 5), worker("b", 1, 6, 9)}, nil, ""},
 		"two at once":         {[]*podLife{worker("a", 1, 1, 9), worker("b", 1, 6, 9)}, nil, ruleCount},
@@ -109,7 +109,7 @@ func TestChaosChecker(t *testing.T) {
 		"after an outage": {[]*podLife{worker("a", 1, 1, 30), worker("b", 1, 20, 30)},
 			[]fault{during(fault{away: true}, 5, 19)}, ruleLetIn},
 		"a clock that is set": {[]*podLife{worker("a", 1, 1, 20), worker("b", 1, 6, 20)},
-			[]fault{during(fault{shaken: true}, 5, 5)}, ruleCount},
+			[]fault{during(fault{recovering: true}, 5, 5)}, ruleCount},
 		"a long silence":  {[]*podLife{worker("a", 1, 1, 20).silent(2, 14), worker("b", 1, 11, 20)}, nil, ""},
 		"a short silence": {[]*podLife{worker("a", 1, 1, 20).silent(2, 6), worker("b", 1, 7, 20)}, nil, ruleCount},
 		"too early in a silence": {[]*podLife{worker("a", 1, 1, 20).silent(6, 18), worker("b", 1, 8, 20)},
@@ -156,7 +156,7 @@ func TestChaosChecker(t *testing.T) {
 		},
 		"gated, after a clock was set": {
 			[]*podLife{worker("a", 1, 1, 10), inLineSince("b", 1, 2, 20, 30), gatedSince("c", 1, 4, 10, 20)},
-			[]fault{during(fault{shaken: true}, 1, 1)}, "",
+			[]fault{during(fault{recovering: true}, 1, 1)}, "",
 		},
 		"lifted without a token": {[]*podLife{worker("a", 1, 1, 20), gatedSince("b", 1, 2, 10, 0).diesAt(11)},
 			nil, ruleLifted},

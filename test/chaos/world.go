@@ -29,7 +29,7 @@ const (
 // timing is the timing of all processes.
 var timing = rig.Timing{Interval: heartbeatInterval, Threshold: staleThreshold}
 
-// world is a queue, lock servers, webhooks, gates, and pods on some nodes.
+// world has a queue, lock servers, webhooks, gates, and pods on some nodes.
 type world struct {
 	t        *testing.T
 	binary   string
@@ -42,17 +42,17 @@ type world struct {
 	api      *rig.APIServer
 	gates    []*restarted
 	nodes    []*node
-	rush     bool          // a refused pod comes again at once
-	gating   bool          // some of the pods that wait are gated
-	patience time.Duration // the least time before a user deletes a pod that waits
+	rush     bool          // a refused pod is retried at once
+	gating   bool          // some of the waiting pods are gated
+	patience time.Duration // the shortest time before a user deletes a waiting pod
 	clocks   string        // folder of the servers' clocks
 
-	slots sync.WaitGroup // each has one pod after the other
-	last  chan struct{}  // closed when no more pods come, and those that are there end after their turn
+	slots sync.WaitGroup // each runs one pod after another
+	last  chan struct{}  // closed when no more pods start; the present ones end after their turn
 
 	mu         sync.Mutex
 	lengths    map[string]int // of new pods, by semaphore
-	extra      []*podLife     // admissions that nobody answered, and that may have taken a token
+	extra      []*podLife     // unanswered admissions, which may have taken a token
 	pods       []*pod
 	faults     []fault
 	complaints []string
@@ -60,7 +60,7 @@ type world struct {
 
 func (w *world) now() time.Duration { return time.Since(w.began) }
 
-// complain notes what must not happen.
+// complain records a problem.
 func (w *world) complain(format string, args ...any) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -74,7 +74,8 @@ func (w *world) note(l *podLife) {
 	w.extra = append(w.extra, l)
 }
 
-// restarted is a process that ends and starts again and again. Process is the last one.
+// restarted is a process that is killed and restarted repeatedly. Process is the last
+// one.
 type restarted struct {
 	*rig.Process
 	binary string
@@ -88,26 +89,26 @@ func (s *restarted) launch(t *testing.T) {
 	s.Process.Start(t)
 }
 
-// webhook is a webhook and a client of it.
+// webhook is a webhook with its client.
 type webhook struct {
 	restarted
 	address string
 	client  *http.Client
 }
 
-// node is the machine of some pods: it has proxies of its own in front of all servers.
+// node is the machine of some pods. It has its own proxies in front of all servers.
 type node struct {
 	name    string
 	proxies []*rig.Proxy
-	far     *strings.Replacer // from addresses of servers, and of other nodes' proxies, to its own proxies
+	far     *strings.Replacer // maps addresses of servers, and of other nodes' proxies, to its own proxies
 }
 
-// servers are all servers that pods and webhooks connect to.
+// servers returns all servers that pods and webhooks connect to.
 func (w *world) servers() []*rig.Redis {
 	return slices.Concat(w.queue.data(), w.queue.sentinels(), w.locks)
 }
 
-// newNode makes a node. Its proxies also replace the ports in the answers of Sentinels
+// newNode makes a node. Its proxies also replace the ports in the replies of Sentinels
 // and Clusters.
 func (w *world) newNode(name string) *node {
 	n := &node{name: name}
@@ -128,7 +129,7 @@ func (w *world) newNode(name string) *node {
 	return n
 }
 
-// args are the arguments of a process on the node.
+// args returns the arguments of a process on the node.
 func (n *node) args(args []string, uid string) (all []string) {
 	for _, a := range args {
 		all = append(all, strings.ReplaceAll(n.far.Replace(a), "$(POD_UID)", uid))
@@ -136,7 +137,7 @@ func (n *node) args(args []string, uid string) (all []string) {
 	return all
 }
 
-// startWorld starts all but the pods.
+// startWorld starts everything but the pods.
 func startWorld(t *testing.T, program, kind string) *world {
 	w := &world{t: t, binary: program, last: make(chan struct{}), patience: 20 * time.Second, gating: true,
 		clocks: t.TempDir(), lengths: map[string]int{"shop/one": 1, "shop/two": 2, "shop/few": 3, "shop/some": 4}}
@@ -185,7 +186,7 @@ func startWorld(t *testing.T, program, kind string) *world {
 	return w
 }
 
-// flags are the flags of webhooks and gates on a node.
+// flags returns the flags of webhooks and gates on a node.
 func (w *world) flags(on *node) []string {
 	return on.args(append(timing.Flags(), "--queue-redis-address="+w.queue.Address(),
 		"--redis-addresses="+strings.Join(w.locks.Addresses(), ","),
@@ -208,7 +209,7 @@ func (w *world) clockFile(address string) string {
 	return filepath.Join(w.clocks, "clock-"+rig.Port(address))
 }
 
-// setClock sets a server's clock: by is the distance from the real time.
+// setClock sets a server's clock; by is the difference from the real time.
 func (w *world) setClock(s *rig.Redis, by time.Duration) {
 	f, err := os.OpenFile(w.clockFile(s.Address), os.O_WRONLY, 0)
 	rig.Must(w.t, err)
@@ -217,7 +218,7 @@ func (w *world) setClock(s *rig.Redis, by time.Duration) {
 	rig.Must(w.t, err)
 }
 
-// semaphores are the names of all.
+// semaphores returns the names of all semaphores.
 func (w *world) semaphores() []string {
 	return []string{"shop/one", "shop/two", "shop/few", "shop/some"}
 }
@@ -228,7 +229,7 @@ func (w *world) length(semaphore string) int {
 	return w.lengths[semaphore]
 }
 
-// work is how long an app works.
+// work returns how long an app works.
 func (w *world) work(rng *rand.Rand) time.Duration {
 	if w.ending() {
 		return 200 * time.Millisecond
@@ -239,7 +240,7 @@ func (w *world) work(rng *rand.Rand) time.Duration {
 	return 500*time.Millisecond + within(rng, 4*time.Second)
 }
 
-// populate keeps many pods alive at a time, until the world is stopped.
+// populate keeps many pods alive until the world stops.
 func (w *world) populate(seed uint64, many int) {
 	for slot := range many {
 		w.slots.Go(func() {
@@ -275,11 +276,11 @@ func (w *world) ending() bool {
 	}
 }
 
-// wantTurns stops new pods, and wants all pods that are there to have their turn.
+// wantTurns stops new pods, and requires that all present pods get their turn.
 func (w *world) wantTurns() {
 	w.t.Helper()
 	close(w.last)
-	begun := w.now() + time.Second // pods that have lost their patience are gone by then
+	begun := w.now() + time.Second // by then, pods without patience are gone
 	done := make(chan struct{})
 	go func() {
 		w.slots.Wait()
@@ -300,7 +301,7 @@ func (w *world) wantTurns() {
 	}
 }
 
-// alive are the pods that run.
+// alive returns the running pods.
 func (w *world) alive() (all []*pod) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -312,7 +313,7 @@ func (w *world) alive() (all []*pod) {
 	return all
 }
 
-// history is what happened so far.
+// history returns the history up to now.
 func (w *world) history() *history {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -328,8 +329,8 @@ func (w *world) history() *history {
 	return h
 }
 
-// wantNothingLeft checks that the pods have left nothing but free tokens, which expire,
-// and that their number is the length.
+// wantNothingLeft checks that the pods have left only free tokens, which expire, and that
+// their number is the length.
 func (w *world) wantNothingLeft() {
 	t := w.t
 	t.Helper()
@@ -364,7 +365,7 @@ func (w *world) wantNothingLeft() {
 	rig.Eventually(t, 10*time.Second, w.locks.LocksLeft)
 }
 
-// wantAddUp checks, while pods live, that free and used tokens add up to the length.
+// wantAddUp checks, while pods live, that the free and used tokens add up to the length.
 func (w *world) wantAddUp() {
 	t := w.t
 	t.Helper()
@@ -384,7 +385,7 @@ func (w *world) wantAddUp() {
 	}
 }
 
-// finish ends all pods, and waits for their ends.
+// finish ends all pods, and waits until they have ended.
 func (w *world) finish() {
 	w.stop()
 	w.slots.Wait()

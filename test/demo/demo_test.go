@@ -28,19 +28,20 @@ var buildDemo = sync.OnceValues(func() (string, error) {
 	return demo, nil
 })
 
-// demoProcess is the demo. All that it starts has its folder for temporary files in the environment.
+// demoProcess is a running demo. The environment of its children has its TMPDIR.
 type demoProcess struct {
 	*exec.Cmd
 	out rig.Log
 	dir string
 }
 
-// startDemo starts the demo with this program.
+// startDemo starts the demo with the program under test.
 func startDemo(t *testing.T, args ...string) *demoProcess {
 	t.Helper()
 	demo, err := buildDemo()
 	rig.Must(t, err)
-	p := &demoProcess{Cmd: exec.Command(demo, append([]string{"-program", rig.Program(t)}, args...)...), dir: t.TempDir()}
+	args = append([]string{"-program", rig.Program(t)}, args...)
+	p := &demoProcess{Cmd: exec.Command(demo, args...), dir: t.TempDir()}
 	p.Dir = rig.Root()
 	p.Env = append(os.Environ(), "TMPDIR="+p.dir)
 	p.Stdout, p.Stderr = &p.out, &p.out
@@ -49,8 +50,8 @@ func startDemo(t *testing.T, args ...string) *demoProcess {
 	return p
 }
 
-// waitToSay waits until the demo has printed that.
-func (p *demoProcess) waitToSay(t *testing.T, want string) {
+// waitForOutput waits until the demo has printed want.
+func (p *demoProcess) waitForOutput(t *testing.T, want string) {
 	t.Helper()
 	rig.Eventually(t, time.Minute, func() error {
 		if !strings.Contains(p.out.String(), want) {
@@ -68,7 +69,8 @@ func (p *demoProcess) wantNothingLeft(t *testing.T) {
 	dirs, err := filepath.Glob("/proc/[0-9]*")
 	rig.Must(t, err)
 	for _, dir := range dirs {
-		if env, err := os.ReadFile(filepath.Join(dir, "environ")); err == nil && bytes.Contains(env, []byte("TMPDIR="+p.dir+"\x00")) {
+		env, err := os.ReadFile(filepath.Join(dir, "environ"))
+		if err == nil && bytes.Contains(env, []byte("TMPDIR="+p.dir+"\x00")) {
 			args, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
 			t.Errorf("process %s is left: %q", filepath.Base(dir), args)
 		}
@@ -98,14 +100,17 @@ func TestDemoWithEtcd(t *testing.T) {
 func TestDemoWithSentinels(t *testing.T) {
 	t.Parallel()
 	out := testDemo(t, "-sentinels", rig.RedisProgram, "story")
-	if !regexp.MustCompile(`that was \d+\.\d s after the kill; the primary was [\d.:]+, and is [\d.:]+\n   => queue 0, inflight 3`).MatchString(out) {
+	failover := regexp.MustCompile(`\d+\.\d s after the kill; the primary was [\d.:]+, and now is [\d.:]+\n` +
+		`   => queue 0, inflight 3`)
+	if !failover.MatchString(out) {
 		t.Errorf("no failover in\n%s", out)
 	}
 }
 
 func TestDemoWithoutRedis(t *testing.T) {
 	p := startDemo(t, "-sentinels", "/no/redis-server", "story")
-	if err := p.Wait(); err == nil || !strings.Contains(p.out.String(), "/no/redis-server: no such file or directory: install Redis, or leave out the Sentinels") {
+	const want = "/no/redis-server: no such file or directory: install Redis, or leave out the Sentinels"
+	if err := p.Wait(); err == nil || !strings.Contains(p.out.String(), want) {
 		t.Errorf("%v: %s", err, p.out.String())
 	}
 	p.wantNothingLeft(t)
@@ -119,9 +124,11 @@ func testDemo(t *testing.T, args ...string) string {
 		t.Fatalf("%v:\n%s", err, p.out.String())
 	}
 	out := p.out.String()
-	for _, want := range []string{"=> queue 0, inflight 3", "=> queue 1, inflight 2", "=> queue 3, inflight 0", "Everything went as told.",
+	for _, want := range []string{
+		"=> queue 0, inflight 3", "=> queue 1, inflight 2", "=> queue 3, inflight 0", "Every step succeeded.",
 		"web-4  refused: admission webhook", "web-5  admitted",
-		"its sidecar logs: waiting for a token of shop/web: 3 of 3 in use, 2nd in line", "=> queue 0, inflight 3, in line 2",
+		"its sidecar logs: waiting for a token of shop/web: 3 of 3 in use, 2nd in line",
+		"=> queue 0, inflight 3, in line 2",
 		"web-6  await exited with 0", "web-7  still waits, 1st in line\n   => queue 0, inflight 3, in line 1\n",
 		"; 1 waiting in line\n   => queue 1, inflight 2, in line 1", "web-7  await exited with 0",
 		"web-8  sidecar exited with 0\n          its sidecar logged: left the line\n   => queue 0, inflight 3\n"} {
@@ -133,10 +140,10 @@ func testDemo(t *testing.T, args ...string) string {
 	return out
 }
 
-// The lines that "make run" prints, to ask for a token and to wait in line, work as they stand.
+// The commands that "make run" prints work: they ask for a token and wait in line.
 func TestDemoRunLines(t *testing.T) {
 	p := startDemo(t, "run")
-	p.waitToSay(t, "Ctrl-C here ends it all.\n")
+	p.waitForOutput(t, "Ctrl-C here stops everything.\n")
 	find := func(pattern string) string {
 		line := regexp.MustCompile("(?m)^  " + pattern + "$").FindString(p.out.String())
 		if line == "" {
@@ -145,20 +152,20 @@ func TestDemoRunLines(t *testing.T) {
 		return line
 	}
 	line := find("curl .*")
-	ask := exec.Command("sh", "-c", line)
-	ask.Dir = rig.Root()
-	answer, err := ask.CombinedOutput()
+	curl := exec.Command("sh", "-c", line)
+	curl.Dir = rig.Root()
+	answer, err := curl.CombinedOutput()
 	if err != nil || !bytes.Contains(answer, []byte(`"allowed":true,"patch":`)) {
 		t.Errorf("%s%v: %s", line, err, answer)
 	}
-	var said rig.Log
+	var log rig.Log
 	sidecar := exec.Command("sh", "-c", "exec "+find(".* sidecar .*--length.*"))
-	sidecar.Dir, sidecar.Stderr = rig.Root(), &said
+	sidecar.Dir, sidecar.Stderr = rig.Root(), &log
 	rig.Must(t, sidecar.Start())
 	t.Cleanup(func() { _ = sidecar.Process.Kill() })
 	rig.Eventually(t, time.Minute, func() error {
-		if !strings.Contains(said.String(), rig.HeldText) {
-			return fmt.Errorf("it says: %s", said.String())
+		if !strings.Contains(log.String(), rig.HeldText) {
+			return fmt.Errorf("its log: %s", log.String())
 		}
 		return nil
 	})
@@ -174,7 +181,7 @@ func TestDemoInterrupted(t *testing.T) {
 	const begun = "--queue-redis-address="
 	both := []syscall.Signal{syscall.SIGINT, syscall.SIGTERM}
 	for _, c := range []struct {
-		args, at string // what is printed by then
+		args, at string // the output to interrupt at
 		signals  []syscall.Signal
 		wantCode int
 	}{
@@ -187,11 +194,11 @@ func TestDemoInterrupted(t *testing.T) {
 			t.Run(fmt.Sprintf("%s %s %s", filepath.Base(c.args), c.at, signal), func(t *testing.T) {
 				t.Parallel()
 				p := startDemo(t, strings.Fields(c.args)...)
-				p.waitToSay(t, c.at)
+				p.waitForOutput(t, c.at)
 				rig.Must(t, p.Process.Signal(signal))
 				_ = p.Wait()
 				if strings.Contains(p.out.String(), "was killed") {
-					t.Errorf("not all ended by themselves:\n%s", p.out.String())
+					t.Errorf("the demo killed a process that did not end:\n%s", p.out.String())
 				}
 				if code := p.ProcessState.ExitCode(); code != c.wantCode {
 					t.Errorf("exit code %d\n%s", code, p.out.String())

@@ -1,5 +1,5 @@
-// Package deploy tests what deploy/ promises: the users of Redis and their rules, the scripts of
-// its containers, the users of namespaces, and the memory of the webhook.
+// Package deploy tests what deploy/ promises: the users of Redis and their rules, the
+// scripts of its containers, the users of namespaces, and the memory of the webhook.
 package deploy
 
 import (
@@ -18,7 +18,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 )
 
-// All tests but TestScriptsPassShellcheck are quick: they run without SUITE=1.
+// All tests except TestScriptsPassShellcheck are quick: they run without SUITE=1.
 func TestMain(m *testing.M) { os.Exit(rig.Run(m)) }
 
 const (
@@ -26,7 +26,7 @@ const (
 	scriptsPath = "/etc/redis/" // of the scripts in their containers
 )
 
-// deployedScripts are the scripts of deploy/base/redis-scripts.yaml, by name.
+// deployedScripts returns the scripts of deploy/base/redis-scripts.yaml, by name.
 func deployedScripts(t *testing.T) map[string]string {
 	t.Helper()
 	text := rig.ReadFile(t, scriptsFile)
@@ -45,8 +45,8 @@ func deployedScripts(t *testing.T) map[string]string {
 	return scripts
 }
 
-// writeScript writes a script of the containers into a folder. here puts paths and ports of this
-// machine into its text.
+// writeScript writes a script of the containers into a folder. here replaces paths and
+// ports by those of this machine.
 func writeScript(t *testing.T, folder, name string, here *strings.Replacer) {
 	t.Helper()
 	script, ok := deployedScripts(t)[name]
@@ -65,7 +65,8 @@ func TestScriptsAreDeployed(t *testing.T) {
 	}
 }
 
-// The Deployment gives Go half of the container's memory, and Go seldom collects garbage below that.
+// The Deployment gives Go half of the container's memory. Go rarely collects garbage
+// below that.
 func TestMemoryIsLimitedAsDeployed(t *testing.T) {
 	const manifest = "deploy/base/webhook.yaml"
 	text := rig.ReadFile(t, manifest)
@@ -88,7 +89,8 @@ func TestMemoryIsLimitedAsDeployed(t *testing.T) {
 	}
 }
 
-// shellcheck finds nothing in the scripts of deploy/. "make lint" installs it and runs this test.
+// shellcheck reports nothing about the scripts of deploy/. "make lint" installs it and
+// runs this test.
 func TestScriptsPassShellcheck(t *testing.T) {
 	rig.SkipSlow(t, "make lint")
 	var files []string

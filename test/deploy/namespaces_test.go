@@ -17,7 +17,7 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// deployedServers are a Redis for tokens and one for locks, as a pod of deploy/ has them. folder
+// deployedServers has a Redis for tokens and one for locks, like a pod of deploy/. folder
 // has the passwords of the namespaces.
 type deployedServers struct {
 	tokens, locks   *rig.Redis
@@ -39,7 +39,7 @@ func startDeployedServers(t *testing.T) *deployedServers {
 	return s
 }
 
-// command is a shell that runs a script beside those of deploy/.
+// command returns a shell that runs a script in the folder of the scripts of deploy/.
 func (s *deployedServers) command(script string) *exec.Cmd {
 	cmd := exec.Command("sh", "-c", script)
 	cmd.Dir = s.scripts
@@ -68,7 +68,7 @@ func (s *deployedServers) connect(t *testing.T, server *rig.Redis, namespace, pa
 	return conn
 }
 
-// program is the program as a user of Redis.
+// program returns the program as a user of Redis.
 func (s *deployedServers) program(t *testing.T, user, password string, args ...string) *rig.Process {
 	t.Helper()
 	p := rig.NewProcess(rig.Program(t), args...)
@@ -77,7 +77,7 @@ func (s *deployedServers) program(t *testing.T, user, password string, args ...s
 	return p
 }
 
-// sidecar is a sidecar that logs in as those of a namespace.
+// sidecar is a sidecar that logs in as the user of a namespace.
 type sidecar struct {
 	*rig.Process
 	servers *deployedServers
@@ -85,7 +85,8 @@ type sidecar struct {
 	token   string
 }
 
-// startSidecar starts a sidecar with a token that is already taken, or with more flags.
+// startSidecar starts a sidecar whose token is already taken. flags are added to its
+// flags.
 func (s *deployedServers) startSidecar(t *testing.T, namespace, password string, id rig.ID, flags ...string) *sidecar {
 	t.Helper()
 	c := &sidecar{servers: s, id: id, token: uuid.NewString()}
@@ -95,13 +96,14 @@ func (s *deployedServers) startSidecar(t *testing.T, namespace, password string,
 	return c
 }
 
-// startWaiting starts a sidecar that gets the only token itself.
+// startWaiting starts a sidecar that acquires the only token itself.
 func (s *deployedServers) startWaiting(t *testing.T, namespace, password string, id rig.ID) *sidecar {
 	t.Helper()
 	return s.startSidecar(t, namespace, password, id, "--length=1", "--redis-addresses="+s.locks.Address)
 }
 
-// holds waits until the sidecar holds its token. It returns why Redis refuses the sidecar, if Redis does.
+// holds waits until the sidecar holds its token. If Redis refuses the sidecar, holds
+// returns why.
 func (c *sidecar) holds(t *testing.T) (refused error) {
 	t.Helper()
 	rig.Eventually(t, 30*time.Second, func() error {
@@ -117,7 +119,7 @@ func (c *sidecar) holds(t *testing.T) (refused error) {
 	return refused
 }
 
-// wantBeat waits for a heartbeat that begins after this call.
+// wantBeat waits for a heartbeat that starts after this call.
 func (c *sidecar) wantBeat(t *testing.T) {
 	t.Helper()
 	r := c.servers.tokens
@@ -143,12 +145,12 @@ func (c *sidecar) end(t *testing.T) error {
 	return nil
 }
 
-// live makes sidecars of a namespace do all that sidecars do, on a semaphore of their own. It
-// returns why Redis refuses that, if Redis does.
+// live runs every command of a sidecar on a new semaphore of a namespace. If Redis
+// refuses one, live returns why.
 func (s *deployedServers) live(t *testing.T, namespace, password string) (refused error) {
 	t.Helper()
 	id := rig.ID{Namespace: namespace, Key: uuid.NewString()}
-	holder := s.startWaiting(t, namespace, password, id) // a new semaphore has to be repaired
+	holder := s.startWaiting(t, namespace, password, id) // a new semaphore needs a repair
 	if err := holder.holds(t); err != nil {
 		return err
 	}
@@ -164,8 +166,8 @@ func (s *deployedServers) live(t *testing.T, namespace, password string) (refuse
 	return waiter.end(t)
 }
 
-// isDenied reports whether a text says that the user of Redis may not do something: Redis to
-// commands, and Redis 7.0 and later to commands of scripts.
+// isDenied reports whether a text denies the user a command, directly or, since Redis
+// 7.0, in a script.
 func isDenied(text string) bool {
 	for _, denial := range []string{"NOPERM", "can't run this command",
 		"can't access at least one of the keys", "ACL failure in script"} {
@@ -176,12 +178,12 @@ func isDenied(text string) bool {
 	return false
 }
 
-// isRefusal reports whether a text says that Redis refuses a password, or denies a command.
+// isRefusal reports whether Redis refuses a password or denies a command in a text.
 func isRefusal(text string) bool { return strings.Contains(text, "WRONGPASS") || isDenied(text) }
 
-// The sidecars of a namespace can do all that they need with its semaphores. They cannot touch
-// those of another namespace: neither read, take, give back, wait, call nor list.
-func TestNamespacesAreKeptApart(t *testing.T) {
+// The sidecars of a namespace can use its semaphores. They cannot touch another
+// namespace's: neither read, acquire, release, wait, call nor list.
+func TestNamespacesAreIsolated(t *testing.T) {
 	t.Parallel()
 	s := startDeployedServers(t)
 	s.run(t, "shop-password\n", "sh namespace shop")
@@ -237,7 +239,7 @@ func TestNamespacesAreKeptApart(t *testing.T) {
 		wantDenied(fmt.Sprint(command), err)
 	}
 
-	// The same, by the program.
+	// The program is refused, too.
 	wantLoggedDenial := func(p *sidecar, message string) {
 		t.Helper()
 		if line := p.WantLog(t, message); !isDenied(fmt.Sprint(line["error"])) {
@@ -261,8 +263,8 @@ func TestNamespacesAreKeptApart(t *testing.T) {
 	}
 }
 
-// Passwords come, are replaced and go while the servers run. Connections stay, and an older
-// password works until it goes.
+// Passwords appear, change and go while the servers run. Connections stay. An old
+// password works until it is removed.
 func TestNamespaceUsersFollowTheirFiles(t *testing.T) {
 	t.Parallel()
 	s := startDeployedServers(t)
@@ -275,7 +277,9 @@ func TestNamespaceUsersFollowTheirFiles(t *testing.T) {
 		rig.Eventually(t, 30*time.Second, func() error {
 			for _, server := range []*rig.Redis{s.tokens, s.locks} {
 				users, err := redis.Strings(server.Control.Do("ACL", "USERS"))
-				users = slices.DeleteFunc(users, func(u string) bool { return !strings.HasPrefix(u, namespaceUser("")) })
+				users = slices.DeleteFunc(users, func(u string) bool {
+					return !strings.HasPrefix(u, namespaceUser(""))
+				})
 				slices.Sort(users)
 				if err != nil || !slices.Equal(users, want) {
 					return fmt.Errorf("%s has the users %q, want %q (%v)", server.Address, users, want, err)
@@ -314,10 +318,10 @@ func TestNamespaceUsersFollowTheirFiles(t *testing.T) {
 	rig.Must(t, s.live(t, "shop", "first"))
 	rig.Must(t, old.end(t))
 
-	// deploy/namespace.sh tells Redis a password before the file has it.
+	// deploy/namespace.sh sends Redis a password before the file has it.
 	s.run(t, "third\n", "sh namespace shop")
-	told := s.startWaiting(t, "shop", "third", rig.ID{Namespace: "shop", Key: "told"})
-	rig.Must(t, told.holds(t))
+	announced := s.startWaiting(t, "shop", "third", rig.ID{Namespace: "shop", Key: "announced"})
+	rig.Must(t, announced.holds(t))
 	wantConnected()
 	write("shop", "third 2026-01-03T00:00:00Z\n")
 	rig.Must(t, os.Remove(filepath.Join(s.folder, "blog"))) // by mistake

@@ -10,13 +10,13 @@ import (
 
 const (
 	securityPage   = "docs/security.md"
-	namespacesUser = "namespaces" // deploy/namespace.sh makes users as this one
+	namespacesUser = "namespaces" // deploy/namespace.sh makes users as this user
 )
 
 // namespaceUser is the user of the sidecars of a namespace.
 func namespaceUser(namespace string) string { return "sidecar/" + namespace }
 
-// The documented rules are the tested ones.
+// The documented rules are the tested rules.
 func TestACLsAreDocumented(t *testing.T) {
 	page := rig.ReadFile(t, securityPage)
 	for _, rules := range []string{
@@ -31,7 +31,8 @@ func TestACLsAreDocumented(t *testing.T) {
 	}
 }
 
-// The documented rules of a namespace's user are those of a sidecar, with the namespace in each key.
+// The documented rules of a namespace's user are those of a sidecar, with the namespace
+// in each key.
 func TestNamespaceACLIsDocumented(t *testing.T) {
 	var rules []string
 	for rule := range strings.FieldsSeq(rig.SidecarACL) {
@@ -49,17 +50,17 @@ func TestNamespaceACLIsDocumented(t *testing.T) {
 	}
 }
 
-// withoutLock are rules for servers without locks, which Sentinels watch.
+// withoutLock returns the rules for servers without locks that Sentinels watch.
 func withoutLock(rules string) string {
 	return strings.NewReplacer("~lock/* ", "", " +set", "", " +get", "").Replace(rules) + " " + rig.SentinelACL
 }
 
-// The users that deploy/ makes have the tested rules. There, the locks are on servers of their own, and
-// Sentinels watch those with the tokens.
+// The users in deploy/ have the tested rules. There, separate servers hold the locks, and
+// Sentinels watch the servers of the tokens.
 func TestACLsAreDeployed(t *testing.T) {
 	want := map[string][]string{
 		"webhook":    {withoutLock(rig.WebhookACL) + " " + rig.ForgottenACL, rig.LockACL},
-		"sidecar":    {}, // each namespace has a user of its own: see TestNamespaceUsersFollowTheirFiles
+		"sidecar":    {}, // each namespace has its own user: see TestNamespaceUsersFollowTheirFiles
 		"gate":       {withoutLock(rig.SidecarACL) + " " + rig.GateACL, rig.LockACL},
 		"namespaces": {rig.NamespacesACL, rig.NamespacesACL},
 		"status":     {rig.StatusACL + " " + rig.ReleaseACL + " " + rig.SentinelACL},
@@ -90,5 +91,5 @@ func TestACLsAreDeployed(t *testing.T) {
 	}
 }
 
-// sorted is a text with its words in order.
+// sorted returns a text with its words sorted.
 func sorted(text string) string { return strings.Join(slices.Sorted(strings.FieldsSeq(text)), " ") }

@@ -9,8 +9,8 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// A master of a Cluster is killed, hangs, or is replaced by hand. Only the semaphores that
-// it served are affected.
+// A master of a Cluster is killed, hangs, or is replaced by hand. Only its semaphores are
+// affected.
 func TestClusterFailover(t *testing.T) {
 	for name, c := range map[string]struct {
 		bound  time.Duration
@@ -36,8 +36,8 @@ func TestClusterFailover(t *testing.T) {
 	}
 }
 
-// All slots of a master move to another master under load. No admission fails, and no token
-// is lost.
+// All slots of a master move to another master under load. No admission fails, and no
+// token is lost.
 func TestClusterSlotsMove(t *testing.T) {
 	t.Parallel()
 	c := rig.StartCluster(t)

@@ -10,8 +10,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// A gate is stopped in the middle of a hand-over. Tokens and pods go on. Then the gate acts
-// on what it knew, and does no harm.
+// A gate is paused during a hand-over, while tokens and pods change. After it resumes
+// with an old view, it does no harm.
 func TestGatePaused(t *testing.T) {
 	t.Parallel()
 	r := newRelay(t, 2)
@@ -21,10 +21,10 @@ func TestGatePaused(t *testing.T) {
 	for i := range 8 {
 		g := gates[i%2]
 		paused = append(paused, r.handOver(func() {
-			time.Sleep(time.Duration(i) * 2 * time.Millisecond) // another moment each time
+			time.Sleep(time.Duration(i) * 2 * time.Millisecond) // a different moment each time
 			g.Signal(t, syscall.SIGSTOP)
 		}))
-		// Every other time, all pods that the gate knows end.
+		// In every second round, all pods that the gate has seen end.
 		beside = append(beside, r.handOvers(3+len(r.standing)*(i%2))...)
 		gone := r.standing[1]
 		r.api.DeletePod(t, gone.Namespace, gone.Name)
@@ -38,9 +38,9 @@ func TestGatePaused(t *testing.T) {
 	r.wantQuick("beside a gate that is or was stopped", 2*time.Second, beside)
 }
 
-// A gate with an old view stands in line for a pod that has ended. It leaves the line as
-// soon as it sees the end. If it never sees the end, it gives back the token of such a pod
-// when the API server refuses to lift the gate.
+// A gate with an old view puts a pod in line that has ended. It leaves the line when it
+// sees the end. If it never sees the end, the API server refuses to lift the pod's gate:
+// then it gives back the token.
 func TestGateOldView(t *testing.T) {
 	t.Parallel()
 	for view, see := range map[string]func(*rig.APIServer){
@@ -57,7 +57,8 @@ func TestGateOldView(t *testing.T) {
 				r.begin(4)
 				r.rest()
 				api, proxy := rig.StartAPIServerFor(t, r.api.Store), rig.StartProxy(t, r.redis.Address)
-				r.startGate(t, api, "--queue-redis-address="+rig.QueueAddress(proxy.Address), "--redis-addresses="+proxy.Address)
+				r.startGate(t, api, "--queue-redis-address="+rig.QueueAddress(proxy.Address),
+					"--redis-addresses="+proxy.Address)
 				api.WantWatches(t, 1)
 				proxy.Cut()
 				if view == "late" {
@@ -84,7 +85,7 @@ func TestGateOldView(t *testing.T) {
 	}
 }
 
-// A gate is killed in the middle of a hand-over. The other gate completes it.
+// A gate is killed during a hand-over. The other gate completes it.
 func TestGateKilled(t *testing.T) {
 	t.Parallel()
 	r := newRelay(t, 2)
@@ -93,7 +94,7 @@ func TestGateKilled(t *testing.T) {
 	var killed, beside []time.Duration
 	for i := range 6 {
 		killed = append(killed, r.handOver(func() {
-			time.Sleep(time.Duration(i) * 2 * time.Millisecond) // another moment each time
+			time.Sleep(time.Duration(i) * 2 * time.Millisecond) // a different moment each time
 			gates[i%2].Kill()
 		}))
 		beside = append(beside, r.handOvers(2)...)

@@ -8,18 +8,17 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// servingGroup is a group that knows which server serves a semaphore.
+// servingGroup is a group that reports which server serves a semaphore.
 type servingGroup interface {
 	rig.Group
 	Serves(t testing.TB, s *rig.Redis, id fmt.Stringer) bool
 }
 
-// The primary is killed while gated pods stand in line, at rest and in the middle of a
-// hand-over. The line keeps its order, no token is lost or doubled, and gates are lifted
-// again soon after.
+// The primary is killed while gated pods are in line, at rest and during a hand-over. The
+// line keeps its order, no token is lost or doubled, and gates are soon lifted again.
 func TestGateFailover(t *testing.T) {
 	t.Parallel()
-	// A gate that is not called on the new server asks again within four seconds.
+	// If the new server does not call a gate, the gate asks again within four seconds.
 	const delay = 2*time.Second + 4*time.Second
 	for name, start := range map[string]func(*testing.T) servingGroup{
 		"Sentinel": func(t *testing.T) servingGroup { return rig.StartSentinelGroup(t) },
@@ -56,8 +55,8 @@ func TestGateFailover(t *testing.T) {
 		t.Run(name+", in a hand-over", func(t *testing.T) {
 			r, kill := begin(t)
 			r.handOver(kill)
-			// The new primary may not know that the token was given back. The token is free
-			// once it is stale.
+			// The new primary may not know that the token was given back. Then the token
+			// is free once it is stale.
 			r.wantWhole()
 			took := r.handOvers(4)
 			r.wantWhole()

@@ -1,6 +1,6 @@
-// Package failover makes the servers of a queue fail under load: Sentinel groups, Clusters,
-// and an address that a provider moves. It also kills and stops gates. Webhooks, sidecars
-// and gates are processes, and each test has servers of its own.
+// Package failover makes the servers of a queue fail under load: Sentinel groups,
+// Clusters, and a provider's address that moves. It also kills and pauses gates.
+// Webhooks, sidecars and gates are processes, and each test has its own servers.
 package failover
 
 import (
@@ -19,14 +19,16 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// patience bounds each wait for what must happen. The machine may be busy.
+// patience limits each wait. It is long because the machine may be busy.
 const patience = time.Minute
 
-// checkedProgram is the program with the race detector, if the tests have it. Sidecars that
-// hold a token run without it: there are many, and those that wait run the same code later.
+// checkedProgram is the program, with the race detector if the tests have it. Sidecars
+// that hold a token run without it: there are many, and the waiting sidecars run the same
+// code later.
 var checkedProgram = sync.OnceValues(func() (path string, err error) {
 	var flags []string
-	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+	race := debug.BuildSetting{Key: "-race", Value: "true"}
+	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, race) {
 		flags = append(flags, "-race")
 	}
 	path = filepath.Join(rig.Folder(), "checked")
@@ -41,7 +43,7 @@ func program(t *testing.T) string {
 	return path
 }
 
-// wantNoRace fails the test if the race detector has reported anything when the process ends.
+// wantNoRace fails the test if the race detector reports a race until the process ends.
 // Call it before the start.
 func wantNoRace(t *testing.T, p *rig.Process) {
 	t.Helper()
@@ -52,15 +54,15 @@ func wantNoRace(t *testing.T, p *rig.Process) {
 	})
 }
 
-// installation is what the processes of one test have in common.
+// installation has what the processes of one test share.
 type installation struct {
 	queue  string     // address
 	lock   *rig.Redis // of the test's own
 	timing rig.Timing
 }
 
-// slowTiming is a timing whose threshold is longer than any test: only a repair that is
-// wrong takes a token away.
+// slowTiming has a threshold that is longer than any test: only a wrong repair takes a
+// token away.
 var slowTiming = rig.Timing{Interval: 2 * time.Second, Threshold: 120 * time.Second}
 
 func newInstallation(t *testing.T, queue string, timing rig.Timing) *installation {
@@ -77,7 +79,7 @@ func (i *installation) flags() []string {
 	}
 }
 
-// newWebhook is a webhook that is not started yet.
+// newWebhook returns a webhook, not started.
 func (i *installation) newWebhook(t *testing.T, flags ...string) *rig.Webhook {
 	t.Helper()
 	w := rig.NewWebhook(t, program(t), i.lock.Address, append(i.flags(), flags...)...)
@@ -93,7 +95,7 @@ func (i *installation) startWebhook(t *testing.T) *rig.Webhook {
 	return w
 }
 
-// startGate starts a gate of an API server. Flags come after those of the installation.
+// startGate starts a gate for an API server. flags follow those of the installation.
 func (i *installation) startGate(t *testing.T, api *rig.APIServer, flags ...string) *rig.Gate {
 	t.Helper()
 	g := rig.NewGate(t, program(t), api, i.lock.Address, append(i.flags(), flags...)...)
@@ -102,13 +104,14 @@ func (i *installation) startGate(t *testing.T, api *rig.APIServer, flags ...stri
 	return g
 }
 
-// newSidecar is the sidecar, not started yet, of a pod whose token a webhook has taken.
+// newSidecar returns the sidecar, not started, of a pod whose token a webhook has taken.
 func (i *installation) newSidecar(t *testing.T, id rig.ID, token string) *rig.Process {
 	t.Helper()
-	return rig.NewProcess(rig.Program(t), slices.Concat([]string{"sidecar"}, i.flags(), []string{id.String(), token})...)
+	args := slices.Concat([]string{"sidecar"}, i.flags(), []string{id.String(), token})
+	return rig.NewProcess(rig.Program(t), args...)
 }
 
-// newWaitingSidecar is a sidecar, not started yet, that gets its token itself.
+// newWaitingSidecar returns a sidecar, not started, that acquires its token itself.
 func (i *installation) newWaitingSidecar(t *testing.T, id rig.ID, token string, length int) *rig.Process {
 	t.Helper()
 	own := []string{fmt.Sprintf("--length=%d", length), id.String(), token}
@@ -117,10 +120,10 @@ func (i *installation) newWaitingSidecar(t *testing.T, id rig.ID, token string, 
 	return p
 }
 
-// setEnv adds variables, NAME=VALUE, to the environment of a process that is not started yet.
+// setEnv adds variables, NAME=VALUE, to the environment of a process before its start.
 func setEnv(p *rig.Process, variables ...string) { p.Cmd.Env = append(os.Environ(), variables...) }
 
-// ask sends a review to a webhook as an API server does that gives up after timeout.
+// ask sends a review to a webhook, like an API server that gives up after timeout.
 func ask(w *rig.Webhook, body []byte, timeout time.Duration) (status int, text string, err error) {
 	response, err := w.Client.Post(w.URL+"/mutate?timeout="+timeout.String(), "application/json", bytes.NewReader(body))
 	if err != nil {

@@ -12,8 +12,8 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// movingAddress is an address of a provider. The server behind it changes, and connections
-// to the one before hang.
+// movingAddress is an address of a provider. The server behind it changes. Then
+// connections to the old server hang.
 type movingAddress struct {
 	listener net.Listener
 	server   *rig.Redis
@@ -23,7 +23,7 @@ type movingAddress struct {
 func (m *movingAddress) Address() string                            { return m.listener.Addr().String() }
 func (m *movingAddress) Holder(testing.TB, fmt.Stringer) *rig.Redis { return m.server }
 
-// A provider's address moves to the replica. The old primary hangs, and connections with it.
+// A provider's address moves to the replica. The old primary and its connections hang.
 func TestProviderFailover(t *testing.T) {
 	t.Parallel()
 	primary, replica := rig.StartRedis(t), rig.StartRedis(t)
@@ -31,7 +31,8 @@ func TestProviderFailover(t *testing.T) {
 	primary.Do(t, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
 	replica.Do(t, "REPLICAOF", "127.0.0.1", rig.Port(primary.Address))
 	rig.Eventually(t, 20*time.Second, func() error {
-		if info := string(replica.Do(t, "INFO", "replication").([]byte)); !strings.Contains(info, "master_link_status:up") {
+		info := string(replica.Do(t, "INFO", "replication").([]byte))
+		if !strings.Contains(info, "master_link_status:up") {
 			return errors.New(info)
 		}
 		return nil

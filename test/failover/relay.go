@@ -13,7 +13,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// relay is a semaphore whose tokens pass from one gated pod to the next. It checks their
+// relay is a semaphore whose tokens pass from one gated pod to the next. It checks the
 // order at each hand-over.
 type relay struct {
 	*testing.T
@@ -22,22 +22,24 @@ type relay struct {
 	api      *rig.APIServer
 	id       rig.ID
 	length   int
-	ends     func(r *relay, p *corev1.Pod) // ends a pod that has given back its token; nil: in two ways by turns
+	ends     func(r *relay, p *corev1.Pod) // ends a pod that has given back its token; nil: alternates two ways
 	made     int
-	standing []*corev1.Pod // in their order
+	standing []*corev1.Pod // in the order of the line
 	holding  []*corev1.Pod
 	ended    []*corev1.Pod
-	usual    time.Duration // that the slowest hand-over at rest took; see rest
+	usual    time.Duration // the duration of the slowest hand-over at rest; see rest
 }
 
-// newRelay makes a relay on a Redis of its own.
+// newRelay makes a relay on a new Redis.
 func newRelay(t *testing.T, length int) *relay {
 	t.Helper()
 	r := rig.StartRedis(t)
-	return newRelayOn(t, newInstallation(t, rig.QueueAddress(r.Address), slowTiming), length, func(rig.ID) *rig.Redis { return r })
+	i := newInstallation(t, rig.QueueAddress(r.Address), slowTiming)
+	return newRelayOn(t, i, length, func(rig.ID) *rig.Redis { return r })
 }
 
-// newRelayOn makes a relay on any queue. holder is the server that holds a semaphore.
+// newRelayOn makes a relay on any queue. holder returns the server that holds a
+// semaphore.
 func newRelayOn(t *testing.T, i *installation, length int, holder func(rig.ID) *rig.Redis) *relay {
 	t.Helper()
 	api := rig.StartAPIServer(t)
@@ -45,14 +47,14 @@ func newRelayOn(t *testing.T, i *installation, length int, holder func(rig.ID) *
 	return &relay{T: t, installation: i, redis: holder(id), api: api, id: id, length: length}
 }
 
-// begin creates pods, and waits until the first of them have their tokens.
+// begin creates pods, and waits until the first pods have their tokens.
 func (r *relay) begin(pods int) {
 	r.Helper()
 	r.add(pods)
 	r.wantNext(r.length)
 }
 
-// beginWithTwoGates is begin with two gates.
+// beginWithTwoGates is begin, with two gates.
 func (r *relay) beginWithTwoGates(pods int) (gates []*rig.Gate) {
 	r.Helper()
 	for range 2 {
@@ -62,8 +64,8 @@ func (r *relay) beginWithTwoGates(pods int) (gates []*rig.Gate) {
 	return gates
 }
 
-// add creates pods as the webhook passes them. Each is at least a second older than the
-// next, so that their order does not depend on their names.
+// add creates pods as the webhook admits them. They are at least a second apart, so that
+// their order does not depend on their names.
 func (r *relay) add(pods int) {
 	r.Helper()
 	for range pods {
@@ -82,7 +84,7 @@ func (r *relay) add(pods int) {
 	}
 }
 
-// isLifted reports whether the pod's gate was lifted.
+// isLifted reports whether the pod's gate is gone.
 func (r *relay) isLifted(name string) bool {
 	r.Helper()
 	p, status := r.api.Store.Get(r.id.Namespace, name)
@@ -92,8 +94,7 @@ func (r *relay) isLifted(name string) bool {
 	return len(p.Spec.SchedulingGates) == 0
 }
 
-// wantNext waits until the gates of the next pods in line are lifted. No other gate may be
-// lifted.
+// wantNext waits until the gates of the next pods in line are lifted, and no others.
 func (r *relay) wantNext(pods int) {
 	r.Helper()
 	r.holding, r.standing = append(r.holding, r.standing[:pods]...), r.standing[pods:]
@@ -112,8 +113,8 @@ func (r *relay) wantNext(pods int) {
 	}
 }
 
-// handOver ends the pod that has held a token longest, and waits until the next pod has it.
-// do happens in between.
+// handOver ends the pod that has held a token longest, calls do, and waits until the next
+// pod has the token.
 func (r *relay) handOver(do func()) (took time.Duration) {
 	r.Helper()
 	p := r.holding[0]
@@ -148,7 +149,7 @@ func completePod(r *relay, p *corev1.Pod) {
 	}
 }
 
-// handOvers does some hand-overs and returns what they took.
+// handOvers makes n hand-overs and returns their durations.
 func (r *relay) handOvers(n int) (took []time.Duration) {
 	r.Helper()
 	for range n {
@@ -157,15 +158,15 @@ func (r *relay) handOvers(n int) (took []time.Duration) {
 	return took
 }
 
-// rest measures hand-overs while nothing fails.
+// rest measures hand-overs without a failure.
 func (r *relay) rest() {
 	r.Helper()
 	r.usual = slices.Max(r.handOvers(5))
 	r.Logf("at rest, the slowest hand-over took %s", r.usual)
 }
 
-// wantQuick fails the test if most of the hand-overs took more than delay longer than those
-// at rest would take on a machine that is twenty times as busy.
+// wantQuick fails the test if most of the hand-overs are too slow. The limit is delay,
+// plus the time at rest on a machine that is twenty times as busy.
 func (r *relay) wantQuick(what string, delay time.Duration, took []time.Duration) {
 	r.Helper()
 	slices.Sort(took)
@@ -176,8 +177,8 @@ func (r *relay) wantQuick(what string, delay time.Duration, took []time.Duration
 	}
 }
 
-// wantWhole waits until exactly the pods that stand are in line, in their order, and exactly
-// the pods that hold tokens are in flight.
+// wantWhole waits until exactly the standing pods are in line, in their order, and
+// exactly the holding pods are in flight.
 func (r *relay) wantWhole() {
 	r.Helper()
 	r.redis.WantLine(r.T, r.id, uidsOf(r.standing)...)
@@ -191,8 +192,8 @@ func (r *relay) wantWhole() {
 	})
 }
 
-// wantForgotten waits until a gate of the relay's API server has nothing more to do with
-// pods that have ended. It has asked the API server for each of them.
+// wantForgotten waits until a gate has handled all pods that have ended. It has asked the
+// API server for each of them.
 func (r *relay) wantForgotten(g *rig.Gate) {
 	r.Helper()
 	rig.Eventually(r.T, patience, func() error {

@@ -30,7 +30,7 @@ func TestSentinelFailover(t *testing.T) {
 		"stopped": {rig.DownAfter + 3*time.Second, nil,
 			func(t *testing.T, _ *rig.SentinelGroup, old *rig.Redis) { old.Pause(t) },
 			func(t *testing.T, old *rig.Redis) { old.Resume(t) }},
-		// The old one stays a primary for some seconds, but has no replicas.
+		// The old primary stays one for some seconds, but has no replicas.
 		"by hand": {2 * time.Second, []string{"--min-replicas-to-write", "1"},
 			func(t *testing.T, g *rig.SentinelGroup, _ *rig.Redis) {
 				g.Sentinels[1].Do(t, "SENTINEL", "FAILOVER", "tokens")
@@ -45,7 +45,7 @@ func TestSentinelFailover(t *testing.T) {
 			f.strike(t, func() { c.strike(t, g, old) })
 			f.wantRecovered(t, f.recoveredBy(t, c.bound, func() bool { return g.Serves(t, old, f.held) }))
 
-			// The old one returns as a replica, and no token is doubled.
+			// The old primary returns as a replica, and no token is doubled.
 			c.repair(t, old)
 			g.WantReady(t, 2)
 			primary := g.Primary(t)
@@ -64,8 +64,8 @@ func TestSentinelFailover(t *testing.T) {
 	}
 }
 
-// A primary without replicas refuses writes, and the webhook is not ready. When the replicas
-// are back, it goes on.
+// A primary without replicas refuses writes, and the webhook is not ready. When the
+// replicas are back, the webhook is ready again.
 func TestPrimaryWithoutReplicas(t *testing.T) {
 	t.Parallel()
 	g := rig.StartSentinelGroup(t, "--min-replicas-to-write", "1", "--min-replicas-max-lag", "1")
@@ -102,8 +102,8 @@ func TestPrimaryWithoutReplicas(t *testing.T) {
 
 const noSentinelText = "no Sentinel answers, going on with the primary that is known"
 
-// Two of three Sentinels are gone, and then all. The webhook goes on with the primary that
-// it knows, and logs that.
+// Two of three Sentinels are gone, then all. The webhook keeps using the last primary,
+// and logs that.
 func TestSentinelsGone(t *testing.T) {
 	t.Parallel()
 	g := rig.StartSentinelGroup(t)
@@ -125,7 +125,7 @@ func TestSentinelsGone(t *testing.T) {
 		}
 		return nil
 	})
-	// The webhook finds the primary again after an outage, though no Sentinel answers.
+	// After an outage, the webhook finds the primary again, though no Sentinel answers.
 	g.Servers[0].Crash(t)
 	back := make(chan error)
 	time.AfterFunc(time.Second, func() { back <- g.Servers[0].Start() })
@@ -148,9 +148,9 @@ func wantOnceAMinute(t *testing.T, lines []map[string]any) {
 	}
 }
 
-// A Sentinel that was cut off, or belongs to an older group, names a primary of the past. It
-// does not lead back there when no other Sentinel answers.
-func TestSentinelOfThePast(t *testing.T) {
+// A Sentinel that was cut off, or belongs to an older group, reports a former primary.
+// The webhook does not go back there when no other Sentinel answers.
+func TestOutdatedSentinel(t *testing.T) {
 	t.Parallel()
 	g := rig.StartSentinelGroup(t)
 	past := rig.StartSentinel(t)
@@ -184,8 +184,8 @@ func TestSentinelOfThePast(t *testing.T) {
 	}
 }
 
-// An error names what is wrong with the address, or with the password of the Sentinels.
-func TestSentinelsThatCannotHelp(t *testing.T) {
+// An error names the problem with the address or with the password of the Sentinels.
+func TestSentinelErrors(t *testing.T) {
 	t.Parallel()
 	g := rig.StartSentinelGroup(t)
 	sentinel := g.Sentinels[0]
@@ -207,7 +207,7 @@ func TestSentinelsThatCannotHelp(t *testing.T) {
 	wantFailed(t, "with a wrong password", wrong, "WRONGPASS")
 }
 
-// wantFailed starts a webhook whose admissions have to fail with a text.
+// wantFailed starts a webhook whose admissions must fail with a text.
 func wantFailed(t *testing.T, name string, w *rig.Webhook, want string) {
 	t.Helper()
 	w.Start(t)
@@ -218,7 +218,7 @@ func wantFailed(t *testing.T, name string, w *rig.Webhook, want string) {
 	}
 }
 
-// The users of a Sentinel group need what docs/security.md says.
+// The users of a Sentinel group need the rules in docs/security.md.
 func TestSentinelUsers(t *testing.T) {
 	t.Parallel()
 	g := rig.StartSentinelGroup(t)
@@ -239,7 +239,7 @@ func TestSentinelUsers(t *testing.T) {
 		s.Start(t)
 		return s
 	}
-	// Redis does not know the token: the first heartbeat counts it.
+	// Redis lacks the token: the first heartbeat counts it.
 	const counted = "the token was not in flight (reclaimed as stale, or lost with Redis): counted again"
 	start().WantLog(t, counted)
 	for _, c := range []struct {

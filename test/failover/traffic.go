@@ -19,7 +19,7 @@ const (
 	holderCount = 20
 	waiterCount = 10
 
-	// The timeouts of the API servers that send the admissions, on a fast machine.
+	// The timeouts of the API servers, on a fast machine.
 	longTimeout  = 10 * time.Second
 	shortTimeout = time.Second
 
@@ -31,14 +31,15 @@ const (
 type admission struct {
 	id      rig.ID
 	isShort bool          // it has shortTimeout
-	start   time.Duration // since the fault; negative if it began before
+	start   time.Duration // since the fault; negative: it began before
 	took    time.Duration
 	token   string
 	err     error // nil: the pod got the token
 }
 
-// traffic is the load while servers fail: fifty admissions a second, of which every other
-// has a short timeout; sidecars of holders; and sidecars that wait in line.
+// traffic is the load while servers fail. It sends fifty admissions a second, every
+// second one with a short timeout. It also runs sidecars of holders, and sidecars that
+// wait in line.
 type traffic struct {
 	*installation
 	group   rig.Group
@@ -51,19 +52,18 @@ type traffic struct {
 	holders    []string // tokens
 	lineHolder string
 	waiters    []string
-	got        chan string             // the waiters' tokens, in the order in which they get them
+	got        chan string             // the waiters' tokens, in the order of their hand-overs
 	sidecars   map[string]*rig.Process // by token
 
 	stop func() // ends the admissions
 
-	mu    sync.Mutex // for what follows; only strike sets slack and fault
+	mu    sync.Mutex // guards the fields below; only strike sets slack and fault
 	slack time.Duration
 	fault time.Time // zero before the fault
 	done  []admission
 }
 
-// startTraffic starts the traffic. Holders and waiters are on the server of the first of
-// the ids.
+// startTraffic starts the traffic. Holders and waiters use the server of the first id.
 func startTraffic(t *testing.T, g rig.Group, ids ...rig.ID) *traffic {
 	t.Helper()
 	f := &traffic{
@@ -84,7 +84,7 @@ func startTraffic(t *testing.T, g rig.Group, ids ...rig.ID) *traffic {
 	for range waiterCount {
 		token := uuid.NewString()
 		w := f.newWaitingSidecar(t, f.line, token, 1)
-		w.Hear = func(line string) {
+		w.OnLine = func(line string) {
 			if strings.Contains(line, `"msg":"`+rig.HeldText+`"`) {
 				f.got <- token
 			}
@@ -98,7 +98,7 @@ func startTraffic(t *testing.T, g rig.Group, ids ...rig.ID) *traffic {
 	return f
 }
 
-// startHolder starts the sidecar of a pod that the webhook admits with a token.
+// startHolder starts the sidecar of a pod, which the webhook admits with a token.
 func (f *traffic) startHolder(t *testing.T, id rig.ID, length int) (token string) {
 	t.Helper()
 	token = f.webhook.WantAdmitted(t, id, length)
@@ -107,7 +107,7 @@ func (f *traffic) startHolder(t *testing.T, id rig.ID, length int) (token string
 	return token
 }
 
-// sameServer is a fresh semaphore on the server of another one.
+// sameServer returns a new semaphore on the server of another one.
 func sameServer(t *testing.T, g rig.Group, id rig.ID) rig.ID {
 	t.Helper()
 	for {
@@ -117,7 +117,7 @@ func sameServer(t *testing.T, g rig.Group, id rig.ID) rig.ID {
 	}
 }
 
-// startAdmissions sends admissions until stop is called, which waits for the last answer.
+// startAdmissions sends admissions until stop is called. stop waits for the last answer.
 func (f *traffic) startAdmissions(t *testing.T) {
 	t.Helper()
 	for _, id := range f.ids {
@@ -146,7 +146,7 @@ func (f *traffic) startAdmissions(t *testing.T) {
 	}()
 }
 
-// admit sends the n-th admission, and notes its answer.
+// admit sends the n-th admission, and records its answer.
 func (f *traffic) admit(n int) {
 	a := admission{id: f.ids[n%len(f.ids)], isShort: n/len(f.ids)%2 == 1}
 	f.mu.Lock()
@@ -175,8 +175,8 @@ func (f *traffic) admit(n int) {
 	f.done = append(f.done, a)
 }
 
-// strike lets some admissions pass at rest, and then makes the servers fail. From then on,
-// timeouts and bounds have a slack, which grows with the slowest admission at rest.
+// strike waits for some admissions at rest, then makes the servers fail. From then on,
+// timeouts and limits have a slack, which grows with the slowest admission at rest.
 func (f *traffic) strike(t *testing.T, fault func()) {
 	t.Helper()
 	rig.Eventually(t, patience, func() error {
@@ -194,7 +194,7 @@ func (f *traffic) strike(t *testing.T, fault func()) {
 	fault()
 }
 
-// since returns the admissions that began after some time since the fault.
+// since returns the admissions that began at least that long after the fault.
 func (f *traffic) since(after time.Duration) (all []admission) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -206,9 +206,10 @@ func (f *traffic) since(after time.Duration) (all []admission) {
 	return all
 }
 
-// recoveredBy waits until the servers have failed over, and returns when after the fault
-// the queue has to work again: three seconds after the servers, which need longer on a busy
-// machine. An attempt that the old server does not answer takes two of the three seconds.
+// recoveredBy waits until the servers have failed over. It returns the time after the
+// fault by which the queue must work again. That is three seconds after the servers,
+// which need longer on a busy machine. An attempt that the old server does not answer
+// takes two of them.
 func (f *traffic) recoveredBy(t *testing.T, bound time.Duration, servesYet func() bool) time.Duration {
 	t.Helper()
 	rig.Eventually(t, patience, func() error {
@@ -222,11 +223,11 @@ func (f *traffic) recoveredBy(t *testing.T, bound time.Duration, servesYet func(
 	return max(bound, took+3*time.Second)
 }
 
-// wantRecovered waits until the queue works again, and for some seconds more. It fails the
-// test if an admission with a long timeout failed, or one with a short timeout that ended
-// later than bound after the fault. Admissions on unaffected servers must not fail at
-// all. The new server may miss the last tokens of the old one: their holders' heartbeats
-// count them again. Then all tokens add up, and the line goes on in its order.
+// wantRecovered waits until the queue works again, and for some seconds more. It fails
+// the test if an admission with a long timeout failed, or one with a short timeout that
+// ended later than bound after the fault. No admission on unaffected servers may fail.
+// The new server may miss the last tokens of the old one: their holders' heartbeats count
+// them again. Then all tokens add up, and the line continues in its order.
 func (f *traffic) wantRecovered(t *testing.T, bound time.Duration, unaffected ...rig.ID) {
 	t.Helper()
 	bound += f.slack
@@ -253,21 +254,23 @@ func (f *traffic) wantRecovered(t *testing.T, bound time.Duration, unaffected ..
 		failed++
 		lastFailed = max(lastFailed, a.start+a.took)
 		if isUnaffected || !a.isShort || a.start+a.took > bound {
-			t.Errorf("%s after the fault, an admission failed after %s (short timeout: %t): %v", a.start, a.took, a.isShort, a.err)
+			t.Errorf("%s after the fault, an admission failed after %s (short timeout: %t): %v",
+				a.start, a.took, a.isShort, a.err)
 		}
 	}
 	if slowest > bound {
 		t.Errorf("the slowest admission took %s, more than %s", slowest, bound)
 	}
-	t.Logf("of %d admissions %d failed, the last %.1f s after the fault; the slowest took %.1f s, on unaffected servers %.2f s",
+	t.Logf("of %d admissions %d failed, the last %.1f s after the fault; "+
+		"the slowest took %.1f s, on unaffected servers %.2f s",
 		len(all), failed, lastFailed.Seconds(), slowest.Seconds(), slowestUnaffected.Seconds())
 	f.wantHoldersBack(t)
 	f.wantCounted(t)
 	f.wantLineGoesOn(t)
 }
 
-// wantHoldersBack waits until exactly the holders are in flight: their heartbeats put them
-// back.
+// wantHoldersBack waits until exactly the holders are in flight: their heartbeats restore
+// them.
 func (f *traffic) wantHoldersBack(t *testing.T) {
 	t.Helper()
 	holder := f.group.Holder(t, f.held)
@@ -284,9 +287,9 @@ func (f *traffic) wantHoldersBack(t *testing.T) {
 	holder.WantCounts(t, f.held, 0, holderCount)
 }
 
-// wantCounted checks the tokens of the admissions. The new server may not know those of the
-// last moment before the failover. A heartbeat, as the sidecars of their pods send it,
-// counts them again. What failed admissions have taken must be given back.
+// wantCounted checks the tokens of the admissions. The new server may lack those of the
+// last moment before the failover. A heartbeat of their pods' sidecars counts them again.
+// Tokens of failed admissions must be given back.
 func (f *traffic) wantCounted(t *testing.T) {
 	t.Helper()
 	lost := 0
@@ -326,8 +329,8 @@ func (f *traffic) wantCounted(t *testing.T) {
 	t.Logf("the new server did not know %d tokens, and counted them again", lost)
 }
 
-// wantLineGoesOn gives back the token that the line waits for, and those of the next
-// waiters. It wants them to get it in the order of the line.
+// wantLineGoesOn gives back the token that the line waits for, then those of the next
+// waiters. They must get it in the order of the line.
 func (f *traffic) wantLineGoesOn(t *testing.T) {
 	t.Helper()
 	f.group.Holder(t, f.line).WantLine(t, f.line, f.waiters...)
@@ -342,10 +345,10 @@ func (f *traffic) wantLineGoesOn(t *testing.T) {
 			}
 			last = got
 		case <-time.After(patience):
-			t.Fatal("the line does not go on")
+			t.Fatal("the line does not move")
 		}
-		// Redis calls the waiter. One that is still subscribed to the old server finds out
-		// when it asks again, at most four seconds later.
+		// Redis calls the waiter. A waiter that is still subscribed to the old server
+		// learns of it when it asks again, at most four seconds later.
 		t.Logf("number %d of the line had the token after %.1f s", i+1, time.Since(start).Seconds())
 	}
 }

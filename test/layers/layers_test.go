@@ -1,5 +1,5 @@
-// Package layers checks that no file of package main uses a file of a higher layer, and that no
-// mode uses another. layers.txt lists the layers.
+// Package layers checks that no file of package main uses a file of a higher layer, and
+// that no mode uses another. layers.txt lists the layers.
 package layers
 
 import (
@@ -33,7 +33,8 @@ func TestLayers(t *testing.T) {
 	}
 }
 
-// The check finds an upward use, a use between modes, and files that only one side has.
+// The check finds an upward use, a use between modes, and files that only the list or
+// only the folder has.
 func TestCheckFindsProblems(t *testing.T) {
 	folder := t.TempDir()
 	for name, text := range map[string]string{
@@ -59,8 +60,8 @@ func TestCheckFindsProblems(t *testing.T) {
 	}
 }
 
-// check returns the uses in the package of a folder that the list forbids, and files that the list
-// lacks or has too many, in the order of the alphabet.
+// check returns the forbidden uses in the package of a folder, and the files that the
+// list lacks or has too many. They are sorted.
 func check(t *testing.T, folder, list string) (problems []string) {
 	t.Helper()
 	layer, isMode := map[string]int{}, map[string]bool{}
@@ -104,8 +105,8 @@ func check(t *testing.T, folder, list string) (problems []string) {
 	return slices.Compact(problems)
 }
 
-// isShared reports whether other files can use an object: it is declared at the top of the package,
-// or is a method. A field follows its type.
+// isShared reports whether other files can use an object: it is declared at package
+// level, or is a method. A field follows its type.
 func isShared(o types.Object) bool {
 	if f, ok := o.(*types.Func); ok && f.Signature().Recv() != nil {
 		return true
@@ -113,7 +114,8 @@ func isShared(o types.Object) bool {
 	return o.Parent() == o.Pkg().Scope()
 }
 
-// load parses and checks the types of the package in a folder, with the export data of what it imports.
+// load parses and type-checks the package in a folder, with the export data of its
+// imports.
 func load(t *testing.T, folder string) (*token.FileSet, []*ast.File, map[*ast.Ident]types.Object, *types.Package) {
 	t.Helper()
 	goList := func(args ...string) string {

@@ -7,30 +7,30 @@ import (
 	"pgregory.net/rapid"
 )
 
-// actor is the process of a pod that asks for a token, or has one.
+// actor is the process of a pod that asks for a token or has one.
 type actor struct {
 	token     string
 	length    int
 	isWaiter  bool // it joins the line; else it is an admission
-	waiting   bool // it is in line, as far as it knows
-	holding   bool // it has a token, as far as it knows
-	kept      bool // another process keeps its place, and asks for it
-	silent    bool // paused or killed: it does nothing, but may wake up
+	waiting   bool // it believes that it is in line
+	holding   bool // it believes that it has a token
+	kept      bool // another process refreshes its place and asks for it
+	silent    bool // paused or killed: it sends nothing, but may resume
 	reachable bool // it receives the calls of Redis
-	arrival   int  // as Redis answered it (Unix microseconds); 0: no answer yet
+	arrival   int  // as Redis replied (Unix microseconds); 0: no reply yet
 	pace      int  // seconds between two requests
 	due       int  // the time of its next request or heartbeat
-	since     int  // the time when it took its token
-	missed    bool // no command of it came since Redis was away, or its clock was set
+	since     int  // when it took its token
+	missed    bool // it has sent no command since Redis was away or its clock was set
 }
 
-// pod is the pod of p, as the scripts get it.
+// pod returns p's pod, as the scripts take it.
 func (p *actor) pod() string { return p.token + " node" }
 
 // alive reports whether p sends its commands in time.
 func (p *actor) alive() bool { return !p.silent && (p.waiting || p.holding) }
 
-// nextArrival is the arrival of p's next request.
+// nextArrival returns the arrival of p's next request.
 func (p *actor) nextArrival() string {
 	switch {
 	case !p.isWaiter:
@@ -71,7 +71,7 @@ func (w *world) pick(are func(*actor) bool) *actor {
 	return some[rapid.IntRange(0, len(some)-1).Draw(w.t, "which")]
 }
 
-// anyPod is for pick.
+// anyPod matches every pod; see pick.
 func anyPod(*actor) bool { return true }
 
 // act sends the command of p that is due.
@@ -85,12 +85,12 @@ func (w *world) act(p *actor) {
 	w.readAnswer(p, w.try(p))
 }
 
-// startHolding is for p, which has just got the answer that it has its token.
+// startHolding updates p, which has just got its token.
 func (w *world) startHolding(p *actor) {
 	p.waiting, p.holding, p.since, p.due = false, true, w.now, w.now+w.interval
 }
 
-// readAnswer passes an answer to p, which waits.
+// readAnswer updates the waiting p with a reply.
 func (w *world) readAnswer(p *actor, a rig.Acquired) {
 	if a.Status == rig.AcquireTaken {
 		w.startHolding(p)
@@ -102,7 +102,7 @@ func (w *world) readAnswer(p *actor, a rig.Acquired) {
 	p.arrival = at
 }
 
-// live passes time. All actors that are alive send their commands when they are due.
+// live passes time. All live actors send their commands when they are due.
 func (w *world) live(seconds int) {
 	for end := w.now + seconds; ; {
 		var next *actor
@@ -120,8 +120,8 @@ func (w *world) live(seconds int) {
 	}
 }
 
-// liveUntilAllCame passes time until a command has come from all live actors since Redis
-// was away last.
+// liveUntilAllCame passes time until every live actor has sent a command since Redis was
+// last away.
 func (w *world) liveUntilAllCame() {
 	latest := w.now
 	for _, p := range w.order {

@@ -9,8 +9,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-// TestModelFindsBrokenScripts breaks the scripts in one way after the other. Sequences
-// like those of TestModel have to find each.
+// TestModelFindsBrokenScripts breaks the scripts in one way after another. Sequences like
+// those of TestModel must find each defect.
 func TestModelFindsBrokenScripts(t *testing.T) {
 	t.Parallel()
 	const most = 500 // sequences for each broken script
@@ -157,7 +157,7 @@ func TestModelFindsBrokenScripts(t *testing.T) {
 	}
 }
 
-// breakScripts replaces a text that is in the scripts exactly once.
+// breakScripts replaces a text that occurs exactly once in the scripts.
 func breakScripts(t *testing.T, from, to string) scripts {
 	t.Helper()
 	places := 0

@@ -9,8 +9,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-// playHold holds the tokens of all pods at once. The process that does it does not know
-// which tokens were given back, or reclaimed.
+// playHold refreshes the tokens of all pods in one command. Its process does not know
+// which tokens were given back or reclaimed.
 func (w *world) playHold() {
 	var tokens []any
 	var want []string
@@ -20,8 +20,8 @@ func (w *world) playHold() {
 	w.arrive()
 	_, rest, d := w.command(w.scripts.hold, tokens...)
 	for _, p := range w.order {
-		if _, held := w.known.holders[p.token]; held {
-			w.known.holders[p.token] = w.now
+		if _, held := w.expected.holders[p.token]; held {
+			w.expected.holders[p.token] = w.now
 		} else {
 			want = append(want, p.token)
 		}
@@ -32,7 +32,7 @@ func (w *world) playHold() {
 	if !slices.Equal(lost, want) {
 		w.fail("hold answered that %v are lost, want %v", lost, want)
 	}
-	for token := range w.known.holders {
+	for token := range w.expected.holders {
 		if at, ok := d.inflight[token]; ok && at < int(w.second)-1 {
 			w.fail("%s is held, and its last heartbeat was %d s ago", token, int(w.second)-at)
 		}
@@ -42,11 +42,11 @@ func (w *world) playHold() {
 	}
 	w.check(d, false)
 	w.last = d
-	w.say("all tokens are held: %d in flight", len(d.inflight))
+	w.logf("all tokens are held: %d in flight", len(d.inflight))
 }
 
-// playKeep keeps the places of all pods in line, and of all that have a token by now. It
-// may add a pod that came long ago, and may name a pod that is gone.
+// playKeep refreshes the places of all pods in line, and of all that have got a token
+// since. It may add a pod that came long ago, and may name a pod that is gone.
 func (w *world) playKeep() {
 	var gone []*actor
 	if len(w.order) > 0 && rapid.Bool().Draw(w.t, "one is gone") {
@@ -56,8 +56,8 @@ func (w *world) playKeep() {
 	var stay []*actor
 	places := map[string]int{}
 	for _, p := range w.order {
-		at, inLine := w.known.line[p.token]
-		if _, held := w.known.holders[p.token]; (inLine || held) && !slices.Contains(gone, p) {
+		at, inLine := w.expected.line[p.token]
+		if _, held := w.expected.holders[p.token]; (inLine || held) && !slices.Contains(gone, p) {
 			if !inLine {
 				at = 1
 			}
@@ -75,8 +75,8 @@ func (w *world) playKeep() {
 	w.keep(gone, stay, places)
 }
 
-// keep keeps the places of the pods that stay, and takes the pods that are gone out of
-// the line. Call arrive before.
+// keep refreshes the places of the pods that stay, and removes the pods that are gone
+// from the line. Call arrive before.
 func (w *world) keep(gone, stay []*actor, places map[string]int) {
 	args := []any{0, len(gone)}
 	for _, p := range gone {
@@ -85,7 +85,7 @@ func (w *world) keep(gone, stay []*actor, places map[string]int) {
 	for _, p := range stay {
 		args = append(args, p.token, places[p.token], p.length, p.pod())
 	}
-	k := w.known
+	k := w.expected
 	_, rest, d := w.command(w.scripts.keep, args...)
 	for _, p := range gone {
 		if _, ok := k.line[p.token]; ok {
@@ -114,10 +114,10 @@ func (w *world) keep(gone, stay []*actor, places map[string]int) {
 		w.fail("keep changed the holders of tokens")
 	}
 	w.last = d
-	w.say("places were kept: %d in flight, %d free, line %v", len(d.inflight), d.free, k.inLine())
+	w.logf("places were kept: %d in flight, %d free, line %v", len(d.inflight), d.free, k.inLine())
 }
 
-// checkKept compares the answer of keep with the state.
+// checkKept compares the reply of keep with the state.
 func (w *world) checkKept(rest []any, d dump, wantHeld []string) {
 	var created, inUse, waiters int
 	var served, held []string
@@ -131,7 +131,7 @@ func (w *world) checkKept(rest []any, d dump, wantHeld []string) {
 	}
 	var want []string
 	free, used := d.free, len(d.inflight)
-	for _, token := range w.known.inLine() {
+	for _, token := range w.expected.inLine() {
 		if free > 0 && used < w.pods[token].length {
 			want = append(want, token)
 			free, used = free-1, used+1

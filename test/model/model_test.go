@@ -9,7 +9,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-// TestModel plays random sequences of commands, failures and steps of the clock on a real
+// TestModel plays random sequences of commands, failures and clock changes on a real
 // Redis, and checks the rules after each command. It reports the shortest sequence that
 // breaks a rule. RAPID_CHECKS=10000 plays more sequences, RAPID_STEPS=100 longer ones.
 func TestModel(t *testing.T) {
@@ -22,26 +22,26 @@ func TestModel(t *testing.T) {
 	t.Logf("%d commands", commands)
 }
 
-// newStore starts a Redis of its own that writes nothing to the disk.
+// newStore starts a new Redis that writes nothing to disk.
 func newStore(t *testing.T, scripts scripts) store {
 	t.Helper()
 	r := rig.StartRedis(t)
 	r.Do(t, "CONFIG", "SET", "appendonly", "no")
-	ears, err := redis.Dial("tcp", r.Address)
+	subscriber, err := redis.Dial("tcp", r.Address)
 	rig.Must(t, err)
-	t.Cleanup(func() { ears.Close() })
+	t.Cleanup(func() { subscriber.Close() })
 	return store{
-		test: t, redis: r, clock: new(estimate), scripts: scripts, ears: redis.PubSubConn{Conn: ears},
+		test: t, redis: r, clock: new(estimate), scripts: scripts, subscriber: redis.PubSubConn{Conn: subscriber},
 	}
 }
 
-// playModel plays one random sequence. broken gets the first rule that was broken.
+// playModel plays one random sequence. broken receives the first broken rule.
 func playModel(t *rapid.T, s store, broken func(rule string)) (commands int) {
 	w := newWorld(t, s, broken)
 	defer func() {
 		s.redis.Do(s.test, "DEL", append(w.id.Keys(), w.replica()...)...)
-		if w.listening {
-			s.deafen()
+		if w.subscribed {
+			s.unsubscribe()
 		}
 	}()
 	actions := map[string]func(*rapid.T){}
@@ -94,8 +94,8 @@ func (w *world) playWaiter() {
 		return
 	}
 	if p.reachable = rapid.Bool().Draw(w.t, "reachable"); p.reachable {
-		w.listen(p.token)
-		w.listening = true
+		w.subscribe(p.token)
+		w.subscribed = true
 	}
 	p.isWaiter = true
 	w.readAnswer(p, w.try(p))
@@ -103,19 +103,19 @@ func (w *world) playWaiter() {
 
 func (w *world) playAct() { w.act(w.pick((*actor).alive)) }
 
-// playRelease releases the token or the place of a pod, even if the pod has neither.
+// playRelease releases the token or the place of a pod, which may have neither.
 func (w *world) playRelease() {
 	p := w.pick(anyPod)
 	w.giveBack(p)
 	p.waiting, p.holding = false, false
 }
 
-// playTurn releases the token of a holder, and then the first pod in line asks.
+// playTurn releases the token of a holder; then the first pod in line asks.
 func (w *world) playTurn() {
 	p := w.pick(func(p *actor) bool { return p.alive() && p.holding })
 	w.giveBack(p)
 	p.holding = false
-	for _, token := range w.known.inLine() {
+	for _, token := range w.expected.inLine() {
 		if first := w.pods[token]; first.alive() && first.waiting {
 			w.act(first)
 			return
@@ -123,18 +123,18 @@ func (w *world) playTurn() {
 	}
 }
 
-// playSilence pauses, or kills, a live pod.
+// playSilence pauses or kills a live pod.
 func (w *world) playSilence() {
 	p := w.pick((*actor).alive)
 	p.silent = true
-	w.say("%s falls silent", p.token)
+	w.logf("%s falls silent", p.token)
 }
 
 // playWake resumes a pod that was paused.
 func (w *world) playWake() {
 	p := w.pick(func(p *actor) bool { return p.silent && (p.waiting || p.holding) })
 	p.silent = false
-	w.say("%s wakes up", p.token)
+	w.logf("%s wakes up", p.token)
 	w.act(p)
 }
 
@@ -169,7 +169,7 @@ func (w *world) drawCommand(p *actor) modelCommand {
 	}).Draw(w.t, "command")
 }
 
-// playRepeat does the same twice. The second time must change nothing.
+// playRepeat sends a command twice. The second one must change nothing.
 func (w *world) playRepeat() {
 	p := w.pick((*actor).alive)
 	what := rapid.IntRange(0, 2).Draw(w.t, "what")
@@ -187,7 +187,7 @@ func (w *world) playRepeat() {
 	}
 	once()
 	second, waiting, before := w.second, p.waiting, w.last
-	if what == 0 && p.holding { // p asks for the token that it has
+	if what == 0 && p.holding { // p asks for the token that it already has
 		w.try(p)
 		before = w.last
 	}
@@ -197,8 +197,8 @@ func (w *world) playRepeat() {
 	}
 }
 
-// playUnheard sends a request whose answer does not arrive. It is that of a waiter, or an
-// admission; playRelease may give back the token of the admission later.
+// playUnheard sends a request whose reply is lost. It is that of a waiter or of an
+// admission. playRelease may give back the admission's token later.
 func (w *world) playUnheard() {
 	if rapid.Bool().Draw(w.t, "admission") {
 		p := w.newPod()
@@ -223,13 +223,13 @@ func (w *world) playLive() {
 	w.live(rapid.SampledFrom(seconds).Draw(w.t, "seconds"))
 }
 
-// playOutage takes Redis away. When it is back, commands come again within the time that
-// retries take.
+// playOutage takes Redis away. When Redis is back, commands come again within the time
+// that retries take.
 func (w *world) playOutage() {
 	w.liveUntilAllCame()
 	seconds := rapid.SampledFrom([]int{1, 5, w.quiet, w.quiet + 1, w.threshold + 1, 600}).Draw(w.t, "seconds")
 	w.pass(seconds)
-	w.say("Redis was away for %d s", seconds)
+	w.logf("Redis was away for %d s", seconds)
 	for _, p := range w.order {
 		back := w.back
 		if p.waiting {
@@ -249,22 +249,22 @@ func (w *world) playClock() {
 		seconds = -seconds
 	}
 	w.step(seconds)
-	w.say("Redis's clock is set by %d s", seconds)
+	w.logf("Redis's clock is set by %d s", seconds)
 }
 
 func (w *world) playLoss() {
 	w.liveUntilAllCame()
 	w.loseAll()
-	w.known = newKnowledge()
+	w.expected = newKnowledge()
 	w.last = w.dump()
-	w.say("Redis has lost its data")
+	w.logf("Redis has lost its data")
 }
 
-// playFailover makes a replica take over that lacks the last few commands.
+// playFailover promotes a replica that lacks the last few commands.
 func (w *world) playFailover() {
 	w.liveUntilAllCame()
 	w.replicate()
-	w.replicated = w.known.clone()
+	w.replicated = w.expected.clone()
 	start := w.now
 	for range rapid.IntRange(1, 3).Draw(w.t, "commands") {
 		play := []func(){w.playAdmission, w.playWaiter, w.playAct, w.playRelease, w.playMaintain, w.playTurn}
@@ -274,7 +274,7 @@ func (w *world) playFailover() {
 		}
 	}
 	w.failover()
-	w.known, w.replicated = w.replicated, nil
+	w.expected, w.replicated = w.replicated, nil
 	w.last = w.dump()
-	w.say("a replica took over that lacks all commands since %d s", start)
+	w.logf("a replica took over that lacks all commands since %d s", start)
 }

@@ -15,14 +15,14 @@ import (
 // modelShift moves all stored times of a semaphore and of its replica. The model uses it
 // to move time without waiting.
 //
-// A script cannot tell time that passes from a clock that is set: in both cases the
-// stored times are further from now, or nearer. So the server's clock stands still, and
-// every time that came from it moves. modelShift moves the stored ones. world.shift moves
-// the arrivals that waiters were told and send again.
+// A script cannot distinguish passing time from a clock change: in both cases the stored
+// times are further from now, or nearer. So the server's clock stands still, and every
+// time that came from it moves. modelShift moves the stored times. world.shift moves the
+// arrivals that waiters received and send again.
 //
 // The two cases differ outside of Redis. If time passes, heartbeats and requests become
 // due, and the client's estimate of the server's clock stays right. If the clock is set,
-// nothing becomes due, and the estimate is wrong until the next answer.
+// nothing becomes due, and the estimate is wrong until the next reply.
 var modelShift = redis.NewScript(2*keyCount, `
 local by = tonumber(ARGV[1])
 local function shiftScores(key, by)
@@ -82,10 +82,10 @@ type dump struct {
 	waiters  map[string]int
 	seen     map[string]int
 	lengths  map[string]int
-	since    map[string]int    // token -> when its pod took it; 0 for a waiter
+	since    map[string]int    // token -> when its pod took it; 0: a waiter
 	pods     map[string]string // token -> its pod
 	state    map[string]int
-	expiry   []int // Unix milliseconds; -1: never; -2: there is no such key
+	expiry   []int // Unix milliseconds; -1: never; -2: no such key
 }
 
 func (d dump) equal(other dump) bool {
@@ -102,7 +102,7 @@ func (d dump) equalButExpiry(other dump) bool {
 // scripts are the scripts under test.
 type scripts struct{ acquire, maintain, heartbeat, release, keep, hold *redis.Script }
 
-// scriptsOf makes the scripts from their names.
+// scriptsOf loads the scripts by their names.
 func scriptsOf(script func(name string) *redis.Script) scripts {
 	return scripts{
 		acquire:   script("acquire"),
@@ -116,30 +116,30 @@ func scriptsOf(script func(name string) *redis.Script) scripts {
 
 // estimate is a client's estimate of the server's clock.
 type estimate struct {
-	micros int64     // the time in the last answer (Unix microseconds); 0: no answer yet
-	heard  time.Time // when the client read it
+	micros int64     // the time in the last reply (Unix microseconds); 0: no reply yet
+	readAt time.Time // when the client read it
 }
 
-// at returns the server's time at a moment of the client's clock. Without an answer it
-// returns 0, a deadline that is always over.
+// at returns the server's time at a moment of the client's clock. Without a reply it
+// returns 0, a deadline in the past.
 func (e *estimate) at(t time.Time) int64 {
 	if e.micros == 0 {
 		return 0
 	}
-	return e.micros + t.Sub(e.heard).Microseconds()
+	return e.micros + t.Sub(e.readAt).Microseconds()
 }
 
-// store is the Redis side of the model: one semaphore, a time that the model moves, and a
-// replica that may take over.
+// store is the Redis side of the model: one semaphore, a clock that the model moves, and
+// a replica that may be promoted.
 type store struct {
-	test    *testing.T
-	redis   *rig.Redis
-	clock   *estimate
-	timing  rig.Timing
-	scripts scripts
-	ears    redis.PubSubConn // receives the calls for waiters
-	id      rig.ID
-	second  int64 // the present second of the real clock
+	test       *testing.T
+	redis      *rig.Redis
+	clock      *estimate
+	timing     rig.Timing
+	scripts    scripts
+	subscriber redis.PubSubConn // receives the calls for waiters
+	id         rig.ID
+	second     int64 // the present second of the real clock
 }
 
 func (s *store) replica() []any {
@@ -157,8 +157,8 @@ func (s *store) shift(seconds int) {
 	rig.Must(s.test, err)
 }
 
-// ticks returns the number of seconds that the real clock has moved on since the last
-// call. Near the end of a second it waits for the next one.
+// ticks returns the seconds that the real clock has advanced since the last call. Near
+// the end of a second it waits for the next one.
 func (s *store) ticks() int {
 	const edge = 10 * time.Millisecond
 	now := time.Now()
@@ -171,16 +171,16 @@ func (s *store) ticks() int {
 	return int(ticks)
 }
 
-// setClock sets the server's clock forward, or back. The caller shifts the stored times.
+// setClock moves the server's clock forward or back. The caller shifts the stored times.
 func (s *store) setClock(seconds int) { s.clock.micros -= int64(seconds) * 1e6 }
 
-// run runs a script as the program does, but gives it a minute. late is the number of
-// seconds that the clock has moved on meanwhile.
-func (s *store) run(script *redis.Script, args ...any) (status int, rest []any, late int) {
+// run runs a script as the program does, but with a deadline of a minute. elapsed is the
+// number of seconds that the clock has advanced meanwhile.
+func (s *store) run(script *redis.Script, args ...any) (status int, rest []any, elapsed int) {
 	status = rig.StatusLate
-	for try := 0; status == rig.StatusLate; try++ { // the first deadline may be wrong; the answer has the time
+	for try := 0; status == rig.StatusLate; try++ { // the first deadline may be wrong; the reply has the time
 		if try == 3 {
-			s.test.Fatal("refused as late")
+			s.test.Fatal("Redis refused three deadlines as late")
 		}
 		deadline := s.clock.at(time.Now().Add(time.Minute))
 		reply, err := rig.RunScript(s.redis.Control, script, s.id, deadline, s.timing, args...)
@@ -188,9 +188,9 @@ func (s *store) run(script *redis.Script, args ...any) (status int, rest []any, 
 		status, rest = reply.Status, reply.Rest
 		*s.clock = estimate{reply.Micros, time.Now()}
 	}
-	late = int(s.clock.micros/1e6 - s.second)
-	s.second += int64(late)
-	return status, rest, late
+	elapsed = int(s.clock.micros/1e6 - s.second)
+	s.second += int64(elapsed)
+	return status, rest, elapsed
 }
 
 // runLate runs a script after its deadline.
@@ -201,20 +201,20 @@ func (s *store) runLate(script *redis.Script, by time.Duration, args ...any) (st
 	return reply.Status
 }
 
-// listen subscribes the channel of a waiter.
-func (s *store) listen(token string) { s.hear("SUBSCRIBE", s.id.Channel(token)) }
+// subscribe subscribes to the channel of a waiter.
+func (s *store) subscribe(token string) { s.receiveCalls("SUBSCRIBE", s.id.Channel(token)) }
 
-// deafen unsubscribes all channels.
-func (s *store) deafen() { s.hear("UNSUBSCRIBE") }
+// unsubscribe unsubscribes from all channels.
+func (s *store) unsubscribe() { s.receiveCalls("UNSUBSCRIBE") }
 
-// hear sends a command over the connection that listens. It returns the channels of the
-// calls that came before the answer.
-func (s *store) hear(command string, args ...any) map[string]bool {
-	rig.Must(s.test, s.ears.Conn.Send(command, args...))
-	rig.Must(s.test, s.ears.Conn.Flush())
+// receiveCalls sends a command over the subscribed connection. It returns the channels of the
+// calls that came before the reply.
+func (s *store) receiveCalls(command string, args ...any) map[string]bool {
+	rig.Must(s.test, s.subscriber.Conn.Send(command, args...))
+	rig.Must(s.test, s.subscriber.Conn.Flush())
 	called := map[string]bool{}
 	for {
-		switch reply := s.ears.Receive().(type) {
+		switch reply := s.subscriber.Receive().(type) {
 		case redis.Message:
 			if string(reply.Data) == rig.YourTurn {
 				called[reply.Channel] = true
@@ -231,10 +231,10 @@ func (s *store) hear(command string, args ...any) map[string]bool {
 	}
 }
 
-// replicate brings the replica up to date.
+// replicate copies the data to the replica.
 func (s *store) replicate() { s.copy(s.id.Keys(), s.replica()) }
 
-// failover makes the replica take over.
+// failover promotes the replica.
 func (s *store) failover() { s.copy(s.replica(), s.id.Keys()) }
 
 // loseAll deletes the data of the semaphore.

@@ -10,32 +10,32 @@ import (
 	"pgregory.net/rapid"
 )
 
-// world is a semaphore, the pods that use it, and what the rules say about them. Times
-// and durations are in seconds.
+// world is a semaphore, its pods, and what the rules require of them. Times and durations
+// are in seconds.
 type world struct {
 	store
-	t         *rapid.T
-	broken    func(rule string) // gets the rule that was broken, and does not return
-	interval  int
-	threshold int
-	back      int // live holders come back within this time, once Redis answers
-	quiet     int
-	length    int // the length that most pods ask for
-	listening bool
+	t          *rapid.T
+	broken     func(rule string) // receives the broken rule, and does not return
+	interval   int
+	threshold  int
+	back       int // live holders come back within this time after Redis answers
+	quiet      int
+	length     int // the length that most pods ask for
+	subscribed bool
 
 	now        int // the model's time
 	pods       map[string]*actor
-	order      []*actor // in the order in which they came
-	known      *knowledge
-	replicated *knowledge // of a replica that may take over; nil: there is none
+	order      []*actor // in order of creation
+	expected   *knowledge
+	replicated *knowledge // of a replica that may be promoted; nil: none
 	last       dump
 	commands   int
 }
 
 func (w *world) fail(format string, args ...any) { w.broken(fmt.Sprintf(format, args...)) }
 
-// say logs what happens. rapid prints the log of the shortest failure.
-func (w *world) say(format string, args ...any) {
+// logf logs an event. rapid prints the log of the shortest failure.
+func (w *world) logf(format string, args ...any) {
 	w.t.Logf("%5d s: %s", w.now, fmt.Sprintf(format, args...))
 }
 
@@ -47,7 +47,7 @@ func (w *world) shift(seconds int) {
 			p.arrival += seconds * 1e6
 		}
 	}
-	for _, k := range []*knowledge{w.known, w.replicated} {
+	for _, k := range []*knowledge{w.expected, w.replicated} {
 		if k == nil {
 			continue
 		}
@@ -76,15 +76,15 @@ func (w *world) pass(seconds int) {
 func (w *world) step(seconds int) {
 	w.shift(-seconds)
 	w.setClock(seconds)
-	w.known.clockSet = true
+	w.expected.clockSet = true
 }
 
-// arrive prepares for a command that comes now.
+// arrive prepares for a command that arrives now.
 func (w *world) arrive() {
 	if ticks := w.ticks(); ticks != 0 {
-		w.shift(ticks) // the model's time stands still meanwhile
+		w.shift(ticks) // the model's time stands still
 	}
-	k := w.known
+	k := w.expected
 	if len(w.last.state) == 0 { // deleted, or expired
 		*k = *newKnowledge()
 		k.born = int(w.second)
@@ -96,13 +96,13 @@ func (w *world) arrive() {
 	}
 	second := int(w.second)
 	if k.touched > 0 && (second-k.touched > silence || second < k.touched) {
-		k.shaken, k.resumed = w.now, second
+		k.disturbed, k.resumed = w.now, second
 	}
-	if (k.clockSet || second < k.touched) && k.told != never {
-		k.told = w.now // the report may lie in the time that comes again
+	if (k.clockSet || second < k.touched) && k.lossReported != never {
+		k.lossReported = w.now // the report may lie in the repeated time
 	}
 	if k.clockSet || second-k.touched > max(w.interval, lineQuiet) {
-		k.shaken = w.now // a second silence soon after the first
+		k.disturbed = w.now // a second silence shortly after the first
 	}
 	k.touched = second
 }
@@ -110,16 +110,16 @@ func (w *world) arrive() {
 // command runs a script.
 func (w *world) command(script *redis.Script, args ...any) (status int, rest []any, d dump) {
 	w.commands++
-	status, rest, late := w.run(script, args...)
-	w.now += late
-	w.known.touched += late
+	status, rest, elapsed := w.run(script, args...)
+	w.now += elapsed
+	w.expected.touched += elapsed
 	return status, rest, w.dump()
 }
 
-// note notes a request, or a repair, for a length.
+// note records a request or a repair for a length.
 func (w *world) note(length int) {
-	w.known.clockSet = false
-	w.known.greatest = append(w.known.greatest, asking{int(w.second), length})
+	w.expected.clockSet = false
+	w.expected.greatest = append(w.expected.greatest, asking{int(w.second), length})
 }
 
 // ask runs the acquire script for p.
@@ -128,7 +128,7 @@ func (w *world) ask(p *actor, arrival string) rig.Acquired {
 	status, rest, d := w.command(w.scripts.acquire, p.length, p.token, arrival, p.pod())
 	a, err := rig.ReadAcquired(rig.Reply{Status: status, Rest: rest})
 	rig.Must(w.test, err)
-	k := w.known
+	k := w.expected
 	_, held := k.holders[p.token]
 	switch {
 	case a.Status == rig.AcquireTaken:
@@ -161,7 +161,7 @@ func (w *world) ask(p *actor, arrival string) rig.Acquired {
 	return a
 }
 
-// join is for p, which is in line now and was not before.
+// join updates p, which has just joined the line.
 func (w *world) join(p *actor, arrival string, d dump) {
 	at := d.waiters[p.token]
 	if arrival == joinLine {
@@ -173,28 +173,28 @@ func (w *world) join(p *actor, arrival string, d dump) {
 	} else if at != p.arrival {
 		w.fail("%s came back to the line, and has another place", p.token)
 	}
-	w.known.line[p.token] = at
+	w.expected.line[p.token] = at
 }
 
-// noteLoss is for a waiter or a holder that is older than the data in Redis. Callers that
+// noteLoss handles a waiter or holder that is older than the data in Redis. Callers that
 // did not know of the holders made the free tokens.
 func (w *world) noteLoss() {
-	k := w.known
+	k := w.expected
 	w.last.free = 0
 	k.born = 0 // one report is enough
-	k.told, k.shaken, k.resumed = w.now, w.now, int(w.second)
+	k.lossReported, k.disturbed, k.resumed = w.now, w.now, int(w.second)
 }
 
-// try asks for a token for p. If Redis answers that a repair comes first, try repairs and
+// try asks for a token for p. If Redis replies that a repair comes first, try repairs and
 // asks again.
 func (w *world) try(p *actor) rig.Acquired {
-	if p.kept { // the process that keeps its place does so before it asks
+	if p.kept { // the process that refreshes its place does so before it asks
 		w.arrive()
 		w.keep(nil, []*actor{p}, map[string]int{p.token: p.arrival})
 	}
 	empty := len(w.last.state) == 0 // p's arrival may be later than now, if the clock was set back
 	w.arrive()
-	k, arrival := w.known, p.nextArrival()
+	k, arrival := w.expected, p.nextArrival()
 	if p.arrival != 0 && !p.kept && (empty || p.arrival < k.born*1e6) { // p is older than the data in Redis
 		w.noteLoss()
 	}
@@ -203,23 +203,23 @@ func (w *world) try(p *actor) rig.Acquired {
 	if a.Status == rig.AcquireRepair {
 		w.maintain(p.length, arrival == "" || arrival == joinLine)
 		w.arrive()
-		arrival = p.nextArrival() // the same, if no second has begun
+		arrival = p.nextArrival() // the same unless a new second has begun
 		mustGet = mustGet || w.mustGet(p, arrival)
 		a = w.ask(p, arrival)
 		if a.Status == rig.AcquireRepair {
-			w.fail("%s repaired, and Redis answered that a repair comes first", p.token)
+			w.fail("%s has repaired, and Redis still asks for a repair", p.token)
 		}
 	}
 	if mustGet && a.Status != rig.AcquireTaken {
-		w.fail("%s is entitled to a token, and does not get it", p.token)
+		w.fail("%s is entitled to a token, but does not get it", p.token)
 	}
 	if a.Status != rig.AcquireTaken {
 		w.checkReclaims(p)
 	}
-	w.say("%s of length %d asks with arrival %s: %s; %d in flight, %d free, line %v", p.token, p.length,
+	w.logf("%s of length %d asks with arrival %s: %s; %d in flight, %d free, line %v", p.token, p.length,
 		map[bool]string{true: "that it was answered", false: strconv.Quote(arrival)}[len(arrival) > 1],
 		map[int]string{rig.AcquireTaken: "taken", rig.AcquireFull: "full"}[a.Status],
-		len(w.last.inflight), w.last.free, w.known.inLine())
+		len(w.last.inflight), w.last.free, w.expected.inLine())
 	return a
 }
 
@@ -239,17 +239,17 @@ func (w *world) maintain(length int, newcomer bool) {
 	if w.settled() && total < min(length, portion) {
 		w.fail("a repair left %d tokens of %d", total, length)
 	}
-	if int(w.second)-w.known.resumed <= w.quiet && !newcomer && total > before {
+	if int(w.second)-w.expected.resumed <= w.quiet && !newcomer && total > before {
 		w.fail("a repair replaced tokens, and their holders may come back")
 	}
 	w.last = d
-	w.say("repaired: %d in flight, %d free", len(d.inflight), d.free)
+	w.logf("repaired: %d in flight, %d free", len(d.inflight), d.free)
 }
 
 // beat sends a heartbeat of p.
 func (w *world) beat(p *actor) {
 	w.arrive()
-	k := w.known
+	k := w.expected
 	_, held := k.holders[p.token]
 	seconds := w.now - p.since
 	status, _, d := w.command(w.scripts.heartbeat, p.token, p.pod(), seconds)
@@ -261,7 +261,7 @@ func (w *world) beat(p *actor) {
 	}
 	free := w.last.free
 	if !held {
-		free = max(0, free-1) // a pod that runs counts
+		free = max(0, free-1) // a running pod counts
 	}
 	if d.free != free {
 		w.fail("after a heartbeat of %s, %d tokens are free, not %d", p.token, d.free, free)
@@ -271,13 +271,13 @@ func (w *world) beat(p *actor) {
 	delete(k.asked, p.token)
 	w.check(d, false)
 	w.last = d
-	w.say("%s beats: %d in flight, %d free", p.token, len(d.inflight), d.free)
+	w.logf("%s beats: %d in flight, %d free", p.token, len(d.inflight), d.free)
 }
 
-// giveBack releases the token of p, or its place in line.
+// giveBack releases p's token or its place in line.
 func (w *world) giveBack(p *actor) {
 	w.arrive()
-	k := w.known
+	k := w.expected
 	want, free := 0, w.last.free
 	if _, ok := k.holders[p.token]; ok {
 		want = rig.ReleaseDone
@@ -305,11 +305,11 @@ func (w *world) giveBack(p *actor) {
 	}
 	w.checkCalled(d)
 	w.last = d
-	w.say("%s released: %d in flight, %d free, line %v", p.token, len(d.inflight), d.free, k.inLine())
+	w.logf("%s released: %d in flight, %d free, line %v", p.token, len(d.inflight), d.free, k.inLine())
 }
 
 func newWorld(t *rapid.T, s store, broken func(rule string)) *world {
-	w := &world{store: s, t: t, broken: broken, pods: map[string]*actor{}, known: newKnowledge()}
+	w := &world{store: s, t: t, broken: broken, pods: map[string]*actor{}, expected: newKnowledge()}
 	w.second = time.Now().Unix()
 	pace := rapid.SampledFrom([][2]int{{5, 16}, {10, 40}, {2, 1}}).Draw(t, "interval and threshold")
 	w.interval, w.back = pace[0], min(beatTimeout, pace[0])
@@ -319,7 +319,7 @@ func newWorld(t *rapid.T, s store, broken func(rule string)) *world {
 	w.timing.Interval = time.Duration(pace[0]) * time.Second
 	w.timing.Threshold = time.Duration(pace[1]) * time.Second
 	w.id = rig.FreshID()
-	w.say("interval %d s, threshold %d s, length %d", w.interval, w.threshold, w.length)
+	w.logf("interval %d s, threshold %d s, length %d", w.interval, w.threshold, w.length)
 	w.last = w.dump()
 	return w
 }

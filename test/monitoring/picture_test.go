@@ -28,8 +28,9 @@ type drawnLine struct {
 	values [][2]float64 // Unix seconds, value
 }
 
-// TestDrawDashboard draws docs/dashboard.svg. A real Prometheus scrapes two webhooks while pods come
-// and go for some minutes. The picture has the queries, titles and legends of the dashboard.
+// TestDrawDashboard draws docs/dashboard.svg. A real Prometheus scrapes two webhooks
+// while pods come and go for some minutes. The picture has the queries, titles and
+// legends of the dashboard.
 func TestDrawDashboard(t *testing.T) {
 	rig.SkipSlow(t, "make dashboard-picture")
 	const length, lasts = 3, 4 * time.Minute
@@ -45,7 +46,7 @@ func TestDrawDashboard(t *testing.T) {
 				fmt.Sprintf("--length=%d", length), "--redis-addresses="+r.Address)
 		} else {
 			a := webhooks[i%2].Admit(t, rig.Review(t, id, length))
-			if a.Allowed && i%30 != 1 { // the others have no sidecar, and fall silent
+			if a.Allowed && i%30 != 1 { // the others have no sidecar and fall silent
 				startPod(t, r, id, "", "", a.Token, works)
 			}
 		}
@@ -56,8 +57,8 @@ func TestDrawDashboard(t *testing.T) {
 	rig.Must(t, os.WriteFile(rig.Path("docs/dashboard.svg"), []byte(picture), 0o644))
 }
 
-// startPod starts the sidecar of a pod. Once the sidecar holds the token, the pod works for a while
-// and ends.
+// startPod starts the sidecar of a pod. Once the sidecar holds the token, the pod works
+// for a while and ends.
 func startPod(
 	t *testing.T, r *rig.Redis, id rig.ID, name, node, token string, works time.Duration, flags ...string,
 ) {
@@ -65,7 +66,7 @@ func startPod(
 	args := append([]string{"sidecar", "--queue-redis-address=" + r.Address}, flags...)
 	p := rig.NewProcess(rig.Program(t), append(args, id.String(), token)...)
 	p.Cmd.Env = append(os.Environ(), "POD_NAME="+name, "NODE_NAME="+node)
-	p.Hear = func(line string) {
+	p.OnLine = func(line string) {
 		if strings.Contains(line, `"msg":"`+rig.HeldText+`"`) {
 			time.AfterFunc(works, func() { _ = p.Cmd.Process.Signal(syscall.SIGTERM) })
 		}
@@ -164,7 +165,7 @@ func (p drawnPanel) drawLines(b *strings.Builder, width, height, left, top float
 	}
 }
 
-// inUnit is a value in a unit of Grafana.
+// inUnit formats a value in a unit of Grafana.
 func inUnit(v float64, unit string) string {
 	switch {
 	case unit == "bytes":

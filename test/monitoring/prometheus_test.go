@@ -1,5 +1,5 @@
-// Package monitoring tests deploy/monitoring and docs/runbook.md against the program: its metrics,
-// its messages, and a real Prometheus.
+// Package monitoring tests deploy/monitoring and docs/runbook.md against the program: its
+// metrics, its messages, and a real Prometheus.
 package monitoring
 
 import (
@@ -20,13 +20,14 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// All tests but TestDrawDashboard are quick: they run without SUITE=1.
+// All tests except TestDrawDashboard are quick: they run without SUITE=1.
 func TestMain(m *testing.M) { os.Exit(rig.Run(m)) }
 
 // prometheusServer is a real Prometheus.
 type prometheusServer struct{ url string }
 
-// startPrometheus starts a Prometheus with the alert rules. It scrapes the webhooks every second.
+// startPrometheus starts a Prometheus with the alert rules. It scrapes the webhooks every
+// second.
 func startPrometheus(t *testing.T, webhooks ...*rig.Webhook) *prometheusServer {
 	t.Helper()
 	var targets []string
@@ -114,7 +115,7 @@ func readDashboard(t *testing.T) []dashboardPanel {
 	return d.Panels
 }
 
-// ruleQueries are the queries of the alert rules, without their thresholds.
+// ruleQueries returns the queries of the alert rules, without their thresholds.
 func ruleQueries(t *testing.T, p *prometheusServer) map[string]string {
 	t.Helper()
 	rules, err := p.rules()
@@ -147,8 +148,8 @@ func useSemaphore(t *testing.T, r *rig.Redis, id rig.ID) {
 	r.Do(t, "ZADD", id.InflightKey(), "XX", r.Now(t)-7200, silent)
 }
 
-// A real Prometheus scrapes two webhooks under load. Each query of the dashboard and of the alert
-// rules has an answer. No query counts twice what both webhooks report.
+// A real Prometheus scrapes two webhooks under load. Each query of the dashboard and of
+// the alert rules returns data. No query counts twice what both webhooks report.
 func TestPrometheus(t *testing.T) {
 	t.Parallel()
 	const patience = 2 * time.Minute
@@ -174,7 +175,7 @@ func TestPrometheus(t *testing.T) {
 		if err == nil && (series != 1 || sum <= 0) {
 			err = fmt.Errorf("%d series, %v", series, sum)
 		}
-		if err == nil && !counted { // once more, for queries that look back
+		if err == nil && !counted { // once more, for queries over a time range
 			counted, err = true, errors.New("the load was counted only once")
 		}
 		return err

@@ -16,7 +16,8 @@ import (
 
 const rulesFile = "deploy/monitoring/rules.yaml"
 
-// messages are the messages that the program logs at level WARN and above, or their beginnings.
+// messages returns the messages that the program logs at level WARN and above, or their
+// beginnings.
 func messages(t *testing.T) (all []string) {
 	t.Helper()
 	files, err := filepath.Glob(rig.Path("*.go"))
@@ -68,7 +69,7 @@ func messagesIn(t *testing.T, file *ast.File) (messages []string) {
 }
 
 // The runbook has each alert, each message of level WARN and above, and no other alert.
-func TestRunbookIsWhole(t *testing.T) {
+func TestRunbookIsComplete(t *testing.T) {
 	runbook, rules := rig.ReadFile(t, "docs/runbook.md"), rig.ReadFile(t, rulesFile)
 	alerts := regexp.MustCompile(`- alert: (\w+)`).FindAllStringSubmatch(rules, -1)
 	headings := regexp.MustCompile(`(?m)^### (\w+)$`).FindAllStringSubmatch(runbook, -1)
@@ -93,7 +94,7 @@ func TestRunbookIsWhole(t *testing.T) {
 	}
 }
 
-// promtool runs a check, which has to succeed, and returns its output.
+// promtool runs a check, which must succeed, and returns its output.
 func promtool(t *testing.T, stdin string, args ...string) (out string) {
 	t.Helper()
 	cmd := exec.Command("promtool", args...)
@@ -105,7 +106,7 @@ func promtool(t *testing.T, stdin string, args ...string) (out string) {
 	return string(text)
 }
 
-// The alert rules pass their tests. The program has each metric and each label value that they name.
+// The alert rules pass their tests. The program has each metric and label value in them.
 func TestAlertRules(t *testing.T) {
 	t.Parallel()
 	promtool(t, "", "check", "rules", rig.Path(rulesFile))

@@ -24,8 +24,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// APIServer speaks HTTPS, asks for a token, and does to its clients what API servers and
-// networks do. Behind it are pods: in a store of its own, or in a real API server.
+// APIServer speaks HTTPS, requires a token, and simulates faults of API servers and
+// networks. The pods are in its own store, or in a real API server.
 type APIServer struct {
 	Address   string
 	Dir       string // of the certificate and the token
@@ -34,8 +34,8 @@ type APIServer struct {
 
 	Store *APIStore // nil if the pods are in a real API server
 
-	// Late delays all watches: while it is locked they tell nothing, and then all that
-	// they have missed.
+	// Late delays all watches: while it is locked, they send nothing. Then they send
+	// everything that they have missed.
 	Late sync.RWMutex
 
 	pods http.Handler
@@ -45,14 +45,14 @@ type APIServer struct {
 	token    string
 	fault    APIFault
 	watches  map[*servedWatch]bool
-	requests []string // all, as METHOD PATH?QUERY
+	requests []string // METHOD PATH?QUERY of each
 }
 
-// APIFault handles a request in the API server's place, or reports false. It may change
+// APIFault handles a request instead of the API server, or returns false. It may change
 // the request.
 type APIFault func(w http.ResponseWriter, r *http.Request) bool
 
-// StartAPIServer starts an API server in front of a store of its own.
+// StartAPIServer starts an API server with its own store.
 func StartAPIServer(t testing.TB) *APIServer {
 	t.Helper()
 	store := NewAPIStore()
@@ -61,7 +61,7 @@ func StartAPIServer(t testing.TB) *APIServer {
 	return s
 }
 
-// StartAPIServerFor starts an API server in front of pods that are there.
+// StartAPIServerFor starts an API server in front of existing pods.
 func StartAPIServerFor(t testing.TB, pods http.Handler) *APIServer {
 	t.Helper()
 	dir := t.TempDir()
@@ -74,7 +74,7 @@ func StartAPIServerFor(t testing.TB, pods http.Handler) *APIServer {
 	return s
 }
 
-// SetToken replaces the token, and the file of the clients.
+// SetToken replaces the token, and the clients' file.
 func (s *APIServer) SetToken(t testing.TB, token string) {
 	t.Helper()
 	s.mu.Lock()
@@ -83,7 +83,7 @@ func (s *APIServer) SetToken(t testing.TB, token string) {
 	Must(t, os.WriteFile(s.TokenFile, []byte(token+"\n"), 0o600))
 }
 
-// Start serves, with the certificate that is in its file now.
+// Start serves with the certificate that is in its file now.
 func (s *APIServer) Start(t testing.TB) {
 	t.Helper()
 	pair, err := tls.LoadX509KeyPair(filepath.Join(s.Dir, "tls.crt"), filepath.Join(s.Dir, "tls.key"))
@@ -98,7 +98,7 @@ func (s *APIServer) Start(t testing.TB) {
 	go func() { _ = server.ServeTLS(l, "", "") }()
 }
 
-// Stop closes all connections. The pods stay: Start goes on with them.
+// Stop closes all connections. The pods stay, and Start serves them again.
 func (s *APIServer) Stop() {
 	s.mu.Lock()
 	server := s.server
@@ -106,7 +106,7 @@ func (s *APIServer) Stop() {
 	server.Close()
 }
 
-// Fail sets the fault from now on; nil for none.
+// Fail sets the fault; nil: none.
 func (s *APIServer) Fail(fault APIFault) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -149,12 +149,12 @@ func (s *APIServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // IsWatch reports whether a request is a watch.
 func IsWatch(r *http.Request) bool { return r.URL.Query().Get("watch") == "true" }
 
-// servedWatch is a watch under way.
+// servedWatch is an open watch.
 type servedWatch struct {
 	http.ResponseWriter
 	late   *sync.RWMutex
 	drop   func()
-	silent atomic.Bool // what is written vanishes
+	silent atomic.Bool // writes are discarded
 }
 
 func (w *servedWatch) Write(b []byte) (int, error) {
@@ -168,7 +168,7 @@ func (w *servedWatch) Write(b []byte) (int, error) {
 
 func (w *servedWatch) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
-// eachWatch calls do for all watches under way, and returns their number.
+// eachWatch calls do for each open watch, and returns their number.
 func (s *APIServer) eachWatch(do func(*servedWatch)) (n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -181,13 +181,12 @@ func (s *APIServer) eachWatch(do func(*servedWatch)) (n int) {
 // DropWatches ends the connections of all watches, and returns their number.
 func (s *APIServer) DropWatches() int { return s.eachWatch(func(w *servedWatch) { w.drop() }) }
 
-// SilenceWatches makes all watches of this moment tell nothing any more, and returns
-// their number.
+// SilenceWatches makes all open watches send nothing more, and returns their number.
 func (s *APIServer) SilenceWatches() int {
 	return s.eachWatch(func(w *servedWatch) { w.silent.Store(true) })
 }
 
-// WantWatches waits until n watches are under way.
+// WantWatches waits until n watches are open.
 func (s *APIServer) WantWatches(t testing.TB, want int) {
 	t.Helper()
 	Eventually(t, 20*time.Second, func() error {
@@ -198,15 +197,15 @@ func (s *APIServer) WantWatches(t testing.TB, want int) {
 	})
 }
 
-// Count counts the requests so far that match. A request is METHOD PATH?QUERY.
+// Count counts the matching requests up to now. A request is METHOD PATH?QUERY.
 func (s *APIServer) Count(matches func(request string) bool) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return len(slices.DeleteFunc(slices.Clone(s.requests), func(r string) bool { return !matches(r) }))
 }
 
-// Direct sends a request to the pods, past the faults. It has to succeed; out gets the
-// answer unless it is nil.
+// Direct sends a request to the pods without faults. It must succeed. out receives the
+// response unless it is nil.
 func (s *APIServer) Direct(t testing.TB, method, path string, in, out any) {
 	t.Helper()
 	w := s.TryDirect(t, method, path, in)
@@ -218,7 +217,7 @@ func (s *APIServer) Direct(t testing.TB, method, path string, in, out any) {
 	}
 }
 
-// TryDirect is Direct with any answer.
+// TryDirect is Direct, but accepts any response.
 func (s *APIServer) TryDirect(t testing.TB, method, path string, in any) *httptest.ResponseRecorder {
 	t.Helper()
 	var body []byte
@@ -235,8 +234,8 @@ func (s *APIServer) TryDirect(t testing.TB, method, path string, in any) *httpte
 	return w
 }
 
-// GatedPod is a pod with our gate and one of another controller. No scheduler and no
-// kubelet touches it.
+// GatedPod returns a pod with our scheduling gate and one of another controller. No
+// scheduler and no kubelet changes it.
 func GatedPod(name string) *corev1.Pod {
 	return &corev1.Pod{
 		TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},
@@ -248,7 +247,7 @@ func GatedPod(name string) *corev1.Pod {
 	}
 }
 
-// MarkScheduled makes a pod one whose sidecar and await run on a node.
+// MarkScheduled changes a pod as if its sidecar and await ran on a node.
 func MarkScheduled(p *corev1.Pod) {
 	now := corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}
 	p.Spec.NodeName = "node-1"
@@ -256,8 +255,8 @@ func MarkScheduled(p *corev1.Pod) {
 		{Name: SidecarName, Started: new(true), State: now}, {Name: AwaitName, State: now}}
 }
 
-// MarkRunning makes a pod one that a kubelet has started: its sidecar runs, and its await
-// has ended.
+// MarkRunning changes a pod as if a kubelet had started it: its sidecar runs, and its
+// await has ended.
 func MarkRunning(p *corev1.Pod) {
 	MarkScheduled(p)
 	p.Status.Phase = corev1.PodRunning
@@ -268,7 +267,7 @@ func MarkRunning(p *corev1.Pod) {
 func podsPath(namespace string) string      { return "/api/v1/namespaces/" + namespace + "/pods" }
 func podPath(namespace, name string) string { return podsPath(namespace) + "/" + name }
 
-// CreatePod creates a pod and returns it as it became.
+// CreatePod creates a pod and returns the created object.
 func (s *APIServer) CreatePod(t testing.TB, namespace string, p *corev1.Pod) *corev1.Pod {
 	t.Helper()
 	created := new(corev1.Pod)
@@ -299,7 +298,7 @@ func (s *APIServer) NewNamespace(t testing.TB) string {
 	object := map[string]any{"apiVersion": "v1", "kind": "Namespace", "metadata": map[string]any{"name": name}}
 	s.Direct(t, http.MethodPost, "/api/v1/namespaces", object, nil)
 	t.Cleanup(func() { s.Direct(t, http.MethodDelete, "/api/v1/namespaces/"+name, nil, nil) })
-	// A controller does that, too, in a moment. Without it the API server takes no pods.
+	// A controller does that soon, too. Without it the API server accepts no pods.
 	account := map[string]any{"apiVersion": "v1", "kind": "ServiceAccount",
 		"metadata": map[string]any{"name": "default"}}
 	w := s.TryDirect(t, http.MethodPost, "/api/v1/namespaces/"+name+"/serviceaccounts", account)
@@ -309,7 +308,7 @@ func (s *APIServer) NewNamespace(t testing.TB) string {
 	return name
 }
 
-// FailWatches refuses the next watches.
+// FailWatches makes the next watches fail.
 func (s *APIServer) FailWatches(times int32, code int32) {
 	var n atomic.Int32
 	s.Fail(func(w http.ResponseWriter, r *http.Request) bool {
@@ -322,7 +321,7 @@ func (s *APIServer) FailWatches(times int32, code int32) {
 	})
 }
 
-// ExpireWatches makes the API server forget its history: the version of the next watch is
+// ExpireWatches makes the API server drop its history: the version of the next watch is
 // too old.
 func (s *APIServer) ExpireWatches() {
 	if s.Store != nil {
@@ -340,7 +339,7 @@ func (s *APIServer) ExpireWatches() {
 	})
 }
 
-// FailEvents refuses the next events.
+// FailEvents makes the next events fail.
 func (s *APIServer) FailEvents(times int32) {
 	var n atomic.Int32
 	s.Fail(func(w http.ResponseWriter, r *http.Request) bool {

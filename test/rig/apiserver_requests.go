@@ -17,7 +17,7 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 )
 
-// respond writes an object, or the Status if that is not nil.
+// Respond writes an object, or the Status unless it is nil.
 func Respond(w http.ResponseWriter, code int, object any, status *metav1.Status) {
 	if status != nil {
 		status.TypeMeta, status.Status = metav1.TypeMeta{APIVersion: "v1", Kind: "Status"}, metav1.StatusFailure
@@ -28,7 +28,7 @@ func Respond(w http.ResponseWriter, code int, object any, status *metav1.Status)
 	_ = json.NewEncoder(w).Encode(object)
 }
 
-// Failure is the Status of a request that failed.
+// Failure returns the Status of a failed request.
 func Failure(code int32, reason metav1.StatusReason, format string, args ...any) *metav1.Status {
 	return &metav1.Status{Code: code, Reason: reason, Message: fmt.Sprintf(format, args...)}
 }
@@ -101,8 +101,8 @@ func (s *APIStore) serveWatch(w http.ResponseWriter, r *http.Request, matches fu
 	}
 }
 
-// event is what a watch tells of a change. A change after which the selector does not
-// match any more is a deletion, of the pod as it was before, with the new version.
+// event returns the watch event for a change. If the selector no longer matches after a
+// change, the event is a deletion: of the pod as it was before, with the new version.
 func (c podChange) event(matched, matches bool) (kind string, p *corev1.Pod) {
 	switch {
 	case matched && matches:
@@ -131,8 +131,8 @@ func (s *APIStore) serveCreate(w http.ResponseWriter, r *http.Request) {
 	Respond(w, http.StatusCreated, created, status)
 }
 
-// servePatch takes JSON patches. As a real API server does, it allows a patch to remove
-// gates but not to add them, and answers 422 if a test fails.
+// servePatch accepts JSON patches. Like a real API server, it allows a patch to remove
+// gates but not to add them, and responds with 422 if a test fails.
 func (s *APIStore) servePatch(w http.ResponseWriter, r *http.Request) {
 	body, err := io.ReadAll(r.Body)
 	steps, wrong := jsonpatch.DecodePatch(body)
@@ -171,7 +171,7 @@ func applySteps(p *corev1.Pod, steps jsonpatch.Patch) (*corev1.Pod, *metav1.Stat
 	if patched.Spec.NodeName != p.Spec.NodeName || patched.UID != p.UID {
 		return nil, Failure(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "field is immutable")
 	}
-	patched.Status = p.Status // is a subresource
+	patched.Status = p.Status // the status is a subresource
 	return patched, nil
 }
 

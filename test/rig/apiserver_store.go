@@ -19,27 +19,27 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
-// APIStore holds pods and events, and serves them as a real API server does: lists in
-// pages of one version, watches from a version on, with bookmarks and a bounded history,
-// JSON patches. Nothing schedules or runs the pods: see Change. It never changes a pod in
-// place.
+// APIStore holds pods and events, and serves them like a real API server: lists in pages
+// of one version, watches from a version with bookmarks and a bounded history, and JSON
+// patches. Nothing schedules or runs the pods: see Change. The store replaces pods and
+// never modifies them.
 type APIStore struct {
 	*http.ServeMux
-	BookmarkEvery time.Duration // a minute in a real one
-	HistoryMost   int           // changes
+	BookmarkEvery time.Duration // a minute in a real API server
+	HistoryMost   int           // largest number of changes in the history
 
 	mu        sync.Mutex
 	version   int
 	pods      map[string]*corev1.Pod // by NAMESPACE/NAME
 	history   []podChange
 	compacted int                      // the version up to which the history is gone
-	pages     map[string][]*corev1.Pod // what follows, by "continue"
-	changed   chan struct{}            // closed, and replaced, by each change
+	pages     map[string][]*corev1.Pod // the rest of a list, by "continue"
+	changed   chan struct{}            // each change closes and replaces it
 	marked    int                      // the version of the last bookmark
 	events    []eventsv1.Event
 }
 
-// podChange is one version. before is nil for a new pod, after for a deleted one.
+// podChange is one version. before is nil for a new pod, and after for a deleted pod.
 type podChange struct {
 	version       int
 	before, after *corev1.Pod
@@ -82,7 +82,7 @@ func (s *APIStore) Get(namespace, name string) (*corev1.Pod, *metav1.Status) {
 	return nil, Failure(http.StatusNotFound, metav1.StatusReasonNotFound, "pods %q not found", name)
 }
 
-// put makes a change. s.mu is held.
+// put makes a change. The caller holds s.mu.
 func (s *APIStore) put(before, after *corev1.Pod) {
 	s.version++
 	if after == nil {
@@ -106,7 +106,7 @@ func (s *APIStore) forget(changes int) {
 	}
 }
 
-// Compact forgets the history, and the lists that clients are reading.
+// Compact drops the history, and the lists that clients are reading.
 func (s *APIStore) Compact() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -127,7 +127,7 @@ func (s *APIStore) Create(p *corev1.Pod) (*corev1.Pod, *metav1.Status) {
 	}
 	p.TypeMeta = metav1.TypeMeta{}
 	p.UID = types.UID(uuid.NewString())
-	if p.CreationTimestamp.IsZero() { // a test may choose it
+	if p.CreationTimestamp.IsZero() { // a test may set it
 		p.CreationTimestamp = metav1.NewTime(time.Now().Truncate(time.Second))
 	}
 	p.Status.Phase = cmp.Or(p.Status.Phase, corev1.PodPending)
@@ -140,8 +140,8 @@ func (s *APIStore) Create(p *corev1.Pod) (*corev1.Pod, *metav1.Status) {
 	return p, nil
 }
 
-// Delete removes a pod. It only marks a pod that has a node, unless now is set: the
-// kubelet removes that pod when it has ended.
+// Delete removes a pod. If the pod has a node, it only marks the pod unless now is set:
+// the kubelet removes it after its end.
 func (s *APIStore) Delete(namespace, name string, now bool) (*corev1.Pod, *metav1.Status) {
 	p, status := s.Get(namespace, name)
 	if status != nil {
@@ -160,7 +160,7 @@ func (s *APIStore) Delete(namespace, name string, now bool) (*corev1.Pod, *metav
 	return p, nil
 }
 
-// Change does to a pod what the scheduler and the kubelet do.
+// Change changes a pod, as the scheduler and the kubelet do.
 func (s *APIStore) Change(namespace, name string, change func(*corev1.Pod)) (*corev1.Pod, *metav1.Status) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -177,7 +177,7 @@ func (s *APIStore) Change(namespace, name string, change func(*corev1.Pod)) (*co
 	return after, nil
 }
 
-// matching are the pods that match, in the order of their names. s.mu is held.
+// matching returns the matching pods in the order of their names. The caller holds s.mu.
 func (s *APIStore) matching(matches func(*corev1.Pod) bool) []*corev1.Pod {
 	var list []*corev1.Pod
 	for _, p := range s.pods {
@@ -191,7 +191,7 @@ func (s *APIStore) matching(matches func(*corev1.Pod) bool) []*corev1.Pod {
 	return list
 }
 
-// page is a page of a list: the first one, or the one after next.
+// page returns a page of a list: the first one, or the one that next names.
 func (s *APIStore) page(matches func(*corev1.Pod) bool, next, limit string) (*corev1.PodList, *metav1.Status) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -222,8 +222,8 @@ func (s *APIStore) page(matches func(*corev1.Pod) bool, next, limit string) (*co
 	return list, nil
 }
 
-// since are the changes after a version, and a channel that the next change closes. It is
-// not ok if the store does not know them any more.
+// since returns the changes after a version, and a channel that the next change closes.
+// ok is false if the store has dropped them.
 func (s *APIStore) since(version int) (changes []podChange, changed chan struct{}, upTo int, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -231,14 +231,14 @@ func (s *APIStore) since(version int) (changes []podChange, changed chan struct{
 	return s.history[i:], s.changed, s.version, version >= s.compacted
 }
 
-// EventsOf are the events of a namespace.
+// EventsOf returns the events of a namespace.
 func (s *APIStore) EventsOf(namespace string) []eventsv1.Event {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.DeleteFunc(slices.Clone(s.events), func(e eventsv1.Event) bool { return e.Namespace != namespace })
 }
 
-// WantBookmark waits for a bookmark of this version, or a later one.
+// WantBookmark waits for a bookmark of this version or a later one.
 func (s *APIStore) WantBookmark(t testing.TB, version string) {
 	t.Helper()
 	Eventually(t, 10*time.Second, func() error {

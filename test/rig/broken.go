@@ -7,11 +7,11 @@ import (
 	"testing"
 )
 
-// Edit replaces a text that is in a file of the program exactly once. File is its path
-// from the root.
+// Edit replaces a text that occurs exactly once in a file of the program. File is its
+// path from the root.
 type Edit struct{ File, From, To string }
 
-// BuildBroken builds the program with edits. The source stays as it is.
+// BuildBroken builds the program with edits. The source files stay unchanged.
 func BuildBroken(t testing.TB, edits []Edit) (program string) {
 	t.Helper()
 	dir := t.TempDir()

@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// DeployedMemory returns the environment by which deploy/ sets the memory of Go in the
-// webhook: GOMEMLIMIT=VALUE and GOGC=VALUE.
+// DeployedMemory returns the webhook's memory settings of Go in deploy/: GOMEMLIMIT=VALUE
+// and GOGC=VALUE.
 func DeployedMemory(t testing.TB) (environment []string) {
 	t.Helper()
 	manifest := ReadFile(t, "deploy/base/webhook.yaml")

@@ -14,7 +14,7 @@ import (
 	"go.uber.org/zap"
 )
 
-// etcdBinary builds etcd from its module, once. The go command keeps it.
+// etcdBinary builds etcd from its module, once. The go command caches it.
 var etcdBinary = sync.OnceValues(func() (string, error) {
 	cmd := exec.Command("go", "tool", "-modfile="+Path("test/tools/go.mod"), "-n", "go.etcd.io/etcd/server/v3")
 	cmd.Dir = Root()
@@ -29,10 +29,10 @@ var etcdBinary = sync.OnceValues(func() (string, error) {
 type Etcd struct {
 	Address string
 	*Process
-	Control *clientv3.Client // of the test's own
+	Control *clientv3.Client // the test's own client
 }
 
-// EtcdProgram is the path of etcd.
+// EtcdProgram returns the path of etcd.
 func EtcdProgram(t testing.TB) string {
 	t.Helper()
 	path, err := etcdBinary()
@@ -40,7 +40,8 @@ func EtcdProgram(t testing.TB) string {
 	return path
 }
 
-// StartEtcd starts a cluster of so many members. It elects a leader within half a second.
+// StartEtcd starts a cluster of this many members. It elects a leader within half a
+// second.
 func StartEtcd(t testing.TB, members int) []*Etcd {
 	t.Helper()
 	var cluster []*Etcd
@@ -79,7 +80,7 @@ func (m *Etcd) WantServing(t testing.TB) {
 	Eventually(t, 60*time.Second, m.Answers)
 }
 
-// Answers asks the member something.
+// Answers sends the member a request, and returns its error.
 func (m *Etcd) Answers() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
@@ -95,7 +96,7 @@ func (m *Etcd) IsLeader(t testing.TB) bool {
 	return s.Leader == s.Header.MemberId
 }
 
-// LeaderFirst orders the members.
+// LeaderFirst returns the members, the leader first.
 func LeaderFirst(t testing.TB, cluster []*Etcd) []*Etcd {
 	t.Helper()
 	var ordered []*Etcd
@@ -109,7 +110,7 @@ func LeaderFirst(t testing.TB, cluster []*Etcd) []*Etcd {
 	return ordered
 }
 
-// EtcdAddresses are the addresses of all members.
+// EtcdAddresses returns the addresses of all members.
 func EtcdAddresses(cluster []*Etcd) []string {
 	var addresses []string
 	for _, m := range cluster {

@@ -14,25 +14,25 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// DownAfter is the silence after which Sentinels, and nodes of a Cluster, take a server
-// for lost.
+// DownAfter is the silence after which Sentinels, and the nodes of a Cluster, consider a
+// server down.
 const DownAfter = time.Second
 
 // ClusterSlots is the number of slots of a Redis Cluster.
 const ClusterSlots = 16384
 
-// Group is a queue of several servers, or whose server changes.
+// Group is a queue of several servers, or one whose server changes.
 type Group interface {
 	Address() string
 
-	// Holder is the server that holds a semaphore now.
+	// Holder returns the server that holds a semaphore now.
 	Holder(t testing.TB, id fmt.Stringer) *Redis
 }
 
-// GroupOptions say how the servers of a group are started.
+// GroupOptions are the options for the servers of a group.
 type GroupOptions struct {
-	Args []string                      // more arguments of the servers, but of no Sentinel
-	Env  func(address string) []string // what is added to the environment of all; nil for nothing
+	Args []string                      // more arguments of the servers, not of Sentinels
+	Env  func(address string) []string // added to the environment of all; nil: nothing
 }
 
 // SentinelGroup is a primary with two replicas, and three Sentinels.
@@ -41,8 +41,8 @@ type SentinelGroup struct {
 	Sentinels []*Redis
 }
 
-// StartSentinelGroup starts a group, with more arguments of the servers, and waits until
-// it is whole.
+// StartSentinelGroup starts a group and waits until it is complete. args are added to the
+// arguments of the servers.
 func StartSentinelGroup(t testing.TB, args ...string) *SentinelGroup {
 	t.Helper()
 	return StartSentinelGroupWith(t, GroupOptions{Args: args})
@@ -75,7 +75,7 @@ func StartSentinelGroupWith(t testing.TB, o GroupOptions) *SentinelGroup {
 	return g
 }
 
-// StartSentinel starts a Sentinel that knows no primary yet.
+// StartSentinel starts a Sentinel that watches no primary yet.
 func StartSentinel(t testing.TB) *Redis {
 	t.Helper()
 	return startSentinel(t, t.TempDir(), nil)
@@ -89,8 +89,8 @@ func startSentinel(t testing.TB, dir string, env func(address string) []string) 
 	return s
 }
 
-// WantReady waits until all Sentinels know each other and one primary, and n of its
-// replicas are in sync.
+// WantReady waits until all Sentinels have found each other and the same primary, and
+// this many of its replicas are in sync.
 func (g *SentinelGroup) WantReady(t testing.TB, replicas int) {
 	t.Helper()
 	Eventually(t, 40*time.Second, func() error {
@@ -118,7 +118,7 @@ func (g *SentinelGroup) WantReady(t testing.TB, replicas int) {
 	})
 }
 
-// Primary is the only server that is a primary, or nil.
+// Primary returns the only server that is a primary, or nil.
 func (g *SentinelGroup) Primary(t testing.TB) (primary *Redis) {
 	t.Helper()
 	for _, s := range g.Servers {
@@ -138,7 +138,7 @@ func (g *SentinelGroup) Primary(t testing.TB) (primary *Redis) {
 	return primary
 }
 
-// Address is the address of the group.
+// Address returns the address of the group.
 func (g *SentinelGroup) Address() string {
 	var addresses []string
 	for _, s := range g.Sentinels {
@@ -147,7 +147,7 @@ func (g *SentinelGroup) Address() string {
 	return "redis+sentinel://" + strings.Join(addresses, ",") + "/tokens"
 }
 
-// Holder is the primary, as the first Sentinel that runs sees it.
+// Holder returns the primary, as the first running Sentinel reports it.
 func (g *SentinelGroup) Holder(t testing.TB, _ fmt.Stringer) *Redis {
 	t.Helper()
 	for _, s := range g.Sentinels {
@@ -167,7 +167,7 @@ func (g *SentinelGroup) Holder(t testing.TB, _ fmt.Stringer) *Redis {
 	return nil
 }
 
-// NamedPort is the port of the primary that the first Sentinel names.
+// NamedPort returns the port of the primary that the first Sentinel reports.
 func (g *SentinelGroup) NamedPort(t testing.TB) string {
 	t.Helper()
 	named, err := redis.Strings(g.Sentinels[0].Do(t, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", "tokens"), nil)
@@ -175,7 +175,7 @@ func (g *SentinelGroup) NamedPort(t testing.TB) string {
 	return named[1]
 }
 
-// Serves reports whether a server is the primary, as the first Sentinel sees it.
+// Serves reports whether a server is the primary, by the first Sentinel.
 func (g *SentinelGroup) Serves(t testing.TB, s *Redis, _ fmt.Stringer) bool {
 	t.Helper()
 	return g.NamedPort(t) == Port(s.Address)
@@ -184,7 +184,7 @@ func (g *SentinelGroup) Serves(t testing.TB, s *Redis, _ fmt.Stringer) bool {
 // Cluster is a Redis Cluster of three masters and three replicas.
 type Cluster struct{ Nodes []*Redis }
 
-// StartCluster starts a Cluster and waits until it is whole.
+// StartCluster starts a Cluster and waits until it is complete.
 func StartCluster(t testing.TB) *Cluster {
 	t.Helper()
 	return StartClusterWith(t, GroupOptions{})
@@ -201,8 +201,8 @@ func StartClusterWith(t testing.TB, o GroupOptions) *Cluster {
 			return append([]string{"--port", port, "--repl-diskless-sync-delay", "0", "--cluster-enabled", "yes",
 				"--cluster-port", Port(bus), "--cluster-node-timeout", fmt.Sprint(DownAfter.Milliseconds()),
 				"--cluster-require-full-coverage", "no",
-				// Else a master without slots becomes a replica, of which redis-cli
-				// complains.
+				// Otherwise a master without slots becomes a replica, and redis-cli
+				// fails.
 				"--cluster-allow-replica-migration", "no"}, o.Args...)
 		}
 		s := StartRedisWith(t, RedisOptions{Args: args, Env: o.Env, Kind: SingleQueue})
@@ -220,7 +220,7 @@ func StartClusterWith(t testing.TB, o GroupOptions) *Cluster {
 	return c
 }
 
-// WantReady waits until all nodes agree, and n replicas are in sync.
+// WantReady waits until all nodes agree, and this many replicas are in sync.
 func (c *Cluster) WantReady(t testing.TB, replicas int) {
 	t.Helper()
 	Eventually(t, 40*time.Second, func() error {
@@ -252,23 +252,23 @@ func (c *Cluster) WantReady(t testing.TB, replicas int) {
 	})
 }
 
-// SlotRange are slots, and the address of their master.
+// SlotRange has slots, and the address of their master.
 type SlotRange struct {
 	From, To int
 	Address  string
 }
 
-// Ranges are the slots of the Cluster, as a node sees them.
-func (c *Cluster) Ranges(t testing.TB, asked *Redis) (ranges []SlotRange) {
+// Ranges returns the slots of the Cluster, as a node reports them.
+func (c *Cluster) Ranges(t testing.TB, node *Redis) (ranges []SlotRange) {
 	t.Helper()
-	Must(t, asked.besides(func(conn redis.Conn) (err error) {
+	Must(t, node.besides(func(conn redis.Conn) (err error) {
 		ranges, err = readSlots(conn)
 		return err
 	}))
 	return ranges
 }
 
-// besides uses another connection, which gives up after two seconds: the node may be
+// besides uses a new connection, which times out after two seconds: the node may be
 // paused.
 func (r *Redis) besides(use func(conn redis.Conn) error) error {
 	const patience = 2 * time.Second
@@ -313,10 +313,10 @@ func readSlots(conn redis.Conn) (ranges []SlotRange, err error) {
 	return ranges, nil
 }
 
-// masterOf is the address of the master of a semaphore's slot, as a node sees it, or
-// empty.
-func masterOf(asked *Redis, id fmt.Stringer) (address string, err error) {
-	err = asked.besides(func(conn redis.Conn) error {
+// masterOf returns the address of the master of a semaphore's slot, as a node reports it,
+// or "".
+func masterOf(node *Redis, id fmt.Stringer) (address string, err error) {
+	err = node.besides(func(conn redis.Conn) error {
 		ranges, err := readSlots(conn)
 		if err != nil {
 			return err
@@ -332,12 +332,12 @@ func masterOf(asked *Redis, id fmt.Stringer) (address string, err error) {
 	return address, err
 }
 
-// Address is the address of the Cluster.
+// Address returns the address of the Cluster.
 func (c *Cluster) Address() string {
 	return "redis+cluster://" + c.Nodes[0].Address + "," + c.Nodes[1].Address + "," + c.Nodes[2].Address
 }
 
-// Node is the node of an address.
+// Node returns the node with an address.
 func (c *Cluster) Node(address string) *Redis {
 	for _, n := range c.Nodes {
 		if n.Address == address {
@@ -347,7 +347,8 @@ func (c *Cluster) Node(address string) *Redis {
 	return nil
 }
 
-// Holder is the master of the semaphore's slot, as a node that answers sees it.
+// Holder returns the master of the semaphore's slot, as the first node that answers
+// reports it.
 func (c *Cluster) Holder(t testing.TB, id fmt.Stringer) *Redis {
 	t.Helper()
 	for _, n := range c.Nodes {
@@ -366,7 +367,7 @@ func (c *Cluster) Holder(t testing.TB, id fmt.Stringer) *Redis {
 	return nil
 }
 
-// ReplicaOf is the replica of a master.
+// ReplicaOf returns the replica of a master.
 func (c *Cluster) ReplicaOf(t testing.TB, master *Redis) *Redis {
 	t.Helper()
 	for _, n := range c.Nodes {
@@ -380,7 +381,7 @@ func (c *Cluster) ReplicaOf(t testing.TB, master *Redis) *Redis {
 	return nil
 }
 
-// OtherID is a fresh semaphore of another master than this one's.
+// OtherID returns a new semaphore on another master than that of id.
 func (c *Cluster) OtherID(t testing.TB, id fmt.Stringer) ID {
 	t.Helper()
 	for {
@@ -390,7 +391,7 @@ func (c *Cluster) OtherID(t testing.TB, id fmt.Stringer) ID {
 	}
 }
 
-// Serves reports whether a node serves a semaphore, as another node sees it.
+// Serves reports whether a node serves a semaphore, by another node.
 func (c *Cluster) Serves(t testing.TB, s *Redis, id fmt.Stringer) bool {
 	t.Helper()
 	for _, n := range c.Nodes {

@@ -15,33 +15,33 @@ import (
 	"time"
 )
 
-// Process is a process that a test starts: the program, or a server. Change Cmd before
-// the start.
+// Process is a process that a test starts: the program or a server. Change Cmd only
+// before the start.
 type Process struct {
 	Cmd    *exec.Cmd
 	Log    Log // stderr
 	Stdout Log
 
-	// Hear gets each line of stderr as the process writes it. Done comes after the last
-	// line.
-	Hear func(line string)
+	// OnLine receives each line of stderr as the process writes it. Done is closed after
+	// the last line.
+	OnLine func(line string)
 
 	done chan struct{} // closed when the process has ended
 }
 
-// NewProcess is a process that is not started yet.
+// NewProcess returns a process, not started.
 func NewProcess(program string, args ...string) *Process {
 	return NewProcessOf(exec.Command(program, args...))
 }
 
-// NewProcessOf is NewProcess with a command.
+// NewProcessOf is NewProcess for a command.
 func NewProcessOf(cmd *exec.Cmd) *Process {
 	p := &Process{Cmd: cmd, done: make(chan struct{})}
 	p.Cmd.Stderr, p.Cmd.Stdout = &p.Log, &p.Stdout
 	return p
 }
 
-// Start starts the process, which ends with the test.
+// Start starts the process. It ends with the test.
 func (p *Process) Start(t testing.TB) {
 	t.Helper()
 	Must(t, p.Launch())
@@ -53,25 +53,25 @@ func (p *Process) Start(t testing.TB) {
 	})
 }
 
-// Launch starts the process. The caller has to end it.
+// Launch starts the process. The caller must end it.
 func (p *Process) Launch() error {
-	if p.Hear != nil {
-		p.Cmd.Stderr = io.MultiWriter(p.Cmd.Stderr, &lineWriter{hear: p.Hear})
+	if p.OnLine != nil {
+		p.Cmd.Stderr = io.MultiWriter(p.Cmd.Stderr, &lineWriter{onLine: p.OnLine})
 	}
 	if err := p.Cmd.Start(); err != nil {
 		return err
 	}
 	go func() {
-		_ = p.Cmd.Wait() // waits for the last line of stderr, too
+		_ = p.Cmd.Wait() // also waits for the last line of stderr
 		close(p.done)
 	}()
 	return nil
 }
 
-// lineWriter calls hear for each line.
+// lineWriter calls onLine for each line.
 type lineWriter struct {
-	hear func(line string)
-	rest []byte
+	onLine func(line string)
+	rest   []byte
 }
 
 func (w *lineWriter) Write(p []byte) (int, error) {
@@ -81,12 +81,12 @@ func (w *lineWriter) Write(p []byte) (int, error) {
 		if end < 0 {
 			return len(p), nil
 		}
-		w.hear(string(w.rest[:end+1]))
+		w.onLine(string(w.rest[:end+1]))
 		w.rest = w.rest[end+1:]
 	}
 }
 
-// Pid is the process ID.
+// Pid returns the process ID.
 func (p *Process) Pid() int { return p.Cmd.Process.Pid }
 
 // Done is closed when the process has ended.
@@ -102,10 +102,10 @@ func (p *Process) Ended() bool {
 	}
 }
 
-// ExitCode is the exit code of a process that has ended; -1 if a signal ended it.
+// ExitCode returns the exit code of a process that has ended; -1 if a signal ended it.
 func (p *Process) ExitCode() int { return p.Cmd.ProcessState.ExitCode() }
 
-// Kill kills the process, if it runs, and waits for its end.
+// Kill kills the process if it runs, and waits until it has ended.
 func (p *Process) Kill() {
 	_ = p.Cmd.Process.Kill()
 	<-p.done
@@ -117,7 +117,7 @@ func (p *Process) Signal(t testing.TB, s syscall.Signal) {
 	Must(t, p.Cmd.Process.Signal(s))
 }
 
-// Pause stops the process until Resume, or until the test ends: its connections hang.
+// Pause stops the process until Resume or the end of the test: its connections hang.
 func (p *Process) Pause(t testing.TB) {
 	t.Helper()
 	p.Signal(t, syscall.SIGSTOP)
@@ -132,8 +132,8 @@ func (p *Process) Resume(t testing.TB) {
 	p.Signal(t, syscall.SIGCONT)
 }
 
-// WantState waits until the process is in a state of /proc/PID/stat: T is stopped, S
-// sleeps.
+// WantState waits until the process is in a state of /proc/PID/stat: T means stopped, S
+// sleeping.
 func (p *Process) WantState(t testing.TB, want string) {
 	t.Helper()
 	Eventually(t, 10*time.Second, func() error {
@@ -145,7 +145,7 @@ func (p *Process) WantState(t testing.TB, want string) {
 	})
 }
 
-// stat is /proc/PID/stat, from the state on.
+// stat returns the fields of /proc/PID/stat, from the state on.
 func (p *Process) stat() ([]string, error) {
 	stat, err := os.ReadFile(p.proc("stat"))
 	if err != nil {
@@ -158,7 +158,7 @@ func (p *Process) proc(file string) string {
 	return filepath.Join("/proc", strconv.Itoa(p.Pid()), file)
 }
 
-// WantExit waits for the end of the process, and wants this exit code.
+// WantExit waits until the process ends, and requires this exit code.
 func (p *Process) WantExit(t testing.TB, code int) {
 	t.Helper()
 	select {
@@ -179,7 +179,7 @@ func (p *Process) WantNotEnded(t testing.TB) {
 	}
 }
 
-// WantLog waits for a log line with a message, and returns the first.
+// WantLog waits for a log line with a message, and returns the first one.
 func (p *Process) WantLog(t testing.TB, message string) map[string]any {
 	t.Helper()
 	var lines []map[string]any
@@ -209,7 +209,7 @@ func (p *Process) WantLogPrefix(t testing.TB, prefix string) (message string) {
 	return message
 }
 
-// WantNoSecret fails the test if the password is in the log or among the arguments.
+// WantNoSecret fails the test if the password is in the log or in the arguments.
 func (p *Process) WantNoSecret(t testing.TB) {
 	t.Helper()
 	if strings.Contains(p.Log.String(), Password) || strings.Contains(strings.Join(p.Cmd.Args, " "), Password) {
@@ -217,7 +217,7 @@ func (p *Process) WantNoSecret(t testing.TB) {
 	}
 }
 
-// Memory is a field of /proc/PID/status, in KB: VmRSS, VmHWM, RssAnon.
+// Memory returns a field of /proc/PID/status, in KB: VmRSS, VmHWM or RssAnon.
 func (p *Process) Memory(t testing.TB, field string) int {
 	t.Helper()
 	status, err := os.ReadFile(p.proc("status"))
@@ -231,7 +231,7 @@ func (p *Process) Memory(t testing.TB, field string) int {
 	return n
 }
 
-// CPU is the processor time that the process has used so far.
+// CPU returns the CPU time that the process has used so far.
 func (p *Process) CPU(t testing.TB) time.Duration {
 	t.Helper()
 	fields, err := p.stat()

@@ -36,11 +36,11 @@ func StartProgram(t testing.TB, args ...string) *Process {
 	return p
 }
 
-// podUIDs are the UIDs of the pods that InPod has made, by test.
+// podUIDs has the UIDs of the pods that InPod has made, by test.
 var podUIDs sync.Map
 
-// InPod makes the sidecars and awaits of a test the containers of one pod, whose UID it
-// returns.
+// InPod makes the sidecars and awaits of a test containers of one pod. It returns the
+// pod's UID.
 func InPod(t testing.TB, token string) string {
 	t.Helper()
 	podUID := uuid.NewString()
@@ -49,8 +49,7 @@ func InPod(t testing.TB, token string) string {
 	return podUID
 }
 
-// StartMark is the file by which the sidecar of a pod knows that the pod's app may have
-// been started.
+// StartMark returns the file that tells a sidecar that its pod's app may have started.
 func StartMark(token string) string {
 	return filepath.Join("/dev/shm", "at-least-semaphore-pod-"+token)
 }
@@ -63,7 +62,7 @@ func StartSidecar(t testing.TB, address string, id fmt.Stringer, token string, f
 	return StartProgram(t, append(args, id.String(), token)...)
 }
 
-// StartWaitingSidecar starts a sidecar that gets its token itself.
+// StartWaitingSidecar starts a sidecar that acquires its token itself.
 func StartWaitingSidecar(
 	t testing.TB, address string, id fmt.Stringer, token string, length int, flags ...string,
 ) *Process {
@@ -78,8 +77,8 @@ func StartAwait(t testing.TB) *Process {
 	return StartProgram(t, "await")
 }
 
-// LimitMemoryAsDeployed gives the processes that the test starts from now on the memory settings
-// of Go that the webhook has in deploy/.
+// LimitMemoryAsDeployed sets Go's memory settings of deploy/ for the processes that the
+// test starts later.
 func LimitMemoryAsDeployed(t *testing.T) {
 	t.Helper()
 	manifest := ReadFile(t, "deploy/base/webhook.yaml")
@@ -117,7 +116,7 @@ func (s *Service) WantReady(t testing.TB) {
 	})
 }
 
-// Metrics is what the service answers at /metrics.
+// Metrics returns the response of /metrics.
 func (s *Service) Metrics(t testing.TB) string {
 	t.Helper()
 	response, err := http.Get(s.HealthURL + "/metrics")
@@ -128,8 +127,8 @@ func (s *Service) Metrics(t testing.TB) string {
 	return string(text)
 }
 
-// Metric is the value of one series, as it is named in the metrics: NAME or NAME{LABELS}.
-// ok is false if the service does not have it.
+// Metric returns the value of one series, NAME or NAME{LABELS}. ok is false if the
+// service has no such series.
 func (s *Service) Metric(t testing.TB, series string) (value float64, ok bool) {
 	t.Helper()
 	m := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(series) + ` (\S+)$`).FindStringSubmatch(s.Metrics(t))
@@ -141,7 +140,7 @@ func (s *Service) Metric(t testing.TB, series string) (value float64, ok bool) {
 	return value, true
 }
 
-// Webhook is the program as a webhook.
+// Webhook is the program in the mode webhook.
 type Webhook struct {
 	Service
 	URL     string
@@ -149,8 +148,8 @@ type Webhook struct {
 	Client  *http.Client
 }
 
-// StartWebhook starts the webhook and waits until it is ready. address is of the Redis
-// for tokens and lock.
+// StartWebhook starts the webhook and waits until it is ready. address is the Redis for
+// tokens and lock.
 func StartWebhook(t testing.TB, address string, flags ...string) *Webhook {
 	t.Helper()
 	return StartWebhookOf(t, Program(t), address, flags...)
@@ -164,7 +163,7 @@ func StartWebhookOf(t testing.TB, program, address string, flags ...string) *Web
 	return w
 }
 
-// NewWebhook is a webhook that is not started yet.
+// NewWebhook returns a webhook, not started.
 func NewWebhook(t testing.TB, program, address string, flags ...string) *Webhook {
 	t.Helper()
 	w := &Webhook{CertDir: t.TempDir()}
@@ -177,7 +176,7 @@ func NewWebhook(t testing.TB, program, address string, flags ...string) *Webhook
 		"--redis-addresses=" + address}, flags...)...)
 	w.Client = &http.Client{Transport: &http.Transport{
 		ForceAttemptHTTP2: true,
-		// The certificate changes. What a test looks at is its serial number.
+		// The certificate changes. Tests check its serial number.
 		TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
 	}}
 	return w
@@ -202,7 +201,8 @@ func (w *Webhook) Post(body []byte) (status int, text string, serial int64, err 
 	return response.StatusCode, string(b), response.TLS.PeerCertificates[0].SerialNumber.Int64(), err
 }
 
-// TryAdmit sends a review that the webhook has to answer with a decision.
+// TryAdmit sends a review. It returns an error unless the webhook answers with a
+// decision.
 func (w *Webhook) TryAdmit(body []byte) (Admission, error) {
 	status, text, _, err := w.Post(body)
 	if err != nil {
@@ -211,7 +211,7 @@ func (w *Webhook) TryAdmit(body []byte) (Admission, error) {
 	return ReadAdmission(status, text)
 }
 
-// Admit is TryAdmit that fails the test if there is no decision.
+// Admit is TryAdmit, but fails the test if there is no decision.
 func (w *Webhook) Admit(t testing.TB, body []byte) Admission {
 	t.Helper()
 	a, err := w.TryAdmit(body)
@@ -219,7 +219,7 @@ func (w *Webhook) Admit(t testing.TB, body []byte) Admission {
 	return a
 }
 
-// WantAdmitted admits a pod that has to get a token, and returns the token.
+// WantAdmitted admits a pod, which must get a token, and returns the token.
 func (w *Webhook) WantAdmitted(t testing.TB, id fmt.Stringer, length int) string {
 	t.Helper()
 	a := w.Admit(t, Review(t, id, length))
@@ -229,10 +229,10 @@ func (w *Webhook) WantAdmitted(t testing.TB, id fmt.Stringer, length int) string
 	return a.Token
 }
 
-// Gate is the program as a gate.
+// Gate is the program in the mode gate.
 type Gate struct{ Service }
 
-// StartGate starts a gate and waits until it is ready. address is of the Redis for tokens
+// StartGate starts a gate and waits until it is ready. address is the Redis for tokens
 // and lock.
 func StartGate(t testing.TB, api *APIServer, address string, flags ...string) *Gate {
 	t.Helper()
@@ -242,7 +242,7 @@ func StartGate(t testing.TB, api *APIServer, address string, flags ...string) *G
 	return g
 }
 
-// NewGate is a gate that is not started yet.
+// NewGate returns a gate, not started.
 func NewGate(t testing.TB, program string, api *APIServer, address string, flags ...string) *Gate {
 	t.Helper()
 	health := FreeAddress(t)

@@ -9,13 +9,13 @@ import (
 	"time"
 )
 
-// Proxy is between clients and a server, and does to their connections what networks do.
+// Proxy stands between clients and a server, and simulates network faults.
 type Proxy struct {
 	Address string
-	Made    atomic.Int32        // the number of connections so far
-	Answers sync.RWMutex        // while it is locked, the proxy keeps answers back
-	Rewrite func([]byte) []byte // what answers become; nil: see announce
-	Delay   atomic.Int64        // of answers, in nanoseconds
+	Made    atomic.Int32        // the number of connections up to now
+	Answers sync.RWMutex        // while it is locked, the proxy holds replies back
+	Rewrite func([]byte) []byte // changes replies; nil: see announce
+	Delay   atomic.Int64        // of replies, in nanoseconds
 
 	mu    sync.Mutex
 	conns []*proxied
@@ -34,12 +34,11 @@ func (c *proxied) close() {
 	c.server.Close()
 }
 
-// HeldCommand is the first command that contains a text. The proxy keeps it back on its
-// way to the server.
+// HeldCommand is the first command that contains a text. The proxy holds it back.
 type HeldCommand struct {
-	Held    chan struct{} // closed when the command is kept back
-	Deliver func()        // sends it on
-	Sent    chan struct{} // closed when that is done
+	Held    chan struct{} // closed when the proxy has the command
+	Deliver func()        // sends the command to the server
+	Sent    chan struct{} // closed when the command is sent
 
 	text      string
 	hangUp    bool // the proxy closes the client's connection at once
@@ -98,7 +97,7 @@ func (p *Proxy) connect(client net.Conn, server string) {
 	})
 }
 
-// announce makes the node of a Cluster name the proxy in front of it, not itself.
+// announce replaces the address of a Cluster node by that of its proxy.
 func announce(answer []byte, server, proxy string) []byte {
 	if TestQueue != ClusterQueue {
 		return answer
@@ -106,8 +105,8 @@ func announce(answer []byte, server, proxy string) []byte {
 	return bytes.ReplaceAll(answer, []byte(":"+Port(server)+"\r\n"), []byte(":"+Port(proxy)+"\r\n"))
 }
 
-// forward passes on what it reads until the connection ends. From a silent connection it
-// passes on nothing, not even the end.
+// forward copies data until the connection ends. From a silent connection it copies
+// nothing, not even the end.
 func (c *proxied) forward(from net.Conn, write func([]byte) error) {
 	b := make([]byte, 1<<16)
 	for {
@@ -146,7 +145,7 @@ func (p *Proxy) toServer(c *proxied, b []byte) error {
 	return err
 }
 
-// HoldFirst keeps back the first command that contains a text. With hangUp, the proxy
+// HoldFirst holds back the first command that contains a text. With hangUp, the proxy
 // also closes the client's connection.
 func (p *Proxy) HoldFirst(t testing.TB, text string, hangUp bool) *HeldCommand {
 	t.Helper()
@@ -160,8 +159,7 @@ func (p *Proxy) HoldFirst(t testing.TB, text string, hangUp bool) *HeldCommand {
 	return h
 }
 
-// Silence makes the connections of this moment swallow all bytes from now on. New
-// connections work.
+// Silence discards all further bytes of the open connections. New connections work.
 func (p *Proxy) Silence() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -170,7 +168,7 @@ func (p *Proxy) Silence() {
 	}
 }
 
-// Cut closes all connections, and new ones too, until Mend.
+// Cut closes all connections, including new ones, until Mend.
 func (p *Proxy) Cut() {
 	p.mu.Lock()
 	defer p.mu.Unlock()

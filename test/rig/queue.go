@@ -9,9 +9,9 @@ import (
 	"testing"
 )
 
-// TestQueue is the kind of queue that all tests use. Empty is one server. By TEST_QUEUE
-// it is a primary that a Sentinel names, or a Cluster of one node, which a test can look
-// into.
+// TestQueue is the kind of queue that all tests use. Empty: one server. TEST_QUEUE
+// selects a primary that a Sentinel reports, or a Cluster of one node, so that tests can
+// inspect it.
 var TestQueue = os.Getenv("TEST_QUEUE")
 
 // The kinds of queues.
@@ -21,8 +21,8 @@ const (
 	ClusterQueue  = "cluster"
 )
 
-// QueueAddress is the address by which the program finds a server of a test, or a proxy
-// in front of it. An address with a scheme, or of another machine, stays as it is.
+// QueueAddress returns the address by which the program finds a test's server, or a proxy
+// in front of it. It returns addresses with a scheme, or of other machines, unchanged.
 func QueueAddress(address string) string {
 	host, port, err := net.SplitHostPort(address)
 	switch {
@@ -45,7 +45,7 @@ func QueueAddress(address string) string {
 	return "redis+sentinel://" + sharedSentinel.Address + "/" + name
 }
 
-// UnreachedText is how the error about a server that is out of reach begins.
+// UnreachedText returns the beginning of the error about an unreachable server.
 func UnreachedText(address string) string {
 	if TestQueue == "" {
 		return "connect to queue Redis " + address
@@ -62,8 +62,8 @@ func SkipUnderSentinel(t testing.TB) {
 	}
 }
 
-// IfDiscovered is n where the program discovers its server, which takes connections of
-// its own, and else 0.
+// IfDiscovered returns n if the program discovers its server, which takes extra
+// connections. Otherwise it returns 0.
 func IfDiscovered(n int) int {
 	if TestQueue == "" {
 		return 0

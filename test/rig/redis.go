@@ -18,38 +18,37 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// RedisProgram is the server that the tests start: redis-server, or what REDIS_SERVER
-// names.
+// RedisProgram is the server that the tests start: REDIS_SERVER, or redis-server.
 var RedisProgram = cmp.Or(os.Getenv("REDIS_SERVER"), "redis-server")
 
-// Redis is a real redis-server. Process is the one that runs now: Start replaces it.
+// Redis is a real redis-server. Process is the running one: Start replaces it.
 type Redis struct {
 	Address string
 	Args    []string
 	*Process
-	Control redis.Conn // a connection of the test's own
+	Control redis.Conn // the test's own connection
 
 	dial     []redis.DialOption
 	env      func(address string) []string
 	allSlots bool // it is a Cluster of one node
 }
 
-// RedisOptions say how a redis-server is started.
+// RedisOptions are the options of a redis-server.
 type RedisOptions struct {
-	// Args are its arguments but for the folder, at a port. Nil: it listens there without
-	// TLS.
+	// Args returns its arguments, except for the folder. Nil: it listens on the port
+	// without TLS.
 	Args func(port string) []string
 
-	Dial []redis.DialOption            // of the test's own connections
-	Env  func(address string) []string // what is added to the environment; nil for nothing
-	Kind string                        // SingleQueue or ClusterQueue; empty: as TEST_QUEUE says
+	Dial []redis.DialOption            // for the test's own connections
+	Env  func(address string) []string // added to the environment; nil: nothing
+	Kind string                        // SingleQueue or ClusterQueue; empty: as TEST_QUEUE selects
 }
 
-// PlainPort is the argument for a port without TLS.
+// PlainPort returns the arguments for a port without TLS.
 func PlainPort(port string) []string { return []string{"--port", port} }
 
-// StartRedis starts a redis-server of the test's own. It has an append-only file: Stop
-// and Start restart it with its data.
+// StartRedis starts a new redis-server. It has an append-only file: Stop and Start
+// restart it with its data.
 func StartRedis(t testing.TB) *Redis {
 	t.Helper()
 	return StartRedisWith(t, RedisOptions{})
@@ -69,7 +68,7 @@ func launchRedis(dir string, o RedisOptions) (*Redis, error) {
 		o.Args = PlainPort
 	}
 	var last error
-	for range 5 { // another process may take the port before redis-server does
+	for range 5 { // another process may take the port first
 		address, err := unusedAddress()
 		if err != nil {
 			return nil, err
@@ -93,7 +92,7 @@ func launchRedis(dir string, o RedisOptions) (*Redis, error) {
 	return nil, last
 }
 
-// unusedAddress is an address that the system has just chosen.
+// unusedAddress returns an address that the system has just chosen.
 func unusedAddress() (string, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -103,7 +102,7 @@ func unusedAddress() (string, error) {
 	return l.Addr().String(), nil
 }
 
-// Start starts the server, for the first time or again, and waits until it answers.
+// Start starts or restarts the server, and waits until it answers.
 func (r *Redis) Start() error {
 	r.Process = NewProcess(RedisProgram, r.Args...)
 	if r.env != nil {
@@ -126,8 +125,8 @@ func (r *Redis) Start() error {
 	})
 	if err != nil {
 		r.Stop()
-		said := r.Stdout.String() + r.Log.String()
-		return fmt.Errorf("%s did not answer at %s: %w: %s", RedisProgram, r.Address, err, said)
+		output := r.Stdout.String() + r.Log.String()
+		return fmt.Errorf("%s did not answer at %s: %w: %s", RedisProgram, r.Address, err, output)
 	}
 	if r.allSlots {
 		return r.serveAllSlots()
@@ -135,7 +134,7 @@ func (r *Redis) Start() error {
 	return nil
 }
 
-// Stop ends the server as an orderly shutdown does.
+// Stop shuts the server down in order.
 func (r *Redis) Stop() {
 	if r.Control != nil {
 		r.Control.Close()
@@ -145,14 +144,14 @@ func (r *Redis) Stop() {
 	<-r.Done()
 }
 
-// Crash ends the server as the loss of its machine does.
+// Crash kills the server, like the loss of its machine.
 func (r *Redis) Crash(t testing.TB) {
 	t.Helper()
 	r.Signal(t, syscall.SIGKILL)
 	<-r.Done()
 }
 
-// Redial replaces the test's own connection. A failover closes it.
+// Redial replaces the test's own connection, which a failover closes.
 func (r *Redis) Redial(t testing.TB) {
 	t.Helper()
 	r.Control.Close()
@@ -167,7 +166,7 @@ func (r *Redis) Dial(t testing.TB) redis.Conn {
 	return c
 }
 
-// Do sends a command, which has to succeed.
+// Do sends a command, which must succeed.
 func (r *Redis) Do(t testing.TB, command string, args ...any) any {
 	t.Helper()
 	reply, err := r.Control.Do(command, args...)
@@ -181,8 +180,8 @@ var (
 	sharedRedisOnce sync.Once
 )
 
-// CommonRedis is one server for all tests that do not disturb it. The connection is the
-// test's own.
+// CommonRedis returns one server for all tests that do not disturb it. Each test has its
+// own connection.
 func CommonRedis(t testing.TB) *Redis {
 	t.Helper()
 	sharedRedisOnce.Do(func() { sharedRedis, sharedRedisErr = launchRedis(Folder(), RedisOptions{}) })
@@ -202,7 +201,7 @@ func stopShared() {
 	}
 }
 
-// Now is the server's time, in Unix seconds.
+// Now returns the server's time, in Unix seconds.
 func (r *Redis) Now(t testing.TB) int {
 	t.Helper()
 	now, err := redis.Ints(r.Do(t, "TIME"), nil)
@@ -210,7 +209,8 @@ func (r *Redis) Now(t testing.TB) int {
 	return now[0]
 }
 
-// Role is the server's role: master, slave or sentinel; or why it does not tell.
+// Role returns the server's role: master, slave or sentinel. If the server does not
+// answer, it returns why.
 func (r *Redis) Role(t testing.TB) string {
 	t.Helper()
 	reply, err := redis.Values(r.Control.Do("ROLE"))
@@ -220,7 +220,7 @@ func (r *Redis) Role(t testing.TB) string {
 	return string(reply[0].([]byte))
 }
 
-// Info is a number in a section of INFO: the digits after a pattern, or 0.
+// Info returns a number in a section of INFO: the digits after a pattern, or 0.
 func (r *Redis) Info(t testing.TB, section, pattern string) int {
 	t.Helper()
 	text, err := redis.String(r.Do(t, "INFO", section), nil)
@@ -248,7 +248,7 @@ func (r *Redis) CommandCalls(t testing.TB) map[string]int {
 	return calls
 }
 
-// Fill takes all memory, so that the server refuses writes, until empty is called.
+// Fill uses up all memory, so that the server refuses writes. empty frees it.
 func (r *Redis) Fill(t testing.TB) (empty func()) {
 	t.Helper()
 	r.Do(t, "CONFIG", "SET", "maxmemory-policy", "noeviction")
@@ -259,8 +259,8 @@ func (r *Redis) Fill(t testing.TB) (empty func()) {
 	return func() { r.Do(t, "CONFIG", "SET", "maxmemory", "0") }
 }
 
-// WantReplicasInSync waits until all replicas have what the server has, which takes no
-// more writes.
+// WantReplicasInSync waits until all replicas have all data of the server, which must get
+// no more writes.
 func (r *Redis) WantReplicasInSync(t testing.TB) {
 	t.Helper()
 	Eventually(t, 10*time.Second, func() error {
@@ -280,7 +280,7 @@ func (r *Redis) WantReplicasInSync(t testing.TB) {
 // LockServers are the Redis servers of a Redlock.
 type LockServers []*Redis
 
-// StartLockServers starts n of them.
+// StartLockServers starts n lock servers.
 func StartLockServers(t testing.TB, n int, o RedisOptions) (s LockServers) {
 	t.Helper()
 	for range n {
@@ -289,7 +289,7 @@ func StartLockServers(t testing.TB, n int, o RedisOptions) (s LockServers) {
 	return s
 }
 
-// Addresses are the addresses of all.
+// Addresses returns the addresses of all servers.
 func (s LockServers) Addresses() (all []string) {
 	for _, r := range s {
 		all = append(all, r.Address)
@@ -297,7 +297,7 @@ func (s LockServers) Addresses() (all []string) {
 	return all
 }
 
-// LocksLeft is an error if any server has a key.
+// LocksLeft returns an error if any server has a key.
 func (s LockServers) LocksLeft() error {
 	for _, r := range s {
 		if n, err := redis.Int(r.Control.Do("DBSIZE")); err != nil || n > 0 {
@@ -307,7 +307,7 @@ func (s LockServers) LocksLeft() error {
 	return nil
 }
 
-// ConnectionsLeft is an error if any server has a connection besides the test's own.
+// ConnectionsLeft returns an error if any server has a connection besides the test's own.
 func (s LockServers) ConnectionsLeft() error {
 	for _, r := range s {
 		clients, err := redis.String(r.Control.Do("CLIENT", "LIST"))
@@ -318,8 +318,8 @@ func (s LockServers) ConnectionsLeft() error {
 	return nil
 }
 
-// UserLine is a line of deploy/base/redis-scripts.yaml as words. They begin with "user"
-// if the line makes a user, with or without a password in the environment.
+// UserLine splits a line of deploy/base/redis-scripts.yaml into words. The first word is
+// "user" if the line makes a user, with or without a password in the environment.
 func UserLine(line string) []string {
 	line = strings.TrimSpace(line)
 	if _, user, ok := strings.Cut(line, "_PASSWORD:+user "); ok && strings.HasPrefix(line, "${") {
@@ -328,7 +328,7 @@ func UserLine(line string) []string {
 	return strings.Fields(line)
 }
 
-// Anys are texts as arguments of a command.
+// Anys converts texts to arguments of a command.
 func Anys(texts []string) (all []any) {
 	for _, text := range texts {
 		all = append(all, text)
@@ -336,7 +336,7 @@ func Anys(texts []string) (all []any) {
 	return all
 }
 
-// launchSentinel starts a Sentinel that knows no primary yet.
+// launchSentinel starts a Sentinel that watches no primary yet.
 func launchSentinel(dir string, env func(address string) []string) (*Redis, error) {
 	var last error
 	for range 5 {
@@ -358,7 +358,7 @@ func launchSentinel(dir string, env func(address string) []string) (*Redis, erro
 	return nil, last
 }
 
-// serveAllSlots makes the server a Cluster of its own. A node does not serve for its
+// serveAllSlots makes the server a Cluster of one node. A node does not serve for its
 // first two seconds.
 func (r *Redis) serveAllSlots() error {
 	_, err := r.Control.Do("CLUSTER", "ADDSLOTSRANGE", 0, ClusterSlots-1)

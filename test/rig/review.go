@@ -14,7 +14,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// Names that the objects of Kubernetes carry.
+// Names in Kubernetes objects.
 const (
 	AnnotationPrefix     = "at-least-semaphore-pod-hook.kaidotio.github.io/"
 	AnnotationEnabled    = AnnotationPrefix + "at-least-semaphore-pod"
@@ -40,7 +40,7 @@ const (
 // MaxLength is the greatest length that a pod may ask for.
 const MaxLength = 10000
 
-// Fixture is an AdmissionReview that a real API server sent; see
+// Fixture returns an AdmissionReview of a real API server; see
 // test/testdata/admission-reviews.
 func Fixture(t testing.TB, name string) map[string]any {
 	t.Helper()
@@ -49,11 +49,10 @@ func Fixture(t testing.TB, name string) map[string]any {
 	return review
 }
 
-// FixtureFolder holds the fixtures. Its path is from the root.
+// FixtureFolder holds the fixtures. It is a path from the root.
 const FixtureFolder = "test/testdata/admission-reviews"
 
-// Review makes the AdmissionReview of a Deployment's pod, out of one that a real API
-// server sent.
+// Review makes the AdmissionReview of a Deployment's pod from one of a real API server.
 func Review(t testing.TB, id fmt.Stringer, length int, change ...func(request map[string]any)) []byte {
 	t.Helper()
 	review := Fixture(t, "deployment-pod.json")
@@ -67,23 +66,23 @@ func Review(t testing.TB, id fmt.Stringer, length int, change ...func(request ma
 	return JSON(t, review)
 }
 
-// AnnotationsOf are the annotations of the pod in a request.
+// AnnotationsOf returns the annotations of the pod in a request.
 func AnnotationsOf(request map[string]any) map[string]any {
 	return request["object"].(map[string]any)["metadata"].(map[string]any)["annotations"].(map[string]any)
 }
 
-// Admission is what the webhook answered.
+// Admission is the webhook's answer.
 type Admission struct {
 	Allowed  bool
 	Code     int32
 	Message  string
 	Warnings []string
 	Audit    map[string]string
-	Token    string // that the patch gives to the pod
+	Token    string // the token that the patch gives the pod
 	Patch    []byte
 }
 
-// ReadAdmission reads the answer of a webhook.
+// ReadAdmission parses the answer of a webhook.
 func ReadAdmission(status int, text string) (Admission, error) {
 	if status != http.StatusOK {
 		return Admission{}, fmt.Errorf("status %d: %s", status, text)
@@ -121,10 +120,10 @@ func readPatch(patch []byte) (steps []patchStep, err error) {
 	return steps, err
 }
 
-// escape makes a name one step of a JSON pointer.
+// escape escapes a name for a JSON pointer.
 func escape(name string) string { return strings.NewReplacer("~", "~0", "/", "~1").Replace(name) }
 
-// PatchedPod is the pod of a review after a patch.
+// PatchedPod returns the pod of a review with the patch applied.
 func PatchedPod(review, patch []byte) (*corev1.Pod, error) {
 	var r struct {
 		Request struct{ Object json.RawMessage }

@@ -1,9 +1,9 @@
-// Package rig is what all suites of tests share. It starts real servers and real
-// processes of the program, and reads what they say. It uses no name of the program: a
-// suite sees what a user of the program sees.
+// Package rig has what all test suites share. It starts real servers and real processes
+// of the program, and reads their output. It uses no name of the program: a suite sees
+// what a user sees.
 //
-// All helpers take the test, fail it with a clear message, and stop what they started
-// when the test ends.
+// All helpers take the test. They fail it with a clear message, and stop what they
+// started when it ends.
 //
 // A suite in a folder of its own begins with
 //
@@ -14,34 +14,45 @@
 //
 // Program (this file, process.go, program.go):
 //
-//	Program(t), Build, BuildBroken(t, edits)       the program; a build with texts that are replaced
+//	Program(t), Build             the program
+//	BuildBroken(t, edits)         a build with replaced texts
 //	StartProgram, StartSidecar, StartWaitingSidecar, StartAwait, InPod
-//	StartWebhook, StartGate                        wait until the process is ready
+//	StartWebhook, StartGate       wait until the process is ready
 //	NewWebhook, NewGate, NewProcess + Start, Launch
-//	Process: Log, Stdout, Hear, Signal, Pause, Resume, Kill, Done, WantExit, WantLog, Memory, CPU
-//	Webhook, Gate: URL, Post, WantReady, Metrics, Metric
+//	Process                       Log, Stdout, OnLine, Signal, Pause, Resume, Kill, Done,
+//	                              WantExit, WantLog, Memory, CPU
+//	Webhook, Gate                 URL, Post, WantReady, Metrics, Metric
 //
 // Servers (redis.go, group.go, queue.go, etcd.go, proxy.go, apiserver*.go):
 //
-//	StartRedis, StartRedisWith, CommonRedis        Redis: Do, Control, Start, Stop, Crash, Pause, Resume, Redial
-//	StartSentinelGroup, StartCluster               Group: Address, Holder, Serves, WantReady
-//	LockServers                                    the Redis servers of a Redlock: Addresses, LocksLeft
+//	StartRedis, StartRedisWith, CommonRedis
+//	Redis                         Do, Control, Start, Stop, Crash, Pause, Resume, Redial
+//	StartSentinelGroup, StartCluster
+//	Group                         Address, Holder, Serves, WantReady
+//	LockServers                   the servers of a Redlock: Addresses, LocksLeft
 //	StartEtcd, LeaderFirst
-//	StartProxy                                     Proxy: Silence, Cut, Mend, HoldFirst, Answers, Delay, Rewrite, Made
-//	StartAPIServer                                 an API server with pods, events, watches and faults
-//	QueueAddress                                   how the program finds a server; TEST_QUEUE chooses the kind
+//	StartProxy
+//	Proxy                         Silence, Cut, Mend, HoldFirst, Answers, Delay, Rewrite,
+//	                              Made
+//	StartAPIServer                an API server with pods, events, watches and faults
+//	QueueAddress                  a server's address for the program; see TEST_QUEUE
 //
-// What Redis holds of a semaphore (semaphore.go, scripts.go):
+// The data of a semaphore in Redis (semaphore.go, scripts.go):
 //
-//	FreshID, ID: InflightKey, ..., Keys            all helpers take any id with the String "NAMESPACE/KEY"
-//	Redis: Counts, WantCounts, Inflight, WantInflight, Line, WantLine, State, Shift, MakeStale, MakeFree ...
-//	ScriptSource(name), Redis.Run(name, id, timing, args...), Acquire, Maintain, Heartbeat, Release
-//	BeatTimeout, PollMost, LineQuiet, LinePatience what scripts, program and suites agree on (constants.go)
+//	FreshID, ID                   InflightKey, ..., Keys; helpers take any id with the
+//	                              String "NAMESPACE/KEY"
+//	Redis                         Counts, WantCounts, Inflight, WantInflight, Line,
+//	                              WantLine, State, Shift, MakeStale, MakeFree, ...
+//	ScriptSource(name), Redis.Run(name, id, timing, args...)
+//	Acquire, Maintain, Heartbeat, Release
+//	BeatTimeout, PollMost, LineQuiet, LinePatience
+//	                              times of scripts and program (constants.go)
 //
 // Reviews (review.go):
 //
-//	Fixture, Review(t, id, length, change...)      AdmissionReviews of test/testdata/admission-reviews
-//	ReadAdmission, PatchedPod                      what the webhook answered
+//	Fixture, Review(t, id, length, change...)
+//	                              AdmissionReviews of test/testdata/admission-reviews
+//	ReadAdmission, PatchedPod     the webhook's answer
 package rig
 
 import (
@@ -70,8 +81,7 @@ import (
 	"time"
 )
 
-// Root is the folder of the project: the first one above that has the go.mod of the
-// program.
+// Root is the folder of the project: the nearest parent with the program's go.mod.
 var Root = sync.OnceValue(func() string {
 	dir, err := os.Getwd()
 	if err != nil {
@@ -88,10 +98,10 @@ var Root = sync.OnceValue(func() string {
 	}
 })
 
-// Path names a file of the project by its path from the root.
+// Path returns the path of a project file, given from the root.
 func Path(path string) string { return filepath.Join(Root(), filepath.FromSlash(path)) }
 
-// ReadFile reads a file of the project by its path from the root.
+// ReadFile reads a project file, given by its path from the root.
 func ReadFile(t testing.TB, path string) string {
 	t.Helper()
 	text, err := os.ReadFile(Path(path))
@@ -99,9 +109,8 @@ func ReadFile(t testing.TB, path string) string {
 	return string(text)
 }
 
-// Main is the TestMain of a suite in a folder of its own. Without SUITE=1 in the
-// environment it runs only the tests that are quick, if any, and says which make target
-// runs the suite.
+// Main is the TestMain of a suite in its own folder. Without SUITE=1 in the environment,
+// it runs only the quick tests, if any, and prints the make target of the suite.
 func Main(m *testing.M, target string, quick ...string) {
 	flag.Parse()
 	if os.Getenv("SUITE") == "1" {
@@ -118,7 +127,7 @@ func Main(m *testing.M, target string, quick ...string) {
 	os.Exit(finish(m))
 }
 
-// Run builds the program, runs the tests, and stops the servers that they share.
+// Run builds the program, runs the tests, and stops the shared servers.
 func Run(m *testing.M) (code int) {
 	if _, err := program(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -133,8 +142,7 @@ func finish(m *testing.M) (code int) {
 	return m.Run()
 }
 
-// Folder is a temporary folder of this test process. It outlives the tests; Run removes
-// it.
+// Folder is a temporary folder of this test process. Run removes it after all tests.
 var Folder = sync.OnceValue(func() string {
 	dir, err := os.MkdirTemp("", "at-least-semaphore-pod-hook")
 	if err != nil {
@@ -149,7 +157,7 @@ var program = sync.OnceValues(func() (string, error) {
 	return path, Build(Root(), path)
 })
 
-// Program is the path of the program, which is built when it is first needed.
+// Program returns the path of the program, and builds it on the first call.
 func Program(t testing.TB) string {
 	t.Helper()
 	path, err := program()
@@ -157,8 +165,8 @@ func Program(t testing.TB) string {
 	return path
 }
 
-// Build builds the program of the source folder root. The paths in an overlay are from
-// that folder.
+// Build builds the program of the source folder root. Paths in an overlay start at that
+// folder.
 func Build(root, binary string, flags ...string) error {
 	args := slices.Concat([]string{"build", "-C", root}, flags, []string{"-o", binary, "."})
 	if out, err := exec.Command("go", args...).CombinedOutput(); err != nil {
@@ -191,7 +199,7 @@ func poll(within time.Duration, check func() error) error {
 	}
 }
 
-// Must fails the test if there is an error.
+// Must fails the test on an error.
 func Must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
@@ -199,7 +207,7 @@ func Must(t testing.TB, err error) {
 	}
 }
 
-// Sleep waits for d, or until ctx is done, whose error it returns.
+// Sleep waits for d or until ctx is done. It returns the error of ctx.
 func Sleep(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
 	defer t.Stop()
@@ -211,7 +219,7 @@ func Sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// JSON is a value as JSON.
+// JSON returns a value as JSON.
 func JSON(t testing.TB, value any) []byte {
 	t.Helper()
 	text, err := json.Marshal(value)
@@ -219,7 +227,7 @@ func JSON(t testing.TB, value any) []byte {
 	return text
 }
 
-// FreeAddress is an address on which nothing listens.
+// FreeAddress returns an unused address.
 func FreeAddress(t testing.TB) string {
 	t.Helper()
 	for {
@@ -231,25 +239,25 @@ func FreeAddress(t testing.TB) string {
 	}
 }
 
-// lastPort counts up: no port is given out twice. The range lies below the ports that the
-// system takes for connections.
+// lastPort counts up, so that each port is used once. The range is below the ports that
+// the system uses for outgoing connections.
 var lastPort = func() *atomic.Int64 {
 	n := new(atomic.Int64)
 	n.Store(int64(os.Getpid()) * 1009)
 	return n
 }()
 
-// Port is the port of an address.
+// Port returns the port of an address.
 func Port(address string) string {
 	_, port, _ := net.SplitHostPort(address)
 	return port
 }
 
-// Password is the password of all users that the tests make.
+// Password is the password of all test users.
 const Password = "correct-horse"
 
-// WriteCertificate writes tls.crt and tls.key of 127.0.0.1 into a folder. The certificate
-// is its own CA.
+// WriteCertificate writes tls.crt and tls.key for 127.0.0.1 into a folder. The
+// certificate is its own CA.
 func WriteCertificate(t testing.TB, dir string, serial int64) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -274,8 +282,8 @@ func WriteCertificate(t testing.TB, dir string, serial int64) {
 	Must(t, os.WriteFile(filepath.Join(dir, "tls.key"), private, 0o600))
 }
 
-// Log is a buffer that several goroutines may write to and read. The program's log in it
-// is JSON lines.
+// Log is a buffer that several goroutines may write and read. The program's log in it is
+// JSON lines.
 type Log struct {
 	mu sync.Mutex
 	b  bytes.Buffer
@@ -293,8 +301,8 @@ func (l *Log) String() string {
 	return l.b.String()
 }
 
-// WantLines waits for n lines with a message, and fails the test if there are more: a
-// line about an answer comes after it.
+// WantLines waits for n lines with a message, and fails the test on more. The program
+// logs a line about a request after its response.
 func (l *Log) WantLines(t testing.TB, message string, n int) (found []map[string]any) {
 	t.Helper()
 	Eventually(t, 10*time.Second, func() error {
@@ -309,8 +317,8 @@ func (l *Log) WantLines(t testing.TB, message string, n int) (found []map[string
 	return found
 }
 
-// Lines are the lines with a message. It fails the test if a line is no JSON, or has a
-// key twice.
+// Lines returns the lines with a message. It fails the test if a line is not JSON or has
+// a duplicate key.
 func (l *Log) Lines(t testing.TB, message string) []map[string]any {
 	t.Helper()
 	var found []map[string]any
@@ -319,7 +327,7 @@ func (l *Log) Lines(t testing.TB, message string) []map[string]any {
 		if err := json.Unmarshal([]byte(line), &m); err != nil {
 			t.Fatalf("not a JSON line: %q", line)
 		}
-		for name := range m { // the program logs no objects
+		for name := range m { // the program logs no nested objects
 			if strings.Count(line, fmt.Sprintf("%q:", name)) > 1 {
 				t.Errorf("%q is there twice: %s", name, line)
 			}
@@ -341,10 +349,10 @@ func EstablishedConnections(address string) (n int, err error) {
 	return n, err
 }
 
-// established is how /proc/net/tcp says ESTABLISHED.
+// established is ESTABLISHED in /proc/net/tcp.
 const established = "01"
 
-// WantUnreadBytes waits until a connection of a server has received bytes that the server
+// WantUnreadBytes waits until a server's connection has received bytes that the server
 // has not read.
 func WantUnreadBytes(t testing.TB, address string) {
 	t.Helper()
@@ -360,7 +368,7 @@ func WantUnreadBytes(t testing.TB, address string) {
 	})
 }
 
-// eachConnection visits the connections whose local end has the port of an address.
+// eachConnection visits the connections whose local port is that of an address.
 func eachConnection(address string, visit func(state, queues string)) error {
 	table, err := os.ReadFile("/proc/net/tcp")
 	if err != nil {

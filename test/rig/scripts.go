@@ -16,7 +16,7 @@ import (
 // scriptKeys is the number of keys of each script.
 const scriptKeys = 6
 
-// The statuses that the scripts answer; see their headers in lua/.
+// The statuses that the scripts return; see their headers in lua/.
 const (
 	StatusLate = -1
 
@@ -30,8 +30,8 @@ const (
 	ReleaseLeft = 2
 )
 
-// ScriptSource is the text of a script of lua/ as Redis gets it, with what all scripts
-// share.
+// ScriptSource returns the text of a script of lua/ as Redis gets it, with the shared
+// part.
 func ScriptSource(name string) string {
 	var text strings.Builder
 	for _, part := range []string{"semaphore", name} {
@@ -44,10 +44,10 @@ func ScriptSource(name string) string {
 	return text.String()
 }
 
-// NewScript makes a script of a text, which a test may have changed.
+// NewScript makes a script from a text, which a test may have changed.
 func NewScript(source string) *redis.Script { return redis.NewScript(scriptKeys, source) }
 
-// Script is a script of lua/. Its Hash is how commands of the program name it.
+// Script returns a script of lua/. The program's commands name it by its Hash.
 func Script(name string) *redis.Script {
 	script, ok := scripts.Load(name)
 	if !ok {
@@ -64,20 +64,20 @@ type Timing struct{ Interval, Threshold time.Duration }
 // DefaultTiming is the timing of a process without flags.
 var DefaultTiming = Timing{30 * time.Second, 120 * time.Second}
 
-// Flags are the flags of a process with this timing.
+// Flags returns the flags of a process with this timing.
 func (t Timing) Flags() []string {
 	return []string{fmt.Sprintf("--heartbeat-interval-seconds=%d", seconds(t.Interval)),
 		fmt.Sprintf("--stale-threshold-seconds=%d", seconds(t.Threshold))}
 }
 
-// Reply is what a script answers.
+// Reply is the reply of a script.
 type Reply struct {
 	Status int
 	Micros int64 // the server's time, in Unix microseconds
 	Rest   []any
 }
 
-// Run runs a script of lua/ for a semaphore, with a deadline that is far away.
+// Run runs a script of lua/ for a semaphore, with a distant deadline.
 func (r *Redis) Run(name string, id fmt.Stringer, timing Timing, args ...any) (Reply, error) {
 	now, err := redis.Ints(r.Control.Do("TIME"))
 	if err != nil {
@@ -88,7 +88,7 @@ func (r *Redis) Run(name string, id fmt.Stringer, timing Timing, args ...any) (R
 }
 
 // RunScript runs a script over a connection. deadline is in Unix microseconds of the
-// server.
+// server's clock.
 func RunScript(
 	conn redis.Conn, script *redis.Script, id fmt.Stringer, deadline int64, timing Timing, args ...any,
 ) (reply Reply, err error) {
@@ -101,17 +101,17 @@ func RunScript(
 	return reply, err
 }
 
-// Acquired is what the acquire script answers.
+// Acquired is the reply of the acquire script.
 type Acquired struct {
 	Status int
-	Agreed int // with AcquireTaken: the greatest length that others asked for lately, or 0
+	Agreed int // with AcquireTaken: the greatest length that others have asked for recently, or 0
 	Stale  int // with AcquireRepair: the number of stale tokens; if 0, tokens are missing
 
 	// With AcquireFull:
 	InUse   int
 	Waiters int
 	Doubt   time.Duration // if not 0, Redis knows only after this time which holders and waiters are gone
-	Holders []any         // of some tokens in use: seconds since it is held, or -1; and the pod or the token
+	Holders []any         // for some tokens in use: how long it is held in seconds, or -1; and the pod or the token
 
 	// With AcquireFull, for a waiter:
 	Position  int
@@ -121,7 +121,7 @@ type Acquired struct {
 	Reachable bool
 }
 
-// ReadAcquired reads the answer of the acquire script.
+// ReadAcquired parses the reply of the acquire script.
 func ReadAcquired(reply Reply) (a Acquired, err error) {
 	a.Status = reply.Status
 	switch reply.Status {
@@ -146,7 +146,7 @@ func ReadAcquired(reply Reply) (a Acquired, err error) {
 }
 
 // TryAcquire asks once for a token. arrival is empty for a client that does not wait, "0"
-// to join the line, and else as it was answered before.
+// to join the line, and otherwise the arrival of the last reply.
 func (r *Redis) TryAcquire(id fmt.Stringer, timing Timing, length int, token, arrival, pod string) (Acquired, error) {
 	reply, err := r.Run("acquire", id, timing, length, token, arrival, pod)
 	if err != nil {
@@ -155,8 +155,8 @@ func (r *Redis) TryAcquire(id fmt.Stringer, timing Timing, length int, token, ar
 	return ReadAcquired(reply)
 }
 
-// Acquire takes a token for a pod that does not wait, and repairs the semaphore before if
-// it has to.
+// Acquire takes a token for a pod that does not wait. If necessary, it repairs the
+// semaphore first.
 func (r *Redis) Acquire(t testing.TB, id fmt.Stringer, length int) (token string) {
 	t.Helper()
 	token = uuid.NewString()
@@ -168,16 +168,15 @@ func (r *Redis) Acquire(t testing.TB, id fmt.Stringer, length int) (token string
 		case a.Status == AcquireFull:
 			t.Fatalf("%s: %d of %d tokens are in use, %d wait", id, a.InUse, length, a.Waiters)
 		}
-		return errors.Join(errors.New("has to be repaired"), r.Maintain(id, DefaultTiming, length, true))
+		return errors.Join(errors.New("the semaphore needs a repair"), r.Maintain(id, DefaultTiming, length, true))
 	})
 	return token
 }
 
-// Maintain repairs a semaphore. newcomer is the repair of a client that was not in line
-// before.
+// Maintain repairs a semaphore. newcomer: the client was not in line before.
 func (r *Redis) Maintain(id fmt.Stringer, timing Timing, length int, newcomer bool) error {
 	asks := map[bool]string{true: "1", false: "0"}[newcomer]
-	for left := 1; left > 0; { // the script reclaims a portion of the stale tokens
+	for left := 1; left > 0; { // each run reclaims a portion of the stale tokens
 		reply, err := r.Run("maintain", id, timing, length, asks)
 		var reclaimed, refilled, trimmed int
 		if err == nil {
@@ -190,8 +189,8 @@ func (r *Redis) Maintain(id fmt.Stringer, timing Timing, length int, newcomer bo
 	return nil
 }
 
-// Heartbeat keeps a token in use, or puts it back (rejoined). held is the time that its
-// pod has had it.
+// Heartbeat keeps a token in use, or restores it (rejoined). held is how long its pod has
+// had it.
 func (r *Redis) Heartbeat(t testing.TB, id fmt.Stringer, token, pod string, held time.Duration) (rejoined bool) {
 	t.Helper()
 	reply, err := r.Run("heartbeat", id, DefaultTiming, token, pod, seconds(held))

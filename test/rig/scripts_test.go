@@ -7,7 +7,7 @@ import (
 	"github.com/google/uuid"
 )
 
-// The scripts run as suites run them, and their answers are read.
+// Suites can run the scripts and parse their replies.
 func TestScripts(t *testing.T) {
 	t.Parallel()
 	r, id := StartRedis(t), FreshID()

@@ -13,13 +13,13 @@ import (
 	"github.com/google/uuid"
 )
 
-// ID names a semaphore. The helpers below take any id with the same String:
+// ID names a semaphore. The helpers below accept any id with the same String:
 // NAMESPACE/KEY.
 type ID struct{ Namespace, Key string }
 
 func (id ID) String() string { return id.Namespace + "/" + id.Key }
 
-// ParseID reads the String of an ID.
+// ParseID parses the String of an ID.
 func ParseID(text string) ID {
 	namespace, key, _ := strings.Cut(text, "/")
 	return ID{namespace, key}
@@ -27,7 +27,7 @@ func ParseID(text string) ID {
 
 func idOf(id fmt.Stringer) ID { return ParseID(id.String()) }
 
-// FreshID is a semaphore that no other test uses.
+// FreshID returns a semaphore that no other test uses.
 func FreshID() ID { return ID{"shop", fmt.Sprintf("web-%d", lastKey.Add(1))} }
 
 var lastKey atomic.Int64
@@ -41,15 +41,15 @@ func (id ID) NamesKey() string    { return "names/{" + id.String() + "}" }
 func (id ID) StateKey() string    { return "state/{" + id.String() + "}" }
 func (id ID) LockKey() string     { return "lock/{" + id.String() + "}" }
 
-// Channel is where a waiter is called when a token is free for it.
+// Channel returns the channel on which Redis calls a waiter when a token is free.
 func (id ID) Channel(token string) string { return id.WaitersKey() + "/" + token }
 
-// Keys are the keys of the scripts, in their order.
+// Keys returns the keys of the scripts, in their order.
 func (id ID) Keys() []any {
 	return []any{id.QueueKey(), id.InflightKey(), id.WaitersKey(), id.SeenKey(), id.NamesKey(), id.StateKey()}
 }
 
-// Counts are the numbers of free tokens and of tokens in use.
+// Counts returns the numbers of free tokens and of tokens in use.
 func (r *Redis) Counts(id fmt.Stringer) (queue, inflight int, err error) {
 	if queue, err = redis.Int(r.Control.Do("LLEN", idOf(id).QueueKey())); err == nil {
 		inflight, err = redis.Int(r.Control.Do("ZCARD", idOf(id).InflightKey()))
@@ -57,8 +57,7 @@ func (r *Redis) Counts(id fmt.Stringer) (queue, inflight int, err error) {
 	return queue, inflight, err
 }
 
-// WantCounts waits until the semaphore has these numbers of free tokens and of tokens in
-// use.
+// WantCounts waits until the semaphore has these numbers of free and used tokens.
 func (r *Redis) WantCounts(t testing.TB, id fmt.Stringer, queue, inflight int) {
 	t.Helper()
 	Eventually(t, 20*time.Second, func() error {
@@ -82,7 +81,7 @@ func (r *Redis) WantInflightCount(t testing.TB, id fmt.Stringer, n int) {
 	})
 }
 
-// Inflight are the tokens in use, by their heartbeats.
+// Inflight returns the tokens in use, ordered by their heartbeats.
 func (r *Redis) Inflight(t testing.TB, id fmt.Stringer) []string {
 	t.Helper()
 	tokens, err := redis.Strings(r.Control.Do("ZRANGE", idOf(id).InflightKey(), 0, -1))
@@ -100,8 +99,8 @@ func (r *Redis) WantInflight(t testing.TB, id fmt.Stringer, want ...string) {
 	}
 }
 
-// LastHeartbeat is the time of a token's last heartbeat, in Unix seconds; 0 if it is not
-// in use.
+// LastHeartbeat returns the time of a token's last heartbeat, in Unix seconds; 0: not in
+// use.
 func (r *Redis) LastHeartbeat(t testing.TB, id fmt.Stringer, token string) int {
 	t.Helper()
 	score, err := redis.Int(r.Control.Do("ZSCORE", idOf(id).InflightKey(), token))
@@ -111,14 +110,13 @@ func (r *Redis) LastHeartbeat(t testing.TB, id fmt.Stringer, token string) int {
 	return score
 }
 
-// MakeStale gives a token a heartbeat of long ago.
+// MakeStale sets a token's last heartbeat to long ago.
 func (r *Redis) MakeStale(t testing.TB, id fmt.Stringer, token string) {
 	t.Helper()
 	r.Do(t, "ZADD", idOf(id).InflightKey(), "XX", 1, token)
 }
 
-// TryMakeStale is MakeStale over a connection of its own, for another goroutine than the
-// test's.
+// TryMakeStale is MakeStale over a new connection, for other goroutines than the test's.
 func (r *Redis) TryMakeStale(id fmt.Stringer, token string) error {
 	return r.besides(func(conn redis.Conn) error {
 		_, err := conn.Do("ZADD", idOf(id).InflightKey(), "XX", 1, token)
@@ -142,7 +140,7 @@ func (r *Redis) AddFree(t testing.TB, id fmt.Stringer, n int) {
 	}
 }
 
-// GiveToAnother replaces a token in use by another one.
+// GiveToAnother replaces a token in use by another.
 func (r *Redis) GiveToAnother(t testing.TB, id fmt.Stringer, token string) (other string) {
 	t.Helper()
 	other = uuid.NewString()
@@ -151,12 +149,12 @@ func (r *Redis) GiveToAnother(t testing.TB, id fmt.Stringer, token string) (othe
 	return other
 }
 
-// Line are the tokens that waiters ask for, the first in line first.
+// Line returns the waiting tokens, first in line first.
 func (r *Redis) Line(id fmt.Stringer) ([]string, error) {
 	return redis.Strings(r.Control.Do("ZRANGE", idOf(id).WaitersKey(), 0, -1))
 }
 
-// MustLine is Line that fails the test.
+// MustLine is Line, but fails the test on an error.
 func (r *Redis) MustLine(t testing.TB, id fmt.Stringer) []string {
 	t.Helper()
 	tokens, err := r.Line(id)
@@ -164,7 +162,7 @@ func (r *Redis) MustLine(t testing.TB, id fmt.Stringer) []string {
 	return tokens
 }
 
-// WantLine waits until exactly these wait, in this order.
+// WantLine waits until exactly these tokens wait, in this order.
 func (r *Redis) WantLine(t testing.TB, id fmt.Stringer, want ...string) {
 	t.Helper()
 	Eventually(t, 20*time.Second, func() error {
@@ -176,7 +174,7 @@ func (r *Redis) WantLine(t testing.TB, id fmt.Stringer, want ...string) {
 	})
 }
 
-// WantLineLength waits until n wait.
+// WantLineLength waits until n tokens wait.
 func (r *Redis) WantLineLength(t testing.TB, id fmt.Stringer, n int) {
 	t.Helper()
 	Eventually(t, 5*time.Minute, func() error {
@@ -188,7 +186,7 @@ func (r *Redis) WantLineLength(t testing.TB, id fmt.Stringer, n int) {
 	})
 }
 
-// Unseen sets the time since a waiter asked last.
+// Unseen sets how long ago a waiter asked last.
 func (r *Redis) Unseen(t testing.TB, id fmt.Stringer, token string, ago time.Duration) {
 	t.Helper()
 	r.Do(t, "ZADD", idOf(id).SeenKey(), r.Now(t)-seconds(ago), token)
@@ -202,7 +200,7 @@ func (r *Redis) AllUnseen(t testing.TB, id fmt.Stringer, ago time.Duration) {
 	end`, 2, idOf(id).WaitersKey(), idOf(id).SeenKey(), seconds(ago))
 }
 
-// State is a field of the state Hash.
+// State returns a field of the state Hash.
 func (r *Redis) State(t testing.TB, id fmt.Stringer, field string) int {
 	t.Helper()
 	n, err := redis.Int(r.Do(t, "HGET", idOf(id).StateKey(), field), nil)
@@ -210,13 +208,13 @@ func (r *Redis) State(t testing.TB, id fmt.Stringer, field string) int {
 	return n
 }
 
-// ForgetLength makes the greatest length old enough to be replaced by a smaller one.
+// ForgetLength makes the greatest length old enough for a smaller one to replace it.
 func (r *Redis) ForgetLength(t testing.TB, id fmt.Stringer) {
 	t.Helper()
 	r.Do(t, "HSET", idOf(id).StateKey(), "asked", 1)
 }
 
-// Pods are what Redis holds of the pods of tokens, "SINCE NAME NODE", by token.
+// Pods returns what Redis holds about pods, "SINCE NAME NODE", by token.
 func (r *Redis) Pods(t testing.TB, id fmt.Stringer) map[string]string {
 	t.Helper()
 	names, err := redis.StringMap(r.Do(t, "HGETALL", idOf(id).NamesKey()), nil)
@@ -244,7 +242,7 @@ func (r *Redis) WantPod(t testing.TB, id fmt.Stringer, token, want string) (sinc
 	return since
 }
 
-// Dump is all that the keys of a semaphore hold, in the form of DUMP.
+// Dump returns everything that the keys of a semaphore hold, in the form of DUMP.
 func (r *Redis) Dump(t testing.TB, id fmt.Stringer) (all []string) {
 	t.Helper()
 	for _, key := range idOf(id).Keys() {
@@ -276,8 +274,8 @@ for _, field in ipairs({'created', 'touched', 'resumed', 'lost', 'asked'}) do
 end`)
 
 // Shift moves all times of a semaphore. To the past: as if Redis had been out of reach
-// for so long, or its clock had been set forward. To the future: as if its clock had been
-// set back.
+// for that time, or its clock had been set forward. To the future: as if its clock had
+// been set back.
 func (r *Redis) Shift(t testing.TB, id fmt.Stringer, by time.Duration) {
 	t.Helper()
 	_, err := shiftScript.Do(r.Control, append(idOf(id).Keys(), seconds(by))...)

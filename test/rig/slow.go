@@ -5,8 +5,8 @@ import (
 	"testing"
 )
 
-// SkipSlow skips a slow test of a suite whose other tests are quick and always run. The make target runs the
-// test with SUITE=1 in the environment.
+// SkipSlow skips a slow test of a suite whose other tests always run. The make target
+// sets SUITE=1 in the environment, which enables the test.
 func SkipSlow(t testing.TB, target string) {
 	t.Helper()
 	if os.Getenv("SUITE") != "1" {

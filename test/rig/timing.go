@@ -6,16 +6,16 @@ import (
 	"time"
 )
 
-// timed reports whether bounds of time fail a test: in "make test-timing", which wants a machine
-// that does nothing else. Everywhere else a test fails by order, counts and state only.
+// timed reports whether time limits fail a test. Only "make test-timing" sets it, on an
+// idle machine. Otherwise only order, counts and state fail a test.
 var timed = os.Getenv("TIMING") == "1"
 
-// patience is how long a test that is not timed waits for something that must happen: so long
-// that no slow machine fails it.
+// patience is how long a test that is not timed waits for something that must happen. No slow
+// machine exceeds it.
 const patience = 90 * time.Second
 
-// WantWithin logs how long something took. Where the suite is timed, it fails the test if that was longer
-// than a bound.
+// WantWithin logs how long something took. If timed is set, it fails the test above the
+// bound.
 func WantWithin(t testing.TB, took, bound time.Duration, what string) {
 	t.Helper()
 	t.Logf("%s took %s; the bound of make test-timing is %s", what, took.Round(time.Millisecond), bound)

@@ -1,6 +1,6 @@
-// For "make bench-others": clients of the Semaphore of the npm package redis-semaphore. Each
-// takes a permit and gives it back, over a connection of its own. The program reads lines
-// "CLIENTS MILLISECONDS", and answers each with "PAIRS SECONDS".
+// For "make bench-others": clients of the npm package redis-semaphore take a permit and
+// give it back, each over its own connection. The program reads lines "CLIENTS
+// MILLISECONDS" and answers each with "PAIRS SECONDS".
 const Redis = require('ioredis')
 const { Semaphore } = require('redis-semaphore')
 const { createInterface } = require('node:readline')

@@ -19,12 +19,12 @@ import (
 
 // programBuild is a build of the program. A webhook or the containers of a pod run it.
 type programBuild struct {
-	image string // its name in pods
+	image string // in pods
 	path  string
 }
 
-// programBefore builds the program of the last release, or of HEAD if there is no
-// release. folder has its files.
+// programBefore builds the program of the last release, or of HEAD if there is none.
+// folder has the files of that commit.
 func programBefore(t *testing.T) (b programBuild, folder string, released bool) {
 	t.Helper()
 	commit, released, err := commitBefore()
@@ -37,7 +37,7 @@ func programBefore(t *testing.T) (b programBuild, folder string, released bool) 
 	return b, folder, released
 }
 
-// programNow is the program of this folder.
+// programNow returns the program of this folder.
 func programNow(t *testing.T) programBuild {
 	t.Helper()
 	return programBuild{"example.org/sidecar:now", rig.Program(t)}
@@ -60,7 +60,7 @@ func gitCommand(errText io.Writer, args ...string) *exec.Cmd {
 	return c
 }
 
-// commitBefore names the last release before HEAD, or HEAD if there is no release.
+// commitBefore returns the last release before HEAD, or HEAD if there is none.
 func commitBefore() (commit string, released bool, err error) {
 	const help = "this test needs the history of the repository, with its tags: "
 	shallow, err := git("rev-parse", "--is-shallow-repository")
@@ -127,9 +127,9 @@ func untar(from io.Reader, folder string) error {
 // sidecarUser is the Redis user of a namespace's sidecars.
 func sidecarUser(namespace string) string { return "sidecar/" + namespace }
 
-// deployedUsers are the Redis users of a folder's deploy/, as arguments of redis-server:
-// the webhook, the sidecars of a namespace, and a user for the test. queue is for the
-// server of the tokens, lock for the servers of the lock.
+// deployedUsers returns the Redis users of a folder's deploy/, as arguments of
+// redis-server: the webhook, the sidecars of a namespace, and a user for the test. queue
+// is for the server of the tokens, lock for the lock servers.
 func deployedUsers(t *testing.T, folder, namespace string) (queue, lock []string) {
 	t.Helper()
 	passwords := t.TempDir()
@@ -157,7 +157,7 @@ func deployedUsers(t *testing.T, folder, namespace string) (queue, lock []string
 	return read("redis", "6379"), read("lock", "6380")
 }
 
-// deployedScript is a script of a folder's deploy/base/redis-scripts.yaml.
+// deployedScript returns a script of a folder's deploy/base/redis-scripts.yaml.
 func deployedScript(t *testing.T, folder, name string) string {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(folder, "deploy/base/redis-scripts.yaml"))

@@ -1,6 +1,6 @@
 // Package upgrade runs the program of the last release beside this one while pods come
 // and go. Webhooks and sidecars of both programs are processes. They share one Redis for
-// the tokens, which has the users of deploy/, and three servers for the lock.
+// the tokens, with the users of deploy/, and three lock servers.
 package upgrade
 
 import (
@@ -32,15 +32,15 @@ type installation struct {
 	most  map[rig.ID]int    // the greatest length that pods have asked for
 
 	pods   sync.WaitGroup
-	stop   chan struct{} // closed when no more pods come
-	failed chan struct{} // closed at the first problem: everything ends then
+	stop   chan struct{} // closed when no more pods start
+	failed chan struct{} // closed at the first problem: then everything ends
 
 	mu       sync.Mutex
 	serving  []*webhook
 	asked    int
 	holding  map[rig.ID]map[string]bool // the tokens of pods that rely on them
-	order    []string                   // names of the pods of one line, in the order in which their apps started
-	done     map[string]int             // pods that went all the way, by their when-full, webhook and sidecar
+	order    []string                   // pod names of one line, in the order in which their apps started
+	done     map[string]int             // pods that have ended in order, by when-full, webhook and sidecar
 	problems []string
 }
 
@@ -48,7 +48,7 @@ type installation struct {
 type webhook struct {
 	*rig.Webhook
 	of, sidecars programBuild
-	asked        sync.WaitGroup // requests without an answer yet
+	asked        sync.WaitGroup // unanswered requests
 }
 
 const (
@@ -56,8 +56,8 @@ const (
 	patience          = 2 * time.Minute // for every wait: the machine may be busy
 )
 
-// startInstallation starts the Redis servers, with the users of a folder's deploy/ but
-// without some of their rules.
+// startInstallation starts the Redis servers with the users of a folder's deploy/,
+// without the rules in withoutRules.
 func startInstallation(t *testing.T, folder string, withoutRules ...string) *installation {
 	t.Helper()
 	queueUsers, lockUsers := deployedUsers(t, folder, rig.FreshID().Namespace)
@@ -111,8 +111,8 @@ func (u *installation) serve(of, sidecars programBuild) {
 	u.serving = append(u.serving, w)
 }
 
-// retire ends the webhooks that run or inject a build, as a rollout does: they get no new
-// requests, answer those that they have, and are told to stop.
+// retire ends the webhooks that run or inject a build, like a rollout: they get no new
+// requests, answer the open ones, and then get the signal to stop.
 func (u *installation) retire(b programBuild) {
 	u.mu.Lock()
 	var leaving []*webhook
@@ -142,7 +142,7 @@ func (u *installation) end(p *rig.Process, name string) {
 	u.wantEnded(p, name)
 }
 
-// wantEnded checks exit code and log of a process that has ended.
+// wantEnded checks the exit code and log of a process that has ended.
 func (u *installation) wantEnded(p *rig.Process, name string) {
 	if code := p.ExitCode(); code != 0 {
 		u.problem("%s ended with %d", name, code)
@@ -151,7 +151,7 @@ func (u *installation) wantEnded(p *rig.Process, name string) {
 }
 
 // readLog records each warning and error in a log as a problem. No server fails here. The
-// only warning that a process may log is that another process repairs the semaphore.
+// only allowed warning is that another process repairs the semaphore.
 func (u *installation) readLog(p *rig.Process, name string) {
 	for line := range strings.Lines(p.Log.String()) {
 		if !strings.Contains(line, `"level":"INFO"`) && !strings.Contains(line, "lock taken") {
@@ -160,8 +160,8 @@ func (u *installation) readLog(p *rig.Process, name string) {
 	}
 }
 
-// nextWebhook is the webhook that the next request goes to. It does not end before the
-// caller has called asked.Done.
+// nextWebhook returns the webhook for the next request. It does not end before the caller
+// has called asked.Done.
 func (u *installation) nextWebhook() *webhook {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -179,13 +179,13 @@ type pod struct {
 	whenFull string
 	inLine   bool                   // the test checks its place in line
 	until    func() <-chan struct{} // its app ends when this is closed
-	mayFail  bool                   // the webhook may refuse it for ever: other pods wait in line
+	mayFail  bool                   // the webhook may refuse it forever: other pods wait in line
 }
 
 // start runs a pod in the background.
 func (u *installation) start(p pod) { u.pods.Go(func() { u.run(p) }) }
 
-// run does for a pod what the control plane and the kubelet do, until the pod has ended.
+// run acts as control plane and kubelet for a pod, until the pod has ended.
 func (u *installation) run(p pod) {
 	u.mu.Lock()
 	u.most[p.id] = max(u.most[p.id], p.length)
@@ -200,7 +200,7 @@ func (u *installation) run(p pod) {
 	name := fmt.Sprintf("of the pod %s (%s of %d, %s)", p.name, p.id, p.length, met)
 	defer os.Remove(rig.StartMark(token))
 	if p.whenFull == rig.WhenFullDeny {
-		u.hold(p, token) // the webhook took it
+		u.hold(p, token) // the webhook has taken it
 	}
 	if err := errors.Join(sidecar.Launch(), await.Launch()); err != nil {
 		u.problem("start the containers %s: %v", name, err)
@@ -213,7 +213,7 @@ func (u *installation) run(p pod) {
 			return
 		}
 		u.readLog(sidecar, "the sidecar "+name)
-		if time.Now().After(deadline) && !p.inLine { // a pod in line waits until the test ends another one
+		if time.Now().After(deadline) && !p.inLine { // a pod in line waits until the test ends another pod
 			u.problem("no token for the app %s:\n%s", name, sidecar.Log.String())
 			return
 		}
@@ -228,7 +228,7 @@ func (u *installation) run(p pod) {
 	case <-u.failed:
 		return
 	}
-	u.letGo(p, token)
+	u.stopRelying(p, token)
 	if sidecar.Ended() {
 		u.problem("the sidecar %s ended before its app", name)
 	}
@@ -242,8 +242,8 @@ func (u *installation) run(p pod) {
 	u.done[p.whenFull+", "+met]++
 }
 
-// create creates a pod, again until it is admitted. It returns the patched pod, and names
-// the webhook and its sidecars. It returns nil if the pod is never admitted.
+// create creates a pod, and retries until it is admitted. It returns the patched pod, and
+// names the webhook and its sidecars. If the pod is never admitted, it returns nil.
 func (u *installation) create(p pod) (object *corev1.Pod, met string) {
 	body := rig.Review(u.t, p.id, p.length, func(request map[string]any) {
 		request["object"].(map[string]any)["metadata"].(map[string]any)["name"] = p.name
@@ -289,8 +289,8 @@ func isClosed(c <-chan struct{}) bool {
 	}
 }
 
-// container is the process of a container. last is its last argument: the token, if it is
-// a sidecar.
+// container returns the process of a container. last is its last argument: for a sidecar,
+// the token.
 func (u *installation) container(c corev1.Container, p pod, podUID string) (process *rig.Process, last string) {
 	var args []string
 	for _, arg := range c.Args {
@@ -315,7 +315,7 @@ func (u *installation) container(c corev1.Container, p pod, podUID string) (proc
 	return process, args[len(args)-1]
 }
 
-// hold records that a pod relies on a token, and checks that no more pods do than may.
+// hold records that a pod relies on a token. It reports a problem if too many pods do.
 func (u *installation) hold(p pod, token string) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -331,14 +331,14 @@ func (u *installation) hold(p pod, token string) {
 	}
 }
 
-// letGo records that a pod does not rely on its token any more.
-func (u *installation) letGo(p pod, token string) {
+// stopRelying records that a pod no longer relies on its token.
+func (u *installation) stopRelying(p pod, token string) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	delete(u.holding[p.id], token)
 }
 
-// held are the tokens that pods rely on now.
+// held returns the tokens that pods rely on now.
 func (u *installation) held() map[rig.ID][]string {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -351,7 +351,7 @@ func (u *installation) held() map[rig.ID][]string {
 	return held
 }
 
-// watch compares what Redis counts with what pods rely on, until stop is called.
+// watch compares the tokens in Redis with those that pods rely on, until stop is called.
 func (u *installation) watch() (stop func()) {
 	conn := u.queue.Dial(u.t)
 	end, ended := make(chan struct{}), make(chan struct{})
@@ -391,7 +391,7 @@ func (u *installation) watch() (stop func()) {
 	})
 }
 
-// forAWhile is closed when a short app ends.
+// forAWhile returns a channel that is closed when a short app ends.
 func forAWhile() <-chan struct{} {
 	c := make(chan struct{})
 	time.AfterFunc(300*time.Millisecond+rand.N(time.Second), func() { close(c) })

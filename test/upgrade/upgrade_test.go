@@ -15,20 +15,19 @@ import (
 func TestMain(m *testing.M) { rig.Main(m, "make test-upgrade") }
 
 const (
-	stage   = 5 * time.Second // least time between two changes
-	workers = 16              // pods that come and go at any time
+	stage   = 5 * time.Second // shortest time between two changes
+	workers = 16              // pods that run at the same time
 )
 
-// whenFullOfPods are the values of the annotation when-full that the pods of this test
-// have.
+// whenFullOfPods has the values of the annotation when-full of this test's pods.
 var whenFullOfPods = []string{rig.WhenFullDeny, rig.WhenFullWait}
 
-// usersOfBeforeDo says whether this program works with the Redis users of the last
-// release. If it does not, the changelog names the new rules.
+// usersOfBeforeDo states whether this program works with the Redis users of the last
+// release. If it does not, the changelog lists the new rules.
 const usersOfBeforeDo = true
 
-// TestUpgrade upgrades and goes back. Without a release, both programs are HEAD but for
-// what is not committed.
+// TestUpgrade upgrades and goes back. Without a release, the programs are HEAD and HEAD
+// with the uncommitted changes.
 func TestUpgrade(t *testing.T) {
 	before, folder, released := programBefore(t)
 	now := programNow(t)
@@ -49,8 +48,8 @@ func thereAndBack(t *testing.T, before, now programBuild, folder string) {
 	u.wantNothingLeft(t, now)
 }
 
-// roll runs one build, both, the other, both again, and the first again. It returns at
-// the first problem.
+// roll runs the first build, both, the second, both again, and the first again. It
+// returns at the first problem.
 func (u *installation) roll(before, now programBuild) {
 	u.serve(before, before)
 	stopWatch := u.watch()
@@ -61,7 +60,7 @@ func (u *installation) roll(before, now programBuild) {
 		until := func() <-chan struct{} { return end }
 		u.start(pod{name: name, id: id, length: length, whenFull: whenFull, until: until})
 	}
-	staying("early-deny", deny, 3, rig.WhenFullDeny) // to the end, with the sidecars before
+	staying("early-deny", deny, 3, rig.WhenFullDeny) // to the end, with the earlier sidecars
 	staying("early-wait", wait, 4, rig.WhenFullWait)
 	for i := range workers {
 		u.pods.Go(func() { u.comeAndGo(i, deny, wait, both) })
@@ -89,7 +88,7 @@ func (u *installation) roll(before, now programBuild) {
 		},
 		func() {
 			u.retire(before)
-			staying("late-deny", deny, 3, rig.WhenFullDeny) // from now on, with the sidecars of now
+			staying("late-deny", deny, 3, rig.WhenFullDeny) // from here, with the present sidecars
 			staying("late-wait", wait, 4, rig.WhenFullWait)
 			change(2, 2)
 		},
@@ -150,7 +149,7 @@ func (u *installation) comeAndGo(worker int, deny, wait, both rig.ID) {
 	}
 }
 
-// line is a semaphore of three tokens. Its pods stand in line while the program changes.
+// line is a semaphore of three tokens. Its pods wait in line while the program changes.
 type line struct {
 	*installation
 	id     rig.ID
@@ -169,22 +168,22 @@ func (l *line) join() {
 	l.wantOrder()
 }
 
-// next ends the oldest pod that runs. The first pod in line gets its token.
+// next ends the oldest running pod. The first pod in line must get its token.
 func (l *line) next() {
 	l.ends[l.ended]()
 	l.ended++
 	l.wantOrder()
 }
 
-// leave ends all pods, one after the other.
+// leave ends all pods, one after another.
 func (l *line) leave() {
 	for l.ended < len(l.joined) {
 		l.next()
 	}
 }
 
-// wantOrder waits until as many pods have a token as may, in the order in which they
-// came, and the others wait.
+// wantOrder waits until as many pods as allowed have a token, in the order of their
+// creation, and the others wait.
 func (l *line) wantOrder() {
 	want := l.joined[:min(len(l.joined), l.ended+3)]
 	var err error
@@ -203,15 +202,16 @@ func (l *line) wantOrder() {
 		case len(got) == len(want) && waiting == len(l.joined)-len(want):
 			return
 		default:
-			err = fmt.Errorf("%v have a token, and %d wait; want %v, and %d", got, waiting, want, len(l.joined)-len(want))
+			err = fmt.Errorf("%v have a token, and %d wait; want %v, and %d",
+				got, waiting, want, len(l.joined)-len(want))
 		}
 	}
 	if !isClosed(l.failed) {
-		l.problem("the line does not go on: %v", err)
+		l.problem("the line does not move: %v", err)
 	}
 }
 
-// wantNothingLeft checks what Redis holds when all pods are gone: all tokens, in keys
+// wantNothingLeft checks what Redis holds after all pods have ended: all tokens, in keys
 // that expire within minutes.
 func (u *installation) wantNothingLeft(t *testing.T, now programBuild) {
 	t.Helper()
@@ -242,20 +242,21 @@ func (u *installation) wantNothingLeft(t *testing.T, now programBuild) {
 	}
 }
 
-// TestUpgradeFindsWhatIsBroken checks that the suite finds two programs that do not work
-// together.
-func TestUpgradeFindsWhatIsBroken(t *testing.T) {
+// TestUpgradeFindsIncompatibility checks that the suite detects two programs that do not
+// work together.
+func TestUpgradeFindsIncompatibility(t *testing.T) {
 	before, _, _ := programBefore(t)
 	for _, c := range []struct {
 		name    string
 		edit    rig.Edit
-		without string   // a rule that the users do not have
-		want    []string // one of these is in a problem
+		without string   // a rule that the users lack
+		want    []string // a problem must contain one of these
 	}{
 		{
 			name:    "users lack a command",
 			without: "+zrank",
-			want:    []string{"NOPERM", "can't run this command", "ACL failure in script"}, // by the version of Redis
+			// The text depends on the version of Redis.
+			want: []string{"NOPERM", "can't run this command", "ACL failure in script"},
 		},
 		{
 			name: "tokens in use are kept elsewhere",

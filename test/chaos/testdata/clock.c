@@ -1,4 +1,5 @@
-// A clock that is set: preloaded into a server, it adds to the time of day the seconds that the file $CHAOS_CLOCK holds, as an int64_t.
+// A clock that tests can set. Preloaded into a server, it adds seconds to the time of day:
+// the int64_t in the file $CHAOS_CLOCK.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
