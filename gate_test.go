@@ -139,7 +139,7 @@ func TestGateOrder(t *testing.T) {
 	g.redis.WantLine(t, g.id, want...)
 
 	// A pod that waits by its sidecar came later.
-	waiter, _ := stand(t, g.redis, g.owner, g.id, false)
+	waiter, _ := standInLine(t, g.redis, g.owner, g.id, false)
 	g.redis.WantLine(t, g.id, append(slices.Clone(want), waiter)...)
 
 	// Redis is emptied: the holder comes back, and nobody was admitted meanwhile.

@@ -361,8 +361,8 @@ func giveBack(t *testing.T, s *semaphores, id semaphoreID, token string) {
 	rig.Must(t, err)
 }
 
-// stand puts somebody in line, reachable or not, who never comes.
-func stand(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, reachable bool) (token string, leave func()) {
+// standInLine puts somebody in line, reachable or not, who never comes.
+func standInLine(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, reachable bool) (token string, leave func()) {
 	t.Helper()
 	token = uuid.NewString()
 	ctx, cancel := context.WithCancel(context.Background())

@@ -61,7 +61,7 @@ func TestNobodyOvertakesTheLine(t *testing.T) {
 	w := startWebhook(t, testConfig(r.Address))
 	s, id := testSemaphores(t, r.Address), freshID()
 	holder := acquire(t, s, id, 1)
-	first, leave := stand(t, r, s, id, true)
+	first, leave := standInLine(t, r, s, id, true)
 	giveBack(t, s, id, holder)
 	r.WantCounts(t, id, 1, 0)
 
@@ -86,7 +86,7 @@ func TestNobodyOvertakesTheLine(t *testing.T) {
 func TestSilentWaiterIsDropped(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	holder := acquire(t, s, id, 1)
-	silent, _ := stand(t, r, s, id, true)
+	silent, _ := standInLine(t, r, s, id, true)
 	giveBack(t, s, id, holder)
 	wantFullError(t, s, id, 1, 0)
 	r.Unseen(t, id, silent, linePatience+time.Second)
@@ -223,8 +223,8 @@ func TestWaitingText(t *testing.T) {
 	}
 }
 
-// briefSemaphore is a semaphore whose holders are known to be gone or back within seconds.
-func briefSemaphore(t *testing.T) *lineUp {
+// quickRecoveryLine is a semaphore whose holders are known to be gone or back within seconds.
+func quickRecoveryLine(t *testing.T) *lineUp {
 	t.Helper()
 	r, s, id := newSemaphore(t)
 	s.heartbeatInterval = time.Second
@@ -323,7 +323,7 @@ func TestOneTooManyInFlightKeepsTheOrder(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			l := briefSemaphore(t)
+			l := quickRecoveryLine(t)
 			l.hold(t, 2)
 			l.hold(t, 2)
 			l.join(t, c.length, c.length, c.length, c.length)
@@ -338,7 +338,7 @@ func TestOneTooManyInFlightKeepsTheOrder(t *testing.T) {
 func (l *lineUp) rollBack(t *testing.T, waiting ...int) (holder linePod) {
 	t.Helper()
 	former := acquire(t, l.s, l.id, 1)
-	token, unsubscribe := stand(t, l.r, l.s, l.id, true)
+	token, unsubscribe := standInLine(t, l.r, l.s, l.id, true)
 	l.join(t, waiting...)
 	giveBack(t, l.s, l.id, former)
 	b := l.backup(t)
@@ -383,7 +383,7 @@ func TestRolledBackTake(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			l := briefSemaphore(t)
+			l := quickRecoveryLine(t)
 			happen(t, l)
 			l.wantState(t)
 			l.wantDrainedWithoutOvertaking(t, 1, 2)
@@ -394,7 +394,7 @@ func TestRolledBackTake(t *testing.T) {
 // Where Redis has lost all, pods that come before all who waited are back do not take what live holders have.
 func TestNewcomersAfterALossOfData(t *testing.T) {
 	t.Parallel()
-	l := briefSemaphore(t)
+	l := quickRecoveryLine(t)
 	l.s.heartbeatInterval = 30 * time.Second
 	l.hold(t, 1)
 	l.join(t, 1, 1, 1)

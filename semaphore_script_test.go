@@ -359,7 +359,7 @@ func TestUnusedSemaphoresExpire(t *testing.T) {
 	wantTTL("given back twice", false)
 
 	token = acquire(t, s, id, 1)
-	waiting, _ := stand(t, r, s, id, false)
+	waiting, _ := standInLine(t, r, s, id, false)
 	wantTTL("waited for", true)
 	giveBack(t, s, id, token)
 	wantTTL("kept for the one that waits", true)
@@ -374,7 +374,7 @@ func TestUnusedSemaphoresExpire(t *testing.T) {
 	token = acquire(t, s, id, 1)
 	wantTTL("held again", true)
 
-	silent, _ := stand(t, r, s, id, false)
+	silent, _ := standInLine(t, r, s, id, false)
 	r.Unseen(t, id, silent, time.Minute)
 	giveBack(t, s, id, token) // finds the one in line gone
 	r.WantLine(t, id)

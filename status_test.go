@@ -329,13 +329,13 @@ func TestStatusUser(t *testing.T) {
 	look := func() error {
 		id := freshID()
 		acquire(t, admin, id, 1)
-		stand(t, r, admin, id, false)
+		standInLine(t, r, admin, id, false)
 		return errors.Join(errOf(s.survey(t.Context(), "")), errOf(s.inspect(t.Context(), id)))
 	}
 	release := func() error {
 		id := freshID()
 		token := acquire(t, admin, id, 2)
-		stand(t, r, admin, id, false)
+		standInLine(t, r, admin, id, false)
 		r.Do(t, "ZADD", id.waitersKey(), 1, "gone")
 		r.Do(t, "ZADD", id.seenKey(), 1, "gone")
 		// What is free is more than what may be, and then all of it is.
