@@ -389,8 +389,8 @@ func standInLine(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, reac
 	}
 }
 
-// deafSemaphores subscribe for the first time at a server that nobody publishes to.
-func deafSemaphores(t *testing.T, address string) *semaphores {
+// misdirectedSemaphores subscribe for the first time at a server that nobody publishes to.
+func misdirectedSemaphores(t *testing.T, address string) *semaphores {
 	t.Helper()
 	s, elsewhere := testSemaphores(t, address), rig.StartRedis(t)
 	pool := serverOf(t, s, freshID()).pool

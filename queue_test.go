@@ -28,7 +28,7 @@ var sameOnAllQueues = map[string][]string{
 		"TestConcurrentFirstAdmissions", // TestHerd has more pods, and runs on all queues
 		"TestNobodyOvertakesWhilePodsArePaused",
 		"TestPodsOfTwoLengths",
-		"TestWatchOfALongInterval", // it waits for the clock; TestDeadHoldersAndSeldomAdmissions runs on all queues
+		"TestWatchOfALongInterval", // it waits for the clock; TestDeadHoldersAndRareAdmissions runs on all queues
 	},
 	"what scripts and memory cost": {
 		"TestAdmissionCostsTheSameForAnyLength",
