@@ -578,7 +578,8 @@ func TestPausedMaintainer(t *testing.T) {
 
 		c := testConfig(queue.Address)
 		s.configure(&c)
-		paused := rig.StartWebhook(t, proxy.Address, "--lock-mode="+c.lockMode, "--redis-addresses="+strings.Join(c.redisAddresses, ","),
+		paused := rig.StartWebhook(t, proxy.Address, "--lock-mode="+c.lockMode,
+			"--redis-addresses="+strings.Join(c.redisAddresses, ","),
 			"--etcd-addresses="+strings.Join(c.etcdAddresses, ","))
 		answered := make(chan error, 1)
 		go func() {
