@@ -161,7 +161,7 @@ func TestSameOnAllQueues(t *testing.T) {
 // groupConfig is a configuration whose queue is a group, with a lock server of its own.
 func groupConfig(t *testing.T, address string) webhookConfig {
 	t.Helper()
-	c := beating(address, 2*time.Second)
+	c := configWithInterval(address, 2*time.Second)
 	c.redisAddresses = []string{rig.StartRedis(t).Address}
 	return c
 }

@@ -631,7 +631,7 @@ func (e *countedError) Is(target error) bool {
 func TestRepairAfterDoubtWithoutASlot(t *testing.T) {
 	t.Parallel()
 	r := rig.CommonRedis(t)
-	s, id := semaphoresOf(t, beating(r.Address, 200*time.Millisecond)), freshID()
+	s, id := semaphoresOf(t, configWithInterval(r.Address, 200*time.Millisecond)), freshID()
 	counted := &countingLocker{locker: s.locks}
 	s.locks = counted
 	failure := new(countedError)

@@ -54,7 +54,7 @@ func TestHoldersOutliveAnOutage(t *testing.T) {
 	}
 	r.Shift(t, id, -200*time.Second)
 
-	w := startWebhook(t, beating(others.Address, interval))
+	w := startWebhook(t, configWithInterval(others.Address, interval))
 	status, text, err := w.post(context.Background(), rig.Review(t, id, 3), "500ms")
 	if err != nil || status != http.StatusInternalServerError {
 		t.Errorf("got %d %s, %v while Redis is unreachable", status, text, err)
@@ -114,7 +114,7 @@ func TestSecondOutage(t *testing.T) {
 	t.Parallel()
 	r := rig.CommonRedis(t)
 	for _, interval := range []time.Duration{5 * time.Second, 30 * time.Second} {
-		s := semaphoresOf(t, beating(r.Address, interval))
+		s := semaphoresOf(t, configWithInterval(r.Address, interval))
 		for _, inLine := range []bool{false, true} {
 			for _, more := range []int{-4, -1, 0, 1, 2, 3, 4} {
 				gap := interval + time.Duration(more)*time.Second
@@ -197,8 +197,8 @@ func TestRefusingRedisIsAway(t *testing.T) {
 			token := acquire(t, s, id, 1)
 			p := rig.StartSidecar(t, holders.Address, id, token, "--heartbeat-interval-seconds=2")
 			p.WantLog(t, heldText)
-			waiter, done := queueUp(t, t.Context(), semaphoresOf(t, beating(r.Address, interval)), id, 1, r)
-			w := startWebhook(t, beating(r.Address, interval))
+			waiter, done := queueUp(t, t.Context(), semaphoresOf(t, configWithInterval(r.Address, interval)), id, 1, r)
+			w := startWebhook(t, configWithInterval(r.Address, interval))
 
 			r.Do(t, c.refuse[0].(string), c.refuse[1:]...)
 			rig.Must(t, errOf(r.Control.Do("PING")))
@@ -244,7 +244,7 @@ func TestDeadHolderWhileOthersWait(t *testing.T) {
 		t.Run(interval.String(), func(t *testing.T) {
 			t.Parallel()
 			r, _, id := newSemaphore(t)
-			s := semaphoresOf(t, beating(r.Address, interval))
+			s := semaphoresOf(t, configWithInterval(r.Address, interval))
 			live, dead := acquire(t, s, id, 2), acquire(t, s, id, 2)
 			next, done := queueUp(t, context.Background(), s, id, 2, r)
 			second, _ := queueUp(t, t.Context(), s, id, 2, r)
@@ -271,7 +271,7 @@ func TestDeadHoldersAndRareAdmissions(t *testing.T) {
 		t.Run(interval.String(), func(t *testing.T) {
 			t.Parallel()
 			r, s, id := newSemaphore(t)
-			w := startWebhook(t, beating(r.Address, interval))
+			w := startWebhook(t, configWithInterval(r.Address, interval))
 			live := acquire(t, s, id, 3)
 			acquire(t, s, id, 3)
 			acquire(t, s, id, 3)

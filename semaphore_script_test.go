@@ -28,7 +28,7 @@ func TestClockIsSet(t *testing.T) {
 			t.Parallel()
 			const threshold = 8 * time.Second
 			r, _, id := newSemaphore(t)
-			c := beating(r.Address, 2*time.Second)
+			c := configWithInterval(r.Address, 2*time.Second)
 			c.staleThreshold = threshold
 			s := semaphoresOf(t, c)
 			live := acquire(t, s, id, 2)
