@@ -14,7 +14,8 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// What an admission is made of, for benchstat: go test -run '^$' -bench . -count 10 . "make bench" measures it as a whole.
+// The parts of an admission, for benchstat: go test -run '^$' -bench . -count 10 . "make
+// bench" measures it as a whole.
 
 func benchmarkRequest(b *testing.B, change ...func(map[string]any)) *admissionRequest {
 	b.Helper()
@@ -35,9 +36,9 @@ func BenchmarkDecode(b *testing.B) {
 	}
 }
 
-// All of a decision but for the token: the decoding of the pod, the annotations, and the patch.
+// A decision without the token: decoding the pod, reading the annotations, and the patch.
 func BenchmarkDecide(b *testing.B) {
-	c := testConfig("127.0.0.1:6379") // is not asked
+	c := testConfig("127.0.0.1:6379") // never contacted
 	s := newSemaphores(c.settings, nil, 1, slog.New(slog.DiscardHandler))
 	defer s.queue.close()
 	a, err := newAdmitter(c, s)
@@ -62,13 +63,14 @@ func BenchmarkPatch(b *testing.B) {
 	}
 }
 
-// One script takes a token, another gives it back.
+// One script acquires a token, another releases it.
 func BenchmarkScript(b *testing.B) {
 	c := testConfig(deployedRedis(b).Address)
-	s := newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
+	locks := newLocker(c.settings, lockConnections)
+	s := newSemaphores(c.settings, locks, idleConnections, slog.New(slog.DiscardHandler))
 	defer s.close(context.Background())
 	id, pod := freshID(), newPodName("web-1", "")
-	token, _, err := s.acquire(b.Context(), id, pod, maxLength, 10*time.Second) // so that there are tokens
+	token, _, err := s.acquire(b.Context(), id, pod, maxLength, 10*time.Second) // makes the tokens
 	rig.Must(b, err)
 	b.ReportAllocs()
 	for b.Loop() {
@@ -77,17 +79,17 @@ func BenchmarkScript(b *testing.B) {
 		token = uuid.NewString()
 		a, err := s.runAcquire(b.Context(), id, acquireRequest{token: token, length: maxLength, pod: pod})
 		if err != nil || a.status != acquireTaken {
-			b.Fatalf("%+v, %v", a, err)
+			b.Fatalf("acquire: got %+v, %v", a, err)
 		}
 	}
 }
 
-// annotated changes an annotation of a review's pod.
+// annotated sets an annotation of the pod in a review.
 func annotated(name, value string) func(map[string]any) {
 	return func(request map[string]any) { rig.AnnotationsOf(request)[name] = value }
 }
 
-// The webhook without HTTP/2 and TLS, by verdict.
+// Admissions without HTTP/2 and TLS, by verdict.
 func BenchmarkAdmission(b *testing.B) {
 	r := deployedRedis(b)
 	for verdict, change := range map[string]func(map[string]any){
@@ -104,7 +106,7 @@ func BenchmarkAdmission(b *testing.B) {
 			n := 0
 			b.ReportAllocs()
 			for b.Loop() {
-				if n++; n%5000 == 0 { // so that there are tokens
+				if n++; n%5000 == 0 { // makes new tokens
 					b.StopTimer()
 					r.MakeFree(b, id, 5000)
 					b.StartTimer()
@@ -120,7 +122,7 @@ func BenchmarkAdmission(b *testing.B) {
 	}
 }
 
-// deployedRedis is a Redis that writes its file as the one in deploy/ does.
+// deployedRedis starts a Redis that writes its file like the one in deploy/.
 func deployedRedis(t testing.TB) *rig.Redis {
 	t.Helper()
 	r := rig.StartRedis(t)

@@ -32,12 +32,12 @@ func TestMain(m *testing.M) {
 	os.Exit(rig.Run(m))
 }
 
-// freshID is a semaphore that no other test uses.
+// freshID returns a semaphore that no other test uses.
 func freshID() semaphoreID { return semaphoreOf(rig.FreshID()) }
 
 func semaphoreOf(id rig.ID) semaphoreID { return semaphoreID{id.Namespace, id.Key} }
 
-// clientSettings are the settings of the clients of a test's API server.
+// clientSettings returns the settings of a client of a test's API server.
 func clientSettings(s *rig.APIServer) kubernetesSettings {
 	return kubernetesSettings{address: s.Address, caFile: s.CAFile, tokenFile: s.TokenFile}
 }
@@ -55,24 +55,30 @@ func testConfig(address string) webhookConfig {
 			heartbeatInterval: 30 * time.Second,
 			staleThreshold:    120 * time.Second,
 		},
-		sidecarImage:            "example.org/sidecar:v1",
-		sidecarLimits:           corev1.ResourceList{"cpu": resource.MustParse("100m"), "memory": resource.MustParse("64Mi")},
-		sidecarRequests:         corev1.ResourceList{"cpu": resource.MustParse("5m"), "memory": resource.MustParse("32Mi")},
+		sidecarImage: "example.org/sidecar:v1",
+		sidecarLimits: corev1.ResourceList{
+			"cpu": resource.MustParse("100m"), "memory": resource.MustParse("64Mi"),
+		},
+		sidecarRequests: corev1.ResourceList{
+			"cpu": resource.MustParse("5m"), "memory": resource.MustParse("32Mi"),
+		},
 		enableSidecarContainers: true,
 	}
 }
 
-// beating is a configuration with a short heartbeat interval. The stale threshold is longer than any test.
-func beating(address string, interval time.Duration) webhookConfig {
+// configWithInterval is testConfig with another heartbeat interval. Its stale threshold
+// is longer than any test.
+func configWithInterval(address string, interval time.Duration) webhookConfig {
 	c := testConfig(address)
 	c.heartbeatInterval = interval
 	return c
 }
 
-// semaphoresOf is what a webhook, or a sidecar, of a configuration has.
+// semaphoresOf returns the semaphores of a webhook or sidecar with a configuration.
 func semaphoresOf(t *testing.T, c webhookConfig) *semaphores {
 	t.Helper()
-	s := newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
+	locks := newLocker(c.settings, lockConnections)
+	s := newSemaphores(c.settings, locks, idleConnections, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() { rig.Must(t, s.close(context.Background())) })
 	return s
 }
@@ -85,7 +91,7 @@ func mustAddress(text string) queueAddress {
 	return address
 }
 
-// testWebhook is the webhook behind a real TLS and HTTP/2 server.
+// testWebhook is a webhook behind a real TLS and HTTP/2 server.
 type testWebhook struct {
 	*webhook
 	server *httptest.Server
@@ -122,9 +128,10 @@ func (w *testWebhook) close() {
 	_ = w.semaphores.close(ctx)
 }
 
-// post sends a body to /mutate and returns status and text.
+// post sends a body to /mutate, and returns the status and the text.
 func (w *testWebhook) post(ctx context.Context, body []byte, timeout string) (int, string, error) {
-	request, err := http.NewRequestWithContext(ctx, http.MethodPost, w.server.URL+"/mutate?timeout="+timeout, bytes.NewReader(body))
+	url := w.server.URL + "/mutate?timeout=" + timeout
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(body))
 	if err != nil {
 		return 0, "", err
 	}
@@ -141,7 +148,7 @@ func (w *testWebhook) post(ctx context.Context, body []byte, timeout string) (in
 	return response.StatusCode, string(text), err
 }
 
-// admit sends a review that must be answered with a decision.
+// admit sends a review, and fails if the reply has no decision.
 func (w *testWebhook) admit(t *testing.T, body []byte) rig.Admission {
 	t.Helper()
 	a, err := w.tryAdmit(body)
@@ -157,7 +164,7 @@ func (w *testWebhook) tryAdmit(body []byte) (rig.Admission, error) {
 	return rig.ReadAdmission(status, text)
 }
 
-// wantAdmitted is admit for a pod that must get a token; it returns the token.
+// wantAdmitted admits a pod that must get a token, and returns the token.
 func (w *testWebhook) wantAdmitted(t *testing.T, id semaphoreID, length int) string {
 	t.Helper()
 	a := w.admit(t, rig.Review(t, id, length))
@@ -167,7 +174,7 @@ func (w *testWebhook) wantAdmitted(t *testing.T, id semaphoreID, length int) str
 	return a.Token
 }
 
-// wantFull is admit for a pod that must be refused, with so many in use.
+// wantFull sends a pod that must be refused, with inUse tokens in use.
 func (w *testWebhook) wantFull(t *testing.T, id semaphoreID, length, inUse int) {
 	t.Helper()
 	a := w.admit(t, rig.Review(t, id, length))
@@ -182,8 +189,8 @@ type gateTest struct {
 	*testing.T
 	redis  *rig.Redis
 	api    *rig.APIServer
-	config webhookConfig // of gates and owner, what they share
-	owner  *semaphores   // does what sidecars do
+	config webhookConfig // shared by the gates and owner
+	owner  *semaphores   // in the place of sidecars
 	id     semaphoreID
 	length int
 }
@@ -194,14 +201,14 @@ func newGateTest(t *testing.T, length int) *gateTest {
 	return newGateTestOn(t, r, testConfig(r.Address), length)
 }
 
-// newGateTestOn is newGateTest with a Redis that is there.
+// newGateTestOn is newGateTest on an existing Redis.
 func newGateTestOn(t *testing.T, r *rig.Redis, c webhookConfig, length int) *gateTest {
 	t.Helper()
 	s := rig.StartAPIServer(t)
 	return &gateTest{t, r, s, c, semaphoresOf(t, c), semaphoreID{s.NewNamespace(t), "web"}, length}
 }
 
-// start starts a gate, which ends with the test or by stop.
+// start starts a gate. It ends with the test, or by stop.
 func (g *gateTest) start(change ...func(*gateConfig)) (started *gate, log *rig.Log, stop func()) {
 	g.Helper()
 	c := gateConfig{settings: g.config.settings, kubernetes: clientSettings(g.api), unschedulable: 5 * time.Minute}
@@ -231,17 +238,18 @@ func (g *gateTest) start(change ...func(*gateConfig)) (started *gate, log *rig.L
 	return started, log, stop
 }
 
-// create creates a pod as the webhook lets it pass, and returns its token.
+// create creates a pod as the webhook patches it, and returns its token.
 func (g *gateTest) create(name string) (token string) {
 	g.Helper()
 	return g.createAs(rig.GatedPod(name))
 }
 
-// createAs is create for a pod that is made already.
+// createAs is create for an existing pod object.
 func (g *gateTest) createAs(p *corev1.Pod) (token string) {
 	g.Helper()
 	p.Spec.SchedulingGates = p.Spec.SchedulingGates[1:]
-	p.Annotations = map[string]string{annotationEnabled: "true", annotationKey: g.id.key, annotationLength: strconv.Itoa(g.length), annotationExpiration: "10"}
+	p.Annotations = map[string]string{annotationEnabled: "true", annotationKey: g.id.key,
+		annotationLength: strconv.Itoa(g.length), annotationExpiration: "10"}
 	return string(g.api.CreatePod(g.T, g.id.namespace, p).UID)
 }
 
@@ -262,16 +270,17 @@ func (g *gateTest) pod(name string) *corev1.Pod {
 	return p
 }
 
-// lifted reports whether the pod's gate was lifted.
+// lifted reports whether the pod's scheduling gate is lifted.
 func (g *gateTest) lifted(name string) bool { return len(g.pod(name).Spec.SchedulingGates) == 0 }
 
-// wantLifted waits until exactly those are lifted, of all that are given.
+// wantLifted waits until the gates of these pods are lifted. It fails if one of the pods
+// gated has no gate.
 func (g *gateTest) wantLifted(lifted []string, gated ...string) {
 	g.Helper()
 	rig.Eventually(g.T, 20*time.Second, func() error {
 		for _, name := range lifted {
 			if !g.lifted(name) {
-				return fmt.Errorf("%s is gated yet", name)
+				return fmt.Errorf("%s still has its gate", name)
 			}
 		}
 		return nil
@@ -291,13 +300,13 @@ func (g *gateTest) wantHolders(want ...string) {
 		got, err := redis.Strings(g.redis.Control.Do("ZRANGE", g.id.inflightKey(), 0, -1))
 		slices.Sort(got)
 		if err == nil && !slices.Equal(got, want) {
-			err = fmt.Errorf("in flight are %v, want %v", got, want)
+			err = fmt.Errorf("in flight: %v, want %v", got, want)
 		}
 		return err
 	})
 }
 
-// run lets a pod start, as a kubelet shows it.
+// run marks a pod as running, as a kubelet does, and waits until its label is gone.
 func (g *gateTest) run(name string) {
 	g.Helper()
 	_, status := g.api.Store.Change(g.id.namespace, name, rig.MarkRunning)
@@ -306,26 +315,29 @@ func (g *gateTest) run(name string) {
 	}
 	rig.Eventually(g.T, 10*time.Second, func() error {
 		if label, ok := g.pod(name).Labels[labelGated]; ok {
-			return fmt.Errorf("%s has the label %q yet", name, label)
+			return fmt.Errorf("%s still has the label %q", name, label)
 		}
 		return nil
 	})
 }
 
-// newWaiter is a waiter of this process, with a token of its own, that says nothing.
+// newWaiter returns a waiter of this process with a fresh token, which reports nothing.
 func newWaiter(s *semaphores, id semaphoreID, length int) *waiter {
 	return &waiter{semaphores: s, id: id, token: uuid.NewString(), length: length, expiration: 10 * time.Second,
 		report: func(string) {}, log: slog.New(slog.DiscardHandler)}
 }
 
-// waitOnly is wait without what it returns besides the error.
+// waitOnly is wait with its error only.
 func (w *waiter) waitOnly(ctx context.Context) error {
 	_, _, err := w.wait(ctx)
 	return err
 }
 
-// queueUp starts a waiter in this process and waits until it is in line; the channel has what became of it.
-func queueUp(t *testing.T, ctx context.Context, s *semaphores, id semaphoreID, length int, r *rig.Redis) (token string, done <-chan error) {
+// queueUp starts a waiter in this process, and waits until it is in line. The channel
+// gets the result of its wait.
+func queueUp(
+	t *testing.T, ctx context.Context, s *semaphores, id semaphoreID, length int, r *rig.Redis,
+) (token string, done <-chan error) {
 	t.Helper()
 	before, err := r.Line(id)
 	rig.Must(t, err)
@@ -337,7 +349,7 @@ func queueUp(t *testing.T, ctx context.Context, s *semaphores, id semaphoreID, l
 		defer close(ended)
 		result <- w.waitOnly(ctx)
 	}()
-	t.Cleanup(func() { // before the semaphores are closed
+	t.Cleanup(func() { // runs before the semaphores are closed
 		cancel()
 		<-ended
 	})
@@ -351,7 +363,7 @@ func wantDone(t *testing.T, done <-chan error) {
 	case err := <-done:
 		rig.Must(t, err)
 	case <-time.After(90 * time.Second):
-		t.Fatal("still waiting")
+		t.Fatal("the waiter was not served within 90 s")
 	}
 }
 
@@ -361,8 +373,11 @@ func giveBack(t *testing.T, s *semaphores, id semaphoreID, token string) {
 	rig.Must(t, err)
 }
 
-// stand puts somebody in line, reachable or not, who never comes.
-func stand(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, reachable bool) (token string, leave func()) {
+// standInLine joins the line for a pod that never polls again. If reachable, the pod is
+// subscribed, until leave ends that.
+func standInLine(
+	t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, reachable bool,
+) (token string, leave func()) {
 	t.Helper()
 	token = uuid.NewString()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -389,14 +404,14 @@ func stand(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, reachable 
 	}
 }
 
-// deafSemaphores subscribe for the first time at a server that nobody publishes to.
-func deafSemaphores(t *testing.T, address string) *semaphores {
+// misdirectedSemaphores make their first subscription at a server that publishes nothing.
+func misdirectedSemaphores(t *testing.T, address string) *semaphores {
 	t.Helper()
 	s, elsewhere := testSemaphores(t, address), rig.StartRedis(t)
 	pool := serverOf(t, s, freshID()).pool
 	dial, dialled := pool.DialContext, 0
 	pool.DialContext = func(ctx context.Context) (redis.Conn, error) {
-		if dialled++; dialled == 2 { // the first is for the claims
+		if dialled++; dialled == 2 { // the first connection is for acquires
 			return dialRedis(ctx, elsewhere.Address, redisSettings{}, time.Minute)
 		}
 		return dial(ctx)
@@ -404,16 +419,17 @@ func deafSemaphores(t *testing.T, address string) *semaphores {
 	return s
 }
 
-// testSemaphores is the semaphores of one webhook.
+// testSemaphores returns the semaphores of one webhook.
 func testSemaphores(t *testing.T, address string) *semaphores {
 	t.Helper()
 	c := testConfig(address)
-	s := newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
+	locks := newLocker(c.settings, lockConnections)
+	s := newSemaphores(c.settings, locks, idleConnections, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() { rig.Must(t, s.close(context.Background())) })
 	return s
 }
 
-// serverOf is the server that holds a semaphore.
+// serverOf returns the server that holds a semaphore.
 func serverOf(t *testing.T, s *semaphores, id semaphoreID) *queueServer {
 	t.Helper()
 	server, err := s.queue.find(context.Background(), id)
@@ -421,7 +437,7 @@ func serverOf(t *testing.T, s *semaphores, id semaphoreID) *queueServer {
 	return server
 }
 
-// newSemaphore is a semaphore of a test's own on the common Redis.
+// newSemaphore returns a fresh semaphore on the common Redis.
 func newSemaphore(t *testing.T) (*rig.Redis, *semaphores, semaphoreID) {
 	t.Helper()
 	return newSemaphoreOn(t, rig.CommonRedis(t))
@@ -432,7 +448,7 @@ func newSemaphoreOn(t *testing.T, r *rig.Redis) (*rig.Redis, *semaphores, semaph
 	return r, testSemaphores(t, r.Address), freshID()
 }
 
-// maintain repairs for somebody who was not in line.
+// maintain repairs on behalf of a pod that is not in line.
 func maintain(t *testing.T, s *semaphores, id semaphoreID, length int) {
 	t.Helper()
 	rig.Must(t, s.maintain(context.Background(), id, length, true))
@@ -454,13 +470,15 @@ func wantFullError(t *testing.T, s *semaphores, id semaphoreID, length, inUse in
 	}
 }
 
-// countingLocker counts what is asked of a locker.
+// countingLocker counts the attempts to lock, and the successes.
 type countingLocker struct {
 	locker
 	tried, locked atomic.Int32
 }
 
-func (l *countingLocker) tryLock(ctx context.Context, name string, expiration time.Duration) (func(context.Context) error, error) {
+func (l *countingLocker) tryLock(
+	ctx context.Context, name string, expiration time.Duration,
+) (func(context.Context) error, error) {
 	l.tried.Add(1)
 	unlock, err := l.locker.tryLock(ctx, name, expiration)
 	if err == nil {

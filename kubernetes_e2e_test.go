@@ -26,7 +26,7 @@ import (
 
 func init() { newAPIServer = startRealAPIServer }
 
-// kubeconfig is what kubectl would use.
+// kubeconfig is the configuration that kubectl uses.
 type kubeconfig struct {
 	Clusters []struct {
 		Cluster struct {
@@ -46,7 +46,9 @@ type kubeconfig struct {
 type realAPI struct {
 	server *url.URL
 	ca     []byte
-	proxy  http.Handler // to it, with the rights of KUBECONFIG's user, who must have a client certificate
+	// proxy forwards to the server with the rights of KUBECONFIG's user. The user needs a
+	// client certificate.
+	proxy http.Handler
 }
 
 var findRealAPI = sync.OnceValues(func() (*realAPI, error) {
@@ -77,7 +79,8 @@ var findRealAPI = sync.OnceValues(func() (*realAPI, error) {
 			r.Out.Header.Del("Authorization")
 		},
 		FlushInterval: -1,
-		Transport:     &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{pair}}},
+		Transport: &http.Transport{ForceAttemptHTTP2: true,
+			TLSClientConfig: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{pair}}},
 	}
 	return &realAPI{server, c.Clusters[0].Cluster.CA, proxy}, nil
 })
@@ -89,11 +92,12 @@ func startRealAPIServer(t testing.TB) *rig.APIServer {
 	return rig.StartAPIServerFor(t, real.proxy)
 }
 
-// The API server itself is killed and started again.
+// The API server itself is killed and restarted.
 func TestKubernetesRestartedAPIServer(t *testing.T) {
 	restart := os.Getenv("NODE_RESTART")
 	if restart == "" {
-		t.Fatal("NODE_RESTART is not set: it is the command that restarts a component of the node, see e2e/setup_test.go")
+		t.Fatal("NODE_RESTART is not set: it is the command " +
+			"that restarts a component of the node, see e2e/setup_test.go")
 	}
 	s := newAPIServer(t)
 	n := s.NewNamespace(t)
@@ -107,20 +111,21 @@ func TestKubernetesRestartedAPIServer(t *testing.T) {
 	}
 	rig.Eventually(t, time.Minute, func() error {
 		if w := s.TryDirect(t, http.MethodGet, "/readyz", nil); w.Code != http.StatusOK {
-			return fmt.Errorf("not ready: %d %s", w.Code, w.Body)
+			return fmt.Errorf("the API server is not ready: %d %s", w.Code, w.Body)
 		}
 		return nil
 	})
 	s.CreatePod(t, n, rig.GatedPod("new"))
-	rig.Eventually(t, 40*time.Second, func() error { // with or without another list
+	rig.Eventually(t, 40*time.Second, func() error { // after a new list, or without one
 		if k.get("new") == nil || k.get("old") == nil {
-			return fmt.Errorf("told of %v", k.pods)
+			return fmt.Errorf("the watch has the pods %v", k.pods)
 		}
 		return nil
 	})
 }
 
-// The account of the mode gate can lift its gate, and do nothing else to a pod: whoever has its token cannot change an image.
+// The account of the mode gate can lift its gate and change nothing else of a pod. A
+// stolen token of it cannot change an image.
 func TestKubernetesRights(t *testing.T) {
 	kubectl := func(args ...string) {
 		t.Helper()
@@ -140,11 +145,19 @@ func TestKubernetesRights(t *testing.T) {
 
 	label := []string{"metadata", "labels", rig.LabelGated}
 	refused := map[string]func(*patch){
-		"image":               func(p *patch) { p.add(jsonText("example.org/evil:v1"), "spec", "containers", "0", "image") },
-		"image of an init":    func(p *patch) { p.add(jsonText("example.org/evil:v1"), "spec", "initContainers", "0", "image") },
-		"deadline":            func(p *patch) { p.add([]byte("1"), "spec", "activeDeadlineSeconds") },
-		"toleration":          func(p *patch) { p.add([]byte(`{"key": "x", "operator": "Exists"}`), "spec", "tolerations", "-") },
-		"node selector":       func(p *patch) { p.add([]byte(`{"x": "y"}`), "spec", "nodeSelector") }, // may be added to gated pods
+		"image": func(p *patch) {
+			p.add(jsonText("example.org/evil:v1"), "spec", "containers", "0", "image")
+		},
+		"image of an init": func(p *patch) {
+			p.add(jsonText("example.org/evil:v1"), "spec", "initContainers", "0", "image")
+		},
+		"deadline": func(p *patch) { p.add([]byte("1"), "spec", "activeDeadlineSeconds") },
+		"toleration": func(p *patch) {
+			p.add([]byte(`{"key": "x", "operator": "Exists"}`), "spec", "tolerations", "-")
+		},
+		"node selector": func(p *patch) { // Kubernetes allows it for gated pods
+			p.add([]byte(`{"x": "y"}`), "spec", "nodeSelector")
+		},
 		"new annotation":      func(p *patch) { p.add(jsonText("x"), "metadata", "annotations", "example.org/new") },
 		"our annotation":      func(p *patch) { p.add(jsonText("x"), "metadata", "annotations", annotationKey) },
 		"annotation removed":  func(p *patch) { p.remove("metadata", "annotations", "example.org/second") },
@@ -155,7 +168,8 @@ func TestKubernetesRights(t *testing.T) {
 		"labels removed":      func(p *patch) { p.remove("metadata", "labels") },
 		"finalizer":           func(p *patch) { p.add([]byte(`["example.org/x"]`), "metadata", "finalizers") },
 		"owner": func(p *patch) {
-			p.add([]byte(`[{"apiVersion": "v1", "kind": "Pod", "name": "x", "uid": "`+uid+`"}]`), "metadata", "ownerReferences")
+			owners := `[{"apiVersion": "v1", "kind": "Pod", "name": "x", "uid": "` + uid + `"}]`
+			p.add([]byte(owners), "metadata", "ownerReferences")
 		},
 		"gate of another": func(p *patch) { p.remove("spec", "schedulingGates", "0") },
 		"all gates":       func(p *patch) { p.remove("spec", "schedulingGates") },
@@ -164,7 +178,7 @@ func TestKubernetesRights(t *testing.T) {
 			p.add(jsonText("example.org/evil:v1"), "spec", "containers", "0", "image")
 		},
 	}
-	// A policy is at work some seconds after it was made.
+	// A new policy takes effect after some seconds.
 	var annotate patch
 	refused["new annotation"](&annotate)
 	rig.Eventually(t, time.Minute, func() error {
@@ -173,7 +187,7 @@ func TestKubernetesRights(t *testing.T) {
 			var back patch
 			back.remove("metadata", "annotations", "example.org/new")
 			s.Direct(t, http.MethodPatch, podPath(n, "p"), back, nil)
-			return errors.New("an annotation may be changed")
+			return errors.New("the policy does not refuse a changed annotation yet")
 		} else if !isPolicy(err) {
 			return err
 		}
@@ -183,11 +197,11 @@ func TestKubernetesRights(t *testing.T) {
 		var p patch
 		steps(&p)
 		if err := k.patchPod(t.Context(), n, "p", p.json()); !isPolicy(err) {
-			t.Errorf("%s: %v", name, err)
+			t.Errorf("%s: got %v, want a refusal by the policy", name, err)
 		}
-		// The policy is about this account, and the change itself is possible.
+		// An administrator may make the change: the policy is about this account only.
 		if w := s.TryDirect(t, http.MethodPatch, podPath(n, "p")+"?dryRun=All", p); w.Code != http.StatusOK {
-			t.Errorf("%s, by an administrator: %d %s", name, w.Code, w.Body)
+			t.Errorf("%s by an administrator: got %d %s", name, w.Code, w.Body)
 		}
 	}
 	for _, steps := range []func(*patch){
@@ -208,29 +222,39 @@ func TestKubernetesRights(t *testing.T) {
 	if !slices.Equal(got.gates, []string{"example.org/other"}) || got.labels[rig.LabelGated] != "" {
 		t.Errorf("gates %q, labels %v", got.gates, got.labels)
 	}
-	rig.Must(t, k.sendEvent(t.Context(), podEvent{pod: got, reason: "TokenTaken", action: "Lifting", note: "token taken after 41 s in line"}))
+	rig.Must(t, k.sendEvent(t.Context(), podEvent{
+		pod: got, reason: "TokenTaken", action: "Lifting", note: "token taken after 41 s in line",
+	}))
 
-	// RBAC.
+	// RBAC refuses all other requests.
 	for _, c := range []struct{ method, path string }{
-		{http.MethodDelete, podPath(n, "p")}, {http.MethodPatch, podPath(n, "p") + "/status"}, {http.MethodPatch, podPath(n, "p") + "/ephemeralcontainers"},
-		{http.MethodGet, podPath(n, "p") + "/log"}, {http.MethodPost, podPath(n, "p") + "/binding"}, {http.MethodGet, "/api/v1/namespaces/" + n + "/secrets"},
+		{http.MethodDelete, podPath(n, "p")},
+		{http.MethodPatch, podPath(n, "p") + "/status"},
+		{http.MethodPatch, podPath(n, "p") + "/ephemeralcontainers"},
+		{http.MethodGet, podPath(n, "p") + "/log"},
+		{http.MethodPost, podPath(n, "p") + "/binding"},
+		{http.MethodGet, "/api/v1/namespaces/" + n + "/secrets"},
 		{http.MethodGet, "/apis/events.k8s.io/v1/namespaces/" + n + "/events"}, {http.MethodPost, podsPath(n)},
 	} {
 		err := k.exchange(t.Context(), callTimeout, c.method, c.path, "application/json-patch+json", []byte("[]"), nil)
-		if answer := (*apiError)(nil); !errors.As(err, &answer) || answer.Code != http.StatusForbidden || !strings.Contains(answer.Message, "cannot") {
-			t.Errorf("%s %s: %v", c.method, c.path, err)
+		answer := (*apiError)(nil)
+		if !errors.As(err, &answer) || answer.Code != http.StatusForbidden ||
+			!strings.Contains(answer.Message, "cannot") {
+			t.Errorf("%s %s: got %v, want 403", c.method, c.path, err)
 		}
 	}
 }
 
-// isPolicy tells whether it was our policy that refused a change.
+// isPolicy reports whether our policy refused a change.
 func isPolicy(err error) bool {
 	var refused *apiError
 	return errors.As(err, &refused) && refused.Code == http.StatusForbidden &&
-		strings.Contains(refused.Message, "ValidatingAdmissionPolicy 'at-least-semaphore-pod-hook-gate'") && strings.Contains(refused.Message, "this account may")
+		strings.Contains(refused.Message, "ValidatingAdmissionPolicy 'at-least-semaphore-pod-hook-gate'") &&
+		strings.Contains(refused.Message, "this account may")
 }
 
-// clientOfGate speaks to the API server itself, with a token of the account gate.
+// clientOfGate returns a client of the API server itself, with a token of the account
+// gate.
 func clientOfGate(t *testing.T, s *rig.APIServer) *kubernetes {
 	t.Helper()
 	real, err := findRealAPI()
@@ -241,9 +265,14 @@ func clientOfGate(t *testing.T, s *rig.APIServer) *kubernetes {
 		} `json:"status"`
 	}
 	s.Direct(t, http.MethodPost, "/api/v1/namespaces/at-least-semaphore-pod-hook/serviceaccounts/gate/token",
-		map[string]any{"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": map[string]any{}}, &answer)
+		map[string]any{"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": map[string]any{}},
+		&answer)
 	dir := t.TempDir()
-	c := kubernetesSettings{address: real.server.Host, caFile: filepath.Join(dir, "ca.crt"), tokenFile: filepath.Join(dir, "token")}
+	c := kubernetesSettings{
+		address:   real.server.Host,
+		caFile:    filepath.Join(dir, "ca.crt"),
+		tokenFile: filepath.Join(dir, "token"),
+	}
 	rig.Must(t, os.WriteFile(c.caFile, real.ca, 0o600))
 	rig.Must(t, os.WriteFile(c.tokenFile, []byte(answer.Status.Token), 0o600))
 	k, _ := newClient(t, c)

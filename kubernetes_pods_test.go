@@ -21,10 +21,12 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// newAPIServer is in front of the pods of the tests below: of a store of our own; with the tag e2e, of the API server of KUBECONFIG.
+// newAPIServer starts the API server of the tests below: one with a store of our own or,
+// with the tag e2e, the one of KUBECONFIG.
 var newAPIServer = rig.StartAPIServer
 
-// newClient is a client of a server, which works until the test ends, and its log.
+// newClient returns a client of a server, which works until the test ends, and the
+// client's log.
 func newClient(t *testing.T, c kubernetesSettings, change ...func(*kubernetes)) (*kubernetes, *rig.Log) {
 	t.Helper()
 	b := new(rig.Log)
@@ -42,7 +44,7 @@ func newClient(t *testing.T, c kubernetesSettings, change ...func(*kubernetes)) 
 	return k, b
 }
 
-// inBackground runs something until the test ends.
+// inBackground runs a function until the test ends.
 func inBackground(t *testing.T, run func(context.Context)) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -57,12 +59,11 @@ func inBackground(t *testing.T, run func(context.Context)) {
 	})
 }
 
-// podRecorder is a handler that remembers.
+// podRecorder is a handler that records its calls.
 type podRecorder struct {
 	mu     sync.Mutex
 	pods   map[string]*watchedPod // by name
 	syncs  int
-	told   int
 	drops  []string
 	wrongs []string
 }
@@ -70,7 +71,6 @@ type podRecorder struct {
 func (h *podRecorder) setPod(p *watchedPod) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.told++
 	h.pods[p.name] = p
 }
 
@@ -80,7 +80,7 @@ func (h *podRecorder) dropPod(p *watchedPod) {
 	h.drops = append(h.drops, p.name)
 	switch now := h.pods[p.name]; {
 	case now == nil:
-		h.wrongs = append(h.wrongs, "told twice that there is no "+p.name)
+		h.wrongs = append(h.wrongs, "dropped twice: "+p.name)
 	case now.uid == p.uid:
 		delete(h.pods, p.name)
 	}
@@ -98,7 +98,7 @@ func (h *podRecorder) get(name string) *watchedPod {
 	return h.pods[name]
 }
 
-// want waits until the handler has been told of these pods and no others, and has been synced so often.
+// want waits until the handler has exactly these pods, and as many calls of synced.
 func (h *podRecorder) want(t *testing.T, syncs int, names ...string) {
 	t.Helper()
 	rig.Eventually(t, 30*time.Second, func() error {
@@ -110,7 +110,8 @@ func (h *podRecorder) want(t *testing.T, syncs int, names ...string) {
 		}
 		slices.Sort(got)
 		if !slices.Equal(got, names) || h.syncs != syncs || h.wrongs != nil {
-			return fmt.Errorf("told of %q after %d lists, want %q after %d; wrong: %q", got, h.syncs, names, syncs, h.wrongs)
+			return fmt.Errorf("pods %q after %d lists, want %q after %d; wrong: %q",
+				got, h.syncs, names, syncs, h.wrongs)
 		}
 		return nil
 	})
@@ -138,7 +139,7 @@ func isWatched(r string) bool {
 	return strings.HasPrefix(r, "GET ") && strings.Contains(r, "watch=true")
 }
 
-// Lists in pages, and watches from where the list ended.
+// The client lists in pages, and watches from the end of the list.
 func TestKubernetesListsAndWatches(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
@@ -158,7 +159,7 @@ func TestKubernetesListsAndWatches(t *testing.T) {
 	k := startWatching(t, clientSettings(s), n, func(k *kubernetes) { k.bounds.page = 3 })
 	k.want(t, 1, "p0", "p1", "p2", "p3", "p4", "p5", "p6")
 	if got := s.Count(isList); got != 3 {
-		t.Errorf("%d requests for seven pods in pages of three", got)
+		t.Errorf("%d list requests for seven pods in pages of three", got)
 	}
 	s.CreatePod(t, n, rig.GatedPod("p7"))
 	s.SetLabel(t, n, "p1", annotationPrefix+"changed", "yes")
@@ -169,27 +170,28 @@ func TestKubernetesListsAndWatches(t *testing.T) {
 	k.want(t, 1, "p0", "p1", "p4", "p5", "p6", "p7")
 	rig.Eventually(t, 5*time.Second, func() error {
 		if l := k.get("p1").labels; l[annotationPrefix+"changed"] != "yes" || l["app"] != "" {
-			return fmt.Errorf("labels %v", l)
+			return fmt.Errorf("the labels are still %v", l)
 		}
 		return nil
 	})
-	if p := k.get("p7"); p.namespace != n || p.phase != "Pending" || p.unscheduledReason != "SchedulingGated" || time.Since(p.created) > time.Minute ||
-		!slices.Equal(p.gates, []string{"example.org/other", rig.GateName}) || len(p.annotations) != 1 || p.annotations[annotationKey] != "web" {
+	if p := k.get("p7"); p.namespace != n || p.phase != "Pending" || p.unscheduledReason != "SchedulingGated" ||
+		time.Since(p.created) > time.Minute || !slices.Equal(p.gates, []string{"example.org/other", rig.GateName}) ||
+		len(p.annotations) != 1 || p.annotations[annotationKey] != "web" {
 		t.Errorf("got %+v", p)
 	}
-	// A watch does not say why.
+	// A watch does not say why a pod disappeared; a get does.
 	if p, err := k.getPod(t.Context(), n, "p2", left.uid); err != nil || p.labels[rig.LabelGated] != "false" {
-		t.Errorf("a pod that lost its label: %v, %+v", err, p)
+		t.Errorf("get of a pod without its label: %v, %+v", err, p)
 	}
 	if _, err := k.getPod(t.Context(), n, "p3", gone.uid); !errors.Is(err, errNoPod) {
-		t.Errorf("a pod that was deleted: %v", err)
+		t.Errorf("get of a deleted pod: %v", err)
 	}
 	if _, err := k.getPod(t.Context(), n, "p4", gone.uid); !errors.Is(err, errNoPod) {
-		t.Errorf("another pod of the name: %v", err)
+		t.Errorf("get of another pod of the same name: %v", err)
 	}
 }
 
-// All namespaces, or some.
+// The client watches all namespaces, or some.
 func TestKubernetesNamespaces(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
@@ -200,24 +202,31 @@ func TestKubernetesNamespaces(t *testing.T) {
 	one.want(t, 1, "in-a")
 	rig.Eventually(t, 10*time.Second, func() error {
 		if p, q := all.get("in-a"), all.get("in-b"); p == nil || q == nil || p.namespace != a || q.namespace != b {
-			return fmt.Errorf("told of %v and %v", p, q)
+			return fmt.Errorf("the watch has the pods %v and %v", p, q)
 		}
 		return nil
 	})
 }
 
-// What ends a watch costs no list, as long as the API server knows what happened since.
+// When a watch ends, the client does not list again, as long as the API server knows the
+// version.
 func TestKubernetesWatchEnds(t *testing.T) {
 	t.Parallel()
 	for name, end := range map[string]func(*testing.T, *rig.APIServer){
-		"dropped":  func(_ *testing.T, s *rig.APIServer) { s.DropWatches() },
-		"silent":   func(_ *testing.T, s *rig.APIServer) { s.SilenceWatches() },
-		"over":     func(*testing.T, *rig.APIServer) {}, // each second
-		"restart":  func(t *testing.T, s *rig.APIServer) { s.Stop(); s.Start(t) },
-		"token":    func(t *testing.T, s *rig.APIServer) { s.SetToken(t, "second-token"); s.DropWatches() },
-		"CA":       func(t *testing.T, s *rig.APIServer) { rig.WriteCertificate(t, s.Dir, 2); s.Stop(); s.Start(t) },
-		"failures": func(_ *testing.T, s *rig.APIServer) { s.FailWatches(2, http.StatusServiceUnavailable); s.DropWatches() },
-		"too many": func(_ *testing.T, s *rig.APIServer) { s.FailWatches(1, http.StatusTooManyRequests); s.DropWatches() },
+		"dropped": func(_ *testing.T, s *rig.APIServer) { s.DropWatches() },
+		"silent":  func(_ *testing.T, s *rig.APIServer) { s.SilenceWatches() },
+		"over":    func(*testing.T, *rig.APIServer) {}, // each second
+		"restart": func(t *testing.T, s *rig.APIServer) { s.Stop(); s.Start(t) },
+		"token":   func(t *testing.T, s *rig.APIServer) { s.SetToken(t, "second-token"); s.DropWatches() },
+		"CA":      func(t *testing.T, s *rig.APIServer) { rig.WriteCertificate(t, s.Dir, 2); s.Stop(); s.Start(t) },
+		"failures": func(_ *testing.T, s *rig.APIServer) {
+			s.FailWatches(2, http.StatusServiceUnavailable)
+			s.DropWatches()
+		},
+		"too many": func(_ *testing.T, s *rig.APIServer) {
+			s.FailWatches(1, http.StatusTooManyRequests)
+			s.DropWatches()
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -240,7 +249,7 @@ func TestKubernetesWatchEnds(t *testing.T) {
 			k.want(t, 1, "new", "old")
 			rig.Eventually(t, 20*time.Second, func() error {
 				if s.Count(isWatched) == watches {
-					return errors.New("there is no other watch")
+					return errors.New("the client has not watched again")
 				}
 				return nil
 			})
@@ -250,7 +259,7 @@ func TestKubernetesWatchEnds(t *testing.T) {
 	}
 }
 
-// A connection that falls silent, with the watch on it, is found by asking.
+// The client detects a silent connection, with its watch, by a ping.
 func TestKubernetesSilentConnection(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
@@ -265,10 +274,11 @@ func TestKubernetesSilentConnection(t *testing.T) {
 	s.CreatePod(t, n, rig.GatedPod("p"))
 	start := time.Now()
 	k.want(t, 1, "p")
-	rig.WantWithin(t, time.Since(start), pingAfter+pingTimeout+3*time.Second, "finding a pod behind a silent connection")
+	rig.WantWithin(t, time.Since(start), pingAfter+pingTimeout+3*time.Second,
+		"finding a pod behind a silent connection")
 }
 
-// All that is kept of a pod, as Kubernetes writes it.
+// All kept fields of a pod, as Kubernetes writes them.
 func TestWatchedPod(t *testing.T) {
 	t.Parallel()
 	at := metav1.NewTime(time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC))
@@ -277,32 +287,40 @@ func TestWatchedPod(t *testing.T) {
 	p.Spec.NodeName = "node1"
 	p.Status = corev1.PodStatus{
 		Phase: corev1.PodPending,
-		Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: "True"}, {Type: corev1.PodScheduled, Status: "False",
-			Reason: "Unschedulable", Message: strings.Repeat("x", 9000), LastTransitionTime: at}},
+		Conditions: []corev1.PodCondition{
+			{Type: corev1.PodReady, Status: "True"}, {Type: corev1.PodScheduled, Status: "False",
+				Reason: "Unschedulable", Message: strings.Repeat("x", 9000), LastTransitionTime: at}},
 		InitContainerStatuses: []corev1.ContainerStatus{
 			{Name: "other", State: corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: at}}},
-			{Name: sidecarName, Started: new(true), State: corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: at}}},
-			{Name: awaitName, State: corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{FinishedAt: at}}},
+			{Name: sidecarName, Started: new(true),
+				State: corev1.ContainerState{Running: &corev1.ContainerStateRunning{StartedAt: at}}},
+			{Name: awaitName,
+				State: corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{FinishedAt: at}}},
 		},
 	}
 	var o podObject
 	rig.Must(t, json.Unmarshal(mustJSON(t, p), &o))
 	got := fmt.Sprintf("%+v", *o.watched())
-	want := fmt.Sprintf("%+v", watchedPod{namespace: "shop", name: "p", uid: "some-uid", version: "7", created: at.Time, deleted: true,
-		labels: map[string]string{rig.LabelGated: "true"}, annotations: map[string]string{annotationKey: "web"}, gates: []string{"example.org/other", rig.GateName},
-		phase: "Pending", unscheduledReason: "Unschedulable", initContainers: []initContainer{{sidecarName, "running"}, {awaitName, "terminated"}}})
+	want := fmt.Sprintf("%+v", watchedPod{
+		namespace: "shop", name: "p", uid: "some-uid", version: "7", created: at.Time, deleted: true,
+		labels: map[string]string{rig.LabelGated: "true"}, annotations: map[string]string{annotationKey: "web"},
+		gates: []string{"example.org/other", rig.GateName},
+		phase: "Pending", unscheduledReason: "Unschedulable",
+		initContainers: []initContainer{{sidecarName, "running"}, {awaitName, "terminated"}},
+	})
 	if got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
 }
 
-// A list of pods with much that is not ours. One of nothing has null for items.
+// A list of pods with many fields that we ignore. An empty list has null for items.
 func TestReadPods(t *testing.T) {
 	for text, want := range map[string]string{
 		`{"kind": "PodList", "metadata": {"resourceVersion": "7"}, "items": null}`:   "0 pods, {ResourceVersion:7 Continue:}, <nil>",
 		`{"items": [{}, {}], "metadata": {"resourceVersion": "7", "continue": "x"}}`: "2 pods, {ResourceVersion:7 Continue:x}, <nil>",
-		`{"items": [{}`:                                        "1 pods, {ResourceVersion: Continue:}, EOF",
-		`{"items": [{}, {"metadata": 3}]}`:                     "1 pods, {ResourceVersion: Continue:}, json: cannot unmarshal number into Go struct field podObject.metadata of type struct",
+		`{"items": [{}`: "1 pods, {ResourceVersion: Continue:}, EOF",
+		`{"items": [{}, {"metadata": 3}]}`: "1 pods, {ResourceVersion: Continue:}, json: " +
+			"cannot unmarshal number into Go struct field podObject.metadata of type struct",
 		`{"metadata": {"resourceVersion": "7"}, "items": [{}]`: "1 pods, {ResourceVersion:7 Continue:}, EOF",
 	} {
 		n := 0
@@ -313,18 +331,21 @@ func TestReadPods(t *testing.T) {
 	}
 }
 
-// Thousands of pods fit into a few MiB, whatever others write into them.
+// Thousands of pods fit into a few MiB, whatever their other fields.
 func TestWatchedPodsAreSmall(t *testing.T) {
-	const pods, most = 5000, 1400 // bytes each
+	const pods, most = 5000, 1400 // pods, and bytes for each
 	r, w := io.Pipe()
 	go func() {
 		p := rig.GatedPod("")
 		p.Namespace, p.Status.Phase = "shop", corev1.PodPending
 		p.Annotations["example.org/config"] = strings.Repeat("x", 20000)
-		p.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodScheduled, Status: "False", Reason: corev1.PodReasonSchedulingGated}}
+		p.Status.Conditions = []corev1.PodCondition{{
+			Type: corev1.PodScheduled, Status: "False", Reason: corev1.PodReasonSchedulingGated,
+		}}
 		fmt.Fprint(w, `{"metadata": {}, "items": [`)
 		for i := range pods {
-			p.Name, p.UID, p.ResourceVersion = fmt.Sprintf("gated-pod-of-a-deployment-%d", i), "1d3e5f70-0000-4000-8000-000000000000", fmt.Sprint(i)
+			p.Name, p.ResourceVersion = fmt.Sprintf("gated-pod-of-a-deployment-%d", i), fmt.Sprint(i)
+			p.UID = "1d3e5f70-0000-4000-8000-000000000000"
 			if i > 0 {
 				fmt.Fprint(w, ",")
 			}
@@ -345,7 +366,7 @@ func TestWatchedPodsAreSmall(t *testing.T) {
 	runtime.KeepAlive(known)
 }
 
-// heap is what is in use.
+// heap returns the bytes of the heap in use.
 func heap() int {
 	var m runtime.MemStats
 	runtime.GC()
@@ -353,7 +374,8 @@ func heap() int {
 	return int(m.HeapAlloc)
 }
 
-// What happened is no longer known: the list tells it, deletions too.
+// If the API server no longer knows the version, a new list reports the changes,
+// deletions too.
 func TestKubernetesExpired(t *testing.T) {
 	t.Parallel()
 	for name, expire := range map[string]func(*rig.APIServer){
@@ -370,21 +392,21 @@ func TestKubernetesExpired(t *testing.T) {
 			k := startWatching(t, clientSettings(s), n)
 			k.want(t, 1, "early", "gone", "old")
 			s.WantWatches(t, 1)
-			s.DeletePod(t, n, "early") // which no list tells again
+			s.DeletePod(t, n, "early") // the later list must not report it again
 			k.want(t, 1, "gone", "old")
 			s.FailWatches(1000, http.StatusInternalServerError)
 			s.DropWatches()
 			s.WantWatches(t, 0)
 			s.DeletePod(t, n, "gone")
 			s.CreatePod(t, n, rig.GatedPod("new"))
-			again := s.CreatePod(t, n, rig.GatedPod("gone")) // another one
+			again := s.CreatePod(t, n, rig.GatedPod("gone")) // a new pod of the same name
 			expire(s)
 			k.want(t, 2, "gone", "new", "old")
 			if got := k.get("gone").uid; got != string(again.UID) {
-				t.Errorf("the UID of the pod is %s, not that of the new one", got)
+				t.Errorf("the UID of the pod is %s, want that of the new pod", got)
 			}
 			if !slices.Equal(k.drops, []string{"early", "gone"}) {
-				t.Errorf("told of the end of %q", k.drops)
+				t.Errorf("dropped pods: %q, want early and gone", k.drops)
 			}
 			s.DeletePod(t, n, "gone")
 			k.want(t, 2, "new", "old")
@@ -392,7 +414,7 @@ func TestKubernetesExpired(t *testing.T) {
 	}
 }
 
-// A list that takes too long begins anew, and forgets nothing that it has told.
+// A list that expires between pages starts again, and loses no pod that was reported.
 func TestKubernetesExpiredList(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
@@ -412,22 +434,23 @@ func TestKubernetesExpiredList(t *testing.T) {
 			s.Store.Compact()
 			return false
 		}
-		rig.Respond(w, 0, nil, rig.Failure(http.StatusGone, "Expired", "The provided continue parameter is too old to display a consistent list result."))
+		rig.Respond(w, 0, nil, rig.Failure(http.StatusGone, "Expired",
+			"The provided continue parameter is too old to display a consistent list result."))
 		return true
 	})
 	k := startWatching(t, clientSettings(s), n, func(k *kubernetes) { k.bounds.page = 2 })
 	k.want(t, 1, "p1", "p2", "p3", "p4")
 	if !slices.Equal(k.drops, []string{"p0"}) {
-		t.Errorf("told of the end of %q", k.drops)
+		t.Errorf("dropped pods: %q, want p0", k.drops)
 	}
 }
 
-// A bookmark is as good as an event: what others do does not make a watch too old.
+// A bookmark counts as an event: changes of other pods do not make the watch expire.
 func TestKubernetesBookmarks(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
 	if s.Store == nil {
-		t.Skip("they take a minute there")
+		t.Skip("bookmarks take a minute on a real API server")
 	}
 	n := s.NewNamespace(t)
 	s.CreatePod(t, n, rig.GatedPod("p"))
@@ -444,16 +467,17 @@ func TestKubernetesBookmarks(t *testing.T) {
 	s.CreatePod(t, n, rig.GatedPod("q"))
 	k.want(t, 1, "p", "q")
 	if got := s.Count(isWatched); got != 2 {
-		t.Errorf("%d watches: it was given up although there were bookmarks", got)
+		t.Errorf("%d watches, want 2: the client ignored the bookmarks", got)
 	}
 }
 
-// Whatever fails at once is tried again, less and less often.
+// Failing requests are retried with backoff.
 func TestKubernetesBacksOff(t *testing.T) {
 	t.Parallel()
 	for name, fault := range map[string]rig.APIFault{
 		"refused": func(w http.ResponseWriter, _ *http.Request) bool {
-			rig.Respond(w, 0, nil, rig.Failure(http.StatusInternalServerError, "InternalError", "etcdserver: no leader"))
+			rig.Respond(w, 0, nil, rig.Failure(http.StatusInternalServerError, "InternalError",
+				"etcdserver: no leader"))
 			return true
 		},
 		"forbidden": func(w http.ResponseWriter, _ *http.Request) bool {
@@ -494,22 +518,22 @@ func TestKubernetesBacksOff(t *testing.T) {
 				mu.Lock()
 				defer mu.Unlock()
 				if fifth.IsZero() {
-					return fmt.Errorf("%d attempts", attempts)
+					return fmt.Errorf("%d attempts, want 5", attempts)
 				}
 				return nil
 			})
-			// The waits are of 0.2, 0.4, 0.8 and 1.6 s, and half of it at least.
+			// The waits are 0.2, 0.4, 0.8 and 1.6 s, with jitter down to a half.
 			if took := fifth.Sub(first); took < 1500*time.Millisecond {
-				t.Errorf("five attempts in %s", took)
+				t.Errorf("five attempts in %s, want at least 1.5 s", took)
 			}
 			if got := len(k.log.Lines(t, "watch of pods ended, tries again")); got != 1 && name != "no events" {
-				t.Errorf("%d lines of log, want one a minute", got)
+				t.Errorf("%d log lines, want one a minute", got)
 			}
 			s.Fail(nil)
 			s.CreatePod(t, n, rig.GatedPod("p"))
 			rig.Eventually(t, 30*time.Second, func() error {
 				if k.get("p") == nil {
-					return errors.New("not told of the pod")
+					return errors.New("the watch has not reported the pod")
 				}
 				return nil
 			})
@@ -517,7 +541,7 @@ func TestKubernetesBacksOff(t *testing.T) {
 	}
 }
 
-// The API server says when to come back.
+// The client waits as long as Retry-After says.
 func TestKubernetesRetryAfter(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
@@ -529,7 +553,8 @@ func TestKubernetesRetryAfter(t *testing.T) {
 		select {
 		case refused <- time.Now():
 			w.Header().Set("Retry-After", "2")
-			rig.Respond(w, 0, nil, rig.Failure(http.StatusTooManyRequests, "TooManyRequests", "the server has received too many requests"))
+			rig.Respond(w, 0, nil, rig.Failure(http.StatusTooManyRequests, "TooManyRequests",
+				"the server has received too many requests"))
 			return true
 		default:
 			if again.IsZero() {
@@ -541,6 +566,6 @@ func TestKubernetesRetryAfter(t *testing.T) {
 	k := startWatching(t, clientSettings(s), n)
 	k.want(t, 1, "p")
 	if took := again.Sub(<-refused); took < 2*time.Second {
-		t.Errorf("came back after %s", took)
+		t.Errorf("the client retried after %s", took)
 	}
 }

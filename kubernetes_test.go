@@ -17,7 +17,7 @@ import (
 	eventsv1 "k8s.io/api/events/v1"
 )
 
-// liftGate is the patch that removes our gate of a testGatedPod.
+// liftGate returns the patch that removes our gate of a testGatedPod.
 func liftGate(uid string) (steps patch) {
 	steps.test(jsonText(uid), "metadata", "uid")
 	steps.test(jsonText(rig.GateName), "spec", "schedulingGates", "1", "name")
@@ -25,7 +25,7 @@ func liftGate(uid string) (steps patch) {
 	return steps
 }
 
-// A patch is done once, and only to the pod that was meant.
+// A patch changes the pod once, and only the pod with that UID and version.
 func TestKubernetesPatch(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
@@ -44,32 +44,34 @@ func TestKubernetesPatch(t *testing.T) {
 		}
 	}
 	uid := string(s.CreatePod(t, n, rig.GatedPod("p")).UID)
-	if err := k.patchPod(t.Context(), n, "p", liftGate("00000000-0000-0000-0000-000000000000").json()); !errors.Is(err, errPodChanged) {
-		t.Errorf("another pod's UID: %v", err)
+	const anotherUID = "00000000-0000-0000-0000-000000000000"
+	if err := k.patchPod(t.Context(), n, "p", liftGate(anotherUID).json()); !errors.Is(err, errPodChanged) {
+		t.Errorf("with another UID: got %v", err)
 	}
 	wantGates("example.org/other", rig.GateName)
 	rig.Must(t, k.patchPod(t.Context(), n, "p", liftGate(uid).json()))
 	wantGates("example.org/other")
 	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errPodChanged) {
-		t.Errorf("a second time: %v", err)
+		t.Errorf("a second patch: got %v", err)
 	}
 	wantGates("example.org/other")
 	var old patch
 	old.test(jsonText("1"), "metadata", "resourceVersion")
 	old.add(jsonText("false"), "metadata", "labels", rig.LabelGated)
 	if err := k.patchPod(t.Context(), n, "p", old.json()); !errors.Is(err, errPodChanged) {
-		t.Errorf("another version: %v", err)
+		t.Errorf("with another version: got %v", err)
 	}
 	s.DeletePod(t, n, "p")
 	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errNoPod) {
-		t.Errorf("no pod: %v", err)
+		t.Errorf("without the pod: got %v", err)
 	}
 	if err := k.patchPod(t.Context(), n+"-none", "p", liftGate(uid).json()); !errors.Is(err, errNoPod) {
-		t.Errorf("no namespace: %v", err)
+		t.Errorf("without the namespace: got %v", err)
 	}
 }
 
-// What the API server cannot do now is worth another try; what stands in front of it says nothing of pods.
+// Temporary failures of the API server can be retried. A reply of another server, in
+// front of it, says nothing about pods.
 func TestKubernetesRefusals(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
@@ -79,7 +81,7 @@ func TestKubernetesRefusals(t *testing.T) {
 	sentinels := []error{errNoPod, errPodChanged, errTryAgain, errExpired}
 	for _, c := range []struct {
 		code  int32
-		want  error // nil for none of them
+		want  error // nil: none of the sentinels
 		fault rig.APIFault
 	}{
 		{code: http.StatusUnauthorized, want: errTryAgain},
@@ -90,7 +92,10 @@ func TestKubernetesRefusals(t *testing.T) {
 		{code: http.StatusConflict, want: errPodChanged},
 		{code: http.StatusForbidden},
 		{code: http.StatusBadRequest},
-		{code: http.StatusNotFound, fault: func(w http.ResponseWriter, r *http.Request) bool { http.NotFound(w, r); return true }},
+		{code: http.StatusNotFound, fault: func(w http.ResponseWriter, r *http.Request) bool {
+			http.NotFound(w, r)
+			return true
+		}},
 		{code: http.StatusFound, fault: func(w http.ResponseWriter, r *http.Request) bool {
 			http.Redirect(w, r, "https://"+s.Address+"/elsewhere", http.StatusFound)
 			return true
@@ -106,33 +111,34 @@ func TestKubernetesRefusals(t *testing.T) {
 		err := k.patchPod(t.Context(), n, "p", liftGate(uid).json())
 		for _, sentinel := range sentinels {
 			if errors.Is(err, sentinel) != (sentinel == c.want) {
-				t.Errorf("%d: %v is %q: %v", c.code, err, sentinel, errors.Is(err, sentinel))
+				t.Errorf("status %d: errors.Is(%v, %q) is %t", c.code, err, sentinel, errors.Is(err, sentinel))
 			}
 		}
 		if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("API server %s: %d", s.Address, c.code)) {
-			t.Errorf("%d: %v", c.code, err)
+			t.Errorf("status %d: got %v", c.code, err)
 		}
 	}
 	if s.Count(func(r string) bool { return strings.Contains(r, "elsewhere") }) > 0 {
-		t.Error("the token was sent to where the answer redirects to")
+		t.Error("the client sent its token to the target of a redirect")
 	}
 
 	s.Fail(nil)
 	s.Stop()
 	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errTryAgain) {
-		t.Errorf("no server: %v", err)
+		t.Errorf("without a server: got %v", err)
 	}
 	s.Start(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := k.patchPod(ctx, n, "p", liftGate(uid).json()); !errors.Is(err, context.Canceled) || errors.Is(err, errTryAgain) {
-		t.Errorf("a context that is done: %v", err)
+	err := k.patchPod(ctx, n, "p", liftGate(uid).json())
+	if !errors.Is(err, context.Canceled) || errors.Is(err, errTryAgain) {
+		t.Errorf("with an ended context: got %v", err)
 	}
 	rig.Must(t, k.patchPod(t.Context(), n, "p", liftGate(uid).json()))
 }
 
-// A patch whose answer is lost may be sent again.
-func TestKubernetesLostAnswer(t *testing.T) {
+// A patch can be repeated if its reply was lost.
+func TestKubernetesLostReply(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
 	n := s.NewNamespace(t)
@@ -143,21 +149,22 @@ func TestKubernetesLostAnswer(t *testing.T) {
 		panic(http.ErrAbortHandler)
 	})
 	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errTryAgain) {
-		t.Errorf("the first time: %v", err)
+		t.Errorf("the first patch: got %v", err)
 	}
 	s.Fail(nil)
 	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errPodChanged) {
-		t.Errorf("the second time: %v", err)
+		t.Errorf("the second patch: got %v", err)
 	}
 	p, err := k.getPod(t.Context(), n, "p", uid)
 	rig.Must(t, err)
 	if slices.Contains(p.gates, rig.GateName) {
-		t.Errorf("gates %q", p.gates)
+		t.Errorf("the gates are %q", p.gates)
 	}
 }
 
-// Many changes at once come a few at a time, over one connection; and wait if the API server says so.
-func TestKubernetesIsGentle(t *testing.T) {
+// Concurrent changes are sent a few at a time, over one connection. They pause if the API
+// server asks for it.
+func TestKubernetesLimitsRequests(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
 	n := s.NewNamespace(t)
@@ -169,11 +176,13 @@ func TestKubernetesIsGentle(t *testing.T) {
 	for i := range patches {
 		s.CreatePod(t, n, rig.GatedPod(fmt.Sprintf("p%d", i)))
 	}
-	rig.Must(t, k.patchPod(t.Context(), n, "p0", patch{}.json())) // those that dial at once close what they do not need
+	// The first request opens the one connection: concurrent dials would open several, and
+	// close those they do not need.
+	rig.Must(t, k.patchPod(t.Context(), n, "p0", patch{}.json()))
 	var inFlight, most, done atomic.Int32
 	var mu sync.Mutex
 	var last time.Time
-	var rest time.Duration // the longest without a request
+	var rest time.Duration // longest time without a request
 	s.Fail(func(w http.ResponseWriter, r *http.Request) bool {
 		now := inFlight.Add(1)
 		defer inFlight.Add(-1)
@@ -185,12 +194,13 @@ func TestKubernetesIsGentle(t *testing.T) {
 		}
 		last = time.Now()
 		mu.Unlock()
-		time.Sleep(150 * time.Millisecond) // so that they are in flight at once, and fewer than may be sent
+		time.Sleep(150 * time.Millisecond) // keeps requests in flight together, below the allowed rate
 		if done.Add(1) != 100 {
 			return false
 		}
 		w.Header().Set("Retry-After", "3")
-		rig.Respond(w, 0, nil, rig.Failure(http.StatusTooManyRequests, "TooManyRequests", "the server has received too many requests"))
+		rig.Respond(w, 0, nil, rig.Failure(http.StatusTooManyRequests, "TooManyRequests",
+			"the server has received too many requests"))
 		return true
 	})
 	var wg sync.WaitGroup
@@ -211,11 +221,11 @@ func TestKubernetesIsGentle(t *testing.T) {
 		t.Errorf("%d in flight, %d refused, %d connections", most.Load(), refused.Load(), proxy.Made.Load())
 	}
 	if rest < 2*time.Second {
-		t.Errorf("they rested for %s at most, though the API server asked for 3 s", rest)
+		t.Errorf("the longest pause was %s, and the API server asked for 3 s", rest)
 	}
 }
 
-// Calls pass in a burst after a rest, and then one each gap.
+// After a rest, calls pass in a burst, then one for each gap.
 func TestPacer(t *testing.T) {
 	t.Parallel()
 	const gap, burst = 10 * time.Millisecond, 5
@@ -240,17 +250,17 @@ func TestPacer(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if err := p.wait(ctx); !errors.Is(err, context.Canceled) {
-		t.Errorf("a context that is done: %v", err)
+		t.Errorf("with an ended context: got %v", err)
 	}
 	if at := pass(); at.Sub(held) < 300*time.Millisecond {
-		t.Errorf("passed after %s", at.Sub(held))
+		t.Errorf("after a hold of 300ms, the pacer passed a call after %s", at.Sub(held))
 	}
 	if at := pass(); at.Sub(held) < 300*time.Millisecond+gap {
-		t.Errorf("a burst after %s: to be held is no rest", at.Sub(held))
+		t.Errorf("after a hold, the pacer passed a burst, %s after its start", at.Sub(held))
 	}
 }
 
-// Events come once, from whichever process, and leave room for what matters.
+// Several processes send one event once. Events do not delay more important requests.
 func TestKubernetesEvents(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
@@ -270,7 +280,8 @@ func TestKubernetesEvents(t *testing.T) {
 		return list.Items
 	}
 	s.FailEvents(1)
-	line := podEvent{pod: &p, reason: "WaitingForToken", action: "Waiting", note: "waiting for a token of shop/web: 3 of 3 in use, 2nd in line", id: "1"}
+	line := podEvent{pod: &p, reason: "WaitingForToken", action: "Waiting",
+		note: "waiting for a token of shop/web: 3 of 3 in use, 2nd in line", id: "1"}
 	k.createEvent(line)
 	other.createEvent(line)
 	again := line
@@ -278,27 +289,31 @@ func TestKubernetesEvents(t *testing.T) {
 	k.createEvent(again)
 	rig.Eventually(t, 20*time.Second, func() error {
 		if got := s.Count(func(r string) bool { return strings.HasPrefix(r, "POST ") }); got != 4 {
-			return fmt.Errorf("%d events sent, want four: one was refused at first", got)
+			return fmt.Errorf("%d events sent, want 4, one of them retried", got)
 		}
 		if got := len(events()); got != 2 {
-			return fmt.Errorf("%d events, want 2", got)
+			return fmt.Errorf("the server has %d events, want 2", got)
 		}
 		return nil
 	})
-	if inBoth := append(log.Lines(t, "events of pods left out"), otherLog.Lines(t, "events of pods left out")...); len(inBoth) > 0 {
-		t.Errorf("that another process was first is no failure: %v", inBoth)
+	inBoth := append(log.Lines(t, "events of pods left out"), otherLog.Lines(t, "events of pods left out")...)
+	if len(inBoth) > 0 {
+		t.Errorf("an event that another process sent first was logged as a failure: %v", inBoth)
 	}
 	list := events()
 	slices.SortFunc(list, func(a, b eventsv1.Event) int { return strings.Compare(b.Note, a.Note) })
-	if e := list[1]; e.Reason != "WaitingForToken" || e.Note != line.note || e.Type != "Normal" || e.Regarding.Kind != "Pod" || e.Regarding.Name != "p" ||
-		string(e.Regarding.UID) != p.uid || e.ReportingController != eventReporter || time.Since(e.EventTime.Time) > time.Minute {
+	if e := list[1]; e.Reason != "WaitingForToken" || e.Note != line.note || e.Type != "Normal" ||
+		e.Regarding.Kind != "Pod" || e.Regarding.Name != "p" ||
+		string(e.Regarding.UID) != p.uid || e.ReportingController != eventReporter ||
+		time.Since(e.EventTime.Time) > time.Minute {
 		t.Errorf("got %+v", e)
 	}
 	if e := list[0]; e.Type != "Warning" || len(e.Note) != eventNoteMost {
 		t.Errorf("got %+v", e)
 	}
 
-	// A thousand at once are sent over time, and keep nothing else back; those that are too many are left out.
+	// A thousand events are sent over time, and do not delay other requests. Events
+	// beyond the limit are left out.
 	sent := s.Count(func(r string) bool { return strings.HasPrefix(r, "POST ") })
 	start := time.Now()
 	for i := range eventsWaiting + 2*eventsPerSecond {
@@ -308,7 +323,7 @@ func TestKubernetesEvents(t *testing.T) {
 	}
 	rig.WantWithin(t, time.Since(start), time.Second, "queueing events")
 	if len(log.Lines(t, "events of pods left out")) == 0 {
-		t.Error("nothing was left out")
+		t.Error("no event was left out")
 	}
 	const more = 2 * eventsPerSecond
 	rig.Eventually(t, 20*time.Second, func() error {
@@ -318,6 +333,6 @@ func TestKubernetesEvents(t *testing.T) {
 		return nil
 	})
 	if took := time.Since(start); took < time.Second/2 {
-		t.Errorf("%d events in %s", more, took)
+		t.Errorf("%d events were sent in %s", more, took)
 	}
 }

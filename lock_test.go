@@ -49,7 +49,7 @@ func TestLock(t *testing.T) {
 							return
 						}
 						if n := holders.Add(1); n != 1 {
-							t.Errorf("%d holders", n)
+							t.Errorf("%d holders at once", n)
 						}
 						runtime.Gosched()
 						locked.Add(1)
@@ -79,7 +79,7 @@ func TestLock(t *testing.T) {
 			rig.Must(t, err)
 			wantTaken(t, another, "lock/{expires}")
 			second := lockWithin(t, another, "lock/{expires}", time.Minute)
-			rig.Must(t, unlock(ctx)) // leaves the other's alone
+			rig.Must(t, unlock(ctx)) // does not free the other's lock
 			wantTaken(t, l, "lock/{expires}")
 			rig.Must(t, second(ctx))
 		})
@@ -88,7 +88,7 @@ func TestLock(t *testing.T) {
 			unlock, err := l.tryLock(ctx, "lock/{late}", time.Minute)
 			rig.Must(t, err)
 			s.expire(t, "lock/{late}")
-			rig.Must(t, unlock(ctx)) // as good as unlocked
+			rig.Must(t, unlock(ctx)) // no error: the lock has expired
 			second, err := another.tryLock(ctx, "lock/{late}", time.Minute)
 			rig.Must(t, err)
 			rig.Must(t, unlock(ctx))
@@ -99,7 +99,7 @@ func TestLock(t *testing.T) {
 		t.Run("cancelled before", func(t *testing.T) {
 			ctx, cancel := context.WithCancel(ctx)
 			cancel()
-			// The attempt may be over before it is seen that nobody waits for it.
+			// The attempt may succeed before it notices the cancellation.
 			if unlock, err := l.tryLock(ctx, "lock/{cancelled}", time.Minute); err == nil {
 				rig.Must(t, unlock(context.Background()))
 			} else if !errors.Is(err, context.Canceled) {
@@ -116,7 +116,7 @@ func TestLock(t *testing.T) {
 			time.AfterFunc(50*time.Millisecond, cancel)
 			start := time.Now()
 			if _, err := l.tryLock(ctx, "lock/{hangs}", time.Minute); !errors.Is(err, context.Canceled) {
-				t.Errorf("got %v", err)
+				t.Errorf("got %v, want the context's error", err)
 			}
 			rig.WantWithin(t, time.Since(start), time.Second, "a cancelled attempt")
 			for i := range s.addresses() {
@@ -134,7 +134,7 @@ func TestLock(t *testing.T) {
 			for _, l := range []locker{l, another} {
 				_, err = l.tryLock(ctx, "lock/{unreachable}", time.Minute)
 				if err == nil || errors.Is(err, errLockTaken) {
-					t.Fatalf("got %v, want that the servers are out of reach", err)
+					t.Fatalf("got %v, want an error about unreachable servers", err)
 				}
 				wantNamed(t, err.Error(), s.addresses()...)
 			}
@@ -143,9 +143,10 @@ func TestLock(t *testing.T) {
 	})
 }
 
-// Whatever becomes of attempts, nothing is left of them, neither while the locker is in use nor after it.
+// No attempt leaves locks, connections or goroutines behind, during and after the use of
+// the locker.
 func TestLockLeavesNothing(t *testing.T) {
-	for name, start := range startLockServers { // one after the other: it counts goroutines
+	for name, start := range startLockServers { // not in parallel: the test counts goroutines
 		t.Run(name, func(t *testing.T) { wantNothingLeft(t, start(t, 1)) })
 	}
 }
@@ -161,7 +162,7 @@ func wantNothingLeft(t *testing.T, s lockServers) {
 		wg.Go(func() {
 			for i := range 100 {
 				ctx, cancel := context.WithCancel(context.Background())
-				if i%2 == 1 { // somewhere in the middle of it
+				if i%2 == 1 { // at some point of the attempt
 					time.AfterFunc(rand.N(2*time.Millisecond), cancel)
 				}
 				unlock, err := l.tryLock(ctx, fmt.Sprintf("lock/{%d}", worker), time.Minute)
@@ -173,7 +174,7 @@ func wantNothingLeft(t *testing.T, s lockServers) {
 					}
 				case errors.Is(err, context.Canceled):
 					cancelled.Add(1)
-				case !errors.Is(err, errLockTaken): // by the attempt before, which was cancelled
+				case !errors.Is(err, errLockTaken): // a lock of the previous, cancelled attempt
 					t.Error(err)
 				}
 				cancel()
@@ -182,14 +183,14 @@ func wantNothingLeft(t *testing.T, s lockServers) {
 	}
 	wg.Wait()
 	t.Logf("%d locked, %d cancelled", locked.Load(), cancelled.Load())
-	if locked.Load() < 20 || cancelled.Load() < 20 { // on a slow machine, most find the lock of one that was cancelled
-		t.Errorf("%d locked, %d cancelled", locked.Load(), cancelled.Load())
+	if locked.Load() < 20 || cancelled.Load() < 20 { // on a slow machine, most find a lock of a cancelled attempt
+		t.Errorf("%d locked and %d cancelled, want at least 20 of each", locked.Load(), cancelled.Load())
 	}
 	wantNoMore := func(goroutines int) {
 		t.Helper()
 		rig.Eventually(t, 10*time.Second, func() error {
 			if n := runtime.NumGoroutine(); n > goroutines {
-				return fmt.Errorf("%d goroutines, %d before\n%s", n, goroutines, stacks())
+				return fmt.Errorf("%d goroutines, want %d\n%s", n, goroutines, stacks())
 			}
 			return s.locksLeft()
 		})
@@ -204,7 +205,7 @@ func wantNothingLeft(t *testing.T, s lockServers) {
 type lockServers interface {
 	newLocker() locker
 	addresses() []string
-	expire(t *testing.T, name string) // does what the expiry of a lock does
+	expire(t *testing.T, name string) // removes a lock, as its expiry does
 	locksLeft() error
 	connectionsLeft() error
 	pause(t *testing.T, i int)
@@ -297,7 +298,7 @@ func (s etcdServers) locksLeft() error {
 
 func (s etcdServers) connectionsLeft() error {
 	for _, m := range s {
-		if n, err := rig.EstablishedConnections(m.Address); err != nil || n > 1 { // one is the test's
+		if n, err := rig.EstablishedConnections(m.Address); err != nil || n > 1 { // the test has one
 			return fmt.Errorf("%d connections left, %v", n-1, err)
 		}
 	}
@@ -321,7 +322,7 @@ func (s etcdServers) configure(c *webhookConfig) {
 	c.lockMode, c.etcdAddresses = lockModeEtcd, s.addresses()
 }
 
-// forEachLock runs a test over both locks at once, each with servers of its own.
+// forEachLock runs a test in parallel for both locks, each with its own servers.
 func forEachLock(t *testing.T, servers int, test func(t *testing.T, s lockServers)) {
 	for name, start := range startLockServers {
 		t.Run(name, func(t *testing.T) {
@@ -344,7 +345,7 @@ var startLockServers = map[string]func(t *testing.T, servers int) lockServers{
 	},
 }
 
-// lockWithin takes a lock that is to become free.
+// lockWithin takes a lock as soon as it is free.
 func lockWithin(t *testing.T, l locker, name string, expiration time.Duration) func(context.Context) error {
 	t.Helper()
 	var unlock func(context.Context) error
@@ -358,7 +359,7 @@ func lockWithin(t *testing.T, l locker, name string, expiration time.Duration) f
 func wantTaken(t *testing.T, l locker, name string) {
 	t.Helper()
 	if _, err := l.tryLock(context.Background(), name, time.Minute); !errors.Is(err, errLockTaken) {
-		t.Fatalf("got %v, want that the lock is taken", err)
+		t.Fatalf("got %v, want errLockTaken", err)
 	}
 }
 
@@ -366,7 +367,7 @@ func wantNamed(t *testing.T, text string, addresses ...string) {
 	t.Helper()
 	for _, a := range addresses {
 		if !strings.Contains(text, a+": ") {
-			t.Errorf("%s is not named in %q", a, text)
+			t.Errorf("the error does not name %s: %q", a, text)
 		}
 	}
 	if strings.Contains(text, "\n") {
@@ -374,7 +375,8 @@ func wantNamed(t *testing.T, text string, addresses ...string) {
 	}
 }
 
-// startLockedWebhook starts a webhook whose queue is on the common Redis and whose lock is on s.
+// startLockedWebhook starts a webhook with its queue on the common Redis and its locks on
+// s.
 func startLockedWebhook(t *testing.T, s lockServers) (*testWebhook, *rig.Redis) {
 	t.Helper()
 	queue := rig.CommonRedis(t)
@@ -383,7 +385,8 @@ func startLockedWebhook(t *testing.T, s lockServers) (*testWebhook, *rig.Redis) 
 	return startWebhook(t, c), queue
 }
 
-// One lock server of three is down, whichever, killed or hanging: admissions that need the lock go on, within a second.
+// One of three lock servers, whichever, is killed or hangs. Admissions that need the lock
+// still succeed within a second.
 func TestOneLockServerDown(t *testing.T) {
 	for _, down := range []string{"hangs", "first killed", "last killed"} { // of etcd, the first is the leader
 		t.Run(down, func(t *testing.T) {
@@ -395,7 +398,7 @@ func TestOneLockServerDown(t *testing.T) {
 					id := freshID()
 					start := time.Now()
 					w.wantAdmitted(t, id, 3)
-					rig.WantWithin(t, time.Since(start), time.Second, "an admission, "+what)
+					rig.WantWithin(t, time.Since(start), time.Second, "an admission while "+what)
 					queue.WantCounts(t, id, 2, 1)
 				}
 				wantQuick("all up")
@@ -422,8 +425,8 @@ func TestOneLockServerDown(t *testing.T) {
 	}
 }
 
-// Two of three are down: what needs the lock fails, naming the servers, well before the API server gives up; what needs
-// no repair goes on.
+// Two of three lock servers are down. Admissions that need the lock fail well before the
+// API server's time-out, and name the servers. Admissions that need no repair succeed.
 func TestTwoLockServersDown(t *testing.T) {
 	t.Parallel()
 	for _, hangs := range []bool{true, false} {
@@ -444,7 +447,7 @@ func TestTwoLockServersDown(t *testing.T) {
 					start := time.Now()
 					status, text, err := w.post(context.Background(), rig.Review(t, fresh, 3), timeout)
 					if err != nil || status != http.StatusInternalServerError {
-						t.Errorf("answered %d: %s, %v", status, text, err)
+						t.Errorf("got %d: %s, %v", status, text, err)
 					}
 					rig.WantWithin(t, time.Since(start), within, "a failure with a timeout of "+timeout)
 					wantNamed(t, strings.TrimSpace(text), s.addresses()[:2]...)
@@ -465,7 +468,8 @@ func TestTwoLockServersDown(t *testing.T) {
 	}
 }
 
-// The same for Redlock over TLS, whose handshake a server that hangs does not answer either, with the shortest expiration.
+// The same for Redlock over TLS, with the shortest expiration. A server that hangs does
+// not answer the TLS handshake either.
 func TestOneLockServerHangsBehindTLS(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -477,19 +481,21 @@ func TestOneLockServerHangsBehindTLS(t *testing.T) {
 		servers = append(servers, r)
 		addresses = append(addresses, "rediss://"+r.Address)
 	}
-	l := newRedlock(addresses, redisSettings{username: "webhook", password: rig.Password, caFile: filepath.Join(dir, "tls.crt")}, lockConnections)
+	settings := redisSettings{username: "webhook", password: rig.Password, caFile: filepath.Join(dir, "tls.crt")}
+	l := newRedlock(addresses, settings, lockConnections)
 	defer l.close()
 	servers[1].Pause(t)
 	for range 3 {
 		start := time.Now()
 		unlock, err := l.tryLock(context.Background(), "lock/{shop/web}", time.Second)
 		rig.Must(t, err)
-		rig.WantWithin(t, time.Since(start), time.Second, "a lock of which one server hangs")
+		rig.WantWithin(t, time.Since(start), time.Second, "a lock with one hanging server")
 		rig.Must(t, unlock(context.Background()))
 	}
 }
 
-// Many admissions that wait for a lock that somebody holds ask for it, and for tokens, only so often.
+// Many admissions that wait for a held lock poll the lock and the tokens at a limited
+// rate.
 func TestWaitingForALockIsCheap(t *testing.T) {
 	lock := rig.StartRedis(t)
 	w, _ := startLockedWebhook(t, redlockServers{lock})
@@ -500,23 +506,24 @@ func TestWaitingForALockIsCheap(t *testing.T) {
 	for range 50 {
 		wg.Go(func() {
 			status, text, err := w.post(context.Background(), rig.Review(t, id, 50), "5s")
-			if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, id.lockKey()+" is held by another") {
-				t.Errorf("answered %d %s, %v", status, text, err)
+			if err != nil || status != http.StatusInternalServerError ||
+				!strings.Contains(text, id.lockKey()+" is held by another") {
+				t.Errorf("got %d %s, %v", status, text, err)
 			}
 		})
 	}
 	wg.Wait()
-	// 4.5 s in steps of 5 ms at the least, if they all went alone.
+	// If each polled alone, it would poll for 4.5 s, at most every 5 ms.
 	if tried := lock.CommandCalls(t)["set"]; tried > 50*900 {
-		t.Errorf("the lock was tried %d times", tried)
+		t.Errorf("%d attempts to take the lock, want at most 45000", tried)
 	} else {
-		t.Logf("the lock was tried %d times", tried)
+		t.Logf("%d attempts to take the lock", tried)
 	}
 	rig.Must(t, unlock(context.Background()))
 }
 
-// A lock server that stalls for a moment costs a moment, not the admission; and nothing of the attempt that timed out
-// stays behind, though the server has seen none of our scripts before.
+// A lock server that stalls for a moment delays an admission, but does not fail it. The
+// timed-out attempt leaves no lock, though the server has not loaded our scripts before.
 func TestStallingLockServer(t *testing.T) {
 	t.Parallel()
 	lock := rig.StartRedis(t)
@@ -532,10 +539,10 @@ func TestStallingLockServer(t *testing.T) {
 		}
 		answered <- err
 	}()
-	rig.Eventually(t, 10*time.Second, func() error { // the attempt has timed out, and has been repeated
+	rig.Eventually(t, 10*time.Second, func() error { // the attempt timed out and was retried
 		select {
 		case err := <-answered:
-			return fmt.Errorf("answered too early: %w", err)
+			return fmt.Errorf("the admission ended too early: %w", err)
 		default:
 		}
 		if n := proxy.Made.Load(); n < 2 {
@@ -554,8 +561,9 @@ func TestStallingLockServer(t *testing.T) {
 	})
 }
 
-// A webhook is paused while it holds the lock and is about to maintain. Its lock expires, another webhook maintains and
-// admits, and then the first one's script is run after all: the semaphore is as if it had not been.
+// A webhook is paused while it has the lock, just before maintain. Its lock expires, and
+// another webhook maintains and admits. The first one's script then runs late, and
+// changes nothing.
 func TestPausedMaintainer(t *testing.T) {
 	t.Parallel()
 	forEachLock(t, 1, func(t *testing.T, s lockServers) {
@@ -564,11 +572,14 @@ func TestPausedMaintainer(t *testing.T) {
 		maintain := proxy.HoldFirst(t, maintainScript.made().Hash(), false)
 		id := freshID()
 		const length = 5
-		body := rig.Review(t, id, length, func(request map[string]any) { rig.AnnotationsOf(request)[annotationExpiration] = "1" })
+		body := rig.Review(t, id, length, func(request map[string]any) {
+			rig.AnnotationsOf(request)[annotationExpiration] = "1"
+		})
 
 		c := testConfig(queue.Address)
 		s.configure(&c)
-		paused := rig.StartWebhook(t, proxy.Address, "--lock-mode="+c.lockMode, "--redis-addresses="+strings.Join(c.redisAddresses, ","),
+		paused := rig.StartWebhook(t, proxy.Address, "--lock-mode="+c.lockMode,
+			"--redis-addresses="+strings.Join(c.redisAddresses, ","),
 			"--etcd-addresses="+strings.Join(c.etcdAddresses, ","))
 		answered := make(chan error, 1)
 		go func() {
@@ -587,7 +598,7 @@ func TestPausedMaintainer(t *testing.T) {
 
 		w := startWebhook(t, c)
 		for range 2 {
-			a := w.admit(t, body) // waits until the lock has expired
+			a := w.admit(t, body) // waits until the lock expires
 			if !a.Allowed {
 				t.Fatalf("not admitted: %+v", a)
 			}
@@ -607,8 +618,8 @@ func TestPausedMaintainer(t *testing.T) {
 	})
 }
 
-// Sixty-four webhooks get the first admissions of one key at once: whoever fits is admitted, and few of them take the
-// lock.
+// Sixty-four webhooks get the first admissions of one key at once. As many pods as fit
+// are admitted, and few webhooks take the lock.
 func TestManyWebhooks(t *testing.T) {
 	forEachLock(t, 1, func(t *testing.T, s lockServers) {
 		const webhooks, length = 64, 48
@@ -645,7 +656,7 @@ func TestManyWebhooks(t *testing.T) {
 		}
 		t.Logf("the lock was taken %d times", locked)
 		if len(admitted) != length || locked < 1 || locked > 12 {
-			t.Errorf("%d admitted, the lock was taken %d times", len(admitted), locked)
+			t.Errorf("%d admitted, %d locks taken", len(admitted), locked)
 		}
 		queue.WantCounts(t, id, 0, length)
 	})
@@ -661,8 +672,9 @@ func TestEtcdWithTLSAndAuth(t *testing.T) {
 	rig.Must(t, err)
 	m := &rig.Etcd{Address: rig.FreeAddress(t)}
 	peer := "http://" + rig.FreeAddress(t)
-	m.Serve(t, "https://"+m.Address, tlsConfig, "--cert-file", crt, "--key-file", key, "--trusted-ca-file", crt, "--client-cert-auth",
-		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", "default="+peer, "--bcrypt-cost", "4")
+	m.Serve(t, "https://"+m.Address, tlsConfig, "--cert-file", crt, "--key-file", key, "--trusted-ca-file", crt,
+		"--client-cert-auth", "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
+		"--initial-cluster", "default="+peer, "--bcrypt-cost", "4")
 	m.WantServing(t)
 	ctx := context.Background()
 	for _, step := range []func() error{
@@ -670,7 +682,8 @@ func TestEtcdWithTLSAndAuth(t *testing.T) {
 		func() error { return errOf(m.Control.UserGrantRole(ctx, "root", "root")) },
 		func() error { return errOf(m.Control.RoleAdd(ctx, "locks")) },
 		func() error {
-			return errOf(m.Control.RoleGrantPermission(ctx, "locks", "lock/", clientv3.GetPrefixRangeEnd("lock/"), clientv3.PermissionType(clientv3.PermReadWrite)))
+			return errOf(m.Control.RoleGrantPermission(ctx, "locks", "lock/", clientv3.GetPrefixRangeEnd("lock/"),
+				clientv3.PermissionType(clientv3.PermReadWrite)))
 		},
 		func() error { return errOf(m.Control.UserAdd(ctx, "webhook", rig.Password)) },
 		func() error { return errOf(m.Control.UserGrantRole(ctx, "webhook", "locks")) },
@@ -678,7 +691,8 @@ func TestEtcdWithTLSAndAuth(t *testing.T) {
 	} {
 		rig.Must(t, step())
 	}
-	admin, err := clientv3.New(clientv3.Config{Endpoints: []string{m.Address}, TLS: tlsConfig, Username: "root", Password: "admin", DialTimeout: 5 * time.Second})
+	admin, err := clientv3.New(clientv3.Config{Endpoints: []string{m.Address}, TLS: tlsConfig,
+		Username: "root", Password: "admin", DialTimeout: 5 * time.Second})
 	rig.Must(t, err)
 	defer admin.Close()
 
@@ -691,11 +705,12 @@ func TestEtcdWithTLSAndAuth(t *testing.T) {
 			rig.Must(t, err)
 			wantTaken(t, l, "lock/{shop/web}")
 			rig.Must(t, unlock(ctx))
-			// What changes users makes all log-ins void.
+			// Each change of users makes etcd reject all earlier log-ins.
 			rig.Must(t, errOf(admin.UserAdd(ctx, "another-"+uuid.NewString(), "x")))
 		}
-		if _, err := l.tryLock(ctx, "elsewhere", time.Minute); err == nil || !strings.Contains(err.Error(), "permission denied") {
-			t.Errorf("a key that the role does not have: %v", err)
+		_, err := l.tryLock(ctx, "elsewhere", time.Minute)
+		if err == nil || !strings.Contains(err.Error(), "permission denied") {
+			t.Errorf("a key outside the role: got %v, want permission denied", err)
 		}
 		rig.Must(t, l.close())
 	}
@@ -709,14 +724,15 @@ func TestEtcdWithTLSAndAuth(t *testing.T) {
 		change(&wrong)
 		l := newEtcdLock([]string{m.Address}, wrong)
 		_, err := l.tryLock(ctx, "lock/{shop/web}", time.Minute)
-		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), m.Address) || strings.Contains(err.Error(), rig.Password) {
+		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), m.Address) ||
+			strings.Contains(err.Error(), rig.Password) {
 			t.Errorf("got %v, want %q", err, want)
 		}
 		rig.Must(t, l.close())
 	}
 }
 
-// No secret is in the arguments or the logs of a webhook that cannot log in, nor in what it answers.
+// The arguments, logs and replies of a webhook that cannot log in show no secret.
 func TestSecretsAreNotShown(t *testing.T) {
 	r := rig.StartRedis(t)
 	r.Do(t, "CONFIG", "SET", "requirepass", "something-else")
@@ -726,17 +742,19 @@ func TestSecretsAreNotShown(t *testing.T) {
 	t.Setenv("ETCD_USERNAME", "webhook")
 	t.Setenv("ETCD_PASSWORD", rig.Password)
 	address := rig.FreeAddress(t)
-	p := rig.StartProgram(t, "webhook", "--host=127.0.0.1", "--port="+rig.Port(address), "--metrics-bind-address="+rig.FreeAddress(t), "--certDir="+dir,
-		"--queue-redis-address="+r.Address, "--redis-addresses="+r.Address, "--lock-mode=etcd", "--sidecar-redis-secret=redis",
+	p := rig.StartProgram(t, "webhook", "--host=127.0.0.1", "--port="+rig.Port(address),
+		"--metrics-bind-address="+rig.FreeAddress(t), "--certDir="+dir, "--queue-redis-address="+r.Address,
+		"--redis-addresses="+r.Address, "--lock-mode=etcd", "--sidecar-redis-secret=redis",
 		"--sidecar-etcd-secret=etcd")
 	p.WantLog(t, "serving")
 	body := filepath.Join(dir, "review.json")
 	rig.Must(t, os.WriteFile(body, rig.Review(t, freshID(), 1), 0o600))
-	answer, err := exec.Command("curl", "-sS", "--cacert", filepath.Join(dir, "tls.crt"), "-H", "Content-Type: application/json",
+	answer, err := exec.Command("curl", "-sS", "--cacert", filepath.Join(dir, "tls.crt"),
+		"-H", "Content-Type: application/json",
 		"--data", "@"+body, "https://"+address+"/mutate").CombinedOutput()
 	rig.Must(t, err)
 	if !strings.Contains(string(answer), "WRONGPASS") || strings.Contains(string(answer), rig.Password) {
-		t.Errorf("answered %s", answer)
+		t.Errorf("the reply shows a secret, or is no error: %s", answer)
 	}
 	p.Log.WantLines(t, "admission", 1)
 	p.WantNoSecret(t)

@@ -28,7 +28,7 @@ var sameOnAllQueues = map[string][]string{
 		"TestConcurrentFirstAdmissions", // TestHerd has more pods, and runs on all queues
 		"TestNobodyOvertakesWhilePodsArePaused",
 		"TestPodsOfTwoLengths",
-		"TestWatchOfALongInterval", // it waits for the clock; TestDeadHoldersAndSeldomAdmissions runs on all queues
+		"TestWatchOfALongInterval", // it waits for the clock; TestDeadHoldersAndRareAdmissions runs on all queues
 	},
 	"what scripts and memory cost": {
 		"TestAdmissionCostsTheSameForAnyLength",
@@ -165,7 +165,7 @@ func TestSameOnAllQueues(t *testing.T) {
 // groupConfig is a configuration whose queue is a group, with a lock server of its own.
 func groupConfig(t *testing.T, address string) webhookConfig {
 	t.Helper()
-	c := beating(address, 2*time.Second)
+	c := configWithInterval(address, 2*time.Second)
 	c.redisAddresses = []string{rig.StartRedis(t).Address}
 	return c
 }

@@ -19,13 +19,14 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// dnsAnswer is what a test lets DNS answer: by itself none.
+// dnsAnswer is the reply of a test's DNS to one lookup.
 type dnsAnswer struct {
 	addresses []string
 	err       error
 }
 
-// testResolver is one whose DNS answers when it is told to, as a real one does not.
+// testResolver returns a resolver whose lookups wait for a reply in answer. Unlike real
+// lookups, they ignore the end of the context.
 func testResolver(t *testing.T) (r *resolver, asked chan string, answer chan dnsAnswer) {
 	t.Helper()
 	asked, answer = make(chan string, 100), make(chan dnsAnswer)
@@ -42,7 +43,7 @@ func testResolver(t *testing.T) (r *resolver, asked chan string, answer chan dns
 	return r, asked, answer
 }
 
-func (r *resolver) wantKnown(t *testing.T, host string, want ...string) {
+func (r *resolver) wantResolved(t *testing.T, host string, want ...string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
@@ -51,8 +52,8 @@ func (r *resolver) wantKnown(t *testing.T, host string, want ...string) {
 	}
 }
 
-// wantKnownSoon waits until an answer has arrived.
-func (r *resolver) wantKnownSoon(t *testing.T, host string, want ...string) {
+// wantCachedSoon waits until the cache has the addresses.
+func (r *resolver) wantCachedSoon(t *testing.T, host string, want ...string) {
 	t.Helper()
 	rig.Eventually(t, 5*time.Second, func() error {
 		if known, _ := r.start(host); !slices.Equal(known, want) {
@@ -62,7 +63,8 @@ func (r *resolver) wantKnownSoon(t *testing.T, host string, want ...string) {
 	})
 }
 
-// A question that takes longer than a dial has time is not asked in vain, and not again meanwhile.
+// A lookup slower than a dial's deadline goes on in the background. The dials meanwhile
+// start no other, and later ones use its reply.
 func TestResolveSlowDNS(t *testing.T) {
 	t.Parallel()
 	r, asked, answer := testResolver(t)
@@ -71,32 +73,32 @@ func TestResolveSlowDNS(t *testing.T) {
 		_, err := r.resolve(ctx, "a.test")
 		var dns *net.DNSError
 		if !errors.As(err, &dns) || !dns.IsTimeout || dns.Name != "a.test" {
-			t.Errorf("without an answer: %v", err)
+			t.Errorf("without a reply: got %v", err)
 		}
 		cancel()
 	}
 	answer <- dnsAnswer{addresses: []string{"192.0.2.1"}}
-	r.wantKnownSoon(t, "a.test", "192.0.2.1")
-	r.wantKnown(t, "a.test", "192.0.2.1")
+	r.wantCachedSoon(t, "a.test", "192.0.2.1")
+	r.wantResolved(t, "a.test", "192.0.2.1")
 	if len(asked) != 1 {
-		t.Errorf("DNS was asked %d times, want once", len(asked))
+		t.Errorf("%d lookups, want 1", len(asked))
 	}
 }
 
-// An old answer is used when there is no new one, and only then.
-func TestResolveOldAnswer(t *testing.T) {
+// The resolver uses an old reply as long as there is no new one.
+func TestResolveOldReply(t *testing.T) {
 	t.Parallel()
 	r, asked, answer := testResolver(t)
 	go func() { answer <- dnsAnswer{addresses: []string{"192.0.2.1"}} }()
-	r.wantKnown(t, "a.test", "192.0.2.1")
+	r.wantResolved(t, "a.test", "192.0.2.1")
 	r.doubt("a.test")
-	r.wantKnown(t, "a.test", "192.0.2.1") // DNS is silent
+	r.wantResolved(t, "a.test", "192.0.2.1") // the lookup is unanswered
 	answer <- dnsAnswer{err: &net.DNSError{Err: "server misbehaving", Name: "a.test"}}
-	r.wantKnown(t, "a.test", "192.0.2.1") // and then it fails
+	r.wantResolved(t, "a.test", "192.0.2.1") // the lookup failed
 	go func() { answer <- dnsAnswer{addresses: []string{"192.0.2.2", "192.0.2.3"}} }()
-	r.wantKnownSoon(t, "a.test", "192.0.2.2", "192.0.2.3")
+	r.wantCachedSoon(t, "a.test", "192.0.2.2", "192.0.2.3")
 	if len(asked) != 3 {
-		t.Errorf("DNS was asked %d times, want 3", len(asked))
+		t.Errorf("%d lookups, want 3", len(asked))
 	}
 }
 
@@ -110,7 +112,8 @@ func TestResolveUnknownHost(t *testing.T) {
 	}
 }
 
-// The first address that answers is taken; where none does, DNS is asked again.
+// A dial takes the first address that accepts. If none does, the next dial looks the host
+// up again.
 func TestDialResolved(t *testing.T) {
 	t.Parallel()
 	r, asked, answer := testResolver(t)
@@ -124,7 +127,7 @@ func TestDialResolved(t *testing.T) {
 		}
 		return err
 	}
-	go func() { answer <- dnsAnswer{addresses: []string{"127.0.0.99"}} }() // nobody listens there
+	go func() { answer <- dnsAnswer{addresses: []string{"127.0.0.99"}} }() // no server listens there
 	if err := dial(); err == nil || !strings.Contains(err.Error(), "127.0.0.99:"+port) {
 		t.Errorf("got %v", err)
 	}
@@ -132,11 +135,11 @@ func TestDialResolved(t *testing.T) {
 	rig.Must(t, dial())
 	rig.Must(t, dial())
 	if len(asked) != 2 {
-		t.Errorf("DNS was asked %d times, want 2", len(asked))
+		t.Errorf("%d lookups, want 2", len(asked))
 	}
 }
 
-// The rules of the users in Redis.
+// The ACL rules of the Redis users.
 const (
 	webhookACL     = rig.WebhookACL
 	sidecarACL     = rig.SidecarACL
@@ -151,18 +154,24 @@ const (
 	lockACL        = rig.LockACL
 )
 
-// isDenied reports whether an error says that the user may not do it.
+// isDenied reports whether Redis denied the user a permission.
 func isDenied(err error) bool {
 	return strings.Contains(err.Error(), "NOPERM") || isPermissionError(err.Error())
 }
 
-// startSecureRedis starts a redis-server that speaks TLS only, with a user for the webhook and one for the sidecar.
+// startSecureRedis starts a redis-server that accepts only TLS, with the users webhook
+// and sidecar.
 func startSecureRedis(t *testing.T, dir string) *rig.Redis {
 	t.Helper()
 	crt, key := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
 	listen := func(port string) []string {
-		args := []string{"--port", "0", "--tls-port", port, "--tls-cert-file", crt, "--tls-key-file", key, "--tls-ca-cert-file", crt, "--tls-auth-clients", "no"}
-		for _, user := range []string{"default on >admin ~* &* +@all", "webhook on >" + rig.Password + " " + webhookACL, "sidecar on >" + rig.Password + " " + sidecarACL} {
+		args := []string{"--port", "0", "--tls-port", port, "--tls-cert-file", crt, "--tls-key-file", key,
+			"--tls-ca-cert-file", crt, "--tls-auth-clients", "no"}
+		for _, user := range []string{
+			"default on >admin ~* &* +@all",
+			"webhook on >" + rig.Password + " " + webhookACL,
+			"sidecar on >" + rig.Password + " " + sidecarACL,
+		} {
 			args = append(append(args, "--user"), strings.Fields(user)...)
 		}
 		return args
@@ -170,10 +179,11 @@ func startSecureRedis(t *testing.T, dir string) *rig.Redis {
 	roots, err := readCA(crt)
 	rig.Must(t, err)
 	return rig.StartRedisWith(t, rig.RedisOptions{Args: listen,
-		Dial: []redis.DialOption{redis.DialUseTLS(true), redis.DialTLSConfig(&tls.Config{RootCAs: roots}), redis.DialPassword("admin")}})
+		Dial: []redis.DialOption{redis.DialUseTLS(true), redis.DialTLSConfig(&tls.Config{RootCAs: roots}),
+			redis.DialPassword("admin")}})
 }
 
-// On a server for the lock, nothing can be left out of the rules for it, and nothing is missing.
+// On a lock server, the ACL rules for locks suffice, and each is needed.
 func TestLockACLIsMinimal(t *testing.T) {
 	r := rig.StartRedis(t)
 	settings := redisSettings{username: "locker", password: rig.Password}
@@ -192,13 +202,13 @@ func TestLockACLIsMinimal(t *testing.T) {
 	for _, rule := range rules[1:] {
 		r.Do(t, "ACL", "SETUSER", "locker", "-"+rule[1:])
 		if err := lock(); err == nil || !isDenied(err) {
-			t.Errorf("without %s: %v", rule, err)
+			t.Errorf("without %s: got %v, want NOPERM", rule, err)
 		}
 		r.Do(t, "ACL", "SETUSER", "locker", rule)
 	}
 }
 
-// The whole job over TLS, with the users of docs/security.md.
+// All functions over TLS, with the users of docs/security.md.
 func TestRedisWithTLSAndACL(t *testing.T) {
 	dir := t.TempDir()
 	rig.WriteCertificate(t, dir, 1)
@@ -229,7 +239,7 @@ func TestRedisWithTLSAndACL(t *testing.T) {
 	p.WantNoSecret(t)
 }
 
-// The rules allow what the sidecar and the webhook do, and all that they allow is needed.
+// The ACL rules of the webhook and the sidecar suffice, and each is needed.
 func TestACLsAreMinimal(t *testing.T) {
 	dir := t.TempDir()
 	rig.WriteCertificate(t, dir, 1)
@@ -240,8 +250,8 @@ func TestACLsAreMinimal(t *testing.T) {
 		c.redis = redisSettings{username: user, password: rig.Password, caFile: filepath.Join(dir, "tls.crt")}
 		return newSemaphores(c.settings, newLocker(c.settings, lockConnections), 1, slog.New(slog.DiscardHandler))
 	}
-	// What both do: take tokens, repair, call waiters, give back.
-	life := func(user string) (*semaphores, semaphoreID, error) {
+	// The common commands of both: lock, repair, acquire, wake waiters, release.
+	commonWork := func(user string) (*semaphores, semaphoreID, error) {
 		s, id := semaphoresOf(user), freshID()
 		unlock, err := s.locks.tryLock(ctx, id.lockKey(), time.Minute)
 		if err != nil {
@@ -271,7 +281,8 @@ func TestACLsAreMinimal(t *testing.T) {
 		if _, err := s.release(ctx, id, token); err != nil {
 			return s, id, err
 		}
-		r.Do(t, "ZADD", id.inflightKey(), 99999999999, uuid.NewString()) // to be caught up with
+		// a score in the future, for maintain to correct
+		r.Do(t, "ZADD", id.inflightKey(), 99999999999, uuid.NewString())
 		r.ForgetLength(t, id)
 		if err := s.maintain(ctx, id, 1, true); err != nil { // trim to nothing
 			return s, id, err
@@ -279,14 +290,14 @@ func TestACLsAreMinimal(t *testing.T) {
 		_, err = s.runAcquire(ctx, id, acquireRequest{token: uuid.NewString(), length: 1})
 		return s, id, err
 	}
-	sidecarLife := func() error {
-		s, id, err := life("sidecar")
+	sidecarWork := func() error {
+		s, id, err := commonWork("sidecar")
 		defer s.close(ctx)
 		if err != nil {
 			return err
 		}
 		token := uuid.NewString()
-		for range 2 { // it rejoins, and renews
+		for range 2 { // a rejoin, then a refresh
 			if _, err := s.heartbeat(ctx, id, token, "", 0); err != nil {
 				return err
 			}
@@ -298,7 +309,7 @@ func TestACLsAreMinimal(t *testing.T) {
 		if _, err := s.release(ctx, id, other); err != nil {
 			return err
 		}
-		if _, err := s.release(ctx, id, token); err != nil { // to the queue, or it would not be popped
+		if _, err := s.release(ctx, id, token); err != nil { // into the queue, so that the heartbeat removes it there
 			return err
 		}
 		if _, err := s.heartbeat(ctx, id, token, "", 0); err != nil {
@@ -309,25 +320,25 @@ func TestACLsAreMinimal(t *testing.T) {
 		subscribed := newWakeup()
 		calls := newSubscription(s.queue, id, s.log)
 		calls.add(subscribed, id, token)
-		heard := make(chan error, 1)
-		go func() { heard <- calls.receive(attempt) }()
+		received := make(chan error, 1)
+		go func() { received <- calls.receive(attempt) }()
 		select {
 		case <-subscribed:
 			return nil
-		case err := <-heard:
+		case err := <-received:
 			return err
 		}
 	}
-	webhookLife := func() error {
-		s, _, err := life("webhook")
+	webhookWork := func() error {
+		s, _, err := commonWork("webhook")
 		defer s.close(ctx)
 		return errors.Join(err, s.check(ctx), errOf(s.survey(ctx, "")))
 	}
 	for user, c := range map[string]struct {
 		rule string
-		live func() error
-	}{"sidecar": {sidecarACL, sidecarLife}, "webhook": {webhookACL, webhookLife}} {
-		rig.Must(t, c.live())
+		work func() error
+	}{"sidecar": {sidecarACL, sidecarWork}, "webhook": {webhookACL, webhookWork}} {
+		rig.Must(t, c.work())
 		for rule := range strings.FieldsSeq(c.rule) {
 			command, isCommand := strings.CutPrefix(rule, "+")
 			if !isCommand {
@@ -336,47 +347,55 @@ func TestACLsAreMinimal(t *testing.T) {
 			r.Do(t, "ACL", "SETUSER", user, "-"+command)
 			r.Do(t, "SCRIPT", "FLUSH")
 			r.Do(t, "ACL", "LOG", "RESET")
-			err := c.live()
+			err := c.work()
 			if denied, _ := redis.Values(r.Do(t, "ACL", "LOG"), nil); err == nil && len(denied) > 0 {
-				err = errors.New("NOPERM, for which it makes up") // a waiter that cannot be called asks
+				// a waiter without a subscription polls instead
+				err = errors.New("NOPERM in the ACL log, though the command succeeded by other means")
 			}
 			if err == nil || !isDenied(err) {
-				t.Errorf("%s without %s: %v", user, rule, err)
+				t.Errorf("%s without %s: got %v, want NOPERM", user, rule, err)
 			}
 			r.Do(t, "ACL", "SETUSER", user, rule)
 		}
-		rig.Must(t, c.live())
+		rig.Must(t, c.work())
 	}
 
 	settings := redisSettings{username: "sidecar", password: rig.Password, caFile: filepath.Join(dir, "tls.crt")}
 	conn, err := dialRedis(ctx, "rediss://"+r.Address, settings, time.Second)
 	rig.Must(t, err)
 	defer conn.Close()
-	for _, command := range []string{"FLUSHALL", "KEYS *", "CONFIG GET *", "ACL LIST", "PING", "GET other", "SET other 1", "PUBLISH other x",
-		"LRANGE queue/{a/b} 0 -1", "ZADD other 1 a", "RPUSH other a", "SCRIPT FLUSH", "SHUTDOWN", "MONITOR", "SUBSCRIBE c"} {
+	for _, command := range []string{
+		"FLUSHALL", "KEYS *", "CONFIG GET *", "ACL LIST", "PING", "GET other", "SET other 1", "PUBLISH other x",
+		"LRANGE queue/{a/b} 0 -1", "ZADD other 1 a", "RPUSH other a", "SCRIPT FLUSH", "SHUTDOWN", "MONITOR",
+		"SUBSCRIBE c",
+	} {
 		words := strings.Fields(command)
 		var args []any
 		for _, w := range words[1:] {
 			args = append(args, w)
 		}
 		if reply, err := conn.Do(words[0], args...); err == nil || !strings.HasPrefix(err.Error(), "NOPERM") {
-			t.Errorf("%s: answered %v, %v", command, reply, err)
+			t.Errorf("%s: got %v, %v, want NOPERM", command, reply, err)
 		}
 	}
 }
 
-// What is wrong with the credentials or the certificate is said, without the password.
-func TestRedisRefusesUs(t *testing.T) {
+// Errors of credentials and certificates name the reason, without the password.
+func TestRedisErrorsOfCredentials(t *testing.T) {
 	dir, elsewhere := t.TempDir(), t.TempDir()
 	rig.WriteCertificate(t, dir, 1)
 	rig.WriteCertificate(t, elsewhere, 2)
 	r := startSecureRedis(t, dir)
 	ca := filepath.Join(dir, "tls.crt")
 	for want, settings := range map[string]redisSettings{
-		"WRONGPASS":                        {username: "webhook", password: "wrong-" + rig.Password, caFile: ca},
-		"NOAUTH":                           {caFile: ca},
-		"certificate signed by unknown au": {username: "webhook", password: rig.Password, caFile: filepath.Join(elsewhere, "tls.crt")},
-		"no such file or directory":        {username: "webhook", password: rig.Password, caFile: filepath.Join(elsewhere, "none")},
+		"WRONGPASS": {username: "webhook", password: "wrong-" + rig.Password, caFile: ca},
+		"NOAUTH":    {caFile: ca},
+		"certificate signed by unknown au": {
+			username: "webhook", password: rig.Password, caFile: filepath.Join(elsewhere, "tls.crt"),
+		},
+		"no such file or directory": {
+			username: "webhook", password: rig.Password, caFile: filepath.Join(elsewhere, "none"),
+		},
 	} {
 		c := testConfig("rediss://" + r.Address)
 		c.redis = settings

@@ -17,10 +17,11 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// atOnce is within what time a waiter has the token that is free for it: it is called, and does not find it by its next poll.
-const atOnce = 2 * time.Second
+// servedWithin is the time in which a published wake-up serves a waiter. It is shorter
+// than the time to the waiter's next poll.
+const servedWithin = 2 * time.Second
 
-// What is free is taken without a lock, and before anything is repaired.
+// Admissions and waiters take free tokens without a lock, before any repair.
 func TestFreeTokensAreTakenBeforeARepair(t *testing.T) {
 	t.Parallel()
 	r, healthy, id := newSemaphore(t)
@@ -37,23 +38,24 @@ func TestFreeTokensAreTakenBeforeARepair(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 	defer cancel()
 	rig.Must(t, newWaiter(w.semaphores, id, 3).waitOnly(ctx))
-	rig.WantWithin(t, time.Since(start), atOnce, "an admission and a waiter with free tokens")
+	rig.WantWithin(t, time.Since(start), servedWithin, "an admission and a waiter with free tokens")
 	if n := counted.tried.Load(); n > 0 {
-		t.Errorf("the lock was tried %d times", n)
+		t.Errorf("%d attempts to take the lock, want none", n)
 	}
 	r.WantCounts(t, id, 0, 3)
-	if a, err := w.tryAdmit(rig.Review(t, id, 3)); err == nil { // only now the stale one is needed
-		t.Errorf("answered %+v, want the lock server out of reach", a)
+	if a, err := w.tryAdmit(rig.Review(t, id, 3)); err == nil { // only this one needs the stale token
+		t.Errorf("answered %+v, want an error about the unreachable lock server", a)
 	}
 }
 
-// podRun is what a pod has done.
+// podRun has the times of one pod's run.
 type podRun struct {
 	length                    int
-	asked, admitted, released time.Time // asked: when it sent the question that was answered with the token
+	asked, admitted, released time.Time // asked: when the pod sent the acquire that got the token
 }
 
-// runPod waits for a token, holds it for a time, and gives it back. It has connections of its own, as a sidecar has.
+// runPod waits for a token, holds it for the time work, and gives it back. Its
+// connections are its own, like those of a sidecar.
 func runPod(ctx context.Context, s *semaphores, id semaphoreID, length int, work time.Duration) (podRun, error) {
 	w := newWaiter(s, id, length)
 	asked, _, err := w.wait(ctx)
@@ -69,7 +71,8 @@ func runPod(ctx context.Context, s *semaphores, id semaphoreID, length int, work
 	return done, err
 }
 
-// wantLengthsKept fails if a pod was admitted while as many as its own length were at work.
+// wantLengthsKept fails if a pod was admitted while as many pods as its own length were
+// working.
 func wantLengthsKept(t *testing.T, runs []podRun) {
 	t.Helper()
 	for i, pod := range runs {
@@ -80,12 +83,13 @@ func wantLengthsKept(t *testing.T, runs []podRun) {
 			}
 		}
 		if working >= pod.length {
-			t.Errorf("a pod of length %d was admitted while %d others were at work", pod.length, working)
+			t.Errorf("a pod of length %d was admitted while %d others were working", pod.length, working)
 		}
 	}
 }
 
-// Pods that disagree about the length, as while a Deployment is rolled out, use what is there, and nobody more than its length.
+// During a rollout, pods of one key disagree about the length. They use the free tokens,
+// and no pod exceeds its own length.
 func TestPodsOfTwoLengths(t *testing.T) {
 	t.Parallel()
 	const pods, work = 40, time.Second
@@ -119,20 +123,20 @@ func TestPodsOfTwoLengths(t *testing.T) {
 		gap, last = max(gap, pod.admitted.Sub(last)), pod.admitted
 	}
 	rig.WantWithin(t, took, 16*work, fmt.Sprintf("%d pods", len(runs)))
-	rig.WantWithin(t, gap, 3*work, "the longest gap between two of them")
+	rig.WantWithin(t, gap, 3*work, "the longest gap between two admissions")
 	if _, inflight, err := r.Counts(id); err != nil || inflight > 0 {
 		t.Errorf("%d in flight, %v", inflight, err)
 	}
 }
 
-// linePod is one that waits in this process, or holds a token.
+// linePod is a pod that waits in this process, or holds a token.
 type linePod struct {
 	token  string
 	length int
 	done   <-chan error
 }
 
-// lineUp is a line whose pods the test knows in their order, and those that hold tokens.
+// lineUp is a semaphore of which the test knows all waiters, in order, and all holders.
 type lineUp struct {
 	r                *rig.Redis
 	s                *semaphores
@@ -140,13 +144,13 @@ type lineUp struct {
 	waiting, holding []linePod
 }
 
-// hold lets a pod take a token that is free.
+// hold takes a free token for a new pod.
 func (l *lineUp) hold(t *testing.T, length int) {
 	t.Helper()
 	l.holding = append(l.holding, linePod{token: acquire(t, l.s, l.id, length), length: length})
 }
 
-// join lets pods of these lengths join the line, one after the other.
+// join queues a pod for each length, one after the other.
 func (l *lineUp) join(t *testing.T, lengths ...int) {
 	t.Helper()
 	for _, length := range lengths {
@@ -155,7 +159,7 @@ func (l *lineUp) join(t *testing.T, lengths ...int) {
 	}
 }
 
-// next takes out of those that wait the first whose length is not used up.
+// next removes and returns the first waiting pod whose length is not used up.
 func (l *lineUp) next() (next linePod, ok bool) {
 	for i, p := range l.waiting {
 		if len(l.holding) < p.length {
@@ -166,7 +170,8 @@ func (l *lineUp) next() (next linePod, ok bool) {
 	return linePod{}, false
 }
 
-// wantServed waits until all have a token for whom one is free: each at once, and nobody else.
+// wantServed waits until each pod in line with a free token has got it. Each must get it
+// quickly, and no other pod may get one.
 func (l *lineUp) wantServed(t *testing.T) {
 	t.Helper()
 	for {
@@ -178,24 +183,26 @@ func (l *lineUp) wantServed(t *testing.T) {
 		select {
 		case err := <-p.done:
 			rig.Must(t, err)
-			rig.WantWithin(t, time.Since(start), atOnce, "a free token for a pod in line")
+			rig.WantWithin(t, time.Since(start), servedWithin, "a free token for a pod in line")
 		case <-time.After(time.Minute):
 			queue, inflight, err := l.r.Counts(l.id)
-			t.Fatalf("a pod of length %d waits for what is free, with %d holders; queue %d, in flight %d, %v", p.length, len(l.holding), queue, inflight, err)
+			t.Fatalf("a pod of length %d was not served, with %d holders; queue %d, in flight %d, %v",
+				p.length, len(l.holding), queue, inflight, err)
 		}
 		l.holding = append(l.holding, p)
 	}
 	for _, p := range l.waiting {
 		select {
 		case err := <-p.done:
-			t.Fatalf("one too many: a pod of length %d was served with %d holders, %v", p.length, len(l.holding), err)
+			t.Fatalf("a pod of length %d was served with %d holders, %v", p.length, len(l.holding), err)
 		default:
 		}
 	}
 	l.wantState(t)
 }
 
-// wantState waits until Redis has exactly those in flight that hold a token, and those in line that wait, in their order.
+// wantState waits until exactly the holders are in flight, and the waiters are in line in
+// order.
 func (l *lineUp) wantState(t *testing.T) {
 	t.Helper()
 	tokens := func(pods []linePod) (names []string) {
@@ -209,18 +216,18 @@ func (l *lineUp) wantState(t *testing.T) {
 	slices.Sort(got)
 	slices.Sort(want)
 	if !slices.Equal(got, want) {
-		t.Fatalf("in flight are %v, want %v", got, want)
+		t.Fatalf("in flight: %v, want %v", got, want)
 	}
 }
 
-// giveBack ends the pod that holds a token for the longest time.
+// giveBack gives back the token of the first holder.
 func (l *lineUp) giveBack(t *testing.T) {
 	t.Helper()
 	giveBack(t, l.s, l.id, l.holding[0].token)
 	l.holding = l.holding[1:]
 }
 
-// wantDrained lets one holder after the other end, until all that wait were served.
+// wantDrained gives back one token after the other, until all waiters were served.
 func (l *lineUp) wantDrained(t *testing.T) {
 	t.Helper()
 	for l.wantServed(t); len(l.holding) > 0; l.wantServed(t) {
@@ -231,7 +238,7 @@ func (l *lineUp) wantDrained(t *testing.T) {
 	}
 }
 
-// A length that is changed is no loss of data: nobody waits for what is free to him.
+// A changed length is not a loss of data: pods in line get free tokens at once.
 func TestChangedLengthWithALine(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -258,7 +265,8 @@ func TestChangedLengthWithALine(t *testing.T) {
 	}
 }
 
-// One that asks for more than is in use gets it at once, though the line is long: those in it wait for less.
+// A pod whose length exceeds the tokens in use is served at once, ahead of waiters with
+// smaller lengths.
 func TestRaisedLengthIsServedAtOnce(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
@@ -271,7 +279,7 @@ func TestRaisedLengthIsServedAtOnce(t *testing.T) {
 		defer cancel()
 		start := time.Now()
 		rig.Must(t, w.waitOnly(ctx))
-		rig.WantWithin(t, time.Since(start), atOnce, "a free token for a greater length")
+		rig.WantWithin(t, time.Since(start), servedWithin, "a free token for a greater length")
 		l.holding = append(l.holding, linePod{token: w.token, length: 3})
 		l.wantState(t)
 	}
@@ -279,11 +287,15 @@ func TestRaisedLengthIsServedAtOnce(t *testing.T) {
 	l.wantDrained(t)
 }
 
-// A holder that comes back late, when its token has been reclaimed and is another's, is one too many. What is given back then is
-// not kept from those who wait.
+// A holder comes back late, after its token was reclaimed and another pod was served.
+// Redis then counts one token too many; tokens given back later still reach the line.
 func TestHolderComesBackLate(t *testing.T) {
 	t.Parallel()
-	for _, line := range [][]int{{2, 2, 2, 2, 2, 2, 2, 2, 2}, {2, 3, 2, 3, 2, 3, 2, 3, 2}, {3, 2, 1, 1, 2, 3, 3, 2, 1}} {
+	for _, line := range [][]int{
+		{2, 2, 2, 2, 2, 2, 2, 2, 2},
+		{2, 3, 2, 3, 2, 3, 2, 3, 2},
+		{3, 2, 1, 1, 2, 3, 3, 2, 1},
+	} {
 		t.Run(fmt.Sprint(line), func(t *testing.T) {
 			t.Parallel()
 			r, s, id := newSemaphore(t)
@@ -295,7 +307,8 @@ func TestHolderComesBackLate(t *testing.T) {
 			l.join(t, line...)
 			late := slices.Clone(l.holding[:2])
 			l.holding = l.holding[2:]
-			r.Do(t, "ZADD", id.inflightKey(), "XX", 1, late[0].token, 1, late[1].token) // both at once, as that tells who is next
+			// in one command: the order of reclaiming decides which pod is next
+			r.Do(t, "ZADD", id.inflightKey(), "XX", 1, late[0].token, 1, late[1].token)
 			for range late {
 				p, _ := l.next()
 				wantDone(t, p.done)
@@ -305,7 +318,7 @@ func TestHolderComesBackLate(t *testing.T) {
 				rejoined, err := s.heartbeat(context.Background(), id, p.token, "", 0)
 				rig.Must(t, err)
 				if !rejoined {
-					t.Fatal("it was not reclaimed")
+					t.Fatal("the late holder's token was not reclaimed")
 				}
 			}
 			l.holding = append(l.holding, late...)
@@ -314,7 +327,8 @@ func TestHolderComesBackLate(t *testing.T) {
 	}
 }
 
-// Whoever says another length than others did lately is warned, within what Kubernetes shows.
+// A pod whose length differs from the recent length of others gets a warning. It fits the
+// 120 characters that Kubernetes keeps.
 func TestLengthsThatDisagree(t *testing.T) {
 	r := rig.CommonRedis(t)
 	w := startWebhook(t, testConfig(r.Address))
@@ -322,25 +336,27 @@ func TestLengthsThatDisagree(t *testing.T) {
 	for _, c := range []struct{ length, agreed int }{{9998, 0}, {9999, 9998}, {9999, 0}, {9998, 9999}} {
 		want := []string(nil)
 		if c.agreed != 0 {
-			want = []string{fmt.Sprintf("this pod sets the length of its semaphore to %d, others set %d lately: each gets tokens by its own", c.length, c.agreed)}
+			want = []string{fmt.Sprintf("this pod sets the length of its semaphore to %d, others set %d lately: "+
+				"each gets tokens by its own", c.length, c.agreed)}
 		}
 		a := w.admit(t, rig.Review(t, id, c.length))
 		if !a.Allowed || !slices.Equal(a.Warnings, want) {
-			t.Errorf("%d: %+v", c.length, a)
+			t.Errorf("length %d: got %+v, want warnings %q", c.length, a, want)
 		}
 		for _, warning := range a.Warnings {
 			if len(warning) > 120 {
-				t.Errorf("cut by Kubernetes: %q", warning)
+				t.Errorf("Kubernetes would cut the warning %q", warning)
 			}
 		}
 	}
 	r.ForgetLength(t, id)
 	if a := w.admit(t, rig.Review(t, id, 9998)); !a.Allowed || a.Warnings != nil {
-		t.Errorf("long ago: %+v", a)
+		t.Errorf("after Redis forgot the other length: got %+v, want no warning", a)
 	}
 }
 
-// A thousand pods come at once: each gets its verdict, and they share a hundred connections to Redis.
+// A thousand pods come at once. Each gets its verdict, and all share a hundred
+// connections to Redis.
 func TestHerd(t *testing.T) {
 	const pods, length, connections = 1000, 400, 20
 	r := rig.StartRedis(t)
@@ -374,7 +390,7 @@ func TestHerd(t *testing.T) {
 		transport := &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
 		defer transport.CloseIdleConnections()
 		clients = append(clients, &http.Client{Transport: transport})
-		ask(clients[len(clients)-1]) // so that the connection is there
+		ask(clients[len(clients)-1]) // opens the connection
 	}
 	before := r.Info(t, "stats", "total_connections_received:")
 	free := fullOf(t, serverOf(t, w.semaphores, id).asking)
@@ -386,18 +402,18 @@ func TestHerd(t *testing.T) {
 		w.bounds.requests.mu.Lock()
 		defer w.bounds.requests.mu.Unlock()
 		if n := w.bounds.requests.all.Len(); n != pods {
-			return fmt.Errorf("%d requests are in hand", n)
+			return fmt.Errorf("%d requests are open, want %d", n, pods)
 		}
 		return nil
 	})
 	free()
 	all.Wait()
 	if admitted.Load() != length || refused.Load() != pods+connections-length {
-		t.Errorf("%d were admitted, and %d refused, of %d", admitted.Load(), refused.Load(), length)
+		t.Errorf("%d admitted and %d refused, of length %d", admitted.Load(), refused.Load(), length)
 	}
 	r.WantCounts(t, id, 0, length)
 	made := r.Info(t, "stats", "total_connections_received:") - before
-	if made > 4*maxAsking { // a slow machine makes some attempts again, over new connections
+	if made > 4*maxAsking { // on a slow machine, some attempts are retried over new connections
 		t.Errorf("%d connections to Redis were opened for %d pods", made, pods)
 	}
 }
@@ -418,8 +434,8 @@ func fullOf(t *testing.T, s slots) (free func()) {
 	}
 }
 
-// Who finds a slot has it, though there is no time to wait for one.
-func TestSlotsWithoutTime(t *testing.T) {
+// take returns a free slot even if its context has ended.
+func TestSlotsWithEndedContext(t *testing.T) {
 	s := make(slots, 1)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -434,8 +450,9 @@ func TestSlotsWithoutTime(t *testing.T) {
 	}
 }
 
-// Whose turn does not come in time is told why. That says nothing about Redis; and who is ready, or gives back, needs no turn.
-func TestTooManyQuestions(t *testing.T) {
+// An acquire that gets no slot in time fails with that reason, and counts as no error of
+// Redis. Health checks and releases need no slot.
+func TestTooManyAcquires(t *testing.T) {
 	t.Parallel()
 	r := rig.StartRedis(t)
 	w := startWebhook(t, testConfig(r.Address))
@@ -453,20 +470,21 @@ func TestTooManyQuestions(t *testing.T) {
 	before := redisErrors()
 	fullOf(t, serverOf(t, s, id).asking)
 	status, text, err := w.post(context.Background(), rig.Review(t, id, 2), "300ms")
-	if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, "requests to queue Redis "+r.Address+": too many at once: try again") {
-		t.Errorf("answered %d %q, %v", status, text, err)
+	want := "requests to queue Redis " + r.Address + ": too many at once: try again"
+	if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, want) {
+		t.Errorf("got %d %q, %v", status, text, err)
 	}
 	rig.Must(t, s.check(t.Context()))
 	_, err = s.release(t.Context(), id, token)
 	rig.Must(t, err)
 	r.WantCounts(t, id, 2, 0)
 	if n := redisErrors(); n != before {
-		t.Errorf("%v errors of Redis were counted, %v before", n, before)
+		t.Errorf("%v errors of Redis are counted, want %v as before", n, before)
 	}
 }
 
-// A queue that fails does so for as long as before, whoever waits for a turn meanwhile.
-func TestTooManyQuestionsInAnOutage(t *testing.T) {
+// An acquire that gets no slot does not reset the start of an outage.
+func TestTooManyAcquiresInAnOutage(t *testing.T) {
 	t.Parallel()
 	_, s, id := newSemaphore(t)
 	part := s.queue.part(id)
@@ -479,19 +497,20 @@ func TestTooManyQuestionsInAnOutage(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	if s.outages.failed(part); s.outages.parts[part].began != began {
-		t.Error("the outage begins anew")
+		t.Error("the outage started again")
 	}
 	s.outages.parts[part] = outage{time.Now().Add(-failoverPatience - time.Second), time.Now()}
-	if _, _, err := s.acquire(t.Context(), id, "", 1, 10*time.Second); !errors.Is(err, errUnreached) || !strings.Contains(err.Error(), "has not answered for 11s") {
+	_, _, err := s.acquire(t.Context(), id, "", 1, 10*time.Second)
+	if !errors.Is(err, errUnreached) || !strings.Contains(err.Error(), "has not answered for 11s") {
 		t.Errorf("after a long outage: %v", err)
 	}
 }
 
-// movedQueue is a queue whose server may get a successor.
+// movedQueue is a queue whose server can be replaced.
 type movedQueue struct {
 	tokenServers
 	now   atomic.Pointer[queueServer]
-	found atomic.Int32 // so often
+	found atomic.Int32 // calls of find
 }
 
 func (q *movedQueue) find(context.Context, semaphoreID) (*queueServer, error) {
@@ -499,8 +518,8 @@ func (q *movedQueue) find(context.Context, semaphoreID) (*queueServer, error) {
 	return q.now.Load(), nil
 }
 
-// Who waits for a turn at a server that has a successor by then asks that one.
-func TestTurnAtASuccessor(t *testing.T) {
+// An acquire that waits for a slot moves to the new server when the old one is replaced.
+func TestAcquireMovesToNewServer(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
 	old := serverOf(t, s, id)
@@ -516,29 +535,29 @@ func TestTurnAtASuccessor(t *testing.T) {
 	}()
 	rig.Eventually(t, 5*time.Second, func() error {
 		if q.found.Load() == before {
-			return errors.New("the server is not looked for")
+			return errors.New("the acquire has not looked up its server")
 		}
 		return nil
 	})
 	next := newQueueServer(old.address, testConfig(r.Address).redis, 1)
 	defer next.close()
 	q.now.Store(next)
-	old.pool.Close() // whoever asks it fails
+	old.pool.Close() // an acquire at the old server fails
 	free()
 	rig.Must(t, <-taken)
 	if len(next.asking)+len(old.asking) != 0 {
-		t.Error("a slot is not free again")
+		t.Error("a slot was not freed")
 	}
 }
 
-// crowdedLocker lets nobody have a lock before open is closed, and counts those who try.
-type crowdedLocker struct {
+// blockedLocker blocks all attempts until open is closed, and counts them.
+type blockedLocker struct {
 	locker
 	open      chan struct{}
 	now, most atomic.Int32
 }
 
-func (l *crowdedLocker) tryLock(ctx context.Context, name string, expiration time.Duration) (unlockFunc, error) {
+func (l *blockedLocker) tryLock(ctx context.Context, name string, expiration time.Duration) (unlockFunc, error) {
 	if n := l.now.Add(1); n > l.most.Load() {
 		l.most.Store(n)
 	}
@@ -547,11 +566,11 @@ func (l *crowdedLocker) tryLock(ctx context.Context, name string, expiration tim
 	return l.locker.tryLock(ctx, name, expiration)
 }
 
-// Of many semaphores that are to be repaired at once, so many are, and then the others.
-func TestRepairsTakeTurns(t *testing.T) {
+// Repairs are capped per process; the others wait for their turn.
+func TestRepairsAreCapped(t *testing.T) {
 	t.Parallel()
 	_, s, _ := newSemaphore(t)
-	l := &crowdedLocker{locker: s.locks, open: make(chan struct{})}
+	l := &blockedLocker{locker: s.locks, open: make(chan struct{})}
 	s.locks = l
 	fresh := make([]semaphoreID, 3*maxRepairing)
 	var all sync.WaitGroup
@@ -565,10 +584,10 @@ func TestRepairsTakeTurns(t *testing.T) {
 	}
 	rig.Eventually(t, 10*time.Second, func() error {
 		if n := s.runningRepairs(); n != len(fresh) {
-			return fmt.Errorf("%d repairs have begun", n)
+			return fmt.Errorf("%d repairs are running, want %d", n, len(fresh))
 		}
 		if n := l.now.Load(); n != maxRepairing {
-			return fmt.Errorf("%d of them take locks", n)
+			return fmt.Errorf("%d repairs take locks, want %d", n, maxRepairing)
 		}
 		return nil
 	})
@@ -580,25 +599,26 @@ func TestRepairsTakeTurns(t *testing.T) {
 	close(l.open)
 	all.Wait()
 	if n := l.most.Load(); n != maxRepairing {
-		t.Errorf("at most %d locks were taken at once", n)
+		t.Errorf("up to %d locks were taken at once, want %d", n, maxRepairing)
 	}
 }
 
-// Who joins a repair that does not get its turn goes on for as long as he has time.
-func TestRepairWithoutATurn(t *testing.T) {
+// An admission that joins a repair without a slot retries until its deadline.
+func TestRepairWithoutASlot(t *testing.T) {
 	t.Parallel()
 	_, s, id := newSemaphore(t)
 	s.failRepairs(id, fmt.Errorf("repairs: %w", errTooMany))
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
-	if _, _, err := s.acquire(ctx, id, "", 1, 10*time.Second); !errors.Is(err, errTooMany) || !errors.Is(err, context.DeadlineExceeded) {
+	_, _, err := s.acquire(ctx, id, "", 1, 10*time.Second)
+	if !errors.Is(err, errTooMany) || !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("got %v", err)
 	}
 	s.failRepairs(id, nil)
 	acquire(t, s, id, 1)
 }
 
-// countedError is errTooMany, and counts how often it is asked about.
+// countedError is errTooMany, and counts the calls of Is.
 type countedError struct{ asked atomic.Int32 }
 
 func (e *countedError) Error() string { return errTooMany.Error() }
@@ -607,19 +627,19 @@ func (e *countedError) Is(target error) bool {
 	return target == errTooMany
 }
 
-// What is watched is repaired though it was nobody's turn when its doubt was over.
-func TestWatchWithoutATurn(t *testing.T) {
+// repairAfterDoubt retries a repair that got no slot.
+func TestRepairAfterDoubtWithoutASlot(t *testing.T) {
 	t.Parallel()
 	r := rig.CommonRedis(t)
-	s, id := semaphoresOf(t, beating(r.Address, 200*time.Millisecond)), freshID()
+	s, id := semaphoresOf(t, configWithInterval(r.Address, 200*time.Millisecond)), freshID()
 	counted := &countingLocker{locker: s.locks}
 	s.locks = counted
-	none := new(countedError)
-	s.failRepairs(id, none)
+	failure := new(countedError)
+	s.failRepairs(id, failure)
 	s.repairAfterDoubt(id, 1, 10*time.Second, 0)
 	rig.Eventually(t, 10*time.Second, func() error {
-		if n := none.asked.Load(); n < 10 {
-			return fmt.Errorf("its error was asked about %d times", n)
+		if n := failure.asked.Load(); n < 10 {
+			return fmt.Errorf("the repair has failed %d times, want 10", n)
 		}
 		return nil
 	})
@@ -638,7 +658,8 @@ func (s *semaphores) runningRepairs() int {
 	return len(s.repairs.running)
 }
 
-// failRepairs makes all repairs of a semaphore end with an error from now on; with nil, it repairs again.
+// failRepairs makes all repairs of a semaphore fail with err. With nil, repairs work
+// again.
 func (s *semaphores) failRepairs(id semaphoreID, err error) {
 	s.repairs.mu.Lock()
 	defer s.repairs.mu.Unlock()

@@ -17,7 +17,8 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// First come, first served, and by the event: ten polls would take more than twenty seconds.
+// Waiters are served in order and by wake-ups: ten polls would take more than twenty
+// seconds.
 func TestLineIsServedInOrder(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
@@ -39,7 +40,7 @@ func TestLineIsServedInOrder(t *testing.T) {
 	rig.WantWithin(t, time.Since(start), 10*time.Second, "serving ten waiters")
 }
 
-// Several free tokens call as many waiters.
+// If several tokens become free, as many waiters are woken.
 func TestRefillServesSeveral(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
@@ -55,49 +56,52 @@ func TestRefillServesSeveral(t *testing.T) {
 	r.WantCounts(t, id, 0, 3)
 }
 
-// What is free is kept for those in line; a waiter that is gone blocks nobody.
+// A free token is kept for the line. A waiter that is gone blocks no pod.
 func TestNobodyOvertakesTheLine(t *testing.T) {
 	r := rig.CommonRedis(t)
 	w := startWebhook(t, testConfig(r.Address))
 	s, id := testSemaphores(t, r.Address), freshID()
 	holder := acquire(t, s, id, 1)
-	first, leave := stand(t, r, s, id, true)
+	first, leave := standInLine(t, r, s, id, true)
 	giveBack(t, s, id, holder)
 	r.WantCounts(t, id, 1, 0)
 
 	a := w.admit(t, rig.Review(t, id, 1))
-	if want := fmt.Sprintf("no semaphore available: %s has 0 of 1 tokens in use; 1 waiting in line", id); a.Allowed || a.Message != want {
-		t.Fatalf("answered %+v, want %s", a, want)
+	want := fmt.Sprintf("no semaphore available: %s has 0 of 1 tokens in use; 1 waiting in line", id)
+	if a.Allowed || a.Message != want {
+		t.Fatalf("got %+v, want %s", a, want)
 	}
 	a2, err := s.runAcquire(context.Background(), id, acquireRequest{uuid.NewString(), 1, joinLine, ""})
 	if err != nil || a2.status != acquireFull || a2.place.position != 2 {
-		t.Fatalf("got %+v, %v, want to be second", a2, err)
+		t.Fatalf("got %+v, %v, want the second place", a2, err)
 	}
 	r.Do(t, "ZREM", id.waitersKey(), r.MustLine(t, id)[1])
 	r.WantLine(t, id, first)
 
-	leave() // without a word, as a pod that is killed
+	leave() // without a release, like a killed pod
 	r.Unseen(t, id, first, linePatience+time.Second)
 	w.wantAdmitted(t, id, 1)
 	r.WantLine(t, id)
 }
 
-// A waiter that does not ask for some seconds is dropped, even if its connection stands.
+// Redis drops a waiter that does not poll for some seconds, even if its connection is
+// open.
 func TestSilentWaiterIsDropped(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	holder := acquire(t, s, id, 1)
-	silent, _ := stand(t, r, s, id, true)
+	silent, _ := standInLine(t, r, s, id, true)
 	giveBack(t, s, id, holder)
 	wantFullError(t, s, id, 1, 0)
 	r.Unseen(t, id, silent, linePatience+time.Second)
 	acquire(t, s, id, 1)
 	r.WantLine(t, id)
 	if n := r.Do(t, "ZCARD", id.seenKey()); n != int64(0) {
-		t.Errorf("%d are still noted as seen", n)
+		t.Errorf("%d waiters are still in the set of times seen", n)
 	}
 }
 
-// Who was dropped by mistake, or with the data of Redis, finds its place again.
+// A waiter that was dropped by mistake, or lost with the data of Redis, returns to its
+// place.
 func TestPlaceInLineIsKept(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
@@ -118,7 +122,7 @@ func TestPlaceInLineIsKept(t *testing.T) {
 	r.WantLine(t, id, second, third)
 }
 
-// A stale token is reclaimed by those who wait, though nobody asks for admission.
+// Waiters reclaim a stale token, even without new admissions.
 func TestWaitersReclaim(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
@@ -131,23 +135,23 @@ func TestWaitersReclaim(t *testing.T) {
 	r.WantLine(t, id, second)
 }
 
-// Those at the front of the line ask again when a token goes stale, not some seconds later.
+// Waiters at the front of the line poll when a token goes stale, not some seconds later.
 func TestPollsWhenATokenGoesStale(t *testing.T) {
 	w := &waiter{length: 2}
 	for range 100 {
 		at := place{position: 2, staleIn: time.Second}
 		if d := w.untilPoll(acquireReply{inUse: 2, place: at}); d < time.Second || d > time.Second+staleJitter {
-			t.Errorf("second in line: polls after %s", d)
+			t.Errorf("the second in line polls after %s", d)
 		}
 		at.position = 3
 		if d := w.untilPoll(acquireReply{place: at}); d < pollLeast || d > pollMost {
-			t.Errorf("third in line: polls after %s", d)
+			t.Errorf("the third in line polls after %s", d)
 		}
 	}
 }
 
-// While somebody else has the lock, or the lock server is away, a waiter goes on asking.
-func TestWaiterOutlivesTheLock(t *testing.T) {
+// While another process has the lock, or the lock server is down, a waiter keeps polling.
+func TestWaiterPollsWithoutTheLock(t *testing.T) {
 	t.Parallel()
 	locks := rig.StartRedis(t)
 	r := rig.CommonRedis(t)
@@ -158,30 +162,30 @@ func TestWaiterOutlivesTheLock(t *testing.T) {
 	id := freshID()
 	unlock, err := s.locks.tryLock(context.Background(), id.lockKey(), time.Minute)
 	rig.Must(t, err)
-	said := make(chan string, 100)
+	reports := make(chan string, 100)
 	done := make(chan error, 1)
 	w := newWaiter(s, id, 1)
-	w.report = func(text string) { said <- text }
+	w.report = func(text string) { reports <- text }
 	go func() { done <- w.waitOnly(context.Background()) }()
 	rig.Eventually(t, 20*time.Second, func() error {
 		if queue, inflight, err := r.Counts(id); queue+inflight != 0 || err != nil {
 			t.Fatalf("repaired without the lock: %d, %d, %v", queue, inflight, err)
 		}
 		if n := locks.CommandCalls(t)["set"]; n < 3 {
-			return fmt.Errorf("the lock was tried %d times", n)
+			return fmt.Errorf("%d attempts to take the lock, want 3", n)
 		}
 		return nil
 	})
 	locks.Stop()
 	rig.Eventually(t, 20*time.Second, func() error {
 		select {
-		case text := <-said:
+		case text := <-reports:
 			if strings.Contains(text, "lock Redis "+locks.Address) {
 				return nil
 			}
 			return errors.New(text)
 		default:
-			return errors.New("nothing said")
+			return errors.New("nothing reported")
 		}
 	})
 	rig.Must(t, locks.Start())
@@ -189,7 +193,7 @@ func TestWaiterOutlivesTheLock(t *testing.T) {
 	wantDone(t, done)
 }
 
-// Over with ctx, wherever it is.
+// A waiter ends with its context, in whichever state it is.
 func TestWaitEndsWithItsContext(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	acquire(t, s, id, 1)
@@ -206,56 +210,68 @@ func TestWaitingText(t *testing.T) {
 		length int
 		a      acquireReply
 	}{
-		"waiting for a token of shop/web: 3 of 3 in use, 2nd in line, 41 s":     {3, acquireReply{inUse: 3, place: place{position: 2, waited: 41 * time.Second}}},
-		"waiting for a token of shop/web: 0 of 1 in use, 1st in line, 0 s":      {1, acquireReply{inUse: 0, place: place{position: 1}}},
-		"waiting for a token of shop/web: 4 of 3 in use, 13th in line, 119 s":   {3, acquireReply{inUse: 4, place: place{position: 13, waited: 119 * time.Second}}},
-		"waiting for a token of shop/web: 1 of 1 in use, 23rd in line, 2 min":   {1, acquireReply{inUse: 1, place: place{position: 23, waited: 2 * time.Minute}}},
-		"waiting for a token of shop/web: 1 of 1 in use, 101st in line, 26 h":   {1, acquireReply{inUse: 1, place: place{position: 101, waited: 26*time.Hour + time.Minute}}},
-		"waiting for a token of shop/web: 1 of 1 in use, 111th in line, 90 min": {1, acquireReply{inUse: 1, place: place{position: 111, waited: 90 * time.Minute}}},
+		"waiting for a token of shop/web: 3 of 3 in use, 2nd in line, 41 s": {3,
+			acquireReply{inUse: 3, place: place{position: 2, waited: 41 * time.Second}}},
+		"waiting for a token of shop/web: 0 of 1 in use, 1st in line, 0 s": {1,
+			acquireReply{inUse: 0, place: place{position: 1}}},
+		"waiting for a token of shop/web: 4 of 3 in use, 13th in line, 119 s": {3,
+			acquireReply{inUse: 4, place: place{position: 13, waited: 119 * time.Second}}},
+		"waiting for a token of shop/web: 1 of 1 in use, 23rd in line, 2 min": {1,
+			acquireReply{inUse: 1, place: place{position: 23, waited: 2 * time.Minute}}},
+		"waiting for a token of shop/web: 1 of 1 in use, 101st in line, 26 h": {1,
+			acquireReply{inUse: 1, place: place{position: 101, waited: 26*time.Hour + time.Minute}}},
+		"waiting for a token of shop/web: 1 of 1 in use, 111th in line, 90 min": {1,
+			acquireReply{inUse: 1, place: place{position: 111, waited: 90 * time.Minute}}},
 		"waiting for a token of shop/web: 2 of 2 in use, 1st in line, 5 s; in use by web-b (4 h), web-a (11 s)": {2,
-			acquireReply{inUse: 2, holders: []holder{{"web-b", 4 * time.Hour}, {"web-a", 11 * time.Second}}, place: place{position: 1, waited: 5 * time.Second}}},
-		"waiting for a token of shop/web: 0 of 1 in use, 1st in line, 5 s; Redis was away or has lost data: in 20 s it knows which holders are gone": {1,
+			acquireReply{inUse: 2, holders: []holder{{"web-b", 4 * time.Hour}, {"web-a", 11 * time.Second}},
+				place: place{position: 1, waited: 5 * time.Second}}},
+		"waiting for a token of shop/web: 0 of 1 in use, 1st in line, 5 s; " +
+			"Redis was away or has lost data: in 20 s it knows which holders are gone": {1,
 			acquireReply{doubt: 20 * time.Second, place: place{position: 1, waited: 5 * time.Second}}},
 	} {
 		if got := waitingText(testID, c.length, c.a); got != want {
-			t.Errorf("%q, want %q", got, want)
+			t.Errorf("got %q, want %q", got, want)
 		}
 	}
 }
 
-// briefSemaphore is a semaphore whose holders are known to be gone or back within seconds.
-func briefSemaphore(t *testing.T) *lineUp {
+// quickRecoveryLine is a semaphore whose holders rejoin, or count as gone, within
+// seconds.
+func quickRecoveryLine(t *testing.T) *lineUp {
 	t.Helper()
 	r, s, id := newSemaphore(t)
 	s.heartbeatInterval = time.Second
 	return &lineUp{r: r, s: s, id: id}
 }
 
-// beat is the heartbeat of a holder that Redis has reclaimed or lost. It does not stand in line from then on.
+// beat sends a heartbeat for a holder that Redis reclaimed or lost. The token must
+// rejoin, and leave the line.
 func (l *lineUp) beat(t *testing.T, token string) {
 	t.Helper()
 	rejoined, err := l.s.heartbeat(context.Background(), l.id, token, "", 0)
 	rig.Must(t, err)
 	if !rejoined {
-		t.Fatalf("%s was in flight", token)
+		t.Fatalf("%s was in flight before the heartbeat", token)
 	}
 	if slices.Contains(l.r.MustLine(t, l.id), token) {
 		t.Errorf("%s is in flight and in line", token)
 	}
 }
 
-// wantNoOvertaking fails if a later pod gets a token, one that waits or one that does not; the one that waits joins the line.
+// wantNoOvertaking fails if a new pod gets a token. It tries a pod that does not wait,
+// and one that joins the line.
 func (l *lineUp) wantNoOvertaking(t *testing.T, length int) {
 	t.Helper()
 	token, _, err := l.s.acquire(context.Background(), l.id, "", length, 10*time.Second)
 	var full *fullError
 	if !errors.As(err, &full) {
-		t.Fatalf("a pod that does not wait got token %q, %v; %d hold one, %d are in line", token, err, len(l.holding), len(l.waiting))
+		t.Fatalf("a pod that does not wait got token %q, %v; %d holders, %d in line",
+			token, err, len(l.holding), len(l.waiting))
 	}
 	l.join(t, length)
 }
 
-// wantDrainedWithoutOvertaking lets one holder after the other end, and later pods come.
+// wantDrainedWithoutOvertaking is wantDrained while new pods come, as many as later.
 func (l *lineUp) wantDrainedWithoutOvertaking(t *testing.T, length, later int) {
 	t.Helper()
 	for l.wantServed(t); len(l.holding) > 0; l.wantServed(t) {
@@ -270,7 +286,7 @@ func (l *lineUp) wantDrainedWithoutOvertaking(t *testing.T, length, later int) {
 	}
 }
 
-// backup are the keys of a semaphore as they were.
+// backup has the dumps of a semaphore's keys.
 type backup map[string][]byte
 
 func (l *lineUp) backup(t *testing.T) backup {
@@ -286,7 +302,7 @@ func (l *lineUp) backup(t *testing.T) backup {
 	return b
 }
 
-// restore makes Redis lose its last writes.
+// restore sets the keys back, as if Redis had lost its last writes.
 func (l *lineUp) restore(t *testing.T, b backup) {
 	t.Helper()
 	rig.Must(t, l.r.Control.Send("MULTI"))
@@ -297,11 +313,12 @@ func (l *lineUp) restore(t *testing.T, b backup) {
 	l.r.Do(t, "EXEC")
 }
 
-// One token too many in flight, whatever the reason: those in line stay there, in their order, and are called.
+// With one token too many in flight, for any reason, the line keeps its order and is
+// still served.
 func TestOneTooManyInFlightKeepsTheOrder(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
-		length int // of those in line
+		length int // of the waiters
 		happen func(t *testing.T, l *lineUp)
 	}{
 		"a holder comes back late": {2, func(t *testing.T, l *lineUp) {
@@ -314,7 +331,7 @@ func TestOneTooManyInFlightKeepsTheOrder(t *testing.T) {
 		}},
 		"Redis has lost all": {2, func(t *testing.T, l *lineUp) {
 			l.r.Do(t, "DEL", l.id.keys()...)
-			l.hold(t, 2) // the first that asks cannot know it
+			l.hold(t, 2) // the first acquires cannot know of the loss
 			for _, p := range l.holding[:2] {
 				l.beat(t, p.token)
 			}
@@ -323,7 +340,7 @@ func TestOneTooManyInFlightKeepsTheOrder(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			l := briefSemaphore(t)
+			l := quickRecoveryLine(t)
 			l.hold(t, 2)
 			l.hold(t, 2)
 			l.join(t, c.length, c.length, c.length, c.length)
@@ -334,11 +351,11 @@ func TestOneTooManyInFlightKeepsTheOrder(t *testing.T) {
 	}
 }
 
-// rollBack lets the first in line take the free token, and Redis lose that. It returns the one who holds it.
+// rollBack serves the first in line, then undoes that in Redis. It returns the holder.
 func (l *lineUp) rollBack(t *testing.T, waiting ...int) (holder linePod) {
 	t.Helper()
 	former := acquire(t, l.s, l.id, 1)
-	token, unsubscribe := stand(t, l.r, l.s, l.id, true)
+	token, unsubscribe := standInLine(t, l.r, l.s, l.id, true)
 	l.join(t, waiting...)
 	giveBack(t, l.s, l.id, former)
 	b := l.backup(t)
@@ -353,8 +370,8 @@ func (l *lineUp) rollBack(t *testing.T, waiting ...int) (holder linePod) {
 	return linePod{token: token, length: 1}
 }
 
-// Redis loses its last writes, and with them that a token was taken. The holder that puts itself back does not also stand in line
-// and keep a token from the others.
+// Redis loses its last writes, a taken token among them. Its holder rejoins and leaves
+// the line, so it keeps no second token from the others.
 func TestRolledBackTake(t *testing.T) {
 	t.Parallel()
 	for name, happen := range map[string]func(t *testing.T, l *lineUp){
@@ -383,7 +400,7 @@ func TestRolledBackTake(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			l := briefSemaphore(t)
+			l := quickRecoveryLine(t)
 			happen(t, l)
 			l.wantState(t)
 			l.wantDrainedWithoutOvertaking(t, 1, 2)
@@ -391,17 +408,18 @@ func TestRolledBackTake(t *testing.T) {
 	}
 }
 
-// Where Redis has lost all, pods that come before all who waited are back do not take what live holders have.
-func TestNewcomersAfterALossOfData(t *testing.T) {
+// After Redis lost all data, new pods do not take the tokens of live holders, even before
+// all waiters are back.
+func TestNewPodsAfterALossOfData(t *testing.T) {
 	t.Parallel()
-	l := briefSemaphore(t)
+	l := quickRecoveryLine(t)
 	l.s.heartbeatInterval = 30 * time.Second
 	l.hold(t, 1)
 	l.join(t, 1, 1, 1)
 	l.r.Do(t, "DEL", l.id.keys()...)
 	rig.Eventually(t, 20*time.Second, func() error {
 		if len(l.r.MustLine(t, l.id)) == 0 {
-			return errors.New("nobody in line is back")
+			return errors.New("no waiter is back in line")
 		}
 		return nil
 	})
@@ -413,11 +431,11 @@ func TestNewcomersAfterALossOfData(t *testing.T) {
 	}
 }
 
-// standing is a pod that stood in line, and got its token.
+// standing has the times of a pod that stood in line and got its token.
 type standing struct{ came, inLine, asked, admitted time.Time }
 
-// Pods come and go, some of which are paused for so long that they are reclaimed, and come back late: those who came after another
-// stood in line do not have their tokens before that one.
+// Some pods are paused until their tokens are reclaimed, and come back late. No pod that
+// came after another stood in line gets its token before that one.
 func TestNobodyOvertakesWhilePodsArePaused(t *testing.T) {
 	t.Parallel()
 	const length, pods, over = 3, 14, 15 * time.Second
@@ -495,7 +513,8 @@ func TestNobodyOvertakesWhilePodsArePaused(t *testing.T) {
 				earlier++
 			}
 		}
-		if earlier >= length { // fewer may have found tokens that were free beside that of the first, which it had yet to take
+		// Fewer may have got other free tokens, before the first had taken its own.
+		if earlier >= length {
 			overtaken++
 		}
 	}
@@ -505,9 +524,11 @@ func TestNobodyOvertakesWhilePodsArePaused(t *testing.T) {
 	}
 }
 
-// seedLine makes a semaphore with so many free tokens and so many in line, of whom nothing was heard for a while. It returns those
-// in line.
-func seedLine(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, free, waiting int, silent time.Duration) []string {
+// seedLine makes a semaphore with free tokens and a line of waiters that were last seen
+// at the time silent ago. It returns the waiters' tokens.
+func seedLine(
+	t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, free, waiting int, silent time.Duration,
+) []string {
 	t.Helper()
 	giveBack(t, s, id, acquire(t, s, id, maxLength))
 	r.Do(t, "DEL", id.queueKey())
@@ -533,23 +554,23 @@ func seedLine(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, free, w
 	return tokens
 }
 
-// asker does to a semaphore with a line what is measured.
-type asker struct {
+// measuredLine runs the commands whose cost is measured, on a semaphore with a line.
+type measuredLine struct {
 	r  *rig.Redis
 	s  *semaphores
 	id semaphoreID
 }
 
-// at is the token of the one at a place in line: 0 for the first, -1 for the last.
-func (a asker) at(t *testing.T, place int) string {
+// at returns the token of a waiter by its index in line: 0 is the first, -1 the last.
+func (a measuredLine) at(t *testing.T, place int) string {
 	t.Helper()
 	tokens, err := redis.Strings(a.r.Do(t, "ZRANGE", a.id.waitersKey(), place, place), nil)
 	rig.Must(t, err)
 	return tokens[0]
 }
 
-// poll asks for the one at a place in line.
-func (a asker) poll(t *testing.T, place int) {
+// poll sends the poll of the waiter at an index in line.
+func (a measuredLine) poll(t *testing.T, place int) {
 	t.Helper()
 	token := a.at(t, place)
 	arrival, err := redis.String(a.r.Do(t, "ZSCORE", a.id.waitersKey(), token), nil)
@@ -557,14 +578,14 @@ func (a asker) poll(t *testing.T, place int) {
 	a.ask(t, token, arrival)
 }
 
-func (a asker) ask(t *testing.T, token, arrival string) {
+func (a measuredLine) ask(t *testing.T, token, arrival string) {
 	t.Helper()
 	_, err := a.s.runAcquire(t.Context(), a.id, acquireRequest{token, maxLength, arrival, ""})
 	rig.Must(t, err)
 }
 
-// Whatever is asked costs the same in a line of ten and in one of ten thousand: nobody calls all for whom a token is free, nor drops
-// all that are gone.
+// A command costs the same in a line of ten and in one of ten thousand. No command wakes
+// all waiters with a free token, and none drops all waiters that are gone.
 func TestCostOfALongLine(t *testing.T) {
 	t.Parallel()
 	const free, short, long, rounds = 5_000, 10, 10_000, 7
@@ -574,31 +595,31 @@ func TestCostOfALongLine(t *testing.T) {
 		silent        time.Duration
 		called, ratio int
 	}{
-		{"alive", 0, 16 + 1, 20}, // the one that asks hears, too, whether it can be called
+		{"alive", 0, 16 + 1, 20}, // 16 waiters, and the check of the polling waiter's own subscription
 		{"gone", linePatience + time.Second, 16 + 1, 60},
 	} {
-		many := asker{r, s, freshID()}
+		many := measuredLine{r, s, freshID()}
 		seedLine(t, r, s, many.id, free, long, line.silent)
 		for _, c := range []struct {
 			name string
-			do   func(t *testing.T, a asker)
+			do   func(t *testing.T, a measuredLine)
 		}{
-			{"the last polls", func(t *testing.T, a asker) { a.poll(t, -1) }},
-			{"the fifth polls", func(t *testing.T, a asker) { a.poll(t, 4) }},
-			{"the first takes its token", func(t *testing.T, a asker) { a.poll(t, 0) }},
-			{"another joins", func(t *testing.T, a asker) { a.ask(t, uuid.NewString(), joinLine) }},
-			{"an admission", func(t *testing.T, a asker) { a.ask(t, uuid.NewString(), "") }},
-			{"the last leaves", func(t *testing.T, a asker) { giveBack(t, s, a.id, a.at(t, -1)) }},
-			{"a repair", func(t *testing.T, a asker) { maintain(t, s, a.id, maxLength) }},
-			{"a holder comes back late", func(t *testing.T, a asker) {
+			{"the last polls", func(t *testing.T, a measuredLine) { a.poll(t, -1) }},
+			{"the fifth polls", func(t *testing.T, a measuredLine) { a.poll(t, 4) }},
+			{"the first takes its token", func(t *testing.T, a measuredLine) { a.poll(t, 0) }},
+			{"another joins", func(t *testing.T, a measuredLine) { a.ask(t, uuid.NewString(), joinLine) }},
+			{"an admission", func(t *testing.T, a measuredLine) { a.ask(t, uuid.NewString(), "") }},
+			{"the last leaves", func(t *testing.T, a measuredLine) { giveBack(t, s, a.id, a.at(t, -1)) }},
+			{"a repair", func(t *testing.T, a measuredLine) { maintain(t, s, a.id, maxLength) }},
+			{"a holder comes back late", func(t *testing.T, a measuredLine) {
 				_, err := s.heartbeat(context.Background(), a.id, uuid.NewString(), "", 0)
 				rig.Must(t, err)
 			}},
 		} {
 			t.Run(c.name+", those in line are "+line.name, func(t *testing.T) {
 				var few, lots, published []int
-				for range rounds { // in turn, so that what disturbs one disturbs the other
-					a := asker{r, s, freshID()}
+				for range rounds { // alternately, so that other load disturbs both alike
+					a := measuredLine{r, s, freshID()}
 					seedLine(t, r, s, a.id, short/2, short, line.silent)
 					few = append(few, costDuring(t, r, func() { c.do(t, a) }).micros)
 
@@ -607,19 +628,21 @@ func TestCostOfALongLine(t *testing.T) {
 					lots = append(lots, cost.micros)
 					published = append(published, cost.published)
 				}
-				if n := median(published); n > line.called { // Sentinels publish now and then, too
-					t.Errorf("published %d times", n)
+				if n := median(published); n > line.called { // includes the occasional publishes of Sentinels
+					t.Errorf("published %d messages, want at most %d", n, line.called)
 				}
 				t.Logf("%d µs with %d in line, %d µs with %d", median(few), short, median(lots), long)
 				if median(lots) > line.ratio*median(few) {
-					t.Errorf("%d µs with %d in line, %d µs with %d", median(few), short, median(lots), long)
+					t.Errorf("%d µs with %d in line, %d µs with %d: more than %d times as much",
+						median(few), short, median(lots), long, line.ratio)
 				}
 			})
 		}
 	}
 }
 
-// All for whom a token is free get it all the same, in their order: each that takes its token calls the next.
+// In a long line, all waiters with a free token still get it in order: each that takes
+// its token wakes the next.
 func TestLongLineIsServedInAChain(t *testing.T) {
 	t.Parallel()
 	const free, waiting = 300, 600
@@ -629,48 +652,51 @@ func TestLongLineIsServedInAChain(t *testing.T) {
 	rig.Must(t, err)
 	defer conn.Close()
 	calls := redis.PubSubConn{Conn: conn}
-	rig.Must(t, calls.PSubscribe(strings.NewReplacer("{", `\{`, "}", `\}`).Replace(id.channel("*")))) // as all those in line
+	pattern := strings.NewReplacer("{", `\{`, "}", `\}`).Replace(id.channel("*"))
+	rig.Must(t, calls.PSubscribe(pattern)) // on behalf of all waiters
 	if _, ok := calls.Receive().(redis.Subscription); !ok {
 		t.Fatal("not subscribed")
 	}
 
-	a, err := s.runAcquire(t.Context(), id, acquireRequest{uuid.NewString(), maxLength, joinLine, ""}) // calls the first
+	// wakes the first waiters
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{uuid.NewString(), maxLength, joinLine, ""})
 	rig.Must(t, err)
 	if a.status != acquireFull || a.place.position != waiting+1 {
-		t.Fatalf("got %+v, want to be the last", a)
+		t.Fatalf("got %+v, want the last place", a)
 	}
 	var served []string
 	holds := map[string]bool{}
 	for len(served) < free {
 		m, ok := calls.ReceiveWithTimeout(10 * time.Second).(redis.Message)
 		if !ok {
-			t.Fatalf("%d were called", len(served))
+			t.Fatalf("no more wake-ups after %d served", len(served))
 		}
 		token := strings.TrimPrefix(m.Channel, id.channel(""))
-		if string(m.Data) != yourTurn || holds[token] { // called by several that took theirs
+		if string(m.Data) != yourTurn || holds[token] { // several holders woke the same waiter
 			continue
 		}
 		a, err := s.runAcquire(t.Context(), id, acquireRequest{token, maxLength, joinLine, ""})
 		rig.Must(t, err)
 		if a.status != acquireTaken {
-			t.Fatalf("number %d was called, and got %+v", len(served)+1, a)
+			t.Fatalf("number %d was woken, and got %+v", len(served)+1, a)
 		}
 		holds[token] = true
 		served = append(served, token)
-		if len(served)%20 == 0 { // they ask in time
+		if len(served)%20 == 0 { // keeps the waiters from being dropped as silent
 			r.AllUnseen(t, id, 0)
 		}
 	}
 	if !slices.Equal(served, tokens[:free]) {
-		t.Error("not served in order")
+		t.Error("the waiters were not served in order")
 	}
 	r.WantCounts(t, id, 0, free)
 	if got := r.MustLine(t, id); len(got) != waiting-free+1 || !slices.Equal(got[:len(got)-1], tokens[free:]) {
-		t.Error("those behind have lost their places")
+		t.Error("the remaining waiters lost their places")
 	}
 }
 
-// Where Redis has lost all, those in line neither take what the holders have, nor lose their order.
+// After Redis lost all data, waiters do not take the tokens of holders, and keep their
+// order.
 func TestEmptiedRedisWithALine(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
@@ -690,21 +716,23 @@ func TestEmptiedRedisWithALine(t *testing.T) {
 	r.WantCounts(t, id, 0, 1)
 }
 
-// A waiter that asks again in the second in which it joined notices, too, that Redis has lost its data.
+// Redis is emptied in the second in which a waiter joined. The waiter's next poll still
+// reports the loss.
 func TestRedisEmptiedInTheSecondOfJoining(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
 	acquire(t, s, id, 1)
 	r.Do(t, "DEL", id.queueKey(), id.inflightKey(), id.namesKey(), id.stateKey())
-	a, err := s.runAcquire(t.Context(), id, acquireRequest{token: uuid.NewString(), length: 1, arrival: fmt.Sprint(r.Now(t)+1, "000000")}) // as if in this very second
+	arrival := fmt.Sprint(r.Now(t)+1, "000000") // as if it joined in this second
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{token: uuid.NewString(), length: 1, arrival: arrival})
 	if err != nil || a.status != acquireFull || a.doubt == 0 {
-		t.Errorf("%+v, %v: want to be told to wait for who holds the token", a, err)
+		t.Errorf("got %+v, %v, want to wait for the token's holder", a, err)
 	}
 }
 
-// A holder that comes back tells that Redis has lost its data: what others hold is not given to pods that are new, and what was made free
-// before is no longer.
-func TestHolderTellsOfALoss(t *testing.T) {
+// The heartbeat of a returning holder reports that Redis lost its data. The tokens of
+// other holders then go to no new pods, and tokens refilled before are removed.
+func TestHolderReportsLoss(t *testing.T) {
 	for name, newcomers := range map[string]int{"first": 0, "after two that are new": 2} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -724,16 +752,18 @@ func TestHolderTellsOfALoss(t *testing.T) {
 				r.WantCounts(t, id, 0, newcomers+i+1)
 				_, _, err := s.acquire(t.Context(), id, "", 4, time.Second)
 				var full *fullError
-				if !errors.As(err, &full) || newcomers+i+1 < 4 && !strings.Contains(refusal(full), "; Redis was away or has lost data: in ") {
-					t.Errorf("%d are back: %v, %+v; want to be told to wait for the others", i+1, err, full)
+				if !errors.As(err, &full) ||
+					newcomers+i+1 < 4 && !strings.Contains(refusal(full), "; Redis was away or has lost data: in ") {
+					t.Errorf("with %d holders back: got %v, %+v, want to wait for the others", i+1, err, full)
 				}
 			}
 		})
 	}
 }
 
-// The first heartbeat of a pod whose token is gone tells nothing of others: a pod that is new gets what is missing.
-func TestLateStartTellsOfNoLoss(t *testing.T) {
+// The first heartbeat of a pod whose token is gone reports no loss of data: a new pod
+// gets a replacement of the missing token.
+func TestLateStartReportsNoLoss(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 2)
@@ -745,7 +775,7 @@ func TestLateStartTellsOfNoLoss(t *testing.T) {
 	r.WantCounts(t, id, 0, 2)
 }
 
-// What is missing while Redis was never away, and has not lost its data, is replaced at once.
+// If Redis was never away and lost no data, missing tokens are replaced at once.
 func TestMissingTokensAreReplaced(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
@@ -755,34 +785,35 @@ func TestMissingTokensAreReplaced(t *testing.T) {
 	wantDone(t, done)
 }
 
-// A waiter that cannot be called is not overtaken.
-func TestDeafWaiterIsServed(t *testing.T) {
+// No pod overtakes a waiter that receives no wake-ups.
+func TestMisdirectedWaiterIsServed(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
 	holder := acquire(t, s, id, 1)
-	_, done := queueUp(t, context.Background(), deafSemaphores(t, r.Address), id, 1, r)
+	_, done := queueUp(t, context.Background(), misdirectedSemaphores(t, r.Address), id, 1, r)
 	second, _ := queueUp(t, t.Context(), s, id, 1, r)
 	giveBack(t, s, id, holder)
 	wantDone(t, done)
 	r.WantLine(t, id, second)
 }
 
-// It subscribes anew.
-func TestDeafWaiterSubscribesAnew(t *testing.T) {
+// A waiter that receives no wake-ups subscribes again.
+func TestMisdirectedWaiterSubscribesAgain(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
 	acquire(t, s, id, 1)
-	token, _ := queueUp(t, t.Context(), deafSemaphores(t, r.Address), id, 1, r)
+	token, _ := queueUp(t, t.Context(), misdirectedSemaphores(t, r.Address), id, 1, r)
 	rig.Eventually(t, 20*time.Second, func() error {
 		n, err := redis.Values(r.Control.Do("PUBSUB", "NUMSUB", id.channel(token)))
 		if err == nil && n[1] != int64(1) {
-			err = fmt.Errorf("%d subscriptions", n[1])
+			err = fmt.Errorf("%v subscriptions, want 1", n[1])
 		}
 		return err
 	})
 }
 
-// Pods of one key that disagree about the length: one whose own length is used up keeps nobody from what is free.
+// With different lengths in one line, a waiter whose own length is used up does not block
+// the others.
 func TestLineOfDifferentLengths(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
@@ -798,7 +829,8 @@ func TestLineOfDifferentLengths(t *testing.T) {
 	r.WantLine(t, id, short)
 }
 
-// While the lock is held by somebody who is gone, a waiter says so, once, and does not hammer the servers.
+// A process that is gone still has the lock. A waiter logs that once, and does not flood
+// the servers.
 func TestWaiterAndADeadLockHolder(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
@@ -807,25 +839,27 @@ func TestWaiterAndADeadLockHolder(t *testing.T) {
 	token := uuid.NewString()
 	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1, "--expiration-seconds=3600")
 	line := p.WantLog(t, "no token yet, to be retried")
-	if want := id.lockKey() + " is held by another; it frees itself 1h0m0s after it was taken: "; !strings.HasPrefix(line["error"].(string), want) {
+	want := id.lockKey() + " is held by another; it frees itself 1h0m0s after it was taken: "
+	if !strings.HasPrefix(line["error"].(string), want) {
 		t.Errorf("logged %q, want %q", line["error"], want)
 	}
 	rig.Eventually(t, 20*time.Second, func() error {
 		if n := r.CommandCalls(t)["set"]; n < 6 {
-			return fmt.Errorf("tried %d times", n)
+			return fmt.Errorf("%d attempts", n)
 		}
 		return nil
 	})
 	if n := len(p.Log.Lines(t, "no token yet, to be retried")); n != 1 {
-		t.Errorf("said %d times", n)
+		t.Errorf("logged %d times, want once", n)
 	}
-	r.WantLine(t, id, token) // it has its place all the same
+	r.WantLine(t, id, token) // it keeps its place
 	p.Signal(t, syscall.SIGTERM)
 	p.WantExit(t, 0)
 	r.WantLine(t, id)
 }
 
-// A waiter that is told to end while Redis hangs tries for its grace period, and says what becomes of its place.
+// A waiter that is terminated while Redis hangs retries for its grace period, then logs
+// when Redis will drop its place.
 func TestWaiterEndsWhileRedisHangs(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
@@ -836,7 +870,8 @@ func TestWaiterEndsWhileRedisHangs(t *testing.T) {
 	r.Pause(t)
 	p.Signal(t, syscall.SIGTERM)
 	p.WantExit(t, 1)
-	if text := p.WantLog(t, "failed")["error"].(string); !strings.HasPrefix(text, "the line of "+id.String()+" not left within the grace period, it forgets this pod within seconds") {
+	want := "the line of " + id.String() + " not left within the grace period, it forgets this pod within seconds"
+	if text := p.WantLog(t, "failed")["error"].(string); !strings.HasPrefix(text, want) {
 		t.Errorf("logged %q", text)
 	}
 }

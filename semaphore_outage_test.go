@@ -17,20 +17,22 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// wantSettled waits until holders have had the time to come back, and fails if others are in use than these meanwhile.
+// wantSettled waits until holders had time to come back. It fails if other tokens than
+// these are in flight meanwhile.
 func wantSettled(t *testing.T, s *rig.Redis, id semaphoreID, quiet time.Duration, tokens ...string) {
 	t.Helper()
 	rig.Eventually(t, 20*time.Second, func() error {
 		s.WantInflight(t, id, tokens...)
 		if since := s.Now(t) - s.State(t, id, "resumed"); since <= seconds(quiet)+1 {
-			return fmt.Errorf("%d s after the outage", since)
+			return fmt.Errorf("only %d s after the outage", since)
 		}
 		return nil
 	})
 }
 
-// After an outage that lasted longer than the threshold, live holders keep their tokens, though those who ask first were started
-// during it and know of nothing. Who died meanwhile is found out.
+// After an outage longer than the threshold, live holders keep their tokens. Clients that
+// started during the outage, and know nothing of it, do not take them. Dead holders are
+// reclaimed.
 func TestHoldersOutliveAnOutage(t *testing.T) {
 	t.Parallel()
 	const interval = 2 * time.Second
@@ -52,9 +54,10 @@ func TestHoldersOutliveAnOutage(t *testing.T) {
 	}
 	r.Shift(t, id, -200*time.Second)
 
-	w := startWebhook(t, beating(others.Address, interval))
-	if status, text, err := w.post(context.Background(), rig.Review(t, id, 3), "500ms"); err != nil || status != http.StatusInternalServerError {
-		t.Errorf("answered %d %s, %v while Redis is out of reach", status, text, err)
+	w := startWebhook(t, configWithInterval(others.Address, interval))
+	status, text, err := w.post(context.Background(), rig.Review(t, id, 3), "500ms")
+	if err != nil || status != http.StatusInternalServerError {
+		t.Errorf("got %d %s, %v while Redis is unreachable", status, text, err)
 	}
 	var waiting []*rig.Process
 	for range 2 {
@@ -62,15 +65,15 @@ func TestHoldersOutliveAnOutage(t *testing.T) {
 		waiting = append(waiting, rig.StartWaitingSidecar(t, others.Address, id, uuid.NewString(), 3, flag))
 		rig.Eventually(t, 10*time.Second, func() error {
 			if others.Made.Load() == made {
-				return errors.New("it has not tried yet")
+				return errors.New("the sidecar has not retried yet")
 			}
 			return nil
 		})
 	}
-	others.Mend() // they come first
+	others.Mend() // their commands arrive before the heartbeats
 	a := w.admit(t, rig.Review(t, id, 3))
 	if a.Allowed || a.Code != http.StatusTooManyRequests {
-		t.Errorf("the first admission after it was answered %+v", a)
+		t.Errorf("the first admission after the outage got %+v", a)
 	}
 	for _, p := range waiting {
 		p.WantLogPrefix(t, "waiting for a token of "+id.String()+": 3 of 3 in use, ")
@@ -83,11 +86,11 @@ func TestHoldersOutliveAnOutage(t *testing.T) {
 	wantSettled(t, r, id, interval+2*time.Second, live...)
 	a = w.admit(t, rig.Review(t, id, 3))
 	if a.Allowed || a.Code != http.StatusTooManyRequests {
-		t.Errorf("an admission after it was answered %+v", a)
+		t.Errorf("a later admission after the outage got %+v", a)
 	}
 	first := r.MustLine(t, id)[0]
 
-	// The same again, and one of them does not live any more.
+	// The same again, with one dead holder.
 	beats[0].Signal(t, syscall.SIGKILL)
 	<-beats[0].Done()
 	r.Shift(t, id, -200*time.Second)
@@ -95,23 +98,23 @@ func TestHoldersOutliveAnOutage(t *testing.T) {
 		got := r.Inflight(t, id)
 		for _, token := range live[1:] {
 			if !slices.Contains(got, token) {
-				t.Fatalf("in flight are %v, without the live %s", got, token)
+				t.Fatalf("in flight: %v, without the live %s", got, token)
 			}
 		}
 		if !slices.Contains(got, first) {
-			return fmt.Errorf("in flight are %v, want the first in line, %s", got, first)
+			return fmt.Errorf("in flight: %v, want the first in line, %s", got, first)
 		}
 		return nil
 	})
 	r.WantCounts(t, id, 0, 3)
 }
 
-// A second outage, however short, does not make the first forgotten: those who have not come back yet get the time to.
+// A second outage, however short, does not end the wait for holders after the first.
 func TestSecondOutage(t *testing.T) {
 	t.Parallel()
 	r := rig.CommonRedis(t)
 	for _, interval := range []time.Duration{5 * time.Second, 30 * time.Second} {
-		s := semaphoresOf(t, beating(r.Address, interval))
+		s := semaphoresOf(t, configWithInterval(r.Address, interval))
 		for _, inLine := range []bool{false, true} {
 			for _, more := range []int{-4, -1, 0, 1, 2, 3, 4} {
 				gap := interval + time.Duration(more)*time.Second
@@ -125,9 +128,10 @@ func TestSecondOutage(t *testing.T) {
 					t.Helper()
 					a, err := s.runAcquire(context.Background(), id, q)
 					rig.Must(t, err)
-					// As times are in whole seconds, it may be one less.
-					if back := min(beatTimeout, interval); a.status != acquireFull || a.inUse != 1 || a.doubt < back+time.Second {
-						t.Errorf("interval %s, in line %t: %s: got %+v", interval, inLine, what, a)
+					// Times are whole seconds, so the wait may be one second shorter.
+					back := min(beatTimeout, interval)
+					if a.status != acquireFull || a.inUse != 1 || a.doubt < back+time.Second {
+						t.Errorf("interval %s, in line %t, %s: got %+v", interval, inLine, what, a)
 					}
 					if inLine {
 						q.arrival = a.place.arrival
@@ -147,7 +151,8 @@ func TestSecondOutage(t *testing.T) {
 	}
 }
 
-// The end of an outage is not forgotten by those who come later, nor by one that comes seldom.
+// Redis keeps the end of an outage for clients that come later, and for a client that
+// comes seldom.
 func TestEndOfAnOutageIsKept(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
@@ -155,11 +160,11 @@ func TestEndOfAnOutageIsKept(t *testing.T) {
 	r.Shift(t, id, -200*time.Second)
 	wantFullError(t, s, id, 1, 1)
 	end := r.State(t, id, "resumed")
-	for ago := range 12 { // and the seconds that the test takes
+	for ago := range 12 { // plus the seconds that the test takes
 		r.Shift(t, id, -time.Second)
 		wantFullError(t, s, id, 1, 1)
 		if got := r.State(t, id, "resumed"); got != end-ago-1 {
-			t.Fatalf("the end is noted as %d, want %d", got, end-ago-1)
+			t.Fatalf("the stored end is %d, want %d", got, end-ago-1)
 		}
 	}
 	r.WantInflight(t, id, holder)
@@ -167,12 +172,19 @@ func TestEndOfAnOutageIsKept(t *testing.T) {
 	acquire(t, s, id, 1)
 }
 
-// A Redis that answers and refuses to write is away, for holders as for all others: nobody is judged by that time.
+// A Redis that answers but refuses to write counts as away: that time makes no token
+// stale.
 func TestRefusingRedisIsAway(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct{ refuse, accept []any }{
-		"READONLY":   {[]any{"REPLICAOF", "127.0.0.1", rig.Port(rig.FreeAddress(t))}, []any{"REPLICAOF", "NO", "ONE"}},
-		"NOREPLICAS": {[]any{"CONFIG", "SET", "min-replicas-to-write", "1"}, []any{"CONFIG", "SET", "min-replicas-to-write", "0"}},
+		"READONLY": {
+			[]any{"REPLICAOF", "127.0.0.1", rig.Port(rig.FreeAddress(t))},
+			[]any{"REPLICAOF", "NO", "ONE"},
+		},
+		"NOREPLICAS": {
+			[]any{"CONFIG", "SET", "min-replicas-to-write", "1"},
+			[]any{"CONFIG", "SET", "min-replicas-to-write", "0"},
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -185,32 +197,34 @@ func TestRefusingRedisIsAway(t *testing.T) {
 			token := acquire(t, s, id, 1)
 			p := rig.StartSidecar(t, holders.Address, id, token, "--heartbeat-interval-seconds=2")
 			p.WantLog(t, heldText)
-			waiter, done := queueUp(t, t.Context(), semaphoresOf(t, beating(r.Address, interval)), id, 1, r)
-			w := startWebhook(t, beating(r.Address, interval))
+			waiter, done := queueUp(t, t.Context(), semaphoresOf(t, configWithInterval(r.Address, interval)), id, 1, r)
+			w := startWebhook(t, configWithInterval(r.Address, interval))
 
 			r.Do(t, c.refuse[0].(string), c.refuse[1:]...)
 			rig.Must(t, errOf(r.Control.Do("PING")))
-			says := func(text, name string) bool {
+			hasReason := func(text, name string) bool {
 				return strings.Contains(text, name) || name == "READONLY" && strings.Contains(text, "is not a primary")
 			}
-			if line := p.WantLog(t, "heartbeat failed, to be retried"); !says(fmt.Sprint(line["error"]), name) {
+			line := p.WantLog(t, "heartbeat failed, to be retried")
+			if !hasReason(fmt.Sprint(line["error"]), name) {
 				t.Errorf("logged %v", line)
 			}
 			touched := r.State(t, id, "touched")
 			for range 3 {
-				if status, text, err := w.post(context.Background(), rig.Review(t, id, 1), "2s"); err != nil || status != http.StatusInternalServerError || !says(text, name) {
-					t.Errorf("answered %d %s, %v", status, text, err)
+				status, text, err := w.post(context.Background(), rig.Review(t, id, 1), "2s")
+				if err != nil || status != http.StatusInternalServerError || !hasReason(text, name) {
+					t.Errorf("got %d %s, %v", status, text, err)
 				}
 			}
 			if now := r.State(t, id, "touched"); now != touched {
-				t.Error("a refused command has left a trace")
+				t.Error("a refused command changed data")
 			}
-			holders.Cut() // so that others come first
+			holders.Cut() // other commands arrive before the heartbeats
 			r.Do(t, c.accept[0].(string), c.accept[1:]...)
-			r.Shift(t, id, -200*time.Second) // for so long
+			r.Shift(t, id, -200*time.Second) // as if Redis refused for that long
 			for range 3 {
 				if a := w.admit(t, rig.Review(t, id, 1)); a.Allowed || a.Code != http.StatusTooManyRequests {
-					t.Fatalf("answered %+v", a)
+					t.Fatalf("the admission got %+v", a)
 				}
 			}
 			holders.Mend()
@@ -223,14 +237,14 @@ func TestRefusingRedisIsAway(t *testing.T) {
 	}
 }
 
-// While somebody waits, a holder that died is found out within seconds after the threshold.
+// While pods wait, a dead holder is reclaimed within seconds after the threshold.
 func TestDeadHolderWhileOthersWait(t *testing.T) {
 	t.Parallel()
 	for _, interval := range []time.Duration{time.Second, 2 * time.Second, 30 * time.Second} {
 		t.Run(interval.String(), func(t *testing.T) {
 			t.Parallel()
 			r, _, id := newSemaphore(t)
-			s := semaphoresOf(t, beating(r.Address, interval))
+			s := semaphoresOf(t, configWithInterval(r.Address, interval))
 			live, dead := acquire(t, s, id, 2), acquire(t, s, id, 2)
 			next, done := queueUp(t, context.Background(), s, id, 2, r)
 			second, _ := queueUp(t, t.Context(), s, id, 2, r)
@@ -239,24 +253,25 @@ func TestDeadHolderWhileOthersWait(t *testing.T) {
 			wantDone(t, done)
 			took := time.Since(start)
 			if took < time.Second {
-				t.Errorf("its token was given on after %s, and was stale after 2 s", took)
+				t.Errorf("its token was reclaimed after %s, and was stale after 2 s only", took)
 			}
-			rig.WantWithin(t, took, 2*time.Second+5*time.Second, "giving on a token that is stale after 2 s")
+			rig.WantWithin(t, took, 2*time.Second+5*time.Second, "reclaiming a token that is stale after 2 s")
 			r.WantInflight(t, id, live, next)
 			r.WantLine(t, id, second)
 		})
 	}
 }
 
-// Where nobody waited, Redis cannot tell at first whether it was away. The webhook that finds it so looks after the semaphore, even
-// if no other pod comes; and a holder that comes back meanwhile keeps its token.
-func TestDeadHoldersAndSeldomAdmissions(t *testing.T) {
+// Without waiters, Redis cannot know at first whether it was away. The webhook that gets
+// this reply repairs later, even if no other pod comes. A holder that returns meanwhile
+// keeps its token.
+func TestDeadHoldersAndRareAdmissions(t *testing.T) {
 	t.Parallel()
 	for _, interval := range []time.Duration{time.Second, 2 * time.Second, 3 * time.Second, 5 * time.Second} {
 		t.Run(interval.String(), func(t *testing.T) {
 			t.Parallel()
 			r, s, id := newSemaphore(t)
-			w := startWebhook(t, beating(r.Address, interval))
+			w := startWebhook(t, configWithInterval(r.Address, interval))
 			live := acquire(t, s, id, 3)
 			acquire(t, s, id, 3)
 			acquire(t, s, id, 3)
@@ -268,7 +283,7 @@ func TestDeadHoldersAndSeldomAdmissions(t *testing.T) {
 			}
 			rig.Eventually(t, interval+6*time.Second-time.Since(start), func() error {
 				if got := r.Inflight(t, id); !slices.Equal(got, []string{live}) {
-					return fmt.Errorf("in flight are %v, want %s", got, live)
+					return fmt.Errorf("in flight: %v, want %s", got, live)
 				}
 				return nil
 			})
@@ -279,7 +294,7 @@ func TestDeadHoldersAndSeldomAdmissions(t *testing.T) {
 	}
 }
 
-// The same with the interval that is the default, and near the end of it.
+// The same near the end of the default interval.
 func TestWatchOfALongInterval(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
@@ -290,15 +305,16 @@ func TestWatchOfALongInterval(t *testing.T) {
 	r.Shift(t, id, -28*time.Second)
 	rig.Eventually(t, 7*time.Second+5*time.Second, func() error {
 		if got := r.Inflight(t, id); len(got) != 0 {
-			return errors.New("still in flight")
+			return errors.New("the dead holder is still in flight")
 		}
 		return nil
 	})
 	w.wantAdmitted(t, id, 1)
 }
 
-// What Redis has answered before it fell silent is said: it tells more than the silence.
-func TestAnswersBeforeASilenceAreSaid(t *testing.T) {
+// If Redis answered before it hung, errors name those answers: they explain more than the
+// time-out.
+func TestErrorsNameAnswersBeforeAHang(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
 	r.Do(t, "CONFIG", "SET", "min-replicas-to-write", "1")
@@ -309,28 +325,29 @@ func TestAnswersBeforeASilenceAreSaid(t *testing.T) {
 	go func() { done <- errOf(s.release(ctx, id, uuid.NewString())) }()
 	rig.Eventually(t, 5*time.Second, func() error {
 		if n := r.CommandCalls(t)["evalsha"] - before; n < 3 {
-			return fmt.Errorf("asked %d times", n)
+			return fmt.Errorf("%d attempts, want 3", n)
 		}
 		return nil
 	})
 	r.Pause(t)
 	defer r.Resume(t)
 	if err := <-done; err == nil || !strings.Contains(err.Error(), "NOREPLICAS") {
-		t.Errorf("got %v", err)
+		t.Errorf("got %v, want NOREPLICAS", err)
 	}
 }
 
-// stalled is for how long a line may stand still while there is something to repair: the longest poll, and a lock server's time-out.
+// stalled is the longest time a line may wait for a repair: the longest poll, and a lock
+// server's time-out.
 const stalled = pollMost + 4*time.Second
 
-// What is repaired is what is there when the repair is done, and not what was there when it was found to be needed: whatever
-// happens in between, all tokens are there afterwards.
+// A repair works on the state that it finds, not on the state that made it necessary.
+// Whatever happens in between, all tokens exist afterwards.
 func TestRepairIsWhole(t *testing.T) {
 	ctx := context.Background()
 	const length = 4
 	for _, c := range []struct {
 		name            string
-		stale           int // when it is found that something is to be repaired
+		stale           int // when an acquire asks for a repair
 		between         func(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, tokens []string)
 		queue, inflight int // afterwards
 	}{
@@ -343,30 +360,44 @@ func TestRepairIsWhole(t *testing.T) {
 				r.MakeStale(t, id, token)
 			}
 		}, 4, 0},
-		{"the stale one comes back", 1, func(t *testing.T, _ *rig.Redis, s *semaphores, id semaphoreID, tokens []string) {
+		{"the stale one comes back", 1, func(
+			t *testing.T, _ *rig.Redis, s *semaphores, id semaphoreID, tokens []string,
+		) {
 			_, err := s.heartbeat(ctx, id, tokens[0], "", 0)
 			rig.Must(t, err)
 		}, 0, 4},
-		{"the stale one is given back, and another goes stale", 1, func(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, tokens []string) {
+		{"the stale one is given back, and another goes stale", 1, func(
+			t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, tokens []string,
+		) {
 			giveBack(t, s, id, tokens[0])
 			r.MakeStale(t, id, tokens[1])
 		}, 2, 2},
-		{"somebody else repairs it, and another goes stale", 1, func(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, tokens []string) {
+		{"another process repairs it, and another token goes stale", 1, func(
+			t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, tokens []string,
+		) {
 			maintain(t, s, id, length)
 			r.MakeStale(t, id, tokens[1])
 		}, 2, 2},
-		{"somebody repairs it for a smaller length", 2, func(t *testing.T, _ *rig.Redis, s *semaphores, id semaphoreID, _ []string) {
+		{"another process repairs it for a smaller length", 2, func(
+			t *testing.T, _ *rig.Redis, s *semaphores, id semaphoreID, _ []string,
+		) {
 			maintain(t, s, id, 1)
 		}, 2, 2},
-		{"somebody repairs it for a greater length", 2, func(t *testing.T, _ *rig.Redis, s *semaphores, id semaphoreID, _ []string) {
+		{"another process repairs it for a greater length", 2, func(
+			t *testing.T, _ *rig.Redis, s *semaphores, id semaphoreID, _ []string,
+		) {
 			maintain(t, s, id, length+2)
-		}, 4, 2}, // those of the greater length may still come
-		{"a free token is lost, and another goes stale", 1, func(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, tokens []string) {
+		}, 4, 2}, // pods of the greater length may still come
+		{"a free token is lost, and another goes stale", 1, func(
+			t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, tokens []string,
+		) {
 			giveBack(t, s, id, tokens[3])
 			r.Do(t, "DEL", id.queueKey())
 			r.MakeStale(t, id, tokens[1])
 		}, 3, 1},
-		{"a token in flight is lost, and another goes stale", 1, func(t *testing.T, r *rig.Redis, _ *semaphores, id semaphoreID, tokens []string) {
+		{"a token in flight is lost, and another goes stale", 1, func(
+			t *testing.T, r *rig.Redis, _ *semaphores, id semaphoreID, tokens []string,
+		) {
 			r.Do(t, "ZREM", id.inflightKey(), tokens[3])
 			r.MakeStale(t, id, tokens[1])
 		}, 3, 1},
@@ -384,7 +415,7 @@ func TestRepairIsWhole(t *testing.T) {
 				a, err := s.runAcquire(ctx, id, acquireRequest{token: uuid.NewString(), length: length})
 				rig.Must(t, err)
 				if a.status != acquireRepair || a.stale != c.stale {
-					t.Fatalf("answered %+v, want a repair with %d stale", a, c.stale)
+					t.Fatalf("got %+v, want a repair with %d stale", a, c.stale)
 				}
 				c.between(t, r, s, id, tokens)
 				rig.Must(t, s.maintain(ctx, id, length, newcomer))
@@ -398,7 +429,8 @@ func TestRepairIsWhole(t *testing.T) {
 	}
 }
 
-// More stale tokens than one command reclaims are all reclaimed, and what they held is told of no more; a live one stays.
+// A repair reclaims all stale tokens, more than one command can, and deletes their names.
+// A live token stays.
 func TestRepairOfManyStaleTokens(t *testing.T) {
 	const many = 1200
 	r, s, id := newSemaphore(t)
@@ -409,18 +441,18 @@ func TestRepairOfManyStaleTokens(t *testing.T) {
 		rig.Must(t, r.Control.Send("ZADD", id.inflightKey(), 1, token))
 		rig.Must(t, r.Control.Send("HSET", id.namesKey(), token+"/pod", "1 web-1"))
 	}
-	r.Do(t, "") // waits for all of it
+	r.Do(t, "") // waits for all replies
 	maintain(t, s, id, many+1)
 	r.WantInflight(t, id, live)
 	if n := r.Do(t, "HLEN", id.namesKey()); n != int64(0) {
-		t.Errorf("%d pods are told of that have no token any more", n)
+		t.Errorf("the names of %d reclaimed pods are left", n)
 	}
 	if n := r.State(t, id, "reclaimed"); n != many {
-		t.Errorf("%d were reclaimed, by Redis's own count, want %d", n, many)
+		t.Errorf("Redis counted %d reclaimed tokens, want %d", n, many)
 	}
 }
 
-// withLocker are the semaphores of one process with another lock.
+// withLocker returns the semaphores of one process, with another locker.
 func withLocker(t *testing.T, address string, locks locker) *semaphores {
 	t.Helper()
 	s := testSemaphores(t, address)
@@ -429,8 +461,8 @@ func withLocker(t *testing.T, address string, locks locker) *semaphores {
 	return s
 }
 
-// dyingPods are pods in line, with connections of their own, each of which dies as soon as it holds its token: what it holds is
-// reclaimed by those who wait.
+// dyingPods are pods in line with connections of their own. Each dies when it gets its
+// token; other waiters reclaim it.
 type dyingPods struct {
 	id      semaphoreID
 	waiting []*waiter
@@ -446,7 +478,7 @@ func startDyingPods(t *testing.T, r *rig.Redis, id semaphoreID, pods, length int
 	var tokens []string
 	for range pods {
 		w, done := newWaiter(withLocker(t, r.Address, newLocker()), id, length), make(chan error, 1)
-		t.Cleanup(wg.Wait) // before its semaphores are closed
+		t.Cleanup(wg.Wait) // runs before the semaphores are closed
 		t.Cleanup(cancel)
 		wg.Go(func() { done <- w.waitOnly(ctx) })
 		tokens = append(tokens, w.token)
@@ -461,7 +493,7 @@ func (d *dyingPods) next(within time.Duration) (token string, err error) {
 	select {
 	case err = <-d.done[0]:
 	case <-time.After(within):
-		return "", fmt.Errorf("%s has stood still for %s, with %d in line", d.id, within, len(d.waiting))
+		return "", fmt.Errorf("%s has served no pod for %s, with %d in line", d.id, within, len(d.waiting))
 	}
 	token = d.waiting[0].token
 	d.waiting, d.done = d.waiting[1:], d.done[1:]
@@ -477,7 +509,8 @@ func (d *dyingPods) wantNext(t *testing.T, soon time.Duration) (token string, er
 	return token, err
 }
 
-// One lock server of three hangs, and one holder after the other dies: each line goes on, whether many stand in it or one.
+// One of three lock servers hangs, and one holder after the other dies. Each line, long
+// or short, is still served.
 func TestLinesWithALockServerThatHangs(t *testing.T) {
 	t.Parallel()
 	r := rig.StartRedis(t)
@@ -509,10 +542,10 @@ func TestLinesWithALockServerThatHangs(t *testing.T) {
 	wg.Wait()
 }
 
-// hangingLocker takes as long to fail as a lock may, until its servers are back.
+// hangingLocker fails after the longest time a lock may take, until its servers are back.
 type hangingLocker struct {
 	locker
-	back chan struct{} // closed then
+	back chan struct{} // closed when the servers are back
 }
 
 func (l *hangingLocker) tryLock(ctx context.Context, name string, expiration time.Duration) (unlockFunc, error) {
@@ -524,8 +557,9 @@ func (l *hangingLocker) tryLock(ctx context.Context, name string, expiration tim
 	}
 }
 
-// While the lock servers hang, nothing is reclaimed; it is soon after they are back. One that waits alone asks on as often as ever:
-// Redis would take its silence for an outage of its own.
+// While the lock servers hang, no token is reclaimed; soon after they are back, it is. A
+// lone waiter keeps polling as often as ever, as Redis would take its silence for an
+// outage of its own.
 func TestLineAfterLockServersHung(t *testing.T) {
 	t.Parallel()
 	for _, waiting := range []int{1, 3} {
@@ -534,7 +568,9 @@ func TestLineAfterLockServersHung(t *testing.T) {
 			r, s, id := newSemaphore(t)
 			holder := acquire(t, s, id, 1)
 			back := make(chan struct{})
-			line := startDyingPods(t, r, id, waiting, 1, func() locker { return &hangingLocker{redlockServers{r}.newLocker(), back} })
+			line := startDyingPods(t, r, id, waiting, 1, func() locker {
+				return &hangingLocker{redlockServers{r}.newLocker(), back}
+			})
 			r.MakeStale(t, id, holder)
 			if token, err := line.next(15 * time.Second); err == nil {
 				t.Errorf("%s was served without the lock", token)
@@ -547,8 +583,8 @@ func TestLineAfterLockServersHung(t *testing.T) {
 	}
 }
 
-// While Redis is full, holders are counted, those too that have to be put back, and tokens are given back. Admissions fail, and say
-// why.
+// While Redis is full, heartbeats count holders, put back missing tokens, and releases
+// work. Admissions fail and give the reason.
 func TestFullRedis(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
@@ -561,7 +597,7 @@ func TestFullRedis(t *testing.T) {
 		p.WantLog(t, heldText)
 		tokens, holders = append(tokens, token), append(holders, p)
 	}
-	waiting := uuid.NewString() // holds its token already, but its app has not started
+	waiting := uuid.NewString() // has its token, but its app has not started
 	rig.InPod(t, waiting)
 	waiter := rig.StartWaitingSidecar(t, r.Address, id, waiting, 4)
 	waiter.WantLog(t, heldText)
@@ -575,7 +611,7 @@ func TestFullRedis(t *testing.T) {
 		rig.Eventually(t, 10*time.Second, func() error {
 			for _, token := range tokens {
 				if last := r.LastHeartbeat(t, id, token); last <= at+1 {
-					return fmt.Errorf("the last heartbeat of %s was at %d, Redis was full at %d", token, last, at)
+					return fmt.Errorf("the last heartbeat of %s was at %d, and Redis full at %d", token, last, at)
 				}
 			}
 			return nil
@@ -586,7 +622,7 @@ func TestFullRedis(t *testing.T) {
 	for _, id := range []semaphoreID{id, freshID()} {
 		status, text, err := w.post(context.Background(), rig.Review(t, id, 5), "2s")
 		if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, "OOM") {
-			t.Errorf("%s: answered %d %s, %v", id, status, text, err)
+			t.Errorf("%s: got %d %s, %v", id, status, text, err)
 		}
 	}
 	for _, p := range holders[:2] {
@@ -599,7 +635,7 @@ func TestFullRedis(t *testing.T) {
 	wantBeats(tokens[2:]...)
 	for _, p := range holders {
 		if failed := p.Log.Lines(t, "heartbeat failed, to be retried"); len(failed) != 0 {
-			t.Errorf("logged %v", failed)
+			t.Errorf("failed heartbeats: %v", failed)
 		}
 	}
 
@@ -610,7 +646,8 @@ func TestFullRedis(t *testing.T) {
 	w.wantAdmitted(t, freshID(), 1)
 }
 
-// Waiters cannot ask while Redis is full, though heartbeats come: they keep their places, and what was given back meanwhile is theirs.
+// While Redis is full, waiters cannot poll, though heartbeats work. They keep their
+// places, and tokens given back meanwhile are theirs.
 func TestLineOfAFullRedis(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
@@ -623,11 +660,11 @@ func TestLineOfAFullRedis(t *testing.T) {
 	third, _ := queueUp(t, t.Context(), s, id, 2, r)
 	empty := r.Fill(t)
 	giveBack(t, s, id, gone)
-	rig.Eventually(t, 30*time.Second, func() error { // waiters that do not ask for so long are gone
+	rig.Eventually(t, 30*time.Second, func() error { // Redis usually drops waiters that are silent for this long
 		asked, err := redis.Strings(r.Do(t, "ZRANGE", id.seenKey(), -1, -1, "WITHSCORES"), nil)
 		rig.Must(t, err)
 		if now := fmt.Sprint(r.Now(t) - 11); asked[1] > now {
-			return fmt.Errorf("%v asked last, now it is %d", asked, r.Now(t))
+			return fmt.Errorf("last poll: %v, now %d", asked, r.Now(t))
 		}
 		return nil
 	})
@@ -641,20 +678,20 @@ func TestLineOfAFullRedis(t *testing.T) {
 	r.WantInflight(t, id, token, first)
 	rig.Eventually(t, 10*time.Second, func() error {
 		if got := r.MustLine(t, id); !slices.Equal(got, []string{second, third, joined}) {
-			return fmt.Errorf("in line are %v, want %v", got, []string{second, third, joined})
+			return fmt.Errorf("in line: %v, want %v", got, []string{second, third, joined})
 		}
 		return nil
 	})
 }
 
-// queueLast asks once for a place in line.
+// queueLast joins the line, once, without a waiter that polls.
 func queueLast(t *testing.T, s *semaphores, id semaphoreID, length int) (token string) {
 	t.Helper()
 	token = uuid.NewString()
 	a, err := s.runAcquire(context.Background(), id, acquireRequest{token, length, joinLine, ""})
 	rig.Must(t, err)
 	if a.status != acquireFull {
-		t.Fatalf("got %+v, want to stand in line", a)
+		t.Fatalf("got %+v, want a place in line", a)
 	}
 	return token
 }

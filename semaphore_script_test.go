@@ -18,8 +18,9 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// Redis's clock is set by ten minutes, or a server with another clock takes over: nobody overtakes a live holder, a dead one is found
-// out as ever, and the line goes on in its order, with those who join it now at its end.
+// Redis's clock is set by ten minutes, or a server with another clock takes over. No pod
+// overtakes a live holder, and dead holders are still reclaimed. The line keeps its
+// order, and new pods join at its end.
 func TestClockIsSet(t *testing.T) {
 	t.Parallel()
 	for name, by := range map[string]time.Duration{"back": 10 * time.Minute, "forward": -10 * time.Minute} {
@@ -27,11 +28,12 @@ func TestClockIsSet(t *testing.T) {
 			t.Parallel()
 			const threshold = 8 * time.Second
 			r, _, id := newSemaphore(t)
-			c := beating(r.Address, 2*time.Second)
+			c := configWithInterval(r.Address, 2*time.Second)
 			c.staleThreshold = threshold
 			s := semaphoresOf(t, c)
 			live := acquire(t, s, id, 2)
-			p := rig.StartSidecar(t, r.Address, id, live, "--heartbeat-interval-seconds=2", "--stale-threshold-seconds=8")
+			p := rig.StartSidecar(t, r.Address, id, live,
+				"--heartbeat-interval-seconds=2", "--stale-threshold-seconds=8")
 			p.WantLog(t, heldText)
 			var line []string
 			var done []<-chan error
@@ -49,10 +51,10 @@ func TestClockIsSet(t *testing.T) {
 			w := startWebhook(t, c)
 			a := w.admit(t, rig.Review(t, id, 2))
 			if a.Allowed {
-				t.Error("a pod that does not wait overtook the line")
+				t.Error("an admitted pod overtook the line")
 			}
 			wantDone(t, done[0])
-			rig.WantWithin(t, time.Since(start), threshold+5*time.Second, "giving on the dead holder's token")
+			rig.WantWithin(t, time.Since(start), threshold+5*time.Second, "reclaiming the dead holder's token")
 			r.WantInflight(t, id, live, line[0])
 			r.WantLine(t, id, line[1:]...)
 
@@ -74,7 +76,8 @@ func TestClockIsSet(t *testing.T) {
 	}
 }
 
-// The clock by which commands have their deadlines is learned anew.
+// The estimate of Redis's clock, by which commands have deadlines, is corrected after an
+// error.
 func TestClockOfRedisIsLearnedAnew(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 1)
@@ -82,17 +85,18 @@ func TestClockOfRedisIsLearnedAnew(t *testing.T) {
 	for _, ahead := range []time.Duration{10 * time.Minute, -10 * time.Minute, -30 * time.Second} {
 		clock.observe(clock.at(time.Now()) + ahead.Microseconds())
 		if _, err := s.heartbeat(context.Background(), id, token, "", 0); err != nil {
-			t.Errorf("an estimate that is %s ahead: %v", ahead, err)
+			t.Errorf("with an estimate %s ahead: %v", ahead, err)
 		}
-		if off := time.Duration(clock.at(time.Now())-int64(r.Now(t))*1e6) * time.Microsecond; off < -time.Second || off > 2*time.Second {
-			t.Errorf("an estimate that was %s ahead is %s ahead now", ahead, off)
+		off := time.Duration(clock.at(time.Now())-int64(r.Now(t))*1e6) * time.Microsecond
+		if off < -time.Second || off > 2*time.Second {
+			t.Errorf("an estimate %s ahead was corrected to %s ahead", ahead, off)
 		}
 	}
 }
 
-// admitted is what became of an admission.
+// admitted is the outcome of an admission.
 type admitted struct {
-	start time.Duration // after what the test did
+	start time.Duration // after the first admission of admitFor
 	took  time.Duration
 	rig.Admission
 	err error
@@ -102,8 +106,8 @@ func (a admitted) String() string {
 	return fmt.Sprintf("admission after %s took %s: %d %s %v", a.start, a.took, a.Code, a.Message, a.err)
 }
 
-// admitFor sends admissions of a semaphore for a while: so many at once, and then one each tenth of a second; every fifth is of a
-// fresh semaphore.
+// admitFor sends admissions for the time d: atOnce of them concurrently, then one each
+// tenth of a second. Every fifth admission is for a fresh semaphore.
 func admitFor(w *testWebhook, body, fresh func() []byte, atOnce int, d time.Duration) []admitted {
 	var mu sync.Mutex
 	var all []admitted
@@ -136,7 +140,7 @@ func admitFor(w *testWebhook, body, fresh func() []byte, atOnce int, d time.Dura
 	return all
 }
 
-// connectAll makes so many connections to the queue Redis, which are idle then.
+// connectAll opens n idle connections to the queue Redis.
 func connectAll(t *testing.T, w *testWebhook, p *rig.Proxy, n int) {
 	t.Helper()
 	p.Answers.Lock()
@@ -150,7 +154,7 @@ func connectAll(t *testing.T, w *testWebhook, p *rig.Proxy, n int) {
 	}
 	rig.Eventually(t, 10*time.Second, func() error {
 		if active := serverOf(t, w.semaphores, checkID(0)).pool.ActiveCount(); active < n {
-			return fmt.Errorf("%d connections", active)
+			return fmt.Errorf("%d connections are open, want %d", active, n)
 		}
 		return nil
 	})
@@ -158,8 +162,9 @@ func connectAll(t *testing.T, w *testWebhook, p *rig.Proxy, n int) {
 	wg.Wait()
 }
 
-// All connections fall silent while new ones work, as after a failover. Admissions that need no repair, and those that do, in the
-// midst of it and later, are decided within three seconds, and none fails.
+// All connections fall silent while new ones work, as after a failover. Each admission is
+// allowed within three seconds, whether it needs a repair or not, and at whatever moment
+// it comes.
 func TestSilentConnections(t *testing.T) {
 	r := rig.StartRedis(t)
 	p := rig.StartProxy(t, r.Address)
@@ -169,7 +174,9 @@ func TestSilentConnections(t *testing.T) {
 	w.semaphores.giveBack(id, held)
 	connectAll(t, w, p, 60) // more than there are admissions at once
 	p.Silence()
-	all := admitFor(w, func() []byte { return rig.Review(t, id, 500) }, func() []byte { return rig.Review(t, freshID(), 1) }, 20, 3*time.Second)
+	body := func() []byte { return rig.Review(t, id, 500) }
+	fresh := func() []byte { return rig.Review(t, freshID(), 1) }
+	all := admitFor(w, body, fresh, 20, 3*time.Second)
 	tokens, slowest := 0, all[0]
 	for _, a := range all {
 		if a.took > slowest.took {
@@ -179,7 +186,7 @@ func TestSilentConnections(t *testing.T) {
 			t.Error(a)
 		}
 	}
-	rig.WantWithin(t, slowest.took, 3*time.Second, fmt.Sprintf("of %d admissions, the slowest", len(all)))
+	rig.WantWithin(t, slowest.took, 3*time.Second, fmt.Sprintf("the slowest of %d admissions", len(all)))
 	for _, a := range all {
 		if a.Token != "" && strings.Contains(string(a.Patch), `"`+id.String()+`"`) {
 			tokens++
@@ -187,14 +194,14 @@ func TestSilentConnections(t *testing.T) {
 	}
 	rig.Eventually(t, 10*time.Second, func() error {
 		if _, inflight, err := r.Counts(id); err != nil || inflight != tokens {
-			return fmt.Errorf("%d in flight, %d were handed out, %v", inflight, tokens, err)
+			return fmt.Errorf("%d in flight, %d handed out, %v", inflight, tokens, err)
 		}
 		return nil
 	})
 }
 
-// A waiter whose connections all fall silent, that on which it is called too, gets its token at most four seconds after it is free;
-// whenever it has asked last.
+// All connections of a waiter fall silent, the subscribed one too. The waiter still gets
+// a free token within four seconds, whenever it polled last.
 func TestSilentConnectionsOfAWaiter(t *testing.T) {
 	r := rig.CommonRedis(t)
 	for i := range 8 {
@@ -205,7 +212,7 @@ func TestSilentConnectionsOfAWaiter(t *testing.T) {
 			holder := acquire(t, s, id, 1)
 			r := rig.CommonRedis(t)
 			waiter, done := queueUp(t, context.Background(), testSemaphores(t, p.Address), id, 1, r)
-			time.Sleep(time.Duration(i) * 300 * time.Millisecond) // a moment between two of its questions
+			time.Sleep(time.Duration(i) * 300 * time.Millisecond) // a moment between two of its polls
 			p.Silence()
 			start := time.Now()
 			giveBack(t, s, id, holder)
@@ -216,7 +223,7 @@ func TestSilentConnectionsOfAWaiter(t *testing.T) {
 	}
 }
 
-// A holder whose connection falls silent is counted all the time.
+// A holder whose connection falls silent stays in flight.
 func TestSilentConnectionOfAHolder(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
@@ -239,7 +246,8 @@ func TestSilentConnectionOfAHolder(t *testing.T) {
 	}
 }
 
-// Redis hangs, for old connections and new ones. It is asked again, but not hammered, and then all goes on.
+// Redis hangs, for old connections and new ones. Clients retry without flooding it, and
+// then all work goes on.
 func TestHangingRedisIsNotHammered(t *testing.T) {
 	t.Parallel()
 	r := rig.StartRedis(t)
@@ -284,8 +292,8 @@ func TestHangingRedisIsNotHammered(t *testing.T) {
 	r.WantInflight(t, waiters, token)
 }
 
-// Connections that are made, and closed at once, as by a proxy with nothing behind it: it is tried again for as long as the admission
-// has time, but not at full speed.
+// A proxy without a server accepts connections and closes them at once. The webhook
+// retries until the admission's deadline, but not at full speed.
 func TestConnectionsThatAreClosedAtOnce(t *testing.T) {
 	t.Parallel()
 	r := rig.CommonRedis(t)
@@ -303,17 +311,17 @@ func TestConnectionsThatAreClosedAtOnce(t *testing.T) {
 	}
 	rig.WantWithin(t, time.Since(start), 5*time.Second, "an admission while connections were closed for 3 s")
 	if n := p.Made.Load() - made; n > int32(30+rig.IfDiscovered(30)) {
-		t.Errorf("%d connections in three seconds", n)
+		t.Errorf("%d connections were made in three seconds", n)
 	}
 	r.WantCounts(t, id, 3, 2)
 }
 
-// A semaphore costs what its pods need, not what its length allows.
+// The memory of a semaphore depends on what its pods need, not on its length.
 func TestMemoryOfGreatLengths(t *testing.T) {
 	t.Parallel()
 	const keys, most = 300, 20 << 20
 	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
-	acquire(t, s, id, maxLength) // so that the scripts are there
+	acquire(t, s, id, maxLength) // loads the scripts
 	before := r.Info(t, "memory", "used_memory:")
 	for range keys {
 		acquire(t, s, freshID(), maxLength)
@@ -325,7 +333,8 @@ func TestMemoryOfGreatLengths(t *testing.T) {
 	}
 }
 
-// What nobody uses any more goes within minutes, whoever was the last to leave; what is in use stays.
+// Keys of an unused semaphore expire within minutes, whichever command was the last. Keys
+// in use stay.
 func TestUnusedSemaphoresExpire(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	ctx := context.Background()
@@ -353,16 +362,16 @@ func TestUnusedSemaphoresExpire(t *testing.T) {
 	wantTTL("given back", false)
 	_, err := s.heartbeat(ctx, id, token, "", 0)
 	rig.Must(t, err)
-	wantTTL("back late", true)
+	wantTTL("rejoined late", true)
 	giveBack(t, s, id, token)
 	giveBack(t, s, id, token)
 	wantTTL("given back twice", false)
 
 	token = acquire(t, s, id, 1)
-	waiting, _ := stand(t, r, s, id, false)
-	wantTTL("waited for", true)
+	waiting, _ := standInLine(t, r, s, id, false)
+	wantTTL("held, with a waiter", true)
 	giveBack(t, s, id, token)
-	wantTTL("kept for the one that waits", true)
+	wantTTL("kept for the waiter", true)
 	wantFullError(t, s, id, 1, 0)
 	wantTTL("refused", true)
 	giveBack(t, s, id, waiting)
@@ -374,14 +383,15 @@ func TestUnusedSemaphoresExpire(t *testing.T) {
 	token = acquire(t, s, id, 1)
 	wantTTL("held again", true)
 
-	silent, _ := stand(t, r, s, id, false)
+	silent, _ := standInLine(t, r, s, id, false)
 	r.Unseen(t, id, silent, time.Minute)
-	giveBack(t, s, id, token) // finds the one in line gone
+	giveBack(t, s, id, token) // drops the silent waiter
 	r.WantLine(t, id)
 	wantTTL("the last in line dropped", false)
 }
 
-// scriptCost is what scripts have done so far.
+// scriptCost has the totals of commands run by scripts, of their publishes, and of the
+// time of scripts.
 type scriptCost struct{ commands, published, micros int }
 
 func costSoFar(t *testing.T, s *rig.Redis) (c scriptCost) {
@@ -396,30 +406,35 @@ func costSoFar(t *testing.T, s *rig.Redis) (c scriptCost) {
 	return c
 }
 
-// during is what scripts do while f runs.
+// costDuring returns the cost of the scripts that run during f.
 func costDuring(t *testing.T, s *rig.Redis, f func()) scriptCost {
 	t.Helper()
 	before := costSoFar(t, s)
 	f()
 	after := costSoFar(t, s)
-	return scriptCost{after.commands - before.commands, after.published - before.published, after.micros - before.micros}
+	return scriptCost{
+		commands:  after.commands - before.commands,
+		published: after.published - before.published,
+		micros:    after.micros - before.micros,
+	}
 }
 
-// median sorts the values.
+// median sorts values and returns the median.
 func median[T cmp.Ordered](values []T) T {
 	slices.Sort(values)
 	return values[len(values)/2]
 }
 
-// A great length costs an admission no more than a small one: the first of a semaphore, which makes its tokens, and all others.
+// An admission costs the same at any length: the first of a semaphore, which makes its
+// tokens, and all later ones.
 func TestAdmissionCostsTheSameForAnyLength(t *testing.T) {
 	t.Parallel()
 	const small, pairs = 3, 50
 	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
-	giveBack(t, s, id, acquire(t, s, id, 1)) // so that the scripts are there
+	giveBack(t, s, id, acquire(t, s, id, 1)) // loads the scripts
 	commands, micros := map[string][]int{}, map[string][]int{}
 	name := func(admission, length int) string { return fmt.Sprintf("admission %d of length %d", admission, length) }
-	for range pairs { // in turn, so that what disturbs one disturbs the other
+	for range pairs { // alternately, so that other load disturbs both alike
 		for _, length := range []int{small, maxLength} {
 			id := freshID()
 			for i := range small {
@@ -432,18 +447,19 @@ func TestAdmissionCostsTheSameForAnyLength(t *testing.T) {
 	for i := range small {
 		for what, c := range map[string]struct {
 			values map[string][]int
-			factor int // for how much longer a command may take
+			factor int // the most that a great length may cost, times a small one
 		}{"commands": {commands, 1}, "µs": {micros, 2}} {
 			few, lots := median(c.values[name(i, small)]), median(c.values[name(i, maxLength)])
 			t.Logf("admission %d: %d %s with length %d, %d with length %d", i+1, few, what, small, lots, maxLength)
 			if lots > c.factor*few {
-				t.Error("too many")
+				t.Errorf("a great length costs more than %d times as many %s", c.factor, what)
 			}
 		}
 	}
 }
 
-// A command that comes a moment after its deadline changes nothing, whatever it is; one that comes before it is run.
+// A command that arrives after its deadline changes nothing, whatever its script. Before
+// its deadline, it runs.
 func TestCommandsAfterTheirDeadline(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	held := acquire(t, s, id, 3)
@@ -474,34 +490,34 @@ func TestCommandsAfterTheirDeadline(t *testing.T) {
 		rig.Must(t, err)
 		for _, deadline := range []int64{now[0]*1e6 + now[1], now[0]*1e6 - 3600e6, 0} {
 			if status := run(deadline); status != statusLate {
-				t.Errorf("%s: answered %d", name, status)
+				t.Errorf("%s after its deadline: got status %d", name, status)
 			}
 		}
 		if !slices.Equal(r.Dump(t, id), before) {
-			t.Errorf("%s: has changed something", name)
+			t.Errorf("%s after its deadline changed data", name)
 		}
 		if status := run(now[0]*1e6 + 10e6); status == statusLate {
-			t.Errorf("%s: refused in time", name)
+			t.Errorf("%s before its deadline was refused as late", name)
 		}
 	}
 }
 
-// arrives lets a command come that was kept back.
-func arrives(t *testing.T, r *rig.Redis, h *rig.HeldCommand) {
+// deliverHeld delivers a held command, and waits until Redis has run it.
+func deliverHeld(t *testing.T, r *rig.Redis, h *rig.HeldCommand) {
 	t.Helper()
 	before := r.CommandCalls(t)["evalsha"]
 	h.Deliver()
 	<-h.Sent
 	rig.Eventually(t, 5*time.Second, func() error {
 		if r.CommandCalls(t)["evalsha"] == before {
-			return errors.New("it has not come")
+			return errors.New("the command has not arrived")
 		}
 		return nil
 	})
 }
 
-// A heartbeat that the sidecar has given up arrives after the release of its token: the token is not counted again. Its connection
-// was silent, or was closed while it was on its way.
+// A heartbeat that the sidecar gave up arrives after the release of its token. The token
+// is not counted again, whether the heartbeat's connection was silent or was closed.
 func TestLateHeartbeat(t *testing.T) {
 	t.Parallel()
 	for name, hangUp := range map[string]bool{"silent connection": false, "closed connection": true} {
@@ -512,7 +528,7 @@ func TestLateHeartbeat(t *testing.T) {
 			token := acquire(t, s, id, 2)
 			r.MakeStale(t, id, token)
 			sidecar := rig.StartSidecar(t, p.Address, id, token, "--heartbeat-interval-seconds=4")
-			rig.Eventually(t, 10*time.Second, func() error { // it knows Redis's clock then
+			rig.Eventually(t, 10*time.Second, func() error { // after a heartbeat, the sidecar knows Redis's clock
 				if r.LastHeartbeat(t, id, token) == 1 {
 					return errors.New("no heartbeat yet")
 				}
@@ -523,13 +539,13 @@ func TestLateHeartbeat(t *testing.T) {
 			made := p.Made.Load()
 			rig.Eventually(t, 10*time.Second, func() error {
 				if p.Made.Load() == made {
-					return errors.New("it has not asked again on another connection")
+					return errors.New("the sidecar has not retried over another connection")
 				}
 				return nil
 			})
 			sidecar.Signal(t, syscall.SIGTERM)
 			r.WantCounts(t, id, 2, 0)
-			arrives(t, r, h)
+			deliverHeld(t, r, h)
 			sidecar.WantExit(t, 0)
 			sidecar.WantLog(t, "token given back")
 			r.WantCounts(t, id, 2, 0)
@@ -537,8 +553,8 @@ func TestLateHeartbeat(t *testing.T) {
 	}
 }
 
-// The connection of an admission breaks while its command is on its way; it is asked again, and refused. The first command takes no
-// token for nobody when it comes.
+// The connection of an admission breaks while its command is on its way. A retry is
+// refused. When the first command arrives, it takes no token.
 func TestLateAcquire(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
@@ -549,12 +565,12 @@ func TestLateAcquire(t *testing.T) {
 	w.wantFull(t, id, 1, 1)
 	<-h.Held
 	giveBack(t, s, id, holder)
-	arrives(t, r, h)
+	deliverHeld(t, r, h)
 	r.WantCounts(t, id, 1, 0)
 }
 
-// Redis hangs for some seconds under admissions of which some give up, and some do not. In the end exactly those tokens are in use that
-// somebody got.
+// While Redis hangs for some seconds, some admissions give up. In the end, exactly the
+// tokens of successful admissions are in flight.
 func TestAbandonedAdmissions(t *testing.T) {
 	t.Parallel()
 	const length = 50
@@ -572,7 +588,7 @@ func TestAbandonedAdmissions(t *testing.T) {
 	for i := range 40 {
 		wg.Go(func() {
 			timeout := []time.Duration{300, 1000, 2100, 4000, 5200, 30000}[i%6] * time.Millisecond
-			if i >= 30 { // and some that had to repair first
+			if i >= 30 { // some need a repair first
 				_, _, err := w.post(context.Background(), rig.Review(t, fresh, 1), timeout.String())
 				if err != nil {
 					t.Error(err)
@@ -592,7 +608,7 @@ func TestAbandonedAdmissions(t *testing.T) {
 	}
 	rig.Eventually(t, 10*time.Second, func() error {
 		if since := time.Since(begin); since < 4500*time.Millisecond {
-			return fmt.Errorf("for %s", since)
+			return fmt.Errorf("Redis has hung for %s only", since)
 		}
 		return nil
 	})
@@ -607,12 +623,12 @@ func TestAbandonedAdmissions(t *testing.T) {
 	})
 	r.WantInflight(t, id, got...)
 	if len(got) < 2+5 {
-		t.Errorf("%d were admitted", len(got))
+		t.Errorf("%d were admitted, want at least 7", len(got))
 	}
 	giveBack(t, w.semaphores, waiters, holder)
 	wantDone(t, done)
 	r.WantInflight(t, waiters, token)
-	w.close() // waits for what goes on in the background
+	w.close() // waits for releases in the background
 	r.WantInflight(t, id, got...)
 }
 

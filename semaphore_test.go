@@ -27,7 +27,7 @@ func TestAcquireUntilFull(t *testing.T) {
 	slices.Sort(got)
 	slices.Sort(tokens)
 	if !slices.Equal(got, tokens) {
-		t.Errorf("in flight are %v, handed out were %v", got, tokens)
+		t.Errorf("in flight: %v, handed out: %v", got, tokens)
 	}
 	wantFullError(t, s, id, 3, 3)
 }
@@ -39,7 +39,7 @@ func TestReleaseReturnsATokenOnce(t *testing.T) {
 		status, err := s.release(context.Background(), id, token)
 		rig.Must(t, err)
 		if status != want {
-			t.Errorf("attempt %d: answered %d", attempt, status)
+			t.Errorf("release %d returned status %d, want %d", attempt+1, status, want)
 		}
 	}
 	r.WantCounts(t, id, 2, 0)
@@ -52,19 +52,19 @@ func TestHeartbeatScoresByServerClock(t *testing.T) {
 	rejoined, err := s.heartbeat(context.Background(), id, token, "", 0)
 	rig.Must(t, err)
 	if rejoined {
-		t.Error("a token in flight is said to have rejoined")
+		t.Error("the heartbeat of a token in flight reported a rejoin")
 	}
 	now, err := redis.Ints(r.Do(t, "TIME"), nil)
 	rig.Must(t, err)
 	score, err := redis.Int(r.Do(t, "ZSCORE", id.inflightKey(), token), nil)
 	rig.Must(t, err)
 	if now[0]-score > 5 || score > now[0] {
-		t.Errorf("score is %d, the server's time %d", score, now[0])
+		t.Errorf("the score is %d, the server's time is %d", score, now[0])
 	}
 }
 
-// A token that was reclaimed while its pod was paused has become a fresh one: neither the late heartbeat nor the
-// late release of the first pod touches the second pod's.
+// The token of a paused pod is reclaimed, and a second pod gets a new one. The late
+// heartbeat and release of the first pod do not touch the token of the second.
 func TestLateHeartbeatAndRelease(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	ctx := context.Background()
@@ -90,7 +90,7 @@ func TestLateHeartbeatAndRelease(t *testing.T) {
 	status, err := s.release(ctx, id, first)
 	rig.Must(t, err)
 	if status != 0 {
-		t.Errorf("the late release answered %d", status)
+		t.Errorf("the late release returned status %d", status)
 	}
 	if _, err = s.release(ctx, id, second); err != nil {
 		t.Fatal(err)
@@ -99,7 +99,8 @@ func TestLateHeartbeatAndRelease(t *testing.T) {
 	wantFullError(t, s, id, 1, 1)
 }
 
-// A rejoining token takes a free one out of the queue: what runs is counted.
+// A rejoining token removes a free one from the queue, so that every running pod is
+// counted.
 func TestHeartbeatTakesFreeToken(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 3)
@@ -112,20 +113,20 @@ func TestHeartbeatTakesFreeToken(t *testing.T) {
 	r.WantCounts(t, id, 2, 1)
 }
 
-// Length lowered and raised: never more in use than the length of the admission at hand.
+// When pods lower or raise the length, an admission never exceeds its own length.
 func TestLengthChanges(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	tokens := []string{acquire(t, s, id, 5), acquire(t, s, id, 5), acquire(t, s, id, 5)}
 	r.WantCounts(t, id, 2, 3)
 
 	wantFullError(t, s, id, 2, 3)
-	r.WantCounts(t, id, 2, 3) // those of length 5 may still come
+	r.WantCounts(t, id, 2, 3) // pods of length 5 may still come
 
 	acquire(t, s, id, 4)
 	wantFullError(t, s, id, 4, 4)
 	wantFullError(t, s, id, 2, 4)
 
-	for _, token := range tokens { // one is left
+	for _, token := range tokens { // one token stays in flight
 		_, err := s.release(context.Background(), id, token)
 		rig.Must(t, err)
 	}
@@ -133,13 +134,13 @@ func TestLengthChanges(t *testing.T) {
 	wantFullError(t, s, id, 2, 2)
 	r.WantCounts(t, id, 3, 2)
 
-	r.ForgetLength(t, id) // nobody has asked for 5 for some minutes
+	r.ForgetLength(t, id) // as if no pod had asked for 5 for some minutes
 	wantFullError(t, s, id, 2, 2)
 	maintain(t, s, id, 2)
 	r.WantCounts(t, id, 0, 2)
 }
 
-// Pods of one key that disagree about the length make progress all the same.
+// Pods of one key that disagree about the length still make progress.
 func TestDisagreementOnLength(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
@@ -176,7 +177,7 @@ func TestMaintainIsIdempotent(t *testing.T) {
 	for _, token := range []string{acquire(t, s, id, 5), acquire(t, s, id, 5)} {
 		r.MakeStale(t, id, token)
 	}
-	acquire(t, s, id, 5) // a free one
+	acquire(t, s, id, 5) // takes a free token
 	r.WantCounts(t, id, 2, 3)
 	var wg sync.WaitGroup
 	for range 10 {
@@ -193,7 +194,7 @@ func TestMaintainIsIdempotent(t *testing.T) {
 func TestLargestLength(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	acquire(t, s, id, maxLength)
-	r.WantCounts(t, id, 255, 1) // made in small portions, as they are needed
+	r.WantCounts(t, id, 255, 1) // tokens are made in small portions, when needed
 	for range 300 {
 		acquire(t, s, id, maxLength)
 	}
@@ -202,7 +203,8 @@ func TestLargestLength(t *testing.T) {
 	}
 }
 
-// Any use renews the expiry of all keys, so that nothing stays for ever; without holders and waiters they stay for minutes.
+// Each use renews the expiry of all keys. Without holders and waiters, keys expire within
+// minutes.
 func TestKeysExpire(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	ctx := context.Background()
@@ -239,7 +241,7 @@ func TestKeysExpire(t *testing.T) {
 	}
 }
 
-// Once the lock is free and nothing is wrong, no lock is taken.
+// Admissions take the lock only if there is something to repair.
 func TestLockOnlyForRepair(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
@@ -252,12 +254,12 @@ func TestLockOnlyForRepair(t *testing.T) {
 	r.MakeStale(t, id, token)
 	_, _, err := s.acquire(context.Background(), id, "", 3, 10*time.Second)
 	if err == nil || !strings.Contains(err.Error(), "lock Redis "+r.Address) {
-		t.Errorf("got %v, want the lock server out of reach", err)
+		t.Errorf("got %v, want an error about the unreachable lock server", err)
 	}
 }
 
-// While another maintains, an admission waits; it is never refused for it.
-func TestWaitsForAnothersMaintenance(t *testing.T) {
+// While another process has the lock, an admission waits; it is not refused.
+func TestAdmissionWaitsForTheLock(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	unlock, err := s.locks.tryLock(context.Background(), id.lockKey(), 10*time.Second)
 	rig.Must(t, err)
@@ -283,14 +285,21 @@ func TestWrongAnswersOfScripts(t *testing.T) {
 	for _, c := range []struct {
 		status int
 		rest   []any
-	}{{7, nil}, {acquireFull, nil}, {acquireFull, []any{one, one}}, {acquireFull, []any{one, one, one, one}}, {acquireFull, []any{"x", one, one}}, {acquireRepair, nil}} {
+	}{
+		{7, nil},
+		{acquireFull, nil},
+		{acquireFull, []any{one, one}},
+		{acquireFull, []any{one, one, one, one}},
+		{acquireFull, []any{"x", one, one}},
+		{acquireRepair, nil},
+	} {
 		if a, err := parseReply(c.status, c.rest); err == nil {
-			t.Errorf("%d %v was taken for %+v", c.status, c.rest, a)
+			t.Errorf("the malformed reply %d %v was parsed as %+v", c.status, c.rest, a)
 		}
 	}
 }
 
-// Many admissions of one process that find the same to be repaired take the lock once.
+// Concurrent admissions of one process share a repair, and so take the lock once.
 func TestOneRepairPerProcess(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	counted := &countingLocker{locker: s.locks}
@@ -306,14 +315,16 @@ func TestOneRepairPerProcess(t *testing.T) {
 	wg.Wait()
 	r.WantCounts(t, id, 0, 100)
 	if n := counted.tried.Load(); n > 5 {
-		t.Errorf("the lock was tried %d times", n)
+		t.Errorf("%d attempts to take the lock, want at most 5", n)
 	}
 }
 
-// places are so many, a microsecond after the other, from an arrival on.
+// places returns n requests for places that arrive a microsecond apart, the first at
+// arrival.
 func places(n int, arrival int64, length int) (all []placeRequest) {
 	for i := range n {
-		all = append(all, placeRequest{uuid.NewString(), arrival + int64(i), length, newPodName(fmt.Sprintf("pod-%d", i), "")})
+		name := newPodName(fmt.Sprintf("pod-%d", i), "")
+		all = append(all, placeRequest{uuid.NewString(), arrival + int64(i), length, name})
 	}
 	return all
 }
@@ -325,18 +336,22 @@ func tokensOf(places []placeRequest) (tokens []string) {
 	return tokens
 }
 
-// Places are where the arrivals say, however often and in what order they are told; who is served is told, also of others.
-func TestKeepPlaces(t *testing.T) {
+// Redis orders places by arrival, however often and in what order they are refreshed. The
+// reply names all pods that are served, those of other gates too.
+func TestRefreshPlaces(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
 	holder := acquire(t, s, id, 2)
 	now := int64(r.Now(t)) * 1e6
-	all := places(3*refreshMost/2, now-1e9, 2) // in two commands
-	waiter, _ := stand(t, r, s, id, false)     // came later, as it counts
+	all := places(3*refreshMost/2, now-1e9, 2)   // in two commands
+	waiter, _ := standInLine(t, r, s, id, false) // its arrival is later than all of these
 	kept, err := s.refreshPlaces(t.Context(), id, 0, nil, all[1:])
 	rig.Must(t, err)
-	if kept.inUse != 1 || kept.waiters != len(all) || len(kept.joined) != len(all)-1 || kept.joined[all[5].token] != 5 || len(kept.held) > 0 {
-		t.Errorf("%d in use, %d waiters, %d joined, the sixth at %d, held %v", kept.inUse, kept.waiters, len(kept.joined), kept.joined[all[5].token], kept.held)
+	sixth := kept.joined[all[5].token]
+	if kept.inUse != 1 || kept.waiters != len(all) || len(kept.joined) != len(all)-1 || sixth != 5 ||
+		len(kept.held) > 0 {
+		t.Errorf("%d in use, %d waiters, %d joined, the sixth at %d, held: %v",
+			kept.inUse, kept.waiters, len(kept.joined), sixth, kept.held)
 	}
 	kept, err = s.refreshPlaces(t.Context(), id, kept.created, nil, all)
 	rig.Must(t, err)
@@ -346,21 +361,24 @@ func TestKeepPlaces(t *testing.T) {
 		t.Errorf("joined %v, want the first only", kept.joined)
 	}
 	if n := r.State(t, id, "lost"); n != 0 {
-		t.Errorf("taken for a loss: %d", n)
+		t.Errorf("Redis took a new place for a loss of data at %d", n)
 	}
 	if names := r.Do(t, "HGET", id.namesKey(), all[3].token+"/pod"); fmt.Sprintf("%s", names) != "0 pod-3 " {
 		t.Errorf("its pod is %q", names)
 	}
 
-	// Those who are gone leave, and nobody else; a token that one of them has is not given back.
-	_, err = s.refreshPlaces(t.Context(), id, kept.created, append(tokensOf(all[1:refreshMost+10]), holder, uuid.NewString()), all[:1])
+	// Tokens of pods that are gone leave the line; others stay. A gone token that is in
+	// flight is not given back.
+	gone := append(tokensOf(all[1:refreshMost+10]), holder, uuid.NewString())
+	_, err = s.refreshPlaces(t.Context(), id, kept.created, gone, all[:1])
 	rig.Must(t, err)
 	r.WantLine(t, id, append(append(tokensOf(all[:1]), tokensOf(all[refreshMost+10:])...), waiter)...)
 	r.WantInflight(t, id, holder)
 	_, err = s.refreshPlaces(t.Context(), id, kept.created, nil, all)
 	rig.Must(t, err)
 
-	// One free token is for the first, the holder's too when it comes back.
+	// The first in line is served with one free token, and the second when the holder
+	// returns its token.
 	maintain(t, s, id, 2)
 	kept, err = s.refreshPlaces(t.Context(), id, kept.created, nil, all[:1])
 	rig.Must(t, err)
@@ -380,88 +398,94 @@ func TestKeepPlaces(t *testing.T) {
 	kept, err = s.refreshPlaces(t.Context(), id, kept.created, nil, all[:2])
 	rig.Must(t, err)
 	if !slices.Equal(kept.held, tokensOf(all[:1])) || len(kept.joined) > 0 {
-		t.Errorf("held %v, joined %v", kept.held, kept.joined)
+		t.Errorf("held: %v, joined: %v", kept.held, kept.joined)
 	}
 }
 
-// Who knows the semaphore for longer than Redis does tells of the loss: nothing is refilled before the holders are back.
-func TestKeepTellsOfALoss(t *testing.T) {
+// A client that remembers an older semaphore than Redis has reports a loss of data. Redis
+// then refills nothing before the holders are back.
+func TestRefreshPlacesReportsLoss(t *testing.T) {
 	t.Parallel()
 	r, s, _ := newSemaphoreOn(t, rig.StartRedis(t))
-	for _, ago := range []int64{1000, -1} { // the latter as if in this very second
+	for _, ago := range []int64{1000, -1} { // -1: as if created in this second
 		id, all := freshID(), places(1, 1, 1)
 		kept, err := s.refreshPlaces(t.Context(), id, int64(r.Now(t))-ago, nil, all)
 		rig.Must(t, err)
 		if n := r.State(t, id, "lost"); n == 0 || kept.created < int64(n)-1 {
-			t.Errorf("lost is %d, created %d", n, kept.created)
+			t.Errorf("lost at %d, created at %d", n, kept.created)
 		}
-		if a, err := s.runAcquire(t.Context(), id, acquireRequest{all[0].token, 1, joinLine, ""}); err != nil || a.status != acquireFull || a.doubt == 0 {
+		a, err := s.runAcquire(t.Context(), id, acquireRequest{all[0].token, 1, joinLine, ""})
+		if err != nil || a.status != acquireFull || a.doubt == 0 {
 			t.Errorf("got %+v, %v", a, err)
 		}
 	}
 }
 
-// What is held stays, and what is not there is not put back.
-func TestHold(t *testing.T) {
+// Refreshing tokens keeps those in flight, and adds none that are not.
+func TestRefreshTokens(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
 	token, gone := acquire(t, s, id, 2), uuid.NewString()
 	r.MakeStale(t, id, token)
 	lost, err := s.refreshTokens(t.Context(), id, []string{token, gone})
 	if err != nil || !slices.Equal(lost, []string{gone}) {
-		t.Errorf("lost %v, %v", lost, err)
+		t.Errorf("lost: %v, %v", lost, err)
 	}
 	r.WantInflight(t, id, token)
 	maintain(t, s, id, 2)
 	r.WantInflight(t, id, token)
 }
 
-// What the webhook knows of a pod is told with its token, and what its sidecar knows with the first heartbeat; that changes nothing of
-// since when it has it. Who is refused hears it.
+// Redis stores the pod name that the webhook knows, and with the first heartbeat the name
+// and node that the sidecar knows. The heartbeat does not change since when the pod holds
+// the token. Refusals name the holders.
 func TestHoldersAreNamed(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	w := startWebhook(t, testConfig(r.Address))
 	token := w.wantAdmitted(t, id, 1)
 	if r.WantPod(t, id, token, "web-67d4947b99- ") == "0" {
-		t.Error("it counts as a waiter")
+		t.Error("the admitted pod counts as a waiter")
 	}
 	since := fmt.Sprint(r.Now(t) - 14400)
 	r.Do(t, "HSET", id.namesKey(), token+"/pod", since+" web-67d4947b99- ")
-	if got, want := w.admit(t, rig.Review(t, id, 1)).Message, "1 of 1 tokens in use, by web-67d4947b99-... (4 h)"; !strings.HasSuffix(got, want) {
+	if got, want := w.admit(t, rig.Review(t, id, 1)).Message,
+		"1 of 1 tokens in use, by web-67d4947b99-... (4 h)"; !strings.HasSuffix(got, want) {
 		t.Errorf("refused with %q, want %q", got, want)
 	}
 	t.Setenv("POD_NAME", "web-67d4947b99-x2x9z")
 	t.Setenv("NODE_NAME", "node-1")
 	p := rig.StartSidecar(t, r.Address, id, token)
 	if got := r.WantPod(t, id, token, "web-67d4947b99-x2x9z node-1"); got != since {
-		t.Errorf("it has the token since %s, want %s", got, since)
+		t.Errorf("the pod holds the token since %s, want %s", got, since)
 	}
-	if got, want := w.admit(t, rig.Review(t, id, 1)).Message, "1 of 1 tokens in use, by web-67d4947b99-x2x9z (4 h)"; !strings.HasSuffix(got, want) {
+	if got, want := w.admit(t, rig.Review(t, id, 1)).Message,
+		"1 of 1 tokens in use, by web-67d4947b99-x2x9z (4 h)"; !strings.HasSuffix(got, want) {
 		t.Errorf("refused with %q, want %q", got, want)
 	}
 
-	// A holder without a name is known by its token.
+	// Refusals name a holder without a pod name by its token.
 	old := acquire(t, s, id, 2)
 	if got := w.admit(t, rig.Review(t, id, 2)).Message; !strings.Contains(got, ", "+old) {
 		t.Errorf("refused with %q, want %s in it", got, old)
 	}
 	giveBack(t, s, id, old)
 
-	// It is known again when Redis has lost it, with all else.
+	// After Redis has lost all data, the next heartbeat stores the name again.
 	r.Do(t, "DEL", id.keys()...)
 	p.WantLog(t, "the token was not in flight (reclaimed as stale, or lost with Redis): counted again")
 	if got := r.WantPod(t, id, token, "web-67d4947b99-x2x9z node-1"); got <= since {
-		t.Errorf("it has the token since %s", got)
+		t.Errorf("the pod holds the token since %s, want later than %s", got, since)
 	}
 
 	p.Signal(t, syscall.SIGTERM)
 	p.WantExit(t, 0)
 	if names := r.Pods(t, id); len(names) != 0 {
-		t.Errorf("given back, and yet known: %v", names)
+		t.Errorf("names of pods after the release: %v", names)
 	}
 }
 
-// Who waits is known, and says who is before it; then since when it has its token.
+// Redis stores the names of waiters. A waiter logs the holders; when it is served, Redis
+// stores since when it holds its token.
 func TestWaitersAreNamed(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	holder, _, err := s.acquire(t.Context(), id, "web-a node-1", 1, time.Second)
@@ -471,23 +495,24 @@ func TestWaitersAreNamed(t *testing.T) {
 	token := uuid.NewString()
 	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1)
 	if since := r.WantPod(t, id, token, "web-b node-2"); since != "0" {
-		t.Errorf("it waits, and has the token since %s", since)
+		t.Errorf("the waiter holds a token since %s", since)
 	}
-	if got := p.WantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, "); !strings.Contains(got, "; in use by web-a (") {
-		t.Errorf("it waits for %q", got)
+	prefix := "waiting for a token of " + id.String() + ": 1 of 1 in use, 1st in line, "
+	if got := p.WantLogPrefix(t, prefix); !strings.Contains(got, "; in use by web-a (") {
+		t.Errorf("the waiter logged %q, want the holder web-a in it", got)
 	}
 	giveBack(t, s, id, holder)
 	p.WantLog(t, heldText)
 	if since := r.WantPod(t, id, token, "web-b node-2"); since == "0" {
-		t.Error("it has the token, and counts as a waiter")
+		t.Error("the holder counts as a waiter")
 	}
 	if names := r.Pods(t, id); len(names) != 1 {
-		t.Errorf("known are %v", names)
+		t.Errorf("names of pods: %v, want one", names)
 	}
 }
 
-// What is reclaimed is not known any more, however much it is.
-func TestReclaimedAreForgotten(t *testing.T) {
+// A repair also deletes the names of all tokens that it reclaims, however many.
+func TestReclaimDeletesNames(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	const stale = 2500
 	live, _, err := s.acquire(t.Context(), id, "live node-1", maxLength, time.Second)
@@ -502,7 +527,7 @@ func TestReclaimedAreForgotten(t *testing.T) {
 	maintain(t, s, id, maxLength)
 	r.WantInflight(t, id, live)
 	if names := r.Pods(t, id); len(names) != 1 || !strings.HasSuffix(names[live], " live node-1") {
-		t.Errorf("%d names are left, and %q", len(names), names[live])
+		t.Errorf("%d names are left; that of the live pod is %q", len(names), names[live])
 	}
 }
 
@@ -537,11 +562,13 @@ func TestByHolders(t *testing.T) {
 		{nil, 0, ""},
 		{nil, 3, ""},
 		{[]holder{{"a", 4 * time.Hour}}, 1, "by a (4 h)"},
-		{[]holder{{"a", 4 * time.Hour}, {"b-", 2 * time.Minute}, {"c", heldUnknown}}, 10, "by a (4 h), b-... (2 min), c, and 7 more"},
-		{[]holder{long, {"b", time.Second}, long, {"c", time.Second}}, 4, "by " + long.String() + ", b (1 s), and 2 more"},
+		{[]holder{{"a", 4 * time.Hour}, {"b-", 2 * time.Minute}, {"c", heldUnknown}}, 10,
+			"by a (4 h), b-... (2 min), c, and 7 more"},
+		{[]holder{long, {"b", time.Second}, long, {"c", time.Second}}, 4,
+			"by " + long.String() + ", b (1 s), and 2 more"},
 	} {
 		if got := byHolders(c.holders, c.inUse); got != c.want {
-			t.Errorf("%v are %q, want %q", c.holders, got, c.want)
+			t.Errorf("%v: got %q, want %q", c.holders, got, c.want)
 		}
 	}
 }
@@ -551,23 +578,26 @@ func TestParseHolders(t *testing.T) {
 	if want := "[b (9 s) a (5 s) token]"; err != nil || fmt.Sprint(got) != want {
 		t.Errorf("got %v, %v; want %s", got, err, want)
 	}
-	if got, err := parseHolders([]any{int64(5), []byte("\x1b[2J" + strings.Repeat("x", 1000))}); err != nil || strings.Contains(got[0].name, "\x1b") || len(got[0].name) > 60 {
-		t.Errorf("what a stranger has written is shown: %q, %v", got, err)
+	escape := []byte("\x1b[2J" + strings.Repeat("x", 1000))
+	got, err = parseHolders([]any{int64(5), escape})
+	if err != nil || strings.Contains(got[0].name, "\x1b") || len(got[0].name) > 60 {
+		t.Errorf("an unprintable or long name is not cleaned: %q, %v", got, err)
 	}
 	if _, err := parseHolders([]any{int64(5)}); err == nil {
-		t.Error("half a holder is accepted")
+		t.Error("a holder without a name is accepted")
 	}
 }
 
-// Nobody is named while no token is in use: it is kept for the line.
+// A refusal names no holder while the free token is kept for the line.
 func TestRefusedForTheLine(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 1)
-	stand(t, r, s, id, false)
+	standInLine(t, r, s, id, false)
 	giveBack(t, s, id, token)
 	_, _, err := s.acquire(context.Background(), id, "", 1, time.Second)
 	var full *fullError
-	if !errors.As(err, &full) || refusal(full) != fmt.Sprintf("no semaphore available: %s has 0 of 1 tokens in use; 1 waiting in line", id) {
+	want := fmt.Sprintf("no semaphore available: %s has 0 of 1 tokens in use; 1 waiting in line", id)
+	if !errors.As(err, &full) || refusal(full) != want {
 		t.Errorf("got %v", err)
 	}
 }

@@ -17,15 +17,15 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// The await says what its pod waits for, and ends well when the token is held: one that waits by then, and one that comes later,
-// as after a crash of the first.
+// The await logs what its pod waits for, and exits with 0 once the token is held. So does
+// an await that starts later, as after a crash of the first.
 func TestAwait(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
 	holder := acquire(t, s, id, 1)
 	token := uuid.NewString()
 	rig.InPod(t, token)
-	early := rig.StartAwait(t) // comes before the sidecar listens
+	early := rig.StartAwait(t) // starts before the sidecar listens
 	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1)
 	r.WantLine(t, id, token)
 	early.WantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, ")
@@ -39,7 +39,8 @@ func TestAwait(t *testing.T) {
 	rig.StartAwait(t).WantExit(t, 0)
 }
 
-// While its sidecar is killed, and started again, an await waits; it ends well only when the token is held.
+// While its sidecar is killed and restarted, an await keeps waiting. It exits with 0 only
+// once the token is held.
 func TestAwaitOutlivesItsSidecar(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
@@ -61,7 +62,8 @@ func TestAwaitOutlivesItsSidecar(t *testing.T) {
 	r.WantInflight(t, id, token)
 }
 
-// An await that is told to end does so at once, with and without a sidecar, and not well: the app must not start.
+// A terminated await exits at once and with an error, with and without a sidecar: the app
+// must not start.
 func TestAwaitEndsOnSignal(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
@@ -83,7 +85,7 @@ func TestAwaitEndsOnSignal(t *testing.T) {
 				t.Errorf("with a sidecar %t: got %v", withSidecar, err)
 			}
 		case <-time.After(time.Minute):
-			t.Fatalf("with a sidecar %t: does not end", withSidecar)
+			t.Fatalf("with a sidecar %t: the await does not end", withSidecar)
 		}
 	}
 	a := rig.StartAwait(t)
@@ -92,7 +94,8 @@ func TestAwaitEndsOnSignal(t *testing.T) {
 	a.WantExit(t, 1)
 }
 
-// fakeSidecar answers the awaits of a pod with what the function says of the n-th question.
+// fakeSidecar serves the awaits of a pod. The function answer writes the reply to the
+// n-th request.
 func fakeSidecar(t *testing.T, podUID string, answer func(n int, conn net.Conn)) {
 	t.Helper()
 	l, err := net.ListenUnix("unix", awaitSocket(podUID))
@@ -110,22 +113,23 @@ func fakeSidecar(t *testing.T, podUID string, answer func(n int, conn net.Conn))
 	}()
 }
 
-// The answer that the token is held counts only if it comes soon after the question: what is between them may be a pause of the
-// whole pod, in which the token was given to another. (A real sidecar hangs up instead of answering late.)
-func TestAwaitWantsAFreshAnswer(t *testing.T) {
+// The await accepts a "held" reply only soon after its request. Later, the whole pod may
+// have been paused, and its token given to another pod. A real sidecar closes the
+// connection instead of replying late.
+func TestAwaitWantsAFreshReply(t *testing.T) {
 	t.Parallel()
 	podUID := uuid.NewString()
 	asked := make(chan int, 10)
-	var paused atomic.Int64 // for how long the pod was, in all
+	var paused atomic.Int64 // total pause of the pod
 	fakeSidecar(t, podUID, func(n int, conn net.Conn) {
 		asked <- n
 		switch n {
 		case 1: // late
 			paused.Add(int64(answerFresh))
 			fmt.Fprintln(conn, heldText)
-		case 2: // cut off
+		case 2: // without the end of the line
 			fmt.Fprint(conn, heldText)
-		case 3: // no answer
+		case 3: // no reply
 		case 4:
 			fmt.Fprintln(conn, heldText+" of another")
 		default:
@@ -136,11 +140,11 @@ func TestAwaitWantsAFreshAnswer(t *testing.T) {
 	a.now = func() time.Time { return time.Now().Add(time.Duration(paused.Load())) }
 	rig.Must(t, a.run(t.Context()))
 	if n := len(asked); n != 5 {
-		t.Errorf("asked %d times", n)
+		t.Errorf("the await sent %d requests, want 5", n)
 	}
 }
 
-// An await that no sidecar answers says so after a while, and what is to be looked at.
+// An await without a sidecar logs after a while that none answers, and what to check.
 func TestAwaitWithoutSidecar(t *testing.T) {
 	var b rig.Log
 	a := newAwait(uuid.NewString(), slog.New(slog.NewJSONHandler(&b, nil)))
@@ -149,63 +153,67 @@ func TestAwaitWithoutSidecar(t *testing.T) {
 		_, err := a.ask(t.Context())
 		a.logUnanswered(err)
 	}
-	lines := b.Lines(t, "the sidecar does not answer, to be asked again; it must be the init container before this one, and run")
-	if len(lines) != 1 || lines[0]["container"] != sidecarName || !strings.Contains(lines[0]["error"].(string), "connection refused") {
+	text := "the sidecar does not answer, to be asked again; it must be the init container before this one, and run"
+	lines := b.Lines(t, text)
+	if len(lines) != 1 || lines[0]["container"] != sidecarName ||
+		!strings.Contains(lines[0]["error"].(string), "connection refused") {
 		t.Errorf("logged %s", b.String())
 	}
 }
 
-// A sidecar that no await asks says so: the app may run without a token.
-func TestNobodyAsksAtTheDoor(t *testing.T) {
+// A sidecar that receives no await request logs that the app may run without a token.
+func TestWarningWithoutAwaitRequests(t *testing.T) {
 	var b rig.Log
 	d := newAwaitServer(startMark{}, "", slog.New(slog.NewJSONHandler(&b, nil)))
 	d.warnNotAsked()
 	d.asked()
 	d.warnNotAsked()
 	if n := strings.Count(b.String(), "no init container asks for the token"); n != 1 {
-		t.Errorf("logged %d times: %s", n, b.String())
+		t.Errorf("the warning was logged %d times, want once: %s", n, b.String())
 	}
 }
 
-// The door lets one await pass while it is open, and closes behind it and by itself.
-func TestDoor(t *testing.T) {
-	newTestDoor := func() *awaitServer {
+// The await server admits one await while it is open, then closes. It also closes by
+// itself.
+func TestAwaitServerAdmitsOne(t *testing.T) {
+	newTestServer := func() *awaitServer {
 		mark := newStartMark("pod", uuid.NewString())
 		t.Cleanup(func() { os.Remove(mark.path) })
 		return newAwaitServer(mark, "", slog.New(slog.DiscardHandler))
 	}
-	d := newTestDoor()
+	d := newTestServer()
 	if d.pass() {
-		t.Error("passed while it was never opened")
+		t.Error("admitted an await before it was opened")
 	}
 	d.openUntil(time.Now().Add(time.Hour))
 	if !d.pass() || d.pass() || !d.mark.isSet() {
-		t.Error("want one to pass, and to be noted")
+		t.Error("did not admit exactly one await and set the start mark")
 	}
 	d.asked()
 	select {
 	case <-d.askedAgain:
 	default:
-		t.Error("an await that asks again is not noticed")
+		t.Error("a repeated request was not noticed")
 	}
 	if d.mark.isSet() {
-		t.Error("the app is taken for started while an init container runs")
+		t.Error("the start mark stays set while an init container runs")
 	}
 
-	d = newTestDoor()
+	d = newTestServer()
 	if passed, err := d.admitOne(t.Context(), time.Now().Add(10*time.Millisecond)); passed || err != nil {
-		t.Errorf("passed %t, %v, and nobody was there", passed, err)
+		t.Errorf("without a request: admitted %t, %v", passed, err)
 	}
 	if d.pass() {
-		t.Error("passed too late")
+		t.Error("admitted an await after closing")
 	}
-	d.openUntil(time.Now().Add(-time.Second)) // the answer was old when it was read
+	d.openUntil(time.Now().Add(-time.Second)) // Redis's reply was old when it was read
 	if d.pass() || d.mark.isSet() {
-		t.Error("passed on an old answer")
+		t.Error("admitted an await on an old reply")
 	}
 }
 
-// Until the app may run, a token that was lost is not put back by a heartbeat: it has been given to another.
+// Before the app may start, a heartbeat does not put back a lost token: another pod may
+// have it.
 func TestTokenLostBeforeTheAppStarts(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
@@ -214,9 +222,9 @@ func TestTokenLostBeforeTheAppStarts(t *testing.T) {
 	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1) // with a heartbeat interval of 1 s
 	p.WantLog(t, heldText)
 	r.MakeStale(t, id, token)
-	rig.Eventually(t, 20*time.Second, func() error { // it is kept alive meanwhile
+	rig.Eventually(t, 20*time.Second, func() error { // the sidecar refreshes it meanwhile
 		if score := string(r.Do(t, "ZSCORE", id.inflightKey(), token).([]byte)); score == "1" {
-			return errors.New("not renewed")
+			return errors.New("the token was not refreshed")
 		}
 		return nil
 	})
@@ -231,9 +239,10 @@ func TestTokenLostBeforeTheAppStarts(t *testing.T) {
 	r.WantInflight(t, id, token)
 }
 
-// An init container that asks again shows that the app does not run: the pod was started again. Its token is asked for anew,
-// and not put back by a heartbeat should it have been given to another.
-func TestPodStartedAgain(t *testing.T) {
+// A repeated await request shows that the pod restarted and its app does not run. The
+// sidecar then acquires its token again, and does not put it back with a heartbeat:
+// another pod may have it.
+func TestPodRestarted(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
 	token := uuid.NewString()
@@ -249,8 +258,8 @@ func TestPodStartedAgain(t *testing.T) {
 	a.WantExit(t, 0)
 }
 
-// In a pod that was admitted with a token, the app starts only if the token is still there; if it was reclaimed while the pod was
-// Pending, the pod waits in line.
+// In a pod admitted with a token, the app starts only if the token is still in flight. If
+// the token was reclaimed while the pod was Pending, the pod waits in line.
 func TestAdmittedPodConfirmsItsToken(t *testing.T) {
 	t.Parallel()
 	r := rig.CommonRedis(t)
@@ -279,9 +288,9 @@ func TestAdmittedPodConfirmsItsToken(t *testing.T) {
 	r.WantInflight(t, id, late)
 }
 
-// A sidecar that is killed in a running pod takes up its token again; if it was reclaimed meanwhile, it is counted again and
-// does not wait, as the app runs.
-func TestSidecarStartedAgainInARunningPod(t *testing.T) {
+// A sidecar that is killed in a running pod resumes its token. If the token was reclaimed
+// meanwhile, it is counted again, and the sidecar does not wait, as the app runs.
+func TestSidecarRestartedInARunningPod(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
 	token := uuid.NewString()
@@ -304,7 +313,8 @@ func TestSidecarStartedAgainInARunningPod(t *testing.T) {
 	r.WantCounts(t, id, 0, 2)
 }
 
-// While Redis is out of reach the app does not start, and the init container's log says why; when it is back, it does.
+// While Redis is unreachable, the app does not start, and the init container logs why.
+// When Redis is back, the app starts.
 func TestSidecarStartsWithoutRedis(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
@@ -319,21 +329,22 @@ func TestSidecarStartsWithoutRedis(t *testing.T) {
 	a.WantExit(t, 0)
 }
 
-// wantInUse waits until a token is in use.
+// wantInUse waits until a token is in flight.
 func wantInUse(t *testing.T, s *rig.Redis, id semaphoreID, token string) {
 	t.Helper()
 	rig.Eventually(t, 10*time.Second, func() error {
 		if s.LastHeartbeat(t, id, token) == 0 {
-			return errors.New("the token is not taken yet")
+			return errors.New("the token is not in flight yet")
 		}
 		return nil
 	})
 }
 
-// holdAnswer lets a sidecar that starts take its token and keeps back the answer, until the function that is returned is called.
-func holdAnswer(t *testing.T, p *rig.Proxy, start func()) (deliver func()) {
+// holdReply starts a sidecar, which takes its token, and holds Redis's reply until
+// deliver is called.
+func holdReply(t *testing.T, p *rig.Proxy, start func()) (deliver func()) {
 	t.Helper()
-	first := p.HoldFirst(t, acquireScript.made().Hash(), false) // is answered with Redis's time only
+	first := p.HoldFirst(t, acquireScript.made().Hash(), false) // the reply has Redis's time only
 	start()
 	<-first.Held
 	second := p.HoldFirst(t, acquireScript.made().Hash(), false)
@@ -344,29 +355,32 @@ func holdAnswer(t *testing.T, p *rig.Proxy, start func()) (deliver func()) {
 	return p.Answers.Unlock
 }
 
-// A sidecar is stopped after its token is taken and before its app is started: before it has read Redis's answer, before the init
-// container asks, or while it does. Meanwhile the token is reclaimed and given to another. The app does not start before that one has
-// given it back.
+// A sidecar is stopped after its token is taken and before its app starts: before it
+// reads Redis's reply, before an await's request, or during it. Meanwhile the token is
+// reclaimed, and another pod gets one. The app does not start before the other pod gives
+// its token back.
 func TestStoppedSidecarStartsNoApp(t *testing.T) {
 	t.Parallel()
 	const (
-		beforeAnswer = iota
-		beforeQuestion
-		duringQuestion
+		beforeReply = iota
+		beforeRequest
+		duringRequest
 	)
-	for when, name := range []string{"before the answer", "before the question", "during the question"} {
+	for when, name := range []string{"before the reply", "before the request", "during the request"} {
 		for round := range 3 {
 			t.Run(fmt.Sprint(name, " ", round), func(t *testing.T) {
 				t.Parallel()
 				r, s, id := newSemaphore(t)
 				p := rig.StartProxy(t, r.Address)
-				giveBack(t, s, id, acquire(t, s, id, 1)) // Redis knows the script
+				giveBack(t, s, id, acquire(t, s, id, 1)) // loads the script
 				token := uuid.NewString()
 				podUID := rig.InPod(t, token)
 				var sidecar *rig.Process
-				start := func() { sidecar = rig.StartWaitingSidecar(t, p.Address, id, token, 1) } // with an interval of 1 s
-				if when == beforeAnswer {
-					deliver := holdAnswer(t, p, start)
+				start := func() { // with an interval of 1 s
+					sidecar = rig.StartWaitingSidecar(t, p.Address, id, token, 1)
+				}
+				if when == beforeReply {
+					deliver := holdReply(t, p, start)
 					wantInUse(t, r, id, token)
 					sidecar.Pause(t)
 					deliver()
@@ -378,16 +392,16 @@ func TestStoppedSidecarStartsNoApp(t *testing.T) {
 				stopped := time.Now()
 				r.MakeStale(t, id, token)
 				other := acquire(t, s, id, 1)
-				rig.Eventually(t, 10*time.Second, func() error { // the answer counts for an interval
+				rig.Eventually(t, 10*time.Second, func() error { // the reply is valid for an interval
 					if since := time.Since(stopped); since < 1100*time.Millisecond {
-						return fmt.Errorf("stopped for %s", since)
+						return fmt.Errorf("stopped for %s only", since)
 					}
 					return nil
 				})
 				var await *rig.Process
-				if when == duringQuestion {
+				if when == duringRequest {
 					await = rig.StartAwait(t)
-					wantAsking(t, podUID)
+					wantConnected(t, podUID)
 				}
 				sidecar.Signal(t, syscall.SIGCONT)
 				if await == nil {
@@ -405,9 +419,9 @@ func TestStoppedSidecarStartsNoApp(t *testing.T) {
 	}
 }
 
-// wantAsking waits until an await has connected to its sidecar, whether that has accepted or not: beside the socket that listens,
-// the kernel lists one for each connection under the same name.
-func wantAsking(t *testing.T, podUID string) {
+// wantConnected waits until an await has connected to its sidecar, accepted or not. Under
+// the name of the listening socket, the kernel also lists one for each connection.
+func wantConnected(t *testing.T, podUID string) {
 	t.Helper()
 	rig.Eventually(t, 10*time.Second, func() error {
 		table, err := os.ReadFile("/proc/net/unix")
@@ -418,9 +432,9 @@ func wantAsking(t *testing.T, podUID string) {
 	})
 }
 
-// Nothing is stopped, but Redis's answer is long on its way, and older than a quarter of the threshold when it is read: it counts for
-// nothing, as the token may have been given to another.
-func TestLateAnswerStartsNoApp(t *testing.T) {
+// No process is stopped, but Redis's reply is delayed until it is older than a quarter of
+// the threshold. The sidecar ignores it, as another pod may have the token.
+func TestLateReplyStartsNoApp(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
 	p := rig.StartProxy(t, r.Address)
@@ -428,8 +442,9 @@ func TestLateAnswerStartsNoApp(t *testing.T) {
 	token := uuid.NewString()
 	rig.InPod(t, token)
 	await := rig.StartAwait(t)
-	deliver := holdAnswer(t, p, func() {
-		rig.StartWaitingSidecar(t, p.Address, id, token, 1, "--stale-threshold-seconds=2") // an attempt has 1 s
+	deliver := holdReply(t, p, func() {
+		// with this threshold, an attempt times out after 1 s
+		rig.StartWaitingSidecar(t, p.Address, id, token, 1, "--stale-threshold-seconds=2")
 	})
 	sent := time.Now()
 	wantInUse(t, r, id, token)
@@ -438,7 +453,7 @@ func TestLateAnswerStartsNoApp(t *testing.T) {
 	holder := rig.StartSidecar(t, r.Address, id, other)
 	rig.Eventually(t, 10*time.Second, func() error {
 		if since := time.Since(sent); since < 600*time.Millisecond {
-			return fmt.Errorf("the answer is %s old", since)
+			return fmt.Errorf("the reply is only %s old", since)
 		}
 		return nil
 	})
@@ -451,14 +466,15 @@ func TestLateAnswerStartsNoApp(t *testing.T) {
 	r.WantInflight(t, id, token)
 }
 
-// An answer that was long on its way is as old as its question.
-func TestAgeOfAnAnswer(t *testing.T) {
+// The age of a delayed reply counts from its request.
+func TestAgeOfAReply(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
 	p := rig.StartProxy(t, r.Address)
 	giveBack(t, s, id, acquire(t, s, id, 1))
 	waiting := semaphoresOf(t, testConfig(p.Address))
-	rig.Must(t, errOf(waiting.heartbeat(context.Background(), freshID(), "x", "", 0))) // Redis's clock is known
+	// sets the estimate of Redis's clock
+	rig.Must(t, errOf(waiting.heartbeat(context.Background(), freshID(), "x", "", 0)))
 	w := newWaiter(waiting, id, 1)
 	p.Answers.Lock()
 	done := make(chan time.Time, 1)
@@ -475,14 +491,14 @@ func TestAgeOfAnAnswer(t *testing.T) {
 	other := acquire(t, s, id, 1)
 	rig.Eventually(t, 10*time.Second, func() error {
 		if since := time.Since(sent); since < 1500*time.Millisecond {
-			return fmt.Errorf("the answer is %s old", since)
+			return fmt.Errorf("the reply is only %s old", since)
 		}
 		return nil
 	})
 	p.Answers.Unlock()
 	asked := <-done
 	if late := asked.Sub(sent); late > 500*time.Millisecond {
-		t.Errorf("what Redis said is %s younger than it is", late)
+		t.Errorf("the reply counts as %s younger than it is", late)
 	}
 	r.WantInflight(t, id, other)
 }

@@ -34,20 +34,20 @@ func TestSidecarBeats(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 1)
 	rig.StartSidecar(t, r.Address, id, token)
-	for range 3 { // at once, and again after each interval
+	for range 3 { // the first at once, the next after an interval each
 		r.MakeStale(t, id, token)
 		rig.Eventually(t, 20*time.Second, func() error {
 			score := r.Do(t, "ZSCORE", id.inflightKey(), token)
 			if string(score.([]byte)) == "1" {
-				return fmt.Errorf("no heartbeat")
+				return fmt.Errorf("no new heartbeat")
 			}
 			return nil
 		})
 	}
 }
 
-// A sidecar that was paused past the threshold touches neither the token that its successor got, nor lets anybody
-// in before the count is below length again.
+// A sidecar that was paused past the threshold does not touch its successor's token. No
+// other pod is admitted until the count is below the length again.
 func TestPausedSidecar(t *testing.T) {
 	t.Parallel()
 	r := rig.CommonRedis(t)
@@ -76,7 +76,7 @@ func TestPausedSidecar(t *testing.T) {
 	w.wantAdmitted(t, id, 1)
 }
 
-// A Redis that is emptied under live sidecars counts them again within an interval.
+// After Redis lost all data, live sidecars put their tokens back within an interval.
 func TestRedisEmptied(t *testing.T) {
 	t.Parallel()
 	r := rig.StartRedis(t)
@@ -95,16 +95,17 @@ func TestRedisEmptied(t *testing.T) {
 	slices.Sort(got)
 	slices.Sort(tokens)
 	if !slices.Equal(got, tokens) {
-		t.Errorf("in flight %v, want %v", got, tokens)
+		t.Errorf("in flight: %v, want %v", got, tokens)
 	}
 
-	// Refilled before the sidecars are back, they take the free tokens.
+	// Redis is refilled before the sidecars are back: they take the free tokens.
 	r.Do(t, "FLUSHALL")
 	maintain(t, w.semaphores, id, 3)
 	r.WantCounts(t, id, 0, 3)
 }
 
-// A Redis that is out of reach ends no sidecar: not at its start, not later, and SIGTERM is answered when it is back.
+// An unreachable Redis ends no sidecar, at start or later. A sidecar that got SIGTERM
+// gives its token back when Redis is reachable.
 func TestSidecarOutlivesRedis(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
@@ -118,7 +119,7 @@ func TestSidecarOutlivesRedis(t *testing.T) {
 	p.Signal(t, syscall.SIGTERM)
 	p.WantLog(t, "giving the token back")
 	p.WantLog(t, "release failed, to be retried")
-	p.Signal(t, syscall.SIGTERM) // once is enough: it goes on trying
+	p.Signal(t, syscall.SIGTERM) // one signal is enough: the sidecar keeps retrying
 	rig.Must(t, r.Start())
 	p.WantExit(t, 0)
 	r.WantCounts(t, id, 1, 0)
@@ -133,14 +134,15 @@ func TestSidecarThatCannotGiveBack(t *testing.T) {
 	p.Signal(t, syscall.SIGTERM)
 	p.WantExit(t, 1)
 	line := p.WantLog(t, "failed")
-	want := "token " + token + " of shop/web not given back within the grace period, it will be reclaimed 2m0s after its last heartbeat: release shop/web: " + rig.UnreachedText(address)
+	want := "token " + token + " of shop/web not given back within the grace period, " +
+		"it will be reclaimed 2m0s after its last heartbeat: release shop/web: " + rig.UnreachedText(address)
 	if got := line["error"].(string); !strings.HasPrefix(got, want) {
 		t.Errorf("logged %q, want %q", got, want)
 	}
 }
 
-// A server that has become a read-only replica is left for whoever is behind the address now.
-func TestRefusingServerIsDropped(t *testing.T) {
+// If a server became a read-only replica, the client drops it and asks the address again.
+func TestReadOnlyServerIsDropped(t *testing.T) {
 	if rig.TestQueue == rig.ClusterQueue {
 		t.Skip("a Cluster's replica sends us to its master")
 	}
@@ -150,12 +152,14 @@ func TestRefusingServerIsDropped(t *testing.T) {
 	r.Do(t, "REPLICAOF", "127.0.0.1", rig.Port(rig.FreeAddress(t)))
 	for range 3 {
 		ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
-		if _, err := s.heartbeat(ctx, id, token, "", 0); err == nil || !strings.Contains(err.Error(), "READONLY") && !strings.Contains(err.Error(), "is not a primary") {
+		_, err := s.heartbeat(ctx, id, token, "", 0)
+		if err == nil ||
+			!strings.Contains(err.Error(), "READONLY") && !strings.Contains(err.Error(), "is not a primary") {
 			t.Errorf("got %v, want READONLY", err)
 		}
 		cancel()
 		if n := pool.ActiveCount(); n != 0 {
-			t.Errorf("%d connections to the read-only server are kept", n)
+			t.Errorf("%d connections to the read-only server are still open", n)
 		}
 	}
 	r.Do(t, "REPLICAOF", "NO", "ONE")
@@ -163,24 +167,25 @@ func TestRefusingServerIsDropped(t *testing.T) {
 	rig.Must(t, err)
 }
 
-// One connection is all that a sidecar needs.
+// A sidecar uses one connection.
 func TestSidecarUsesOneConnection(t *testing.T) {
 	r := rig.StartRedis(t)
 	id := freshID()
 	sidecarSemaphores := newSemaphores(testConfig(r.Address).settings, nil, 1, slog.New(slog.DiscardHandler))
 	defer sidecarSemaphores.queue.close()
-	s := &sidecar{semaphores: sidecarSemaphores, id: id, token: uuid.NewString(), interval: time.Second, grace: context.Background(), log: slog.New(slog.DiscardHandler)}
+	s := &sidecar{semaphores: sidecarSemaphores, id: id, token: uuid.NewString(), interval: time.Second,
+		grace: context.Background(), log: slog.New(slog.DiscardHandler)}
 	for range 10 {
 		rig.Must(t, s.beat(context.Background()))
 	}
 	rig.Must(t, s.giveBack(true))
 	clients := string(r.Do(t, "CLIENT", "LIST").([]byte))
-	if n := strings.Count(clients, "\n") - strings.Count(clients, " name=sentinel-"); n != 2 { // one is the test's
-		t.Errorf("connections:\n%s", clients)
+	if n := strings.Count(clients, "\n") - strings.Count(clients, " name=sentinel-"); n != 2 { // the test has one
+		t.Errorf("got these connections, want one of the sidecar:\n%s", clients)
 	}
 }
 
-// A waiting sidecar says where it stands, and leaves the line on SIGTERM.
+// A waiting sidecar logs its place, and leaves the line on SIGTERM.
 func TestWaitingSidecar(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
@@ -205,7 +210,7 @@ func TestWaitingSidecar(t *testing.T) {
 	r.WantCounts(t, id, 1, 0)
 }
 
-// One that is killed while it waits, and started again by the kubelet, keeps its place.
+// A waiting sidecar that is killed, and restarted by the kubelet, keeps its place.
 func TestKilledWaiterKeepsItsPlace(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
@@ -226,7 +231,7 @@ func TestKilledWaiterKeepsItsPlace(t *testing.T) {
 	r.WantLine(t, id, first, second)
 }
 
-// When the token is held, nothing is left of the waiting: one connection, as ever.
+// A sidecar that got its token after waiting has one connection again.
 func TestHolderUsesOneConnection(t *testing.T) {
 	rig.SkipUnderSentinel(t)
 	t.Parallel()
@@ -236,17 +241,17 @@ func TestHolderUsesOneConnection(t *testing.T) {
 	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1)
 	r.WantLine(t, id, token)
 	connections := func() (mine int) {
-		// The test has its own, and its semaphores' and their lock's.
+		// The test, its semaphores and their lock have one connection each.
 		return strings.Count(string(r.Do(t, "CLIENT", "LIST").([]byte)), "\n") - 3
 	}
 	if n := connections(); n != 2 {
-		t.Errorf("%d connections while it waits", n)
+		t.Errorf("%d connections while the sidecar waits", n)
 	}
 	giveBack(t, s, id, holder)
 	p.WantLog(t, "holding the token")
 	rig.Eventually(t, 10*time.Second, func() error {
 		if n := connections(); n != 1 {
-			return fmt.Errorf("%d connections", n)
+			return fmt.Errorf("%d connections, want 1", n)
 		}
 		return nil
 	})

@@ -18,16 +18,20 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// status runs "status" in this process.
+// statusOf runs the mode status in this process.
 func statusOf(t *testing.T, s *rig.Redis, stdin string, args ...string) (stdout string, err error) {
 	t.Helper()
 	var out bytes.Buffer
-	err = run(t.Context(), append([]string{"status", "--queue-redis-address=" + rig.QueueAddress(s.Address), "--heartbeat-interval-seconds=30"}, args...),
+	args = append([]string{
+		"status", "--queue-redis-address=" + rig.QueueAddress(s.Address), "--heartbeat-interval-seconds=30",
+	}, args...)
+	err = run(t.Context(), args,
 		func(string) string { return "" }, strings.NewReader(stdin), &out, t.Output())
 	return out.String(), err
 }
 
-// wantStatus is status that must succeed, and print lines that match the patterns, one after the other.
+// wantStatus runs the mode status, which must succeed, and print lines that match the
+// patterns in order.
 func wantStatus(t *testing.T, s *rig.Redis, args []string, patterns ...string) string {
 	t.Helper()
 	out, err := statusOf(t, s, "", args...)
@@ -39,12 +43,12 @@ func wantStatus(t *testing.T, s *rig.Redis, args []string, patterns ...string) s
 		}
 	}
 	if at < len(patterns) {
-		t.Errorf("status %v: no %q in\n%s", args, patterns[at], out)
+		t.Errorf("status %v: no line matches %q in\n%s", args, patterns[at], out)
 	}
 	return out
 }
 
-// shownSemaphore is one with two holders, of whom one is stale, and two that wait.
+// shownSemaphore returns a semaphore with two holders, the second stale, and two waiters.
 func shownSemaphore(t *testing.T, namespace string) (r *rig.Redis, s *semaphores, id semaphoreID, tokens []string) {
 	t.Helper()
 	r, s, id = newSemaphore(t)
@@ -79,12 +83,13 @@ func TestStatusTable(t *testing.T) {
 		namespace + ` +` + id.key + ` +2 +0 +2 +1 +2 +\d s +2 h ago`,
 	}
 	wantStatus(t, r, nil, want...)
-	if out := wantStatus(t, r, []string{namespace}, want...); strings.Contains(out, "-other") || strings.Count(out, "\n") != 3 {
-		t.Errorf("of %s it shows\n%s", namespace, out)
+	out := wantStatus(t, r, []string{namespace}, want...)
+	if strings.Contains(out, "-other") || strings.Count(out, "\n") != 3 {
+		t.Errorf("namespace %s: got\n%s", namespace, out)
 	}
 	wantStatus(t, r, []string{"nowhere"}, "no semaphore was used in namespace nowhere in the last minutes")
 	if out := wantStatus(t, r, nil); strings.Contains(out, "check-") {
-		t.Errorf("it shows what no pod can have:\n%s", out)
+		t.Errorf("the table shows an impossible semaphore:\n%s", out)
 	}
 }
 
@@ -98,7 +103,8 @@ func TestStatusDetail(t *testing.T) {
 		`LINE +WAITER +NODE +WAITS +ASKED +LENGTH +TOKEN`,
 		`1st +web-c +node-2 +\d s +\d s ago +2 +`+tokens[2],
 		`2nd +\? +\? +\d s +\d s ago +2 +`+tokens[3])
-	wantStatus(t, r, []string{"shop/nothing"}, `shop/nothing: 0 of \? tokens in use \(0 stale\), 0 free, 0 waiting in line`)
+	wantStatus(t, r, []string{"shop/nothing"},
+		`shop/nothing: 0 of \? tokens in use \(0 stale\), 0 free, 0 waiting in line`)
 }
 
 func TestStatusJSON(t *testing.T) {
@@ -116,28 +122,31 @@ func TestStatusJSON(t *testing.T) {
 	var all struct{ Semaphores []map[string]any }
 	decode(&all, namespace)
 	if len(all.Semaphores) != 1 {
-		t.Fatalf("got %v", all)
+		t.Fatalf("got %v, want one semaphore", all)
 	}
 	got := all.Semaphores[0]
-	for field, want := range map[string]any{"namespace": namespace, "key": id.key, "length": 2.0, "free": 0.0, "inUse": 3.0, "late": 1.0, "stale": 1.0,
+	for field, want := range map[string]any{
+		"namespace": namespace, "key": id.key,
+		"length": 2.0, "free": 0.0, "inUse": 3.0, "late": 1.0, "stale": 1.0,
 		"waiting": 2.0, "reclaimed": 0.0, "rejoined": 1.0} {
 		if got[field] != want {
 			t.Errorf("%s is %v, want %v", field, got[field], want)
 		}
 	}
 	if beat := got["oldestHeartbeatSeconds"].(float64); beat < 7200 || beat > 7260 {
-		t.Errorf("the oldest heartbeat was %v s ago", beat)
+		t.Errorf("the oldest heartbeat was %v s ago, want about 7200", beat)
 	}
 	var one semaphoreReport
 	decode(&one, id.String())
 	if len(one.Holders) != 3 || len(one.Line) != 2 {
 		t.Fatalf("got %+v", one)
 	}
-	if h := one.Holders[0]; h.Pod != "web-a" || h.Node != "node-1" || h.Token != tokens[0] || *h.Held < 14400 || h.Heartbeat > 60 || h.Stale {
+	if h := one.Holders[0]; h.Pod != "web-a" || h.Node != "node-1" || h.Token != tokens[0] ||
+		*h.Held < 14400 || h.Heartbeat > 60 || h.Stale {
 		t.Errorf("the first holder is %+v", h)
 	}
 	if h := one.Holders[2]; h.Pod != "web-d" || *h.Held < 60 || *h.Held > 120 {
-		t.Errorf("who rejoined is %+v", h)
+		t.Errorf("the rejoined holder is %+v", h)
 	}
 	if l := one.Line[1]; l.Place != 2 || l.Token != tokens[3] || l.Pod != "" || l.Length != 2 {
 		t.Errorf("the second in line is %+v", l)
@@ -152,13 +161,15 @@ func TestStatusRelease(t *testing.T) {
 	}
 	for stdin, args := range map[string][]string{"n\n": {tokens[0]}, "": {"web-b"}, "what?\n": {tokens[2]}} {
 		if out, err := release(stdin, args...); err == nil || !strings.Contains(out, "Release it? [y/N]") {
-			t.Errorf("%q: %v, %s", stdin, err, out)
+			t.Errorf("answer %q: got %v, %s", stdin, err, out)
 		}
 	}
 	r.WantInflight(t, id, tokens[:2]...)
 	r.WantLine(t, id, tokens[2:]...)
-	if out, err := release("", "nobody", "--yes"); err == nil || !strings.Contains(err.Error(), `used or waited for by "nobody": see status `+id.String()) {
-		t.Errorf("of nobody: %v, %s", err, out)
+	out, err := release("", "nobody", "--yes")
+	want := `used or waited for by "nobody": see status ` + id.String()
+	if err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("release of an unknown pod: got %v, %s", err, out)
 	}
 	for _, c := range []struct{ stdin, what, flag, want string }{
 		{"y\n", "web-b", "", "token released"},
@@ -171,24 +182,26 @@ func TestStatusRelease(t *testing.T) {
 		}
 		out, err := release(c.stdin, args...)
 		if err != nil || !strings.HasSuffix(out, c.want+"\n") {
-			t.Errorf("%s: %v, %s", c.what, err, out)
+			t.Errorf("release of %s: got %v, %s", c.what, err, out)
 		}
 		if alive := strings.Contains(out, "Its sidecar is alive"); alive != (c.what != "web-b") {
-			t.Errorf("%s: it says\n%s", c.what, out)
+			t.Errorf("release of %s: wrong warning about a live sidecar in\n%s", c.what, out)
 		}
 	}
 	r.WantCounts(t, id, 2, 0)
 	r.WantLine(t, id, tokens[3])
 }
 
-// Two pods of one name, as in a StatefulSet that was deleted by force, are told apart by their tokens.
-func TestStatusReleaseOfTwo(t *testing.T) {
+// Two pods can have one name, for example after a forced deletion in a StatefulSet. Their
+// tokens tell them apart.
+func TestStatusReleaseOfSameName(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	for range 2 {
 		_, _, err := s.acquire(t.Context(), id, "web-0 node-1", 2, time.Second)
 		rig.Must(t, err)
 	}
-	if _, err := statusOf(t, r, "", "release", id.String(), "web-0", "--yes"); err == nil || !strings.Contains(err.Error(), "2 tokens of "+id.String()) {
+	_, err := statusOf(t, r, "", "release", id.String(), "web-0", "--yes")
+	if err == nil || !strings.Contains(err.Error(), "2 tokens of "+id.String()) {
 		t.Errorf("got %v", err)
 	}
 	r.WantCounts(t, id, 0, 2)
@@ -206,8 +219,9 @@ func TestStatusUsage(t *testing.T) {
 		"--length=3":               "flag provided but not defined: -length",
 		"--redis-addresses=a:6379": "flag provided but not defined",
 	} {
-		if code, _, stderr := runArgs(nil, append([]string{"status"}, strings.Fields(args)...)...); code != 2 || !strings.Contains(stderr, want) {
-			t.Errorf("%s: %d, %s", args, code, stderr)
+		code, _, stderr := runArgs(nil, append([]string{"status"}, strings.Fields(args)...)...)
+		if code != 2 || !strings.Contains(stderr, want) {
+			t.Errorf("%s: exit code %d, %s", args, code, stderr)
 		}
 	}
 	code, stdout, _ := runArgs(map[string]string{"QUEUE_REDIS_ADDRESS": "queue:6379"}, "status", "--help")
@@ -218,28 +232,33 @@ func TestStatusUsage(t *testing.T) {
 	}
 }
 
-// In a container of the webhook, it finds Redis as that does, with a user of its own if there is one.
+// In a container of the webhook, status finds Redis by the webhook's environment. It uses
+// a Redis user of its own if there is one.
 func TestStatusEnvironment(t *testing.T) {
-	env := map[string]string{"QUEUE_REDIS_ADDRESS": "queue:6379", "HEARTBEAT_INTERVAL_SECONDS": "5", "STALE_THRESHOLD_SECONDS": "15",
-		"REDIS_USERNAME": "webhook", "REDIS_PASSWORD": "a"}
-	c, err := parseStatusConfig(nil, func(name string) string { return env[name] })
+	env := map[string]string{
+		"QUEUE_REDIS_ADDRESS": "queue:6379", "HEARTBEAT_INTERVAL_SECONDS": "5", "STALE_THRESHOLD_SECONDS": "15",
+		"REDIS_USERNAME": "webhook", "REDIS_PASSWORD": "a",
+	}
+	getenv := func(name string) string { return env[name] }
+	c, err := parseStatusConfig(nil, getenv)
 	rig.Must(t, err)
-	if c.queueRedisAddress.text != "queue:6379" || c.heartbeatInterval != 5*time.Second || c.staleThreshold != 15*time.Second || c.redis.username != "webhook" {
+	if c.queueRedisAddress.text != "queue:6379" || c.heartbeatInterval != 5*time.Second ||
+		c.staleThreshold != 15*time.Second || c.redis.username != "webhook" {
 		t.Errorf("got %+v", c)
 	}
-	env["STATUS_REDIS_USERNAME"] = "status" // without a password, as where the Secret has none
-	if c, err = parseStatusConfig(nil, func(name string) string { return env[name] }); err != nil || c.redis.username != "webhook" {
+	env["STATUS_REDIS_USERNAME"] = "status" // without a password, as if the Secret had none
+	if c, err = parseStatusConfig(nil, getenv); err != nil || c.redis.username != "webhook" {
 		t.Errorf("got %+v, %v", c.redis, err)
 	}
 	env["STATUS_REDIS_PASSWORD"] = "b"
-	if c, err = parseStatusConfig([]string{"--queue-redis-address=other:6379"}, func(name string) string { return env[name] }); err != nil ||
-		c.redis.username != "status" || c.redis.password != "b" || c.queueRedisAddress.text != "other:6379" {
+	c, err = parseStatusConfig([]string{"--queue-redis-address=other:6379"}, getenv)
+	if err != nil || c.redis.username != "status" || c.redis.password != "b" || c.queueRedisAddress.text != "other:6379" {
 		t.Errorf("got %+v, %v", c, err)
 	}
 }
 
-// Whoever can write into Redis cannot write on the terminals of others.
-func TestStatusOfStrangers(t *testing.T) {
+// Text that another client wrote into Redis cannot control the terminal of status.
+func TestStatusEscapesStoredText(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	namespace := "status-" + uuid.NewString()[:8]
 	strange := semaphoreID{namespace, "\x1b[2Jkey"}
@@ -250,21 +269,22 @@ func TestStatusOfStrangers(t *testing.T) {
 	r.Do(t, "ZADD", id.inflightKey(), r.Now(t), "\x1b[2J")
 	r.Do(t, "HSET", id.namesKey(), "\x1b[2J/pod", "what\nis this")
 	if out := wantStatus(t, r, []string{id.String()}, `\? +\? +\? +.* ago +`+token); strings.Contains(out, "\x1b") {
-		t.Errorf("it shows %q", out)
+		t.Errorf("status prints an escape sequence: %q", out)
 	}
 }
 
-// It goes on until it is told to end.
+// With --watch, status repeats until it is terminated.
 func TestStatusWatch(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
 	acquire(t, s, id, 2)
-	p := rig.StartProgram(t, "status", "--queue-redis-address="+rig.QueueAddress(r.Address), "--watch", "-o", "json", id.String())
+	p := rig.StartProgram(t, "status", "--queue-redis-address="+rig.QueueAddress(r.Address),
+		"--watch", "-o", "json", id.String())
 	wantInUse := func(n int) {
 		t.Helper()
 		rig.Eventually(t, 10*time.Second, func() error {
 			if !strings.Contains(p.Stdout.String(), fmt.Sprintf(`"inUse":%d,`, n)) {
-				return fmt.Errorf("it does not say that %d are in use: %s", n, p.Stdout.String())
+				return fmt.Errorf("no report of %d tokens in use: %s", n, p.Stdout.String())
 			}
 			return nil
 		})
@@ -276,7 +296,7 @@ func TestStatusWatch(t *testing.T) {
 	p.WantExit(t, 0)
 }
 
-// A Redis that hangs, or is full of other things, is not waited for.
+// A survey is quick in a Redis with many other keys, and times out if Redis hangs.
 func TestSurveyIsBounded(t *testing.T) {
 	t.Parallel()
 	r, s, _ := newSemaphoreOn(t, rig.StartRedis(t))
@@ -289,7 +309,7 @@ func TestSurveyIsBounded(t *testing.T) {
 		for j := range 100 {
 			args = append(args, fmt.Sprintf("other-%d-%d", i, j), "x")
 		}
-		if rig.TestQueue != rig.ClusterQueue { // keys of several slots
+		if rig.TestQueue != rig.ClusterQueue { // a Cluster refuses keys of several slots
 			r.Do(t, "MSET", args...)
 		}
 	}
@@ -298,15 +318,15 @@ func TestSurveyIsBounded(t *testing.T) {
 	states, err := s.survey(t.Context(), "")
 	took := time.Since(start)
 	if err != nil || len(states) != semaphores {
-		t.Fatalf("%d semaphores, %v", len(states), err)
+		t.Fatalf("found %d semaphores, %v", len(states), err)
 	}
 	t.Logf("%d semaphores in %s", len(states), took)
 	calls := r.CommandCalls(t)
 	if n := calls["scan"] - before["scan"]; n < 5 || n > 60 {
-		t.Errorf("%d times SCAN", n)
+		t.Errorf("%d calls of SCAN", n)
 	}
 	if states, err = s.survey(t.Context(), "ns-3"); err != nil || len(states) != semaphores/10 {
-		t.Errorf("%d semaphores of a namespace, %v", len(states), err)
+		t.Errorf("found %d semaphores of a namespace, %v", len(states), err)
 	}
 	r.Pause(t)
 	defer r.Resume(t)
@@ -314,12 +334,13 @@ func TestSurveyIsBounded(t *testing.T) {
 	defer cancel()
 	start = time.Now()
 	if _, err := s.survey(ctx, ""); err == nil {
-		t.Error("a Redis that hangs was read")
+		t.Error("a survey of a Redis that hangs succeeded")
 	}
 	rig.WantWithin(t, time.Since(start), 2*time.Second, "a survey of a Redis that hangs")
 }
 
-// Its user may look, and release, and take nothing; all that it may is needed.
+// The user of status can inspect and release, but not acquire. It needs each of its ACL
+// rules.
 func TestStatusUser(t *testing.T) {
 	r := rig.StartRedis(t)
 	admin := testSemaphores(t, r.Address)
@@ -329,16 +350,17 @@ func TestStatusUser(t *testing.T) {
 	look := func() error {
 		id := freshID()
 		acquire(t, admin, id, 1)
-		stand(t, r, admin, id, false)
+		standInLine(t, r, admin, id, false)
 		return errors.Join(errOf(s.survey(t.Context(), "")), errOf(s.inspect(t.Context(), id)))
 	}
 	release := func() error {
 		id := freshID()
 		token := acquire(t, admin, id, 2)
-		stand(t, r, admin, id, false)
+		standInLine(t, r, admin, id, false)
 		r.Do(t, "ZADD", id.waitersKey(), 1, "gone")
 		r.Do(t, "ZADD", id.seenKey(), 1, "gone")
-		// What is free is more than what may be, and then all of it is.
+		// The queue has more free tokens than the length allows: first some are trimmed,
+		// then all.
 		for _, length := range []int{2, 1} {
 			r.Do(t, "RPUSH", id.queueKey(), "free", "free", "free")
 			r.Do(t, "HSET", id.stateKey(), "length", length)
@@ -351,13 +373,14 @@ func TestStatusUser(t *testing.T) {
 		}
 		return nil
 	}
-	r.Do(t, "ACL", append([]any{"SETUSER", "status", "on", ">" + rig.Password}, rig.Anys(strings.Fields(statusACL))...)...)
+	rules := rig.Anys(strings.Fields(statusACL))
+	r.Do(t, "ACL", append([]any{"SETUSER", "status", "on", ">" + rig.Password}, rules...)...)
 	if rig.TestQueue != "" {
 		r.Do(t, "ACL", "SETUSER", "status", "+role", "+cluster|slots")
 	}
 	rig.Must(t, look())
 	if err := release(); err == nil || !isDenied(err) {
-		t.Errorf("it may release: %v", err)
+		t.Errorf("release without the rules for it: got %v, want NOPERM", err)
 	}
 	wantNeeded := func(rules string, do func() error) {
 		t.Helper()
@@ -371,10 +394,10 @@ func TestStatusUser(t *testing.T) {
 			r.Do(t, "ACL", "LOG", "RESET")
 			err := do()
 			if denied, _ := redis.Values(r.Do(t, "ACL", "LOG"), nil); err == nil && len(denied) > 0 {
-				err = errors.New("NOPERM, for which it makes up")
+				err = errors.New("NOPERM in the ACL log, though the command succeeded by other means")
 			}
 			if err == nil || !isDenied(err) {
-				t.Errorf("without %s: %v", rule, err)
+				t.Errorf("without %s: got %v, want NOPERM", rule, err)
 			}
 			r.Do(t, "ACL", "SETUSER", "status", rule)
 		}
@@ -386,7 +409,7 @@ func TestStatusUser(t *testing.T) {
 	id := freshID()
 	maintain(t, admin, id, 1)
 	if _, _, err := s.acquire(t.Context(), id, "", 1, time.Second); err == nil || !isDenied(err) {
-		t.Errorf("it may take a token: %v", err)
+		t.Errorf("acquire: got %v, want NOPERM", err)
 	}
 	r.WantCounts(t, id, 1, 0)
 }

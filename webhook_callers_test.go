@@ -45,11 +45,12 @@ func (w *testWebhook) statusAt(t *testing.T, path string, body []byte) (status i
 func (w *testWebhook) wantStatusAt(t *testing.T, path string, body []byte, want int) {
 	t.Helper()
 	if status, text := w.statusAt(t, path, body); status != want {
-		t.Errorf("%s: %d %s, want %d", path, status, text, want)
+		t.Errorf("%s: got %d %s, want %d", path, status, text, want)
 	}
 }
 
-// Whoever does not know the secret gets no token, and learns nothing; one that is replaced is good for a while.
+// A client without the path secret gets no token and learns nothing. A replaced secret
+// stays valid for a while.
 func TestPathSecret(t *testing.T) {
 	r := rig.CommonRedis(t)
 	file := filepath.Join(t.TempDir(), "secret")
@@ -60,17 +61,19 @@ func TestPathSecret(t *testing.T) {
 	w := startWebhook(t, c)
 	id := freshID()
 	body := rig.Review(t, id, maxLength)
-	for _, path := range []string{"/mutate", "/", "/mutate/", "/mutate/" + secretB, "/mutate/" + secretA[1:], "/mutate/" + secretA + "/", "/mutate//" + secretA,
+	for _, path := range []string{
+		"/mutate", "/", "/mutate/", "/mutate/" + secretB, "/mutate/" + secretA[1:],
+		"/mutate/" + secretA + "/", "/mutate//" + secretA,
 		"/" + secretA, "/mutate/" + secretA + "a", "/mutate/../mutate/" + secretB, "/mutate/-"} {
 		w.wantStatusAt(t, path, body, http.StatusNotFound)
 	}
 	if free, inUse, err := r.Counts(id); free != 0 || inUse != 0 || err != nil {
-		t.Errorf("strangers took tokens: %d free, %d in use, %v", free, inUse, err)
+		t.Errorf("unauthenticated clients made tokens: %d free, %d in use, %v", free, inUse, err)
 	}
 	w.wantStatusAt(t, "/mutate/"+secretA+"?timeout=10s", body, http.StatusOK)
 	r.WantCounts(t, id, 255, 1)
 	if n := len(w.log.Lines(t, "a client calls without the path's secret, or with another")); n != badRequestsLogged {
-		t.Errorf("strangers were logged %d times", n)
+		t.Errorf("unauthenticated clients were logged %d times, want %d", n, badRequestsLogged)
 	}
 
 	reload := func() {
@@ -82,7 +85,7 @@ func TestPathSecret(t *testing.T) {
 	take := w.callers.secrets.onChange
 	w.callers.secrets.onChange = func(good pathDigests) {
 		if !w.callers.mayCall("/mutate/" + secretA) {
-			t.Error("there is a moment in which the secret of before is no good")
+			t.Error("during the change, the old secret is refused for a moment")
 		}
 		take(good)
 	}
@@ -94,7 +97,7 @@ func TestPathSecret(t *testing.T) {
 	}
 	write(secretB)
 	reload()
-	w.wantStatusAt(t, "/mutate/"+secretC, body, http.StatusOK) // for ten minutes
+	w.wantStatusAt(t, "/mutate/"+secretC, body, http.StatusOK) // valid for ten more minutes
 	for i := range w.callers.former {
 		w.callers.former[i].until = time.Now()
 	}
@@ -103,10 +106,14 @@ func TestPathSecret(t *testing.T) {
 	}
 	w.wantStatusAt(t, "/mutate/"+secretB, body, http.StatusOK)
 
-	for _, bad := range []string{"", "short", secretA + "\nno secret at all", secretA + "\n\n" + secretB, strings.Repeat("a", 129), strings.Repeat("A", 20), "-" + secretA, secretA + "\n-"} {
+	for _, bad := range []string{
+		"", "short", secretA + "\nno secret at all", secretA + "\n\n" + secretB,
+		strings.Repeat("a", 129), strings.Repeat("A", 20), "-" + secretA, secretA + "\n-",
+	} {
 		rig.Must(t, os.WriteFile(file, []byte(bad), 0o600))
-		if _, err := w.callers.secrets.reload(); err == nil || strings.Contains(err.Error(), secretA) || strings.Contains(err.Error(), "no secret at all") {
-			t.Errorf("%q: %v", bad, err)
+		_, err := w.callers.secrets.reload()
+		if err == nil || strings.Contains(err.Error(), secretA) || strings.Contains(err.Error(), "no secret at all") {
+			t.Errorf("%q: got %v, want an error without the secret", bad, err)
 		}
 		w.wantStatusAt(t, "/mutate/"+secretB, body, http.StatusOK)
 	}
@@ -119,12 +126,14 @@ func TestPathSecret(t *testing.T) {
 func TestNoPathSecret(t *testing.T) {
 	w := startWebhook(t, testConfig(rig.CommonRedis(t).Address))
 	w.wantStatusAt(t, "/mutate", rig.Review(t, freshID(), 1), http.StatusOK)
-	if status, text := w.statusAt(t, "/mutate/"+secretA, nil); status != http.StatusNotFound || !strings.Contains(text, "served at /mutate") {
-		t.Errorf("%d %s", status, text)
+	status, text := w.statusAt(t, "/mutate/"+secretA, nil)
+	if status != http.StatusNotFound || !strings.Contains(text, "served at /mutate") {
+		t.Errorf("got %d %s", status, text)
 	}
 }
 
-// The process follows the file, and logs the digest by which deploy/path-secret.sh waits for it.
+// The webhook rereads the file, and logs the digest for which deploy/path-secret.sh
+// waits.
 func TestPathSecretIsReread(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "secret")
@@ -149,7 +158,7 @@ func TestPathSecretIsReread(t *testing.T) {
 	}
 }
 
-// authority signs certificates of clients.
+// authority signs client certificates.
 type authority struct {
 	cert *x509.Certificate
 	key  *ecdsa.PrivateKey
@@ -159,8 +168,9 @@ func newAuthority(t *testing.T) *authority {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	rig.Must(t, err)
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "authority"}, NotBefore: time.Now().Add(-time.Hour),
-		NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "authority"},
+		NotBefore: time.Now().Add(-time.Hour),
+		NotAfter:  time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
 	rig.Must(t, err)
 	cert, err := x509.ParseCertificate(der)
@@ -173,37 +183,42 @@ func (a *authority) write(t *testing.T, file string) {
 	rig.Must(t, os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.cert.Raw}), 0o600))
 }
 
-// sign makes the certificate of a client.
+// sign makes a client certificate.
 func (a *authority) sign(t *testing.T, name string, notAfter time.Time, usage x509.ExtKeyUsage) tls.Certificate {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	rig.Must(t, err)
-	template := &x509.Certificate{SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name + ".example.org"},
+	template := &x509.Certificate{SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: name},
+		DNSNames:  []string{name + ".example.org"},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: notAfter, ExtKeyUsage: []x509.ExtKeyUsage{usage}}
 	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, &key.PublicKey, a.key)
 	rig.Must(t, err)
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
-// Where authorities are given, only clients with a certificate of one of them, of the right name, are served.
+// With client authorities, the webhook serves only clients with a certificate of one of
+// them, and of the right name.
 func TestClientCertificates(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "ca.crt")
 	ours, others := newAuthority(t), newAuthority(t)
 	ours.write(t, file)
-	w := rig.StartWebhook(t, rig.CommonRedis(t).Address, "--client-ca-file="+file, "--client-name=kube-apiserver,api.example.org")
+	w := rig.StartWebhook(t, rig.CommonRedis(t).Address,
+		"--client-ca-file="+file, "--client-name=kube-apiserver,api.example.org")
 	later := time.Now().Add(time.Hour)
 	body := rig.Review(t, freshID(), maxLength)
 	call := func(certificates ...tls.Certificate) error {
-		transport := &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{InsecureSkipVerify: true, Certificates: certificates}}
+		transport := &http.Transport{ForceAttemptHTTP2: true,
+			TLSClientConfig: &tls.Config{InsecureSkipVerify: true, Certificates: certificates}}
 		defer transport.CloseIdleConnections()
-		response, err := (&http.Client{Transport: transport}).Post(w.URL+"/mutate?timeout=10s", "application/json", bytes.NewReader(body))
+		response, err := (&http.Client{Transport: transport}).Post(
+			w.URL+"/mutate?timeout=10s", "application/json", bytes.NewReader(body))
 		if err != nil {
 			return err
 		}
 		response.Body.Close()
 		if response.StatusCode != http.StatusOK || response.ProtoMajor != 2 {
-			t.Errorf("%s by %s", response.Status, response.Proto)
+			t.Errorf("got %s by %s, want 200 by HTTP/2", response.Status, response.Proto)
 		}
 		return nil
 	}
@@ -211,20 +226,20 @@ func TestClientCertificates(t *testing.T) {
 	rig.Must(t, call(ours.sign(t, "kube-apiserver", later, client)))
 	rig.Must(t, call(ours.sign(t, "api", later, client)))
 	for what, certificates := range map[string][]tls.Certificate{
-		"none":              nil,
-		"another authority": {others.sign(t, "kube-apiserver", later, client)},
-		"another name":      {ours.sign(t, "kubelet", later, client)},
-		"one of a server":   {ours.sign(t, "kube-apiserver", later, x509.ExtKeyUsageServerAuth)},
-		"an old one":        {ours.sign(t, "kube-apiserver", time.Now().Add(-time.Minute), client)},
+		"no certificate":         nil,
+		"another authority":      {others.sign(t, "kube-apiserver", later, client)},
+		"another name":           {ours.sign(t, "kubelet", later, client)},
+		"a server certificate":   {ours.sign(t, "kube-apiserver", later, x509.ExtKeyUsageServerAuth)},
+		"an expired certificate": {ours.sign(t, "kube-apiserver", time.Now().Add(-time.Minute), client)},
 	} {
 		if err := call(certificates...); err == nil {
-			t.Errorf("with %s: served", what)
+			t.Errorf("the webhook served a client with %s", what)
 		}
 	}
 	others.write(t, file)
 	rig.Eventually(t, 10*time.Second, func() error { return call(others.sign(t, "kube-apiserver", later, client)) })
 	if err := call(ours.sign(t, "kube-apiserver", later, client)); err == nil {
-		t.Error("served by the authority of before")
+		t.Error("the webhook served a client of the old authority")
 	}
 }
 
@@ -239,8 +254,9 @@ func TestCallerUsage(t *testing.T) {
 		"--client-ca-file=/no":    "--client-ca-file: open /no",
 		"--client-ca-file=" + bad: "no PEM certificate",
 	} {
-		if code, _, stderr := runArgs(nil, "webhook", "--certDir="+dir, flag); code != 2 || !strings.Contains(stderr, want) {
-			t.Errorf("%s: %d %s", flag, code, stderr)
+		code, _, stderr := runArgs(nil, "webhook", "--certDir="+dir, flag)
+		if code != 2 || !strings.Contains(stderr, want) {
+			t.Errorf("%s: exit code %d, %s", flag, code, stderr)
 		}
 	}
 	empty := filepath.Join(dir, "empty")
@@ -250,8 +266,9 @@ func TestCallerUsage(t *testing.T) {
 		"--path-secret-file=" + empty: "--path-secret-file: " + empty + ": line 1 is no secret",
 		"--path-secret-file=" + bad:   "--path-secret-file: " + bad + ": line 1 is no secret",
 	} {
-		if code, _, stderr := runArgs(nil, "webhook", "--certDir="+dir, flag); code != 1 || !strings.Contains(stderr, want) || strings.Contains(stderr, "hello") {
-			t.Errorf("%s: %d %s", flag, code, stderr)
+		code, _, stderr := runArgs(nil, "webhook", "--certDir="+dir, flag)
+		if code != 1 || !strings.Contains(stderr, want) || strings.Contains(stderr, "hello") {
+			t.Errorf("%s: exit code %d, %s", flag, code, stderr)
 		}
 	}
 }
@@ -261,7 +278,7 @@ func TestCertificateFollowsItsFiles(t *testing.T) {
 	var b rig.Log
 	log := slog.New(slog.NewJSONHandler(&b, nil))
 	if _, err := loadCertificate(dir, log); err == nil || !strings.Contains(err.Error(), "--certDir: open "+dir) {
-		t.Errorf("without files: %v", err)
+		t.Errorf("without files: got %v", err)
 	}
 	rig.WriteCertificate(t, dir, 1)
 	c, err := loadCertificate(dir, log)
@@ -283,7 +300,7 @@ func TestCertificateFollowsItsFiles(t *testing.T) {
 		t.Helper()
 		rig.Eventually(t, 5*time.Second, func() error {
 			if got := len(b.Lines(t, message)); got < n {
-				return fmt.Errorf("%d times %q", got, message)
+				return fmt.Errorf("%d lines with %q", got, message)
 			}
 			return nil
 		})
@@ -303,7 +320,7 @@ func TestCertificateFollowsItsFiles(t *testing.T) {
 	wantSerial(3)
 }
 
-// A bad pair is logged once, not at every look.
+// A bad pair is logged once, not at every check.
 func TestBadCertificateIsReportedOnce(t *testing.T) {
 	dir := t.TempDir()
 	rig.WriteCertificate(t, dir, 1)
@@ -312,14 +329,14 @@ func TestBadCertificateIsReportedOnce(t *testing.T) {
 	rig.Must(t, os.WriteFile(filepath.Join(dir, "tls.crt"), []byte("not a certificate"), 0o600))
 	for i, want := range []bool{true, false, false} {
 		if changed, _ := c.reload(); changed != want {
-			t.Errorf("look %d: changed is %t", i, changed)
+			t.Errorf("check %d: changed is %t", i, changed)
 		}
 	}
 	rig.Must(t, os.Remove(filepath.Join(dir, "tls.crt")))
 	for i, want := range []bool{true, false} {
 		changed, err := c.reload()
 		if changed != want || !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("removed, look %d: changed is %t, %v", i, changed, err)
+			t.Errorf("removed, check %d: changed is %t, %v", i, changed, err)
 		}
 	}
 }

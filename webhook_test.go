@@ -20,7 +20,8 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// Concurrent first admissions on a fresh key: all that fit are admitted, and no more, always.
+// Of concurrent first admissions on a fresh key, exactly as many succeed as the length
+// allows.
 func TestConcurrentFirstAdmissions(t *testing.T) {
 	r := rig.CommonRedis(t)
 	w := startWebhook(t, testConfig(r.Address))
@@ -41,7 +42,7 @@ func TestConcurrentFirstAdmissions(t *testing.T) {
 					case a.Code == http.StatusTooManyRequests:
 						full.Add(1)
 					default:
-						t.Errorf("answered %+v", a)
+						t.Errorf("got %+v", a)
 					}
 				})
 			}
@@ -54,7 +55,7 @@ func TestConcurrentFirstAdmissions(t *testing.T) {
 	}
 }
 
-// In the steady state an admission is one EVALSHA, admitted or refused.
+// In the steady state, an admission is one EVALSHA, admitted or refused.
 func TestSteadyStateCost(t *testing.T) {
 	rig.SkipUnderSentinel(t)
 	r := rig.StartRedis(t)
@@ -71,26 +72,30 @@ func TestSteadyStateCost(t *testing.T) {
 	}
 	calls := r.CommandCalls(t)
 	if calls["evalsha"] != 39 {
-		t.Errorf("%d EVALSHA for 39 admissions", calls["evalsha"])
+		t.Errorf("%d calls of EVALSHA for 39 admissions", calls["evalsha"])
 	}
 	for command, n := range calls {
-		// What the script calls is counted as well; the rest is this test's.
-		inScript := slices.Contains([]string{"time", "hmget", "hset", "exists", "zrange", "llen", "zcard", "zcount", "lpop", "zadd", "expire", "zscore", "zrem", "zrangebyscore", "ttl"}, command)
+		// The counts include the commands of the script, and of this test.
+		inScript := slices.Contains([]string{
+			"time", "hmget", "hset", "exists", "zrange", "llen", "zcard", "zcount", "lpop", "zadd", "expire", "zscore",
+			"zrem", "zrangebyscore", "ttl",
+		}, command)
 		if command != "evalsha" && !inScript && !strings.HasPrefix(command, "config") && command != "info" {
-			t.Errorf("%d calls of %s", n, command)
+			t.Errorf("%d unexpected calls of %s", n, command)
 		}
 	}
 }
 
-// The answer is a failure, never an admission, where Redis is out of reach.
+// While Redis is unreachable, the admission fails, and no pod is admitted.
 func TestRedisUnreachable(t *testing.T) {
 	address := rig.FreeAddress(t)
 	w := startWebhook(t, testConfig(address))
 	id := freshID()
 	status, text, err := w.post(context.Background(), rig.Review(t, id, 1), "10s")
 	rig.Must(t, err)
-	if status != http.StatusInternalServerError || !strings.Contains(text, "acquire "+id.String()+": "+rig.UnreachedText(address)) {
-		t.Errorf("answered %d %q", status, text)
+	want := "acquire " + id.String() + ": " + rig.UnreachedText(address)
+	if status != http.StatusInternalServerError || !strings.Contains(text, want) {
+		t.Errorf("got %d %q", status, text)
 	}
 	lines := w.log.WantLines(t, "admission", 1)
 	if lines[0]["verdict"] != verdictFailed || lines[0]["error"] == "" || lines[0]["level"] != "ERROR" {
@@ -98,8 +103,9 @@ func TestRedisUnreachable(t *testing.T) {
 	}
 }
 
-// The client goes away, or the deadline passes, while Redis hangs with the acquire on its way. When Redis goes on, it
-// takes the token only if somebody still waits for the answer, and then the token comes back.
+// While Redis hangs, an acquire is on its way, and the client disconnects or the deadline
+// passes. Redis takes a token only if the webhook still waits for the reply; the webhook
+// then gives it back.
 func TestAbandonedAcquireTakesNothing(t *testing.T) {
 	for name, abandon := range map[string]func(*testing.T, *testWebhook, []byte) error{
 		"client gone": func(_ *testing.T, w *testWebhook, body []byte) error {
@@ -113,8 +119,9 @@ func TestAbandonedAcquireTakesNothing(t *testing.T) {
 		"deadline": func(t *testing.T, w *testWebhook, body []byte) error {
 			start := time.Now()
 			status, text, err := w.post(context.Background(), body, "2s")
-			if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, "no answer of queue Redis") {
-				return fmt.Errorf("answered %d %q, %v", status, text, err)
+			if err != nil || status != http.StatusInternalServerError ||
+				!strings.Contains(text, "no answer of queue Redis") {
+				return fmt.Errorf("got %d %q, %v", status, text, err)
 			}
 			rig.WantWithin(t, time.Since(start), 2*time.Second, "the answer to an API server that waits for 2 s")
 			return nil
@@ -137,29 +144,30 @@ func TestAbandonedAcquireTakesNothing(t *testing.T) {
 			wg.Wait()
 			r.Resume(t)
 			rig.Eventually(t, 10*time.Second, func() error {
-				// The first, and those that were on their way.
+				// The first command, and those that were on their way.
 				if n := r.CommandCalls(t)["hmget"] + r.CommandCalls(t)["time"]; n < 4 {
-					return fmt.Errorf("%d commands came", n)
+					return fmt.Errorf("Redis ran %d commands, want 4", n)
 				}
 				return nil
 			})
 			r.WantCounts(t, id, 9, 1)
-			w.close() // waits for what goes on in the background
+			w.close() // waits for releases in the background
 			r.WantCounts(t, id, 9, 1)
 		})
 	}
 }
 
-// brokenWriter is a connection that breaks when the answer is written.
+// brokenWriter is a connection that breaks when the reply is written.
 type brokenWriter struct{ httptest.ResponseRecorder }
 
 func (*brokenWriter) Write([]byte) (int, error) { return 0, errors.New("broken pipe") }
 
-func TestUndeliverableAnswerIsGivenBack(t *testing.T) {
+func TestTokenOfUndeliverableReplyIsGivenBack(t *testing.T) {
 	r := rig.CommonRedis(t)
 	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
-	request := httptest.NewRequest(http.MethodPost, "/mutate?timeout=10s", strings.NewReader(string(rig.Review(t, id, 3))))
+	body := strings.NewReader(string(rig.Review(t, id, 3)))
+	request := httptest.NewRequest(http.MethodPost, "/mutate?timeout=10s", body)
 	request.Header.Set("Content-Type", "application/json")
 	w.mutate(new(brokenWriter), request)
 	r.WantCounts(t, id, 3, 0)
@@ -169,10 +177,11 @@ func TestUndeliverableAnswerIsGivenBack(t *testing.T) {
 	}
 }
 
-// A pod that is to wait has taken nothing: an answer that nobody hears is no error.
-func TestUndeliverableAnswerOfWaitingPod(t *testing.T) {
+// A pod in mode wait has no token yet, so an undelivered reply is only a warning.
+func TestUndeliverableReplyOfWaitingPod(t *testing.T) {
 	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
-	request := httptest.NewRequest(http.MethodPost, "/mutate?timeout=10s", strings.NewReader(string(rig.Review(t, freshID(), 3, whenFull(whenFullWait)))))
+	body := strings.NewReader(string(rig.Review(t, freshID(), 3, whenFull(whenFullWait))))
+	request := httptest.NewRequest(http.MethodPost, "/mutate?timeout=10s", body)
 	request.Header.Set("Content-Type", "application/json")
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
@@ -192,11 +201,13 @@ func TestOneLogLinePerAdmission(t *testing.T) {
 	w.admit(t, rig.Review(t, id, 0))
 	want := []map[string]any{
 		{"verdict": verdictAdmitted, "token": token},
-		{"verdict": verdictFull, "token": "", "message": fmt.Sprintf("no semaphore available: %s has 1 of 1 tokens in use, by web-67d4947b99-... (", id)},
+		{"verdict": verdictFull, "token": "",
+			"message": fmt.Sprintf("no semaphore available: %s has 1 of 1 tokens in use, by web-67d4947b99-... (", id)},
 		{"verdict": verdictInvalid, "token": ""},
 	}
 	for i, line := range w.log.WantLines(t, "admission", len(want)) {
-		want[i]["namespace"], want[i]["key"], want[i]["pod"], want[i]["level"] = id.namespace, id.key, "web-67d4947b99-", "INFO"
+		want[i]["namespace"], want[i]["key"] = id.namespace, id.key
+		want[i]["pod"], want[i]["level"] = "web-67d4947b99-", "INFO"
 		for k, v := range want[i] {
 			if got, _ := line[k].(string); got != v && (k != "message" || !strings.HasPrefix(got, v.(string))) {
 				t.Errorf("line %d: %s is %v, want %v", i, k, line[k], v)
@@ -208,8 +219,8 @@ func TestOneLogLinePerAdmission(t *testing.T) {
 	}
 }
 
-// After the last use nothing is left: no goroutine, no connection.
-func TestNothingLeftBehind(t *testing.T) {
+// A closed webhook leaves no goroutines and no connections.
+func TestClosedWebhookLeavesNothing(t *testing.T) {
 	rig.SkipUnderSentinel(t)
 	r := rig.StartRedis(t)
 	goroutines := runtime.NumGoroutine()
@@ -219,7 +230,7 @@ func TestNothingLeftBehind(t *testing.T) {
 		wg.Go(func() {
 			ctx, cancel := context.WithCancel(context.Background())
 			defer cancel()
-			if i%2 == 0 { // goes away at some point of the admission
+			if i%2 == 0 { // the client disconnects at some point of the admission
 				time.AfterFunc(time.Duration(i)*100*time.Microsecond, cancel)
 			}
 			_, _, err := w.post(ctx, rig.Review(t, semaphoreID{"shop", fmt.Sprint("left-", i%7)}, 20), "10s")
@@ -233,7 +244,7 @@ func TestNothingLeftBehind(t *testing.T) {
 	w.close()
 	rig.Eventually(t, 10*time.Second, func() error {
 		if n := runtime.NumGoroutine(); n > goroutines {
-			return fmt.Errorf("%d goroutines, %d before\n%s", n, goroutines, stacks())
+			return fmt.Errorf("%d goroutines, want %d\n%s", n, goroutines, stacks())
 		}
 		clients, err := redis.String(r.Do(t, "CLIENT", "LIST"), nil)
 		if err == nil && strings.Count(clients, "\n") != 1 {
@@ -248,7 +259,7 @@ func TestNothingLeftBehind(t *testing.T) {
 			t.Errorf("%s has a time to live of %d, %v", key, ttl, err)
 		}
 		if strings.HasPrefix(key, "lock/") {
-			t.Errorf("%s is left", key)
+			t.Errorf("the lock %s is left", key)
 		}
 	}
 }
@@ -258,7 +269,8 @@ func stacks() string {
 	return string(b[:runtime.Stack(b, true)])
 }
 
-// A Redis that is emptied or restarted needs no restart of ours and costs no token.
+// After Redis is emptied or restarted, the webhook needs no restart, and no token is
+// lost.
 func TestRedisRestarted(t *testing.T) {
 	t.Parallel()
 	r := rig.StartRedis(t)
@@ -276,7 +288,7 @@ func TestRedisRestarted(t *testing.T) {
 			t.Errorf("without Redis: %d %s", status, text)
 		}
 		rig.Must(t, r.Start())
-		token := w.wantAdmitted(t, id, 4) // the very first attempt
+		token := w.wantAdmitted(t, id, 4) // the first attempt succeeds
 		w.wantFull(t, id, 4, 4)
 		w.semaphores.giveBack(id, token)
 		r.WantCounts(t, id, 1, 3)
@@ -285,7 +297,7 @@ func TestRedisRestarted(t *testing.T) {
 	rig.Must(t, errOf(r.Control.Do("DEL", id.inflightKey())))
 	rig.Eventually(t, 20*time.Second, func() error {
 		if got := slices.Sorted(slices.Values(r.Inflight(t, id))); !slices.Equal(got, tokens) {
-			return fmt.Errorf("in flight %v, want %v: the sidecars do not go on", got, tokens)
+			return fmt.Errorf("in flight: %v, want %v again by the sidecars' heartbeats", got, tokens)
 		}
 		return nil
 	})
@@ -328,8 +340,8 @@ func TestCertificateIsRereadWithoutRestart(t *testing.T) {
 	}
 }
 
-// SIGTERM in the middle of an admission: the admission is finished first.
-func TestShutdownFinishesWhatItHasBegun(t *testing.T) {
+// On SIGTERM during an admission, the webhook finishes the admission first.
+func TestShutdownFinishesAdmissions(t *testing.T) {
 	r := rig.StartRedis(t)
 	w := rig.StartWebhook(t, r.Address)
 	id := freshID()
@@ -347,14 +359,14 @@ func TestShutdownFinishesWhatItHasBegun(t *testing.T) {
 		status, text, _, err := w.Post(rig.Review(t, id, 2))
 		answered <- answer{status, text, err}
 	}()
-	// The acquire is on its way when its bytes wait to be read by the paused server.
+	// Unread bytes in the paused server's socket show that the acquire is on its way.
 	rig.WantUnreadBytes(t, r.Address)
 	w.Signal(t, syscall.SIGTERM)
 	w.WantLog(t, "stopping")
 	r.Resume(t)
 	a := <-answered
 	if a.err != nil || a.status != 200 || !strings.Contains(a.text, `"allowed":true`) {
-		t.Errorf("answered %+v", a)
+		t.Errorf("got %+v", a)
 	}
 	w.WantExit(t, 0)
 	w.WantLog(t, "stopped")
@@ -369,9 +381,10 @@ func TestWebhookDoesNotStart(t *testing.T) {
 	defer l.Close()
 	_, taken, _ := net.SplitHostPort(l.Addr().String())
 	for want, args := range map[string][]string{
-		"--certDir: open ":                          {"--certDir=" + t.TempDir()},
-		"--host and --port: listen tcp 127.0.0.1:":  {"--certDir=" + certs, "--host=127.0.0.1", "--port=" + taken},
-		"--metrics-bind-address: listen tcp 127.0.": {"--certDir=" + certs, "--host=127.0.0.1", "--port=" + rig.Port(rig.FreeAddress(t)), "--metrics-bind-address=127.0.0.1:" + taken},
+		"--certDir: open ":                         {"--certDir=" + t.TempDir()},
+		"--host and --port: listen tcp 127.0.0.1:": {"--certDir=" + certs, "--host=127.0.0.1", "--port=" + taken},
+		"--metrics-bind-address: listen tcp 127.0.": {"--certDir=" + certs, "--host=127.0.0.1",
+			"--port=" + rig.Port(rig.FreeAddress(t)), "--metrics-bind-address=127.0.0.1:" + taken},
 	} {
 		code, _, stderr := runArgs(nil, append([]string{"webhook"}, args...)...)
 		if code != 1 || !strings.Contains(stderr, want) {
@@ -380,7 +393,7 @@ func TestWebhookDoesNotStart(t *testing.T) {
 	}
 }
 
-// A webhook is ready while its queue takes writes, and it is not stopping.
+// A webhook is ready while its queue accepts writes and it is not stopping.
 func TestReadiness(t *testing.T) {
 	r := rig.StartRedis(t)
 	w := startWebhook(t, testConfig(r.Address))
@@ -394,12 +407,12 @@ func TestReadiness(t *testing.T) {
 	want := func(path string, code int, text string) {
 		t.Helper()
 		if c, got := get(path); c != code || !strings.Contains(got, text) {
-			t.Errorf("%s: %d %q, want %d %q", path, c, got, code, text)
+			t.Errorf("%s: got %d %q, want %d %q", path, c, got, code, text)
 		}
 	}
 	want("/readyz", 200, "ok")
 	want("/healthz", 200, "ok")
-	r.Do(t, "CONFIG", "SET", "min-replicas-to-write", "1") // it answers, and refuses writes
+	r.Do(t, "CONFIG", "SET", "min-replicas-to-write", "1") // Redis answers, but refuses writes
 	want("/readyz", 503, "NOREPLICAS")
 	r.Do(t, "CONFIG", "SET", "min-replicas-to-write", "0")
 	want("/readyz", 200, "ok")
