@@ -252,7 +252,8 @@ func TestStatusEnvironment(t *testing.T) {
 	}
 	env["STATUS_REDIS_PASSWORD"] = "b"
 	c, err = parseStatusConfig([]string{"--queue-redis-address=other:6379"}, getenv)
-	if err != nil || c.redis.username != "status" || c.redis.password != "b" || c.queueRedisAddress.text != "other:6379" {
+	if err != nil || c.redis.username != "status" || c.redis.password != "b" ||
+		c.queueRedisAddress.text != "other:6379" {
 		t.Errorf("got %+v, %v", c, err)
 	}
 }
