@@ -407,7 +407,7 @@ func TestPatchForSecureRedis(t *testing.T) {
 					`{"key":"password","name":"redis-sidecar","optional":false}}},` +
 					`{"name":"POD_UID","valueFrom":{"fieldRef":{"fieldPath":"metadata.uid"}}}]`
 				if env := string(mustJSON(t, sidecar["env"])); env != wantEnv {
-					t.Errorf("%s: env is %s", name, env)
+					t.Errorf("%s: env is %s, want %s", name, env, wantEnv)
 				}
 				caFile := any("--redis-ca-file=/var/run/at-least-semaphore-pod-hook/redis-ca/ca.crt")
 				if !slices.Contains(sidecar["args"].([]any), caFile) {

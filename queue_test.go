@@ -246,7 +246,7 @@ func TestClusterSlotMoving(t *testing.T) {
 	gone := acquire(t, s, id, 3)
 	a, err := s.runAcquire(t.Context(), id, acquireRequest{uuid.NewString(), 1, joinLine, ""})
 	if err != nil || a.status != acquireFull {
-		t.Fatalf("got %+v, %v", a, err)
+		t.Fatalf("got %+v, %v, want a place in line", a, err)
 	}
 	giveBack(t, s, id, gone)
 	from, to := c.Holder(t, id), c.Holder(t, c.OtherID(t, id))

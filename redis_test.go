@@ -108,7 +108,7 @@ func TestResolveUnknownHost(t *testing.T) {
 	go func() { answer <- dnsAnswer{err: &net.DNSError{Err: "no such host", Name: "a.test"}} }()
 	_, err := r.dial(t.Context(), new(net.Dialer), "tcp", "a.test:1")
 	if err == nil || !strings.Contains(err.Error(), "lookup a.test: no such host") || !isUnreachable(err) {
-		t.Errorf("got %v", err)
+		t.Errorf("got %v, want no such host", err)
 	}
 }
 
@@ -129,7 +129,7 @@ func TestDialResolved(t *testing.T) {
 	}
 	go func() { answer <- dnsAnswer{addresses: []string{"127.0.0.99"}} }() // no server listens there
 	if err := dial(); err == nil || !strings.Contains(err.Error(), "127.0.0.99:"+port) {
-		t.Errorf("got %v", err)
+		t.Errorf("got %v, want the address in the error", err)
 	}
 	go func() { answer <- dnsAnswer{addresses: []string{"127.0.0.99", "127.0.0.1"}} }()
 	rig.Must(t, dial())

@@ -201,7 +201,7 @@ func TestWaitEndsWithItsContext(t *testing.T) {
 	_, done := queueUp(t, ctx, s, id, 1, r)
 	cancel()
 	if err := <-done; !errors.Is(err, context.Canceled) {
-		t.Errorf("got %v", err)
+		t.Errorf("got %v, want the context canceled", err)
 	}
 }
 
@@ -282,7 +282,7 @@ func (l *lineUp) wantDrainedWithoutOvertaking(t *testing.T, length, later int) {
 		l.giveBack(t)
 	}
 	if len(l.waiting) > 0 {
-		t.Errorf("%d still wait", len(l.waiting))
+		t.Errorf("%d pods still wait", len(l.waiting))
 	}
 }
 
@@ -366,7 +366,7 @@ func (l *lineUp) rollBack(t *testing.T, waiting ...int) (holder linePod) {
 	}
 	unsubscribe()
 	l.restore(t, b)
-	wantFullError(t, l.s, l.id, 1, 0) // it is kept for those in line
+	wantFullError(t, l.s, l.id, 1, 0) // the free token is kept for the line
 	return linePod{token: token, length: 1}
 }
 
@@ -845,7 +845,7 @@ func TestWaiterAndADeadLockHolder(t *testing.T) {
 	}
 	rig.Eventually(t, 20*time.Second, func() error {
 		if n := r.CommandCalls(t)["set"]; n < 6 {
-			return fmt.Errorf("%d attempts", n)
+			return fmt.Errorf("%d attempts, want more", n)
 		}
 		return nil
 	})
@@ -872,6 +872,6 @@ func TestWaiterEndsWhileRedisHangs(t *testing.T) {
 	p.WantExit(t, 1)
 	want := "the line of " + id.String() + " not left within the grace period, it forgets this pod within seconds"
 	if text := p.WantLog(t, "failed")["error"].(string); !strings.HasPrefix(text, want) {
-		t.Errorf("logged %q", text)
+		t.Errorf("logged %q, want %q first", text, want)
 	}
 }

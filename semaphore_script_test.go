@@ -307,7 +307,7 @@ func TestConnectionsThatAreClosedAtOnce(t *testing.T) {
 	start := time.Now()
 	a, err := w.tryAdmit(rig.Review(t, id, 5))
 	if err != nil || !a.Allowed {
-		t.Errorf("answered %+v, %v", a, err)
+		t.Errorf("got %+v, %v", a, err)
 	}
 	rig.WantWithin(t, time.Since(start), 5*time.Second, "an admission while connections were closed for 3 s")
 	if n := p.Made.Load() - made; n > int32(30+rig.IfDiscovered(30)) {
