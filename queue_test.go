@@ -317,11 +317,11 @@ func TestSentinelsBehindSlowDNS(t *testing.T) {
 	t.Parallel()
 	g := rig.StartSentinelGroup(t)
 	s := semaphoresOf(t, groupConfig(t, strings.ReplaceAll(g.Address(), "127.0.0.1", "sentinel.test")))
-	r, _, answer := testResolver(t)
+	r, _, replies := testResolver(t)
 	s.queue.(*sentinelQueue).settings.resolver = r
 	go func() {
 		_ = sleep(t.Context(), 2*askAgain)
-		answer <- dnsAnswer{addresses: []string{"127.0.0.1"}}
+		replies <- dnsReply{addresses: []string{"127.0.0.1"}}
 	}()
 	id := freshID()
 	acquire(t, s, id, maxLength)

@@ -318,8 +318,8 @@ func (l *lineUp) restore(t *testing.T, b backup) {
 func TestOneTooManyInFlightKeepsTheOrder(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
-		length int // of the waiters
-		happen func(t *testing.T, l *lineUp)
+		length  int // of the waiters
+		disturb func(t *testing.T, l *lineUp)
 	}{
 		"a holder comes back late": {2, func(t *testing.T, l *lineUp) {
 			late := l.holding[0]
@@ -344,7 +344,7 @@ func TestOneTooManyInFlightKeepsTheOrder(t *testing.T) {
 			l.hold(t, 2)
 			l.hold(t, 2)
 			l.join(t, c.length, c.length, c.length, c.length)
-			c.happen(t, l)
+			c.disturb(t, l)
 			l.wantState(t)
 			l.wantDrainedWithoutOvertaking(t, c.length, 3)
 		})
@@ -374,7 +374,7 @@ func (l *lineUp) rollBack(t *testing.T, waiting ...int) (holder linePod) {
 // the line, so it keeps no second token from the others.
 func TestRolledBackTake(t *testing.T) {
 	t.Parallel()
-	for name, happen := range map[string]func(t *testing.T, l *lineUp){
+	for name, disturb := range map[string]func(t *testing.T, l *lineUp){
 		"and that it was given back before": func(t *testing.T, l *lineUp) {
 			l.hold(t, 1)
 			l.join(t, 1, 1, 1)
@@ -401,7 +401,7 @@ func TestRolledBackTake(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			l := quickRecoveryLine(t)
-			happen(t, l)
+			disturb(t, l)
 			l.wantState(t)
 			l.wantDrainedWithoutOvertaking(t, 1, 2)
 		})

@@ -447,7 +447,7 @@ func TestAdmissionCostsTheSameForAnyLength(t *testing.T) {
 	for i := range small {
 		for what, c := range map[string]struct {
 			values map[string][]int
-			factor int // the most that a great length may cost, times a small one
+			factor int // the most that a great length may cost, as a multiple of a small one
 		}{"commands": {commands, 1}, "µs": {micros, 2}} {
 			few, lots := median(c.values[name(i, small)]), median(c.values[name(i, maxLength)])
 			t.Logf("admission %d: %d %s with length %d, %d with length %d", i+1, few, what, small, lots, maxLength)

@@ -436,9 +436,9 @@ func TestRefreshTokens(t *testing.T) {
 	r.WantInflight(t, id, token)
 }
 
-// Redis stores the pod name that the webhook knows, and with the first heartbeat the name
-// and node that the sidecar knows. The heartbeat does not change since when the pod holds
-// the token. Refusals name the holders.
+// With the token, Redis stores the pod name that the webhook knows. The first heartbeat
+// adds the name and node that the sidecar knows. It keeps the time since which the pod
+// holds the token. Refusals name the holders.
 func TestHoldersAreNamed(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	w := startWebhook(t, testConfig(r.Address))
