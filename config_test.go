@@ -16,7 +16,7 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// runArgs runs the program in this process and returns what a user sees.
+// runArgs runs the program in this process, and returns its exit code and output.
 func runArgs(env map[string]string, args ...string) (code int, stdout, stderr string) {
 	var out, errs bytes.Buffer
 	err := run(context.Background(), args, func(k string) string { return env[k] }, strings.NewReader(""), &out, &errs)
@@ -32,12 +32,19 @@ func TestHelp(t *testing.T) {
 		{"help", []string{"webhook ", "sidecar ", "await ", "version "}},
 		{"--help", []string{"webhook ", "sidecar ", "await ", "version "}},
 		{"-h", []string{"webhook ", "sidecar ", "await ", "version "}},
-		{"webhook --help", []string{"--certDir DIRECTORY", "(default /var/k8s-webhook-server/serving-certs)", "--enable-sidecar-containers true|false",
-			"--heartbeat-interval-seconds SECONDS", "(default 30)", "--host ADDRESS", "--port PORT", "--lock-mode", "--metrics-bind-address", "--when-full deny|wait",
-			"--sidecar-etcd-secret NAME",
-			"--queue-redis-address", "--redis-addresses", "--etcd-addresses", "--sidecar-image", "--stale-threshold-seconds", "REDIS_PASSWORD"}},
-		{"sidecar -h", []string{"--length NUMBER", "--expiration-seconds SECONDS", "POD_UID", "sidecar [flags] NAMESPACE/KEY TOKEN", "--termination-grace-period-seconds SECONDS", "(default 10)",
-			"--heartbeat-interval-seconds", "--lock-mode", "--queue-redis-address", "--redis-addresses", "--etcd-addresses", "--stale-threshold-seconds"}},
+		{"webhook --help", []string{
+			"--certDir DIRECTORY", "(default /var/k8s-webhook-server/serving-certs)",
+			"--enable-sidecar-containers true|false", "--heartbeat-interval-seconds SECONDS", "(default 30)",
+			"--host ADDRESS", "--port PORT", "--lock-mode", "--metrics-bind-address", "--when-full deny|wait",
+			"--sidecar-etcd-secret NAME", "--queue-redis-address", "--redis-addresses", "--etcd-addresses",
+			"--sidecar-image", "--stale-threshold-seconds", "REDIS_PASSWORD",
+		}},
+		{"sidecar -h", []string{
+			"--length NUMBER", "--expiration-seconds SECONDS", "POD_UID", "sidecar [flags] NAMESPACE/KEY TOKEN",
+			"--termination-grace-period-seconds SECONDS", "(default 10)", "--heartbeat-interval-seconds",
+			"--lock-mode", "--queue-redis-address", "--redis-addresses", "--etcd-addresses",
+			"--stale-threshold-seconds",
+		}},
 		{"version", []string{"at-least-semaphore-pod-hook dev ("}},
 	} {
 		code, stdout, stderr := runArgs(nil, strings.Fields(c.args)...)
@@ -65,7 +72,9 @@ func TestWrongUsage(t *testing.T) {
 		"sidecar web " + token:  {`NAMESPACE/KEY: "web" is not a namespace, a slash and a key`},
 		"sidecar /web " + token: {"NAMESPACE/KEY"},
 		"sidecar shop/w{} t":    {"2 wrong settings", "NAMESPACE/KEY", `TOKEN: "t" is not a UUID`},
-		"webhook --port=0 --host= --heartbeat-interval-seconds=x --queue-redis-address=redis --redis-addresses=a:1,b,a:1 --etcd-addresses= --lock-mode=file --enable-sidecar-containers=maybe --metrics-bind-address=:0 --sidecar-image= --certDir= --when-full=queue": {
+		"webhook --port=0 --host= --heartbeat-interval-seconds=x --queue-redis-address=redis " +
+			"--redis-addresses=a:1,b,a:1 --etcd-addresses= --lock-mode=file --enable-sidecar-containers=maybe " +
+			"--metrics-bind-address=:0 --sidecar-image= --certDir= --when-full=queue": {
 			"12 wrong settings",
 			`--when-full: "queue" is not deny or wait`,
 			`--port: "0" is not a whole number from 1 to 65535`,
@@ -80,9 +89,14 @@ func TestWrongUsage(t *testing.T) {
 			`--sidecar-image: "" is not an image`,
 			`--certDir: is empty`,
 		},
-		"webhook --heartbeat-interval-seconds=30 --stale-threshold-seconds=59": {"--stale-threshold-seconds: 59 is less than twice --heartbeat-interval-seconds 30"},
-		"webhook --when-full=wait --enable-sidecar-containers=false":           {"--when-full: wait needs native sidecars: with --enable-sidecar-containers=false"},
-		"webhook --sidecar-resources=cpu=1,cpu=2 --sidecar-requests=memory --pod-annotations=a --sidecar-image-pull-secret=A --await-restart=x": {
+		"webhook --heartbeat-interval-seconds=30 --stale-threshold-seconds=59": {
+			"--stale-threshold-seconds: 59 is less than twice --heartbeat-interval-seconds 30",
+		},
+		"webhook --when-full=wait --enable-sidecar-containers=false": {
+			"--when-full: wait needs native sidecars: with --enable-sidecar-containers=false",
+		},
+		"webhook --sidecar-resources=cpu=1,cpu=2 --sidecar-requests=memory --pod-annotations=a " +
+			"--sidecar-image-pull-secret=A --await-restart=x": {
 			"5 wrong settings",
 			`--sidecar-resources: cpu is named twice`,
 			`--sidecar-requests: "memory" is not RESOURCE=QUANTITY, such as cpu=100m or memory=64Mi`,
@@ -90,12 +104,22 @@ func TestWrongUsage(t *testing.T) {
 			`--sidecar-image-pull-secret: "A" is not the name of an object`,
 			`--await-restart: "x" is not true or false`,
 		},
-		"webhook --sidecar-resources=cpu=0 --pod-annotations=" + annotationKey + "=x": {"2 wrong settings", `--sidecar-resources: "cpu=0" is not`, annotationKey + " is for pods to set"},
-		"webhook --sidecar-resources=memory=16Mi,cpu=1":                               {"--sidecar-requests: memory=32Mi is more than the limit in --sidecar-resources, 16Mi"},
-		"webhook --await-restart --enable-sidecar-containers=false":                   {"--await-restart: is not used with --enable-sidecar-containers=false"},
-		"sidecar --length=0 --expiration-seconds=3601 a/b " + token:                   {"2 wrong settings", `--length: "0" is not a whole number from 1 to 10000`, "--expiration-seconds"},
+		"webhook --sidecar-resources=cpu=0 --pod-annotations=" + annotationKey + "=x": {
+			"2 wrong settings", `--sidecar-resources: "cpu=0" is not`, annotationKey + " is for pods to set",
+		},
+		"webhook --sidecar-resources=memory=16Mi,cpu=1": {
+			"--sidecar-requests: memory=32Mi is more than the limit in --sidecar-resources, 16Mi",
+		},
+		"webhook --await-restart --enable-sidecar-containers=false": {
+			"--await-restart: is not used with --enable-sidecar-containers=false",
+		},
+		"sidecar --length=0 --expiration-seconds=3601 a/b " + token: {
+			"2 wrong settings", `--length: "0" is not a whole number from 1 to 10000`, "--expiration-seconds",
+		},
 		"await": {"await takes no arguments, and asks the sidecar of the pod that POD_UID names"},
-		"sidecar --termination-grace-period-seconds=0 --stale-threshold-seconds=1 a/b " + token: {"2 wrong settings", "--termination-grace-period-seconds", "--stale-threshold-seconds"},
+		"sidecar --termination-grace-period-seconds=0 --stale-threshold-seconds=1 a/b " + token: {
+			"2 wrong settings", "--termination-grace-period-seconds", "--stale-threshold-seconds",
+		},
 	} {
 		code, stdout, stderr := runArgs(nil, strings.Fields(args)...)
 		if code != 2 || stdout != "" {
@@ -118,8 +142,10 @@ func TestSecretsComeFromTheEnvironment(t *testing.T) {
 	env["REDIS_PASSWORD"] = "pa55word"
 	getenv := func(k string) string { return env[k] }
 	_, err := parseWebhookConfig(nil, getenv)
-	if err == nil || err.Error() != "--sidecar-redis-secret: is needed where REDIS_PASSWORD or REDIS_SENTINEL_PASSWORD is set: the sidecars would have no credentials" {
-		t.Errorf("without a Secret for the sidecars: %v", err)
+	const want = "--sidecar-redis-secret: is needed where REDIS_PASSWORD or REDIS_SENTINEL_PASSWORD is set: " +
+		"the sidecars would have no credentials"
+	if err == nil || err.Error() != want {
+		t.Errorf("without a Secret for the sidecars: got %v", err)
 	}
 	c, err := parseWebhookConfig([]string{"--sidecar-redis-secret=redis"}, getenv)
 	rig.Must(t, err)
@@ -132,18 +158,20 @@ func TestSecretsComeFromTheEnvironment(t *testing.T) {
 	}
 }
 
-// A flag without a value is true; with one it is that.
+// A boolean flag without a value is true.
 func TestBoolFlag(t *testing.T) {
-	for arg, want := range map[string]bool{"--enable-sidecar-containers": true, "--enable-sidecar-containers=false": false, "--port=1": true} {
+	for arg, want := range map[string]bool{
+		"--enable-sidecar-containers": true, "--enable-sidecar-containers=false": false, "--port=1": true,
+	} {
 		c, err := parseWebhookConfig([]string{arg}, func(string) string { return "" })
 		rig.Must(t, err)
 		if c.enableSidecarContainers != want {
-			t.Errorf("%s: %t", arg, c.enableSidecarContainers)
+			t.Errorf("%s: enableSidecarContainers is %t", arg, c.enableSidecarContainers)
 		}
 	}
 }
 
-// The help of a mode shows each default, and none where there is none. The defaults are no problem.
+// The help of a mode shows the default of each flag that has one. The defaults are valid.
 func TestFlagDefaults(t *testing.T) {
 	shared := map[string]string{
 		"lock-mode": "redlock", "redis-addresses": "127.0.0.1:6379", "etcd-addresses": "127.0.0.1:2379",
@@ -151,14 +179,19 @@ func TestFlagDefaults(t *testing.T) {
 		"redis-ca-file": "", "etcd-ca-file": "", "etcd-cert-file": "", "etcd-key-file": "",
 	}
 	webhook := map[string]string{
-		"host": "0.0.0.0", "port": "9443", "certDir": "/var/k8s-webhook-server/serving-certs", "path-secret-file": "", "client-ca-file": "", "client-name": "",
+		"host": "0.0.0.0", "port": "9443", "certDir": "/var/k8s-webhook-server/serving-certs",
+		"path-secret-file": "", "client-ca-file": "", "client-name": "",
 		"metrics-bind-address": "0.0.0.0:8080", "when-full": "deny", "enable-sidecar-containers": "true",
-		"sidecar-image": imageRepository + ":dev", "sidecar-image-pull-secret": "", "sidecar-resources": "cpu=100m,memory=64Mi",
-		"sidecar-requests": "cpu=5m,memory=32Mi", "await-restart": "false", "pod-annotations": "", "sidecar-redis-secret": "", "sidecar-redis-ca": "", "sidecar-etcd-secret": "",
+		"sidecar-image": imageRepository + ":dev", "sidecar-image-pull-secret": "",
+		"sidecar-resources": "cpu=100m,memory=64Mi",
+		"sidecar-requests":  "cpu=5m,memory=32Mi", "await-restart": "false", "pod-annotations": "",
+		"sidecar-redis-secret": "", "sidecar-redis-ca": "", "sidecar-etcd-secret": "",
 	}
 	sidecar := map[string]string{"length": "", "expiration-seconds": "10", "termination-grace-period-seconds": "10"}
-	gate := map[string]string{"kubernetes-address": "", "kubernetes-ca-file": "", "kubernetes-token-file": "", "namespaces": "", "unschedulable-seconds": "300",
-		"metrics-bind-address": "0.0.0.0:8080"}
+	gate := map[string]string{
+		"kubernetes-address": "", "kubernetes-ca-file": "", "kubernetes-token-file": "", "namespaces": "",
+		"unschedulable-seconds": "300", "metrics-bind-address": "0.0.0.0:8080",
+	}
 	maps.Copy(gate, shared)
 	maps.Copy(webhook, shared)
 	maps.Copy(sidecar, shared)
@@ -177,21 +210,22 @@ func TestFlagDefaults(t *testing.T) {
 	c, err := parseWebhookConfig(nil, none)
 	rig.Must(t, err)
 	if c.port != 9443 || c.whenFull != whenFullDeny || len(c.redisAddresses) != 1 || seconds(c.staleThreshold) != 120 {
-		t.Errorf("the defaults were read as %+v", c)
+		t.Errorf("the defaults were parsed as %+v", c)
 	}
 	s, err := parseSidecarConfig([]string{"--length=", "shop/web", "b7a1f0de-8a0e-4b0c-9d52-0a3c1a7de001"}, none)
 	rig.Must(t, err)
 	if s.length != 0 || seconds(s.expiration) != 10 || s.semaphore != (semaphoreID{"shop", "web"}) {
-		t.Errorf("the defaults were read as %+v", s)
+		t.Errorf("the defaults were parsed as %+v", s)
 	}
 }
 
-// Wrong values, several in one flag, settings that do not go together, the environment and the arguments: one error
-// names them all, in the order of the declarations.
+// One error names all problems, in the order of the declarations. They include wrong
+// values, several in one flag, conflicting settings, the environment and the arguments.
 func TestAllFlagProblems(t *testing.T) {
 	code, _, stderr := runArgs(map[string]string{"REDIS_USERNAME": "hook", "ETCD_PASSWORD": "pa55word"}, "webhook",
 		"--port=x", "--queue-redis-address=a,b:1", "--stale-threshold-seconds=59", "--etcd-cert-file=a",
-		"--sidecar-redis-ca=secret/A", "--when-full=wait", "--enable-sidecar-containers=false", "--sidecar-image=a b", "now")
+		"--sidecar-redis-ca=secret/A", "--when-full=wait", "--enable-sidecar-containers=false",
+		"--sidecar-image=a b", "now")
 	const want = `at-least-semaphore-pod-hook: 12 wrong settings:
   --queue-redis-address: "a" is not HOST:PORT or redis://HOST:PORT or rediss://HOST:PORT
   --queue-redis-address: is one address, not 2 (for a group of servers: redis+sentinel://a:26379,b:26379,c:26379/NAME or redis+cluster://a:6379,b:6379,c:6379)
@@ -211,24 +245,25 @@ func TestAllFlagProblems(t *testing.T) {
 	}
 }
 
-// A value that is wrong by itself is not compared with others.
+// An invalid value is not also compared with others.
 func TestWrongFlagIsReportedOnce(t *testing.T) {
 	for args, want := range map[string]string{
 		"--stale-threshold-seconds=1": `--stale-threshold-seconds: "1" is not a whole number from 2 to 86400`,
 		"--heartbeat-interval-seconds=4000": `--heartbeat-interval-seconds: "4000" is not a whole number ` +
 			"from 1 to 3600",
-		"--when-full=wait --enable-sidecar-containers=maybe": `--enable-sidecar-containers: "maybe" is not true or false`,
-		"--redis-addresses=rediss://u:p@h:1 --sidecar-redis-ca=secret/ca": "--redis-addresses: there are no credentials " +
-			"in an address: they come from the environment, see --help",
+		"--when-full=wait --enable-sidecar-containers=maybe": `--enable-sidecar-containers: "maybe" ` +
+			"is not true or false",
+		"--redis-addresses=rediss://u:p@h:1 --sidecar-redis-ca=secret/ca": "--redis-addresses: there are no " +
+			"credentials in an address: they come from the environment, see --help",
 	} {
 		_, err := parseWebhookConfig(strings.Fields(args), func(string) string { return "" })
 		if err == nil || err.Error() != want {
-			t.Errorf("%s: %v, want %s", args, err, want)
+			t.Errorf("%s: got %v, want %s", args, err, want)
 		}
 	}
 }
 
-// The last of a flag that is given twice counts, right or wrong.
+// If a flag is repeated, its last value counts, valid or not.
 func TestRepeatedFlag(t *testing.T) {
 	c, err := parseWebhookConfig([]string{"--port=x", "--redis-addresses=a:1,b:2", "--port=1", "--redis-addresses=c:3"},
 		func(string) string { return "" })
@@ -238,12 +273,16 @@ func TestRepeatedFlag(t *testing.T) {
 	}
 }
 
-// What stands in a list of resources or annotations is what a user would expect.
+// Lists of resources and annotations allow spaces, commas in values, and empty values.
 func TestListsOfNamesAndValues(t *testing.T) {
-	c, err := parseWebhookConfig([]string{"--sidecar-resources=cpu=1, memory=1Gi,example.org/device=2", "--sidecar-requests=memory=1Gi",
-		"--pod-annotations=traffic.sidecar.istio.io/excludeOutboundPorts=6379,2379,a=b=c,empty="}, func(string) string { return "" })
+	args := []string{
+		"--sidecar-resources=cpu=1, memory=1Gi,example.org/device=2", "--sidecar-requests=memory=1Gi",
+		"--pod-annotations=traffic.sidecar.istio.io/excludeOutboundPorts=6379,2379,a=b=c,empty=",
+	}
+	c, err := parseWebhookConfig(args, func(string) string { return "" })
 	rig.Must(t, err)
-	if l := c.sidecarLimits; len(l) != 3 || l.Cpu().String() != "1" || l.Memory().String() != "1Gi" || l.Name("example.org/device", "").Value() != 2 {
+	if l := c.sidecarLimits; len(l) != 3 || l.Cpu().String() != "1" || l.Memory().String() != "1Gi" ||
+		l.Name("example.org/device", "").Value() != 2 {
 		t.Errorf("limits %v", c.sidecarLimits)
 	}
 	if r := c.sidecarRequests; len(r) != 1 || r.Memory().String() != "1Gi" {
@@ -255,7 +294,7 @@ func TestListsOfNamesAndValues(t *testing.T) {
 	}
 }
 
-// A pod needs no flags; elsewhere, they say where the API server is.
+// In a pod, the client needs no flags. Elsewhere, flags name the API server.
 func TestKubernetesFlags(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -270,14 +309,19 @@ func TestKubernetesFlags(t *testing.T) {
 		want     kubernetesSettings
 		problems []string
 	}{
-		{args: []string{"--kubernetes-address=https://127.0.0.1:6443", "--kubernetes-ca-file=" + ca, "--kubernetes-token-file=token", "--namespaces=a,b"},
+		{args: []string{"--kubernetes-address=https://127.0.0.1:6443", "--kubernetes-ca-file=" + ca,
+			"--kubernetes-token-file=token", "--namespaces=a,b"},
 			want: kubernetesSettings{"https://127.0.0.1:6443", ca, "token", []string{"a", "b"}}},
 		{env: inPod, args: []string{"--kubernetes-ca-file=" + ca},
 			want: kubernetesSettings{"[fd00::1]:6443", ca, "/var/run/secrets/kubernetes.io/serviceaccount/token", nil}},
-		{env: inPod, // which is not one
-			problems: []string{"--kubernetes-ca-file: open /var/run/secrets/kubernetes.io/serviceaccount/ca.crt: no such file or directory"}},
-		{problems: []string{"--kubernetes-address: is needed outside of a pod", "--kubernetes-token-file: is needed outside of a pod"}},
-		{args: []string{"--kubernetes-address=http://127.0.0.1:8080", "--kubernetes-ca-file=" + notCA, "--kubernetes-token-file=token", "--namespaces=a,"},
+		{env: inPod, // but its files do not exist
+			problems: []string{"--kubernetes-ca-file: open /var/run/secrets/kubernetes.io/serviceaccount/ca.crt: " +
+				"no such file or directory"}},
+		{problems: []string{
+			"--kubernetes-address: is needed outside of a pod", "--kubernetes-token-file: is needed outside of a pod",
+		}},
+		{args: []string{"--kubernetes-address=http://127.0.0.1:8080", "--kubernetes-ca-file=" + notCA,
+			"--kubernetes-token-file=token", "--namespaces=a,"},
 			problems: []string{"--kubernetes-address: an address is not HOST:PORT or https://HOST:PORT",
 				"--kubernetes-ca-file: no PEM certificate in " + notCA, `--namespaces: "a," has an empty name`}},
 	} {
@@ -288,14 +332,14 @@ func TestKubernetesFlags(t *testing.T) {
 			if !slices.Equal(wrong.problems, c.problems) {
 				t.Errorf("%q: problems %q, want %q", c.args, wrong.problems, c.problems)
 			}
-		} else if err != nil || c.problems != nil || got.address != c.want.address || got.caFile != c.want.caFile || got.tokenFile != c.want.tokenFile ||
-			!slices.Equal(got.namespaces, c.want.namespaces) {
-			t.Errorf("%q: %+v, %v", c.args, got, err)
+		} else if err != nil || c.problems != nil || got.address != c.want.address || got.caFile != c.want.caFile ||
+			got.tokenFile != c.want.tokenFile || !slices.Equal(got.namespaces, c.want.namespaces) {
+			t.Errorf("%q: got %+v, %v", c.args, got, err)
 		}
 	}
 }
 
-// A client whose files are not good says so at once, and shows no token.
+// With invalid files, a new client fails at once, and its error shows no token.
 func TestKubernetesFiles(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -306,8 +350,10 @@ func TestKubernetesFiles(t *testing.T) {
 		"one-secret\n": "",
 	} {
 		rig.Must(t, os.WriteFile(c.tokenFile, []byte(text), 0o600))
-		if k, err := newKubernetes(c, nil); want == "" && (err != nil || *k.token.current.Load() != "one-secret") || want != "" && (err == nil || err.Error() != want) {
-			t.Errorf("%q: %v, want %q", text, err, want)
+		k, err := newKubernetes(c, nil)
+		if want == "" && (err != nil || *k.token.current.Load() != "one-secret") ||
+			want != "" && (err == nil || err.Error() != want) {
+			t.Errorf("token file %q: got %v, want %q", text, err, want)
 		}
 	}
 }
@@ -322,38 +368,47 @@ func TestQueueAddresses(t *testing.T) {
 		"rediss+cluster://a:1":         {queueCluster, []string{"rediss://a:1"}, "", ""},
 	} {
 		got, err := readQueueAddress(text)
-		if err != nil || got.kind != want.kind || !slices.Equal(got.servers, want.servers) || got.name != want.name || got.text != text {
-			t.Errorf("%s: %+v, %v", text, got, err)
+		if err != nil || got.kind != want.kind || !slices.Equal(got.servers, want.servers) ||
+			got.name != want.name || got.text != text {
+			t.Errorf("%s: got %+v, %v", text, got, err)
 		}
 	}
 	for text, want := range map[string]string{
-		"redis+sentinel://a:1":       "the name of the primary is missing (an example: " + sentinelExample + ")",
-		"redis+sentinel://a:1/":      "the name of the primary is missing",
-		"redis+sentinel://a/m,n":     `"m,n" is no name of a primary: it has letters, digits, and the characters ._- only; "a" is not HOST:PORT (an example: `,
-		"redis+cluster://a:1,a:1":    `"a:1" is named twice (an example: ` + clusterExample + ")",
-		"redis+cluster://":           `"" is not HOST:PORT (an example`,
-		"redis+ring://a:1":           `"redis+ring://" is no scheme: an address is HOST:PORT, or like ` + sentinelExample + " or " + clusterExample,
-		"http+sentinel://a:1/m":      `"http+sentinel://" is no scheme`,
-		"a:1,b:2":                    "is one address, not 2 (for a group of servers: " + sentinelExample + " or " + clusterExample + ")",
+		"redis+sentinel://a:1":  "the name of the primary is missing (an example: " + sentinelExample + ")",
+		"redis+sentinel://a:1/": "the name of the primary is missing",
+		"redis+sentinel://a/m,n": `"m,n" is no name of a primary: it has letters, digits, ` +
+			`and the characters ._- only; "a" is not HOST:PORT (an example: `,
+		"redis+cluster://a:1,a:1": `"a:1" is named twice (an example: ` + clusterExample + ")",
+		"redis+cluster://":        `"" is not HOST:PORT (an example`,
+		"redis+ring://a:1": `"redis+ring://" is no scheme: an address is HOST:PORT, or like ` +
+			sentinelExample + " or " + clusterExample,
+		"http+sentinel://a:1/m": `"http+sentinel://" is no scheme`,
+		"a:1,b:2": "is one address, not 2 (for a group of servers: " +
+			sentinelExample + " or " + clusterExample + ")",
 		"redis+sentinel://u:p@a:1/m": "there are no credentials in an address",
 	} {
-		if _, err := readQueueAddress(text); err == nil || !strings.HasPrefix(err.Error(), want) || strings.Contains(err.Error(), "u:p") {
-			t.Errorf("%s: %v, want %s", text, err, want)
+		_, err := readQueueAddress(text)
+		if err == nil || !strings.HasPrefix(err.Error(), want) || strings.Contains(err.Error(), "u:p") {
+			t.Errorf("%s: got %v, want %s", text, err, want)
 		}
 	}
 }
 
-// The sidecars get the address as it is, and the credentials of the Sentinels from their Secret.
+// The sidecars get the address unchanged, and the credentials of the Sentinels from their
+// Secret.
 func TestSidecarsOfASentinelGroup(t *testing.T) {
 	env := map[string]string{"REDIS_SENTINEL_PASSWORD": "pa55word"}
 	getenv := func(name string) string { return env[name] }
 	const address = "rediss+sentinel://a:1,b:2/tokens"
 	for args, want := range map[string]string{
-		"--queue-redis-address=" + address:                   "--sidecar-redis-secret: is needed where REDIS_PASSWORD or REDIS_SENTINEL_PASSWORD is set",
-		"--queue-redis-address=a:1 --sidecar-redis-secret=s": "REDIS_SENTINEL_PASSWORD is not used: --queue-redis-address names no Sentinels",
+		"--queue-redis-address=" + address: "--sidecar-redis-secret: is needed where " +
+			"REDIS_PASSWORD or REDIS_SENTINEL_PASSWORD is set",
+		"--queue-redis-address=a:1 --sidecar-redis-secret=s": "REDIS_SENTINEL_PASSWORD is not used: " +
+			"--queue-redis-address names no Sentinels",
 	} {
-		if _, err := parseWebhookConfig(strings.Fields(args), getenv); err == nil || !strings.HasPrefix(err.Error(), want) {
-			t.Errorf("%s: %v, want %s", args, err, want)
+		_, err := parseWebhookConfig(strings.Fields(args), getenv)
+		if err == nil || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("%s: got %v, want %s", args, err, want)
 		}
 	}
 	c, err := parseWebhookConfig([]string{"--queue-redis-address=" + address, "--sidecar-redis-secret=s"}, getenv)
@@ -371,63 +426,79 @@ func TestSidecarsOfASentinelGroup(t *testing.T) {
 	for name, want := range map[string]bool{"REDIS_PASSWORD password": true, "REDIS_USERNAME username": true,
 		"REDIS_SENTINEL_USERNAME sentinel-username": true, "REDIS_SENTINEL_PASSWORD sentinel-password": false} {
 		if got, ok := optional[name]; !ok || got != want {
-			t.Errorf("%s: optional %t, %t", name, got, ok)
+			t.Errorf("%s: optional is %t (set: %t)", name, got, ok)
 		}
 	}
 	env["REDIS_SENTINEL_USERNAME"], env["REDIS_SENTINEL_PASSWORD"] = "a", ""
-	if _, err := parseWebhookConfig(nil, getenv); err == nil || err.Error() != "REDIS_SENTINEL_USERNAME is set and REDIS_SENTINEL_PASSWORD is not" {
-		t.Error(err)
+	_, err = parseWebhookConfig(nil, getenv)
+	if err == nil || err.Error() != "REDIS_SENTINEL_USERNAME is set and REDIS_SENTINEL_PASSWORD is not" {
+		t.Errorf("without a password: got %v", err)
 	}
 }
 
-// The flags for TLS, as they are given.
+// The TLS flags are parsed, and their problems are named.
 func TestTLSFlags(t *testing.T) {
 	dir, elsewhere := t.TempDir(), t.TempDir()
 	rig.WriteCertificate(t, dir, 1)
 	rig.WriteCertificate(t, elsewhere, 2)
 	crt, key := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
 	none := func(string) string { return "" }
-	c, err := parseWebhookConfig([]string{"--queue-redis-address=rediss://r:1", "--redis-ca-file=" + crt, "--sidecar-redis-ca=configmap/ca",
-		"--etcd-addresses=https://e:1,f:2", "--etcd-ca-file=" + crt, "--etcd-cert-file=" + crt, "--etcd-key-file=" + key}, none)
+	c, err := parseWebhookConfig([]string{
+		"--queue-redis-address=rediss://r:1", "--redis-ca-file=" + crt, "--sidecar-redis-ca=configmap/ca",
+		"--etcd-addresses=https://e:1,f:2", "--etcd-ca-file=" + crt, "--etcd-cert-file=" + crt,
+		"--etcd-key-file=" + key,
+	}, none)
 	rig.Must(t, err)
-	if want := (etcdSettings{caFile: crt, certFile: crt, keyFile: key}); c.etcd != want || c.redis.caFile != crt || c.sidecarRedisCA != (objectReference{"configmap", "ca"}) {
+	want := etcdSettings{caFile: crt, certFile: crt, keyFile: key}
+	if c.etcd != want || c.redis.caFile != crt || c.sidecarRedisCA != (objectReference{"configmap", "ca"}) {
 		t.Errorf("parsed %+v, %+v, %+v", c.etcd, c.redis, c.sidecarRedisCA)
 	}
 	for want, args := range map[string]string{
-		"--etcd-cert-file and --etcd-key-file go together":                        "--etcd-cert-file=" + crt,
-		"--etcd-cert-file: tls: private key does not match public key":            "--etcd-cert-file=" + crt + " --etcd-key-file=" + filepath.Join(elsewhere, "tls.key"),
-		"--etcd-ca-file: no PEM certificate in " + key:                            "--etcd-ca-file=" + key,
-		"--etcd-addresses: http:// is not encrypted":                              "--etcd-addresses=http://e:1 --etcd-ca-file=" + crt,
-		"--redis-ca-file: is not used: no address of Redis begins":                "--redis-ca-file=" + crt,
-		"--sidecar-redis-ca: is needed where --redis-ca-file is set":              "--queue-redis-address=rediss://r:1 --redis-ca-file=" + crt,
-		"sidecar-redis-ca: is needed where --redis-ca-file is set":                "--redis-addresses=rediss://r:1 --redis-ca-file=" + crt,
-		"--sidecar-redis-ca: is not used":                                         "--redis-addresses=rediss://r:1 --lock-mode=etcd --sidecar-redis-ca=secret/x",
-		"--sidecar-etcd-secret: is needed where":                                  "--lock-mode=etcd --etcd-ca-file=" + crt,
-		`--sidecar-etcd-secret: "A_B" is not the name of an object`:               "--sidecar-etcd-secret=A_B",
-		`--sidecar-redis-ca: "pod/x" is not secret/NAME or configmap/NAME`:        "--sidecar-redis-ca=pod/x",
-		`--sidecar-redis-secret: "A_B" is not the name of an object`:              "--sidecar-redis-secret=A_B",
-		"--redis-addresses: there are no credentials in an address":               "--redis-addresses=redis://u:" + rig.Password + "@h:1,redis://u:" + rig.Password + "@h:1",
-		"--queue-redis-address: there are no credentials in an address":           "--queue-redis-address=redis://u:" + rig.Password + "%40h:1",
-		"--queue-redis-address: an address is not HOST:PORT or redis://HOST:PORT": "--queue-redis-address=redis://u:" + rig.Password + ":h:1",
-		"--queue-redis-address: is one address, not 2":                            "--queue-redis-address=a:1,b:1",
+		"--etcd-cert-file and --etcd-key-file go together": "--etcd-cert-file=" + crt,
+		"--etcd-cert-file: tls: private key does not match public key": "--etcd-cert-file=" + crt +
+			" --etcd-key-file=" + filepath.Join(elsewhere, "tls.key"),
+		"--etcd-ca-file: no PEM certificate in " + key: "--etcd-ca-file=" + key,
+		"--etcd-addresses: http:// is not encrypted": "--etcd-addresses=http://e:1 " +
+			"--etcd-ca-file=" + crt,
+		"--redis-ca-file: is not used: no address of Redis begins": "--redis-ca-file=" + crt,
+		"--sidecar-redis-ca: is needed where --redis-ca-file is set": "--queue-redis-address=rediss://r:1 " +
+			"--redis-ca-file=" + crt,
+		"sidecar-redis-ca: is needed where --redis-ca-file is set": "--redis-addresses=rediss://r:1 " +
+			"--redis-ca-file=" + crt,
+		"--sidecar-redis-ca: is not used": "--redis-addresses=rediss://r:1 " +
+			"--lock-mode=etcd --sidecar-redis-ca=secret/x",
+		"--sidecar-etcd-secret: is needed where":                           "--lock-mode=etcd --etcd-ca-file=" + crt,
+		`--sidecar-etcd-secret: "A_B" is not the name of an object`:        "--sidecar-etcd-secret=A_B",
+		`--sidecar-redis-ca: "pod/x" is not secret/NAME or configmap/NAME`: "--sidecar-redis-ca=pod/x",
+		`--sidecar-redis-secret: "A_B" is not the name of an object`:       "--sidecar-redis-secret=A_B",
+		"--redis-addresses: there are no credentials in an address": "--redis-addresses=redis://u:" + rig.Password +
+			"@h:1,redis://u:" + rig.Password + "@h:1",
+		"--queue-redis-address: there are no credentials in an address": "--queue-redis-address=redis://u:" +
+			rig.Password + "%40h:1",
+		"--queue-redis-address: an address is not HOST:PORT or redis://HOST:PORT": "--queue-redis-address=redis://u:" +
+			rig.Password + ":h:1",
+		"--queue-redis-address: is one address, not 2": "--queue-redis-address=a:1,b:1",
 	} {
 		_, err := parseWebhookConfig(strings.Fields(args), none)
 		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), rig.Password) {
-			t.Errorf("%s: %v, want %s", args, err, want)
+			t.Errorf("%s: got %v, want %s", args, err, want)
 		}
 	}
 }
 
-// docsModes are the modes in the order of docs/flags.md. The mode await has neither flags nor a help of its own.
+// docsModes are the modes in the order of docs/flags.md. The mode await has neither flags
+// nor a help.
 var docsModes = []string{"webhook", "sidecar", "gate", "status"}
 
-// documentedSetting is a flag, or a line of environment variables, with the modes whose help has it.
+// documentedSetting is a flag, or a line of environment variables, with the modes whose
+// help shows it.
 type documentedSetting struct {
 	name, fallback, meaning string
 	modes                   []string
 }
 
-// TestFlagsDoc compares docs/flags.md with the help of each mode. REWRITE_DOCS=1 writes the page instead.
+// TestFlagsDoc compares docs/flags.md with the help of each mode. With REWRITE_DOCS=1, it
+// writes the page instead.
 func TestFlagsDoc(t *testing.T) {
 	const page = "docs/flags.md"
 	want := flagsPage(t)
@@ -442,12 +513,13 @@ func TestFlagsDoc(t *testing.T) {
 	gotLines, wantLines := strings.Split(string(got), "\n"), strings.Split(want, "\n")
 	for i := range max(len(gotLines), len(wantLines)) {
 		if i >= len(gotLines) || i >= len(wantLines) || gotLines[i] != wantLines[i] {
-			t.Fatalf("%s differs from --help at line %d: REWRITE_DOCS=1 go test -run TestFlagsDoc . writes it anew", page, i+1)
+			t.Fatalf("%s differs from --help at line %d: to rewrite it, run REWRITE_DOCS=1 go test -run TestFlagsDoc .",
+				page, i+1)
 		}
 	}
 }
 
-// flagsPage is what docs/flags.md has to say.
+// flagsPage returns the text of docs/flags.md.
 func flagsPage(t *testing.T) string {
 	t.Helper()
 	code, usage, _ := runArgs(nil, "help")
@@ -505,18 +577,22 @@ func flagsPage(t *testing.T) string {
 }
 
 var (
-	// A flag in the help: its name and placeholder, and below them its meaning, with the default at the end.
+	// A flag in the help: its name and placeholder; below, its meaning, with the default
+	// at the end.
 	flagInHelp = regexp.MustCompile(`^  (-\S+ \S+)\n +(.*?)(?: \(default (.*)\))?$`)
 
-	// Variables in the help: their names, and beside or below them their meaning.
+	// Variables in the help: their names; beside or below, their meaning.
 	variableInHelp = regexp.MustCompile(`^  ([A-Z_]+(?:, [A-Z_]+)*)(?: +|\n +)(.*)()$`)
 
-	// The beginning of an entry; its lines are indented further.
+	// The first line of an entry; its other lines are indented further.
 	entryInHelp = regexp.MustCompile(`(?m)^  \S`)
 )
 
-// addSettings reads the entries of a part of a mode's help. Those that other modes have, too, get one more mode.
-func addSettings(t *testing.T, settings []*documentedSetting, mode, text string, pattern *regexp.Regexp) []*documentedSetting {
+// addSettings parses the entries in a part of a mode's help. A setting that another mode
+// has too gets one more mode.
+func addSettings(
+	t *testing.T, settings []*documentedSetting, mode, text string, pattern *regexp.Regexp,
+) []*documentedSetting {
 	t.Helper()
 	text = strings.TrimRight(text, "\n")
 	starts := entryInHelp.FindAllStringIndex(text, -1)
@@ -527,7 +603,7 @@ func addSettings(t *testing.T, settings []*documentedSetting, mode, text string,
 		}
 		m := pattern.FindStringSubmatch(text[start[0]:end])
 		if m == nil {
-			t.Fatalf("%s --help: cannot read %q", mode, text[start[0]:end])
+			t.Fatalf("%s --help: cannot parse %q", mode, text[start[0]:end])
 		}
 		found := documentedSetting{name: m[1], fallback: strings.Replace(m[3], ":"+version, ":VERSION", 1)}
 		_, placeholder, _ := strings.Cut(m[1], " ")
@@ -544,7 +620,7 @@ func addSettings(t *testing.T, settings []*documentedSetting, mode, text string,
 	return settings
 }
 
-// entry is how the page shows a setting.
+// entry returns the setting as the page shows it.
 func (s *documentedSetting) entry() string {
 	text := fmt.Sprintf("- `%s`: %s.", strings.ReplaceAll(s.name, ", ", "`, `"), s.meaning)
 	if s.fallback != "" {
@@ -556,7 +632,7 @@ func (s *documentedSetting) entry() string {
 	return text + "\n"
 }
 
-// documents are all pages that people read.
+// documents returns the paths of all documents.
 func documents(t *testing.T) []string {
 	t.Helper()
 	pages, err := filepath.Glob("docs/*.md")
@@ -567,7 +643,7 @@ func documents(t *testing.T) []string {
 	return append(pages, "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 }
 
-// Documents stay short enough to be read, and begin with the question that they answer.
+// Documents are short, and each page of docs/ begins with the question that it answers.
 func TestDocsAreShort(t *testing.T) {
 	const mostOfPage, mostOfReadme, mostLinesOfChangelog, mostOfCell = 15360, 9216, 40, 160
 	link := regexp.MustCompile(`\[([^\]]*)\]\([^)]*\)`)
@@ -584,7 +660,8 @@ func TestDocsAreShort(t *testing.T) {
 		if n := strings.Count(string(text), "\n"); page == "CHANGELOG.md" && n > mostLinesOfChangelog {
 			t.Errorf("%s has %d lines, at most %d are allowed", page, n, mostLinesOfChangelog)
 		}
-		if lines := strings.Split(string(text), "\n"); strings.HasPrefix(page, "docs/") && (len(lines) < 3 || !strings.Contains(lines[2], "?")) {
+		lines := strings.Split(string(text), "\n")
+		if strings.HasPrefix(page, "docs/") && (len(lines) < 3 || !strings.Contains(lines[2], "?")) {
 			t.Errorf("%s does not begin with the question that it answers", page)
 		}
 		for n, line := range strings.Split(withoutCode(string(text)), "\n") {
@@ -593,14 +670,15 @@ func TestDocsAreShort(t *testing.T) {
 			}
 			for cell := range strings.SplitSeq(strings.ReplaceAll(line, `\|`, "/"), "|") {
 				if cell = strings.TrimSpace(link.ReplaceAllString(cell, "$1")); len(cell) > mostOfCell {
-					t.Errorf("%s:%d: a cell has %d characters, at most %d are allowed: %s", page, n+1, len(cell), mostOfCell, cell)
+					t.Errorf("%s:%d: a cell has %d characters, at most %d are allowed: %s",
+						page, n+1, len(cell), mostOfCell, cell)
 				}
 			}
 		}
 	}
 }
 
-// Links to pages, to their sections and to files of the repository lead somewhere.
+// Links to pages, to their sections and to files of the repository have a target.
 func TestDocsLinksResolve(t *testing.T) {
 	link := regexp.MustCompile(`\]\(([^)\s]+)\)`)
 	checked := 0
@@ -632,7 +710,7 @@ func TestDocsLinksResolve(t *testing.T) {
 	}
 }
 
-// withoutCode is a page whose blocks of code have empty lines.
+// withoutCode returns a page with the lines of its code blocks emptied.
 func withoutCode(text string) string {
 	inCode := false
 	lines := strings.Split(text, "\n")
@@ -646,7 +724,7 @@ func withoutCode(text string) string {
 	return strings.Join(lines, "\n")
 }
 
-// sectionsOf are the names by which links reach the headings of a page, as GitHub makes them.
+// sectionsOf returns the anchors of a page's headings, as GitHub makes them.
 func sectionsOf(t *testing.T, page string) (sections []string) {
 	t.Helper()
 	text, err := os.ReadFile(page)

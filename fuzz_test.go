@@ -34,7 +34,7 @@ func reviews(f testing.TB) (all [][]byte) {
 	f.Helper()
 	files, err := filepath.Glob("test/testdata/admission-reviews/*.json")
 	if err != nil || len(files) == 0 {
-		f.Fatalf("%v, %v", files, err)
+		f.Fatalf("testdata has the reviews %v, %v", files, err)
 	}
 	for _, file := range files {
 		text, err := os.ReadFile(file)
@@ -87,7 +87,7 @@ func FuzzReview(f *testing.F) {
 			// a pod that needs a token now
 			return
 		case rec.Code != http.StatusOK:
-			t.Fatalf("%d %s", rec.Code, text)
+			t.Fatalf("got %d %s", rec.Code, text)
 		}
 		d := json.NewDecoder(rec.Body)
 		d.DisallowUnknownFields()

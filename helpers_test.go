@@ -390,7 +390,7 @@ func standInLine(
 		<-subscribed
 	}
 	if a, err := s.runAcquire(ctx, id, acquireRequest{token, 1, joinLine, ""}); err != nil || a.status != acquireFull {
-		t.Fatalf("got %+v, %v", a, err)
+		t.Fatalf("got %+v, %v, want a place in line", a, err)
 	}
 	return token, func() {
 		cancel()

@@ -316,8 +316,10 @@ func TestWatchedPod(t *testing.T) {
 // A list of pods with many fields that we ignore. An empty list has null for items.
 func TestReadPods(t *testing.T) {
 	for text, want := range map[string]string{
-		`{"kind": "PodList", "metadata": {"resourceVersion": "7"}, "items": null}`:   "0 pods, {ResourceVersion:7 Continue:}, <nil>",
-		`{"items": [{}, {}], "metadata": {"resourceVersion": "7", "continue": "x"}}`: "2 pods, {ResourceVersion:7 Continue:x}, <nil>",
+		`{"kind": "PodList", "metadata": {"resourceVersion": "7"}, "items": null}`: "0 pods, " +
+			"{ResourceVersion:7 Continue:}, <nil>",
+		`{"items": [{}, {}], "metadata": {"resourceVersion": "7", "continue": "x"}}`: "2 pods, " +
+			"{ResourceVersion:7 Continue:x}, <nil>",
 		`{"items": [{}`: "1 pods, {ResourceVersion: Continue:}, EOF",
 		`{"items": [{}, {"metadata": 3}]}`: "1 pods, {ResourceVersion: Continue:}, json: " +
 			"cannot unmarshal number into Go struct field podObject.metadata of type struct",

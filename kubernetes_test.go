@@ -176,7 +176,7 @@ func TestKubernetesLimitsRequests(t *testing.T) {
 	for i := range patches {
 		s.CreatePod(t, n, rig.GatedPod(fmt.Sprintf("p%d", i)))
 	}
-	// The first request opens the one connection: concurrent dials would open several, and
+	// The first request opens the one connection: concurrent dials would open several and
 	// close those they do not need.
 	rig.Must(t, k.patchPod(t.Context(), n, "p0", patch{}.json()))
 	var inFlight, most, done atomic.Int32

@@ -103,7 +103,7 @@ func TestLock(t *testing.T) {
 			if unlock, err := l.tryLock(ctx, "lock/{cancelled}", time.Minute); err == nil {
 				rig.Must(t, unlock(context.Background()))
 			} else if !errors.Is(err, context.Canceled) {
-				t.Errorf("got %v", err)
+				t.Errorf("got %v, want the context canceled", err)
 			}
 			rig.Must(t, lockWithin(t, another, "lock/{cancelled}", time.Minute)(context.Background()))
 		})
@@ -546,7 +546,7 @@ func TestStallingLockServer(t *testing.T) {
 		default:
 		}
 		if n := proxy.Made.Load(); n < 2 {
-			return fmt.Errorf("%d connections", n)
+			return fmt.Errorf("%d connections are open", n)
 		}
 		return nil
 	})
@@ -585,7 +585,7 @@ func TestPausedMaintainer(t *testing.T) {
 		go func() {
 			status, text, _, err := paused.Post(body)
 			if err == nil && (status != 200 || !strings.Contains(text, `"allowed":true`)) {
-				err = fmt.Errorf("%d %s", status, text)
+				err = fmt.Errorf("the admission got %d %s", status, text)
 			}
 			answered <- err
 		}()

@@ -19,16 +19,16 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// With TEST_QUEUE, the tests use another kind of queue, and only the tests run that use a
-// queue. chooseTests finds them in the source: a test uses a queue if it names
-// rig.QueueAddress, or a helper that does. The tests below use a queue, take long, and cannot
-// tell one kind of queue from another.
+// With TEST_QUEUE, only the tests that use a queue run, on that kind of queue.
+// chooseTests finds them in the source: a test uses a queue if it names rig.QueueAddress,
+// or a helper that does. The tests below use a queue, are slow, and run the same on all
+// kinds.
 var sameOnAllQueues = map[string][]string{
 	"what a script decides, on a server that works": {
 		"TestConcurrentFirstAdmissions", // TestHerd has more pods, and runs on all queues
 		"TestNobodyOvertakesWhilePodsArePaused",
 		"TestPodsOfTwoLengths",
-		"TestWatchOfALongInterval", // it waits for the clock; TestDeadHoldersAndRareAdmissions runs on all queues
+		"TestWatchOfALongInterval", // slow; TestDeadHoldersAndRareAdmissions runs on all queues
 	},
 	"what scripts and memory cost": {
 		"TestAdmissionCostsTheSameForAnyLength",
@@ -62,8 +62,8 @@ var sameOnAllQueues = map[string][]string{
 	},
 }
 
-// chooseTests limits a run with TEST_QUEUE to the tests for which the kind of queue matters.
-// It changes nothing if the command line names tests.
+// With TEST_QUEUE, chooseTests limits the run to the tests that depend on the queue. If
+// the command line names tests, it changes nothing.
 func chooseTests() error {
 	flag.Parse()
 	if rig.TestQueue == "" || flag.Lookup("test.run").Value.String() != "" {
@@ -79,9 +79,9 @@ func chooseTests() error {
 	return flag.Set("test.run", "^("+strings.Join(names, "|")+")$")
 }
 
-// queueTests are the tests of this folder that use a queue.
+// queueTests returns the tests of this folder that use a queue.
 func queueTests() (names []string, err error) {
-	uses := map[string][]string{} // by function: the functions that it names
+	uses := map[string][]string{} // the names used by each function
 	for pattern, prefix := range map[string]string{"*_test.go": "", "test/rig/*.go": "rig."} {
 		files, err := filepath.Glob(rig.Path(pattern))
 		if err != nil {
@@ -121,8 +121,9 @@ func queueTests() (names []string, err error) {
 	return names, nil
 }
 
-// namesIn are the names that a piece of source uses, with "rig." before those of test/rig.
-// prefix is that of its own package. It leaves out fields and methods.
+// namesIn returns the names that a piece of source uses, with "rig." before those of
+// test/rig. prefix is put before names of its own package. Fields and methods are left
+// out.
 func namesIn(source ast.Node, prefix string) (names []string) {
 	ast.Inspect(source, func(n ast.Node) bool {
 		switch n := n.(type) {
@@ -141,28 +142,28 @@ func namesIn(source ast.Node, prefix string) (names []string) {
 	return names
 }
 
-// Each name in sameOnAllQueues is a test that would run on all queues.
+// Each name in sameOnAllQueues is a test that uses a queue.
 func TestSameOnAllQueues(t *testing.T) {
 	names, err := queueTests()
 	rig.Must(t, err)
 	for _, same := range sameOnAllQueues {
 		for _, name := range same {
 			if !slices.Contains(names, name) {
-				t.Errorf("%s is no test that uses a queue", name)
+				t.Errorf("%s is not a test that uses a queue", name)
 			}
 		}
 	}
 	for _, name := range []string{"TestGate", "TestSidecarBeats", "TestRedisUnreachable"} {
 		if !slices.Contains(names, name) {
-			t.Errorf("%s uses a queue, and was not found", name)
+			t.Errorf("%s uses a queue, but was not found", name)
 		}
 	}
 	if slices.Contains(names, "TestFlagDefaults") {
-		t.Error("TestFlagDefaults uses no queue, and was found")
+		t.Error("TestFlagDefaults uses no queue, but was found")
 	}
 }
 
-// groupConfig is a configuration whose queue is a group, with a lock server of its own.
+// groupConfig returns a configuration with a group as queue, and its own lock server.
 func groupConfig(t *testing.T, address string) webhookConfig {
 	t.Helper()
 	c := configWithInterval(address, 2*time.Second)
@@ -170,8 +171,8 @@ func groupConfig(t *testing.T, address string) webhookConfig {
 	return c
 }
 
-// The program computes the slots that Redis computes. Of the semaphores by which it checks
-// a Cluster, each third of the slots has one.
+// The program computes the same slots as Redis. It checks a Cluster by semaphores of
+// which each third of the slots has one.
 func TestSlots(t *testing.T) {
 	t.Parallel()
 	r := rig.StartRedisWith(t, rig.RedisOptions{Kind: rig.ClusterQueue})
@@ -190,8 +191,8 @@ func TestSlots(t *testing.T) {
 	}
 }
 
-// A script runs while half of the keys of its semaphore have moved to another node. It uses
-// up one of the keys.
+// A script runs while half of its semaphore's keys have moved to another node. The script
+// empties one of the keys.
 func TestClusterSlotHalfMoved(t *testing.T) {
 	t.Parallel()
 	c := rig.StartCluster(t)
@@ -227,8 +228,8 @@ func TestClusterSlotHalfMoved(t *testing.T) {
 	to.WantCounts(t, id, 3, 0)
 }
 
-// All keys of a semaphore have moved, and its slot has not. The old node redirects the
-// program, and the new node answers only after ASKING. The user has only the rules of
+// All keys of a semaphore have moved, but its slot has not. The old node redirects the
+// program, and the new node replies only after ASKING. The user has only the rules of
 // docs/security.md.
 func TestClusterSlotMoving(t *testing.T) {
 	t.Parallel()
@@ -244,11 +245,12 @@ func TestClusterSlotMoving(t *testing.T) {
 	s := newSemaphores(config.settings, locks, 1, slog.New(slog.DiscardHandler))
 	t.Cleanup(func() { rig.Must(t, s.close(context.Background())) })
 	id := freshID()
-	// Pods of length 3 come and go while a pod of length 1 waits: then all keys exist.
+	// Pods of length 3 come and go while a pod of length 1 waits, so that all keys exist.
 	holder := acquire(t, s, id, 3)
 	gone := acquire(t, s, id, 3)
-	if a, err := s.runAcquire(t.Context(), id, acquireRequest{uuid.NewString(), 1, joinLine, ""}); err != nil || a.status != acquireFull {
-		t.Fatalf("got %+v, %v", a, err)
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{uuid.NewString(), 1, joinLine, ""})
+	if err != nil || a.status != acquireFull {
+		t.Fatalf("got %+v, %v, want a place in line", a, err)
 	}
 	giveBack(t, s, id, gone)
 	from, to := c.Holder(t, id), c.Holder(t, c.OtherID(t, id))
@@ -271,7 +273,7 @@ func TestClusterSlotMoving(t *testing.T) {
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
 		if _, err := fresh.heartbeat(ctx, id, holder, "", 0); err == nil || !strings.Contains(err.Error(), "NOPERM") {
-			t.Errorf("without %s: %v", rule, err)
+			t.Errorf("without %s: got %v, want NOPERM", rule, err)
 		}
 		cancel()
 		rig.Must(t, fresh.queue.close())
@@ -288,7 +290,7 @@ func TestClusterSlotMoving(t *testing.T) {
 	}
 }
 
-// "status --watch" only reads. It finds the new primary, too.
+// "status --watch" only reads. It finds a new primary too.
 func TestSentinelLook(t *testing.T) {
 	t.Parallel()
 	g := rig.StartSentinelGroup(t)
@@ -302,28 +304,28 @@ func TestSentinelLook(t *testing.T) {
 		defer cancel()
 		d, err := s.inspect(ctx, id)
 		if err == nil && d.inUse != 1 {
-			err = fmt.Errorf("%d in use", d.inUse)
+			err = fmt.Errorf("%d in use, want 1", d.inUse)
 		}
 		return err
 	}
 	rig.Eventually(t, 20*time.Second, look)
-	// A process that has known its primary for long asks no Sentinels.
+	// A process that found its primary long ago asks no Sentinels.
 	s.queue.(*sentinelQueue).checked = time.Now().Add(-time.Hour)
 	g.Servers[0].Crash(t)
 	rig.Eventually(t, 20*time.Second, look)
 }
 
-// DNS answers once, later than the program waits for the Sentinels, and then never again.
-// The program still finds them, and the next primary.
+// DNS replies once, too late for the lookup of the Sentinels, then never again. The
+// program still finds the Sentinels, and the next primary.
 func TestSentinelsBehindSlowDNS(t *testing.T) {
 	t.Parallel()
 	g := rig.StartSentinelGroup(t)
 	s := semaphoresOf(t, groupConfig(t, strings.ReplaceAll(g.Address(), "127.0.0.1", "sentinel.test")))
-	r, _, answer := testResolver(t)
+	r, _, replies := testResolver(t)
 	s.queue.(*sentinelQueue).settings.resolver = r
 	go func() {
 		_ = sleep(t.Context(), 2*askAgain)
-		answer <- dnsAnswer{addresses: []string{"127.0.0.1"}}
+		replies <- dnsReply{addresses: []string{"127.0.0.1"}}
 	}()
 	id := freshID()
 	acquire(t, s, id, maxLength)

@@ -19,28 +19,28 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// dnsAnswer is the reply of a test's DNS to one lookup.
-type dnsAnswer struct {
+// dnsReply is the reply of a test's DNS to one lookup.
+type dnsReply struct {
 	addresses []string
 	err       error
 }
 
-// testResolver returns a resolver whose lookups wait for a reply in answer. Unlike real
+// testResolver returns a resolver whose lookups wait for a reply in replies. Unlike real
 // lookups, they ignore the end of the context.
-func testResolver(t *testing.T) (r *resolver, asked chan string, answer chan dnsAnswer) {
+func testResolver(t *testing.T) (r *resolver, lookups chan string, replies chan dnsReply) {
 	t.Helper()
-	asked, answer = make(chan string, 100), make(chan dnsAnswer)
+	lookups, replies = make(chan string, 100), make(chan dnsReply)
 	r = newResolver()
 	r.ask = func(ctx context.Context, host string) ([]string, error) {
-		asked <- host
+		lookups <- host
 		select {
-		case a := <-answer:
+		case a := <-replies:
 			return a.addresses, a.err
 		case <-t.Context().Done():
 			return nil, errors.New("the test is over")
 		}
 	}
-	return r, asked, answer
+	return r, lookups, replies
 }
 
 func (r *resolver) wantResolved(t *testing.T, host string, want ...string) {
@@ -67,7 +67,7 @@ func (r *resolver) wantCachedSoon(t *testing.T, host string, want ...string) {
 // start no other, and later ones use its reply.
 func TestResolveSlowDNS(t *testing.T) {
 	t.Parallel()
-	r, asked, answer := testResolver(t)
+	r, lookups, replies := testResolver(t)
 	for range 3 {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 		_, err := r.resolve(ctx, "a.test")
@@ -77,38 +77,38 @@ func TestResolveSlowDNS(t *testing.T) {
 		}
 		cancel()
 	}
-	answer <- dnsAnswer{addresses: []string{"192.0.2.1"}}
+	replies <- dnsReply{addresses: []string{"192.0.2.1"}}
 	r.wantCachedSoon(t, "a.test", "192.0.2.1")
 	r.wantResolved(t, "a.test", "192.0.2.1")
-	if len(asked) != 1 {
-		t.Errorf("%d lookups, want 1", len(asked))
+	if len(lookups) != 1 {
+		t.Errorf("%d lookups, want 1", len(lookups))
 	}
 }
 
 // The resolver uses an old reply as long as there is no new one.
 func TestResolveOldReply(t *testing.T) {
 	t.Parallel()
-	r, asked, answer := testResolver(t)
-	go func() { answer <- dnsAnswer{addresses: []string{"192.0.2.1"}} }()
+	r, lookups, replies := testResolver(t)
+	go func() { replies <- dnsReply{addresses: []string{"192.0.2.1"}} }()
 	r.wantResolved(t, "a.test", "192.0.2.1")
 	r.doubt("a.test")
 	r.wantResolved(t, "a.test", "192.0.2.1") // the lookup is unanswered
-	answer <- dnsAnswer{err: &net.DNSError{Err: "server misbehaving", Name: "a.test"}}
+	replies <- dnsReply{err: &net.DNSError{Err: "server misbehaving", Name: "a.test"}}
 	r.wantResolved(t, "a.test", "192.0.2.1") // the lookup failed
-	go func() { answer <- dnsAnswer{addresses: []string{"192.0.2.2", "192.0.2.3"}} }()
+	go func() { replies <- dnsReply{addresses: []string{"192.0.2.2", "192.0.2.3"}} }()
 	r.wantCachedSoon(t, "a.test", "192.0.2.2", "192.0.2.3")
-	if len(asked) != 3 {
-		t.Errorf("%d lookups, want 3", len(asked))
+	if len(lookups) != 3 {
+		t.Errorf("%d lookups, want 3", len(lookups))
 	}
 }
 
 func TestResolveUnknownHost(t *testing.T) {
 	t.Parallel()
-	r, _, answer := testResolver(t)
-	go func() { answer <- dnsAnswer{err: &net.DNSError{Err: "no such host", Name: "a.test"}} }()
+	r, _, replies := testResolver(t)
+	go func() { replies <- dnsReply{err: &net.DNSError{Err: "no such host", Name: "a.test"}} }()
 	_, err := r.dial(t.Context(), new(net.Dialer), "tcp", "a.test:1")
 	if err == nil || !strings.Contains(err.Error(), "lookup a.test: no such host") || !isUnreachable(err) {
-		t.Errorf("got %v", err)
+		t.Errorf("got %v, want no such host", err)
 	}
 }
 
@@ -116,7 +116,7 @@ func TestResolveUnknownHost(t *testing.T) {
 // up again.
 func TestDialResolved(t *testing.T) {
 	t.Parallel()
-	r, asked, answer := testResolver(t)
+	r, lookups, replies := testResolver(t)
 	_, port, _ := net.SplitHostPort(rig.StartRedis(t).Address)
 	dial := func() error {
 		ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
@@ -127,15 +127,15 @@ func TestDialResolved(t *testing.T) {
 		}
 		return err
 	}
-	go func() { answer <- dnsAnswer{addresses: []string{"127.0.0.99"}} }() // no server listens there
+	go func() { replies <- dnsReply{addresses: []string{"127.0.0.99"}} }() // no server listens there
 	if err := dial(); err == nil || !strings.Contains(err.Error(), "127.0.0.99:"+port) {
-		t.Errorf("got %v", err)
+		t.Errorf("got %v, want the address in the error", err)
 	}
-	go func() { answer <- dnsAnswer{addresses: []string{"127.0.0.99", "127.0.0.1"}} }()
+	go func() { replies <- dnsReply{addresses: []string{"127.0.0.99", "127.0.0.1"}} }()
 	rig.Must(t, dial())
 	rig.Must(t, dial())
-	if len(asked) != 2 {
-		t.Errorf("%d lookups, want 2", len(asked))
+	if len(lookups) != 2 {
+		t.Errorf("%d lookups, want 2", len(lookups))
 	}
 }
 

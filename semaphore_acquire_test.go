@@ -44,7 +44,7 @@ func TestFreeTokensAreTakenBeforeARepair(t *testing.T) {
 	}
 	r.WantCounts(t, id, 0, 3)
 	if a, err := w.tryAdmit(rig.Review(t, id, 3)); err == nil { // only this one needs the stale token
-		t.Errorf("answered %+v, want an error about the unreachable lock server", a)
+		t.Errorf("got %+v, want an error about the unreachable lock server", a)
 	}
 }
 
@@ -234,7 +234,7 @@ func (l *lineUp) wantDrained(t *testing.T) {
 		l.giveBack(t)
 	}
 	if len(l.waiting) > 0 {
-		t.Errorf("%d still wait", len(l.waiting))
+		t.Errorf("%d pods still wait", len(l.waiting))
 	}
 }
 
@@ -382,7 +382,7 @@ func TestHerd(t *testing.T) {
 		case a.Code == http.StatusTooManyRequests:
 			refused.Add(1)
 		default:
-			t.Errorf("got %+v", a)
+			t.Errorf("got %+v, want allowed or 429", a)
 		}
 	}
 	var clients []*http.Client
@@ -443,7 +443,7 @@ func TestSlotsWithEndedContext(t *testing.T) {
 		free, err := s.take(ctx)
 		rig.Must(t, err)
 		if _, err := s.take(ctx); !errors.Is(err, errTooMany) {
-			t.Errorf("got %v", err)
+			t.Errorf("got %v, want errTooMany", err)
 		}
 		free()
 		free()
@@ -494,7 +494,7 @@ func TestTooManyAcquiresInAnOutage(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	if _, _, err := s.acquire(ctx, id, "", 1, 10*time.Second); !errors.Is(err, errTooMany) {
-		t.Errorf("got %v", err)
+		t.Errorf("got %v, want errTooMany", err)
 	}
 	if s.outages.failed(part); s.outages.parts[part].began != began {
 		t.Error("the outage started again")
@@ -594,7 +594,7 @@ func TestRepairsAreCapped(t *testing.T) {
 	late, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	if _, _, err := s.acquire(late, freshID(), "", 1, 10*time.Second); !errors.Is(err, errTooMany) {
-		t.Errorf("got %v", err)
+		t.Errorf("got %v, want errTooMany", err)
 	}
 	close(l.open)
 	all.Wait()
@@ -612,7 +612,7 @@ func TestRepairWithoutASlot(t *testing.T) {
 	defer cancel()
 	_, _, err := s.acquire(ctx, id, "", 1, 10*time.Second)
 	if !errors.Is(err, errTooMany) || !errors.Is(err, context.DeadlineExceeded) {
-		t.Errorf("got %v", err)
+		t.Errorf("got %v, want errTooMany and the deadline exceeded", err)
 	}
 	s.failRepairs(id, nil)
 	acquire(t, s, id, 1)

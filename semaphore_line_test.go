@@ -201,7 +201,7 @@ func TestWaitEndsWithItsContext(t *testing.T) {
 	_, done := queueUp(t, ctx, s, id, 1, r)
 	cancel()
 	if err := <-done; !errors.Is(err, context.Canceled) {
-		t.Errorf("got %v", err)
+		t.Errorf("got %v, want the context canceled", err)
 	}
 }
 
@@ -282,7 +282,7 @@ func (l *lineUp) wantDrainedWithoutOvertaking(t *testing.T, length, later int) {
 		l.giveBack(t)
 	}
 	if len(l.waiting) > 0 {
-		t.Errorf("%d still wait", len(l.waiting))
+		t.Errorf("%d pods still wait", len(l.waiting))
 	}
 }
 
@@ -318,8 +318,8 @@ func (l *lineUp) restore(t *testing.T, b backup) {
 func TestOneTooManyInFlightKeepsTheOrder(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
-		length int // of the waiters
-		happen func(t *testing.T, l *lineUp)
+		length  int // of the waiters
+		disturb func(t *testing.T, l *lineUp)
 	}{
 		"a holder comes back late": {2, func(t *testing.T, l *lineUp) {
 			late := l.holding[0]
@@ -344,7 +344,7 @@ func TestOneTooManyInFlightKeepsTheOrder(t *testing.T) {
 			l.hold(t, 2)
 			l.hold(t, 2)
 			l.join(t, c.length, c.length, c.length, c.length)
-			c.happen(t, l)
+			c.disturb(t, l)
 			l.wantState(t)
 			l.wantDrainedWithoutOvertaking(t, c.length, 3)
 		})
@@ -366,7 +366,7 @@ func (l *lineUp) rollBack(t *testing.T, waiting ...int) (holder linePod) {
 	}
 	unsubscribe()
 	l.restore(t, b)
-	wantFullError(t, l.s, l.id, 1, 0) // it is kept for those in line
+	wantFullError(t, l.s, l.id, 1, 0) // the free token is kept for the line
 	return linePod{token: token, length: 1}
 }
 
@@ -374,7 +374,7 @@ func (l *lineUp) rollBack(t *testing.T, waiting ...int) (holder linePod) {
 // the line, so it keeps no second token from the others.
 func TestRolledBackTake(t *testing.T) {
 	t.Parallel()
-	for name, happen := range map[string]func(t *testing.T, l *lineUp){
+	for name, disturb := range map[string]func(t *testing.T, l *lineUp){
 		"and that it was given back before": func(t *testing.T, l *lineUp) {
 			l.hold(t, 1)
 			l.join(t, 1, 1, 1)
@@ -401,7 +401,7 @@ func TestRolledBackTake(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			l := quickRecoveryLine(t)
-			happen(t, l)
+			disturb(t, l)
 			l.wantState(t)
 			l.wantDrainedWithoutOvertaking(t, 1, 2)
 		})
@@ -845,7 +845,7 @@ func TestWaiterAndADeadLockHolder(t *testing.T) {
 	}
 	rig.Eventually(t, 20*time.Second, func() error {
 		if n := r.CommandCalls(t)["set"]; n < 6 {
-			return fmt.Errorf("%d attempts", n)
+			return fmt.Errorf("%d attempts, want more", n)
 		}
 		return nil
 	})
@@ -872,6 +872,6 @@ func TestWaiterEndsWhileRedisHangs(t *testing.T) {
 	p.WantExit(t, 1)
 	want := "the line of " + id.String() + " not left within the grace period, it forgets this pod within seconds"
 	if text := p.WantLog(t, "failed")["error"].(string); !strings.HasPrefix(text, want) {
-		t.Errorf("logged %q", text)
+		t.Errorf("logged %q, want %q first", text, want)
 	}
 }

@@ -207,7 +207,7 @@ func TestRefusingRedisIsAway(t *testing.T) {
 			}
 			line := p.WantLog(t, "heartbeat failed, to be retried")
 			if !hasReason(fmt.Sprint(line["error"]), name) {
-				t.Errorf("logged %v", line)
+				t.Errorf("logged %v, want the error %s", line, name)
 			}
 			touched := r.State(t, id, "touched")
 			for range 3 {

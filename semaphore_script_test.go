@@ -307,7 +307,7 @@ func TestConnectionsThatAreClosedAtOnce(t *testing.T) {
 	start := time.Now()
 	a, err := w.tryAdmit(rig.Review(t, id, 5))
 	if err != nil || !a.Allowed {
-		t.Errorf("answered %+v, %v", a, err)
+		t.Errorf("got %+v, %v", a, err)
 	}
 	rig.WantWithin(t, time.Since(start), 5*time.Second, "an admission while connections were closed for 3 s")
 	if n := p.Made.Load() - made; n > int32(30+rig.IfDiscovered(30)) {
@@ -447,7 +447,7 @@ func TestAdmissionCostsTheSameForAnyLength(t *testing.T) {
 	for i := range small {
 		for what, c := range map[string]struct {
 			values map[string][]int
-			factor int // the most that a great length may cost, times a small one
+			factor int // the most that a great length may cost, as a multiple of a small one
 		}{"commands": {commands, 1}, "µs": {micros, 2}} {
 			few, lots := median(c.values[name(i, small)]), median(c.values[name(i, maxLength)])
 			t.Logf("admission %d: %d %s with length %d, %d with length %d", i+1, few, what, small, lots, maxLength)

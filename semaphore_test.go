@@ -393,7 +393,7 @@ func TestRefreshPlaces(t *testing.T) {
 	}
 	a, err := s.runAcquire(t.Context(), id, acquireRequest{all[0].token, 2, joinLine, ""})
 	if err != nil || a.status != acquireTaken {
-		t.Fatalf("got %+v, %v", a, err)
+		t.Fatalf("got %+v, %v, want the token", a, err)
 	}
 	kept, err = s.refreshPlaces(t.Context(), id, kept.created, nil, all[:2])
 	rig.Must(t, err)
@@ -416,7 +416,7 @@ func TestRefreshPlacesReportsLoss(t *testing.T) {
 		}
 		a, err := s.runAcquire(t.Context(), id, acquireRequest{all[0].token, 1, joinLine, ""})
 		if err != nil || a.status != acquireFull || a.doubt == 0 {
-			t.Errorf("got %+v, %v", a, err)
+			t.Errorf("got %+v, %v, want a place in line and a doubt", a, err)
 		}
 	}
 }
@@ -436,9 +436,9 @@ func TestRefreshTokens(t *testing.T) {
 	r.WantInflight(t, id, token)
 }
 
-// Redis stores the pod name that the webhook knows, and with the first heartbeat the name
-// and node that the sidecar knows. The heartbeat does not change since when the pod holds
-// the token. Refusals name the holders.
+// With the token, Redis stores the pod name that the webhook knows. The first heartbeat
+// adds the name and node that the sidecar knows. It keeps the time since which the pod
+// holds the token. Refusals name the holders.
 func TestHoldersAreNamed(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	w := startWebhook(t, testConfig(r.Address))
@@ -598,6 +598,6 @@ func TestRefusedForTheLine(t *testing.T) {
 	var full *fullError
 	want := fmt.Sprintf("no semaphore available: %s has 0 of 1 tokens in use; 1 waiting in line", id)
 	if !errors.As(err, &full) || refusal(full) != want {
-		t.Errorf("got %v", err)
+		t.Errorf("got %v, want the refusal %q", err, want)
 	}
 }

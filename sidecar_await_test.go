@@ -426,7 +426,7 @@ func wantConnected(t *testing.T, podUID string) {
 	rig.Eventually(t, 10*time.Second, func() error {
 		table, err := os.ReadFile("/proc/net/unix")
 		if n := strings.Count(string(table), awaitSocket(podUID).Name); err == nil && n < 2 {
-			err = fmt.Errorf("%d sockets", n)
+			err = fmt.Errorf("%d sockets, want 2", n)
 		}
 		return err
 	})

@@ -63,7 +63,7 @@ func shownSemaphore(t *testing.T, namespace string) (r *rig.Redis, s *semaphores
 		token := uuid.NewString()
 		a, err := s.runAcquire(t.Context(), id, acquireRequest{token, 2, joinLine, pod})
 		if err != nil || a.status != acquireFull {
-			t.Fatalf("got %+v, %v", a, err)
+			t.Fatalf("got %+v, %v, want a place in line", a, err)
 		}
 		tokens = append(tokens, token)
 	}
@@ -139,7 +139,7 @@ func TestStatusJSON(t *testing.T) {
 	var one semaphoreReport
 	decode(&one, id.String())
 	if len(one.Holders) != 3 || len(one.Line) != 2 {
-		t.Fatalf("got %+v", one)
+		t.Fatalf("got %+v, want three holders and two waiters", one)
 	}
 	if h := one.Holders[0]; h.Pod != "web-a" || h.Node != "node-1" || h.Token != tokens[0] ||
 		*h.Held < 14400 || h.Heartbeat > 60 || h.Stale {
@@ -202,7 +202,7 @@ func TestStatusReleaseOfSameName(t *testing.T) {
 	}
 	_, err := statusOf(t, r, "", "release", id.String(), "web-0", "--yes")
 	if err == nil || !strings.Contains(err.Error(), "2 tokens of "+id.String()) {
-		t.Errorf("got %v", err)
+		t.Errorf("got %v, want an error about two tokens", err)
 	}
 	r.WantCounts(t, id, 0, 2)
 }
@@ -252,7 +252,8 @@ func TestStatusEnvironment(t *testing.T) {
 	}
 	env["STATUS_REDIS_PASSWORD"] = "b"
 	c, err = parseStatusConfig([]string{"--queue-redis-address=other:6379"}, getenv)
-	if err != nil || c.redis.username != "status" || c.redis.password != "b" || c.queueRedisAddress.text != "other:6379" {
+	if err != nil || c.redis.username != "status" || c.redis.password != "b" ||
+		c.queueRedisAddress.text != "other:6379" {
 		t.Errorf("got %+v, %v", c, err)
 	}
 }

@@ -42,7 +42,7 @@ func TestConcurrentFirstAdmissions(t *testing.T) {
 					case a.Code == http.StatusTooManyRequests:
 						full.Add(1)
 					default:
-						t.Errorf("got %+v", a)
+						t.Errorf("got %+v, want allowed with a token, or 429", a)
 					}
 				})
 			}
@@ -112,7 +112,7 @@ func TestAbandonedAcquireTakesNothing(t *testing.T) {
 			ctx, cancel := context.WithTimeout(context.Background(), 200*time.Millisecond)
 			defer cancel()
 			if _, _, err := w.post(ctx, body, "10s"); !errors.Is(err, context.DeadlineExceeded) {
-				return fmt.Errorf("got %v", err)
+				return fmt.Errorf("got %v, want the deadline exceeded", err)
 			}
 			return nil
 		},
@@ -366,7 +366,7 @@ func TestShutdownFinishesAdmissions(t *testing.T) {
 	r.Resume(t)
 	a := <-answered
 	if a.err != nil || a.status != 200 || !strings.Contains(a.text, `"allowed":true`) {
-		t.Errorf("got %+v", a)
+		t.Errorf("got %+v, want allowed", a)
 	}
 	w.WantExit(t, 0)
 	w.WantLog(t, "stopped")
