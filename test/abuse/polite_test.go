@@ -23,19 +23,20 @@ import (
 )
 
 const (
-	// maxMemory is the most resident memory: three quarters of what the container has.
+	// maxMemory limits the resident memory to three quarters of the container's limit.
 	maxMemory = 192 << 20
 
-	// 99 % of the polite client's admissions take at most maxLatency, which is four times what was
-	// measured. If other processes use the cores, too, the stretch of the webhook exceeds usualStretch,
-	// and the admissions may take longer by the same factor.
+	// At most 1 % of the polite client's admissions may take longer than maxLatency, four
+	// times the measured value. If other processes use the cores, too, the webhook's
+	// stretch exceeds usualStretch. Then the limit grows by the same factor.
 	maxLatency   = time.Second
 	usualStretch = 4
 
-	maxNoise = 100 // log lines about misuse
+	maxLogLines = 100 // log lines about misuse
 )
 
-// The environment of the polite client, which is this test binary. It reads the review from stdin.
+// Environment variables of the polite client, which runs this test binary. It reads the
+// review from stdin.
 const (
 	politeURL   = "POLITE_URL"
 	politeUntil = "POLITE_UNTIL"
@@ -52,13 +53,13 @@ func TestMain(m *testing.M) {
 	}
 }
 
-// politeAnswer is the line of JSON that the polite client prints for each admission.
+// politeAnswer is the JSON line that the polite client prints for each admission.
 type politeAnswer struct {
 	Took    time.Duration
 	Failure string
 }
 
-// askPolitely is the polite client. It asks forty times a second.
+// askPolitely is the polite client. It asks for an admission forty times a second.
 func askPolitely(url, until string) error {
 	deadline, err := time.Parse(time.RFC3339Nano, until)
 	if err != nil {
@@ -96,11 +97,11 @@ func askPolitely(url, until string) error {
 	return nil
 }
 
-// abused is a webhook that clients misuse.
+// abused is a webhook under misuse.
 type abused struct {
 	*rig.Webhook
 	address string
-	path    string // where it serves, with the secret
+	path    string // the path of the webhook, with the secret
 }
 
 // secret is the secret in the path of the webhook.
@@ -123,10 +124,11 @@ func (a *abused) dial(ctx context.Context, protocols ...string) (net.Conn, error
 	return d.DialContext(ctx, "tcp", a.address)
 }
 
-// polite starts the polite client, which asks for admissions until the deadline of ctx. As an API
-// server does, the client keeps one connection, and is a process of its own: in the process of the
-// misuse, it would wait for its turn. The client has been answered once when polite returns. The
-// returned function waits for the end of the client, and returns how long its other admissions took.
+// polite starts the polite client, which asks for admissions until the deadline of ctx.
+// Like an API server, the client keeps one connection. It is a separate process: in the
+// process of the misuse, it would wait for CPU. polite returns after the client's first
+// answer. The returned function waits until the client ends, and returns the durations of
+// its other admissions.
 func (a *abused) polite(ctx context.Context, t *testing.T) func() []time.Duration {
 	t.Helper()
 	deadline, _ := ctx.Deadline()
@@ -155,7 +157,7 @@ func (a *abused) polite(ctx context.Context, t *testing.T) func() []time.Duratio
 	}
 }
 
-// misuse makes many clients do the same again and again, for a while, and checks the costs.
+// misuse runs abuse repeatedly in many clients for a while, and checks the costs.
 func (a *abused) misuse(t *testing.T, lasts time.Duration, many int, abuse func(ctx context.Context, i int)) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), lasts)
@@ -169,8 +171,8 @@ func (a *abused) misuse(t *testing.T, lasts time.Duration, many int, abuse func(
 	a.wantBounded(t)
 }
 
-// overrun starts the clients that misuse the webhook. All of them share two cores: each pauses between
-// two attempts.
+// overrun starts the misusing clients. They share two cores, so each pauses between two
+// attempts.
 func (a *abused) overrun(ctx context.Context, wg *sync.WaitGroup, many int, abuse func(ctx context.Context, i int)) {
 	for i := range many {
 		wg.Go(func() {
@@ -183,12 +185,12 @@ func (a *abused) overrun(ctx context.Context, wg *sync.WaitGroup, many int, abus
 	}
 }
 
-// scheduling is what the threads of a process got from the scheduler.
+// scheduling is the time that the scheduler gave to the threads of a process.
 type scheduling struct {
-	ran, waited time.Duration // on a core, and for one
+	ran, waited time.Duration // on a core, and waiting for one
 }
 
-// scheduled is the scheduling of the webhook so far.
+// scheduled returns the scheduling of the webhook up to now.
 func (a *abused) scheduled(t *testing.T) (s scheduling) {
 	t.Helper()
 	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", a.Pid()))
@@ -210,12 +212,12 @@ func (a *abused) scheduled(t *testing.T) (s scheduling) {
 	return s
 }
 
-// since is the scheduling since another one.
+// since returns the scheduling since an earlier one.
 func (s scheduling) since(before scheduling) scheduling {
 	return scheduling{s.ran - before.ran, s.waited - before.waited}
 }
 
-// stretch is how much longer the work of the process took than on cores of its own.
+// stretch returns how much longer the process's work took than on idle cores.
 func (s scheduling) stretch() float64 {
 	return float64(s.ran+s.waited) / float64(max(s.ran, 1))
 }
@@ -246,14 +248,14 @@ func (a *abused) wantBounded(t *testing.T) {
 	if peak > maxMemory {
 		t.Errorf("want at most %d MiB", maxMemory>>20)
 	}
-	noise := 0
+	lines := 0
 	for line := range strings.Lines(a.Log.String()) {
 		if !strings.Contains(line, `"msg":"admission"`) || strings.Contains(line, `"verdict":"bad request"`) {
-			noise++
+			lines++
 		}
 	}
-	if noise > maxNoise {
-		t.Errorf("the webhook has logged %d lines about misuse, want at most %d", noise, maxNoise)
+	if lines > maxLogLines {
+		t.Errorf("the webhook has logged %d lines about misuse, want at most %d", lines, maxLogLines)
 	}
 }
 

@@ -175,8 +175,8 @@ func Build(root, binary string, flags ...string) error {
 	return nil
 }
 
-// Eventually polls until check returns nil. It fails the test with the last error of check
-// after patience, or after within if the suite is timed.
+// Eventually polls until check returns nil. It waits for patience, or for within if the
+// suite is timed. Then it fails the test with check's last error.
 func Eventually(t testing.TB, within time.Duration, check func() error) {
 	t.Helper()
 	if !timed {

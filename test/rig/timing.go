@@ -10,8 +10,7 @@ import (
 // idle machine. Otherwise only order, counts and state fail a test.
 var timed = os.Getenv("TIMING") == "1"
 
-// patience is how long a test that is not timed waits for something that must happen. No slow
-// machine exceeds it.
+// patience limits the wait of a test that is not timed. No slow machine exceeds it.
 const patience = 90 * time.Second
 
 // WantWithin logs how long something took. If timed is set, it fails the test above the
