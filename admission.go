@@ -284,7 +284,7 @@ func (d *decision) deny(code int32, reason metav1.StatusReason, message string) 
 }
 
 // pulseKey is the key by which webhooks see that a gate is at work.
-var pulseKey = sideID.stateKey()
+var pulseKey = auxiliaryID.stateKey()
 
 const (
 	pulseEvery = 5 * time.Second
@@ -295,7 +295,7 @@ const (
 // One caller at a time runs the query. Meanwhile the others get no answer, and neither
 // does any caller while the query fails.
 type cachedQuery[A any] struct {
-	run func(context.Context) (A, error) // within sideTimeout
+	run func(context.Context) (A, error) // within auxiliaryTimeout
 
 	mu     sync.Mutex
 	ran    time.Time

@@ -93,7 +93,7 @@ func newGate(c gateConfig, log *slog.Logger) (*gate, error) {
 	g := &gate{
 		kubernetes:    k,
 		semaphores:    s,
-		subscription:  newSubscription(s.queue, sideID, log),
+		subscription:  newSubscription(s.queue, auxiliaryID, log),
 		unschedulable: c.unschedulable,
 		log:           log,
 		lines:         map[semaphoreID]*gateLine{},

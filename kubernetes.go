@@ -180,7 +180,7 @@ func (k *kubernetes) call(ctx context.Context, method, path, contentType string,
 	}
 	err = k.exchange(ctx, callTimeout, method, path, contentType, body, read)
 	if after := retryAfter(err); after > 0 {
-		k.pace.hold(after)
+		k.pace.delay(after)
 	}
 	return err
 }

@@ -246,7 +246,7 @@ func TestPacer(t *testing.T) {
 		}
 	}
 	held := time.Now()
-	p.hold(300 * time.Millisecond)
+	p.delay(300 * time.Millisecond)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if err := p.wait(ctx); !errors.Is(err, context.Canceled) {

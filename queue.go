@@ -117,24 +117,24 @@ type queueServer struct {
 	address string
 	pool    *redisPool
 	clock   serverClock
-	left    atomic.Bool // the pool is closed: another server has replaced this one, or the queue is closed
+	closed  atomic.Bool // the pool is closed: another server has replaced this one, or the queue is closed
 
-	asking, repairing slots // acquires and repairs of this process; see maxAsking
+	acquires, repairs slots // acquires and repairs of this process; see maxAcquires
 }
 
 func newQueueServer(address string, settings redisSettings, maxIdle int) *queueServer {
 	return &queueServer{
-		address:   address,
-		pool:      newRedisPool(address, settings, maxIdle, redisReadTimeout),
-		asking:    make(slots, maxAsking),
-		repairing: make(slots, maxRepairing),
+		address:  address,
+		pool:     newRedisPool(address, settings, maxIdle, redisReadTimeout),
+		acquires: make(slots, maxAcquires),
+		repairs:  make(slots, maxRepairing),
 	}
 }
 
 func (s *queueServer) String() string { return "queue Redis " + s.address }
 
 func (s *queueServer) close() error {
-	s.left.Store(true)
+	s.closed.Store(true)
 	return s.pool.Close()
 }
 
@@ -152,15 +152,15 @@ func (q oneServer) primaries(context.Context) ([]*queueServer, error) {
 }
 func (q oneServer) close() error { return q.server.close() }
 
-// sideTimeout bounds a query whose result is optional for the caller.
-const sideTimeout = 300 * time.Millisecond
+// auxiliaryTimeout bounds a query whose result is optional for the caller.
+const auxiliaryTimeout = 300 * time.Millisecond
 
 // runCommand sends a command that concerns no semaphore of a pod. It tries once, for at
-// most sideTimeout.
+// most auxiliaryTimeout.
 func runCommand(ctx context.Context, q tokenServers, command string, args ...any) (any, error) {
-	ctx, cancel := context.WithTimeout(ctx, sideTimeout)
+	ctx, cancel := context.WithTimeout(ctx, auxiliaryTimeout)
 	defer cancel()
-	server, err := q.find(ctx, sideID)
+	server, err := q.find(ctx, auxiliaryID)
 	if err != nil {
 		return nil, err
 	}
@@ -172,9 +172,9 @@ func runCommand(ctx context.Context, q tokenServers, command string, args ...any
 	return redis.DoContext(conn, ctx, command, args...)
 }
 
-// sideID is a semaphore that no pod can have. Its keys hold all other state, so that a
+// auxiliaryID is a semaphore that no pod can have. Its keys hold all other state, so that a
 // Cluster keeps them on one node.
-var sideID = semaphoreID{checkID(0).namespace, "side"}
+var auxiliaryID = semaphoreID{checkID(0).namespace, "side"}
 
 // checkID returns a semaphore that no pod can have: "-" is no valid namespace.
 func checkID(n int) semaphoreID { return semaphoreID{"-", fmt.Sprintf("check-%d", n)} }
@@ -239,9 +239,9 @@ const (
 	// lookupTimeout bounds a look-up, and a command's wait for it.
 	lookupTimeout = 2 * time.Second
 
-	// askAgain is the time after which a look-up repeats its queries if a server does not
+	// requeryAfter is the time after which a look-up repeats its queries if a server does not
 	// answer.
-	askAgain = 500 * time.Millisecond
+	requeryAfter = 500 * time.Millisecond
 )
 
 var errQueueClosed = errors.New("this process is stopping")
@@ -372,7 +372,7 @@ func (c *roleChecks) start(ctx context.Context, address string) {
 }
 
 // wait waits for an answer and returns the server's address. Its error says that the
-// server is no primary, or does not answer. After askAgain, it returns no address.
+// server is no primary, or does not answer. After requeryAfter, it returns no address.
 func (c *roleChecks) wait(ctx context.Context) (address string, err error) {
 	select {
 	case a := <-c.answers:
@@ -381,7 +381,7 @@ func (c *roleChecks) wait(ctx context.Context) (address string, err error) {
 			_ = sleep(ctx, lookupPause)
 		}
 		return a.address, a.err
-	case <-time.After(askAgain):
+	case <-time.After(requeryAfter):
 	case <-ctx.Done():
 	}
 	return "", nil
@@ -433,7 +433,7 @@ func query(ctx context.Context, address string, settings redisSettings, command 
 // Limits per process and server: further operations wait for their turn. To open hundreds
 // of connections at once would take longer than the operations do.
 const (
-	maxAsking    = 128             // concurrent acquires, each over its own connection
+	maxAcquires  = 128             // concurrent acquires, each over its own connection
 	maxRepairing = lockConnections // concurrent repairs
 )
 

@@ -51,14 +51,14 @@ type clusterQueue struct {
 
 	mu      sync.Mutex
 	servers map[string]*queueServer // by address
-	doubted map[string]bool         // addresses at which a command has failed since the last successful check
+	suspect map[string]bool         // addresses at which a command has failed since the last successful check
 	ranges  []slotRange             // from the last look-up
 	moved   map[int]string          // addresses from MOVED since then, by slot
 }
 
 func newClusterQueue(address queueAddress, settings redisSettings, maxIdle int, log *slog.Logger) *clusterQueue {
 	q := &clusterQueue{address: address, settings: settings, maxIdle: maxIdle, log: log,
-		servers: map[string]*queueServer{}, doubted: map[string]bool{}, moved: map[int]string{}}
+		servers: map[string]*queueServer{}, suspect: map[string]bool{}, moved: map[int]string{}}
 	q.discovery = newDiscovery(q.lookUp)
 	return q
 }
@@ -113,7 +113,7 @@ func (q *clusterQueue) serverOf(slot int) (server *queueServer, certain bool) {
 	if address == "" {
 		return nil, false
 	}
-	return q.serverLocked(address), !q.doubted[address]
+	return q.serverLocked(address), !q.suspect[address]
 }
 
 // at implements tokenServers.
@@ -146,7 +146,7 @@ func (q *clusterQueue) failed(server *queueServer, id semaphoreID, err error) {
 		q.discovery.start() // other slots may have moved, too
 	case q.servers[server.address] == server:
 		q.discovery.noteFailed(err)
-		q.doubted[server.address] = true
+		q.suspect[server.address] = true
 	}
 }
 
@@ -248,7 +248,7 @@ func (q *clusterQueue) lookUp(ctx context.Context, note func(error)) error {
 // askNodes returns the slots as a node describes them. It prefers the first answer
 // without a doubted master.
 func (q *clusterQueue) askNodes(ctx context.Context) (ranges []slotRange, err error) {
-	ctx, cancel := context.WithTimeout(ctx, askAgain)
+	ctx, cancel := context.WithTimeout(ctx, requeryAfter)
 	defer cancel()
 	err = fanOut(ctx, q.nodes(), q.askNode, func(answer []slotRange) (enough bool) {
 		good := len(q.doubtedMasters(answer)) == 0
@@ -321,7 +321,7 @@ func (q *clusterQueue) doubtedMasters(ranges []slotRange) (addresses []string) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	for _, r := range ranges {
-		if q.doubted[r.address] && !slices.Contains(addresses, r.address) {
+		if q.suspect[r.address] && !slices.Contains(addresses, r.address) {
 			addresses = append(addresses, r.address)
 		}
 	}
@@ -345,7 +345,7 @@ func (q *clusterQueue) adopt(ranges []slotRange) (doubted []string) {
 	for address, s := range q.servers {
 		if !masters[address] {
 			delete(q.servers, address)
-			delete(q.doubted, address)
+			delete(q.suspect, address)
 			_ = s.close()
 		}
 	}
@@ -357,5 +357,5 @@ func (q *clusterQueue) adopt(ranges []slotRange) (doubted []string) {
 func (q *clusterQueue) clearDoubt(address string) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	delete(q.doubted, address)
+	delete(q.suspect, address)
 }

@@ -155,7 +155,7 @@ type sentinelAnswer struct {
 // askSentinels returns the answer with the highest epoch. Its error says why no Sentinel
 // has answered.
 func (q *sentinelQueue) askSentinels(ctx context.Context) (best sentinelAnswer, err error) {
-	ctx, cancel := context.WithTimeout(ctx, askAgain)
+	ctx, cancel := context.WithTimeout(ctx, requeryAfter)
 	defer cancel()
 	best.epoch = -1
 	err = fanOut(ctx, q.address.servers, q.askSentinel, func(a sentinelAnswer) (enough bool) {
@@ -176,7 +176,7 @@ func (q *sentinelQueue) askSentinel(ctx context.Context, sentinel string) (a sen
 			err = fmt.Errorf("asking Sentinel %s: %w", sentinel, err)
 		}
 	}()
-	conn, err := dialRedis(ctx, sentinel, q.settings.ofSentinels(), askAgain)
+	conn, err := dialRedis(ctx, sentinel, q.settings.ofSentinels(), requeryAfter)
 	if err != nil {
 		return a, err
 	}

@@ -269,7 +269,7 @@ func TestClusterSlotMoving(t *testing.T) {
 		}
 		fresh := newSemaphores(config.settings, nil, 1, slog.New(slog.DiscardHandler))
 		if rule == "+role" {
-			fresh.queue.(*clusterQueue).doubted[from.Address] = true
+			fresh.queue.(*clusterQueue).suspect[from.Address] = true
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
 		if _, err := fresh.heartbeat(ctx, id, holder, "", 0); err == nil || !strings.Contains(err.Error(), "NOPERM") {
@@ -324,12 +324,12 @@ func TestSentinelsBehindSlowDNS(t *testing.T) {
 	r, _, replies := testResolver(t)
 	s.queue.(*sentinelQueue).settings.resolver = r
 	go func() {
-		_ = sleep(t.Context(), 2*askAgain)
+		_ = sleep(t.Context(), 2*requeryAfter)
 		replies <- dnsReply{addresses: []string{"127.0.0.1"}}
 	}()
 	id := freshID()
 	acquire(t, s, id, maxLength)
-	r.doubt("sentinel.test")
+	r.expire("sentinel.test")
 	g.Servers[0].Crash(t)
 	acquire(t, s, id, maxLength)
 }

@@ -257,7 +257,7 @@ const (
 // node is lost, DNS is often slower than a dial can wait, and its last answer is mostly
 // still right.
 type resolver struct {
-	ask func(ctx context.Context, host string) ([]string, error) // queries DNS
+	lookUp func(ctx context.Context, host string) ([]string, error) // queries DNS
 
 	lookups flights[string, *resolvedHost]
 
@@ -272,7 +272,7 @@ type resolvedHost struct {
 }
 
 func newResolver() *resolver {
-	return &resolver{ask: net.DefaultResolver.LookupHost, hosts: map[string]resolvedHost{}}
+	return &resolver{lookUp: net.DefaultResolver.LookupHost, hosts: map[string]resolvedHost{}}
 }
 
 // resolve returns the addresses of a host. Its error says why it has none when ctx is
@@ -315,7 +315,7 @@ func (r *resolver) start(host string) (cached []string, lookup *flight[*resolved
 	return h.addresses, r.lookups.join(host, new(resolvedHost), func(answer *resolvedHost) (err error) {
 		ctx, cancel := context.WithTimeout(context.Background(), resolveTimeout)
 		defer cancel()
-		if answer.addresses, err = r.ask(ctx, host); err != nil {
+		if answer.addresses, err = r.lookUp(ctx, host); err != nil {
 			return err
 		}
 		answer.at = time.Now()
@@ -326,8 +326,8 @@ func (r *resolver) start(host string) (cached []string, lookup *flight[*resolved
 	})
 }
 
-// doubt expires the cached answer: no server answers at its addresses.
-func (r *resolver) doubt(host string) {
+// expire expires the cached answer: no server answers at its addresses.
+func (r *resolver) expire(host string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.hosts[host] = resolvedHost{addresses: r.hosts[host].addresses}
@@ -355,7 +355,7 @@ func (r *resolver) dial(ctx context.Context, dialer *net.Dialer, network, addres
 		}
 		failed = append(failed, err)
 	}
-	r.doubt(host)
+	r.expire(host)
 	return nil, errors.Join(failed...)
 }
 

@@ -31,7 +31,7 @@ func testResolver(t *testing.T) (r *resolver, lookups chan string, replies chan 
 	t.Helper()
 	lookups, replies = make(chan string, 100), make(chan dnsReply)
 	r = newResolver()
-	r.ask = func(ctx context.Context, host string) ([]string, error) {
+	r.lookUp = func(ctx context.Context, host string) ([]string, error) {
 		lookups <- host
 		select {
 		case a := <-replies:
@@ -91,7 +91,7 @@ func TestResolveOldReply(t *testing.T) {
 	r, lookups, replies := testResolver(t)
 	go func() { replies <- dnsReply{addresses: []string{"192.0.2.1"}} }()
 	r.wantResolved(t, "a.test", "192.0.2.1")
-	r.doubt("a.test")
+	r.expire("a.test")
 	r.wantResolved(t, "a.test", "192.0.2.1") // the lookup is unanswered
 	replies <- dnsReply{err: &net.DNSError{Err: "server misbehaving", Name: "a.test"}}
 	r.wantResolved(t, "a.test", "192.0.2.1") // the lookup failed

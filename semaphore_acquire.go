@@ -246,7 +246,7 @@ func (s *semaphores) takeRepairSlot(ctx context.Context, stage *repairStage,
 		return func() {}, nil
 	}
 	stage.Store(repairSlot)
-	if free, err = server.repairing.take(ctx); err != nil {
+	if free, err = server.repairs.take(ctx); err != nil {
 		err = fmt.Errorf("repairs: %w", err)
 	}
 	return free, err

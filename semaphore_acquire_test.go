@@ -393,7 +393,7 @@ func TestHerd(t *testing.T) {
 		ask(clients[len(clients)-1]) // opens the connection
 	}
 	before := r.Info(t, "stats", "total_connections_received:")
-	free := fullOf(t, serverOf(t, w.semaphores, id).asking)
+	free := fullOf(t, serverOf(t, w.semaphores, id).acquires)
 	var all sync.WaitGroup
 	for i := range pods {
 		all.Go(func() { ask(clients[i%connections]) })
@@ -413,7 +413,7 @@ func TestHerd(t *testing.T) {
 	}
 	r.WantCounts(t, id, 0, length)
 	made := r.Info(t, "stats", "total_connections_received:") - before
-	if made > 4*maxAsking { // on a slow machine, some attempts are retried over new connections
+	if made > 4*maxAcquires { // on a slow machine, some attempts are retried over new connections
 		t.Errorf("%d connections to Redis were opened for %d pods", made, pods)
 	}
 }
@@ -468,7 +468,7 @@ func TestTooManyAcquires(t *testing.T) {
 		return n
 	}
 	before := redisErrors()
-	fullOf(t, serverOf(t, s, id).asking)
+	fullOf(t, serverOf(t, s, id).acquires)
 	status, text, err := w.post(context.Background(), rig.Review(t, id, 2), "300ms")
 	want := "requests to queue Redis " + r.Address + ": too many at once: try again"
 	if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, want) {
@@ -490,7 +490,7 @@ func TestTooManyAcquiresInAnOutage(t *testing.T) {
 	part := s.queue.part(id)
 	s.outages.failed(part)
 	began := s.outages.parts[part].began
-	fullOf(t, serverOf(t, s, id).asking)
+	fullOf(t, serverOf(t, s, id).acquires)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	if _, _, err := s.acquire(ctx, id, "", 1, 10*time.Second); !errors.Is(err, errTooMany) {
@@ -527,7 +527,7 @@ func TestAcquireMovesToNewServer(t *testing.T) {
 	q.now.Store(old)
 	s.queue = q
 	acquire(t, s, id, 2)
-	free, before := fullOf(t, old.asking), q.found.Load()
+	free, before := fullOf(t, old.acquires), q.found.Load()
 	taken := make(chan error)
 	go func() {
 		_, _, err := s.acquire(t.Context(), id, "", 2, 10*time.Second)
@@ -545,7 +545,7 @@ func TestAcquireMovesToNewServer(t *testing.T) {
 	old.pool.Close() // an acquire at the old server fails
 	free()
 	rig.Must(t, <-taken)
-	if len(next.asking)+len(old.asking) != 0 {
+	if len(next.acquires)+len(old.acquires) != 0 {
 		t.Error("a slot was not freed")
 	}
 }

@@ -134,11 +134,11 @@ func (s *semaphores) takeServer(ctx context.Context, script *script,
 		if script != acquireScript {
 			return server, func() {}, nil
 		}
-		if failing := s.outages.failingFor(s.queue.part(id)); failing > failoverPatience && server.asking.used() {
+		if failing := s.outages.failingFor(s.queue.part(id)); failing > failoverPatience && server.acquires.full() {
 			return nil, nil, fmt.Errorf("%w: %s has not answered for %s, and enough requests wait for it",
 				errUnreached, server, failing.Round(time.Second))
 		}
-		free, err = server.asking.take(ctx)
+		free, err = server.acquires.take(ctx)
 		if err != nil {
 			return nil, nil, fmt.Errorf("requests to %s: %w", server, err)
 		}
@@ -228,7 +228,7 @@ func (s *semaphores) send(ctx context.Context, server *queueServer, deadline tim
 	id semaphoreID, args []any) (int, []any, error) {
 	conn, err := server.pool.GetContext(ctx)
 	if err != nil {
-		if isUnreachable(err) || server.left.Load() {
+		if isUnreachable(err) || server.closed.Load() {
 			err = fmt.Errorf("%w: %w", errUnreached, err)
 		}
 		return 0, nil, fmt.Errorf("connect to %s: %w", server, err)

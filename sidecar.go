@@ -89,7 +89,7 @@ func (s *sidecar) guard(ctx context.Context, c sidecarConfig) (held bool, err er
 	if mark.isSet() {
 		s.log.Info("started again in a running pod")
 		s.held = mark.setAt()
-		s.loop(ctx, 0, server.askedAgain)
+		s.loop(ctx, 0, server.asked)
 	} else if c.podUID != "" {
 		defer time.AfterFunc(awaitMissed, server.warnNotAsked).Stop()
 	}
@@ -97,7 +97,7 @@ func (s *sidecar) guard(ctx context.Context, c sidecarConfig) (held bool, err er
 		if !s.holdBack(ctx, c, server) {
 			return false, nil
 		}
-		s.loop(ctx, s.interval, server.askedAgain)
+		s.loop(ctx, s.interval, server.asked)
 	}
 	return true, nil
 }

@@ -138,10 +138,10 @@ func (a *await) logUnanswered(err error) {
 // the token is held, and admits one await while that reply is fresh. After that the app
 // may run, until an await asks again: an init container runs only while the app does not.
 type awaitServer struct {
-	mark       startMark
-	log        *slog.Logger
-	passed     chan struct{} // receives when an await was admitted
-	askedAgain chan struct{} // receives when an await asks after one was admitted
+	mark   startMark
+	log    *slog.Logger
+	passed chan struct{} // receives when an await was admitted
+	asked  chan struct{} // receives when an await asks after one was admitted
 
 	mu       sync.Mutex
 	status   string        // what the pod waits for
@@ -153,7 +153,7 @@ type awaitServer struct {
 
 func newAwaitServer(mark startMark, status string, log *slog.Logger) *awaitServer {
 	return &awaitServer{mark: mark, status: status, log: log, admitted: mark.isSet(),
-		open: make(chan struct{}), passed: make(chan struct{}, 1), askedAgain: make(chan struct{}, 1)}
+		open: make(chan struct{}), passed: make(chan struct{}, 1), asked: make(chan struct{}, 1)}
 }
 
 // setStatus sets what the pod waits for.
@@ -222,15 +222,15 @@ func (s *awaitServer) shutLocked() {
 	}
 }
 
-// asked notes that an await asks.
-func (s *awaitServer) asked() {
+// noteAsked notes that an await asks.
+func (s *awaitServer) noteAsked() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.wasAsked = true
 	if s.admitted {
 		s.admitted = false
 		s.mark.remove(s.log)
-		s.askedAgain <- struct{}{} // never blocks: the last value was received before an await was admitted
+		s.asked <- struct{}{} // never blocks: the last value was received before an await was admitted
 	}
 }
 
@@ -290,7 +290,7 @@ func (s *awaitServer) answer(conn net.Conn) {
 		_, _ = io.Copy(io.Discard, conn)
 		close(closed)
 	}()
-	s.asked()
+	s.noteAsked()
 	send := func(text string) {
 		_ = conn.SetWriteDeadline(time.Now().Add(time.Second))
 		_, _ = fmt.Fprintln(conn, text) // if this fails, the await asks again

@@ -166,7 +166,7 @@ func TestWarningWithoutAwaitRequests(t *testing.T) {
 	var b rig.Log
 	d := newAwaitServer(startMark{}, "", slog.New(slog.NewJSONHandler(&b, nil)))
 	d.warnNotAsked()
-	d.asked()
+	d.noteAsked()
 	d.warnNotAsked()
 	if n := strings.Count(b.String(), "no init container asks for the token"); n != 1 {
 		t.Errorf("the warning was logged %d times, want once: %s", n, b.String())
@@ -189,9 +189,9 @@ func TestAwaitServerAdmitsOne(t *testing.T) {
 	if !d.pass() || d.pass() || !d.mark.isSet() {
 		t.Error("did not admit exactly one await and set the start mark")
 	}
-	d.asked()
+	d.noteAsked()
 	select {
-	case <-d.askedAgain:
+	case <-d.asked:
 	default:
 		t.Error("a repeated request was not noticed")
 	}

@@ -56,8 +56,8 @@ func (s slots) take(ctx context.Context) (free func(), err error) {
 	}
 }
 
-// used reports whether all slots are taken.
-func (s slots) used() bool { return len(s) == cap(s) }
+// full reports whether all slots are taken.
+func (s slots) full() bool { return len(s) == cap(s) }
 
 // flights runs one call a key at a time. Callers that arrive meanwhile share its result.
 type flights[K comparable, S any] struct {
@@ -155,8 +155,8 @@ func (p *pacer) pass() time.Duration {
 	return 0
 }
 
-// hold stops all calls for d.
-func (p *pacer) hold(d time.Duration) {
+// delay stops all calls for d.
+func (p *pacer) delay(d time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if until := time.Now().Add(d); p.next.Before(until) {
