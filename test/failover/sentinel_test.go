@@ -127,7 +127,7 @@ func TestSentinelsGone(t *testing.T) {
 	})
 	// After an outage, the webhook finds the primary again, though no Sentinel answers.
 	g.Servers[0].Crash(t)
-	back := make(chan error)
+	back := make(chan error, 1)
 	time.AfterFunc(time.Second, func() { back <- g.Servers[0].Start() })
 	w.WantAdmitted(t, id, rig.MaxLength)
 	rig.Must(t, <-back)

@@ -134,14 +134,22 @@ func (r *Redis) Start() error {
 	return nil
 }
 
-// Stop shuts the server down in order.
+// Stop shuts the server down in order. A replica that writes its first append-only file after
+// a resync refuses to end, so Stop asks again, and kills the server in the end.
 func (r *Redis) Stop() {
 	if r.Control != nil {
 		r.Control.Close()
 	}
 	_ = r.Cmd.Process.Signal(syscall.SIGCONT)
-	_ = r.Cmd.Process.Signal(syscall.SIGTERM)
-	<-r.Done()
+	for range 30 {
+		_ = r.Cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-r.Done():
+			return
+		case <-time.After(time.Second):
+		}
+	}
+	r.Kill()
 }
 
 // Crash kills the server, like the loss of its machine.
