@@ -72,6 +72,10 @@ fuzz: ## fuzz decoder, annotations, patch, flags and Redis's replies; FUZZ_TIME=
 	for f in $$(grep -ho '^func Fuzz[A-Za-z]*' *_test.go | cut -c 6-); do \
 		go test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZ_TIME) -fuzzminimizetime 1s . || exit 1; done
 
+.PHONY: test-all
+test-all: lint test test-upgrade test-queues test-abuse chaos fuzz demo test-demo bench test-timing ## run all suites but the cluster tests, and all unit tests and the model on a Sentinel and a Cluster; needs an idle machine
+	for queue in sentinel cluster; do TEST_QUEUE=$$queue go test -race -count=1 -parallel 8 -run '^Test' . ./test/model || exit 1; done
+
 .PHONY: test-needs
 test-needs:
 	@./.ci/need redis-server:redis-server gcc:gcc:libc6-dev curl:curl promtool:prometheus openssl:openssl
