@@ -39,6 +39,7 @@ var sameOnAllQueues = map[string][]string{
 	},
 	"lock servers that fail, with a queue that works": {
 		"TestGateHoldsWithoutLocks",
+		"TestLineAfterLockServersHung",
 		"TestLinesWithALockServerThatHangs",
 		"TestLockOnlyForRepair",
 		"TestManyWebhooks",
