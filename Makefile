@@ -37,7 +37,7 @@ bin/demo:
 
 .PHONY: test
 test: test-needs ## run all tests with the race detector; installs redis-server, gcc, curl, promtool and openssl if missing
-	go test -race -count=1 -parallel 8 -shuffle=on ./...
+	go test -race -count=1 -parallel 16 -shuffle=on ./...
 
 .PHONY: test-timing
 test-timing: test-needs ## run the unit tests with their time limits; needs an idle machine
@@ -46,8 +46,8 @@ test-timing: test-needs ## run the unit tests with their time limits; needs an i
 .PHONY: test-queues
 test-queues: test-needs ## fail over Sentinel groups, Clusters, addresses and gates under load; run the unit tests on a Sentinel and a Cluster
 	SUITE=1 go test -race -count=1 -parallel 3 -timeout 20m -v ./test/failover
-	TEST_QUEUE=sentinel go test -race -count=1 -parallel 8 -shuffle=on .
-	TEST_QUEUE=cluster go test -race -count=1 -parallel 8 -shuffle=on .
+	TEST_QUEUE=sentinel go test -race -count=1 -parallel 16 -shuffle=on .
+	TEST_QUEUE=cluster go test -race -count=1 -parallel 16 -shuffle=on .
 
 .PHONY: test-abuse
 test-abuse: test-needs ## misuse a webhook in many ways; check its memory and the admissions beside it; about 5 minutes

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -492,4 +493,18 @@ func mustJSON(t *testing.T, v any) []byte {
 	b, err := json.Marshal(v)
 	rig.Must(t, err)
 	return b
+}
+
+// concurrently calls do for 0 to n-1, sixteen at a time.
+func concurrently(n int, do func(i int)) {
+	var next atomic.Int64
+	var all sync.WaitGroup
+	for range 16 {
+		all.Go(func() {
+			for i := int(next.Add(1)) - 1; i < n; i = int(next.Add(1)) - 1 {
+				do(i)
+			}
+		})
+	}
+	all.Wait()
 }

@@ -172,6 +172,7 @@ func TestEvictingSetWaitsForRoom(t *testing.T) {
 
 // An admission that waited for its connection is still answered in time.
 func TestAnswerInTimeAfterWaiting(t *testing.T) {
+	t.Parallel()
 	w := startWebhook(t, testConfig(rig.FreeAddress(t))) // no Redis: the webhook retries until the deadline
 	w.bounds.authenticated.most = 1
 	defer w.bounds.authenticated.add(0, func() {})()

@@ -335,7 +335,7 @@ func TestReadPods(t *testing.T) {
 
 // Thousands of pods fit into a few MiB, whatever their other fields.
 func TestWatchedPodsAreSmall(t *testing.T) {
-	const pods, most = 5000, 1400 // pods, and bytes for each
+	const pods, most = 2000, 1400 // pods, and bytes for each
 	r, w := io.Pipe()
 	go func() {
 		p := rig.GatedPod("")

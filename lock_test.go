@@ -497,6 +497,7 @@ func TestOneLockServerHangsBehindTLS(t *testing.T) {
 // Many admissions that wait for a held lock poll the lock and the tokens at a limited
 // rate.
 func TestWaitingForALockIsCheap(t *testing.T) {
+	t.Parallel()
 	lock := rig.StartRedis(t)
 	w, _ := startLockedWebhook(t, redlockServers{lock})
 	id := freshID()

@@ -302,9 +302,9 @@ func TestSurveyIsBounded(t *testing.T) {
 	t.Parallel()
 	r, s, _ := newSemaphoreOn(t, rig.StartRedis(t))
 	const semaphores = 2000
-	for i := range semaphores {
+	concurrently(semaphores, func(i int) {
 		acquire(t, s, semaphoreID{fmt.Sprintf("ns-%d", i%10), fmt.Sprintf("key-%d", i)}, 3)
-	}
+	})
 	for i := range 200 {
 		var args []any
 		for j := range 100 {

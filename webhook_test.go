@@ -23,6 +23,7 @@ import (
 // Of concurrent first admissions on a fresh key, exactly as many succeed as the length
 // allows.
 func TestConcurrentFirstAdmissions(t *testing.T) {
+	t.Parallel()
 	r := rig.CommonRedis(t)
 	w := startWebhook(t, testConfig(r.Address))
 	for _, length := range []int{200, 100} {
@@ -88,6 +89,7 @@ func TestSteadyStateCost(t *testing.T) {
 
 // While Redis is unreachable, the admission fails, and no pod is admitted.
 func TestRedisUnreachable(t *testing.T) {
+	t.Parallel()
 	address := rig.FreeAddress(t)
 	w := startWebhook(t, testConfig(address))
 	id := freshID()
@@ -107,6 +109,7 @@ func TestRedisUnreachable(t *testing.T) {
 // passes. Redis takes a token only if the webhook still waits for the reply; the webhook
 // then gives it back.
 func TestAbandonedAcquireTakesNothing(t *testing.T) {
+	t.Parallel()
 	for name, abandon := range map[string]func(*testing.T, *testWebhook, []byte) error{
 		"client gone": func(_ *testing.T, w *testWebhook, body []byte) error {
 			ctx, cancel := context.WithTimeout(context.Background(), 200*time.Millisecond)
