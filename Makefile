@@ -92,13 +92,13 @@ E2E_FLAGS ?=
 e2e-test = PROGRAM=$(CURDIR)/$(PROGRAM) IMAGE=at-least-semaphore-pod-hook:e2e-$$(sha256sum $(PROGRAM) | cut -c1-12) go test -count=1
 
 .PHONY: e2e
-e2e: build ## test deploy/ on the cluster of KUBECONFIG: installs and removes it; settings: e2e/setup_test.go
+e2e: build ## test deploy/ on the cluster of KUBECONFIG: installs and removes it; settings: test/e2e/setup_test.go
 	$(if $(E2E_FLAGS),,go test -count=1 -tags e2e -timeout 10m -run '^TestKubernetes' .)
-	$(e2e-test) -tags e2e -timeout 55m $(E2E_FLAGS) ./e2e
+	$(e2e-test) -tags e2e -timeout 55m -parallel 10 -v $(E2E_FLAGS) ./test/e2e
 
 .PHONY: measure
-measure: build ## measure waiting pods on the cluster, about 45 minutes; E2E_FLAGS='-run X' for one of e2e/measure_*_test.go
-	$(e2e-test) -tags e2e,measure -timeout 120m -v -run TestMeasure $(E2E_FLAGS) ./e2e
+measure: build ## measure waiting pods on the cluster, about 45 minutes; E2E_FLAGS='-run X' for one of test/e2e/measure_*_test.go
+	MEASURE=1 $(e2e-test) -tags e2e -timeout 120m -v -run '^TestMeasure' $(E2E_FLAGS) ./test/e2e
 
 .PHONY: measure-sidecars
 measure-sidecars: test-needs ## measure up to 1,000 waiting sidecars on one Redis, about 10 minutes; needs no cluster

@@ -97,7 +97,7 @@ func TestKubernetesRestartedAPIServer(t *testing.T) {
 	restart := os.Getenv("NODE_RESTART")
 	if restart == "" {
 		t.Fatal("NODE_RESTART is not set: it is the command " +
-			"that restarts a component of the node, see e2e/setup_test.go")
+			"that restarts a component of the node, see test/e2e/setup_test.go")
 	}
 	s := newAPIServer(t)
 	n := s.NewNamespace(t)

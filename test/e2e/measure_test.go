@@ -1,18 +1,29 @@
-//go:build e2e && measure
+//go:build e2e
 
 package e2e
 
 import (
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"testing"
 	"time"
 )
 
-// From the end of an app to the start of the one that waits first in line. Beside it, the same for pods that are refused and
-// tried again by their controller, after four minutes of that.
+// needMeasure skips a measurement unless MEASURE is set.
+func needMeasure(t *testing.T) {
+	t.Helper()
+	if os.Getenv("MEASURE") == "" {
+		t.Skip("MEASURE is not set; run \"make measure\"")
+	}
+}
+
+// Time from the end of an app to the start of the app of the first pod in line. Beside
+// it, the same for refused pods, which a controller has been creating again for four
+// minutes.
 func TestMeasureHandOver(t *testing.T) {
+	needMeasure(t)
 	const handOverCount, inLine = 60, 5
 	refused := startRefusals(t, 3)
 
@@ -30,14 +41,16 @@ func TestMeasureHandOver(t *testing.T) {
 	}
 }
 
-// refusals are semaphores of length 1, each with a pod that holds the token and a Deployment whose pod is refused.
+// refusals are semaphores of length 1. Each has a holder and a Deployment whose pod is
+// refused.
 type refusals struct {
 	t       *testing.T
 	since   time.Time
 	diaries []*diary
 }
 
-// startRefusals begins with their controllers one after the other, so that they are at different points of their backoff.
+// startRefusals starts their controllers one after the other, so that their backoffs
+// differ.
 func startRefusals(t *testing.T, count int) *refusals {
 	t.Helper()
 	r := &refusals{t: t, since: time.Now()}
@@ -46,13 +59,14 @@ func startRefusals(t *testing.T, count int) *refusals {
 		d := newDiary(n)
 		r.diaries = append(r.diaries, d)
 		n.create(pod("holder", "refused", 1, d.app(untilTold)))
-		d.wantStarted(time.Minute, "holder")
+		d.wantStarted("holder")
 		n.create(deployment("next", "refused", 1, 1, rollingUpdate(0, 1), d.app(untilTold)))
 	}
 	return r
 }
 
-// wait lets each holder end after four minutes and some, and returns for how long each slot was unused.
+// wait ends each holder after four minutes or more, and returns the times for which the
+// slots were unused.
 func (r *refusals) wait() (gaps []time.Duration) {
 	r.t.Helper()
 	for i, d := range r.diaries {
@@ -63,7 +77,7 @@ func (r *refusals) wait() (gaps []time.Duration) {
 			}
 			return nil
 		})
-		d.kubectl("delete", "pod", "holder", "--wait=false")
+		d.end("holder")
 	}
 	for _, d := range r.diaries {
 		eventually(r.t, 20*time.Minute, func() error {
@@ -79,7 +93,7 @@ func (r *refusals) wait() (gaps []time.Duration) {
 	return gaps
 }
 
-// figures are the least, the middle and the greatest of some times.
+// figures are the least, median, 90th percentile and greatest of some times.
 type figures struct {
 	n                        int
 	least, median, p90, most time.Duration
@@ -95,10 +109,12 @@ func figuresOf(times []time.Duration) figures {
 }
 
 func (f figures) String() string {
-	return fmt.Sprintf("n=%d min %s, median %s, p90 %s, worst %s", f.n, inSeconds(f.least), inSeconds(f.median), inSeconds(f.p90), inSeconds(f.most))
+	return fmt.Sprintf("n=%d min %s, median %s, p90 %s, worst %s",
+		f.n, inSeconds(f.least), inSeconds(f.median), inSeconds(f.p90), inSeconds(f.most))
 }
 
-// busy is what part of the time of all slots was used, from the first start to the last end.
+// busy returns which part of the time of all slots was used, from the first start to the
+// last end.
 func busy(shifts []shift, length int) float64 {
 	var used, last time.Duration
 	for _, s := range shifts {

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"encoding/json"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -11,73 +12,91 @@ import (
 )
 
 var restricted = object{
-	"securityContext": object{"runAsNonRoot": true, "runAsUser": 1000, "seccompProfile": object{"type": "RuntimeDefault"}},
+	"securityContext": object{
+		"runAsNonRoot": true, "runAsUser": 1000, "seccompProfile": object{"type": "RuntimeDefault"},
+	},
 	"containers": []object{container("app", forever, object{
 		"securityContext": object{"allowPrivilegeEscalation": false, "capabilities": object{"drop": []string{"ALL"}}},
 	})},
 }
 
-// Annotated pods run where a namespace is strict.
+// Annotated pods run in namespaces with strict rules.
 func TestStrictNamespaces(t *testing.T) {
 	t.Parallel()
 	t.Run("PodSecurity restricted", func(t *testing.T) {
+		t.Parallel()
 		n := newNamespace(t, "pod-security.kubernetes.io/enforce=restricted")
 		n.create(pod("p", "strict", 1, restricted))
 		n.wantOneSidecar(n.wantRunning("p"))
 	})
 	t.Run("quota of requests and limits", func(t *testing.T) {
+		t.Parallel()
 		n := newNamespace(t)
 		n.create(object{"apiVersion": "v1", "kind": "ResourceQuota", "metadata": object{"name": "q"}, "spec": object{
 			"hard": object{"requests.cpu": "1", "requests.memory": "1Gi", "limits.cpu": "2", "limits.memory": "1Gi"},
 		}})
 		n.create(pod("p", "strict", 1, object{"containers": []object{container("app", forever, object{
-			"resources": object{"requests": object{"cpu": "10m", "memory": "16Mi"}, "limits": object{"cpu": "100m", "memory": "64Mi"}},
+			"resources": object{
+				"requests": object{"cpu": "10m", "memory": "16Mi"}, "limits": object{"cpu": "100m", "memory": "64Mi"},
+			},
 		})}}))
 		n.wantOneSidecar(n.wantRunning("p"))
 	})
 	t.Run("LimitRange", func(t *testing.T) {
+		t.Parallel()
 		n := newNamespace(t)
-		n.create(object{"apiVersion": "v1", "kind": "LimitRange", "metadata": object{"name": "l"}, "spec": object{"limits": []object{{
-			"type": "Container", "default": object{"cpu": "200m", "memory": "128Mi"}, "defaultRequest": object{"cpu": "50m", "memory": "64Mi"},
-			"max": object{"cpu": "1", "memory": "512Mi"},
-		}}}})
+		limits := object{
+			"type": "Container", "max": object{"cpu": "1", "memory": "512Mi"},
+			"default": object{"cpu": "200m", "memory": "128Mi"}, "defaultRequest": object{"cpu": "50m", "memory": "64Mi"},
+		}
+		n.create(object{
+			"apiVersion": "v1", "kind": "LimitRange", "metadata": object{"name": "l"},
+			"spec": object{"limits": []object{limits}},
+		})
 		n.create(pod("p", "strict", 1))
 		n.wantOneSidecar(n.wantRunning("p"))
 	})
 	t.Run("root in the pod's security context", func(t *testing.T) {
+		t.Parallel()
 		n := newNamespace(t)
 		n.create(pod("p", "strict", 1, object{"securityContext": object{"runAsUser": 0}}))
 		n.wantOneSidecar(n.wantRunning("p"))
 	})
 }
 
-// Pods that have much of their own run with exactly one sidecar; so does one that is made from the YAML of a running one.
+// A pod with several containers and probes gets exactly one sidecar. So does a pod that
+// is created from the YAML of a running one.
 func TestPodsWithMuchOfTheirOwn(t *testing.T) {
 	t.Parallel()
 	n := newNamespace(t)
+	reads := object{"command": []string{"cat", "/shared/greeting"}}
 	n.create(pod("much", "much", 3, object{
 		"initContainers": []object{
-			container("init", "echo hello >/shared/greeting", object{"volumeMounts": []object{{"name": "shared", "mountPath": "/shared"}}}),
-			container("proxy", forever, object{"restartPolicy": "Always", "startupProbe": object{"exec": object{"command": []string{"cat", "/bin/sh"}}}}),
+			container("init", "echo hello >/shared/greeting", object{
+				"volumeMounts": []object{{"name": "shared", "mountPath": "/shared"}},
+			}),
+			container("proxy", forever, object{
+				"restartPolicy": "Always", "startupProbe": object{"exec": object{"command": []string{"cat", "/bin/sh"}}},
+			}),
 		},
 		"containers": []object{container("app", forever, object{
 			"volumeMounts":   []object{{"name": "shared", "mountPath": "/shared"}},
-			"readinessProbe": object{"exec": object{"command": []string{"cat", "/shared/greeting"}}, "periodSeconds": 1},
-			"livenessProbe":  object{"exec": object{"command": []string{"cat", "/shared/greeting"}}},
+			"readinessProbe": object{"exec": reads, "periodSeconds": 1},
+			"livenessProbe":  object{"exec": reads},
 		}), container("second", forever)},
 		"volumes": []object{{"name": "shared", "emptyDir": object{}}},
 	}))
 	first := n.wantRunning("much")
 	n.wantOneSidecar(first)
-	if len(first.Spec.InitContainers) != 4 || len(first.Spec.Containers) != 2 {
-		t.Errorf("%d init containers, %d containers", len(first.Spec.InitContainers), len(first.Spec.Containers))
+	if inits, all := len(first.Spec.InitContainers), len(first.Spec.Containers); inits != 4 || all != 2 {
+		t.Errorf("%d init containers, %d containers", inits, all)
 	}
 	n.create(pod("host", "much", 3, object{"hostNetwork": true, "dnsPolicy": "ClusterFirstWithHostNet"}))
 	n.wantOneSidecar(n.wantRunning("host"))
 
 	var again object
 	must(t, json.Unmarshal([]byte(n.kubectl("get", "pod", "much", "-o", "json")), &again))
-	n.kubectl("delete", "pod", "much")
+	n.delete("much")
 	metadata := again["metadata"].(object)
 	for _, field := range []string{"resourceVersion", "uid", "creationTimestamp"} {
 		delete(metadata, field)
@@ -85,29 +104,30 @@ func TestPodsWithMuchOfTheirOwn(t *testing.T) {
 	n.create(again)
 	second := n.wantRunning("much")
 	n.wantOneSidecar(second)
-	if len(second.Spec.InitContainers) != 4 || len(second.Spec.Containers) != 2 {
-		t.Errorf("again: %d init containers, %d containers", len(second.Spec.InitContainers), len(second.Spec.Containers))
+	if inits, all := len(second.Spec.InitContainers), len(second.Spec.Containers); inits != 4 || all != 2 {
+		t.Errorf("again: %d init containers, %d containers", inits, all)
 	}
-	token := annotationPrefix + "token"
-	if first.Annotations[token] == second.Annotations[token] || !strings.Contains(strings.Join(second.Spec.InitContainers[0].Args, " "), second.Annotations[token]) {
-		t.Errorf("tokens %s and %s, args %v", first.Annotations[token], second.Annotations[token], second.Spec.InitContainers[0].Args)
+	before, now := first.Annotations[annotationPrefix+"token"], second.Annotations[annotationPrefix+"token"]
+	if args := second.Spec.InitContainers[0].Args; before == now || !strings.Contains(strings.Join(args, " "), now) {
+		t.Errorf("tokens %s and %s, args %v", before, now, args)
 	}
 	n.wantCounts("much", 1, 2)
 }
 
-// Every annotation error reaches its user as one readable line.
+// Each annotation error reaches the user as one readable line.
 func TestAnnotationErrors(t *testing.T) {
 	t.Parallel()
 	n := newNamespace(t)
 	for name, c := range map[string]struct{ value, want string }{
 		"length":     {"many", `length is "many": it must be a whole number from 1 to 10000`},
 		"expiration": {"0", `expiration is "0": it must be a whole number from 1 to 3600`},
-		"key":        {"a b{}", `key is "a b{}": it must be letters, digits and . _ / -, and begin and end with a letter or digit`},
+		"key": {"a b{}", `key is "a b{}": it must be letters, digits and . _ / -, ` +
+			`and begin and end with a letter or digit`},
 	} {
 		p := pod("wrong", "k", 1)
 		p["metadata"].(object)["annotations"].(object)[annotationPrefix+name] = c.value
 		_, stderr, err := kubectlWarned(encode(p), "-n", n.name, "apply", "-f", "-")
-		want := `admission webhook "at-least-semaphore-pod-hook.kaidotio.github.io" denied the request: invalid annotations: ` + annotationPrefix + c.want
+		want := denied + "invalid annotations: " + annotationPrefix + c.want
 		if err == nil || strings.Count(strings.TrimSpace(stderr), "\n") != 0 || !strings.Contains(stderr, want) {
 			t.Errorf("%s: %v\n%s", name, err, stderr)
 		}
@@ -116,31 +136,36 @@ func TestAnnotationErrors(t *testing.T) {
 	delete(p["metadata"].(object)["annotations"].(object), annotationPrefix+"length")
 	delete(p["metadata"].(object)["annotations"].(object), annotationPrefix+"expiration")
 	_, stderr, err := kubectlWarned(encode(p), "-n", n.name, "apply", "-f", "-")
-	if err == nil || strings.Count(strings.TrimSpace(stderr), "\n") != 0 || !strings.Contains(stderr, "length is missing") || !strings.Contains(stderr, "; "+annotationPrefix+"expiration is missing") {
+	if err == nil || strings.Count(strings.TrimSpace(stderr), "\n") != 0 || !strings.Contains(stderr, "length is missing") ||
+		!strings.Contains(stderr, "; "+annotationPrefix+"expiration is missing") {
 		t.Errorf("missing: %v\n%s", err, stderr)
 	}
 }
 
-// The sidecar leaves a pod in its QoS class.
+// The sidecar does not change the QoS class of a pod.
 func TestQoSClass(t *testing.T) {
 	t.Parallel()
 	n := newNamespace(t)
 	all := object{"cpu": "10m", "memory": "16Mi"}
-	whole := object{"cpu": "100m", "memory": "64Mi"} // with 10m for all containers, each takes ten seconds to start
+	whole := object{"cpu": "100m", "memory": "64Mi"} // with 10m for all, each container takes ten seconds to start
 	for name, c := range map[string]struct {
 		spec object
 		want corev1.PodQOSClass
 	}{
 		"guaranteed": {object{
 			"initContainers": []object{container("init", "true", object{"resources": object{"limits": all}})},
-			"containers":     []object{container("app", forever, object{"resources": object{"requests": all, "limits": all}})},
+			"containers": []object{
+				container("app", forever, object{"resources": object{"requests": all, "limits": all}}),
+			},
 		}, corev1.PodQOSGuaranteed},
 		"guaranteed-as-a-whole": {object{
 			"resources":  object{"requests": whole, "limits": whole},
 			"containers": []object{container("app", forever)},
 		}, corev1.PodQOSGuaranteed},
 		"burstable": {object{
-			"containers": []object{container("app", forever, object{"resources": object{"requests": object{"cpu": "5m"}, "limits": all}})},
+			"containers": []object{
+				container("app", forever, object{"resources": object{"requests": object{"cpu": "5m"}, "limits": all}}),
+			},
 		}, corev1.PodQOSBurstable},
 	} {
 		n.create(pod(name, "qos", 5, c.spec))
@@ -152,16 +177,16 @@ func TestQoSClass(t *testing.T) {
 	}
 }
 
-// Pods that cannot have a sidecar.
+// A static pod gets no sidecar, and a Windows pod is refused.
 func TestPodsWithoutASidecar(t *testing.T) {
 	t.Parallel()
 	n := newNamespace(t)
 	static := pod("static", "none", 1, object{"nodeName": "a-node"})
 	static["metadata"].(object)["annotations"].(object)[corev1.MirrorPodAnnotationKey] = "0123456789abcdef"
-	out, stderr, err := kubectlWarned(encode(static), "-n", n.name, "create", "--dry-run=server", "-o", "yaml", "-f", "-")
+	out, warnings, err := kubectlWarned(encode(static), "-n", n.name, "create", "--dry-run=server", "-o", "yaml", "-f", "-")
 	must(t, err)
-	if !strings.Contains(stderr, "Warning: a static pod gets no semaphore sidecar") || strings.Contains(out, sidecarName) {
-		t.Errorf("warned %q:\n%s", stderr, out)
+	if !strings.Contains(warnings, "Warning: a static pod gets no semaphore sidecar") || strings.Contains(out, sidecarName) {
+		t.Errorf("warned %q:\n%s", warnings, out)
 	}
 	windows := pod("windows", "none", 1, object{"os": object{"name": "windows"}})
 	if got := n.wantRefused(windows); !strings.Contains(got, "denied the request: this is a Windows pod") {
@@ -169,13 +194,13 @@ func TestPodsWithoutASidecar(t *testing.T) {
 	}
 }
 
-// A pod that is not annotated "true" never sees the webhook.
+// The API server does not call the webhook for a pod without the annotation "true".
 func TestOtherPodsAreLeftAlone(t *testing.T) {
 	t.Parallel()
 	n := newNamespace(t)
 	plain := pod("plain", "k", 1)
 	delete(plain["metadata"].(object), "annotations")
-	off := pod("off", "k", 0) // would be refused for its length
+	off := pod("off", "k", 0) // the webhook would refuse this length
 	off["metadata"].(object)["annotations"].(object)[annotationPrefix+"at-least-semaphore-pod"] = "false"
 	for _, o := range []object{plain, off} {
 		n.create(o)
@@ -186,13 +211,13 @@ func TestOtherPodsAreLeftAlone(t *testing.T) {
 	}
 }
 
-// The examples are accepted as they are.
+// The API server accepts the examples of deploy/ unchanged.
 func TestExamples(t *testing.T) {
 	t.Parallel()
 	n := newNamespace(t)
-	out := n.kubectl("apply", "--dry-run=server", "-f", "../deploy/examples/")
-	for _, want := range []string{"deployment.apps/mail created", "deployment.apps/web created", "job.batch/import created", "statefulset.apps/worker created"} {
-		if !strings.Contains(out, want) {
+	out := n.kubectl("apply", "--dry-run=server", "-f", filepath.Join(root, "deploy/examples"))
+	for _, want := range []string{"deployment.apps/mail", "deployment.apps/web", "job.batch/import", "statefulset.apps/worker"} {
+		if !strings.Contains(out, want+" created") {
 			t.Errorf("no %q in\n%s", want, out)
 		}
 	}

@@ -3,10 +3,13 @@
 package e2e
 
 import (
+	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"net/http"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,18 +23,21 @@ const (
 	annotationPrefix = "at-least-semaphore-pod-hook.kaidotio.github.io/"
 	sidecarName      = "at-least-semaphore-pod-sidecar"
 	awaitName        = "at-least-semaphore-pod-await"
+
+	// The API server begins the webhook's refusals with this.
+	denied = `admission webhook "at-least-semaphore-pod-hook.kaidotio.github.io" denied the request: `
 )
 
 // object is a Kubernetes object, or a part of one.
 type object = map[string]any
 
-// namespace is a namespace of a test's own.
+// namespace is the namespace of one test.
 type namespace struct {
 	*testing.T
 	name string
 }
 
-// newNamespace makes a namespace whose sidecars can log in to Redis.
+// newNamespace makes a namespace whose sidecars may log in to Redis.
 func newNamespace(t *testing.T, labels ...string) *namespace {
 	t.Helper()
 	n := forgottenNamespace(t, labels...)
@@ -39,19 +45,24 @@ func newNamespace(t *testing.T, labels ...string) *namespace {
 	return n
 }
 
-// enable lets sidecars of the namespace log in to Redis.
+// enable runs namespace.sh, which gives the sidecars of the namespace a user in Redis.
 func (n *namespace) enable(flags ...string) {
 	n.Helper()
 	must(n.T, shell("deploy/namespace.sh "+strings.Join(append(flags, n.name), " ")))
 }
 
-// forgottenNamespace makes one whose sidecars cannot.
+// forgottenNamespace makes a namespace whose sidecars have no user in Redis.
 func forgottenNamespace(t *testing.T, labels ...string) *namespace {
 	t.Helper()
 	n := &namespace{t, fmt.Sprintf("e2e-%08x", rand.Uint32())}
-	_, err := kubectl("", "create", "namespace", n.name)
-	must(t, err)
-	n.kubectl(append([]string{"label", "namespace", n.name, "e2e=at-least-semaphore-pod-hook"}, labels...)...)
+	all := object{"e2e": "at-least-semaphore-pod-hook"}
+	for _, l := range labels {
+		name, value, _ := strings.Cut(l, "=")
+		all[name] = value
+	}
+	must(t, api.create("", object{
+		"apiVersion": "v1", "kind": "Namespace", "metadata": object{"name": n.name, "labels": all},
+	}))
 	t.Cleanup(func() {
 		if t.Failed() {
 			pods, _ := n.try("get", "pods", "-o", "wide")
@@ -60,11 +71,13 @@ func forgottenNamespace(t *testing.T, labels ...string) *namespace {
 		}
 		_, _ = kubectl("", "delete", "namespace", n.name, "--wait=false")
 	})
-	eventually(t, 30*time.Second, func() error { return errOf(n.try("get", "serviceaccount", "default")) })
+	eventually(t, patience, func() error {
+		return errOf(api.do(http.MethodGet, "/api/v1/namespaces/"+n.name+"/serviceaccounts/default", "", nil))
+	})
 	return n
 }
 
-func errOf(_ string, err error) error { return err }
+func errOf[T any](_ T, err error) error { return err }
 
 // try is kubectl in the namespace.
 func (n *namespace) try(args ...string) (string, error) {
@@ -79,8 +92,12 @@ func (n *namespace) kubectl(args ...string) string {
 	return out
 }
 
-func (n *namespace) tryCreate(o object, flags ...string) error {
-	return errOf(kubectl(encode(o), append([]string{"-n", n.name, "create", "-f", "-"}, flags...)...))
+func (n *namespace) tryCreate(o object) error { return api.create(n.name, o) }
+
+// createWarned creates an object with kubectl, and returns the warnings that users see.
+func (n *namespace) createWarned(o object, flags ...string) (warnings string, err error) {
+	_, warnings, err = kubectlWarned(encode(o), append([]string{"-n", n.name, "create", "-f", "-"}, flags...)...)
+	return warnings, err
 }
 
 func (n *namespace) create(o object) {
@@ -96,7 +113,7 @@ func encode(o object) string {
 	return string(b)
 }
 
-// annotations are those of a pod that shares a key.
+// annotations returns those of a pod of a semaphore.
 func annotations(key string, length int) object {
 	return object{
 		annotationPrefix + "at-least-semaphore-pod": "true",
@@ -106,7 +123,7 @@ func annotations(key string, length int) object {
 	}
 }
 
-// container is one that runs a shell script.
+// container returns a container that runs a shell script.
 func container(name, script string, more ...object) object {
 	c := object{"name": name, "image": "busybox", "command": []string{"sh", "-c", script}}
 	for _, m := range more {
@@ -115,22 +132,29 @@ func container(name, script string, more ...object) object {
 	return c
 }
 
-// forever is a script that ends at once when it is told to.
-const forever = "trap 'exit 0' TERM; while :; do sleep 1 & wait $!; done"
+// idle is work without an end, and forever a script that ends at SIGTERM.
+const (
+	idle    = "while :; do sleep 1 & wait $!; done"
+	forever = "trap 'exit 0' TERM; " + idle
+)
 
-// pod is an annotated pod that runs until it is deleted; spec replaces parts of its spec.
+// pod returns an annotated pod that runs until it is deleted. spec replaces parts of its
+// spec.
 func pod(name, key string, length int, spec ...object) object {
 	s := object{"terminationGracePeriodSeconds": 20, "containers": []object{container("app", forever)}}
 	for _, m := range spec {
 		maps.Copy(s, m)
 	}
-	return object{"apiVersion": "v1", "kind": "Pod", "metadata": object{"name": name, "annotations": annotations(key, length)}, "spec": s}
+	return object{
+		"apiVersion": "v1", "kind": "Pod",
+		"metadata": object{"name": name, "annotations": annotations(key, length)}, "spec": s,
+	}
 }
 
-// waiting makes a pod, or those of a workload, wait in line for their token.
+// waiting makes a pod, or the pods of a workload, wait in line for a token.
 func waiting(o object) object { return whenFull(o, "wait") }
 
-// gated makes them wait for it unscheduled.
+// gated makes them wait unscheduled.
 func gated(o object) object { return whenFull(o, "gate") }
 
 func whenFull(o object, value string) object {
@@ -142,23 +166,45 @@ func whenFull(o object, value string) object {
 	return o
 }
 
-// unschedulable keeps a pod Pending: it is admitted and then costs nothing.
+// unschedulable is the spec of a pod that finds no node.
 var unschedulable = object{"nodeSelector": object{"there-is": "no-such-node"}}
+
+// held is the spec of a pod that is admitted and then costs nothing: the scheduler
+// ignores it.
+var held = object{"schedulingGates": []object{{"name": "e2e/held"}}}
 
 func (n *namespace) get(name string) (corev1.Pod, error) {
 	var p corev1.Pod
-	out, err := n.try("get", "pod", name, "-o", "json")
-	if err == nil {
-		err = json.Unmarshal([]byte(out), &p)
-	}
+	err := api.get(n.path()+"/"+name, &p)
 	return p, err
 }
 
-// wantRunning waits until all containers of a pod are ready, and returns the pod.
+// path returns that of the namespace's pods.
+func (n *namespace) path() string { return "/api/v1/namespaces/" + n.name + "/pods" }
+
+// end deletes pods and does not wait until they are gone.
+func (n *namespace) end(names ...string) {
+	n.Helper()
+	for _, name := range names {
+		_, err := api.do(http.MethodDelete, n.path()+"/"+name, "", nil)
+		must(n.T, err)
+	}
+}
+
+// delete deletes pods and waits until they are gone.
+func (n *namespace) delete(names ...string) {
+	n.Helper()
+	n.end(names...)
+	for _, name := range names {
+		n.wantGone(name)
+	}
+}
+
+// wantRunning waits until a pod is ready and returns it.
 func (n *namespace) wantRunning(name string) corev1.Pod {
 	n.Helper()
 	var p corev1.Pod
-	eventually(n.T, time.Minute, func() (err error) {
+	eventually(n.T, patience, func() (err error) {
 		if p, err = n.get(name); err != nil {
 			return err
 		}
@@ -167,16 +213,19 @@ func (n *namespace) wantRunning(name string) corev1.Pod {
 				return nil
 			}
 		}
-		return fmt.Errorf("%s is %s: %s", name, p.Status.Phase, encode(object{"init": p.Status.InitContainerStatuses, "containers": p.Status.ContainerStatuses}))
+		return fmt.Errorf("%s is %s: %s", name, p.Status.Phase, encode(object{
+			"init": p.Status.InitContainerStatuses, "containers": p.Status.ContainerStatuses,
+		}))
 	})
 	return p
 }
 
-// wantWaiting waits until a pod's sidecar runs and its second init container waits for the token, and returns the pod.
+// wantWaiting waits until a pod's sidecar runs and its second init container waits for
+// the token. It returns the pod.
 func (n *namespace) wantWaiting(name string) corev1.Pod {
 	n.Helper()
 	var p corev1.Pod
-	eventually(n.T, time.Minute, func() (err error) {
+	eventually(n.T, patience, func() (err error) {
 		if p, err = n.get(name); err != nil {
 			return err
 		}
@@ -190,36 +239,39 @@ func (n *namespace) wantWaiting(name string) corev1.Pod {
 	return p
 }
 
-// wantStartedAgain waits until an init container of a pod, which was killed, runs again.
-func (n *namespace) wantStartedAgain(name, container string) {
+// wantStartedAgain waits until a killed init container of a pod runs again. It returns
+// how long the container did not run.
+func (n *namespace) wantStartedAgain(name, container string) (pause time.Duration) {
 	n.Helper()
-	eventually(n.T, time.Minute, func() error {
+	eventually(n.T, patience, func() error {
 		p, err := n.get(name)
 		if err != nil {
 			return err
 		}
 		for _, c := range p.Status.InitContainerStatuses {
 			if c.Name == container && c.RestartCount == 1 && c.State.Running != nil {
+				pause = c.State.Running.StartedAt.Sub(c.LastTerminationState.Terminated.FinishedAt.Time)
 				return nil
 			}
 		}
 		return fmt.Errorf("%s is %s: %s", name, p.Status.Phase, encode(object{"init": p.Status.InitContainerStatuses}))
 	})
+	return pause
 }
 
 // wantGone waits until a pod is gone.
 func (n *namespace) wantGone(name string) {
 	n.Helper()
-	eventually(n.T, time.Minute, func() error {
-		out, err := n.try("get", "pod", name, "--ignore-not-found", "-o", "name")
-		if err == nil && out != "" {
-			err = fmt.Errorf("%s is still there", name)
+	eventually(n.T, patience, func() error {
+		_, err := n.get(name)
+		if refused := new(refusal); errors.As(err, &refused) && refused.code == http.StatusNotFound {
+			return nil
 		}
-		return err
+		return cmp.Or(err, fmt.Errorf("%s is still there", name))
 	})
 }
 
-// wantRefused creates a pod that must be refused, and returns the message.
+// wantRefused creates a pod that must be refused. It returns the message.
 func (n *namespace) wantRefused(o object) string {
 	n.Helper()
 	err := n.tryCreate(o)
@@ -229,32 +281,33 @@ func (n *namespace) wantRefused(o object) string {
 	return err.Error()
 }
 
-// wantFull creates a pod that must be refused for want of a token.
+// wantFull creates a pod that must be refused because all tokens are in use.
 func (n *namespace) wantFull(name, key string, length, inUse int) {
 	n.Helper()
-	want := fmt.Sprintf("denied the request: no semaphore available: %s/%s has %d of %d tokens in use", n.name, key, inUse, length)
+	want := fmt.Sprintf("%sno semaphore available: %s/%s has %d of %d tokens in use", denied, n.name, key, inUse, length)
 	if got := n.wantRefused(pod(name, key, length)); !strings.Contains(got, want) {
 		n.Fatalf("refused with %q, want %q", got, want)
 	}
 }
 
-// wantAdmittedWithin creates a pod that is refused until a token is free.
-func (n *namespace) wantAdmittedWithin(within time.Duration, o object) {
+// wantAdmitted creates a pod that is refused until a token is free.
+func (n *namespace) wantAdmitted(o object) {
 	n.Helper()
-	eventually(n.T, within, func() error { return n.tryCreate(o) })
+	eventually(n.T, patience, func() error { return n.tryCreate(o) })
 }
 
-// redis runs commands of Redis, in which KEY stands for a semaphore, and returns the words of their answers.
+// redis runs Redis commands, in which KEY stands for a semaphore. It returns the words of
+// their replies.
 func (n *namespace) redis(key string, commands ...string) ([]string, error) {
-	script := ":"
+	script := "sh /etc/redis/cli <<'COMMANDS'\n"
 	for _, c := range commands {
-		script += "; sh /etc/redis/cli " + strings.ReplaceAll(c, "KEY", n.name+"/"+key)
+		script += strings.ReplaceAll(c, "KEY", n.name+"/"+key) + "\n"
 	}
-	out, err := hook("exec", "redis-0", "--", "sh", "-c", script)
+	out, err := inRedis.run(script + "COMMANDS")
 	return strings.Fields(out), err
 }
 
-// counts are the numbers of free and of used tokens.
+// counts returns the numbers of free and of used tokens.
 func (n *namespace) counts(key string) (queue, inflight int, err error) {
 	out, err := n.redis(key, "LLEN 'queue/{KEY}'", "ZCARD 'inflight/{KEY}'")
 	if err == nil {
@@ -263,19 +316,15 @@ func (n *namespace) counts(key string) (queue, inflight int, err error) {
 	return queue, inflight, err
 }
 
-// wantWaiters waits until these pods, which are in wait mode, are in line, in this order.
+// wantWaiters waits until these pods in wait mode, and no others, are in line in this
+// order.
 func (n *namespace) wantWaiters(key string, pods ...corev1.Pod) {
-	n.Helper()
-	n.wantWaitersWithin(30*time.Second, key, pods...)
-}
-
-func (n *namespace) wantWaitersWithin(within time.Duration, key string, pods ...corev1.Pod) {
 	n.Helper()
 	var want []string
 	for _, p := range pods {
 		want = append(want, string(p.UID))
 	}
-	eventually(n.T, within, func() error {
+	eventually(n.T, patience, func() error {
 		got, err := n.redis(key, "ZRANGE 'waiters/{KEY}' 0 -1")
 		if err == nil && !slices.Equal(got, want) {
 			err = fmt.Errorf("in line: %v; want %v", got, want)
@@ -284,14 +333,14 @@ func (n *namespace) wantWaitersWithin(within time.Duration, key string, pods ...
 	})
 }
 
-// wantHolders waits until the tokens of these pods in wait mode, and no others, are in flight.
+// wantHolders waits until these pods in wait mode, and no others, hold tokens.
 func (n *namespace) wantHolders(key string, pods ...corev1.Pod) {
 	n.Helper()
 	want := map[string]bool{}
 	for _, p := range pods {
 		want[string(p.UID)] = true
 	}
-	eventually(n.T, 30*time.Second, func() error {
+	eventually(n.T, patience, func() error {
 		tokens, err := n.redis(key, "ZRANGE 'inflight/{KEY}' 0 -1")
 		got := map[string]bool{}
 		for _, token := range tokens {
@@ -307,7 +356,7 @@ func (n *namespace) wantHolders(key string, pods ...corev1.Pod) {
 // wantCounts waits until so many tokens are free and in use.
 func (n *namespace) wantCounts(key string, queue, inflight int) {
 	n.Helper()
-	eventually(n.T, 30*time.Second, func() error {
+	eventually(n.T, patience, func() error {
 		q, i, err := n.counts(key)
 		if err == nil && (q != queue || i != inflight) {
 			err = fmt.Errorf("queue %d, inflight %d; want %d, %d", q, i, queue, inflight)
@@ -316,7 +365,8 @@ func (n *namespace) wantCounts(key string, queue, inflight int) {
 	})
 }
 
-// wantOneSidecar checks that a pod has exactly one sidecar, the native one, first, and second what awaits its token.
+// wantOneSidecar checks that the pod's first init container is its only sidecar, and the
+// second awaits the token.
 func (n *namespace) wantOneSidecar(p corev1.Pod) {
 	n.Helper()
 	count := 0
@@ -326,6 +376,7 @@ func (n *namespace) wantOneSidecar(p corev1.Pod) {
 		}
 	}
 	if count != 1 || p.Spec.InitContainers[0].Name != sidecarName || p.Spec.InitContainers[1].Name != awaitName {
-		n.Errorf("%s has %d sidecars; its init containers are %s", p.Name, count, encode(object{"init": p.Spec.InitContainers}))
+		inits := encode(object{"init": p.Spec.InitContainers})
+		n.Errorf("%s has %d sidecars; its init containers are %s", p.Name, count, inits)
 	}
 }

@@ -8,18 +8,18 @@ import (
 	"regexp"
 	"strings"
 	"testing"
-	"time"
 )
 
-// status is what an operator types.
+// status runs the mode status in a webhook, as operators do.
 func status(args ...string) (string, error) {
-	return hook(append([]string{"exec", "deployment/webhook", "--", "/at-least-semaphore-pod-hook", "status"}, args...)...)
+	command := []string{"exec", "deployment/webhook", "--", "/at-least-semaphore-pod-hook", "status"}
+	return hook(append(command, args...)...)
 }
 
-// wantStatus waits until it shows lines that match the patterns, one after the other.
+// wantStatus waits until the status has lines that match the patterns, in this order.
 func wantStatus(t *testing.T, what string, patterns ...string) {
 	t.Helper()
-	eventually(t, 20*time.Second, func() error {
+	eventually(t, patience, func() error {
 		out, err := status(what)
 		if err == nil && !regexp.MustCompile("(?m)^"+strings.Join(patterns, "$[^§]*^")+"$").MatchString(out) {
 			err = fmt.Errorf("no %q in\n%s", patterns, out)
@@ -28,7 +28,8 @@ func wantStatus(t *testing.T, what string, patterns ...string) {
 	})
 }
 
-// Who holds a token and who waits is shown with the names of pods and nodes; what is freed by hand is taken again by who lives.
+// The status shows holders and waiters with the names of their pods and nodes. A living
+// waiter that is released by hand joins the line again.
 func TestStatus(t *testing.T) {
 	t.Parallel()
 	n := newNamespace(t)
@@ -37,26 +38,30 @@ func TestStatus(t *testing.T) {
 	n.create(waiting(pod("waiter", "seen", 1)))
 	n.wantWaiters("seen", n.wantWaiting("waiter"))
 	wantStatus(t, n.name, `NAMESPACE .*`, n.name+` +seen +1 +0 +1 +0 +1 +\d+ s +\d+ s ago`)
-	wantStatus(t, n.name+"/seen", n.name+`/seen: 1 of 1 tokens in use \(0 stale\), 0 free, 1 waiting in line`, `holder +`+node+` +\d+ s +\d+ s ago +[-0-9a-f]{36}`,
+	wantStatus(t, n.name+"/seen", n.name+`/seen: 1 of 1 tokens in use \(0 stale\), 0 free, 1 waiting in line`,
+		`holder +`+node+` +\d+ s +\d+ s ago +[-0-9a-f]{36}`,
 		`1st +waiter +`+node+` +\d+ s +\d s ago +1 +[-0-9a-f]{36}`)
 	n.wantSidecarLog("waiter", "; in use by holder (")
-	if got, want := n.wantRefused(pod("late", "seen", 1)), "1 of 1 tokens in use, by holder ("; !strings.Contains(got, want) {
+	want := "1 of 1 tokens in use, by holder ("
+	if got := n.wantRefused(pod("late", "seen", 1)); !strings.Contains(got, want) {
 		t.Errorf("refused with %q, want %q", got, want)
 	}
 	out, err := status("release", n.name+"/seen", "waiter", "--yes")
-	if err != nil || !strings.Contains(out, "Its sidecar is alive") || !strings.HasSuffix(strings.TrimSpace(out), "taken out of the line") {
+	if err != nil || !strings.Contains(out, "Its sidecar is alive") ||
+		!strings.HasSuffix(strings.TrimSpace(out), "taken out of the line") {
 		t.Errorf("%s, %v", out, err)
 	}
-	wantStatus(t, n.name+"/seen", `1st +waiter +.*`) // it joins again
+	wantStatus(t, n.name+"/seen", `1st +waiter +.*`)
 	out, err = status(n.name, "-o", "json")
 	must(t, err)
 	var all struct {
 		Semaphores []struct{ Key string }
 	}
-	if err := json.Unmarshal([]byte(out), &all); err != nil || len(all.Semaphores) != 1 || all.Semaphores[0].Key != "seen" {
+	err = json.Unmarshal([]byte(out), &all)
+	if err != nil || len(all.Semaphores) != 1 || all.Semaphores[0].Key != "seen" {
 		t.Errorf("%s, %v", out, err)
 	}
 	if out, err := status(n.name, "--queue-redis-address=redis-9:6379"); err == nil {
-		t.Errorf("of no Redis: %s", out)
+		t.Errorf("without a Redis: %s", out)
 	}
 }

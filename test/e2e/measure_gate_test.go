@@ -1,21 +1,16 @@
-//go:build e2e && measure
+//go:build e2e
 
 package e2e
 
 import (
-	"bufio"
-	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"net/http"
-	"os/exec"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -23,32 +18,39 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// For how long a pod that does not wait is kept from a node with two cores, while seven of eight pods that ask for 400m wait in line.
+// Time until an unrelated pod runs on a node of two cores, while seven of eight pods that
+// request 400m wait in line.
 func TestMeasureGateRoom(t *testing.T) {
-	took := roomBesideGated(t)
-	t.Logf("gate: a pod of 300m runs %s after its creation, beside one of 400m that works and seven that are gated", inSeconds(took))
+	needMeasure(t)
+	installGate(t)
+	took := roomBesideGated(t, "400m", "300m")
+	t.Logf("gate: a pod of 300m runs %s after its creation, beside one of 400m that works and seven that are gated",
+		inSeconds(took))
 	if most := 5 * time.Second; took > most {
 		t.Errorf("want %s at most", most)
 	}
 }
 
-// From the end of an app to the start of the next one, of gated pods; beside it, the start of a pod whose other gate is lifted by the test.
+// Time from the end of an app to the start of the next one, of gated pods. Beside it, the
+// start of a pod with another gate, which the test lifts.
 //
-// An app's end and start are its own notes, by the clock of the node: the last thing that the one does after it was told to end, and
-// the first that the other does. So the time between them begins before its container has ended, before the kubelet has seen that
-// and told the sidecar, and before the token was given back. The gate counts as lifted when a watch of the test tells so. The pods that
-// the test lifts have the same containers, and a token that is free; their time begins when the patch is sent, over a connection that
-// is there. The two kinds take turns, and neither begins before what the other has ended is gone.
+// The apps note their starts and ends by the clock of the node. An end is noted at
+// SIGTERM, before the container has ended, before the kubelet has told the sidecar, and
+// before the sidecar has given back the token. The gate counts as lifted when a watch of
+// the test reports it. The pods that the test lifts have the same containers and a free
+// token. Their time begins when the test sends the patch, over an open connection. The
+// two kinds take turns, and neither begins before the pods of the other are gone.
 //
-// In the middle, both gates are killed, and the app is told to end at once. That turn is told by itself.
+// In the middle, both gates are killed, and the holder ends at once. This turn is logged
+// alone.
 func TestMeasureGateHandOver(t *testing.T) {
+	needMeasure(t)
 	const turns, inLine, killed = 51, 5, 25
 	n := newNamespace(t)
 	installGate(t)
-	proxy := startProxy(t)
 	clock := nodeClock(t)
-	d, seen := newDiary(n), proxy.watchPods(n)
-	byTest := newOtherGate(t, proxy, clock)
+	d, seen := newDiary(n), api.watchPods(n)
+	byTest := newOtherGate(t, clock)
 
 	d.handOver(turns, inLine, gated, func(turn int) {
 		seen.wantMost(t, 1+inLine)
@@ -75,10 +77,12 @@ func TestMeasureGateHandOver(t *testing.T) {
 		lifted := clock(seen.liftedAt(t, shifts[i+1].pod))
 		toLift, whole := lifted-shifts[i].end, shifts[i+1].start-shifts[i].end
 		if i == killed {
-			t.Logf("gate, both gates killed just before: end of an app to the lifted gate of the next %s, to its start %s", inSeconds(toLift), inSeconds(whole))
+			t.Logf("gate, both gates killed just before: end of an app to the lifted gate of the next %s, to its start %s",
+				inSeconds(toLift), inSeconds(whole))
 			continue
 		}
-		toLifted, toStart, fromLifted = append(toLifted, toLift), append(toStart, whole), append(fromLifted, whole-toLift)
+		toLifted, toStart = append(toLifted, toLift), append(toStart, whole)
+		fromLifted = append(fromLifted, whole-toLift)
 	}
 	lift, start, other := figuresOf(toLifted), figuresOf(toStart), figuresOf(byTest.toStart)
 	ratio := float64(start.median) / float64(other.median)
@@ -88,61 +92,65 @@ func TestMeasureGateHandOver(t *testing.T) {
 	t.Logf("the medians of the starts are as 1 to %.2f; from the lifted gate on: %s; of the other gate: %s",
 		ratio, figuresOf(fromLifted), figuresOf(byTest.fromLifted))
 	if lift.n < 50 || lift.median > 300*time.Millisecond || lift.most > time.Second {
-		t.Errorf("want 50 or more, the gate lifted after 0.3 s at most in the median, and none after more than 1 s: %v", toLifted)
+		t.Errorf("want 50 or more, lifted after 0.3 s at most in the median, and none after more than 1 s: %v", toLifted)
 	}
 	if ratio > 1.3 {
 		t.Errorf("want 1 to 1.3 at most: %v; of the other gate: %v", toStart, byTest.toStart)
 	}
 
-	// Nothing was lost: all are in line yet, and when they are gone, the token is free.
+	// Nothing was lost: all are still in line. When they are gone, the token is free.
 	d.wantNeverMoreThan(1)
 	n.kubectl("delete", "pods", "--all")
 	n.wantCounts("turns", 1, 0)
 }
 
-// otherGate makes pods that are like gated ones, and have a gate that the test lifts.
+// otherGate makes pods that are like gated ones, with a gate that the test lifts.
 type otherGate struct {
 	*diary
-	proxy               *apiProxy
 	seen                *podWatch
 	clock               func(time.Time) time.Duration
 	made                int
-	toStart, fromLifted []time.Duration // from the patch, and from when a watch told of it, to the app's start
+	toStart, fromLifted []time.Duration // from the patch, and from the report of the watch, to the start of the app
 }
 
-func newOtherGate(t *testing.T, proxy *apiProxy, clock func(time.Time) time.Duration) *otherGate {
+func newOtherGate(t *testing.T, clock func(time.Time) time.Duration) *otherGate {
 	n := newNamespace(t)
-	return &otherGate{diary: newDiary(n), proxy: proxy, seen: proxy.watchPods(n), clock: clock}
+	return &otherGate{diary: newDiary(n), seen: api.watchPods(n), clock: clock}
 }
 
-// lift lets a pod start, and end.
+// lift lets a pod start, and ends it.
 func (o *otherGate) lift() {
 	o.Helper()
 	name := fmt.Sprintf("p-%d", o.made)
 	o.made++
-	o.create(waiting(pod(name, "free", 1000, object{"schedulingGates": []object{{"name": "example.org/other"}}}, o.app(untilTold))))
+	other := object{"schedulingGates": []object{{"name": "example.org/other"}}}
+	o.create(waiting(pod(name, "free", 1000, other, o.app(untilTold))))
 	o.wantGated(name)
 	sent := o.clock(time.Now())
-	must(o.T, o.proxy.do(http.MethodPatch, o.path()+"/"+name, "application/json-patch+json",
-		[]object{{"op": "test", "path": "/spec/schedulingGates/0/name", "value": "example.org/other"}, {"op": "remove", "path": "/spec/schedulingGates/0"}}))
-	o.wantStarts(time.Minute, o.made)
+	must(o.T, errOf(api.do(http.MethodPatch, o.path()+"/"+name, "application/json-patch+json", []object{
+		{"op": "test", "path": "/spec/schedulingGates/0/name", "value": "example.org/other"},
+		{"op": "remove", "path": "/spec/schedulingGates/0"},
+	})))
+	o.wantStarts(o.made)
 	start := o.shifts()[o.made-1].start
 	o.toStart = append(o.toStart, start-sent)
 	o.fromLifted = append(o.fromLifted, start-o.clock(o.seen.liftedAt(o.T, name)))
-	o.kubectl("delete", "pod", name, "--wait=false")
+	o.end(name)
 	o.seen.wantMost(o.T, 0)
 }
 
-// A thousand gated pods, created as fast as the API server takes them, of which five may run: when they are in line, and in which
-// order; and when those that are deleted have left it.
+// A thousand gated pods are created as fast as the API server takes them, and five may
+// run. The test measures when they are in line, in which order, and when half of them,
+// deleted, have left the line.
 //
-// A pod's time of creation, and so its place, is exact to the second. How far those of one second stand in another order than they
-// were created in is told, by the API server's counter of changes: creation was the only change of a gated pod.
+// The creation time of a pod, and so its place, is exact to the second. For pods of the
+// same second, the test counts the swaps by the resource version: their creation was
+// their only change.
 func TestMeasureGateThousand(t *testing.T) {
+	needMeasure(t)
 	const many, length, fewer = 1000, 5, 500
 	n := newNamespace(t)
 	installGate(t)
-	proxy := startProxy(t)
 
 	start := time.Now()
 	names := make(chan int)
@@ -152,7 +160,7 @@ func TestMeasureGateThousand(t *testing.T) {
 			for i := range names {
 				p := gated(pod(fmt.Sprintf("p-%04d", i), "many", length))
 				p["metadata"].(object)["labels"] = object{"half": strconv.Itoa(i / fewer)}
-				if err := proxy.do(http.MethodPost, n.path(), "application/json", p); err != nil {
+				if err := n.tryCreate(p); err != nil {
 					t.Errorf("create: %v", err)
 				}
 			}
@@ -166,7 +174,8 @@ func TestMeasureGateThousand(t *testing.T) {
 	created := time.Now()
 	n.wantInLine("many", many-length)
 	inLine := time.Now()
-	t.Logf("gate: %d pods were created in %s; all were in line %s after the last", many, inSeconds(created.Sub(start)), inSeconds(inLine.Sub(created)))
+	t.Logf("gate: %d pods were created in %s; all were in line %s after the last",
+		many, inSeconds(created.Sub(start)), inSeconds(inLine.Sub(created)))
 	if most := 15 * time.Second; inLine.Sub(created) > most {
 		t.Errorf("want %s at most", most)
 	}
@@ -184,27 +193,32 @@ func TestMeasureGateThousand(t *testing.T) {
 		before, after := pods[line[i]], pods[token]
 		switch c := after.CreationTimestamp.Compare(before.CreationTimestamp.Time); {
 		case c < 0:
-			t.Errorf("%s, created at %s, stands behind %s, created at %s", after.Name, after.CreationTimestamp, before.Name, before.CreationTimestamp)
+			t.Errorf("%s, created at %s, stands behind %s, created at %s",
+				after.Name, after.CreationTimestamp, before.Name, before.CreationTimestamp)
 		case c == 0 && version(t, after) < version(t, before):
 			swapped++
 		}
 	}
-	t.Logf("gate: %d are in line, in the order of the seconds in which they were created; of two neighbours of the same second, %d times the later one is ahead", len(line), swapped)
+	t.Logf("gate: %d are in line, in the order of the seconds in which they were created; "+
+		"of two neighbours of the same second, %d times the later one is ahead", len(line), swapped)
 
 	start = time.Now()
-	must(t, proxy.do(http.MethodDelete, n.path()+"?labelSelector=half%3D1", "", nil))
+	_, err = api.do(http.MethodDelete, n.path()+"?labelSelector=half%3D1", "", nil)
+	must(t, err)
 	deleted := time.Now()
 	n.wantInLine("many", many-length-fewer)
 	gone := time.Now()
-	t.Logf("gate: %d of them were deleted in %s; the line was as much shorter %s after the last", fewer, inSeconds(deleted.Sub(start)), inSeconds(gone.Sub(deleted)))
+	t.Logf("gate: %d of them were deleted in %s; the line was as much shorter %s after the last",
+		fewer, inSeconds(deleted.Sub(start)), inSeconds(gone.Sub(deleted)))
 	if most := 5 * time.Second; gone.Sub(deleted) > most {
 		t.Errorf("want %s at most", most)
 	}
-	must(t, proxy.do(http.MethodDelete, n.path(), "", nil))
+	_, err = api.do(http.MethodDelete, n.path(), "", nil)
+	must(t, err)
 	n.wantCounts("many", length, 0)
 }
 
-// version is the API server's counter of changes when the pod was changed last.
+// version returns the resource version of the pod.
 func version(t *testing.T, p corev1.Pod) int {
 	t.Helper()
 	n, err := strconv.Atoi(p.ResourceVersion)
@@ -212,7 +226,7 @@ func version(t *testing.T, p corev1.Pod) int {
 	return n
 }
 
-// wantInLine waits until so many are in line.
+// wantInLine waits until the line has that length.
 func (n *namespace) wantInLine(key string, want int) {
 	n.Helper()
 	eventually(n.T, time.Minute, func() error {
@@ -224,59 +238,12 @@ func (n *namespace) wantInLine(key string, want int) {
 	})
 }
 
-// apiProxy reaches the API server with the rights of kubectl, and without starting one each time, which takes as long as what is measured.
-type apiProxy struct{ address string }
-
-func startProxy(t *testing.T) *apiProxy {
-	t.Helper()
-	cmd := exec.Command("kubectl", "proxy", "--port=0")
-	out, err := cmd.StdoutPipe()
-	must(t, err)
-	must(t, cmd.Start())
-	t.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	})
-	line, err := bufio.NewReader(out).ReadString('\n') // Starting to serve on 127.0.0.1:12345
-	must(t, err)
-	words := strings.Fields(line)
-	return &apiProxy{words[len(words)-1]}
-}
-
-// path is that of the namespace's pods.
-func (n *namespace) path() string { return "/api/v1/namespaces/" + n.name + "/pods" }
-
-// do sends a request with a body, unless that is nil.
-func (a *apiProxy) do(method, path, contentType string, body any) error {
-	var text bytes.Buffer
-	if body != nil {
-		if err := json.NewEncoder(&text).Encode(body); err != nil {
-			return err
-		}
-	}
-	request, err := http.NewRequest(method, "http://"+a.address+path, &text)
-	if err != nil {
-		return err
-	}
-	request.Header.Set("Content-Type", contentType)
-	response, err := http.DefaultClient.Do(request)
-	if err != nil {
-		return err
-	}
-	defer response.Body.Close()
-	answer, err := io.ReadAll(response.Body)
-	if response.StatusCode/100 != 2 {
-		err = fmt.Errorf("%s %s: %s: %s", method, path, response.Status, answer)
-	}
-	return err
-}
-
-// podWatch notes what the API server tells of the pods of a namespace, and when.
+// podWatch notes what a watch reports of the pods of a namespace, and when.
 type podWatch struct {
 	mu     sync.Mutex
-	gated  map[string]bool      // all that are there
-	lifted map[string]time.Time // when they were told to have no gate any more
-	err    error                // why nothing is told any more
+	gated  map[string]bool      // all pods that exist
+	lifted map[string]time.Time // when the watch reported them without a gate
+	err    error                // why the watch has ended
 }
 
 func (a *apiProxy) watchPods(n *namespace) *podWatch {
@@ -321,19 +288,19 @@ func (w *podWatch) note(deleted bool, p *corev1.Pod, err error) {
 	}
 }
 
-// liftedAt is when the test was told that a pod has no gate any more.
+// liftedAt returns when the watch reported that the gate of a pod was lifted.
 func (w *podWatch) liftedAt(t *testing.T, pod string) time.Time {
 	t.Helper()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	at, ok := w.lifted[pod]
 	if !ok {
-		t.Fatalf("the watch has not told that the gate of %s is lifted: %v", pod, w.err)
+		t.Fatalf("the watch has not reported that the gate of %s is lifted: %v", pod, w.err)
 	}
 	return at
 }
 
-// wantMost waits until no more pods are there.
+// wantMost waits until there are at most so many pods.
 func (w *podWatch) wantMost(t *testing.T, most int) {
 	t.Helper()
 	eventually(t, time.Minute, func() error {
@@ -346,8 +313,9 @@ func (w *podWatch) wantMost(t *testing.T, most int) {
 	})
 }
 
-// nodeClock returns what turns a time of the test into one on the clock by which the apps make their notes; it is wrong by half of the
-// time that the node takes to tell its own, at most, and by the hundredth of a second in which it does.
+// nodeClock returns a function that converts a time of the test into the time of the
+// node, which the apps note. It is wrong by at most half of the time that the node takes
+// to answer, and by the hundredth of a second to which the answer is exact.
 func nodeClock(t *testing.T) func(time.Time) time.Duration {
 	t.Helper()
 	var at time.Time

@@ -1,21 +1,29 @@
 //go:build e2e
 
-// Package e2e tests the webhook as operators install it, on the cluster that KUBECONFIG names. It installs deploy/ with an
-// image of its own and short thresholds, and uninstalls it at the end.
+// Package e2e tests the webhook as operators install it, on the cluster that KUBECONFIG
+// names. It installs deploy/ once, with its own image and short thresholds, and removes
+// it at the end.
 //
-// Settings, as environment variables:
+// Tests without t.Parallel run alone: each restarts or stops something that all others
+// need. The others run at the same time, each in its own namespace.
 //
-//	PROGRAM     the static binary
-//	IMAGE       the name that its image gets; a new one for each build, as nodes keep images
-//	LOAD_IMAGE  shell command that makes the image and gets it into the cluster, for example
-//	            kind:  docker build -t $IMAGE . && kind load docker-image $IMAGE
-//	            k3d:   docker build -t $IMAGE . && k3d image import $IMAGE
-//	NODE_SHELL  command that runs a script on the node, for the tests that kill processes, refuse connections (iptables) and read files there, for example
-//	            kind:  docker exec kind-control-plane sh -c
-//	            k3d:   docker exec k3d-k3s-default-server-0 sh -c
-//	NODE_RESTART  shell command that ends COMPONENT (kubelet, containerd, apiserver, scheduler or controller-manager) by SIGNAL
-//	            (TERM or KILL) and starts it again, or leaves that to whatever watches over it. The Makefile has that for kind
-//	KEEP        if not empty, nothing is uninstalled
+// Environment variables:
+//
+//	PROGRAM       the static binary
+//	IMAGE         the name of its image. Each build needs a new one, as nodes keep images
+//	LOAD_IMAGE    shell command that makes the image and loads it into the cluster, for example
+//	              kind:  docker build -t $IMAGE . && kind load docker-image $IMAGE
+//	              k3d:   docker build -t $IMAGE . && k3d image import $IMAGE
+//	NODE_SHELL    command that runs a script on the node. The tests kill processes, refuse
+//	              connections (iptables) and read files there. For example
+//	              kind:  docker exec kind-control-plane sh -c
+//	              k3d:   docker exec k3d-k3s-default-server-0 sh -c
+//	NODE_RESTART  shell command that ends COMPONENT (kubelet, containerd, apiserver, scheduler or
+//	              controller-manager) with SIGNAL (TERM or KILL). The command or the component's
+//	              supervisor starts it again. The Makefile has the command for kind
+//	API_CLIENT_CA the authority of the API server's client certificate, if it has one
+//	MEASURE       if not empty, the measurements (TestMeasure...) run, too
+//	KEEP          if not empty, the installation stays
 package e2e
 
 import (
@@ -23,6 +31,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -32,49 +41,66 @@ import (
 )
 
 const (
+	root = "../.." // of the repository
+
 	hookNamespace = "at-least-semaphore-pod-hook"
 	releasedImage = "ghcr.io/kaidotio/at-least-semaphore-pod-hook:v0.1.0"
 
+	// A busy node takes several seconds to restart a killed sidecar. The threshold leaves
+	// it that time.
 	heartbeatSeconds = 2
-	staleSeconds     = 8
+	staleSeconds     = 15
 
 	webhookPassword     = "0123456789abcdef"
-	sharedPassword      = "fedcba9876543210" // of sidecars of all namespaces, as before each had its own
 	replicationPassword = "00112233445566778899"
 	statusPassword      = "99887766554433221100"
 	gatePassword        = "55667788990011223344"
+
+	// patience bounds the wait for what must happen. It only decides how late a failure
+	// is reported: no test depends on the speed of the node.
+	patience = 3 * time.Minute
 )
 
 func TestMain(m *testing.M) {
 	code := 1
+	start := time.Now()
 	if err := install(); err != nil {
 		fmt.Fprintln(os.Stderr, "install:", err)
 	} else {
+		fmt.Println("installed in", inSeconds(time.Since(start)))
 		code = m.Run()
 	}
+	inRedis.close()
 	if os.Getenv("KEEP") == "" {
+		start = time.Now()
 		if err := uninstall(); err != nil {
 			fmt.Fprintln(os.Stderr, "uninstall:", err)
 			code = 1
 		}
+		fmt.Println("uninstalled in", inSeconds(time.Since(start)))
+	}
+	if api != nil {
+		api.stop()
 	}
 	os.Exit(code)
 }
 
-// kubectl runs kubectl with an input and returns what it prints; the error has what it complains of.
+// kubectl runs kubectl with an input and returns its output. The error contains its error
+// output.
 func kubectl(input string, args ...string) (string, error) {
 	out, _, err := kubectlWarned(input, args...)
 	return out, err
 }
 
-// kubectlWarned is kubectl that also returns what was printed to the standard error, such as warnings.
+// kubectlWarned is kubectl that also returns the error output, such as warnings.
 func kubectlWarned(input string, args ...string) (stdout, stderr string, err error) {
 	cmd := exec.Command("kubectl", args...)
 	cmd.Stdin = strings.NewReader(input)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	if err := cmd.Run(); err != nil {
-		return out.String(), errs.String(), fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(errs.String()))
+		err = fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(errs.String()))
+		return out.String(), errs.String(), err
 	}
 	return out.String(), errs.String(), nil
 }
@@ -84,12 +110,13 @@ func hook(args ...string) (string, error) {
 	return kubectl("", append([]string{"-n", hookNamespace}, args...)...)
 }
 
-// shell runs a command, for a quarter of an hour at most: an image may have to be built.
+// shell runs a shell command in the repository. An image build may take a quarter of an
+// hour.
 func shell(script string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "sh", "-c", script)
-	cmd.Dir, cmd.WaitDelay = "..", 10*time.Second
+	cmd.Dir, cmd.WaitDelay = root, 10*time.Second
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("%s: %w: %s", script, err, out)
 	}
@@ -99,7 +126,7 @@ func shell(script string) error {
 // onNode runs a script on the node.
 func onNode(script string) error { return errOf(nodeOutput(script)) }
 
-// nodeOutput is onNode that returns what the script prints.
+// nodeOutput runs a script on the node and returns its output.
 func nodeOutput(script string) (string, error) {
 	command := strings.Fields(os.Getenv("NODE_SHELL"))
 	if len(command) == 0 {
@@ -112,7 +139,7 @@ func nodeOutput(script string) (string, error) {
 	return string(out), nil
 }
 
-// restartOnNode ends and starts a component of the node, and waits until the node is ready.
+// restartOnNode restarts a component of the node and waits until the node is ready.
 func restartOnNode(t *testing.T, component, signal string) {
 	t.Helper()
 	command := os.Getenv("NODE_RESTART")
@@ -120,15 +147,17 @@ func restartOnNode(t *testing.T, component, signal string) {
 		t.Fatal("NODE_RESTART is not set: it is the command that restarts a component of the node")
 	}
 	must(t, shell(fmt.Sprintf("COMPONENT=%s SIGNAL=%s; %s", component, signal, command)))
-	eventually(t, time.Minute, func() error { return errOf(kubectl("", "get", "--raw", "/readyz")) })
-	eventually(t, time.Minute, func() error {
+	eventually(t, patience, func() error { return errOf(kubectl("", "get", "--raw", "/readyz")) })
+	eventually(t, patience, func() error {
 		return errOf(kubectl("", "wait", "--for=condition=Ready", "nodes", "--all", "--timeout=1s"))
 	})
+	eventually(t, patience, func() error { return errOf(api.do(http.MethodGet, "/readyz", "", nil)) })
 }
 
-// manifests are those of a folder of deploy/, with the image of this run and short thresholds.
+// manifests returns those of a folder of deploy/, with the image of this run and short
+// thresholds.
 func manifests(folder string) (string, error) {
-	text, err := kubectl("", "kustomize", filepath.Join("..", folder))
+	text, err := kubectl("", "kustomize", filepath.Join(root, folder))
 	if err != nil {
 		return "", err
 	}
@@ -145,6 +174,15 @@ func manifests(folder string) (string, error) {
 	return text, nil
 }
 
+// apply applies a folder of deploy/ with the settings of this run.
+func apply(t *testing.T, folder string) {
+	t.Helper()
+	text, err := manifests(folder)
+	must(t, err)
+	_, err = kubectl(text, "apply", "-f", "-")
+	must(t, err)
+}
+
 func install() error {
 	for _, name := range []string{"PROGRAM", "IMAGE", "LOAD_IMAGE"} {
 		if os.Getenv(name) == "" {
@@ -153,6 +191,10 @@ func install() error {
 	}
 	if _, err := kubectl("", "version"); err != nil {
 		return fmt.Errorf("no cluster: %w", err)
+	}
+	var err error
+	if api, err = startProxy(); err != nil {
+		return err
 	}
 	if err := uninstall(); err != nil {
 		return err
@@ -170,7 +212,9 @@ func install() error {
 	if _, err := kubectl(text, "apply", "-f", "-"); err != nil {
 		return err
 	}
-	if _, err := hook("create", "secret", "generic", "redis", "--from-literal=webhook-password="+webhookPassword, "--from-literal=replication-password="+replicationPassword, "--from-literal=status-password="+statusPassword, "--from-literal=gate-password="+gatePassword); err != nil {
+	if _, err := hook("create", "secret", "generic", "redis", "--from-literal=webhook-password="+webhookPassword,
+		"--from-literal=replication-password="+replicationPassword, "--from-literal=status-password="+statusPassword,
+		"--from-literal=gate-password="+gatePassword); err != nil {
 		return err
 	}
 	if err := shell("deploy/certificate.sh"); err != nil {
@@ -179,19 +223,16 @@ func install() error {
 	if err := rolledOut("statefulset/redis", "deployment/webhook"); err != nil {
 		return err
 	}
-	// Ready pods are not yet those that the API server reaches: that takes kube-proxy a moment.
-	for deadline := time.Now().Add(time.Minute); ; {
-		_, err := kubectl(encode(pod("first", "install", 1)), "-n", "default", "create", "--dry-run=server", "-f", "-")
-		if err == nil || time.Now().After(deadline) {
-			return err
-		}
-		time.Sleep(200 * time.Millisecond)
-	}
+	// The API server reaches ready pods only after kube-proxy has learned of them.
+	return poll(patience, func() error {
+		first := encode(pod("first", "install", 1))
+		return errOf(kubectl(first, "-n", "default", "create", "--dry-run=server", "-f", "-"))
+	})
 }
 
 func rolledOut(workloads ...string) error {
 	for _, w := range workloads {
-		if out, err := hook("rollout", "status", w, "--timeout=3m"); err != nil {
+		if out, err := hook("rollout", "status", w, "--timeout="+patience.String()); err != nil {
 			events, _ := hook("get", "pods,events")
 			return fmt.Errorf("%w\n%s\n%s", err, out, events)
 		}
@@ -204,55 +245,61 @@ func uninstall() error {
 	for _, args := range [][]string{
 		{"delete", "mutatingwebhookconfiguration", hookNamespace, "--ignore-not-found"},
 		{"delete", "namespace", "-l", "e2e=at-least-semaphore-pod-hook", "--ignore-not-found"},
-		{"delete", "-k", "../deploy/gate", "--ignore-not-found"},
+		{"delete", "-k", filepath.Join(root, "deploy/gate"), "--ignore-not-found"},
 		{"delete", "namespace", hookNamespace, "--ignore-not-found"},
 		{"delete", "persistentvolume", "-l", "e2e=at-least-semaphore-pod-hook", "--ignore-not-found"},
 	} {
-		if _, err := kubectl("", append(args, "--timeout=3m")...); err != nil {
+		if _, err := kubectl("", append(args, "--timeout=5m")...); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// provideVolumes makes volumes on the node for the claims of three pods each, where the cluster does not do so by itself.
+// provideVolumes makes volumes on the node for the claims of three pods for each name,
+// unless the cluster makes volumes itself.
 func provideVolumes(names ...string) error {
-	classes, err := kubectl("", "get", "storageclass", "-o", `jsonpath={.items[*].metadata.annotations.storageclass\.kubernetes\.io/is-default-class}`)
+	classes, err := kubectl("", "get", "storageclass",
+		"-o", `jsonpath={.items[*].metadata.annotations.storageclass\.kubernetes\.io/is-default-class}`)
 	if err != nil || strings.Contains(classes, "true") {
 		return err
 	}
+	var folders, volumes strings.Builder
 	for _, name := range names {
 		for i := range 3 {
 			path := fmt.Sprintf("/var/tmp/at-least-semaphore-pod-hook-e2e/%s-%d", name, i)
-			if err := onNode(fmt.Sprintf("rm -rf %s && mkdir -p %s && chmod 777 %s", path, path, path)); err != nil {
-				return err
-			}
-			volume := fmt.Sprintf(`{"apiVersion": "v1", "kind": "PersistentVolume",
+			fmt.Fprintf(&folders, "rm -rf %s && mkdir -p %s && chmod 777 %s || exit 1\n", path, path, path)
+			fmt.Fprintf(&volumes, `{"apiVersion": "v1", "kind": "PersistentVolume",
 				"metadata": {"name": "e2e-%s-%d", "labels": {"e2e": "at-least-semaphore-pod-hook"}},
 				"spec": {"capacity": {"storage": "1Gi"}, "accessModes": ["ReadWriteOnce"], "hostPath": {"path": %q},
-					"claimRef": {"namespace": %q, "name": "data-%s-%d"}}}`, name, i, path, hookNamespace, name, i)
-			if _, err := kubectl(volume, "apply", "-f", "-"); err != nil {
-				return err
-			}
+					"claimRef": {"namespace": %q, "name": "data-%s-%d"}}}`+"\n", name, i, path, hookNamespace, name, i)
 		}
 	}
-	return nil
+	if err := onNode(folders.String()); err != nil {
+		return err
+	}
+	return errOf(kubectl(volumes.String(), "apply", "-f", "-"))
 }
 
-// eventually polls until check returns nil, and fails with its last error.
-func eventually(t *testing.T, within time.Duration, check func() error) {
-	t.Helper()
+// poll checks until the check returns nil, and returns its last error after that time.
+func poll(within time.Duration, check func() error) error {
 	deadline := time.Now().Add(within)
 	for {
 		err := check()
 		if err == nil {
-			return
+			return nil
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("not within %s: %v", within, err)
+			return fmt.Errorf("not within %s: %w", within, err)
 		}
 		time.Sleep(200 * time.Millisecond)
 	}
+}
+
+// eventually is poll that must succeed.
+func eventually(t *testing.T, within time.Duration, check func() error) {
+	t.Helper()
+	must(t, poll(within, check))
 }
 
 func must(t *testing.T, err error) {

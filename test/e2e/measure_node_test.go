@@ -1,4 +1,4 @@
-//go:build e2e && measure
+//go:build e2e
 
 package e2e
 
@@ -14,13 +14,15 @@ import (
 
 const pods = 100 // that wait
 
-// What it costs the node that a hundred pods wait in line for one token, beside as many pods that have the same two containers,
-// of which both only sleep.
+// Costs of a hundred pods that wait in line for one token, compared with pods whose two
+// init containers only sleep.
 func TestMeasureWaitingPods(t *testing.T) {
+	needMeasure(t)
 	const period = time.Minute
 	var rows strings.Builder
 	row := func(name string, cost usage) {
-		line := fmt.Sprintf("%-32s %9.1f %14.1f %9.1f %9.1f", name, 100*cost.cpu, 100*cost.kubernetes, cost.forks, cost.memory)
+		line := fmt.Sprintf("%-32s %9.1f %14.1f %9.1f %9.1f",
+			name, 100*cost.cpu, 100*cost.kubernetes, cost.forks, cost.memory)
 		t.Log(line)
 		rows.WriteString("\n" + line)
 	}
@@ -28,11 +30,13 @@ func TestMeasureWaitingPods(t *testing.T) {
 	row("a sidecar and a container sleep", measurePods(t, period, func(p object) object {
 		delete(p["metadata"].(object)["annotations"].(object), annotationPrefix+"at-least-semaphore-pod")
 		maps.Copy(p["spec"].(object), object{"initContainers": []object{
-			container("sidecar", "exec sleep 36000", object{"restartPolicy": "Always"}), container("await", "exec sleep 36000"),
+			container("sidecar", "exec sleep 36000", object{"restartPolicy": "Always"}),
+			container("await", "exec sleep 36000"),
 		}})
 		return p
 	}, func(n *namespace) error {
-		out, err := n.try("get", "pods", "-l", "app=waiter", "-o", "jsonpath={.items[*].status.initContainerStatuses[1].state.running.startedAt}")
+		out, err := n.try("get", "pods", "-l", "app=waiter",
+			"-o", "jsonpath={.items[*].status.initContainerStatuses[1].state.running.startedAt}")
 		if got := len(strings.Fields(out)); err == nil && got != pods {
 			err = fmt.Errorf("%d have begun", got)
 		}
@@ -49,13 +53,14 @@ func TestMeasureWaitingPods(t *testing.T) {
 		pods, strings.Join(ofKubernetes, ", "), "", "CPU", "of Kubernetes", "forks/s", "MiB/pod", rows.String())
 }
 
-// usage is what a node spends: parts of a core, processes and threads started in a second, and memory of a pod.
+// usage is what a node spends: parts of a core, started processes and threads a second,
+// and memory of a pod.
 type usage struct{ cpu, kubernetes, forks, memory float64 }
 
-// ofKubernetes are processes that work for pods.
+// ofKubernetes are the processes of Kubernetes that work for pods.
 var ofKubernetes = []string{"kubelet", "containerd", "containerd-shim", "kube-apiserver"}
 
-// measureNode watches the node for some time.
+// measureNode measures the node for some time.
 func measureNode(t *testing.T, period time.Duration) usage {
 	t.Helper()
 	before, start := nodeTotals(t), uptime(t)
@@ -68,7 +73,7 @@ func measureNode(t *testing.T, period time.Duration) usage {
 	}
 }
 
-// nodeTotals are sums since the node was booted.
+// nodeTotals returns sums since the boot of the node.
 func nodeTotals(t *testing.T) (sum usage) {
 	t.Helper()
 	out, err := nodeOutput("cat /proc/stat; cat /proc/[0-9]*/stat 2>/dev/null; true")
@@ -85,17 +90,17 @@ func nodeTotals(t *testing.T) (sum usage) {
 		}
 		switch {
 		case name == "cpu":
-			sum.cpu = (v[0] + v[1] + v[2] + v[5] + v[6] + v[7]) / 100 // not idle, not waiting for a disk
+			sum.cpu = (v[0] + v[1] + v[2] + v[5] + v[6] + v[7]) / 100 // neither idle nor waiting for a disk
 		case name == "processes":
 			sum.forks = v[0]
 		case slices.Contains(ofKubernetes, name):
-			sum.kubernetes += (v[11] + v[12] + v[13] + v[14]) / 100 // its own, and what it has waited for
+			sum.kubernetes += (v[11] + v[12] + v[13] + v[14]) / 100 // its own, and of children that it waited for
 		}
 	}
 	return sum
 }
 
-// memoryAvailable is that of the node, in MiB.
+// memoryAvailable returns that of the node, in MiB.
 func memoryAvailable(t *testing.T) (mib float64) {
 	t.Helper()
 	out, err := nodeOutput("awk '/MemAvailable/ {print $2 / 1024}' /proc/meminfo")
@@ -105,7 +110,8 @@ func memoryAvailable(t *testing.T) (mib float64) {
 	return mib
 }
 
-// measurePods measures the node while so many pods that are made by change from waiting ones are there, once they are ready.
+// measurePods measures the node while there are pods that change makes of waiting ones,
+// once they are ready.
 func measurePods(t *testing.T, period time.Duration, change func(object) object, ready func(*namespace) error) usage {
 	t.Helper()
 	n := newNamespace(t)
@@ -116,7 +122,8 @@ func measurePods(t *testing.T, period time.Duration, change func(object) object,
 	p := change(pod("waiter", "node", 1, object{"terminationGracePeriodSeconds": 1}))
 	p["metadata"].(object)["labels"] = labels
 	n.create(object{"apiVersion": "apps/v1", "kind": "ReplicaSet", "metadata": object{"name": "waiters"}, "spec": object{
-		"replicas": pods, "selector": object{"matchLabels": labels}, "template": object{"metadata": p["metadata"], "spec": p["spec"]},
+		"replicas": pods, "selector": object{"matchLabels": labels},
+		"template": object{"metadata": p["metadata"], "spec": p["spec"]},
 	}})
 	eventually(t, 5*time.Minute, func() error { return ready(n) })
 	measureNode(t, period) // let the starts settle

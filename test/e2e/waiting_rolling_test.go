@@ -11,24 +11,25 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// startRollOut makes a Deployment of three pods in wait mode that share three tokens, and begins to replace them.
+// startRollOut makes a Deployment of three pods in wait mode that share three tokens, and
+// starts to replace them.
 func startRollOut(t *testing.T, maxSurge, maxUnavailable int) *diary {
 	t.Helper()
 	n := newNamespace(t)
 	d := newDiary(n)
 	n.create(waiting(deployment("web", "rolling", 3, 3, rollingUpdate(maxSurge, maxUnavailable), d.app(untilTold))))
-	n.kubectl("rollout", "status", "deployment/web", "--timeout=1m")
+	n.kubectl("rollout", "status", "deployment/web", "--timeout="+patience.String())
 	n.kubectl("rollout", "restart", "deployment/web")
 	return d
 }
 
-// wantRollOutDone waits for the end of a rollout and returns how long that took.
+// wantRollOutDone waits for the end of a rollout and returns how long it took.
 func (d *diary) wantRollOutDone() time.Duration {
 	d.Helper()
 	start := time.Now()
-	d.kubectl("rollout", "status", "deployment/web", "--timeout=2m")
+	d.kubectl("rollout", "status", "deployment/web", "--timeout="+patience.String())
 	took := time.Since(start)
-	d.wantStarts(10*time.Second, 6) // a container has started a moment before its app says so
+	d.wantStarts(6) // an app notes its start a moment after its container has started
 	d.wantNeverMoreThan(3)
 	d.wantCounts("rolling", 0, 3)
 	return took
@@ -39,15 +40,16 @@ func wantRolledOut(t *testing.T, maxSurge, maxUnavailable int) time.Duration {
 	return startRollOut(t, maxSurge, maxUnavailable).wantRollOutDone()
 }
 
-// wantStuckRollOut checks that a rollout that may not make an old pod unavailable does not get on for some time, and does as soon
-// as it may.
+// wantStuckRollOut checks that a rollout makes no progress while it may not make an old
+// pod unavailable, and ends when it may.
 func wantStuckRollOut(t *testing.T, stuckFor time.Duration) (stuck, freed time.Duration) {
 	t.Helper()
 	d := startRollOut(t, 1, 0)
 	start := time.Now()
 	var waiter corev1.Pod
-	eventually(t, 30*time.Second, func() error {
-		pods, err := d.try("get", "pods", "--field-selector=status.phase=Pending", "-o", "jsonpath={.items[*].metadata.name}")
+	eventually(t, patience, func() error {
+		pods, err := d.try("get", "pods", "--field-selector=status.phase=Pending",
+			"-o", "jsonpath={.items[*].metadata.name}")
 		if err == nil && len(strings.Fields(pods)) != 1 {
 			err = fmt.Errorf("pending: %q", pods)
 		}
@@ -62,14 +64,15 @@ func wantStuckRollOut(t *testing.T, stuckFor time.Duration) (stuck, freed time.D
 	}
 	d.wantWaiters("rolling", waiter)
 	if shifts := d.shifts(); len(shifts) != 3 || shifts[0].ended || shifts[1].ended || shifts[2].ended {
-		t.Errorf("the old pods do not run on: %v", shifts)
+		t.Errorf("the old pods have not all stayed: %v", shifts)
 	}
 	stuck = time.Since(start)
 	d.kubectl("patch", "deployment", "web", "-p", encode(object{"spec": object{"strategy": rollingUpdate(0, 1)}}))
 	return stuck, d.wantRollOutDone()
 }
 
-// Pods that wait in line, as many replicas as tokens: an update needs an old pod to end before.
+// A Deployment in wait mode has as many replicas as tokens: an update must end an old pod
+// first.
 func TestRollingUpdate(t *testing.T) {
 	t.Parallel()
 	wantRolledOut(t, 1, 1)

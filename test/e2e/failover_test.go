@@ -1,0 +1,430 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+)
+
+// line is a semaphore of length 2 with two holders, and with waiters.
+type line struct {
+	*diary
+	holders, waiters []corev1.Pod
+	made             int
+	started          []string // names of all pods whose apps started, in order
+	temporary        bool     // its namespace ends with the subtest
+}
+
+func newLine(n *namespace, waiters int) *line {
+	n.Helper()
+	l := &line{diary: newDiary(n)}
+	for range 2 {
+		name := l.createNext()
+		l.holders = append(l.holders, n.wantRunning(name))
+		l.started = append(l.started, name)
+	}
+	l.fill(waiters)
+	return l
+}
+
+// createNext creates another pod of the semaphore and returns its name.
+func (l *line) createNext() string {
+	l.Helper()
+	name := fmt.Sprintf("p-%d", l.made)
+	l.made++
+	l.create(waiting(pod(name, "line", 2, l.app(untilTold))))
+	return name
+}
+
+// fill creates waiters until there are so many. Those that are created at the same time
+// may join the line in any order.
+func (l *line) fill(waiters int) {
+	l.Helper()
+	var names []string
+	for len(l.waiters)+len(names) < waiters {
+		names = append(names, l.createNext())
+	}
+	joined := map[string]corev1.Pod{}
+	for _, name := range names {
+		p := l.wantWaiting(name)
+		joined[string(p.UID)] = p
+	}
+	var tokens []string
+	eventually(l.T, patience, func() (err error) {
+		tokens, err = l.redis("line", "ZRANGE 'waiters/{KEY}' 0 -1")
+		if err == nil && len(tokens) != waiters {
+			err = fmt.Errorf("in line: %v; want %d", tokens, waiters)
+		}
+		return err
+	})
+	for _, token := range tokens {
+		if p, ok := joined[token]; ok {
+			l.waiters = append(l.waiters, p)
+		}
+	}
+	l.wantWaiters("line", l.waiters...)
+}
+
+// moveOn ends the first holder, and waits until the app of the first waiter has started.
+func (l *line) moveOn() {
+	l.Helper()
+	l.end(l.holders[0].Name)
+	l.wantMoved()
+}
+
+// wantMoved waits until the app of the first waiter has started in the place of the first
+// holder.
+func (l *line) wantMoved() {
+	l.Helper()
+	first := l.waiters[0]
+	l.wantStarted(first.Name)
+	l.started = append(l.started, first.Name)
+	l.holders, l.waiters = append(l.holders[1:], first), l.waiters[1:]
+}
+
+// wantOrder checks that the apps started in the order of the line, and that never too
+// many worked at the same time.
+func (l *line) wantOrder() {
+	l.Helper()
+	l.wantNeverMoreThan(2)
+	if got := podsOf(l.shifts()); !slices.Equal(got, l.started) {
+		l.Errorf("the apps started in the order %v, want %v", got, l.started)
+	}
+}
+
+// wantWhole checks that Redis still has the line, and that the line moves on. Then
+// another waiter joins it.
+func (l *line) wantWhole() {
+	l.Helper()
+	l.wantHolders("line", l.holders...)
+	l.wantWaiters("line", l.waiters...)
+	l.wantCounts("line", 0, 2)
+	l.wantNeverMoreThan(2)
+	l.moveOn()
+	l.wantHolders("line", l.holders...)
+	l.wantWaiters("line", l.waiters...)
+	l.wantOrder()
+	l.wantNoRestarts(slices.Concat(l.holders, l.waiters)...)
+	l.fill(len(l.waiters) + 1)
+}
+
+// wantNoRestarts checks that no container of the pods was restarted.
+func (n *namespace) wantNoRestarts(pods ...corev1.Pod) {
+	n.Helper()
+	for _, p := range pods {
+		p, err := n.get(p.Name)
+		must(n.T, err)
+		for _, c := range slices.Concat(p.Status.InitContainerStatuses, p.Status.ContainerStatuses) {
+			if c.RestartCount > 0 {
+				n.Errorf("%s: %s was restarted", p.Name, c.Name)
+			}
+		}
+	}
+}
+
+// primaryPod returns the pod of the primary.
+func primaryPod(t *testing.T) string {
+	t.Helper()
+	out, err := hook("exec", "redis-0", "--", "sh", "/etc/redis/primary")
+	must(t, err)
+	name := strings.TrimSpace(out)
+	if name == "" {
+		t.Fatal("no Sentinel names a primary")
+	}
+	return name
+}
+
+// opinion is what one pod of Redis says.
+type opinion struct {
+	text    string // all of it
+	named   string // the primary that its Sentinel names
+	primary bool
+	online  int // replicas, of a primary
+	err     error
+}
+
+// opinions asks all pods of Redis at the same time.
+func opinions() []opinion {
+	all := make([]opinion, 3)
+	var asked sync.WaitGroup
+	for i := range all {
+		asked.Go(func() {
+			out, err := withFunctions(fmt.Sprintf("redis-%d", i), `named_by "$me"; redis 127.0.0.1 INFO replication`)
+			named, info, _ := strings.Cut(out, "\n")
+			primary, online := strings.Contains(info, "role:master"), strings.Count(info, "state=online")
+			all[i] = opinion{out, named, primary, online, err}
+		})
+	}
+	asked.Wait()
+	return all
+}
+
+// agreed returns nil if there is one primary with that number of replicas, and the
+// Sentinels of at least that number of pods name it, and none another.
+func agreed(pods, replicas int) error {
+	var said strings.Builder
+	answers, primaries, online := 0, 0, 0
+	named := map[string]bool{}
+	for _, o := range opinions() {
+		if o.err != nil {
+			fmt.Fprintln(&said, o.err)
+			continue
+		}
+		answers++
+		said.WriteString(o.text)
+		named[o.named] = true
+		if o.primary {
+			primaries++
+			online = o.online
+		}
+	}
+	if answers < pods || primaries != 1 || online < replicas || len(named) != 1 {
+		return fmt.Errorf("%d pods answer, %d primaries, %d replicas online, %d primaries are named: %s",
+			answers, primaries, online, len(named), &said)
+	}
+	return nil
+}
+
+// wantSettled waits until all pods of Redis are ready, agree on one primary, and two
+// replicas are in sync with it. Two Sentinels may have promoted a replica each. Then that
+// takes ten seconds more than the first admission.
+func wantSettled(t *testing.T) {
+	t.Helper()
+	eventually(t, patience, func() error { return agreed(3, 2) })
+	must(t, rolledOut("statefulset/redis"))
+}
+
+// fault is something that happens to Redis.
+type fault struct {
+	cause  func(primary string)
+	mend   func()      // ends the fault, unless nil
+	outage bool        // admissions may fail, until the Sentinels agree on a primary
+	lost   func() bool // whether the data may be lost; if nil, it may not
+}
+
+// failover causes a fault while pods are created, hold tokens and wait for them. It returns whether Redis still has all
+// data.
+func (l *line) failover(f fault) (whole bool) {
+	l.Helper()
+	wantSettled(l.T)
+	l.Cleanup(func() { logRedis(l) })
+	alone := fmt.Sprintf("alone-%d", l.made)
+	l.create(pod(alone, alone, 2, held)) // only Redis knows of its token
+	l.wantCounts(alone, 1, 1)
+	s := startStream(l.namespace)
+	s.wantAdmittedSince(time.Now())
+	before, at := primaryPod(l.T), time.Now()
+	f.cause(before)
+	l.Logf("done with %s after %s", before, inSeconds(time.Since(at)))
+	s.wantAdmittedSince(time.Now())
+	if f.mend != nil {
+		f.mend()
+	}
+	agreedAt := at
+	if f.outage {
+		eventually(l.T, patience, func() error { return agreed(2, 1) })
+		s.wantAdmittedSince(time.Now())
+		agreedAt = time.Now()
+	}
+	wantSettled(l.T)
+	s.wantAdmittedSince(time.Now())
+	s.wantAdmitted(at, agreedAt)
+	l.Logf("the primary was %s, and is %s", before, primaryPod(l.T))
+	if f.lost != nil && f.lost() {
+		return false
+	}
+	l.wantCounts(alone, 1, 1)
+	l.wantWhole()
+	return true
+}
+
+// TestRedisFaults causes one fault of Redis after the other. The same pods hold tokens
+// and wait all the time.
+func TestRedisFaults(t *testing.T) {
+	var l *line
+	for _, f := range []struct {
+		name string
+		test func(l *line)
+	}{
+		{"PrimaryEvicted", testPrimaryEvicted},
+		{"PrimaryDeletedByForce", testPrimaryDeletedByForce},
+		{"PrimaryLosesItsVolume", testPrimaryLosesItsVolume},
+		{"PrimaryNodeLost", testPrimaryNodeLost},
+		{"AllDeleted", testAllRedisDeleted},
+		{"AllDeletedByForce", testAllRedisDeletedByForce},
+		{"RollingRestart", testRedisRollingRestart},
+	} {
+		if l == nil {
+			l = newLine(newNamespace(t), 3)
+		}
+		if !t.Run(f.name, func(t *testing.T) {
+			l.T = t
+			f.test(l)
+		}) || l.temporary {
+			l = nil // its pods may have lost their places
+			continue
+		}
+		l.T = t
+	}
+}
+
+// The primary is evicted, as when its node is drained: it hands over first.
+func testPrimaryEvicted(l *line) {
+	l.failover(fault{cause: func(primary string) {
+		eviction := object{"apiVersion": "policy/v1", "kind": "Eviction", "metadata": object{"name": primary}}
+		path := "/api/v1/namespaces/" + hookNamespace + "/pods/" + primary + "/eviction"
+		must(l.T, errOf(api.do(http.MethodPost, path, "application/json", eviction)))
+		_, err := hook("wait", "--for=delete", "pod/"+primary, "--timeout="+patience.String())
+		must(l.T, err)
+	}})
+}
+
+// All pods are restarted one after the other, as when a setting changes. That may leave a
+// Sentinel busy for nothing, until testSentinelBusyForNothing.
+func testRedisRollingRestart(l *line) {
+	l.failover(fault{cause: func(string) {
+		_, err := hook("rollout", "restart", "statefulset/redis")
+		must(l.T, err)
+		must(l.T, rolledOut("statefulset/redis"))
+	}})
+}
+
+// The primary's pod is deleted by force: it comes back with another address.
+func testPrimaryDeletedByForce(l *line) {
+	l.failover(fault{outage: true, cause: func(primary string) {
+		_, err := hook("delete", "pod", primary, "--grace-period=0", "--force")
+		must(l.T, err)
+	}})
+}
+
+// The primary comes back at once, without the contents of its volume. It does not empty
+// the replicas: it waits until it is replaced.
+func testPrimaryLosesItsVolume(l *line) {
+	l.failover(fault{outage: true, cause: func(primary string) {
+		_, err := hook("exec", primary, "--", "sh", "-c", "rm -rf /data/*")
+		must(l.T, err)
+		killRedis(l.T, primary)
+		eventually(l.T, patience, func() error {
+			log, err := hook("logs", primary)
+			if err == nil && !strings.Contains(log, "nothing in /data") {
+				err = errors.New(log)
+			}
+			return err
+		})
+	}})
+}
+
+// The primary's node is lost: its kubelet is silent, and all processes of the pod are
+// gone.
+func testPrimaryNodeLost(l *line) {
+	resume := sync.OnceFunc(func() { must(l.T, onNode("pkill -CONT -x kubelet")) })
+	defer resume()
+	l.failover(fault{outage: true, mend: resume, cause: func(primary string) {
+		must(l.T, onNode("pkill -STOP -x kubelet"))
+		killRedis(l.T, primary)
+	}})
+}
+
+// deleteRedis deletes all pods of Redis at the same time.
+func deleteRedis(t *testing.T, flags ...string) {
+	t.Helper()
+	_, err := hook(append([]string{"delete", "pod", "-l", "app.kubernetes.io/component=redis"}, flags...)...)
+	must(t, err)
+}
+
+// All pods end at the same time, in good order. Afterwards Redis still accepts the
+// passwords of all sidecars.
+func testAllRedisDeleted(l *line) {
+	n := newNamespace(l.T)
+	n.create(pod("old", "passwords", 2))
+	n.wantRunning("old")
+	n.enable()
+	n.create(pod("new", "passwords", 2))
+	n.wantRunning("new")
+	l.failover(fault{outage: true, cause: func(string) { deleteRedis(l.T) }})
+	n.wantCounts("passwords", 0, 2)
+	n.delete("old", "new")
+	n.wantCounts("passwords", 2, 0)
+}
+
+// All pods are gone at once, and redis-0, a replica, comes back without its volume. By default it starts as the first
+// primary, and it knows of no other. It must learn of the other from the other Sentinels.
+//
+// On a slow node, the other primary comes back so late that the Sentinels replace it. They may take redis-0, which has no
+// data yet. Then the test tries again.
+func testAllRedisDeletedByForce(l *line) {
+	const tries = 3
+	for range tries {
+		if primaryPod(l.T) == "redis-0" {
+			must(l.T, resign("redis-0"))
+		}
+		eventually(l.T, patience, func() error {
+			if primaryPod(l.T) == "redis-0" {
+				return errors.New("redis-0 is the primary")
+			}
+			return errOf(hook("exec", "redis-0", "--", "sh", "/etc/redis/ready"))
+		})
+		address, err := withFunctions("redis-0", `echo "$me"`)
+		must(l.T, err)
+		if l.failover(fault{
+			outage: true,
+			cause: func(string) {
+				_, err := hook("exec", "redis-0", "--", "sh", "-c", "rm -rf /data/*")
+				must(l.T, err)
+				deleteRedis(l.T, "--grace-period=0", "--force")
+			},
+			lost: func() bool {
+				log, err := hook("logs", "redis-0")
+				must(l.T, err)
+				if strings.Contains(log, "the primary is "+address) || !strings.Contains(log, "the primary is ") {
+					l.Errorf("redis-0 started as the primary:\n%s", log)
+				}
+				return strings.Contains(log, "MASTER MODE enabled")
+			},
+		}) {
+			return
+		}
+		l.Log("the Sentinels have promoted redis-0")
+		*l = *newLine(newNamespace(l.T), 3)
+		l.temporary = true
+	}
+	l.Errorf("the Sentinels have promoted redis-0 %d times", tries)
+}
+
+// killRedis kills all servers of a pod of Redis.
+func killRedis(t *testing.T, pod string) {
+	t.Helper()
+	uid, err := hook("get", "pod", pod, "-o", "jsonpath={.metadata.uid}")
+	must(t, err)
+	must(t, onNode(fmt.Sprintf(`for p in $(grep -lsE "%s|%s" /proc/[0-9]*/cgroup | cut -d/ -f3); do
+		tr '\0' ' ' </proc/$p/cmdline | grep -q redis-server && kill -KILL $p && killed="$killed $p"
+	done
+	set -- $killed; test $# = 3 || { echo "killed: $*"; exit 1; }`, uid, strings.ReplaceAll(uid, "-", "_"))))
+}
+
+// logRedis logs the words of the servers, Sentinels and sidecars if the test has failed.
+func logRedis(l *line) {
+	if !l.Failed() {
+		return
+	}
+	for i := range 3 {
+		name := fmt.Sprintf("redis-%d", i)
+		role, _ := withFunctions(name, "redis 127.0.0.1 INFO replication; known")
+		server, _ := hook("logs", name, "--tail=30")
+		sentinel, _ := hook("logs", name, "-c", "sentinel", "--tail=40")
+		l.Logf("%s:\n%s\n%s\n%s", name, role, server, sentinel)
+	}
+	for _, p := range slices.Concat(l.holders, l.waiters) {
+		log, _ := l.try("logs", p.Name, "-c", sidecarName)
+		l.Logf("%s:\n%s", p.Name, log)
+	}
+}
