@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -65,23 +66,34 @@ func TestTwoDeployments(t *testing.T) {
 	}
 }
 
-// follow collects the log of a container, with times, until the container ends.
-func (n *namespace) follow(pod, container string) <-chan []string {
+// follow collects the log of a container, with times, until the container ends. It returns
+// once a line with the text first has come, so that the log of a pod that is deleted then
+// is not lost.
+func (n *namespace) follow(pod, container, first string) <-chan []string {
 	n.Helper()
 	cmd := exec.Command("kubectl", "-n", n.name, "logs", "-f", "--timestamps", pod, "-c", container)
 	out, err := cmd.StdoutPipe()
 	must(n.T, err)
 	must(n.T, cmd.Start())
 	n.Cleanup(func() { _ = cmd.Process.Kill() })
-	done := make(chan []string, 1)
+	done, begun := make(chan []string, 1), make(chan struct{})
+	begin := sync.OnceFunc(func() { close(begun) })
 	go func() {
 		var lines []string
 		for s := bufio.NewScanner(out); s.Scan(); {
 			lines = append(lines, s.Text())
+			if strings.Contains(s.Text(), first) {
+				begin()
+			}
 		}
 		_ = cmd.Wait()
 		done <- lines
 	}()
+	select {
+	case <-begun:
+	case <-time.After(patience):
+		n.Fatalf("no %q in the log of %s of %s", first, container, pod)
+	}
 	return done
 }
 
@@ -107,7 +119,7 @@ func TestNativeSidecar(t *testing.T) {
 	n := newNamespace(t)
 	n.create(pod("slow", "native", 2, object{
 		"initContainers": []object{container("init", "sleep 1")},
-		"containers": []object{container("app", "trap 'sleep 5; echo app has ended; exit 0' TERM; "+idle,
+		"containers": []object{container("app", "trap 'sleep 5; echo app has ended; exit 0' TERM; echo app is up; "+idle,
 			object{"lifecycle": object{"preStop": object{"sleep": object{"seconds": 2}}}})},
 	}))
 	p := n.wantRunning("slow")
@@ -123,7 +135,7 @@ func TestNativeSidecar(t *testing.T) {
 	}
 	n.wantCounts("native", 1, 1)
 
-	app, side := n.follow("slow", "app"), n.follow("slow", sidecarName)
+	app, side := n.follow("slow", "app", "app is up"), n.follow("slow", sidecarName, "holding the token")
 	deleted := time.Now()
 	n.end("slow")
 	eventually(t, patience, func() error {

@@ -88,7 +88,7 @@ func TestLeavingTheLine(t *testing.T) {
 		line = append(line, n.wantWaiting(name))
 		n.wantWaiters("leaving", line...)
 	}
-	log := n.follow("told", sidecarName)
+	log := n.follow("told", sidecarName, "waiting for a token")
 	n.end("told")
 	n.wantWaiters("leaving", line[1:]...)
 	timeOf(t, <-log, "left the line")
