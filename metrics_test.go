@@ -150,7 +150,7 @@ func TestKindsOfErrors(t *testing.T) {
 	}
 	r.Do(t, "ACL", "SETUSER", "default", "+zadd")
 	r.Stop()
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
 	_, err = s.heartbeat(ctx, freshID(), "token", "", 0)
 	if kind := kindOfError(err); err == nil || kind != kindUnreached {

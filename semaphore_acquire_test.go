@@ -608,7 +608,7 @@ func TestRepairWithoutASlot(t *testing.T) {
 	t.Parallel()
 	_, s, id := newSemaphore(t)
 	s.failRepairs(id, fmt.Errorf("repairs: %w", errTooMany))
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	_, _, err := s.acquire(ctx, id, "", 1, 10*time.Second)
 	if !errors.Is(err, errTooMany) || !errors.Is(err, context.DeadlineExceeded) {

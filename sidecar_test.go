@@ -151,7 +151,7 @@ func TestReadOnlyServerIsDropped(t *testing.T) {
 	pool := serverOf(t, s, id).pool
 	r.Do(t, "REPLICAOF", "127.0.0.1", rig.Port(rig.FreeAddress(t)))
 	for range 3 {
-		ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 		_, err := s.heartbeat(ctx, id, token, "", 0)
 		if err == nil ||
 			!strings.Contains(err.Error(), "READONLY") && !strings.Contains(err.Error(), "is not a primary") {

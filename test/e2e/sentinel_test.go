@@ -12,6 +12,14 @@ import (
 	"time"
 )
 
+// Each of these tests replaces the primary of Redis, or stops a Sentinel.
+func TestSentinels(t *testing.T) {
+	t.Run("HandOverIsToldToAll", testHandOverIsToldToAll)
+	t.Run("HandOverWaitsForReplicas", testHandOverWaitsForReplicas)
+	t.Run("NoZombies", testRedisHasNoZombies)
+	t.Run("BusyForNothing", testSentinelBusyForNothing)
+}
+
 // A Sentinel with a connection that was refused at first, and opened all the same, is
 // busy for nothing. It restarts only when the other Sentinels are there: two must be, to
 // replace a primary.
