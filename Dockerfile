@@ -1,23 +1,27 @@
 # docker build --build-arg VERSION=v0.1.0 --tag ghcr.io/kaidotio/at-least-semaphore-pod-hook:v0.1.0 .
 #
-# Needs BuildKit, which "docker build" uses by default since Docker 23 (DOCKER_BUILDKIT=1 before).
+# Needs BuildKit, the default of "docker build" since Docker 23 (DOCKER_BUILDKIT=1
+# before).
 #
-# The same sources and the same release of Go make the same binary, byte by byte: no paths, times or commits are in it.
+# The same sources and Go release make the same binary, byte by byte: it contains no
+# paths, times or commits.
 FROM --platform=$BUILDPLATFORM golang:1.26 AS build
 WORKDIR /src
-# A layer of its own: the modules are downloaded again only when these two files change.
+# A layer of its own: the build downloads modules only when these two files change.
 COPY go.mod go.sum ./
 RUN go mod download
 COPY *.go ./
 COPY lua/*.lua lua/
 ARG VERSION=dev
-# Set by BuildKit for each platform of docker buildx build --platform; where they are not set, it is the builder's own.
+# BuildKit sets these for each platform of "docker buildx build --platform". If they are
+# unset, the builder's own platform is used.
 ARG TARGETOS TARGETARCH
-# Without gRPC's tracing, which takes a fifth of the binary.
+# Without gRPC's tracing, a fifth of the binary.
 RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
     go build -trimpath -buildvcs=false -tags grpcnotrace -ldflags "-s -w -X main.version=$VERSION" -o /at-least-semaphore-pod-hook .
 
-# No shell, no package manager; certificates of the public authorities, for rediss:// and https://. User and group 65532.
+# No shell, no package manager. It has the certificates of public authorities, for
+# rediss:// and https://. User and group 65532.
 FROM gcr.io/distroless/static:nonroot
 COPY --from=build /at-least-semaphore-pod-hook /at-least-semaphore-pod-hook
 ENTRYPOINT ["/at-least-semaphore-pod-hook"]

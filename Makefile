@@ -8,23 +8,27 @@ help: ## show this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: build bin/demo ## show the main job, start to end; needs nothing but Go. LOCK=etcd for the other lock, QUEUE=sentinel for a failover
+demo: build bin/demo ## show the main job from start to end; needs only Go. LOCK=etcd: the other lock, QUEUE=sentinel: a failover
 	@bin/demo $(demo-queue) $(demo-lock) story
 
+.PHONY: test-demo
+test-demo: test-needs ## test the demo with each lock and queue, its printed commands, and Ctrl-C
+	SUITE=1 go test -race -count=1 -v ./test/demo
+
 .PHONY: run
-run: build bin/demo ## start the demo's set-up and stay up, for trying it by hand
+run: build bin/demo ## start the demo's set-up and keep it up, to try it by hand
 	@bin/demo $(demo-queue) $(demo-lock) run
 
-# etcd is built from its module; the go command keeps it.
-etcd = $(shell go tool -modfile=tools/go.mod -n go.etcd.io/etcd/server/v3)
+# etcd is built from its module; the go command caches it.
+etcd = $(shell go tool -modfile=test/tools/go.mod -n go.etcd.io/etcd/server/v3)
 demo-lock = $(if $(filter redlock,$(LOCK)),,$(if $(filter etcd,$(LOCK)),-etcd $(etcd),$(error LOCK is $(LOCK): it must be redlock or etcd)))
 
-# Real servers, which have to be installed.
+# Real servers, which must be installed.
 REDIS_SERVER ?= redis-server
 demo-queue = $(if $(filter embedded,$(QUEUE)),,$(if $(filter sentinel,$(QUEUE)),-sentinels $(REDIS_SERVER),$(error QUEUE is $(QUEUE): it must be embedded or sentinel)))
 
 .PHONY: build
-build: ## build the static binary into bin/, without gRPC's tracing, which takes a fifth of it
+build: ## build the static binary into bin/, without gRPC's tracing (a fifth of its size)
 	@CGO_ENABLED=0 go build -trimpath -tags grpcnotrace -ldflags "-s -w -X main.version=$(VERSION)" -o $(PROGRAM) .
 
 .PHONY: bin/demo
@@ -33,111 +37,117 @@ bin/demo:
 
 .PHONY: test
 test: test-needs ## run all tests with the race detector; installs redis-server, gcc, curl, promtool and openssl if missing
-	go test -race -count=1 -parallel 8 -shuffle=on ./...
+	go test -race -count=1 -parallel 16 -shuffle=on ./...
+
+.PHONY: test-timing
+test-timing: test-needs ## run the unit tests with their time limits; needs an idle machine
+	TIMING=1 go test -count=1 -parallel 1 .
 
 .PHONY: test-queues
-test-queues: test-needs ## let Sentinel groups, Clusters and moving addresses fail under load; then run all tests on a Sentinel and on a Cluster
-	go test -race -count=1 -parallel 3 -tags failover -v -run '$(queue-tests)' .
-	TEST_QUEUE=sentinel go test -race -count=1 -parallel 8 -shuffle=on .
-	TEST_QUEUE=cluster go test -race -count=1 -parallel 8 -shuffle=on .
-
-queue-tests = ^Test(SentinelFailover|GateFailover|PrimaryWithoutReplicas|SentinelsGone|SentinelsThatCannotHelp|SentinelOfThePast|SentinelUsers|SentinelLook|SentinelsBehindSlowDNS|Cluster.*|Slots|ProviderFailover)$$
+test-queues: test-needs ## fail over Sentinel groups, Clusters, addresses and gates under load; run the unit tests on a Sentinel and a Cluster
+	SUITE=1 go test -race -count=1 -parallel 3 -timeout 20m -v ./test/failover
+	TEST_QUEUE=sentinel go test -race -count=1 -parallel 16 -shuffle=on .
+	TEST_QUEUE=cluster go test -race -count=1 -parallel 16 -shuffle=on .
 
 .PHONY: test-abuse
-test-abuse: test-needs ## misuse a webhook in all ways, in some five minutes: what it needs, and what becomes of admissions beside it
-	go test -count=1 -tags abuse -timeout 15m -v -run TestAbuse .
+test-abuse: test-needs ## misuse a webhook in many ways; check its memory and the admissions beside it; about 5 minutes
+	SUITE=1 go test -count=1 -timeout 15m -v ./test/abuse
 
 .PHONY: test-upgrade
-test-upgrade: test-needs ## run the program of before beside this one, there and back, under load, in some three minutes; needs the history of git
-	go test -count=1 -tags upgrade -timeout 15m -v -run TestUpgrade .
+test-upgrade: test-needs ## upgrade from the last release under load, and back; about 2 minutes; needs the git history
+	SUITE=1 go test -count=1 -timeout 15m -v ./test/upgrade
 
 CHAOS_TIME ?= 1m
 CHAOS_SEED ?= 1
 CHAOS_FLAGS ?=
 
 .PHONY: chaos
-chaos: test-needs ## let pods, gates and servers fail at random, check the history of who worked when, and break scripts on purpose; CHAOS_TIME=1h CHAOS_SEED=2
-	go test -count=1 -tags chaos -timeout 0 -v -run '^TestChaos' . -chaos.time=$(CHAOS_TIME) -chaos.seed=$(CHAOS_SEED) $(CHAOS_FLAGS)
+chaos: test-needs ## fail pods, gates and servers at random, check the history, prove that broken scripts fail; CHAOS_TIME=1h CHAOS_SEED=2
+	SUITE=1 go test -count=1 -timeout 0 -v -run '^TestChaos' ./test/chaos -chaos.time=$(CHAOS_TIME) -chaos.seed=$(CHAOS_SEED) $(CHAOS_FLAGS)
 
 FUZZ_TIME ?= 10s
 
 .PHONY: fuzz
-fuzz: ## fuzz decoder, annotations, patch, flags, and Redis's answers; FUZZ_TIME=10m for so long each
+fuzz: ## fuzz decoder, annotations, patch, flags and Redis's replies; FUZZ_TIME=10m for each
 	for f in $$(grep -ho '^func Fuzz[A-Za-z]*' *_test.go | cut -c 6-); do \
 		go test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZ_TIME) -fuzzminimizetime 1s . || exit 1; done
+
+.PHONY: test-all
+test-all: lint test test-upgrade test-queues test-abuse chaos fuzz demo test-demo bench test-timing ## run all suites but the cluster tests, and all unit tests and the model on a Sentinel and a Cluster; needs an idle machine
+	for queue in sentinel cluster; do TEST_QUEUE=$$queue go test -race -count=1 -parallel 8 -run '^Test' . ./test/model || exit 1; done
 
 .PHONY: test-needs
 test-needs:
 	@./.ci/need redis-server:redis-server gcc:gcc:libc6-dev curl:curl promtool:prometheus openssl:openssl
 
-# How the image gets into the cluster, how to run a script on its node, and how to restart a component of it, for the cluster
-# tests; these are for kind. For k3d:
+# How to load the image into the cluster, run a script on its node, and restart a
+# component of it, for the cluster tests. These are for kind. For k3d:
 #   LOAD_IMAGE='docker build -t $$IMAGE . && k3d image import $$IMAGE' NODE_SHELL='docker exec k3d-k3s-default-server-0 sh -c'
 export LOAD_IMAGE ?= docker build -t $$IMAGE . && kind load docker-image $$IMAGE
 export NODE_SHELL ?= docker exec kind-control-plane sh -c
-# There, systemd starts kubelet and containerd again, and the kubelet the others.
+# On kind's node, systemd restarts kubelet and containerd, and the kubelet the rest.
 export NODE_RESTART ?= docker exec kind-control-plane pkill -$$SIGNAL -f "^([^ ]*/)?(kube-)?$$COMPONENT( |\$$)"
 E2E_FLAGS ?=
 
 e2e-test = PROGRAM=$(CURDIR)/$(PROGRAM) IMAGE=at-least-semaphore-pod-hook:e2e-$$(sha256sum $(PROGRAM) | cut -c1-12) go test -count=1
 
 .PHONY: e2e
-e2e: build ## test deploy/ on the cluster of KUBECONFIG, which gets and loses it; see test/e2e/setup_test.go for its settings
-	$(if $(E2E_FLAGS),,go test -count=1 -tags e2e -timeout 10m -parallel 8 -run '^TestKubernetes' .)
+e2e: build ## test deploy/ on the cluster of KUBECONFIG: installs and removes it; settings: test/e2e/setup_test.go
+	$(if $(E2E_FLAGS),,go test -count=1 -tags e2e -timeout 10m -run '^TestKubernetes' .)
 	$(e2e-test) -tags e2e -timeout 55m -parallel 10 -v $(E2E_FLAGS) ./test/e2e
 
 .PHONY: measure
-measure: build ## measure waiting pods there, for three quarters of an hour; E2E_FLAGS='-run X' for one, by the names in test/e2e/measure_*_test.go
+measure: build ## measure waiting pods on the cluster, about 45 minutes; E2E_FLAGS='-run X' for one of test/e2e/measure_*_test.go
 	MEASURE=1 $(e2e-test) -tags e2e -timeout 120m -v -run '^TestMeasure' $(E2E_FLAGS) ./test/e2e
 
 .PHONY: measure-sidecars
-measure-sidecars: test-needs ## measure up to a thousand waiting sidecars against one Redis, for some ten minutes; needs no cluster
-	go test -count=1 -tags measure -timeout 30m -v -run TestMeasureWaiters .
+measure-sidecars: test-needs ## measure up to 1,000 waiting sidecars on one Redis, about 10 minutes; needs no cluster
+	SUITE=1 go test -count=1 -timeout 30m -v -run '^TestMeasureWaiters$$' ./test/bench
 
 .PHONY: measure-gate
-measure-gate: test-needs ## measure 5,000 gated pods of 50 semaphores, in some three minutes; needs no cluster
-	go test -count=1 -tags measure -timeout 15m -v -run TestMeasureGate .
+measure-gate: test-needs ## measure 5,000 gated pods of 50 semaphores, about 3 minutes; needs no cluster
+	SUITE=1 go test -count=1 -timeout 15m -v -run '^TestMeasureGate$$' ./test/bench
 
 BENCH_ROUNDS ?= 15
 
 .PHONY: bench
-bench: test-needs ## measure admissions side by side with a server that does nothing, in some three minutes; BENCH_ROUNDS=50 to be more sure
-	BENCH_ROUNDS=$(BENCH_ROUNDS) go test -count=1 -tags bench -timeout 60m -v -run '^TestBench$$' .
+bench: test-needs ## measure admissions beside an empty server, about 3 minutes; BENCH_ROUNDS=50 for more precision
+	SUITE=1 BENCH_ROUNDS=$(BENCH_ROUNDS) go test -count=1 -timeout 60m -v -run '^TestBench$$' ./test/bench
 	go test -run '^$$' -bench . .
 
 SIDECAR_TIME ?= 10m
 
 .PHONY: bench-sidecar
-bench-sidecar: test-needs ## measure sidecars for SIDECAR_TIME=10m, then up to 10,000 simulated ones for six minutes; fails where one takes too much
-	SIDECAR_TIME=$(SIDECAR_TIME) go test -count=1 -tags bench -timeout 0 -v -run '^TestBench(Many)?Sidecars?$$' .
+bench-sidecar: test-needs ## measure sidecars for SIDECAR_TIME=10m, then 10,000 simulated ones for 6 minutes; fails above the limits
+	SUITE=1 SIDECAR_TIME=$(SIDECAR_TIME) go test -count=1 -timeout 0 -v -run '^TestBench(Many)?Sidecars?$$' ./test/bench
 
 OTHERS ?= redis-semaphore@5.8.0 ioredis@6.0.0
 
 .PHONY: bench-others
-bench-others: test-needs ## measure taking and giving back side by side with an npm package and a plain script, in a minute; needs Node.js and npm
+bench-others: test-needs ## compare acquire and release with an npm package and a plain script, about a minute; needs Node.js and npm
 	@./.ci/need node:nodejs npm:npm
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 		npm install --prefix "$$folder" --silent --no-audit --no-fund --ignore-scripts $(OTHERS) && \
-		NODE_PATH="$$folder/node_modules" BENCH_ROUNDS=$(BENCH_ROUNDS) go test -count=1 -tags bench -timeout 15m -v -run '^TestBenchOthers$$' .
+		NODE_PATH="$$folder/node_modules" SUITE=1 BENCH_ROUNDS=$(BENCH_ROUNDS) go test -count=1 -timeout 15m -v -run '^TestBenchOthers$$' ./test/bench
 
 HERD_AT_ONCE ?= 5000
 
 .PHONY: bench-growth
-bench-growth: test-needs ## measure 10 to 10,000 pods in flight and in line, how long repairs hold Redis, and 5,000 pods at once; HERD_AT_ONCE=500
-	HERD_AT_ONCE=$(HERD_AT_ONCE) go test -count=1 -tags bench -timeout 10m -v -run '^TestBench(Growth|Repair|Herd)$$' .
+bench-growth: test-needs ## measure 10 to 10,000 holders and waiters, how long repairs block Redis, and HERD_AT_ONCE=5000 pods at once
+	SUITE=1 HERD_AT_ONCE=$(HERD_AT_ONCE) go test -count=1 -timeout 10m -v -run '^TestBench(Growth|Repair|Herd)$$' ./test/bench
 
 .PHONY: bench-memory
-bench-memory: test-needs ## measure a webhook's memory over a million admissions, in some ten minutes; MEMORY_ADMISSIONS=100000 for fewer
-	go test -count=1 -tags bench -timeout 120m -v -run '^TestBenchMemory$$' .
+bench-memory: test-needs ## measure a webhook's memory over a million admissions, about 10 minutes; MEMORY_ADMISSIONS=100000 for fewer
+	SUITE=1 go test -count=1 -timeout 120m -v -run '^TestBenchMemory$$' ./test/bench
 
 .PHONY: dashboard-picture
-dashboard-picture: test-needs ## draw docs/dashboard.svg from a real Prometheus's data, in some five minutes
-	go test -count=1 -tags measure -timeout 10m -run TestDrawDashboard .
+dashboard-picture: test-needs ## draw docs/dashboard.svg from the data of a real Prometheus, about 5 minutes
+	SUITE=1 go test -count=1 -timeout 15m -run TestDrawDashboard ./test/monitoring
 
 RELEASE_IMAGE ?= ghcr.io/kaidotio/at-least-semaphore-pod-hook:$(VERSION)
 
 .PHONY: dist
-dist: build ## collect what belongs to a release in dist/: one manifest, scripts, licences, checksums. VERSION=v1.2.3 RELEASE_IMAGE=...
+dist: build ## collect a release in dist/: manifests, scripts, licences, checksums; VERSION=v1.2.3 RELEASE_IMAGE=...
 	rm -rf dist && mkdir dist
 	kubectl kustomize deploy | sed 's|ghcr.io/kaidotio/at-least-semaphore-pod-hook:v[0-9.]*|$(RELEASE_IMAGE)|' >dist/install.yaml
 	kubectl kustomize deploy/gate | sed 's|ghcr.io/kaidotio/at-least-semaphore-pod-hook:v[0-9.]*|$(RELEASE_IMAGE)|' >dist/gate.yaml
@@ -147,21 +157,16 @@ dist: build ## collect what belongs to a release in dist/: one manifest, scripts
 	cd dist && sha256sum * >checksums.txt
 
 .PHONY: dev
-dev: ## develop on the current cluster with Skaffold: build, deploy, forward ports, and again on each change
+dev: ## develop on the current cluster with Skaffold: build, deploy and forward ports on each change
 	@command -v skaffold >/dev/null || { echo "skaffold is missing: see https://skaffold.dev/docs/install/" >&2; exit 1; }
 	skaffold dev --port-forward
 
 .PHONY: lint
-lint: ## check format, vet, staticcheck and the workflows
+lint: ## check format, vet, staticcheck, the shell scripts of deploy/ and the workflows; installs shellcheck if missing
+	@./.ci/need shellcheck:shellcheck
 	@test -z "$$(gofmt -l .)" || { echo "not gofmt-ed:"; gofmt -l .; exit 1; }
-	go vet ./...
-	go vet -tags e2e . ./test/e2e
-	go vet -tags failover .
-	go vet -tags abuse .
-	go vet -tags upgrade .
-	go vet -tags chaos .
-	go vet -tags bench .
-	go vet -tags e2e,measure . ./test/e2e
+	go vet -tags e2e ./...
 	go -C demo vet ./...
-	go tool -modfile=tools/go.mod staticcheck -tags e2e,measure,failover,abuse,upgrade,chaos,bench ./...
-	go tool -modfile=tools/go.mod actionlint
+	go tool -modfile=test/tools/go.mod staticcheck -tags e2e ./...
+	SUITE=1 go test -count=1 -run '^TestScriptsPassShellcheck$$' ./test/deploy
+	go tool -modfile=test/tools/go.mod actionlint

@@ -3,63 +3,81 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+	corev1 "k8s.io/api/core/v1"
 )
 
 func TestDryRunTakesNothing(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
+	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
 	id := freshID()
-	a := w.admit(t, review(t, id, 1, func(request map[string]any) { request["dryRun"] = true }))
-	if !a.allowed || a.token != "00000000-0000-0000-0000-000000000000" {
-		t.Fatalf("answered %+v", a)
+	a := w.admit(t, rig.Review(t, id, 1, func(request map[string]any) { request["dryRun"] = true }))
+	if !a.Allowed || a.Token != "00000000-0000-0000-0000-000000000000" {
+		t.Fatalf("got %+v", a)
 	}
-	lines := w.log.wantLines(t, "admission", 1)
+	lines := w.log.WantLines(t, "admission", 1)
 	if lines[0]["verdict"] != verdictDryRun || lines[0]["token"] != "" {
 		t.Errorf("logged %v", lines)
 	}
 }
 
-// The audit log of the API server gets the verdict, the semaphore and the token, and nothing of what is none of our business.
+// The audit log of the API server gets the verdict, the semaphore and the token. Pods
+// without our annotation get no entry.
 func TestAuditAnnotations(t *testing.T) {
-	r := startRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
-	admitted := w.admit(t, review(t, id, 1))
-	for want, a := range map[string]admission{
-		fmt.Sprint(map[string]string{"semaphore": id.String(), "token": admitted.token, "verdict": "admitted"}): admitted,
-		fmt.Sprint(map[string]string{"semaphore": id.String(), "verdict": "full"}):                              w.admit(t, review(t, id, 1)),
-		fmt.Sprint(map[string]string{"semaphore": id.String(), "verdict": "invalid"}):                           w.admit(t, review(t, id, 0)),
-		fmt.Sprint(map[string]string{"semaphore": id.String(), "verdict": "wait"}):                              w.admit(t, review(t, id, 1, whenFull(whenFullWait))),
-		"map[]": w.admit(t, review(t, id, 1, func(request map[string]any) { annotationsOf(request)[annotationEnabled] = "false" })),
+	admitted := w.admit(t, rig.Review(t, id, 1))
+	audit := func(verdict string, id semaphoreID, token string) string {
+		annotations := map[string]string{"semaphore": id.String(), "verdict": verdict}
+		if token != "" {
+			annotations["token"] = token
+		}
+		return fmt.Sprint(annotations)
+	}
+	for want, a := range map[string]rig.Admission{
+		audit("admitted", id, admitted.Token): admitted,
+		audit("full", id, ""):                 w.admit(t, rig.Review(t, id, 1)),
+		audit("invalid", id, ""):              w.admit(t, rig.Review(t, id, 0)),
+		audit("wait", id, ""):                 w.admit(t, rig.Review(t, id, 1, whenFull(whenFullWait))),
+		"map[]": w.admit(t, rig.Review(t, id, 1, func(request map[string]any) {
+			rig.AnnotationsOf(request)[annotationEnabled] = "false"
+		})),
 	} {
-		if got := fmt.Sprint(a.audit); got != want || admitted.token == "" {
+		if got := fmt.Sprint(a.Audit); got != want || admitted.Token == "" {
 			t.Errorf("got %s, want %s", got, want)
 		}
 	}
 }
 
-// A pod that gives its sidecar no time is admitted with a warning.
+// A pod whose grace period is too short for its sidecar is admitted with a warning.
 func TestWarningOfAShortGracePeriod(t *testing.T) {
-	r := startRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	for grace, want := range map[int]int{0: 1, 9: 1, 10: 0, 30: 0} {
-		a := w.admit(t, review(t, freshID(), 1, func(request map[string]any) {
+		a := w.admit(t, rig.Review(t, freshID(), 1, func(request map[string]any) {
 			request["object"].(map[string]any)["spec"].(map[string]any)["terminationGracePeriodSeconds"] = grace
 		}))
-		if !a.allowed || len(a.warnings) != want || want == 1 && a.warnings[0] != fmt.Sprintf(warningGrace, grace, 10) {
-			t.Errorf("%d s: %+v", grace, a)
+		if !a.Allowed || len(a.Warnings) != want || want == 1 && a.Warnings[0] != fmt.Sprintf(warningGrace, grace, 10) {
+			t.Errorf("grace period %d s: got %+v", grace, a)
 		}
 	}
 }
 
 func TestInvalidAnnotations(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
+	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
 	number := func(name string, most int) map[string]string {
 		must := fmt.Sprintf(": it must be a whole number from 1 to %d", most)
 		cases := map[string]string{}
@@ -75,84 +93,89 @@ func TestInvalidAnnotations(t *testing.T) {
 	for _, k := range []string{"", "{}", "a{b}", "a\nb", "a\n", "-a", "a/", "ä", "a b"} {
 		keys[k] = fmt.Sprintf("%skey is %q%s", annotationPrefix, k, keyRule)
 	}
-	for name, cases := range map[string]map[string]string{"length": number("length", 10000), "expiration": number("expiration", 3600), "key": keys} {
+	for name, cases := range map[string]map[string]string{
+		"length": number("length", 10000), "expiration": number("expiration", 3600), "key": keys,
+	} {
 		for value, want := range cases {
-			a := w.admit(t, review(t, freshID(), 1, func(request map[string]any) {
-				annotationsOf(request)[annotationPrefix+name] = value
+			a := w.admit(t, rig.Review(t, freshID(), 1, func(request map[string]any) {
+				rig.AnnotationsOf(request)[annotationPrefix+name] = value
 			}))
-			if a.allowed || a.code != http.StatusUnprocessableEntity || a.patch != nil {
-				t.Errorf("%s %q: answered %+v", name, value, a)
+			if a.Allowed || a.Code != http.StatusUnprocessableEntity || a.Patch != nil {
+				t.Errorf("%s %q: got %+v", name, value, a)
 			}
-			if !strings.HasPrefix(a.message, "invalid annotations: ") || !strings.Contains(a.message, want) || strings.Contains(a.message, "\n") {
-				t.Errorf("%s %q: message %q, want %q in it", name, value, a.message, want)
+			if !strings.HasPrefix(a.Message, "invalid annotations: ") || !strings.Contains(a.Message, want) ||
+				strings.Contains(a.Message, "\n") {
+				t.Errorf("%s %q: message %q, want %q in it", name, value, a.Message, want)
 			}
 		}
 	}
 }
 
-// One message names every problem.
+// One message names all problems.
 func TestAllProblemsAtOnce(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
-	a := w.admit(t, review(t, freshID(), 1, func(request map[string]any) {
-		annotations := annotationsOf(request)
+	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
+	a := w.admit(t, rig.Review(t, freshID(), 1, func(request map[string]any) {
+		annotations := rig.AnnotationsOf(request)
 		annotations[annotationKey] = "a b"
 		annotations[annotationLength] = "many"
 		delete(annotations, annotationExpiration)
 	}))
 	want := "invalid annotations: " +
-		`at-least-semaphore-pod-hook.kaidotio.github.io/key is "a b": it must be letters, digits and . _ / -, and begin and end with a letter or digit; ` +
+		`at-least-semaphore-pod-hook.kaidotio.github.io/key is "a b": it must be letters, digits and . _ / -, ` +
+		`and begin and end with a letter or digit; ` +
 		`at-least-semaphore-pod-hook.kaidotio.github.io/length is "many": it must be a whole number from 1 to 10000; ` +
 		`at-least-semaphore-pod-hook.kaidotio.github.io/expiration is missing: it must be a whole number from 1 to 3600`
-	if a.message != want {
-		t.Errorf("message is\n%s\nwant\n%s", a.message, want)
+	if a.Message != want {
+		t.Errorf("message is\n%s\nwant\n%s", a.Message, want)
 	}
 }
 
-// The decision on invalid annotations takes less than a millisecond; the least of many runs, as the machine may
-// be busy with something else.
+// The decision on invalid annotations takes less than a millisecond. The fastest of many
+// runs counts, as the machine may be busy.
 func TestInvalidAnnotationsAreCheap(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
-	body := review(t, freshID(), 1, func(request map[string]any) { annotationsOf(request)[annotationLength] = "1e30" })
+	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
+	body := rig.Review(t, freshID(), 1, func(request map[string]any) {
+		rig.AnnotationsOf(request)[annotationLength] = "1e30"
+	})
 	least := time.Hour
-	for deadline := time.Now().Add(5 * time.Second); least > time.Millisecond && time.Now().Before(deadline); { // a busy machine needs more tries
+	// a busy machine needs more tries
+	for end := time.Now().Add(5 * time.Second); least > time.Millisecond && time.Now().Before(end); {
 		start := time.Now()
 		r, err := decodeReview(body)
-		must(t, err)
+		rig.Must(t, err)
 		d, err := w.decide(context.Background(), r)
-		must(t, err)
+		rig.Must(t, err)
 		if d.response.Allowed {
-			t.Fatal("allowed")
+			t.Fatal("invalid annotations were allowed")
 		}
 		least = min(least, time.Since(start))
 	}
 	if least > time.Millisecond {
-		t.Errorf("took %s", least)
+		t.Errorf("the fastest decision took %s", least)
 	}
 }
 
-func annotationsOf(request map[string]any) map[string]any {
-	return request["object"].(map[string]any)["metadata"].(map[string]any)["annotations"].(map[string]any)
-}
-
-// What is none of our business is allowed without a patch and without Redis.
+// Requests that are not for us are allowed without a patch, and without Redis.
 func TestAllowedUntouched(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
+	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
 	for name, change := range map[string]func(map[string]any){
-		"not annotated":   func(r map[string]any) { delete(annotationsOf(r), annotationEnabled) },
-		"annotated false": func(r map[string]any) { annotationsOf(r)[annotationEnabled] = "false" },
+		"not annotated":   func(r map[string]any) { delete(rig.AnnotationsOf(r), annotationEnabled) },
+		"annotated false": func(r map[string]any) { rig.AnnotationsOf(r)[annotationEnabled] = "false" },
 		"no annotations": func(r map[string]any) {
 			delete(r["object"].(map[string]any)["metadata"].(map[string]any), "annotations")
 		},
-		"null annotations": func(r map[string]any) { r["object"].(map[string]any)["metadata"].(map[string]any)["annotations"] = nil },
-		"update":           func(r map[string]any) { r["operation"] = "UPDATE" },
-		"delete":           func(r map[string]any) { r["operation"], r["object"] = "DELETE", nil },
-		"another kind":     func(r map[string]any) { r["kind"].(map[string]any)["kind"] = "Deployment" },
-		"another group":    func(r map[string]any) { r["kind"].(map[string]any)["group"] = "example.org" },
-		"a subresource":    func(r map[string]any) { r["subResource"] = "eviction" },
+		"null annotations": func(r map[string]any) {
+			r["object"].(map[string]any)["metadata"].(map[string]any)["annotations"] = nil
+		},
+		"update":        func(r map[string]any) { r["operation"] = "UPDATE" },
+		"delete":        func(r map[string]any) { r["operation"], r["object"] = "DELETE", nil },
+		"another kind":  func(r map[string]any) { r["kind"].(map[string]any)["kind"] = "Deployment" },
+		"another group": func(r map[string]any) { r["kind"].(map[string]any)["group"] = "example.org" },
+		"a subresource": func(r map[string]any) { r["subResource"] = "eviction" },
 	} {
-		a := w.admit(t, review(t, freshID(), 1, change))
-		if !a.allowed || a.patch != nil || a.message != "" {
-			t.Errorf("%s: answered %+v", name, a)
+		a := w.admit(t, rig.Review(t, freshID(), 1, change))
+		if !a.Allowed || a.Patch != nil || a.Message != "" {
+			t.Errorf("%s: got %+v", name, a)
 		}
 	}
 	if log := w.log.String(); log != "" {
@@ -161,14 +184,14 @@ func TestAllowedUntouched(t *testing.T) {
 }
 
 func TestUnanswerableRequests(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
-	good := string(review(t, freshID(), 1))
+	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
+	good := string(rig.Review(t, freshID(), 1))
 	with := func(change func(map[string]any)) string {
 		var r map[string]any
-		must(t, json.Unmarshal([]byte(good), &r))
+		rig.Must(t, json.Unmarshal([]byte(good), &r))
 		change(r)
 		body, err := json.Marshal(r)
-		must(t, err)
+		rig.Must(t, err)
 		return string(body)
 	}
 	for _, c := range []struct {
@@ -178,43 +201,64 @@ func TestUnanswerableRequests(t *testing.T) {
 	}{
 		{"method", "GET", "/mutate", "application/json", "", 405, "method GET is not allowed: POST an AdmissionReview"},
 		{"path", "POST", "/", "application/json", good, 404, "not found: admission reviews are served at /mutate"},
-		{"content type", "POST", "/mutate", "text/plain", good, 415, `Content-Type is "text/plain": it must be application/json`},
+		{"content type", "POST", "/mutate", "text/plain", good, 415,
+			`Content-Type is "text/plain": it must be application/json`},
 		{"no content type", "POST", "/mutate", "", good, 415, `Content-Type is "": it must be application/json`},
 		{"empty", "POST", "/mutate", "application/json", "", 400, "empty body"},
-		{"truncated", "POST", "/mutate", "application/json", good[:len(good)/2], 400, "decode AdmissionReview: unexpected end of JSON input"},
-		{"not JSON", "POST", "/mutate", "application/json", "hello", 400, "decode AdmissionReview: invalid character 'h'"},
+		{"truncated", "POST", "/mutate", "application/json", good[:len(good)/2], 400,
+			"decode AdmissionReview: unexpected end of JSON input"},
+		{"not JSON", "POST", "/mutate", "application/json", "hello", 400,
+			"decode AdmissionReview: invalid character 'h'"},
 		{"more behind", "POST", "/mutate", "application/json", good + "{}", 400, "after top-level value"},
-		{"oversized", "POST", "/mutate", "application/json", strings.Repeat(" ", maxBody+1), 413, "the body is larger than 4194304 bytes"},
+		{"oversized", "POST", "/mutate", "application/json", strings.Repeat(" ", maxBody+1), 413,
+			"the body is larger than 4194304 bytes"},
 		{"nested", "POST", "/mutate", "application/json", strings.Repeat("[", maxBody), 400, "exceeded max depth"},
-		{"many objects", "POST", "/mutate", "application/json", `{"request":` + strings.Repeat(`{"a":`, maxObjects), 413, "the body has 50001 objects: at most 50000 are decoded"},
-		{"nested inside", "POST", "/mutate", "application/json", `{"request":` + strings.Repeat(`{"a":`, 20000), 400, "exceeded max depth"},
+		{"many objects", "POST", "/mutate", "application/json",
+			`{"request":` + strings.Repeat(`{"a":`, maxObjects), 413,
+			"the body has 50001 objects: at most 50000 are decoded"},
+		{"nested inside", "POST", "/mutate", "application/json", `{"request":` + strings.Repeat(`{"a":`, 20000), 400,
+			"exceeded max depth"},
 		{"an array", "POST", "/mutate", "application/json", "[]", 400, "decode AdmissionReview"},
-		{"null", "POST", "/mutate", "application/json", "null", 400, "only AdmissionReview of admission.k8s.io/v1 is served"},
-		{"version", "POST", "/mutate", "application/json", with(func(r map[string]any) { r["apiVersion"] = "admission.k8s.io/v1beta1" }), 400,
-			`got "AdmissionReview" of "admission.k8s.io/v1beta1": only AdmissionReview of admission.k8s.io/v1 is served`},
-		{"kind", "POST", "/mutate", "application/json", with(func(r map[string]any) { r["kind"] = "Pod" }), 400, `got "Pod" of`},
-		{"no request", "POST", "/mutate", "application/json", with(func(r map[string]any) { delete(r, "request") }), 400, "without a request"},
-		{"no uid", "POST", "/mutate", "application/json", with(func(r map[string]any) { delete(r["request"].(map[string]any), "uid") }), 400, "without request.uid"},
-		{"no namespace", "POST", "/mutate", "application/json", with(func(r map[string]any) { delete(r["request"].(map[string]any), "namespace") }), 400, "without request.namespace"},
-		{"no object", "POST", "/mutate", "application/json", with(func(r map[string]any) { r["request"].(map[string]any)["object"] = nil }), 400, "without request.object"},
-		{"wrong object", "POST", "/mutate", "application/json", with(func(r map[string]any) { r["request"].(map[string]any)["object"] = "pod" }), 400, "decode request.object"},
+		{"null", "POST", "/mutate", "application/json", "null", 400,
+			"only AdmissionReview of admission.k8s.io/v1 is served"},
+		{"version", "POST", "/mutate", "application/json",
+			with(func(r map[string]any) { r["apiVersion"] = "admission.k8s.io/v1beta1" }), 400,
+			`got "AdmissionReview" of "admission.k8s.io/v1beta1": ` +
+				`only AdmissionReview of admission.k8s.io/v1 is served`},
+		{"kind", "POST", "/mutate", "application/json", with(func(r map[string]any) { r["kind"] = "Pod" }), 400,
+			`got "Pod" of`},
+		{"no request", "POST", "/mutate", "application/json",
+			with(func(r map[string]any) { delete(r, "request") }), 400,
+			"without a request"},
+		{"no uid", "POST", "/mutate", "application/json",
+			with(func(r map[string]any) { delete(r["request"].(map[string]any), "uid") }), 400,
+			"without request.uid"},
+		{"no namespace", "POST", "/mutate", "application/json",
+			with(func(r map[string]any) { delete(r["request"].(map[string]any), "namespace") }), 400,
+			"without request.namespace"},
+		{"no object", "POST", "/mutate", "application/json",
+			with(func(r map[string]any) { r["request"].(map[string]any)["object"] = nil }), 400,
+			"without request.object"},
+		{"wrong object", "POST", "/mutate", "application/json",
+			with(func(r map[string]any) { r["request"].(map[string]any)["object"] = "pod" }), 400,
+			"decode request.object"},
 		{"wrong annotations", "POST", "/mutate", "application/json", with(func(r map[string]any) {
-			annotationsOf(r["request"].(map[string]any))[annotationEnabled] = true
+			rig.AnnotationsOf(r["request"].(map[string]any))[annotationEnabled] = true
 		}), 400, "decode request.object"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			request, err := http.NewRequest(c.method, w.server.URL+c.path, strings.NewReader(c.body))
-			must(t, err)
+			rig.Must(t, err)
 			if c.contentType != "" {
 				request.Header.Set("Content-Type", c.contentType)
 			}
 			response, err := w.server.Client().Do(request)
-			must(t, err)
+			rig.Must(t, err)
 			defer response.Body.Close()
 			b := make([]byte, 1000)
 			n, _ := response.Body.Read(b)
 			if text := string(b[:n]); response.StatusCode != c.status || !strings.Contains(text, c.text) {
-				t.Errorf("answered %d %q, want %d %q", response.StatusCode, text, c.status, c.text)
+				t.Errorf("got %d %q, want %d %q", response.StatusCode, text, c.status, c.text)
 			}
 			if c.status == 405 && response.Header.Get("Allow") != "POST" {
 				t.Errorf("Allow is %q", response.Header.Get("Allow"))
@@ -223,72 +267,390 @@ func TestUnanswerableRequests(t *testing.T) {
 	}
 }
 
-// Only a pod that is to complete, with a classic sidecar, gets a warning.
+// Only a pod that should complete, and has a classic sidecar, gets a warning.
 func TestWarningNotCompleting(t *testing.T) {
 	for _, native := range []bool{true, false} {
-		c := testConfig(freeAddress(t))
+		c := testConfig(rig.FreeAddress(t))
 		c.enableSidecarContainers = native
 		w := startWebhook(t, c)
 		for _, policy := range []string{"Always", "OnFailure", "Never"} {
-			a := w.admit(t, review(t, freshID(), 1, func(request map[string]any) {
+			a := w.admit(t, rig.Review(t, freshID(), 1, func(request map[string]any) {
 				request["dryRun"] = true
 				request["object"].(map[string]any)["spec"].(map[string]any)["restartPolicy"] = policy
 			}))
-			if want := !native && policy != "Always"; !a.allowed || (len(a.warnings) > 0) != want {
-				t.Errorf("native %t, restartPolicy %s: warnings %q", native, policy, a.warnings)
+			if want := !native && policy != "Always"; !a.Allowed || (len(a.Warnings) > 0) != want {
+				t.Errorf("native %t, restartPolicy %s: warnings %q", native, policy, a.Warnings)
 			}
 		}
 	}
 }
 
-// The same for a Job, which is never patched.
+// The same for a Job, which the webhook never patches.
 func TestWarningForJob(t *testing.T) {
 	for _, native := range []bool{true, false} {
 		for annotated, value := range map[bool]string{true: "true", false: "no"} {
-			c := testConfig(freeAddress(t))
+			c := testConfig(rig.FreeAddress(t))
 			c.enableSidecarContainers = native
 			w := startWebhook(t, c)
-			a := w.admit(t, review(t, freshID(), 1, func(request map[string]any) {
+			a := w.admit(t, rig.Review(t, freshID(), 1, func(request map[string]any) {
 				request["kind"] = map[string]any{"group": "batch", "version": "v1", "kind": "Job"}
 				request["object"] = map[string]any{"spec": map[string]any{"template": map[string]any{
 					"metadata": map[string]any{"annotations": map[string]any{annotationEnabled: value}},
 				}}}
 			}))
-			for _, warning := range a.warnings {
+			for _, warning := range a.Warnings {
 				if len(warning) > 120 {
-					t.Errorf("%d characters: %s", len(warning), warning)
+					t.Errorf("the warning has %d characters: %s", len(warning), warning)
 				}
 			}
-			if want := !native && annotated; !a.allowed || a.patch != nil || (len(a.warnings) > 0) != want {
-				t.Errorf("native %t, annotated %t: answered %+v", native, annotated, a)
+			if want := !native && annotated; !a.Allowed || a.Patch != nil || (len(a.Warnings) > 0) != want {
+				t.Errorf("native %t, annotated %t: got %+v", native, annotated, a)
 			}
 		}
 	}
 }
 
-// The mirror of a static pod is left alone: it could not be given a sidecar. It takes no token, and its user is told.
+// The mirror pod of a static pod is allowed unpatched, as it cannot get a sidecar. It
+// takes no token and gets a warning.
 func TestStaticPodIsLeftAlone(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t))) // no Redis
-	a := w.admit(t, review(t, freshID(), 1, func(r map[string]any) { annotationsOf(r)["kubernetes.io/config.mirror"] = "0123" }))
-	if !a.allowed || a.patch != nil || !slices.Equal(a.warnings, []string{warningStatic}) {
-		t.Errorf("answered %+v", a)
+	w := startWebhook(t, testConfig(rig.FreeAddress(t))) // no Redis
+	a := w.admit(t, rig.Review(t, freshID(), 1, func(r map[string]any) {
+		rig.AnnotationsOf(r)["kubernetes.io/config.mirror"] = "0123"
+	}))
+	if !a.Allowed || a.Patch != nil || !slices.Equal(a.Warnings, []string{warningStatic}) {
+		t.Errorf("got %+v", a)
 	}
-	if lines := w.log.wantLines(t, "admission", 1); lines[0]["verdict"] != verdictStatic || lines[0]["token"] != "" {
+	if lines := w.log.WantLines(t, "admission", 1); lines[0]["verdict"] != verdictStatic || lines[0]["token"] != "" {
 		t.Errorf("logged %v", lines)
 	}
 }
 
-// A Windows pod cannot run the sidecar: it is refused, and told why.
+// A Windows pod cannot run the sidecar: it is refused with the reason.
 func TestWindowsPodIsDenied(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t))) // no Redis
+	w := startWebhook(t, testConfig(rig.FreeAddress(t))) // no Redis
 	for name, more := range map[string]map[string]any{
 		"os":           {"os": map[string]any{"name": "windows"}},
 		"nodeSelector": {"nodeSelector": map[string]any{"kubernetes.io/os": "windows"}},
 	} {
-		a := w.admit(t, review(t, freshID(), 1, func(r map[string]any) { maps.Copy(r["object"].(map[string]any)["spec"].(map[string]any), more) }))
-		want := "this is a Windows pod (by spec.os.name, or its nodeSelector kubernetes.io/os): the sidecar of a semaphore runs on Linux only"
-		if a.allowed || a.code != http.StatusUnprocessableEntity || a.message != want {
-			t.Errorf("%s: answered %+v", name, a)
+		a := w.admit(t, rig.Review(t, freshID(), 1, func(r map[string]any) {
+			maps.Copy(r["object"].(map[string]any)["spec"].(map[string]any), more)
+		}))
+		want := "this is a Windows pod (by spec.os.name, or its nodeSelector kubernetes.io/os): " +
+			"the sidecar of a semaphore runs on Linux only"
+		if a.Allowed || a.Code != http.StatusUnprocessableEntity || a.Message != want {
+			t.Errorf("%s: got %+v", name, a)
 		}
+	}
+}
+
+// whenFull sets the when-full annotation of the pod in a review.
+func whenFull(value string) func(map[string]any) {
+	return func(request map[string]any) { rig.AnnotationsOf(request)[annotationWhenFull] = value }
+}
+
+// A pod in mode wait is admitted without a token and without Redis. Its sidecar acquires
+// the token.
+func TestWaitingPodIsAdmitted(t *testing.T) {
+	for name, c := range map[string]struct {
+		whenFull string
+		change   []func(map[string]any)
+	}{
+		"by the flag":       {whenFullWait, nil},
+		"by the annotation": {whenFullDeny, []func(map[string]any){whenFull(whenFullWait)}},
+		"dry run":           {whenFullWait, []func(map[string]any){func(r map[string]any) { r["dryRun"] = true }}},
+	} {
+		config := testConfig(rig.FreeAddress(t))
+		config.whenFull = c.whenFull
+		w := startWebhook(t, config)
+		id := freshID()
+		a := w.admit(t, rig.Review(t, id, 3, c.change...))
+		if !a.Allowed || a.Token != "" || !slices.Equal(a.Warnings, []string{warningWaits}) {
+			t.Errorf("%s: got %+v", name, a)
+		}
+		args := `"--length=3","--expiration-seconds=10","--lock-mode=redlock",` +
+			`"--redis-addresses=` + config.redisAddresses[0] + `","` + id.String() + `","$(POD_UID)"]`
+		if patch := string(a.Patch); !strings.Contains(patch, args) {
+			t.Errorf("%s: the patch is %s, want %s in it", name, patch, args)
+		}
+		want := verdictWait
+		if c.change != nil && c.whenFull == whenFullWait {
+			want = verdictDryRun
+		}
+		if lines := w.log.WantLines(t, "admission", 1); lines[0]["verdict"] != want || lines[0]["token"] != "" {
+			t.Errorf("%s: logged %v", name, lines)
+		}
+	}
+}
+
+// The annotation overrides the flag.
+func TestAnnotationDeniesDespiteFlag(t *testing.T) {
+	c := testConfig(rig.CommonRedis(t).Address)
+	c.whenFull = whenFullWait
+	w := startWebhook(t, c)
+	id := freshID()
+	a := w.admit(t, rig.Review(t, id, 1, whenFull(whenFullDeny)))
+	if !a.Allowed || a.Token == "" || len(a.Warnings) != 0 {
+		t.Errorf("the first pod got %+v", a)
+	}
+	a = w.admit(t, rig.Review(t, id, 1, whenFull(whenFullDeny)))
+	if a.Allowed || a.Code != http.StatusTooManyRequests {
+		t.Errorf("the second pod got %+v", a)
+	}
+}
+
+// The mode wait needs native sidecars. The message also names all other problems.
+func TestWaitingWithClassicSidecarIsDenied(t *testing.T) {
+	c := testConfig(rig.FreeAddress(t))
+	c.enableSidecarContainers = false
+	w := startWebhook(t, c)
+	a := w.admit(t, rig.Review(t, freshID(), 1, whenFull(whenFullWait)))
+	want := `invalid annotations: ` + annotationWhenFull + ` is "wait": this needs native sidecars, ` +
+		`and the webhook injects classic ones (--enable-sidecar-containers=false)`
+	if a.Allowed || a.Code != http.StatusUnprocessableEntity || a.Message != want {
+		t.Errorf("got %+v, want %s", a, want)
+	}
+	a = w.admit(t, rig.Review(t, freshID(), 1, whenFull("queue"), func(r map[string]any) {
+		rig.AnnotationsOf(r)[annotationLength] = "0"
+	}))
+	if a.Allowed || !strings.Contains(a.Message, annotationLength+` is "0"`) ||
+		!strings.HasSuffix(a.Message, "; "+annotationWhenFull+` is "queue": it must be deny, wait or gate`) {
+		t.Errorf("got %+v", a)
+	}
+}
+
+// asJob turns a request to create a pod into one to create a Job of it.
+func asJob(request map[string]any) {
+	request["kind"] = map[string]any{"group": "batch", "version": "v1", "kind": "Job"}
+	request["object"] = map[string]any{"spec": map[string]any{"template": request["object"]}}
+}
+
+// The creator of a Job gets a warning that its pods may wait. Kubernetes cuts warnings at
+// 120 characters.
+func TestWarningsOfWaiting(t *testing.T) {
+	for value, want := range map[string][]string{
+		whenFullWait: {warningJobWaits}, whenFullGate: {warningJobGated}, whenFullDeny: nil,
+	} {
+		w := startWebhook(t, testConfig(rig.FreeAddress(t)))
+		body := rig.Review(t, freshID(), 1, func(r map[string]any) {
+			whenFull(value)(r)
+			asJob(r)
+		})
+		if a := w.admit(t, body); !a.Allowed || a.Patch != nil || !slices.Equal(a.Warnings, want) {
+			t.Errorf("%s: got %+v", value, a)
+		}
+	}
+	for _, w := range []string{
+		warningWaits, warningJobWaits, warningJob, warningNotCompleting, warningStatic,
+		warningGated, warningJobGated, warningNotGated, warningNoGate,
+		fmt.Sprintf(warningGrace, 9, giveBackSeconds),
+		fmt.Sprintf(warningForgotten, "shop-of-many-kinds-of-things"),
+	} {
+		if len(w) > 120 {
+			t.Errorf("a warning has %d characters: %s", len(w), w)
+		}
+	}
+}
+
+// A pod copied from the YAML of an admitted pod does not keep the token of that pod.
+func TestWaitingPodDropsCopiedToken(t *testing.T) {
+	c := testConfig("redis:6379")
+	object := fixtures(t)["deployment-pod.json"]
+	admitted := mustJSON(t, patched(t, c, object, testToken))
+	waiting := patched(t, c, admitted, "")
+	annotations := waiting["metadata"].(map[string]any)["annotations"].(map[string]any)
+	if token, ok := annotations[annotationToken]; ok {
+		t.Errorf("the token annotation is %v", token)
+	}
+	sidecars := containers(waiting, "initContainers")
+	args := sidecars[0].(map[string]any)["args"].([]any)
+	if len(sidecars) != 2 || args[len(args)-1] != "$(POD_UID)" {
+		t.Errorf("the sidecars are %v", sidecars)
+	}
+	if again := patched(t, c, mustJSON(t, waiting), ""); string(mustJSON(t, again)) != string(mustJSON(t, waiting)) {
+		t.Errorf("a second patch changed the pod: %v", again)
+	}
+}
+
+// With the etcd lock, the sidecar gets the etcd settings of the webhook, from the Secret
+// of its own namespace. It can parse its arguments.
+func TestPatchForEtcd(t *testing.T) {
+	for name, c := range map[string]struct {
+		etcd   etcdSettings
+		args   []string
+		env    string
+		volume string
+	}{
+		"nothing": {etcdSettings{}, nil, "", ""},
+		"password": {etcdSettings{username: "hook", password: rig.Password}, nil,
+			"ETCD_USERNAME etcd/username, ETCD_PASSWORD etcd/password", ""},
+		"all": {etcdSettings{username: "hook", password: rig.Password, caFile: "a", certFile: "b", keyFile: "c"},
+			[]string{"--etcd-ca-file=" + etcdMountPath + "/ca.crt", "--etcd-cert-file=" + etcdMountPath + "/tls.crt",
+				"--etcd-key-file=" + etcdMountPath + "/tls.key"},
+			"ETCD_USERNAME etcd/username, ETCD_PASSWORD etcd/password", "ca.crt tls.crt tls.key"},
+		"authority": {etcdSettings{caFile: "a"}, []string{"--etcd-ca-file=" + etcdMountPath + "/ca.crt"}, "", "ca.crt"},
+	} {
+		config := testConfig("redis:6379")
+		config.lockMode, config.etcd = lockModeEtcd, c.etcd
+		config.sidecarEtcdSecret, config.etcdAddresses = "etcd", []string{"e:1", "f:1"}
+		object := mustJSON(t, patched(t, config, fixtures(t)["bare-pod.json"], testToken))
+		object = mustJSON(t, patched(t, config, object, testToken)) // a pod copied from a patched one
+		if strings.Contains(string(object), rig.Password) {
+			t.Errorf("%s: the password is in %s", name, object)
+		}
+		var p corev1.Pod
+		rig.Must(t, json.Unmarshal(object, &p))
+		sidecar := p.Spec.InitContainers[0]
+		want := append([]string{"--lock-mode=etcd", "--etcd-addresses=e:1,f:1"}, c.args...)
+		if got := sidecar.Args[6 : len(sidecar.Args)-2]; !slices.Equal(got, want) {
+			t.Errorf("%s: args %q, want %q", name, got, want)
+		}
+		var env, files []string
+		for _, e := range sidecar.Env {
+			if e.ValueFrom != nil && e.ValueFrom.SecretKeyRef != nil {
+				env = append(env, e.Name+" "+e.ValueFrom.SecretKeyRef.Name+"/"+e.ValueFrom.SecretKeyRef.Key)
+			}
+		}
+		if got := strings.Join(env, ", "); got != c.env {
+			t.Errorf("%s: the environment is %s", name, got)
+		}
+		var mounted []string
+		for _, v := range p.Spec.Volumes {
+			if v.Name == etcdVolumeName {
+				mounted = append(mounted, v.Secret.SecretName)
+				for _, i := range v.Secret.Items {
+					files = append(files, i.Key)
+				}
+			}
+		}
+		if got := strings.Join(files, " "); got != c.volume ||
+			c.volume != "" && !slices.Equal(mounted, []string{"etcd"}) ||
+			(len(sidecar.VolumeMounts) > 0) != (c.volume != "") {
+			t.Errorf("%s: volumes %v of %v, mounts %v", name, files, mounted, sidecar.VolumeMounts)
+		}
+	}
+}
+
+// The sidecar can parse the arguments that the patch gives it.
+func TestSidecarReadsItsArguments(t *testing.T) {
+	c := testConfig("redis:6379")
+	c.redisAddresses = []string{"a:1", "b:2", "c:3"}
+	spec := semaphoreSpec{length: 7, expiration: 12 * time.Second}
+	sidecar, _ := sidecarContainer(c, corev1.ResourceRequirements{}, testID, spec, testToken)
+	parsed, err := parseSidecarConfig(sidecar.Args[1:], func(name string) string {
+		return map[string]string{"POD_UID": "uid"}[name]
+	})
+	rig.Must(t, err)
+	if parsed.length != 7 || parsed.expiration != 12*time.Second || parsed.podUID != "uid" ||
+		parsed.lockMode != lockModeRedlock || !slices.Equal(parsed.redisAddresses, c.redisAddresses) {
+		t.Errorf("parsed %+v", parsed)
+	}
+	c.enableSidecarContainers = false
+	sidecar, _ = sidecarContainer(c, corev1.ResourceRequirements{}, testID, testSpec, testToken)
+	parsed, err = parseSidecarConfig(sidecar.Args[1:], func(string) string { return "" })
+	rig.Must(t, err)
+	if parsed.length != 0 || sidecar.RestartPolicy != nil || len(sidecar.Env) != 3 ||
+		sidecar.Env[1].Name != "POD_NAME" || sidecar.Env[2].Name != "NODE_NAME" {
+		t.Errorf("a classic sidecar: %+v, %+v", parsed, sidecar)
+	}
+}
+
+// A namespace without a Redis user gets a warning with the missing command. An
+// installation that makes users by other means gets no warning.
+func TestNamespaceWithoutRedisUser(t *testing.T) {
+	r := rig.StartRedis(t)
+	setUser := func(name string, rules ...string) {
+		t.Helper()
+		password := ">" + rig.Password
+		fields := rig.Anys(strings.Fields(strings.Join(rules, " ")))
+		r.Do(t, "ACL", append([]any{"SETUSER", name, "on", password}, fields...)...)
+	}
+	setUser("webhook", webhookACL, "+role +cluster|slots")
+	c := testConfig(r.Address)
+	c.redis = redisSettings{username: "webhook", password: rig.Password}
+	c.sidecarRedisSecret = "redis"
+	warned := func(c webhookConfig) (w *testWebhook, warnings string) {
+		t.Helper()
+		w = startWebhook(t, c)
+		return w, strings.Join(w.admit(t, rig.Review(t, semaphoreID{"shop", uuid.NewString()}, 1)).Warnings, "; ")
+	}
+	want := fmt.Sprintf(warningForgotten, "shop")
+	for _, step := range []struct {
+		what string
+		do   func()
+		want string
+	}{
+		{"the webhook may not list users", func() { setUser(namespacesUser) }, ""},
+		{"no user for the namespace", func() { setUser("webhook", forgottenACL) }, want},
+		{"another namespace's user", func() { setUser(namespaceUser("shop-2")) }, want},
+		{"a user of no namespace", func() { setUser("sidecar") }, want},
+		{"its own user", func() { setUser(namespaceUser("shop")) }, ""},
+		{"users made by other means", func() { r.Do(t, "ACL", "DELUSER", namespacesUser, namespaceUser("shop")) }, ""},
+	} {
+		step.do()
+		if _, got := warned(c); got != step.want {
+			t.Errorf("%s: got warnings %q, want %q", step.what, got, step.want)
+		}
+	}
+
+	setUser(namespacesUser)
+	for _, whenFull := range whenFullChoices {
+		c.whenFull = whenFull
+		if w, got := warned(c); !strings.HasPrefix(got, want) {
+			t.Errorf("%s: got warnings %q", whenFull, got)
+		} else if a := w.admit(t, rig.Review(t, semaphoreID{"shop", "job"}, 1, asJob)); len(a.Warnings) == 0 ||
+			a.Warnings[0] != want {
+			t.Errorf("a Job got warnings %q, want %q first", a.Warnings, want)
+		}
+	}
+
+	// A running webhook notices a new user, and rarely lists the users of Redis.
+	w, _ := warned(c)
+	setUser(namespaceUser("shop"))
+	rig.Eventually(t, 10*time.Second, func() error {
+		a := w.admit(t, rig.Review(t, semaphoreID{"shop", "web"}, 1000))
+		if strings.Contains(strings.Join(a.Warnings, "; "), want) {
+			return errors.New("the webhook still warns")
+		}
+		return nil
+	})
+	before := r.CommandCalls(t)["acl|users"]
+	for range 20 {
+		w.admit(t, rig.Review(t, semaphoreID{"shop", "web"}, 1000))
+	}
+	if n := r.CommandCalls(t)["acl|users"] - before; n > 0 {
+		t.Errorf("the webhook listed users %d times for 20 pods, want 0", n)
+	}
+}
+
+// If one Redis does not answer, for example while its pod is replaced,
+// deploy/namespace.sh names it and ends.
+func TestNamespaceOfARedisThatHangs(t *testing.T) {
+	t.Parallel()
+	folder := t.TempDir()
+	kubectl := `#!/bin/sh
+case "$*" in
+*" exec "*redis-1*) exec sleep 1000 ;;
+*" exec "*) cat >>commands ;;
+*" statefulset "*) echo statefulset/redis ;;
+*"get namespace"*) echo namespace/shop ;;
+*component=redis*) printf 'pod/redis-0\npod/redis-1\n' ;;
+*" clock "*) echo 2026-01-01T00:00:00Z ;;
+esac
+`
+	script := strings.Replace(kubectl, "commands", filepath.Join(folder, "commands"), 1)
+	rig.Must(t, os.WriteFile(filepath.Join(folder, "kubectl"), []byte(script), 0o700))
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "sh", "deploy/namespace.sh", "shop")
+	cmd.Env = append(os.Environ(), "PATH="+folder+":"+os.Getenv("PATH"))
+	cmd.WaitDelay = time.Second
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "pod/redis-1 does not answer") ||
+		strings.Contains(string(out), "pod/redis-0") || !strings.Contains(string(out), "as sidecar/shop") {
+		t.Errorf("%v, with the output:\n%s", err, out)
+	}
+	commands, err := os.ReadFile(filepath.Join(folder, "commands"))
+	if err != nil || len(strings.Fields(string(commands))) != 2 {
+		t.Errorf("redis-0 got the commands %q, %v", commands, err)
 	}
 }

@@ -13,14 +13,15 @@ import (
 const (
 	annotationPrefix     = "at-least-semaphore-pod-hook.kaidotio.github.io/"
 	annotationEnabled    = annotationPrefix + "at-least-semaphore-pod" // "true": this pod needs a token
-	annotationKey        = annotationPrefix + "key"                    // pods of a namespace with the same key share tokens
-	annotationLength     = annotationPrefix + "length"                 // how many tokens there are
-	annotationExpiration = annotationPrefix + "expiration"             // seconds that a maintenance lock may be held
-	annotationWhenFull   = annotationPrefix + "when-full"              // deny, wait or gate; the webhook's --when-full if it is missing
-	annotationToken      = annotationPrefix + "token"                  // set by the patch: the pod's token, if it was taken by the webhook
+	annotationKey        = annotationPrefix + "key"                    // pods with the same key share tokens
+	annotationLength     = annotationPrefix + "length"                 // number of tokens
+	annotationExpiration = annotationPrefix + "expiration"             // seconds after which a repair's lock expires
+	annotationWhenFull   = annotationPrefix + "when-full"              // deny, wait or gate; else --when-full
+	annotationToken      = annotationPrefix + "token"                  // set by the patch: the token that the webhook took
 )
 
-// What the annotations may say. The bounds keep a pod from making the webhook allocate or loop by a number.
+// Bounds of the annotations. Without them, one large number in a pod could make the
+// webhook allocate or loop for long.
 const (
 	maxKey        = 253
 	maxLength     = 10000
@@ -29,16 +30,16 @@ const (
 
 var keyPattern = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$`)
 
-// semaphoreSpec is what a pod's annotations say of its semaphore.
+// semaphoreSpec is the semaphore that a pod's annotations describe.
 type semaphoreSpec struct {
 	key        string
 	length     int
 	expiration time.Duration
-	whenFull   string // what becomes of it if no token is free: one of whenFullChoices
+	whenFull   string // one of whenFullChoices
 }
 
-// parseAnnotations reads the annotations of an annotated pod; problems are all that is wrong with them. whenFull is for pods that
-// do not say what becomes of them.
+// parseAnnotations reads a pod's annotations and returns all their problems. whenFull
+// applies to pods without the annotation when-full.
 func parseAnnotations(annotations map[string]string, whenFull string) (spec semaphoreSpec, problems []string) {
 	problem := func(name, format string, args ...any) {
 		problems = append(problems, name+" "+fmt.Sprintf(format, args...))
@@ -71,7 +72,7 @@ func parseAnnotations(annotations map[string]string, whenFull string) (spec sema
 	return spec, problems
 }
 
-// whenFullOf is what the annotations say, or else the webhook.
+// whenFullOf returns the pod's own annotation when-full, or else whenFull of the webhook.
 func whenFullOf(annotations map[string]string, whenFull string) string {
 	if own, ok := annotations[annotationWhenFull]; ok {
 		return own
@@ -79,7 +80,7 @@ func whenFullOf(annotations map[string]string, whenFull string) string {
 	return whenFull
 }
 
-// checkKey says what a key must be if this one is not.
+// checkKey returns what is wrong with a key, or "" if it is valid.
 func checkKey(key string) string {
 	if len(key) > maxKey {
 		return fmt.Sprintf("it has %d characters: at most %d are allowed", len(key), maxKey)
@@ -90,7 +91,7 @@ func checkKey(key string) string {
 	return ""
 }
 
-// parseDigits reads a number of digits only: no sign, no spaces.
+// parseDigits reads a number that consists of digits only: no sign, no spaces.
 func parseDigits(s string) (int, bool) {
 	if strings.Trim(s, "0123456789") != "" {
 		return 0, false
@@ -99,14 +100,34 @@ func parseDigits(s string) (int, bool) {
 	return n, err == nil
 }
 
-// truncate cuts what a user wrote to at most so many bytes.
-func truncate(s string, most int) string { return s[:min(len(s), most)] }
+// The webhook adds these to a gated pod.
+const (
+	gateName = annotationPrefix + "token" // the scheduling gate
 
-// quoteShort quotes the beginning of a value that a user wrote, on one line.
-func quoteShort(s string) string {
-	const most = 40
-	if len(s) > most {
-		return strconv.Quote(s[:most]) + "..."
-	}
-	return strconv.Quote(s)
+	// labelGated is "true" at first, and the Unix time of the lift once the gate is
+	// lifted. It goes when the sidecar takes over.
+	labelGated = annotationPrefix + "gated"
+)
+
+// The names of the injected containers.
+const (
+	sidecarName = "at-least-semaphore-pod-sidecar"
+	awaitName   = "at-least-semaphore-pod-await"
+)
+
+// The choices for a pod that finds no free token.
+const (
+	whenFullDeny = "deny" // the webhook refuses the pod
+	whenFullWait = "wait" // the sidecar waits for a token before any other container starts
+	whenFullGate = "gate" // the pod stays unscheduled until it has a token: see gate.go
+)
+
+// whenFullChoices are the values of --when-full and of the annotation when-full.
+var whenFullChoices = []string{whenFullDeny, whenFullWait, whenFullGate}
+
+// named is a part of a pod of which only the name matters.
+type named struct {
+	Name string `json:"name"`
 }
+
+func (n named) name() string { return n.Name }

@@ -11,36 +11,38 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// What an admission is made of, for benchstat: go test -run '^$' -bench . -count 10 . "make bench" measures it as a whole.
+// The parts of an admission, for benchstat: go test -run '^$' -bench . -count 10 . "make
+// bench" measures it as a whole.
 
 func benchmarkRequest(b *testing.B, change ...func(map[string]any)) *admissionRequest {
 	b.Helper()
-	r, err := decodeReview(review(b, freshID(), maxLength, change...))
-	must(b, err)
+	r, err := decodeReview(rig.Review(b, freshID(), maxLength, change...))
+	rig.Must(b, err)
 	return r
 }
 
 func BenchmarkDecode(b *testing.B) {
-	body := review(b, freshID(), maxLength)
+	body := rig.Review(b, freshID(), maxLength)
 	b.SetBytes(int64(len(body)))
 	b.ReportAllocs()
 	for b.Loop() {
 		r, err := decodeReview(body)
-		must(b, err)
+		rig.Must(b, err)
 		_, err = decodePod(r)
-		must(b, err)
+		rig.Must(b, err)
 	}
 }
 
-// All of a decision but for the token: the decoding of the pod, the annotations, and the patch.
+// A decision without the token: decoding the pod, reading the annotations, and the patch.
 func BenchmarkDecide(b *testing.B) {
-	c := testConfig("127.0.0.1:6379") // is not asked
-	s := newSemaphores(c.sharedConfig, nil, 1, slog.New(slog.DiscardHandler))
+	c := testConfig("127.0.0.1:6379") // never contacted
+	s := newSemaphores(c.settings, nil, 1, slog.New(slog.DiscardHandler))
 	defer s.queue.close()
 	a, err := newAdmitter(c, s)
-	must(b, err)
+	rig.Must(b, err)
 	r := benchmarkRequest(b, func(request map[string]any) { request["dryRun"] = true })
 	b.ReportAllocs()
 	for b.Loop() {
@@ -54,39 +56,40 @@ func BenchmarkDecide(b *testing.B) {
 func BenchmarkPatch(b *testing.B) {
 	i := mustInject(b, testConfig("127.0.0.1:6379"))
 	p, err := decodePod(benchmarkRequest(b))
-	must(b, err)
+	rig.Must(b, err)
 	b.ReportAllocs()
 	for b.Loop() {
 		i.patch(p, testID, testSpec, testToken)
 	}
 }
 
-// One script takes a token, another gives it back.
+// One script acquires a token, another releases it.
 func BenchmarkScript(b *testing.B) {
-	c := testConfig(deployedRedis(b).address)
-	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, slog.New(slog.DiscardHandler))
+	c := testConfig(deployedRedis(b).Address)
+	locks := newLocker(c.settings, lockConnections)
+	s := newSemaphores(c.settings, locks, idleConnections, slog.New(slog.DiscardHandler))
 	defer s.close(context.Background())
 	id, pod := freshID(), newPodName("web-1", "")
-	token, _, err := s.acquire(b.Context(), id, pod, maxLength, 10*time.Second) // so that there are tokens
-	must(b, err)
+	token, _, err := s.acquire(b.Context(), id, pod, maxLength, 10*time.Second) // makes the tokens
+	rig.Must(b, err)
 	b.ReportAllocs()
 	for b.Loop() {
 		_, err := s.release(b.Context(), id, token)
-		must(b, err)
+		rig.Must(b, err)
 		token = uuid.NewString()
-		a, err := s.ask(b.Context(), id, question{token: token, length: maxLength, pod: pod})
+		a, err := s.runAcquire(b.Context(), id, acquireRequest{token: token, length: maxLength, pod: pod})
 		if err != nil || a.status != acquireTaken {
-			b.Fatalf("%+v, %v", a, err)
+			b.Fatalf("acquire: got %+v, %v", a, err)
 		}
 	}
 }
 
-// annotated changes an annotation of a review's pod.
+// annotated sets an annotation of the pod in a review.
 func annotated(name, value string) func(map[string]any) {
-	return func(request map[string]any) { annotationsOf(request)[name] = value }
+	return func(request map[string]any) { rig.AnnotationsOf(request)[name] = value }
 }
 
-// The webhook without HTTP/2 and TLS, by verdict.
+// Admissions without HTTP/2 and TLS, by verdict.
 func BenchmarkAdmission(b *testing.B) {
 	r := deployedRedis(b)
 	for verdict, change := range map[string]func(map[string]any){
@@ -96,16 +99,16 @@ func BenchmarkAdmission(b *testing.B) {
 		"none":          annotated(annotationEnabled, "false"),
 	} {
 		b.Run(verdict, func(b *testing.B) {
-			w := startWebhook(b, testConfig(r.address))
+			w := startWebhook(b, testConfig(r.Address))
 			w.webhook.log = slog.New(slog.NewJSONHandler(io.Discard, nil))
 			handler, id := w.routes(), freshID()
-			body := review(b, id, maxLength, change)
+			body := rig.Review(b, id, maxLength, change)
 			n := 0
 			b.ReportAllocs()
 			for b.Loop() {
-				if n++; n%5000 == 0 { // so that there are tokens
+				if n++; n%5000 == 0 { // makes new tokens
 					b.StopTimer()
-					r.makeFree(b, id, 5000)
+					r.MakeFree(b, id, 5000)
 					b.StartTimer()
 				}
 				request := httptest.NewRequest(http.MethodPost, mutatePath+"?timeout=10s", bytes.NewReader(body))
@@ -119,19 +122,10 @@ func BenchmarkAdmission(b *testing.B) {
 	}
 }
 
-// deployedRedis is a Redis that writes its file as the one in deploy/ does.
-func deployedRedis(t testing.TB) *redisServer {
+// deployedRedis starts a Redis that writes its file like the one in deploy/.
+func deployedRedis(t testing.TB) *rig.Redis {
 	t.Helper()
-	r := startRedis(t)
-	r.do(t, "CONFIG", "SET", "appendfsync", "everysec")
+	r := rig.StartRedis(t)
+	r.Do(t, "CONFIG", "SET", "appendfsync", "everysec")
 	return r
-}
-
-// makeFree makes so many tokens of a semaphore free, and none in use.
-func (s *redisServer) makeFree(t testing.TB, id semaphoreID, n int) {
-	t.Helper()
-	s.do(t, "DEL", id.queueKey(), id.inflightKey(), id.namesKey())
-	for left := n; left > 0; left -= 1000 {
-		s.do(t, "RPUSH", append([]any{id.queueKey()}, make([]any, min(left, 1000))...)...)
-	}
 }

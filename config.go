@@ -1,7 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"path"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -11,33 +17,11 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// What becomes of a pod for which no token is free.
-const (
-	whenFullDeny = "deny" // it is refused
-	whenFullWait = "wait" // it is admitted, and its sidecar waits for a token before any other container starts
-	whenFullGate = "gate" // it is admitted, and not scheduled before it has a token: see gate.go
-)
-
-// whenFullChoices are what --when-full and the annotation when-full may say.
-var whenFullChoices = []string{whenFullDeny, whenFullWait, whenFullGate}
-
 const imageRepository = "ghcr.io/kaidotio/at-least-semaphore-pod-hook"
 
-// sharedConfig are the settings that both modes have.
-type sharedConfig struct {
-	lockMode          string
-	redisAddresses    []string
-	etcdAddresses     []string
-	queueRedisAddress queueAddress
-	heartbeatInterval time.Duration
-	staleThreshold    time.Duration
-	redis             redisSettings
-	etcd              etcdSettings
-}
-
-// webhookConfig are the settings of the webhook mode.
+// webhookConfig is the settings of the mode webhook.
 type webhookConfig struct {
-	sharedConfig
+	settings
 	host                    string
 	port                    int
 	certDir                 string
@@ -58,68 +42,113 @@ type webhookConfig struct {
 	metricsBindAddress      string
 }
 
-// objectReference names a Secret or a ConfigMap; empty for none.
-type objectReference struct{ kind, name string }
-
-// sidecarConfig are the settings of the sidecar mode.
+// sidecarConfig is the settings of the mode sidecar.
 type sidecarConfig struct {
-	sharedConfig
+	settings
 	terminationGracePeriod time.Duration // see giveBackSeconds
 	semaphore              semaphoreID
 	token                  string
-	length                 int // zero: the pod runs already, there is nothing to wait for
+	length                 int // zero: the webhook has already taken the token, so the sidecar waits for nothing
 	expiration             time.Duration
-	podUID                 string // empty outside of a pod: there is nothing to hold back
+	podUID                 string // empty outside of a pod: there is no await to answer
 	pod                    podName
 }
 
-// parseWebhookConfig reads the webhook's command line. Its errors are *usageError and *helpRequest.
+// gateConfig is the settings of the mode gate.
+type gateConfig struct {
+	settings
+	kubernetes         kubernetesSettings
+	unschedulable      time.Duration // for this long, a pod keeps its token after the lift without starting
+	metricsBindAddress string
+}
+
+// The values of -o of the mode status.
+const (
+	outputTable = "table"
+	outputJSON  = "json"
+)
+
+// statusConfig is the settings of the mode status.
+type statusConfig struct {
+	settings
+	output    string
+	watch     bool
+	yes       bool
+	namespace string      // empty for all
+	semaphore semaphoreID // zero for all of the namespace
+	release   string      // token or pod to release; empty for none
+}
+
+// parseWebhookConfig reads the command line of the mode webhook. Its error is a
+// *usageError or a *helpRequest.
 func parseWebhookConfig(args []string, getenv func(string) string) (c webhookConfig, err error) {
 	err = parseFlags(&c, "webhook", "[flags]", args, getenv)
 	return c, err
 }
 
-// parseSidecarConfig reads the sidecar's command line. Its errors are *usageError and *helpRequest.
+// parseSidecarConfig reads the command line of the mode sidecar. Its error is a
+// *usageError or a *helpRequest.
 func parseSidecarConfig(args []string, getenv func(string) string) (c sidecarConfig, err error) {
 	err = parseFlags(&c, "sidecar", "[flags] NAMESPACE/KEY TOKEN", args, getenv)
 	return c, err
 }
 
-func (c *sharedConfig) declareFlags(f *flags, getenv func(string) string) {
+// parseGateConfig reads the command line of the mode gate. Its error is a *usageError or
+// a *helpRequest.
+func parseGateConfig(args []string, getenv func(string) string) (c gateConfig, err error) {
+	err = parseFlags(&c, "gate", "[flags]", args, getenv)
+	return c, err
+}
+
+// parseStatusConfig reads the command line of the mode status. Its error is a *usageError
+// or a *helpRequest.
+func parseStatusConfig(args []string, getenv func(string) string) (c statusConfig, err error) {
+	const arguments = "[flags] [NAMESPACE | NAMESPACE/KEY]\n" +
+		"       at-least-semaphore-pod-hook status [flags] release NAMESPACE/KEY TOKEN|POD"
+	err = parseFlags(&c, "status", arguments, args, getenv)
+	return c, err
+}
+
+// declareFlags declares the flags of the queue and of the lock, for the modes webhook,
+// sidecar and gate.
+func (c *settings) declareFlags(f *flags, getenv func(string) string) {
 	c.declareQueueFlags(f, getenv)
 	c.declareLockFlags(f, getenv)
 }
 
-// declareQueueFlags declares what is to be known of the queue.
-func (c *sharedConfig) declareQueueFlags(f *flags, getenv func(string) string) {
+// declareQueueFlags declares the flags of the queue. The mode status needs no lock, and
+// has only these.
+func (c *settings) declareQueueFlags(f *flags, getenv func(string) string) {
 	c.redis.username, c.redis.password = getenv("REDIS_USERNAME"), getenv("REDIS_PASSWORD")
-	c.redis.sentinelUsername, c.redis.sentinelPassword = getenv("REDIS_SENTINEL_USERNAME"), getenv("REDIS_SENTINEL_PASSWORD")
+	c.redis.sentinelUsername = getenv("REDIS_SENTINEL_USERNAME")
+	c.redis.sentinelPassword = getenv("REDIS_SENTINEL_PASSWORD")
 	declare(f, &c.queueRedisAddress, readQueueAddress, "queue-redis-address", "127.0.0.1:6379",
-		"Redis that holds the tokens: `HOST:PORT`, or "+sentinelExample+", or "+clusterExample+"; rediss in place of redis for TLS")
+		"Redis that holds the tokens: `HOST:PORT`, or "+sentinelExample+", or "+clusterExample+
+			"; for TLS, rediss instead of redis")
 	declare(f, &c.heartbeatInterval, readSeconds(1, 3600), "heartbeat-interval-seconds", "30",
 		"`SECONDS` between two heartbeats of a sidecar")
 	declare(f, &c.staleThreshold, readSeconds(2, 86400), "stale-threshold-seconds", "120",
-		"`SECONDS` without a heartbeat after which a token is reclaimed; at least twice the interval")
+		"`SECONDS` without a heartbeat after which a token is reclaimed; at least twice the heartbeat interval")
 	declare(f, &c.redis.caFile, readCAFile, "redis-ca-file", "",
-		"`FILE` of the PEM certificates to trust for rediss://; none for those of the system")
+		"`FILE` of the PEM CA certificates for rediss://; without it, the system's")
 }
 
-// declareLockFlags declares what is to be known of the lock.
-func (c *sharedConfig) declareLockFlags(f *flags, getenv func(string) string) {
+// declareLockFlags declares the flags of the lock.
+func (c *settings) declareLockFlags(f *flags, getenv func(string) string) {
 	c.etcd.username, c.etcd.password = getenv("ETCD_USERNAME"), getenv("ETCD_PASSWORD")
 	declare(f, &c.lockMode, readChoice(lockModeRedlock, lockModeEtcd), "lock-mode", lockModeRedlock,
-		"lock that guards repairs: `redlock|etcd`")
+		"lock for repairs: `redlock|etcd`")
 	declare(f, &c.redisAddresses, readAddresses("redis://", "rediss://"), "redis-addresses", "127.0.0.1:6379",
-		"Redis servers of the redlock, as `HOST:PORT,...`; rediss://HOST:PORT for TLS")
+		"Redis servers of the lock mode redlock, as `HOST:PORT,...`; for TLS, rediss://HOST:PORT")
 	declare(f, &c.etcdAddresses, readAddresses("http://", "https://"), "etcd-addresses", "127.0.0.1:2379",
-		"etcd servers of the etcd lock, as `HOST:PORT,...`; https://HOST:PORT, or one of the --etcd files, for TLS")
+		"etcd servers of the lock mode etcd, as `HOST:PORT,...`; for TLS, https://HOST:PORT or one of the --etcd files")
 	declare(f, &c.etcd.caFile, readCAFile, "etcd-ca-file", "",
-		"`FILE` of the PEM certificates to trust for etcd; none for those of the system")
+		"`FILE` of the PEM CA certificates for etcd; without it, the system's")
 	declare(f, &c.etcd.certFile, readText, "etcd-cert-file", "", "`FILE` of the PEM client certificate for etcd")
 	declare(f, &c.etcd.keyFile, readText, "etcd-key-file", "", "`FILE` of the PEM key of --etcd-cert-file")
 }
 
-func (c *sharedConfig) validate(f *flags) {
+func (c *settings) validate(f *flags) {
 	if (c.etcd.certFile == "") != (c.etcd.keyFile == "") {
 		f.problem("--etcd-cert-file and --etcd-key-file go together")
 	} else if c.etcd.certFile != "" {
@@ -136,7 +165,8 @@ func (c *sharedConfig) validate(f *flags) {
 	bothRead := !f.wrong["stale-threshold-seconds"] && !f.wrong["heartbeat-interval-seconds"]
 	if bothRead && c.staleThreshold < 2*c.heartbeatInterval {
 		f.problem("--stale-threshold-seconds: %d is less than twice --heartbeat-interval-seconds %d: "+
-			"one late heartbeat would cost a running pod its token", seconds(c.staleThreshold), seconds(c.heartbeatInterval))
+			"one late heartbeat would cost a running pod its token",
+			seconds(c.staleThreshold), seconds(c.heartbeatInterval))
 	}
 	if c.redis.username != "" && c.redis.password == "" {
 		f.problem("REDIS_USERNAME is set and REDIS_PASSWORD is not")
@@ -145,7 +175,8 @@ func (c *sharedConfig) validate(f *flags) {
 		f.problem("REDIS_SENTINEL_USERNAME is set and REDIS_SENTINEL_PASSWORD is not")
 	}
 	if c.redis.sentinelPassword != "" && c.queueRedisAddress.kind != queueSentinel && !f.wrong["queue-redis-address"] {
-		f.problem("REDIS_SENTINEL_PASSWORD is not used: --queue-redis-address names no Sentinels, as %s does", sentinelExample)
+		f.problem("REDIS_SENTINEL_PASSWORD is not used: --queue-redis-address names no Sentinels, as %s does",
+			sentinelExample)
 	}
 	if (c.etcd.username == "") != (c.etcd.password == "") {
 		f.problem("ETCD_USERNAME and ETCD_PASSWORD go together")
@@ -158,55 +189,64 @@ func anyHas(scheme string, addresses ...string) bool {
 }
 
 func (c *webhookConfig) declareFlags(f *flags, getenv func(string) string) {
-	c.sharedConfig.declareFlags(f, getenv)
+	c.settings.declareFlags(f, getenv)
 	declare(f, &c.host, readText, "host", "0.0.0.0", "`ADDRESS` to serve /mutate on, over TLS")
 	declare(f, &c.port, readNumber(1, 65535), "port", "9443", "TCP `PORT` to serve /mutate on")
 	declare(f, &c.certDir, readNonEmpty, "certDir", "/var/k8s-webhook-server/serving-certs",
-		"`DIRECTORY` of tls.crt and tls.key; reread when they change")
+		"`DIRECTORY` of tls.crt and tls.key, which are reread when they change")
 	declare(f, &c.pathSecretFile, readText, "path-secret-file", "",
-		"`FILE` of a secret that the path must end with, /mutate/SECRET; one a line, reread when it changes; none for /mutate")
+		"`FILE` of the secrets of the path /mutate/SECRET, one a line, reread when it changes; "+
+			"without it, the path is /mutate")
 	declare(f, &c.clientCAFile, readCAFile, "client-ca-file", "",
-		"`FILE` of the PEM certificates of those that sign the certificates of clients; none to ask for no certificate")
+		"`FILE` of the PEM CA certificates that clients' certificates must be signed by; "+
+			"without it, clients need no certificate")
 	declare(f, &c.clientNames, readNameList, "client-name", "",
-		"`NAME,...` of clients: the common name, or a DNS name, of their certificates; none for all that are signed")
+		"`NAME,...` of the accepted clients: common name or DNS name of their certificates; "+
+			"without it, any signed certificate")
 	declare(f, &c.metricsBindAddress, readAddress(), "metrics-bind-address", "0.0.0.0:8080",
 		"`HOST:PORT` to serve /metrics, /healthz and /readyz on, over plain HTTP")
 	declare(f, &c.whenFull, readChoice(whenFullChoices...), "when-full", whenFullDeny,
-		"what becomes of a pod for which no token is free: `deny|wait|gate`; its annotation when-full wins")
+		"for a pod that finds no free token: `deny|wait|gate`; its annotation when-full takes precedence")
 	declare(f, &c.enableSidecarContainers, readBool, "enable-sidecar-containers", "true",
-		"`true|false`: inject a native sidecar (Kubernetes 1.29 or later), or a classic container")
-	declare(f, &c.sidecarImage, readImage, "sidecar-image", imageRepository+":"+version, "`IMAGE` of the injected sidecar")
+		"`true|false`: inject a native sidecar (Kubernetes 1.30 or later), or a classic container")
+	declare(f, &c.sidecarImage, readImage, "sidecar-image", imageRepository+":"+version,
+		"`IMAGE` of the injected containers")
 	declare(f, &c.sidecarImagePullSecret, readObjectName, "sidecar-image-pull-secret", "",
-		"`NAME` of a Secret in the pod's namespace that is added to the pod's imagePullSecrets")
+		"`NAME` of a Secret in the pod's namespace, which the webhook adds to the pod's imagePullSecrets")
 	declare(f, &c.sidecarLimits, readResources, "sidecar-resources", "cpu=100m,memory=64Mi",
-		"limits, as `RESOURCE=QUANTITY,...`, of each injected container; its requests, too, in a pod of the QoS class Guaranteed")
+		"limits, as `RESOURCE=QUANTITY,...`, of each injected container; "+
+			"in a pod of the QoS class Guaranteed, also its requests")
 	declare(f, &c.sidecarRequests, readResources, "sidecar-requests", "cpu=5m,memory=32Mi",
-		"requests, as `RESOURCE=QUANTITY,...`, of each injected container in other pods")
+		"requests, as `RESOURCE=QUANTITY,...`, of each injected container in all other pods")
 	declare(f, &c.restartAwait, readBool, "await-restart", "false",
-		"`true|false`: the init container that holds back the app says restartPolicy OnFailure (Kubernetes 1.35 or later), "+
-			"so that a pod whose own is Never does not fail should it be killed")
+		"`true|false`: give the init container await the restartPolicy OnFailure (Kubernetes 1.35 or later); "+
+			"without it, a pod with restartPolicy Never fails if await is killed")
 	declare(f, &c.podAnnotations, readAnnotations, "pod-annotations", "",
-		"`NAME=VALUE,...` to annotate pods with that get a sidecar and do not have them, for service meshes; "+
-			"what has no = belongs to the value before it")
+		"`NAME=VALUE,...` to add to the pods that get a sidecar, unless they have them, for service meshes; "+
+			"a part without = belongs to the value before it")
 	declare(f, &c.sidecarRedisSecret, readObjectName, "sidecar-redis-secret", "",
-		"`NAME` of a Secret in the pod's namespace "+
-			"whose keys username (optional) and password are the sidecar's credentials for Redis")
+		"`NAME` of a Secret in the pod's namespace: "+
+			"its keys username (optional) and password are the sidecar's credentials for Redis")
 	declare(f, &c.sidecarRedisCA, readObject, "sidecar-redis-ca", "",
-		"`secret/NAME|configmap/NAME` in the pod's namespace "+
-			"whose key ca.crt holds the certificates that the sidecar trusts for rediss://")
+		"`secret/NAME|configmap/NAME` in the pod's namespace: "+
+			"its key ca.crt has the sidecar's CA certificates for rediss://")
 	declare(f, &c.sidecarEtcdSecret, readObjectName, "sidecar-etcd-secret", "",
-		"`NAME` of a Secret in the pod's namespace with what the sidecars need for the etcd lock: "+
-			"username and password, ca.crt, tls.crt and tls.key, each if the webhook has it")
+		"`NAME` of a Secret in the pod's namespace: "+
+			"its keys username and password, ca.crt, tls.crt and tls.key are the sidecar's access to etcd, "+
+			"each if the webhook has it")
 }
 
 func (c *webhookConfig) validate(f *flags) {
-	c.sharedConfig.validate(f)
-	if c.whenFull != whenFullDeny && !c.enableSidecarContainers && !f.wrong["enable-sidecar-containers"] && !f.wrong["when-full"] {
-		f.problem("--when-full: %s needs native sidecars: with --enable-sidecar-containers=false the containers of a pod "+
+	c.settings.validate(f)
+	bothRead := !f.wrong["enable-sidecar-containers"] && !f.wrong["when-full"]
+	if bothRead && c.whenFull != whenFullDeny && !c.enableSidecarContainers {
+		f.problem("--when-full: %s needs native sidecars: "+
+			"with --enable-sidecar-containers=false the containers of a pod "+
 			"start all at once, with or without a token", c.whenFull)
 	}
 	if c.redis.password+c.redis.sentinelPassword != "" && c.sidecarRedisSecret == "" {
-		f.problem("--sidecar-redis-secret: is needed where REDIS_PASSWORD or REDIS_SENTINEL_PASSWORD is set: the sidecars would have no credentials")
+		f.problem("--sidecar-redis-secret: is needed where REDIS_PASSWORD or REDIS_SENTINEL_PASSWORD is set: " +
+			"the sidecars would have no credentials")
 	}
 	switch sidecarsUseTLS := anyHas("rediss://", c.sidecarRedisAddresses()...); {
 	case sidecarsUseTLS && c.redis.caFile != "" && c.sidecarRedisCA.name == "":
@@ -221,7 +261,8 @@ func (c *webhookConfig) validate(f *flags) {
 	}
 	for name, request := range c.sidecarRequests {
 		if limit, ok := c.sidecarLimits[name]; ok && request.Cmp(limit) > 0 {
-			f.problem("--sidecar-requests: %s=%s is more than the limit in --sidecar-resources, %s", name, &request, &limit)
+			f.problem("--sidecar-requests: %s=%s is more than the limit in --sidecar-resources, %s",
+				name, &request, &limit)
 		}
 	}
 	if c.restartAwait && !c.enableSidecarContainers && !f.wrong["enable-sidecar-containers"] {
@@ -236,7 +277,8 @@ func (c *webhookConfig) validate(f *flags) {
 	}
 }
 
-// sidecarRedisAddresses are the Redis servers that the sidecars use. Only native ones ever take a lock.
+// sidecarRedisAddresses returns the Redis servers that the sidecars use. Only native
+// sidecars ever take a lock.
 func (c *webhookConfig) sidecarRedisAddresses() []string {
 	addresses := slices.Clone(c.queueRedisAddress.servers)
 	if c.enableSidecarContainers && c.lockMode == lockModeRedlock {
@@ -246,21 +288,22 @@ func (c *webhookConfig) sidecarRedisAddresses() []string {
 }
 
 func (c *sidecarConfig) declareFlags(f *flags, getenv func(string) string) {
-	c.sharedConfig.declareFlags(f, getenv)
+	c.settings.declareFlags(f, getenv)
 	c.podUID = getenv("POD_UID")
 	c.pod = newPodName(getenv("POD_NAME"), getenv("NODE_NAME"))
 	declare(f, &c.length, readNumber(1, maxLength), "length", "",
-		"`NUMBER` of tokens of the semaphore: the sidecar waits until it has one, and await ends then. "+
-			"Without it, the token is already taken")
+		"`NUMBER` of tokens of the semaphore: the sidecar waits for one, and await ends when the sidecar has it; "+
+			"without it, the webhook has already taken the token")
 	declare(f, &c.expiration, readSeconds(1, maxExpiration), "expiration-seconds", "10",
-		"`SECONDS` that a repair may hold the lock")
-	declare(f, &c.terminationGracePeriod, readSeconds(1, 3600), "termination-grace-period-seconds", strconv.Itoa(giveBackSeconds),
-		"`SECONDS` to go on trying to give the token back after SIGTERM")
+		"`SECONDS` after which the lock of a repair expires")
+	declare(f, &c.terminationGracePeriod, readSeconds(1, 3600),
+		"termination-grace-period-seconds", strconv.Itoa(giveBackSeconds),
+		"`SECONDS` to keep trying to give the token back after SIGTERM")
 }
 
-// validate reads the arguments after the flags too.
+// validate also reads the arguments after the flags.
 func (c *sidecarConfig) validate(f *flags) {
-	c.sharedConfig.validate(f)
+	c.settings.validate(f)
 	if f.NArg() != 2 {
 		f.problem("%d arguments after the flags; they are NAMESPACE/KEY TOKEN", f.NArg())
 		return
@@ -273,4 +316,163 @@ func (c *sidecarConfig) validate(f *flags) {
 	if uuid.Validate(c.token) != nil {
 		f.problem("TOKEN: %q is not a UUID", c.token)
 	}
+}
+
+// declareFlags declares the flags of the API server. In a pod, their defaults are right.
+func (c *kubernetesSettings) declareFlags(f *flags, getenv func(string) string) {
+	var address, caFile, tokenFile string
+	if host := getenv("KUBERNETES_SERVICE_HOST"); host != "" {
+		address = net.JoinHostPort(host, cmp.Or(getenv("KUBERNETES_SERVICE_PORT"), "443"))
+		caFile, tokenFile = path.Join(serviceAccount, "ca.crt"), path.Join(serviceAccount, "token")
+	}
+	declare(f, &c.address, readAddress("https://"), "kubernetes-address", address,
+		"`HOST:PORT` of the API server; in a pod, by default, that of its cluster")
+	declare(f, &c.caFile, readCAFile, "kubernetes-ca-file", caFile,
+		"`FILE` of the PEM CA certificates for the API server, reread when it changes; without it, the system's")
+	declare(f, &c.tokenFile, readText, "kubernetes-token-file", tokenFile,
+		"`FILE` of the ServiceAccount's token, reread when it changes")
+	declare(f, &c.namespaces, readNameList, "namespaces", "",
+		"`NAMESPACE,...` to watch for gated pods; without it, all")
+}
+
+func (c *kubernetesSettings) validate(f *flags) {
+	if c.address == "" && !f.wrong["kubernetes-address"] {
+		f.problem("--kubernetes-address: is needed outside of a pod")
+	}
+	if c.tokenFile == "" {
+		f.problem("--kubernetes-token-file: is needed outside of a pod")
+	}
+}
+
+func (c *gateConfig) declareFlags(f *flags, getenv func(string) string) {
+	c.settings.declareFlags(f, getenv)
+	c.kubernetes.declareFlags(f, getenv)
+	declare(f, &c.unschedulable, readSeconds(1, 86400), "unschedulable-seconds", "300",
+		"`SECONDS` after the lift of its gate until a pod that has not started loses its token")
+	declare(f, &c.metricsBindAddress, readAddress(), "metrics-bind-address", "0.0.0.0:8080",
+		"`HOST:PORT` to serve /metrics, /healthz and /readyz on, over plain HTTP")
+}
+
+func (c *gateConfig) validate(f *flags) {
+	c.settings.validate(f)
+	c.kubernetes.validate(f)
+	if f.NArg() > 0 {
+		f.problem("unexpected argument %q: gate takes flags only", f.Arg(0))
+	}
+}
+
+func (c *statusConfig) declareFlags(f *flags, getenv func(string) string) {
+	c.declareQueueFlags(f, getenv)
+	if password := getenv("STATUS_REDIS_PASSWORD"); password != "" {
+		c.redis.username, c.redis.password = getenv("STATUS_REDIS_USERNAME"), password
+	}
+	// The webhook's container has these variables, so that status needs no flags there.
+	for name, variable := range map[string]string{
+		"queue-redis-address":        "QUEUE_REDIS_ADDRESS",
+		"heartbeat-interval-seconds": "HEARTBEAT_INTERVAL_SECONDS",
+		"stale-threshold-seconds":    "STALE_THRESHOLD_SECONDS",
+	} {
+		if text := getenv(variable); text != "" {
+			f.setDefault(name, text)
+		}
+	}
+	declare(f, &c.output, readChoice(outputTable, outputJSON), "o", outputTable, "output format: `table|json`")
+	declare(f, &c.watch, readBool, "watch", "false", "`true|false`: repeat the output every two seconds")
+	declare(f, &c.yes, readBool, "yes", "false", "`true|false`: release without confirmation")
+}
+
+func (c *statusConfig) validate(f *flags) {
+	c.settings.validate(f)
+	operands := f.operands
+	releases := len(operands) > 0 && operands[0] == "release"
+	if releases {
+		operands = operands[1:]
+		if len(operands) != 2 {
+			f.problem("release: %d arguments; they are NAMESPACE/KEY TOKEN|POD", len(operands))
+			return
+		}
+		c.release = operands[1]
+		operands = operands[:1]
+	}
+	switch {
+	case len(operands) > 1:
+		f.problem("%d arguments: there may be one, NAMESPACE or NAMESPACE/KEY", len(operands))
+	case len(operands) == 1:
+		namespace, key, isOne := strings.Cut(operands[0], "/")
+		if namespace == "" || isOne && checkKey(key) != "" || releases && !isOne {
+			f.problem("%q is not a namespace, a slash and a key", operands[0])
+		}
+		c.namespace = namespace
+		if isOne {
+			c.semaphore = semaphoreID{namespace, key}
+		}
+	}
+	if c.watch && releases {
+		f.problem("--watch and release do not go together")
+	}
+}
+
+// giveBackSeconds is the default time in which a sidecar tries to give its token back.
+const giveBackSeconds = 10
+
+// Examples of valid addresses, for messages.
+const (
+	sentinelExample = "redis+sentinel://a:26379,b:26379,c:26379/NAME"
+	clusterExample  = "redis+cluster://a:6379,b:6379,c:6379"
+)
+
+// primaryName is a name that Sentinels accept.
+var primaryName = regexp.MustCompile(`^[A-Za-z0-9._-]+$`)
+
+// readQueueAddress reads the address of one server, of a Sentinel group or of a Cluster.
+func readQueueAddress(text string) (queueAddress, error) {
+	scheme, rest, _ := strings.Cut(text, "://")
+	plain, engine, isGroup := strings.Cut(scheme, "+")
+	a := queueAddress{text: text}
+	if !isGroup || strings.Contains(text, "@") || strings.Contains(text, "%40") {
+		server, err := readAddress("redis://", "rediss://")(text)
+		a.servers, a.text = []string{server}, server
+		if err != nil && !strings.Contains(err.Error(), "credentials") {
+			err = fmt.Errorf("%w (for a group of servers: %s or %s)", err, sentinelExample, clusterExample)
+		}
+		return a, err
+	}
+	wrongScheme := fmt.Errorf("%q is no scheme: an address is HOST:PORT, or like %s or %s",
+		scheme+"://", sentinelExample, clusterExample)
+	example := clusterExample
+	var problems []error
+	switch {
+	case plain != "redis" && plain != "rediss":
+		return a, wrongScheme
+	case engine == "sentinel":
+		a.kind, example = queueSentinel, sentinelExample
+		var found bool
+		rest, a.name, found = strings.Cut(rest, "/")
+		switch {
+		case !found || a.name == "":
+			problems = append(problems, errors.New("the name of the primary is missing"))
+		case !primaryName.MatchString(a.name):
+			problems = append(problems, fmt.Errorf(
+				"%s is no name of a primary: it has letters, digits, and the characters ._- only", quoteShort(a.name)))
+		}
+	case engine == "cluster":
+		a.kind = queueCluster
+	default:
+		return a, wrongScheme
+	}
+	servers, err := readAddresses()(rest)
+	if err != nil {
+		problems = append(problems, err)
+	}
+	for _, s := range servers {
+		if plain == "rediss" {
+			s = "rediss://" + s
+		}
+		a.servers = append(a.servers, s)
+	}
+	if len(problems) > 0 {
+		all := strings.ReplaceAll(errors.Join(problems...).Error(), "\n", "; ")
+		return a, fmt.Errorf("%s (an example: %s)", all, example)
+	}
+	return a, nil
 }

@@ -17,7 +17,10 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation"
 )
 
-// usageError says what is wrong with the command line, all of it at once.
+// version is the release, set by the linker: -ldflags "-X main.version=v1.2.3".
+var version = "dev"
+
+// usageError lists all problems of the command line.
 type usageError struct {
 	problems []string
 	help     string // printed below the problems, if not empty
@@ -30,7 +33,7 @@ func (e *usageError) Error() string {
 	return fmt.Sprintf("%d wrong settings:\n  %s", len(e.problems), strings.Join(e.problems, "\n  "))
 }
 
-// helpRequest is the error for --help.
+// helpRequest is the error that --help returns.
 type helpRequest struct{ text string }
 
 func (*helpRequest) Error() string { return "help requested" }
@@ -38,18 +41,20 @@ func (*helpRequest) Error() string { return "help requested" }
 // flags is a flag set that collects wrong values instead of stopping at the first.
 type flags struct {
 	*flag.FlagSet
-	arguments string          // what follows the mode, for the help
-	reads     []func()        // read each flag's text into its field
-	wrong     map[string]bool // flags with a value that is wrong by itself
+	arguments string          // text after the mode in the help
+	reads     []func()        // parse each flag's text into its field
+	wrong     map[string]bool // flags whose value alone is wrong
 	problems  []string
-	operands  []string // what is no flag; flags may stand behind them
+	operands  []string // arguments that are no flags; flags may follow them
 }
 
-// NArg and Arg are those of a flag set whose flags may stand behind the operands.
-func (f *flags) NArg() int        { return len(f.operands) }
+// NArg returns the number of operands.
+func (f *flags) NArg() int { return len(f.operands) }
+
+// Arg returns an operand.
 func (f *flags) Arg(i int) string { return f.operands[i] }
 
-// parse reads the texts of the flags, and the operands.
+// parse collects the texts of the flags, and the operands.
 func (f *flags) parse(args []string) error {
 	for {
 		if err := f.Parse(args); err != nil {
@@ -63,14 +68,15 @@ func (f *flags) parse(args []string) error {
 	}
 }
 
-// config is a struct of settings.
+// config is the settings of one mode.
 type config interface {
-	declareFlags(f *flags, getenv func(string) string) // reads the environment too
-	validate(f *flags)                                 // notes the problems of settings that do not go together
+	declareFlags(f *flags, getenv func(string) string) // also reads the environment
+	validate(f *flags)                                 // notes the problems of combinations of settings
 }
 
-// parseFlags reads the command line and the environment into c. Its error is a *helpRequest, or a *usageError that names all
-// problems. Only an unknown flag is reported alone.
+// parseFlags reads the command line and the environment into c. Its error is a
+// *helpRequest, or a *usageError that lists all problems. An unknown flag is reported
+// alone.
 func parseFlags(c config, mode, arguments string, args []string, getenv func(string) string) error {
 	f := &flags{FlagSet: flag.NewFlagSet(mode, flag.ContinueOnError), arguments: arguments, wrong: map[string]bool{}}
 	f.SetOutput(io.Discard)
@@ -91,12 +97,13 @@ func parseFlags(c config, mode, arguments string, args []string, getenv func(str
 	return nil
 }
 
-// reader reads the text of one kind of flag. Its error has one problem a line, as errors.Join makes them; the value beside
-// an error is what the checks across settings compare.
+// reader parses the text of one kind of flag. Its error has one problem a line, like that
+// of errors.Join. validate also sees the value that comes with an error.
 type reader[T any] func(text string) (T, error)
 
-// declare adds a flag that parse reads into field. value is its default, as a user would write it; where that is empty, the
-// flag may be empty too and the field stays zero. The flag of a bool may stand without a value.
+// declare adds a flag for field. value is its default, as a user would write it. If the
+// default is empty, the flag may be empty, too, and field stays zero. A bool flag needs
+// no value.
 func declare[T any](f *flags, field *T, read reader[T], name, value, usage string) {
 	_, isBool := any(field).(*bool)
 	v := &flagText{value, isBool}
@@ -116,7 +123,7 @@ func declare[T any](f *flags, field *T, read reader[T], name, value, usage strin
 	})
 }
 
-// flagText keeps what the command line says, right or wrong, for parse to read.
+// flagText keeps the text of a flag, right or wrong, until parseFlags has all of them.
 type flagText struct {
 	text   string
 	isBool bool
@@ -126,14 +133,14 @@ func (t *flagText) String() string     { return t.text }
 func (t *flagText) Set(s string) error { t.text = s; return nil }
 func (t *flagText) IsBoolFlag() bool   { return t.isBool }
 
-// setDefault gives a flag that was declared another default.
+// setDefault changes the default of a declared flag.
 func (f *flags) setDefault(name, text string) {
 	fl := f.Lookup(name)
 	fl.DefValue = text
-	_ = fl.Value.Set(text) // is not read yet
+	_ = fl.Value.Set(text) // flagText never fails
 }
 
-// problem notes something that is wrong with the command line or the environment.
+// problem notes a problem of the command line or the environment.
 func (f *flags) problem(format string, args ...any) {
 	f.problems = append(f.problems, fmt.Sprintf(format, args...))
 }
@@ -154,20 +161,20 @@ func (f *flags) help() string {
 		b.WriteByte('\n')
 	})
 	b.WriteString("\nEnvironment:\n" +
-		"  REDIS_USERNAME, REDIS_PASSWORD    credentials of all Redis servers; no user name for the default user\n" +
+		"  REDIS_USERNAME, REDIS_PASSWORD    credentials for all Redis servers; without a name, the default user\n" +
 		"  REDIS_SENTINEL_USERNAME, REDIS_SENTINEL_PASSWORD\n" +
-		"                                    credentials of the Sentinels\n")
+		"                                    credentials for the Sentinels\n")
 	if f.Name() == "status" {
 		b.WriteString("  STATUS_REDIS_USERNAME, STATUS_REDIS_PASSWORD\n" +
-			"                                    in the place of REDIS_USERNAME and REDIS_PASSWORD, if there is a password\n" +
+			"                                    replace REDIS_USERNAME and REDIS_PASSWORD if the password is set\n" +
 			"  QUEUE_REDIS_ADDRESS, HEARTBEAT_INTERVAL_SECONDS, STALE_THRESHOLD_SECONDS\n" +
-			"                                    in the place of the flags, as in the webhook's container\n")
+			"                                    defaults of the flags; set in the webhook's container\n")
 		return b.String()
 	}
-	b.WriteString("  ETCD_USERNAME, ETCD_PASSWORD      credentials of the etcd servers\n")
+	b.WriteString("  ETCD_USERNAME, ETCD_PASSWORD      credentials for the etcd servers\n")
 	if f.Name() == "sidecar" {
-		b.WriteString("  POD_UID                           the pod's UID, by which its init container finds the sidecar\n" +
-			"  POD_NAME, NODE_NAME               the pod's name and its node, for those who ask who holds the tokens\n")
+		b.WriteString("  POD_UID                           the pod's UID, by which await finds the sidecar\n" +
+			"  POD_NAME, NODE_NAME               the pod's name and its node, which status shows\n")
 	}
 	return b.String()
 }
@@ -181,7 +188,7 @@ func readNonEmpty(text string) (string, error) {
 	return text, nil
 }
 
-// readNameList reads names with commas between them.
+// readNameList reads names, separated by commas.
 func readNameList(text string) ([]string, error) {
 	names := strings.Split(text, ",")
 	if slices.Contains(names, "") {
@@ -190,7 +197,8 @@ func readNameList(text string) ([]string, error) {
 	return names, nil
 }
 
-// readIf reads text that is ok; its error says that any other text is not what is wanted.
+// readIf reads text for which ok is true. Its error says that any other text is not
+// wanted.
 func readIf(ok func(text string) bool, wanted string) reader[string] {
 	return func(text string) (string, error) {
 		if !ok(text) {
@@ -201,8 +209,11 @@ func readIf(ok func(text string) bool, wanted string) reader[string] {
 }
 
 var (
-	readImage      = readIf(regexp.MustCompile(`^[^ \t\n]+$`).MatchString, "an image")
-	readObjectName = readIf(func(text string) bool { return isObjectName(text) && strings.TrimRight(text, ".-") == text }, "the name of an object")
+	readImage = readIf(regexp.MustCompile(`^[^ \t\n]+$`).MatchString, "an image")
+
+	readObjectName = readIf(func(text string) bool {
+		return isObjectName(text) && strings.TrimRight(text, ".-") == text
+	}, "the name of an object")
 )
 
 func readChoice(choices ...string) reader[string] {
@@ -234,11 +245,12 @@ func readSeconds(least, most int) reader[time.Duration] {
 	}
 }
 
-// safeAddress is what a message can show of a wrong address: nothing that might hold a password.
+// safeAddress matches the wrong addresses that a message may show: they cannot contain a
+// password.
 var safeAddress = regexp.MustCompile(`^[A-Za-z0-9.-]*(:[0-9]*)?$`)
 
-// readAddresses reads a list of HOST:PORT, with or without one of the schemes before it. It refuses repetitions: a server
-// that is named twice would count twice in a quorum.
+// readAddresses reads a list of HOST:PORT, each with or without one of the schemes. It
+// refuses repeated addresses: such a server would count twice in a quorum.
 func readAddresses(schemes ...string) reader[[]string] {
 	return func(text string) ([]string, error) {
 		if strings.Contains(text, "@") || strings.Contains(text, "%40") {
@@ -259,7 +271,7 @@ func readAddresses(schemes ...string) reader[[]string] {
 	}
 }
 
-// readAddress reads a list of one.
+// readAddress reads one address.
 func readAddress(schemes ...string) reader[string] {
 	return func(text string) (string, error) {
 		list, err := readAddresses(schemes...)(text)
@@ -291,13 +303,13 @@ func isPort(s string) bool {
 	return err == nil && n > 0
 }
 
-// readCAFile reads the name of a file of PEM certificates.
+// readCAFile reads the name of a file, and checks that the file has PEM certificates.
 func readCAFile(text string) (string, error) {
 	_, err := readCA(text)
 	return text, err
 }
 
-// readResources reads a list of quantities of resources, such as cpu=100m,memory=64Mi.
+// readResources reads a list of resources, such as cpu=100m,memory=64Mi.
 func readResources(text string) (corev1.ResourceList, error) {
 	list := corev1.ResourceList{}
 	for part := range strings.SplitSeq(text, ",") {
@@ -314,8 +326,8 @@ func readResources(text string) (corev1.ResourceList, error) {
 	return list, nil
 }
 
-// readAnnotations reads a list of annotations. The commas in their values need no marks: what has no = belongs to the value
-// before it.
+// readAnnotations reads a list of annotations. Commas in values need no escapes: a part
+// without = belongs to the value before it.
 func readAnnotations(text string) (map[string]string, error) {
 	annotations := map[string]string{}
 	var last string
@@ -348,3 +360,6 @@ func readObject(text string) (objectReference, error) {
 	_, err := readObjectName(name)
 	return object, err
 }
+
+// objectReference names a Secret or a ConfigMap. The zero value names none.
+type objectReference struct{ kind, name string }

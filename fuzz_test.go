@@ -19,20 +19,22 @@ import (
 	"unicode/utf8"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	jsonpatch "gopkg.in/evanphx/json-patch.v4"
 	admissionv1 "k8s.io/api/admission/v1"
 	corev1 "k8s.io/api/core/v1"
 	kjson "sigs.k8s.io/json"
 )
 
-// The fuzz tests run on what is in testdata and on what is here with each "make test", and on more with "make fuzz".
+// "make test" runs the fuzz tests on the seeds here and in testdata, and "make fuzz" on
+// more.
 
-// reviews are those that a real API server has sent.
+// reviews are reviews that a real API server has sent.
 func reviews(f testing.TB) (all [][]byte) {
 	f.Helper()
-	files, err := filepath.Glob("testdata/admission-reviews/*.json")
+	files, err := filepath.Glob("test/testdata/admission-reviews/*.json")
 	if err != nil || len(files) == 0 {
-		f.Fatalf("%v, %v", files, err)
+		f.Fatalf("testdata has the reviews %v, %v", files, err)
 	}
 	for _, file := range files {
 		text, err := os.ReadFile(file)
@@ -44,7 +46,7 @@ func reviews(f testing.TB) (all [][]byte) {
 	return all
 }
 
-// fuzzedWebhook is one without Redis: it decides on all but what needs a token.
+// fuzzedWebhook is a webhook without Redis: it makes all decisions that need no token.
 func fuzzedWebhook(f *testing.F) *webhook {
 	f.Helper()
 	c := testConfig("127.0.0.1:1")
@@ -54,20 +56,23 @@ func fuzzedWebhook(f *testing.F) *webhook {
 	if err != nil {
 		f.Fatal(err)
 	}
-	s := newSemaphores(c.sharedConfig, nil, 1, log)
-	s.outages.parts[0] = outage{began: time.Now().Add(-time.Hour), last: time.Now()} // it does not wait for Redis
+	s := newSemaphores(c.settings, nil, 1, log)
+	// after a long outage, the webhook does not wait for Redis
+	s.outages.parts[0] = outage{began: time.Now().Add(-time.Hour), last: time.Now()}
 	a, err := newAdmitter(c, s)
-	must(f, err)
+	rig.Must(f, err)
 	return &webhook{admitter: a, callers: who, bounds: newBounds(), log: log}
 }
 
-// Whatever is posted, the answer is an AdmissionReview of the same UID, or says what is wrong with the request.
+// For any body, the reply is an AdmissionReview of the same UID, or names the problem of
+// the request.
 func FuzzReview(f *testing.F) {
 	for _, text := range reviews(f) {
 		f.Add(text)
 		f.Add(bytes.Replace(text, []byte(`"dryRun":false`), []byte(`"dryRun":true`), 1))
 	}
-	f.Add([]byte(`{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","request":{"uid":"a","operation":"CREATE","kind":{"group":"batch","kind":"Job"},"object":null}}`))
+	f.Add([]byte(`{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","request":{"uid":"a",` +
+		`"operation":"CREATE","kind":{"group":"batch","kind":"Job"},"object":null}}`))
 	w := fuzzedWebhook(f)
 	f.Fuzz(func(t *testing.T, body []byte) {
 		request := httptest.NewRequest(http.MethodPost, "/mutate", bytes.NewReader(body))
@@ -78,26 +83,28 @@ func FuzzReview(f *testing.F) {
 		switch {
 		case rec.Code >= 400 && rec.Code < 500:
 			return
-		case rec.Code == http.StatusInternalServerError && strings.Contains(text, "queue Redis"): // a pod that does not wait
+		case rec.Code == http.StatusInternalServerError && strings.Contains(text, "queue Redis"):
+			// a pod that needs a token now
 			return
 		case rec.Code != http.StatusOK:
-			t.Fatalf("%d %s", rec.Code, text)
+			t.Fatalf("got %d %s", rec.Code, text)
 		}
 		d := json.NewDecoder(rec.Body)
 		d.DisallowUnknownFields()
 		var answer admissionv1.AdmissionReview
-		must(t, d.Decode(&answer))
+		rig.Must(t, d.Decode(&answer))
 		asked, err := decodeReview(body)
-		must(t, err)
-		if r := answer.Response; r == nil || answer.APIVersion != "admission.k8s.io/v1" || answer.Kind != "AdmissionReview" || string(r.UID) != strings.ToValidUTF8(string(asked.UID), "\ufffd") {
-			t.Fatalf("answered %s", text)
+		rig.Must(t, err)
+		if r := answer.Response; r == nil || answer.APIVersion != "admission.k8s.io/v1" ||
+			answer.Kind != "AdmissionReview" || string(r.UID) != strings.ToValidUTF8(string(asked.UID), "\ufffd") {
+			t.Fatalf("got %s", text)
 		} else if r.Patch != nil {
 			wantApplies(t, asked.Object, r.Patch)
 		}
 	})
 }
 
-// Whatever a pod is that Kubernetes could have sent, the patch applies, and makes a pod of it again.
+// For any pod that Kubernetes could send, the patch applies, and the result is a pod.
 func FuzzPod(f *testing.F) {
 	for _, text := range reviews(f) {
 		r, err := decodeReview(text)
@@ -123,17 +130,18 @@ func FuzzPod(f *testing.F) {
 	})
 }
 
-// wantApplies applies a patch, if the object is a pod as Kubernetes sends one: its fields are written as they are called, and an annotated
-// pod has annotations, and containers.
+// wantApplies applies a patch if the object is a pod as Kubernetes sends it: with exact
+// field names, and, if annotated, with annotations and containers.
 func wantApplies(t *testing.T, object, patch []byte) {
 	t.Helper()
 	var before corev1.Pod
 	problems, err := kjson.UnmarshalStrict(object, &before)
-	if err != nil || len(problems) > 0 || before.Annotations == nil || before.Spec.Containers == nil || !utf8.Valid(object) {
+	if err != nil || len(problems) > 0 || before.Annotations == nil || before.Spec.Containers == nil ||
+		!utf8.Valid(object) {
 		return
 	}
 	steps, err := jsonpatch.DecodePatch(patch)
-	must(t, err)
+	rig.Must(t, err)
 	result, err := steps.Apply(object)
 	if err != nil {
 		t.Fatalf("%v: %s does not apply to %s", err, patch, object)
@@ -150,32 +158,34 @@ func wantApplies(t *testing.T, object, patch []byte) {
 	t.Fatalf("no sidecar in %s", result)
 }
 
-// What annotations say is within bounds, or a problem that names them.
+// Parsed annotations are within bounds; any problem names its annotation.
 func FuzzAnnotations(f *testing.F) {
 	f.Add("web", "3", "10", "wait")
 	f.Add("a/b", "10000", "3600", "deny")
 	f.Add("/", "-1", "0x10", "")
 	f.Fuzz(func(t *testing.T, key, length, expiration, whenFull string) {
-		spec, problems := parseAnnotations(map[string]string{annotationKey: key, annotationLength: length, annotationExpiration: expiration, annotationWhenFull: whenFull}, whenFullDeny)
+		spec, problems := parseAnnotations(map[string]string{annotationKey: key, annotationLength: length,
+			annotationExpiration: expiration, annotationWhenFull: whenFull}, whenFullDeny)
 		for _, p := range problems {
 			if !strings.Contains(p, annotationPrefix) || strings.Contains(p, "\n") || len(p) > 400 {
-				t.Errorf("problem %q", p)
+				t.Errorf("the problem %q is long, has a newline, or names no annotation", p)
 			}
 		}
 		if len(problems) > 0 {
 			return
 		}
-		if spec.length < 1 || spec.length > maxLength || spec.expiration < time.Second || spec.expiration > maxExpiration*time.Second || checkKey(spec.key) != "" {
-			t.Errorf("%+v", spec)
+		if spec.length < 1 || spec.length > maxLength || spec.expiration < time.Second ||
+			spec.expiration > maxExpiration*time.Second || checkKey(spec.key) != "" {
+			t.Errorf("out of bounds: %+v", spec)
 		}
 		id := semaphoreID{"shop", spec.key}
 		if read, ok := idOfStateKey(id.stateKey()); !ok || read != id {
-			t.Errorf("%s is read as %s", id, read)
+			t.Errorf("%s is parsed as %s", id, read)
 		}
 	})
 }
 
-// Whatever a command line is, it is read, or what is wrong with it is said.
+// Any command line is parsed, or the error names its problems.
 func FuzzFlags(f *testing.F) {
 	f.Add("webhook", "--queue-redis-address=redis+sentinel://a:1,b:2/c\n--sidecar-resources=cpu=1,memory=1Gi")
 	f.Add("sidecar", "--length=3\nshop/web\n0a7b9d10-0000-4000-8000-000000000000")
@@ -200,7 +210,7 @@ func FuzzFlags(f *testing.F) {
 	})
 }
 
-// answering is a connection to a server that answers the same to whatever it is asked.
+// answering is a connection to a server with fixed replies.
 type answering struct {
 	net.Conn
 	io.Reader
@@ -213,20 +223,22 @@ func (answering) SetDeadline(time.Time) error          { return nil }
 func (a answering) SetReadDeadline(t time.Time) error  { return nil }
 func (a answering) SetWriteDeadline(t time.Time) error { return nil }
 
-// Whatever Redis answers, to scripts and to those who look, it is understood, or an error.
+// Any reply of Redis, to scripts and to a survey, is parsed or gives an error.
 func FuzzAnswers(f *testing.F) {
 	for _, text := range []string{
 		"*3\r\n:1\r\n:1700000000000000\r\n:3\r\n",
 		"*3\r\n:2\r\n:1700000000000000\r\n:1\r\n",
 		"*6\r\n:0\r\n:1700000000000000\r\n:3\r\n:0\r\n:0\r\n*2\r\n:5\r\n$5\r\nweb-1\r\n",
-		"*11\r\n:0\r\n:1700000000000000\r\n:3\r\n:2\r\n:9\r\n*0\r\n:2\r\n$16\r\n1700000000000000\r\n:41\r\n:7\r\n:1\r\n",
-		"*2\r\n$10\r\n1700000000\r\n$6\r\n123456\r\n*8\r\n:1\r\n:2\r\n:0\r\n:0\r\n*2\r\n$1\r\na\r\n$10\r\n1700000000\r\n:0\r\n*0\r\n*3\r\n$1\r\n3\r\n$-1\r\n$-1\r\n",
+		"*11\r\n:0\r\n:1700000000000000\r\n:3\r\n:2\r\n:9\r\n*0\r\n:2\r\n" +
+			"$16\r\n1700000000000000\r\n:41\r\n:7\r\n:1\r\n",
+		"*2\r\n$10\r\n1700000000\r\n$6\r\n123456\r\n" +
+			"*8\r\n:1\r\n:2\r\n:0\r\n:0\r\n*2\r\n$1\r\na\r\n$10\r\n1700000000\r\n:0\r\n*0\r\n*3\r\n$1\r\n3\r\n$-1\r\n$-1\r\n",
 		"-MOVED 1 127.0.0.1:7000\r\n", "$-1\r\n", "*-1\r\n", "+OK\r\n",
 	} {
 		f.Add([]byte(text))
 	}
 	ctx := context.Background()
-	// redigo makes room for as much as Redis announces.
+	// redigo allocates as much as Redis announces.
 	huge := regexp.MustCompile(`[*$]\d{7}`)
 	f.Fuzz(func(t *testing.T, data []byte) {
 		if huge.Match(data) {
@@ -239,13 +251,13 @@ func FuzzAnswers(f *testing.F) {
 			var status int
 			var micros int64
 			if rest, err := redis.Scan(values, &status, &micros); err == nil {
-				if a, err := parseAnswer(status, rest); err == nil {
+				if a, err := parseReply(status, rest); err == nil {
 					_ = waitingText(testID, 3, a)
 					_ = refusal(&fullError{testID, a.inUse, 3, a.waiters, a.holders, a.doubt})
 				}
 			}
 		}
-		s := newSemaphores(testConfig("127.0.0.1:1").sharedConfig, nil, 1, slog.New(slog.DiscardHandler))
+		s := newSemaphores(testConfig("127.0.0.1:1").settings, nil, 1, slog.New(slog.DiscardHandler))
 		states, _ := s.readStates(ctx, dial(), []semaphoreID{testID})
 		var d semaphoreDetail
 		d.id = testID
@@ -253,9 +265,9 @@ func FuzzAnswers(f *testing.F) {
 		var page strings.Builder
 		printTable(&page, states, "")
 		printDetail(&page, d)
-		must(t, printJSON(&page, d.report()))
+		rig.Must(t, printJSON(&page, d.report()))
 		if strings.Contains(page.String(), "\x1b") {
-			t.Errorf("prints %q", page.String())
+			t.Errorf("status prints unprintable text: %q", page.String())
 		}
 		_, _ = readSlots("127.0.0.1:1", first(dial().Do("CLUSTER", "SLOTS")))
 	})

@@ -12,12 +12,8 @@ import (
 	"strings"
 	"sync"
 	"time"
-)
 
-// What a gated pod has from the webhook.
-const (
-	gateName   = annotationPrefix + "token" // the scheduling gate
-	labelGated = annotationPrefix + "gated" // "true", and the Unix time at which the gate was lifted; until the sidecar has taken over
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // The reasons of events.
@@ -28,60 +24,31 @@ const (
 	reasonInvalid = "InvalidAnnotations"
 )
 
-// watchPatience is for how long a pod is left alone that was changed: the watch tells how it is by now.
+// watchPatience is how long the gate leaves a pod alone that it has changed: by then, the
+// watch shows the change.
 const watchPatience = 200 * time.Millisecond
 
-// gateConfig are the settings of the gate mode.
-type gateConfig struct {
-	sharedConfig
-	kubernetes         kubernetesSettings
-	unschedulable      time.Duration
-	metricsBindAddress string
-}
-
-// parseGateConfig reads the command line of "gate". Its errors are *usageError and *helpRequest.
-func parseGateConfig(args []string, getenv func(string) string) (c gateConfig, err error) {
-	err = parseFlags(&c, "gate", "[flags]", args, getenv)
-	return c, err
-}
-
-func (c *gateConfig) declareFlags(f *flags, getenv func(string) string) {
-	c.sharedConfig.declareFlags(f, getenv)
-	c.kubernetes.declareFlags(f, getenv)
-	declare(f, &c.unschedulable, readSeconds(1, 86400), "unschedulable-seconds", "300",
-		"`SECONDS` that a pod whose gate was lifted keeps its token without having started")
-	declare(f, &c.metricsBindAddress, readAddress(), "metrics-bind-address", "0.0.0.0:8080",
-		"`HOST:PORT` to serve /metrics, /healthz and /readyz on, over plain HTTP")
-}
-
-func (c *gateConfig) validate(f *flags) {
-	c.sharedConfig.validate(f)
-	c.kubernetes.validate(f)
-	if f.NArg() > 0 {
-		f.problem("unexpected argument %q: gate takes flags only", f.Arg(0))
-	}
-}
-
-// gate stands in line for the pods that have our scheduling gate, lifts it when they have a token, and keeps the token until their
-// sidecars do. All that it does is named by the pods' UIDs and safe to do twice, so that several may be at work at once.
+// gate waits in line for the pods that have our scheduling gate. It lifts the gate of a
+// pod that has a token, and keeps the token until the pod's sidecar does. All its work is
+// named by the pods' UIDs and safe to do twice, so several gates may run at once.
 type gate struct {
 	kubernetes    *kubernetes
 	semaphores    *semaphores
-	calls         *gateCalls
+	subscription  *subscription
 	unschedulable time.Duration
 	metrics       *gateMetrics
 	log           *slog.Logger
-	background    sync.WaitGroup // of lines, and changes of pods
+	background    sync.WaitGroup // lines, and changes of pods
 	ctx           context.Context
 
 	mu       sync.Mutex
 	lines    map[semaphoreID]*gateLine
 	ids      map[string]semaphoreID // of each pod, by UID
 	unlisted map[string]bool        // namespaces that are watched and not listed yet
-	early    []func()               // what was told of pods before all are listed
+	deferred []func()               // changes of pods that came before all are listed
 }
 
-// runGate is the gate mode, until ctx is done.
+// runGate runs the gate mode until ctx is done.
 func runGate(ctx context.Context, c gateConfig, log *slog.Logger) (err error) {
 	listener, err := listen("--metrics-bind-address", c.metricsBindAddress)
 	if err != nil {
@@ -92,14 +59,13 @@ func runGate(ctx context.Context, c gateConfig, log *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
-	server := &http.Server{Handler: g.healthRoutes(), ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 5 * time.Second, WriteTimeout: 5 * time.Second,
-		IdleTimeout: time.Minute, ErrorLog: newHTTPErrors(log)}
-	newBounds().apply(server)
+	server := newHealthServer(g.healthRoutes(), newHTTPErrors(log))
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
 	go func() { fail(server.Serve(listener)) }()
-	log.Info("standing in line for gated pods", "version", version, "lockMode", c.lockMode, "queueRedis", c.queueRedisAddress.text,
-		"apiServer", g.kubernetes.address, "namespaces", strings.Join(c.kubernetes.namespaces, ","))
+	log.Info("standing in line for gated pods", "version", version, "lockMode", c.lockMode,
+		"queueRedis", c.queueRedisAddress.text, "apiServer", g.kubernetes.address,
+		"namespaces", strings.Join(c.kubernetes.namespaces, ","))
 	g.run(ctx)
 	cause := context.Cause(ctx)
 	log.Info("stopping", "reason", cause.Error())
@@ -118,14 +84,22 @@ func newGate(c gateConfig, log *slog.Logger) (*gate, error) {
 		return nil, err
 	}
 	c.redis.counts = new(redisCounts)
-	s := newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log)
+	s := newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, log)
 	s.metrics = newMetrics(c.redis.counts)
 	namespaces := c.kubernetes.namespaces
 	if len(namespaces) == 0 {
 		namespaces = []string{""}
 	}
-	g := &gate{kubernetes: k, semaphores: s, calls: newGateCalls(s.queue, log), unschedulable: c.unschedulable, log: log,
-		lines: map[semaphoreID]*gateLine{}, ids: map[string]semaphoreID{}, unlisted: map[string]bool{}}
+	g := &gate{
+		kubernetes:    k,
+		semaphores:    s,
+		subscription:  newSubscription(s.queue, auxiliaryID, log),
+		unschedulable: c.unschedulable,
+		log:           log,
+		lines:         map[semaphoreID]*gateLine{},
+		ids:           map[string]semaphoreID{},
+		unlisted:      map[string]bool{},
+	}
 	for _, namespace := range namespaces {
 		g.unlisted[namespace] = true
 	}
@@ -133,27 +107,30 @@ func newGate(c gateConfig, log *slog.Logger) (*gate, error) {
 	return g, nil
 }
 
-// run does its work until ctx is done. Places and tokens stay: another process, or this one when it is back, keeps them.
+// run works until ctx is done. It leaves places and tokens: another process, or this one
+// after a restart, keeps them.
 func (g *gate) run(ctx context.Context) {
 	g.ctx = ctx
 	g.background.Go(func() { g.kubernetes.run(ctx) })
-	g.background.Go(func() { g.calls.run(ctx) })
+	g.background.Go(func() { g.subscription.receiveRetrying(ctx) })
 	g.background.Go(func() { g.pulse(ctx) })
-	for _, namespace := range slices.Collect(maps.Keys(g.unlisted)) { // synced takes them away
+	for _, namespace := range slices.Collect(maps.Keys(g.unlisted)) { // a copy: synced removes them
 		g.background.Go(func() { g.kubernetes.watchPods(ctx, labelGated, namespace, g) })
 	}
 	<-ctx.Done()
 	g.background.Wait()
 }
 
-// setPod is told of each gated pod, and of each change of it.
+// setPod receives each gated pod, and each change of it.
 func (g *gate) setPod(p *watchedPod) {
 	g.whenListed(func() {
 		id, ok := g.ids[p.uid]
 		spec, problems := parseAnnotations(p.annotations, whenFullGate)
-		if !ok && len(problems) > 0 { // the webhook has let none such pass
-			g.log.Warn("a gated pod has wrong annotations, and stays gated", "namespace", p.namespace, "pod", p.name, "problems", strings.Join(problems, "; "))
-			g.event(p, true, reasonInvalid, "Waiting", "1", "invalid annotations: "+strings.Join(problems, "; "))
+		if !ok && len(problems) > 0 { // the webhook denies such pods
+			text := strings.Join(problems, "; ")
+			g.log.Warn("a gated pod has wrong annotations, and stays gated",
+				"namespace", p.namespace, "pod", p.name, "problems", text)
+			g.event(p, true, reasonInvalid, "Waiting", "1", "invalid annotations: "+text)
 			return
 		}
 		if !ok {
@@ -170,7 +147,7 @@ func (g *gate) setPod(p *watchedPod) {
 	})
 }
 
-// dropPod is told of each that is gone, or needs us no longer.
+// dropPod receives each pod that is gone, or no longer needs the gate.
 func (g *gate) dropPod(p *watchedPod) {
 	g.whenListed(func() {
 		if l := g.lines[g.ids[p.uid]]; l != nil {
@@ -180,13 +157,13 @@ func (g *gate) dropPod(p *watchedPod) {
 	})
 }
 
-// whenListed does something with the lock, once all pods are listed: those that were created in the same second stand in the order of
-// their names.
+// whenListed runs do with the lock held, once all pods are listed: pods that were created
+// in the same second are ordered by name.
 func (g *gate) whenListed(do func()) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if len(g.unlisted) > 0 {
-		g.early = append(g.early, do)
+		g.deferred = append(g.deferred, do)
 		return
 	}
 	do()
@@ -199,13 +176,13 @@ func (g *gate) synced(namespace string) {
 	if len(g.unlisted) > 0 {
 		return
 	}
-	for _, do := range g.early {
+	for _, do := range g.deferred {
 		do()
 	}
-	g.early = nil
+	g.deferred = nil
 }
 
-// closeIfEmpty ends a line without pods.
+// closeIfEmpty removes a line without pods.
 func (g *gate) closeIfEmpty(l *gateLine) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -218,55 +195,62 @@ func (g *gate) closeIfEmpty(l *gateLine) bool {
 	return true
 }
 
-// holdEvery is how often tokens are kept in flight: as sidecars do it, and often enough for the threshold.
-func (g *gate) holdEvery() time.Duration {
+// tokensEvery is how often the gate refreshes tokens: like sidecars, but at least four
+// times in a threshold.
+func (g *gate) tokensEvery() time.Duration {
 	return min(g.semaphores.heartbeatInterval, g.semaphores.staleThreshold/4)
 }
 
-// event tells of a pod what people look for.
+// event creates a Kubernetes event for a pod.
 func (g *gate) event(p *watchedPod, warning bool, reason, action, id, note string) {
 	g.kubernetes.createEvent(podEvent{pod: p, warning: warning, reason: reason, action: action, note: note, id: id})
 }
 
-// lift lifts the gate of a pod that has a token since taken. It returns for how long it is not to be tried again, and whether the pod is not
-// as it was seen.
-func (g *gate) lift(ctx context.Context, id semaphoreID, p *watchedPod, taken time.Time) (again time.Duration, refused bool) {
+// lift lifts the gate of a pod that has held a token since taken. again is the pause
+// before the next change of the pod; refused says that the pod has changed since we saw
+// it.
+func (g *gate) lift(ctx context.Context, id semaphoreID, p *watchedPod,
+	taken time.Time) (again time.Duration, refused bool) {
 	index := slices.Index(p.gates, gateName)
 	var steps patch
 	steps.test(jsonText(p.uid), "metadata", "uid")
 	steps.test(jsonText(gateName), "spec", "schedulingGates", strconv.Itoa(index), "name")
 	steps.remove("spec", "schedulingGates", strconv.Itoa(index))
 	steps.add(jsonText(strconv.FormatInt(time.Now().Unix(), 10)), "metadata", "labels", labelGated)
-	err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps)
+	err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps.json())
 	switch {
 	case err == nil:
 		waited := time.Since(p.created)
 		g.metrics.lifted(waited, taken)
-		g.log.Info("gate lifted", "namespace", id.namespace, "key", id.key, "pod", p.name, "token", p.uid, "waitedSeconds", seconds(waited))
-		g.event(p, false, reasonTaken, "LiftingGate", "1", fmt.Sprintf("token of %s taken after %s in line", id, roughly(max(0, waited))))
+		g.log.Info("gate lifted", "namespace", id.namespace, "key", id.key, "pod", p.name, "token", p.uid,
+			"waitedSeconds", seconds(waited))
+		g.event(p, false, reasonTaken, "LiftingGate", "1",
+			fmt.Sprintf("token of %s taken after %s in line", id, roughly(max(0, waited))))
 		return watchPatience, false
-	case errors.Is(err, errPodChanged) || errors.Is(err, errNoPod): // somebody was faster
+	case errors.Is(err, errPodChanged) || errors.Is(err, errNoPod): // another process has changed it
 		return watchPatience, true
 	case ctx.Err() == nil:
-		g.log.Warn("gate not lifted, to be retried", "namespace", id.namespace, "key", id.key, "pod", p.name, "error", err.Error())
+		g.log.Warn("gate not lifted, to be retried", "namespace", id.namespace, "key", id.key, "pod", p.name,
+			"error", err.Error())
 	}
 	return time.Second, false
 }
 
-// letGo removes our label: the pod needs us no longer.
-func (g *gate) letGo(ctx context.Context, p *watchedPod) (again time.Duration) {
+// removeLabel removes our label from a pod that no longer needs the gate.
+func (g *gate) removeLabel(ctx context.Context, p *watchedPod) (again time.Duration) {
 	var steps patch
 	steps.test(jsonText(p.uid), "metadata", "uid")
 	steps.remove("metadata", "labels", labelGated)
-	err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps)
+	err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps.json())
 	if err != nil && !errors.Is(err, errPodChanged) && !errors.Is(err, errNoPod) && ctx.Err() == nil {
-		g.log.Warn("label not removed, to be retried", "namespace", p.namespace, "pod", p.name, "error", err.Error())
+		g.log.Warn("label not removed, to be retried", "namespace", p.namespace, "pod", p.name,
+			"error", err.Error())
 		return time.Second
 	}
 	return watchPatience
 }
 
-// isReady reports whether all pods are known.
+// isReady reports whether all pods are listed.
 func (g *gate) isReady() bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -274,15 +258,74 @@ func (g *gate) isReady() bool {
 }
 
 func (g *gate) healthRoutes() http.Handler {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(rw http.ResponseWriter, _ *http.Request) { fmt.Fprintln(rw, "ok") })
-	mux.HandleFunc("GET /readyz", func(rw http.ResponseWriter, _ *http.Request) {
+	return newHealthRoutes(func(context.Context) error {
 		if !g.isReady() {
-			http.Error(rw, "gated pods are not listed yet", http.StatusServiceUnavailable)
-			return
+			return errors.New("gated pods are not listed yet")
 		}
-		fmt.Fprintln(rw, "ok")
-	})
-	mux.Handle("GET /metrics", g.semaphores.metrics.handler(g.log))
-	return mux
+		return nil
+	}, g.semaphores.metrics.handler(g.log))
+}
+
+// pulse refreshes the key by which webhooks see that a gate is at work.
+func (g *gate) pulse(ctx context.Context) {
+	for ctx.Err() == nil {
+		if g.isReady() {
+			_, err := runCommand(ctx, g.semaphores.queue, "HSET", pulseKey, "version", version)
+			if err == nil {
+				_, err = runCommand(ctx, g.semaphores.queue, "EXPIRE", pulseKey, seconds(pulseTime))
+			}
+			if err != nil && ctx.Err() == nil {
+				g.log.Debug("pulse not written, to be retried", "error", err.Error())
+			}
+		}
+		_ = sleep(ctx, pulseEvery)
+	}
+}
+
+// gateMetrics are the gate's metrics, beside those of semaphores.
+type gateMetrics struct {
+	waits prometheus.Histogram
+	lifts prometheus.Histogram
+}
+
+func newGateMetrics(g *gate) *gateMetrics {
+	m := &gateMetrics{
+		waits: prometheus.NewHistogram(prometheus.HistogramOpts{Name: metricsPrefix + "gate_wait_seconds",
+			Help:    "Time from a pod's creation to the lifting of its gate.",
+			Buckets: []float64{.1, .5, 1, 5, 10, 30, 60, 300, 600, 1800, 3600, 14400, 86400}}),
+		lifts: prometheus.NewHistogram(prometheus.HistogramOpts{Name: metricsPrefix + "gate_lift_seconds",
+			Help:    "Time from a token that was taken for a pod to the lifting of its gate.",
+			Buckets: durationBuckets}),
+	}
+	r := g.semaphores.metrics.registry
+	r.MustRegister(m.waits, m.lifts)
+	for state, name := range map[lineState]string{podWaits: "waiting", podHolds: "starting"} {
+		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "gated_pods",
+			Help:        "Pods in the care of this process: waiting in line, or starting with a token.",
+			ConstLabels: prometheus.Labels{"state": name}}, func() float64 { return float64(g.count(state)) }))
+	}
+	return m
+}
+
+func (m *gateMetrics) lifted(waited time.Duration, taken time.Time) {
+	m.waits.Observe(waited.Seconds())
+	if !taken.IsZero() {
+		m.lifts.Observe(time.Since(taken).Seconds())
+	}
+}
+
+// count returns the number of pods in a state.
+func (g *gate) count(state lineState) (n int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, l := range g.lines {
+		l.mu.Lock()
+		for _, p := range l.pods {
+			if p.state == state {
+				n++
+			}
+		}
+		l.mu.Unlock()
+	}
+	return n
 }

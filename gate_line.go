@@ -6,79 +6,146 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"strconv"
 	"sync"
 	"time"
 )
 
-const (
-	// keepEvery is how often the places of pods are kept: Redis forgets one after "patience" seconds; see semaphore.lua.
-	keepEvery = 3 * time.Second
+// lineState is the state of a pod between its gate and its sidecar.
+type lineState int
 
-	// lineRest is between two looks at a line, however often it is called.
+const (
+	podWaits lineState = iota // in line for a token
+	podHolds                  // its token is in flight, its gate is or will be lifted, its sidecar has not taken over
+	podEnded                  // failed, completed or deleted: the gate gives back its token or place
+	podDone                   // it needs the gate no longer: its sidecar has taken over, or its time is up
+)
+
+// gatedPod is a pod of a gateLine.
+type gatedPod struct {
+	*watchedPod
+	spec      semaphoreSpec // as it was when the gate first saw the pod
+	arrival   int64         // its place in line: Unix microseconds; 0 while it has none
+	state     lineState
+	gone      bool      // the watch has lost it: it was deleted, or has lost the label
+	placed    bool      // Redis has its place, and it has no token yet
+	announced bool      // an event has said where it stands
+	taken     time.Time // when it got its token
+	busy      bool      // a change of it is under way
+	refused   bool      // its gate could not be lifted, because it has changed: the watch may be behind
+	wake      time.Time // when it may be changed again
+}
+
+// podSnapshot is a pod of a line as it was when a reconcile began.
+type podSnapshot struct {
+	gatedPod
+	live *gatedPod
+}
+
+// isGated reports whether the pod still has our gate.
+func (p *gatedPod) isGated() bool { return slices.Contains(p.gates, gateName) }
+
+// lifted returns when the gate was lifted, by the pod's label; zero if it was not.
+func (p *gatedPod) lifted() time.Time {
+	n, err := strconv.ParseInt(p.labels[labelGated], 10, 64)
+	if err != nil || p.isGated() {
+		return time.Time{}
+	}
+	return time.Unix(n, 0)
+}
+
+// hasEnded reports whether the pod has completed or failed: its sidecar does nothing any
+// more.
+func (p *gatedPod) hasEnded() bool { return p.phase == "Succeeded" || p.phase == "Failed" }
+
+// hasStarted reports whether the pod's sidecar has confirmed the token, and keeps it from
+// now on.
+func (p *gatedPod) hasStarted() bool {
+	return slices.ContainsFunc(p.initContainers, func(c initContainer) bool {
+		return c.name == awaitName && c.state == "terminated"
+	})
+}
+
+// sidecarRan reports whether the sidecar runs or has run: it may have given the token
+// back.
+func (p *gatedPod) sidecarRan() bool {
+	return slices.ContainsFunc(p.initContainers, func(c initContainer) bool {
+		return c.name == sidecarName && (c.state == "running" || c.state == "terminated")
+	})
+}
+
+const (
+	// placesEvery is the time between two refreshes of the places of pods. It is at most
+	// pollMost: Redis forgets a place after linePatience.
+	placesEvery = 3 * time.Second
+
+	// lineRest is the least pause between two reconciles of a line.
 	lineRest = 20 * time.Millisecond
 
-	// secondsMost is how many seconds in which pods were created a line remembers without need.
+	// secondsMost caps the seconds of pod creation that a line remembers without need.
 	secondsMost = 1000
 
-	// servedMost is how many pods ask for their tokens in one look.
+	// servedMost caps the pods that acquire without success in one reconcile.
 	servedMost = 32
 )
 
-// gateLine stands in the line of one semaphore for all pods that do not run yet.
+// gateLine waits in the line of one semaphore for all its pods that do not run yet.
 type gateLine struct {
-	gate *gate
-	id   semaphoreID
-	log  *slog.Logger
-	ring chan struct{} // something has happened
+	gate   *gate
+	id     semaphoreID
+	log    *slog.Logger
+	wakeup // of the loop
 
-	mu     sync.Mutex
-	pods   map[string]*gatedPod // by UID
-	called map[string]bool      // tokens that Redis has called for
+	mu       sync.Mutex
+	pods     map[string]*gatedPod // by UID
+	notified map[string]bool      // tokens that Redis has published as free
 
-	// Of the loop alone.
-	known      int64           // created, as Redis answered it
-	next       map[int64]int64 // of each second in which pods were created, the next free place
-	keptAt     time.Time       // when the places were kept last
-	heldAt     time.Time       // and the tokens
+	// Only the loop uses these.
+	created    int64           // placesReply.created of the last reply
+	next       map[int64]int64 // the next free place of each second in which pods were created
+	placesAt   time.Time       // when the places were last refreshed
+	tokensAt   time.Time       // when the tokens were last refreshed
 	subscribed map[string]bool // tokens
 	retry      *backoff
-	logged     time.Time
+	limit      logLimiter
 }
 
 func newGateLine(g *gate, id semaphoreID) *gateLine {
-	return &gateLine{gate: g, id: id, log: g.log.With("namespace", id.namespace, "key", id.key), ring: make(chan struct{}, 1),
-		pods: map[string]*gatedPod{}, called: map[string]bool{}, next: map[int64]int64{}, subscribed: map[string]bool{}, retry: newGateBackoff()}
+	return &gateLine{
+		gate:       g,
+		id:         id,
+		log:        g.log.With("namespace", id.namespace, "key", id.key),
+		wakeup:     newWakeup(),
+		pods:       map[string]*gatedPod{},
+		notified:   map[string]bool{},
+		next:       map[int64]int64{},
+		subscribed: map[string]bool{},
+		retry:      newGateBackoff(),
+	}
 }
 
 func newGateBackoff() *backoff { return newBackoff(250*time.Millisecond, pollMost) }
 
-func (l *gateLine) wake() {
-	select {
-	case l.ring <- struct{}{}:
-	default:
-	}
-}
-
-// call notes that Redis has called for a token.
-func (l *gateLine) call(token string) {
+// tokenFree implements subscriber.
+func (l *gateLine) tokenFree(token string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.called[token] = true
+	l.notified[token] = true
 	l.wake()
 }
 
-// takeCalls are those since the last time.
-func (l *gateLine) takeCalls() map[string]bool {
+// takeNotified returns the tokens that Redis has published as free since the last time.
+func (l *gateLine) takeNotified() map[string]bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	called := l.called
-	l.called = map[string]bool{}
-	return called
+	notified := l.notified
+	l.notified = map[string]bool{}
+	return notified
 }
 
-// set notes a pod, or how it is by now.
+// set stores a pod, or its new state.
 func (l *gateLine) set(w *watchedPod, spec semaphoreSpec) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -92,9 +159,9 @@ func (l *gateLine) set(w *watchedPod, spec semaphoreSpec) {
 	case p.hasEnded() || p.deleted && p.isGated():
 		p.state = podEnded
 	case p.hasStarted():
-		p.state = podLeaves
+		p.state = podDone
 	case !ok && p.lifted() != (time.Time{}):
-		p.state = podHolds // as far as its label says; Redis knows better
+		p.state = podHolds // by its label; Redis decides
 	}
 	l.wake()
 }
@@ -108,67 +175,69 @@ func (l *gateLine) drop(uid string) {
 	l.wake()
 }
 
-// run stands in line until there are no pods, or ctx is done.
+// run works until the line has no pods, or ctx is done.
 func (l *gateLine) run(ctx context.Context) {
 	defer l.subscribe(nil)
 	for ctx.Err() == nil {
-		pause := l.look(ctx)
+		pause := l.reconcile(ctx)
 		if l.gate.closeIfEmpty(l) {
 			return
 		}
 		timer := time.NewTimer(max(pause, lineRest))
 		select {
 		case <-timer.C:
-		case <-l.ring:
+		case <-l.wakeup:
 			timer.Stop()
-			_ = sleep(ctx, lineRest) // for what happens at the same time
+			_ = sleep(ctx, lineRest) // collects what happens at the same time
 		case <-ctx.Done():
 			timer.Stop()
 		}
 	}
 }
 
-// look does what is to be done now, and returns for how long nothing is.
-func (l *gateLine) look(ctx context.Context) time.Duration {
+// reconcile does what is due, and returns the time until the next work.
+func (l *gateLine) reconcile(ctx context.Context) time.Duration {
 	pods := l.snapshot()
-	l.settle(ctx, pods)
-	pause, err := l.stand(ctx, pods)
-	due, held := l.hold(ctx, pods) // whatever keeps others from getting theirs
+	l.finish(ctx, pods)
+	pause, err := l.waitInLine(ctx, pods)
+	due, held := l.refreshTokens(ctx, pods) // even if others cannot get theirs
 	err = errors.Join(err, held)
 	l.lift(ctx, pods)
 	switch {
 	case err == nil:
 		l.retry = newGateBackoff()
-	case ctx.Err() == nil && time.Since(l.logged) > logEvery:
-		l.log.Warn("the line is not kept, to be retried", "error", err.Error())
-		l.logged = time.Now()
+	case ctx.Err() == nil:
+		if _, ok := l.limit.allow(); ok {
+			l.log.Warn("the line is not kept, to be retried", "error", err.Error())
+		}
 	}
 	if err != nil {
 		return l.retry.next()
 	}
-	return min(pause, due, keepEvery)
+	return min(pause, due, placesEvery)
 }
 
-// snapshot is all pods, in their order.
-func (l *gateLine) snapshot() []*seenGatedPod {
+// snapshot returns all pods, in their order.
+func (l *gateLine) snapshot() []*podSnapshot {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	var pods []*seenGatedPod
+	var pods []*podSnapshot
 	for _, p := range l.pods {
-		pods = append(pods, &seenGatedPod{*p, p})
+		pods = append(pods, &podSnapshot{*p, p})
 	}
-	slices.SortFunc(pods, func(a, b *seenGatedPod) int {
+	slices.SortFunc(pods, func(a, b *podSnapshot) int {
 		return cmp.Or(cmp.Compare(a.arrival, b.arrival), a.created.Compare(b.created), cmp.Compare(a.name, b.name))
 	})
 	return pods
 }
 
-// change does something to a pod in the background, unless that is under way already, and then looks again. do returns for how long
-// nothing more is to be tried, and runs without the lock.
-func (l *gateLine) change(seen *seenGatedPod, do func() (again time.Duration)) {
+// change runs do for a pod in the background, unless another change of the pod is under
+// way. Then it wakes the loop. do runs without the lock, and returns the pause before the
+// next change.
+func (l *gateLine) change(seen *podSnapshot, do func() (again time.Duration)) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	p := seen.of
+	p := seen.live
 	if p.busy || time.Now().Before(p.wake) {
 		return
 	}
@@ -189,18 +258,18 @@ func (l *gateLine) forget(uid string) {
 	delete(l.pods, uid)
 }
 
-// stateOf is where a pod is now.
-func (l *gateLine) stateOf(p *seenGatedPod) (state lineState, gone bool) {
+// stateOf returns the current state of a pod.
+func (l *gateLine) stateOf(p *podSnapshot) (state lineState, gone bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return p.of.state, p.of.gone
+	return p.live.state, p.live.gone
 }
 
-// setState moves a pod from one state to another, unless it has another by now.
-func (l *gateLine) setState(seen *seenGatedPod, from, to lineState) {
+// setState moves a pod from one state to another, unless its state has changed meanwhile.
+func (l *gateLine) setState(seen *podSnapshot, from, to lineState) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if p := seen.of; p.state == from {
+	if p := seen.live; p.state == from {
 		p.state = to
 		if to == podHolds {
 			p.taken, p.placed = time.Now(), false
@@ -208,13 +277,14 @@ func (l *gateLine) setState(seen *seenGatedPod, from, to lineState) {
 	}
 }
 
-// hold keeps the tokens of those that hold them in flight. One that is lost stands in line again, unless its sidecar takes care of that.
-func (l *gateLine) hold(ctx context.Context, pods []*seenGatedPod) (pause time.Duration, err error) {
-	every := l.gate.holdEvery()
-	if due := every - time.Since(l.heldAt); due > 0 {
+// refreshTokens keeps the tokens of starting pods in flight. A pod that has lost its
+// token goes back to the line, unless its sidecar takes care of that.
+func (l *gateLine) refreshTokens(ctx context.Context, pods []*podSnapshot) (pause time.Duration, err error) {
+	every := l.gate.tokensEvery()
+	if due := every - time.Since(l.tokensAt); due > 0 {
 		return due, nil
 	}
-	byToken := map[string]*seenGatedPod{}
+	byToken := map[string]*podSnapshot{}
 	var tokens []string
 	for _, p := range pods {
 		if state, gone := l.stateOf(p); state == podHolds && !gone {
@@ -224,21 +294,23 @@ func (l *gateLine) hold(ctx context.Context, pods []*seenGatedPod) (pause time.D
 	if len(tokens) == 0 {
 		return every, nil
 	}
-	lost, err := l.gate.semaphores.hold(ctx, l.id, tokens)
+	lost, err := l.gate.semaphores.refreshTokens(ctx, l.id, tokens)
 	if err != nil {
 		return 0, err
 	}
-	l.heldAt = time.Now()
+	l.tokensAt = time.Now()
 	for _, token := range lost {
 		p := byToken[token]
 		l.change(p, func() time.Duration {
 			now, err := l.gate.kubernetes.getPod(ctx, p.namespace, p.name, p.uid)
 			switch {
 			case err != nil:
-				return time.Second // if it is gone, the watch tells
+				return time.Second // if it is gone, the watch reports it
 			case !now.deleted && !(&gatedPod{watchedPod: now}).sidecarRan():
-				l.log.Warn("the token was not in flight (reclaimed as stale, or lost with Redis): the pod stands in line again", "pod", p.name, "token", p.uid)
-				l.setState(p, podHolds, podStands)
+				l.log.Warn(
+					"the token was not in flight (reclaimed as stale, or lost with Redis): the pod stands in line again",
+					"pod", p.name, "token", p.uid)
+				l.setState(p, podHolds, podWaits)
 			}
 			return 0
 		})
@@ -246,42 +318,46 @@ func (l *gateLine) hold(ctx context.Context, pods []*seenGatedPod) (pause time.D
 	return every, nil
 }
 
-// settle gives back what pods have that have ended or are gone, and lets go those that need the gate no longer.
-func (l *gateLine) settle(ctx context.Context, pods []*seenGatedPod) {
+// finish gives back the tokens and places of pods that have ended or are gone, and
+// removes pods that no longer need the gate.
+func (l *gateLine) finish(ctx context.Context, pods []*podSnapshot) {
 	for _, p := range pods {
 		state, gone := l.stateOf(p)
-		late := p.lifted()
-		if late.IsZero() && !p.isGated() { // somebody else has lifted it
-			late = p.taken
+		lifted := p.lifted()
+		if lifted.IsZero() && !p.isGated() { // by another program, without our label
+			lifted = p.taken
 		}
 		switch {
 		case gone:
-			l.change(p, func() time.Duration { return l.giveUp(ctx, p.watchedPod) })
+			l.change(p, func() time.Duration { return l.resolveMissing(ctx, p.watchedPod) })
 		case state == podEnded:
 			l.change(p, func() time.Duration {
 				if again := l.giveBack(ctx, p.uid); again > 0 {
 					return again
 				}
-				return l.gate.letGo(ctx, p.watchedPod)
+				return l.gate.removeLabel(ctx, p.watchedPod)
 			})
-		case state == podLeaves:
-			l.change(p, func() time.Duration { return l.gate.letGo(ctx, p.watchedPod) })
-		case !late.IsZero() && time.Since(late) > l.gate.unschedulable && !p.sidecarRan():
-			l.log.Warn("the pod has not started in time: its token goes stale", "pod", p.name, "token", p.uid, "reason", p.scheduled.reason)
-			l.gate.event(p.watchedPod, true, reasonLate, "LettingGo", strconv.FormatInt(late.Unix(), 10), fmt.Sprintf(
-				"not started %s after its gate was lifted: its token of %s goes to another pod; should it start after all, it waits in Init:1/2", roughly(l.gate.unschedulable), l.id))
-			l.setState(p, state, podLeaves)
+		case state == podDone:
+			l.change(p, func() time.Duration { return l.gate.removeLabel(ctx, p.watchedPod) })
+		case !lifted.IsZero() && time.Since(lifted) > l.gate.unschedulable && !p.sidecarRan():
+			l.log.Warn("the pod has not started in time: its token goes stale", "pod", p.name, "token", p.uid,
+				"reason", p.unscheduledReason)
+			l.gate.event(p.watchedPod, true, reasonLate, "LettingGo", strconv.FormatInt(lifted.Unix(), 10), fmt.Sprintf(
+				"not started %s after its gate was lifted: its token of %s goes to another pod; "+
+					"should it start after all, it waits in Init:1/2", roughly(l.gate.unschedulable), l.id))
+			l.setState(p, state, podDone)
 			l.wake()
 		}
 	}
 }
 
-// giveUp ends what a pod has that the watch has lost, if it was deleted, or has ended; else it has lost the label, and its sidecar has the
-// token.
-func (l *gateLine) giveUp(ctx context.Context, p *watchedPod) (again time.Duration) {
+// resolveMissing handles a pod that the watch has lost. If the pod was deleted or has
+// ended, its token or place is given back. If not, the pod has only lost the label: its
+// sidecar has the token.
+func (l *gateLine) resolveMissing(ctx context.Context, p *watchedPod) (again time.Duration) {
 	now, err := l.gate.kubernetes.getPod(ctx, p.namespace, p.name, p.uid)
 	switch {
-	case err == nil && now.labels[labelGated] != "": // the watch tells it again
+	case err == nil && now.labels[labelGated] != "": // the watch will report it again
 		return time.Second
 	case err == nil && !(&gatedPod{watchedPod: now}).hasEnded():
 	case err == nil || errors.Is(err, errNoPod):
@@ -295,7 +371,7 @@ func (l *gateLine) giveUp(ctx context.Context, p *watchedPod) (again time.Durati
 	return 0
 }
 
-// giveBack gives back the token, or the place, of a pod.
+// giveBack gives back the token or place of a pod.
 func (l *gateLine) giveBack(ctx context.Context, uid string) (again time.Duration) {
 	status, err := l.gate.semaphores.release(ctx, l.id, uid)
 	switch {
@@ -310,15 +386,15 @@ func (l *gateLine) giveBack(ctx context.Context, uid string) (again time.Duratio
 	return 0
 }
 
-// lift lifts the gates of those that hold a token.
-func (l *gateLine) lift(ctx context.Context, pods []*seenGatedPod) {
+// lift lifts the gates of pods that hold a token.
+func (l *gateLine) lift(ctx context.Context, pods []*podSnapshot) {
 	for _, p := range pods {
 		if state, gone := l.stateOf(p); state != podHolds || gone || !p.isGated() {
 			continue
 		}
 		l.change(p, func() time.Duration {
 			if p.refused {
-				return l.lookAgain(ctx, p)
+				return l.refetch(ctx, p)
 			}
 			again, refused := l.gate.lift(ctx, l.id, p.watchedPod, p.taken)
 			if refused {
@@ -329,14 +405,15 @@ func (l *gateLine) lift(ctx context.Context, pods []*seenGatedPod) {
 	}
 }
 
-func (l *gateLine) setRefused(p *seenGatedPod) {
+func (l *gateLine) setRefused(p *podSnapshot) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	p.of.refused = true
+	p.live.refused = true
 }
 
-// lookAgain learns how a pod is that the watch has told nothing new of, though its gate could not be lifted. It may have ended long ago.
-func (l *gateLine) lookAgain(ctx context.Context, p *seenGatedPod) (again time.Duration) {
+// refetch reads a pod whose gate could not be lifted and of which the watch reports no
+// change. It may have ended long ago.
+func (l *gateLine) refetch(ctx context.Context, p *podSnapshot) (again time.Duration) {
 	now, err := l.gate.kubernetes.getPod(ctx, p.namespace, p.name, p.uid)
 	switch {
 	case err == nil:
@@ -348,4 +425,203 @@ func (l *gateLine) lookAgain(ctx context.Context, p *seenGatedPod) (again time.D
 		l.drop(p.uid)
 	}
 	return 0
+}
+
+func (l *gateLine) setArrival(p *podSnapshot) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	p.live.arrival = p.arrival
+}
+
+// waitInLine refreshes the places of waiting pods. Then it acquires for the pods that a
+// token is free for, and for the first, whose reply shows what needs repair. It returns
+// the time until the next acquire is due.
+func (l *gateLine) waitInLine(ctx context.Context, pods []*podSnapshot) (pause time.Duration, err error) {
+	var waiting, leaving []*podSnapshot
+	for _, p := range pods {
+		state, gone := l.stateOf(p)
+		if p.placed && (gone || state != podWaits) {
+			leaving = append(leaving, p)
+		}
+		if state != podWaits || gone {
+			continue
+		}
+		if p.arrival == 0 {
+			p.arrival = l.place(p.created)
+			l.setArrival(p)
+		}
+		waiting = append(waiting, p)
+	}
+	if len(waiting)+len(leaving) == 0 {
+		l.subscribe(nil)
+		return placesEvery, nil
+	}
+	slices.SortFunc(waiting, func(a, b *podSnapshot) int { return cmp.Compare(a.arrival, b.arrival) })
+	l.forgetSeconds(waiting)
+	l.subscribe(waiting)
+	served := l.takeNotified()
+	all, err := l.refreshPlaces(ctx, waiting, leaving)
+	if err != nil {
+		return 0, err
+	}
+	for _, token := range all.served {
+		served[token] = true
+	}
+	return l.acquireServed(ctx, waiting, served)
+}
+
+// refreshPlaces refreshes the places of all waiting pods; between two such times, those
+// of the first pods and of new ones. It comes before every acquire, so that Redis knows
+// again what it may have lost.
+func (l *gateLine) refreshPlaces(ctx context.Context, waiting, leaving []*podSnapshot) (all placesReply, err error) {
+	whole := time.Since(l.placesAt) >= placesEvery
+	if !whole {
+		some := slices.Clone(waiting[:min(len(waiting), servedMost)])
+		for _, p := range waiting[len(some):] {
+			if !p.placed {
+				some = append(some, p)
+			}
+		}
+		waiting = some
+	}
+	byToken := map[string]*podSnapshot{}
+	var places []placeRequest
+	for _, p := range waiting {
+		byToken[p.uid] = p
+		places = append(places, placeRequest{p.uid, p.arrival, p.spec.length, newPodName(p.name, "")})
+	}
+	var gone []string
+	for _, p := range leaving {
+		gone = append(gone, p.uid)
+	}
+	if all, err = l.gate.semaphores.refreshPlaces(ctx, l.id, l.created, gone, places); err != nil {
+		return all, err
+	}
+	l.created = all.created
+	if whole {
+		l.placesAt = time.Now()
+	}
+	l.setPlaced(waiting, true)
+	l.setPlaced(leaving, false)
+	l.announceJoined(byToken, all)
+	for _, token := range all.held {
+		l.setState(byToken[token], podWaits, podHolds)
+	}
+	return all, nil
+}
+
+func (l *gateLine) setPlaced(pods []*podSnapshot, placed bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, p := range pods {
+		p.live.placed = placed
+	}
+}
+
+// place returns the place of a pod that was created in a second: behind the earlier ones
+// of that second.
+func (l *gateLine) place(created time.Time) int64 {
+	second := created.Unix()
+	n := l.next[second]
+	l.next[second] = min(n+1, 999_999)
+	return second*1_000_000 + n
+}
+
+// forgetSeconds drops the seconds before that of the first in line: a line may live for
+// years.
+func (l *gateLine) forgetSeconds(waiting []*podSnapshot) {
+	if len(l.next) <= secondsMost || len(waiting) == 0 {
+		return
+	}
+	first := waiting[0].created.Unix()
+	maps.DeleteFunc(l.next, func(second, _ int64) bool { return second < first })
+}
+
+// acquireServed acquires for the first pod, and for the pods that a token is free for.
+// After each success it also tries the next pod. It stops after servedMost acquires
+// without success.
+func (l *gateLine) acquireServed(ctx context.Context, waiting []*podSnapshot,
+	served map[string]bool) (pause time.Duration, err error) {
+	pause = pollMost
+	asked := 0 // acquires since the last success
+	for _, p := range waiting {
+		if state, gone := l.stateOf(p); state != podWaits || gone || asked > 0 && !served[p.uid] {
+			continue
+		}
+		if asked == servedMost {
+			break
+		}
+		asked++
+		w := &waiter{semaphores: l.gate.semaphores, id: l.id, token: p.uid, pod: newPodName(p.name, ""),
+			length: p.spec.length, expiration: p.spec.expiration, report: func(string) {}, log: l.log}
+		a, err := l.acquire(ctx, w, p)
+		if err != nil {
+			return 0, err
+		}
+		if a.status == acquireTaken {
+			l.setState(p, podWaits, podHolds)
+			asked = 0 // the next one may be served, too
+			continue
+		}
+		if !a.place.reachable {
+			l.gate.subscription.redial(l.id, p.uid)
+		}
+		pause = min(pause, w.untilPoll(a))
+	}
+	return pause, nil
+}
+
+// acquire acquires the token of a pod, within acquireTimeout. If the semaphore needs a
+// repair, Redis may have lost its data since the last refresh. So the place of the pod is
+// refreshed again before the repair makes new tokens.
+func (l *gateLine) acquire(ctx context.Context, w *waiter, p *podSnapshot) (acquireReply, error) {
+	ctx, cancel := context.WithTimeout(ctx, acquireTimeout)
+	defer cancel()
+	a, err := l.gate.semaphores.runAcquire(ctx, l.id, acquireRequest{w.token, w.length, joinLine, w.pod})
+	if err != nil || a.status != acquireRepair {
+		return a, err
+	}
+	places := []placeRequest{{p.uid, p.arrival, p.spec.length, w.pod}}
+	if _, err := l.gate.semaphores.refreshPlaces(ctx, l.id, l.created, nil, places); err != nil {
+		return a, err
+	}
+	_, a, err = w.acquireOnce(ctx, joinLine)
+	return a, err
+}
+
+// announceJoined creates an event for each pod that has joined the line.
+func (l *gateLine) announceJoined(pods map[string]*podSnapshot, all placesReply) {
+	for token, position := range all.joined {
+		p := pods[token]
+		if p == nil || p.announced {
+			continue
+		}
+		l.mu.Lock()
+		p.live.announced = true
+		l.mu.Unlock()
+		l.gate.event(p.watchedPod, false, reasonWaiting, "Waiting", "1",
+			fmt.Sprintf("waiting for a token of %s: %d of %d in use, %s in line",
+				l.id, all.inUse, p.spec.length, ordinal(position)))
+	}
+}
+
+// subscribe subscribes to the channels of the waiting pods, and to no others.
+func (l *gateLine) subscribe(waiting []*podSnapshot) {
+	inLine := map[string]bool{}
+	var added, removed []string
+	for _, p := range waiting {
+		inLine[p.uid] = true
+		if !l.subscribed[p.uid] {
+			l.subscribed[p.uid] = true
+			added = append(added, p.uid)
+		}
+	}
+	for token := range l.subscribed {
+		if !inLine[token] {
+			delete(l.subscribed, token)
+			removed = append(removed, token)
+		}
+	}
+	l.gate.subscription.add(l, l.id, added...)
+	l.gate.subscription.remove(l.id, removed...)
 }

@@ -12,79 +12,85 @@ import (
 	"time"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	jsonpatch "gopkg.in/evanphx/json-patch.v4"
 	corev1 "k8s.io/api/core/v1"
 )
 
-// A gate is lifted when the pod has a token, in the order of creation, and not before. What the pod's sidecar has taken over is its own.
+// The gate lifts scheduling gates in the order of creation, and only of pods with a
+// token. It leaves the tokens of running pods to their sidecars.
 func TestGate(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 2)
 	gate, _, _ := g.start()
 	tokens := g.createAll("a", "b", "c", "d")
 	g.wantLifted([]string{"a", "b"})
-	g.redis.wantLine(t, g.id, tokens[2:]...)
+	g.redis.WantLine(t, g.id, tokens[2:]...)
 	g.wantHolders(tokens[:2]...)
 	g.wantLifted(nil, "c", "d")
-	if at, err := strconv.ParseInt(g.pod("a").Labels[labelGated], 10, 64); err != nil || time.Since(time.Unix(at, 0)) > time.Minute {
-		t.Errorf("the label says %d, %v", at, err)
+	at, err := strconv.ParseInt(g.pod("a").Labels[labelGated], 10, 64)
+	if err != nil || time.Since(time.Unix(at, 0)) > time.Minute {
+		t.Errorf("the label has the time %d, %v", at, err)
 	}
 	if p := g.pod("a"); p.Labels["app"] != "test" {
-		t.Errorf("other labels are %v", p.Labels)
+		t.Errorf("the labels of pod a are %v, want app=test among them", p.Labels)
 	}
 
 	g.run("a")
 	giveBack(t, g.owner, g.id, tokens[0]) // as the sidecar does
 	start := time.Now()
 	g.wantLifted([]string{"c"}, "d")
-	if took := time.Since(start); took > 2*time.Second {
-		t.Errorf("lifted after %s", took)
-	}
+	rig.WantWithin(t, time.Since(start), 2*time.Second, "lifting the next gate")
 	g.wantHolders(tokens[1], tokens[2])
 
-	// Deleted with a token, and while it waits.
+	// A pod with a token is deleted, then a waiting one.
 	e := g.create("e")
-	g.redis.wantLine(t, g.id, tokens[3], e)
-	g.api.deletePod(t, g.id.namespace, "b")
+	g.redis.WantLine(t, g.id, tokens[3], e)
+	g.api.DeletePod(t, g.id.namespace, "b")
 	g.wantLifted([]string{"d"}, "e")
-	g.api.deletePod(t, g.id.namespace, "e")
-	g.redis.wantLine(t, g.id)
+	g.api.DeletePod(t, g.id.namespace, "e")
+	g.redis.WantLine(t, g.id)
 	g.wantHolders(tokens[2], tokens[3])
 
-	// One that fails before it starts, such as by eviction.
-	_, status := g.api.store.change(g.id.namespace, "c", func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed })
+	// A pod fails before it starts, for example by eviction.
+	_, status := g.api.Store.Change(g.id.namespace, "c", func(p *corev1.Pod) { p.Status.Phase = corev1.PodFailed })
 	if status != nil {
 		t.Fatal(status.Message)
 	}
 	g.wantHolders(tokens[3])
-	g.api.deletePod(t, g.id.namespace, "d")
-	g.redis.wantCounts(t, g.id, 2, 0)
-	eventually(t, 10*time.Second, func() error {
+	g.api.DeletePod(t, g.id.namespace, "d")
+	g.redis.WantCounts(t, g.id, 2, 0)
+	rig.Eventually(t, 10*time.Second, func() error {
 		gate.mu.Lock()
 		defer gate.mu.Unlock()
 		if len(gate.lines)+len(gate.ids) > 0 {
-			return fmt.Errorf("%d lines, %d pods are left", len(gate.lines), len(gate.ids))
+			return fmt.Errorf("%d lines and %d pods are left", len(gate.lines), len(gate.ids))
 		}
 		return nil
 	})
 	var reasons []string
-	eventually(t, 10*time.Second, func() error {
+	rig.Eventually(t, 10*time.Second, func() error {
 		reasons = nil
-		for _, e := range g.api.store.eventsOf(g.id.namespace) {
+		for _, e := range g.api.Store.EventsOf(g.id.namespace) {
 			reasons = append(reasons, e.Reason+" "+e.Regarding.Name)
 		}
 		slices.Sort(reasons)
-		if want := []string{"TokenTaken a", "TokenTaken b", "TokenTaken c", "TokenTaken d"}; !slices.Equal(slices.DeleteFunc(slices.Clone(reasons), func(r string) bool { return strings.HasPrefix(r, reasonWaiting) }), want) {
+		taken := slices.DeleteFunc(slices.Clone(reasons), func(r string) bool {
+			return strings.HasPrefix(r, reasonWaiting)
+		})
+		want := []string{"TokenTaken a", "TokenTaken b", "TokenTaken c", "TokenTaken d"}
+		if !slices.Equal(taken, want) {
 			return fmt.Errorf("events %q", reasons)
 		}
 		return nil
 	})
 	if !slices.Contains(reasons, "WaitingForToken d") {
-		t.Errorf("events %q", reasons)
+		t.Errorf("events %q, want WaitingForToken d among them", reasons)
 	}
 }
 
-// Two at work do no more than one, and one alone does it all: places and tokens are not lost when one ends, and not even when both do.
+// Two gates together do the work of one, and one alone does it all. Places and tokens
+// outlive each gate, and both.
 func TestTwoGates(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 1)
@@ -99,22 +105,22 @@ func TestTwoGates(t *testing.T) {
 	g.wantHolders(tokens[1])
 	stopSecond()
 
-	// Its token stays, and it starts meanwhile; the line is forgotten.
+	// Without a gate, the token of pod b stays, and b starts. Redis loses the line.
 	g.wantHolders(tokens[1])
-	g.redis.do(t, "DEL", g.id.waitersKey(), g.id.seenKey())
+	g.redis.Do(t, "DEL", g.id.waitersKey(), g.id.seenKey())
 	g.start()
-	g.redis.wantLine(t, g.id, tokens[2], tokens[3])
+	g.redis.WantLine(t, g.id, tokens[2], tokens[3])
 	g.run("b")
 	giveBack(t, g.owner, g.id, tokens[1])
 	g.wantLifted([]string{"c"}, "d")
 }
 
-// The line has the order of creation, and of names within a second, whatever has forgotten it.
+// The gate restores the line by time of creation, then by name, after any loss.
 func TestGateOrder(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 1)
 	holder := acquire(t, g.owner, g.id, 1)
-	g.redis.do(t, "HSET", g.id.stateKey(), "created", int(g.redis.now(t))-1000)
+	g.redis.Do(t, "HSET", g.id.stateKey(), "created", int(g.redis.Now(t))-1000)
 	names := []string{"n7", "n3", "n9", "n1", "n5"}
 	var want []string
 	tokens := map[string]string{}
@@ -136,35 +142,35 @@ func TestGateOrder(t *testing.T) {
 			want = append(want, tokens[name])
 		}
 	}
-	_, log, stop := g.start()
-	g.redis.wantLine(t, g.id, want...)
+	_, _, stop := g.start()
+	g.redis.WantLine(t, g.id, want...)
 
-	// A pod that waits by its sidecar came later.
-	waiter, _ := stand(t, g.redis, g.owner, g.id, false)
-	g.redis.wantLine(t, g.id, append(slices.Clone(want), waiter)...)
+	// A pod whose sidecar waits joins later.
+	waiter, _ := standInLine(t, g.redis, g.owner, g.id, false)
+	g.redis.WantLine(t, g.id, append(slices.Clone(want), waiter)...)
 
-	// Redis is emptied: the holder comes back, and nobody was admitted meanwhile.
-	g.redis.do(t, "FLUSHALL")
-	g.redis.wantLine(t, g.id, want...)
-	if n, err := redis.Int(g.redis.control.Do("HGET", g.id.stateKey(), "lost")); err != nil || n == 0 {
-		t.Errorf("the loss was not seen: %d, %v", n, err)
+	// Redis loses all data. The holder comes back, and no pod is admitted meanwhile.
+	g.redis.Do(t, "FLUSHALL")
+	g.redis.WantLine(t, g.id, want...)
+	if n, err := redis.Int(g.redis.Control.Do("HGET", g.id.stateKey(), "lost")); err != nil || n == 0 {
+		t.Errorf("Redis has no note of the loss: %d, %v", n, err)
 	}
 	for _, name := range names {
 		if g.lifted(name) {
-			t.Errorf("%s was lifted", name)
+			t.Errorf("the gate of %s was lifted", name)
 		}
 	}
 	if _, err := g.owner.heartbeat(t.Context(), g.id, holder, "", 0); err != nil {
 		t.Error(err)
 	}
 	stop()
-	g.redis.do(t, "DEL", g.id.waitersKey(), g.id.seenKey())
+	g.redis.Do(t, "DEL", g.id.waitersKey(), g.id.seenKey())
 	g.start()
-	g.redis.wantLine(t, g.id, want...)
-	_ = log
+	g.redis.WantLine(t, g.id, want...)
 }
 
-// A pod that does not start in time lets its token go stale for the next one, and hears so.
+// If a pod does not start in time, the gate stops its heartbeats, and the next pod gets
+// the stale token. The pod gets an event.
 func TestGateUnschedulable(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 1)
@@ -172,119 +178,124 @@ func TestGateUnschedulable(t *testing.T) {
 	token := g.create("late")
 	g.wantLifted([]string{"late"})
 	next := g.create("next")
-	eventually(t, 15*time.Second, func() error {
+	rig.Eventually(t, 15*time.Second, func() error {
 		if label, ok := g.pod("late").Labels[labelGated]; ok {
-			return fmt.Errorf("it has the label %q yet", label)
+			return fmt.Errorf("the pod still has the label %q", label)
 		}
 		return nil
 	})
 	g.wantHolders(token) // until it is stale
-	g.redis.makeStale(t, g.id, token)
+	g.redis.MakeStale(t, g.id, token)
 	g.wantLifted([]string{"next"})
 	g.wantHolders(next)
-	eventually(t, 10*time.Second, func() error {
-		for _, e := range g.api.store.eventsOf(g.id.namespace) {
+	rig.Eventually(t, 10*time.Second, func() error {
+		for _, e := range g.api.Store.EventsOf(g.id.namespace) {
 			if e.Reason == reasonLate && e.Type == "Warning" && e.Regarding.Name == "late" {
 				return nil
 			}
 		}
-		return errors.New("there is no event")
+		return errors.New("no warning event yet")
 	})
-	if len(log.lines(t, "the pod has not started in time: its token goes stale")) != 1 {
-		t.Error("it was logged more than once, or not at all")
+	if len(log.Lines(t, "the pod has not started in time: its token goes stale")) != 1 {
+		t.Error("the late start was not logged exactly once")
 	}
 }
 
-// Where the API server refuses to lift the gate for a while, the token is kept; where Redis is away, so are the gates.
+// While the API server refuses to lift a gate, the token is kept. While Redis is down,
+// gates stay.
 func TestGateThroughOutages(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 1)
 	g.start()
-	g.api.fail(func(w http.ResponseWriter, r *http.Request) bool {
+	g.api.Fail(func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method != http.MethodPatch {
 			return false
 		}
-		respond(w, 0, nil, failure(http.StatusServiceUnavailable, "ServiceUnavailable", "on purpose"))
+		rig.Respond(w, 0, nil, rig.Failure(http.StatusServiceUnavailable, "ServiceUnavailable", "on purpose"))
 		return true
 	})
 	token := g.create("a")
 	g.wantHolders(token)
-	g.api.fail(nil)
+	g.api.Fail(nil)
 	g.wantLifted([]string{"a"})
-	g.api.stop()
-	g.api.start(t)
-	g.redis.stop()
+	g.api.Stop()
+	g.api.Start(t)
+	g.redis.Stop()
 	b := g.create("b")
-	must(t, g.redis.start())
-	g.redis.wantLine(t, g.id, b)
-	g.api.deletePod(t, g.id.namespace, "a")
+	rig.Must(t, g.redis.Start())
+	g.redis.WantLine(t, g.id, b)
+	g.api.DeletePod(t, g.id.namespace, "a")
 	g.wantLifted([]string{"b"})
 	g.wantHolders(b)
 }
 
-// A gate of some namespaces lifts the gates there, once it knows the pods of all of them, and no others.
+// A gate of some namespaces starts when it has listed the pods of them all. It lifts no
+// gates elsewhere.
 func TestGateOfSomeNamespaces(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 1)
 	elsewhere := *g
-	elsewhere.id.namespace = g.api.namespace(t)
+	elsewhere.id.namespace = g.api.NewNamespace(t)
 	elsewhere.create("a")
 	g.create("a")
 	_, log, _ := g.start(func(c *gateConfig) {
 		c.kubernetes.namespaces = []string{g.id.namespace}
 		for range 20 {
-			c.kubernetes.namespaces = append(c.kubernetes.namespaces, g.api.namespace(t))
+			c.kubernetes.namespaces = append(c.kubernetes.namespaces, g.api.NewNamespace(t))
 		}
 	})
 	g.wantLifted([]string{"a"})
 	elsewhere.wantLifted(nil, "a")
-	if n := len(log.lines(t, "pods listed")); n != 21 {
-		t.Errorf("listed %d namespaces", n)
+	if n := len(log.Lines(t, "pods listed")); n != 21 {
+		t.Errorf("listed %d namespaces, want 21", n)
 	}
 }
 
-// A token that was lost while the pod was being scheduled is waited for again, and one that the pod has given back is not.
+// If a token is lost while its pod is being scheduled, the gate waits for it again. A
+// token given back is not taken again.
 func TestGateTokenLost(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 1)
 	_, log, _ := g.start(func(c *gateConfig) { c.heartbeatInterval, c.staleThreshold = time.Second, 8*time.Second })
 	a := g.create("a")
 	g.wantLifted([]string{"a"})
-	g.redis.do(t, "ZREM", g.id.inflightKey(), a)
-	eventually(t, 20*time.Second, func() error {
-		if len(log.lines(t, "the token was not in flight (reclaimed as stale, or lost with Redis): the pod stands in line again")) == 0 {
-			return errors.New("not noticed")
+	g.redis.Do(t, "ZREM", g.id.inflightKey(), a)
+	rig.Eventually(t, 20*time.Second, func() error {
+		text := "the token was not in flight (reclaimed as stale, or lost with Redis): the pod stands in line again"
+		if len(log.Lines(t, text)) == 0 {
+			return errors.New("the gate has not logged the loss")
 		}
 		return nil
 	})
 	g.wantHolders(a)
 	g.run("a")
 	giveBack(t, g.owner, g.id, a)
-	g.redis.wantCounts(t, g.id, 1, 0)
+	g.redis.WantCounts(t, g.id, 1, 0)
 }
 
-// What the webhook makes of a pod that is to be gated, and of one that has a gate of ours and is not to have it.
+// The webhook gates a pod that asks for it, and removes a gate of ours from a pod that
+// does not.
 func TestGatedPatch(t *testing.T) {
 	t.Parallel()
-	w := startWebhook(t, testConfig(freeAddress(t))) // without Redis
-	apply := func(when string, change func(pod map[string]any)) (admission, *corev1.Pod) {
+	w := startWebhook(t, testConfig(rig.FreeAddress(t))) // without Redis
+	apply := func(when string, change func(pod map[string]any)) (rig.Admission, *corev1.Pod) {
 		t.Helper()
 		var before []byte
-		a := w.admit(t, review(t, semaphoreID{"shop", "web"}, 3, whenFull(when), func(r map[string]any) {
+		a := w.admit(t, rig.Review(t, semaphoreID{"shop", "web"}, 3, whenFull(when), func(r map[string]any) {
 			if change != nil {
 				change(r["object"].(map[string]any))
 			}
 			before = mustJSON(t, r["object"])
 		}))
-		if !a.allowed {
-			t.Fatalf("refused: %s", a.message)
+		if !a.Allowed {
+			t.Fatalf("refused: %s", a.Message)
 		}
-		steps, err := jsonpatch.DecodePatch(a.patch)
-		must(t, err)
+		steps, err := jsonpatch.DecodePatch(a.Patch)
+		rig.Must(t, err)
 		after, err := steps.Apply(before)
-		must(t, err)
+		rig.Must(t, err)
 		p := new(corev1.Pod)
-		must(t, json.Unmarshal(after, p))
+		rig.Must(t, json.Unmarshal(after, p))
 		return a, p
 	}
 	gates := func(p *corev1.Pod) (names []string) {
@@ -295,124 +306,133 @@ func TestGatedPatch(t *testing.T) {
 	}
 	spec := func(pod map[string]any) map[string]any { return pod["spec"].(map[string]any) }
 	metadata := func(pod map[string]any) map[string]any { return pod["metadata"].(map[string]any) }
-	ofAnother := func(pod map[string]any) {
+	copied := func(pod map[string]any) {
 		spec(pod)["schedulingGates"] = []map[string]string{{"name": "example.org/other"}, {"name": gateName}}
 		metadata(pod)["labels"] = map[string]string{"app": "web", labelGated: "1764150000"}
 	}
 
 	a, p := apply(whenFullGate, nil)
 	_, waiting := apply(whenFullWait, nil)
-	if !slices.Equal(gates(p), []string{gateName}) || p.Labels[labelGated] != "true" || !slices.Equal(a.warnings, []string{warningGated}) || a.audit["verdict"] != verdictGate {
-		t.Errorf("gates %q, labels %v, warnings %q, %v", gates(p), p.Labels, a.warnings, a.audit)
+	if !slices.Equal(gates(p), []string{gateName}) || p.Labels[labelGated] != "true" ||
+		!slices.Equal(a.Warnings, []string{warningGated}) || a.Audit["verdict"] != verdictGate {
+		t.Errorf("gates %q, labels %v, warnings %q, %v", gates(p), p.Labels, a.Warnings, a.Audit)
 	}
-	if got, want := string(mustJSON(t, p.Spec.InitContainers)), string(mustJSON(t, waiting.Spec.InitContainers)); got != want {
-		t.Errorf("its containers are %s, want those of a pod that waits, %s", got, want)
+	got, want := string(mustJSON(t, p.Spec.InitContainers)), string(mustJSON(t, waiting.Spec.InitContainers))
+	if got != want {
+		t.Errorf("the gated pod has the init containers %s, want those of a waiting pod, %s", got, want)
 	}
 	if len(gates(waiting)) > 0 || waiting.Labels[labelGated] != "" {
-		t.Errorf("a pod that waits has the gates %q and labels %v", gates(waiting), waiting.Labels)
+		t.Errorf("a waiting pod has the gates %q and labels %v", gates(waiting), waiting.Labels)
 	}
-	if _, p := apply(whenFullGate, func(pod map[string]any) { delete(metadata(pod), "labels") }); p.Labels[labelGated] != "true" {
-		t.Errorf("without labels before: %v", p.Labels)
+	noLabels := func(pod map[string]any) { delete(metadata(pod), "labels") }
+	if _, p := apply(whenFullGate, noLabels); p.Labels[labelGated] != "true" {
+		t.Errorf("a pod without labels got the labels %v", p.Labels)
 	}
-	if _, p := apply(whenFullGate, ofAnother); !slices.Equal(gates(p), []string{"example.org/other", gateName}) || p.Labels[labelGated] != "true" || p.Labels["app"] != "web" {
-		t.Errorf("made from another's YAML: gates %q, labels %v", gates(p), p.Labels)
+	if _, p := apply(whenFullGate, copied); !slices.Equal(gates(p), []string{"example.org/other", gateName}) ||
+		p.Labels[labelGated] != "true" || p.Labels["app"] != "web" {
+		t.Errorf("copied from a gated pod: gates %q, labels %v", gates(p), p.Labels)
 	}
-	if _, p := apply(whenFullWait, ofAnother); !slices.Equal(gates(p), []string{"example.org/other"}) || p.Labels[labelGated] != "" || p.Labels["app"] != "web" {
-		t.Errorf("made from another's YAML, to wait: gates %q, labels %v", gates(p), p.Labels)
+	if _, p := apply(whenFullWait, copied); !slices.Equal(gates(p), []string{"example.org/other"}) ||
+		p.Labels[labelGated] != "" || p.Labels["app"] != "web" {
+		t.Errorf("copied from a gated pod, to wait: gates %q, labels %v", gates(p), p.Labels)
 	}
 	a, p = apply(whenFullGate, func(pod map[string]any) { spec(pod)["nodeName"] = "node-1" })
-	if len(gates(p)) > 0 || p.Labels[labelGated] != "" || !slices.Equal(a.warnings, []string{warningNotGated}) || a.audit["verdict"] != verdictWait {
-		t.Errorf("with a node: gates %q, labels %v, warnings %q, %v", gates(p), p.Labels, a.warnings, a.audit)
+	if len(gates(p)) > 0 || p.Labels[labelGated] != "" ||
+		!slices.Equal(a.Warnings, []string{warningNotGated}) || a.Audit["verdict"] != verdictWait {
+		t.Errorf("with a node name: gates %q, labels %v, warnings %q, %v", gates(p), p.Labels, a.Warnings, a.Audit)
 	}
 }
 
-// Who creates a pod with a gate hears that nobody is there to lift it.
-func TestNoGateAtWork(t *testing.T) {
+// If no gate is running, a pod that asks for a gate gets a warning.
+func TestNoGateRuns(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 1)
-	w := startWebhook(t, testConfig(g.redis.address))
+	w := startWebhook(t, testConfig(g.redis.Address))
 	warnings := func() []string {
-		w.pulse.asked = time.Time{} // a webhook believes what it knows for five seconds
-		return w.admit(t, review(t, freshID(), 1, whenFull(whenFullGate))).warnings
+		w.pulse.ran = time.Time{} // the webhook caches the pulse for five seconds
+		return w.admit(t, rig.Review(t, freshID(), 1, whenFull(whenFullGate))).Warnings
 	}
 	if got := warnings(); !slices.Equal(got, []string{warningGated, warningNoGate}) {
-		t.Errorf("warned of %q", got)
+		t.Errorf("warnings %q, want also that no gate is running", got)
 	}
 	if got := w.scrape(t)[metricsPrefix+"gate_at_work"]; got != 0 {
-		t.Errorf("the metric is %v", got)
+		t.Errorf("the metric is %v, want 0", got)
 	}
 	g.start()
-	eventually(t, 10*time.Second, func() error {
+	rig.Eventually(t, 10*time.Second, func() error {
 		if got := warnings(); !slices.Equal(got, []string{warningGated}) {
-			return fmt.Errorf("warned of %q", got)
+			return fmt.Errorf("warnings %q, want none about a missing gate", got)
 		}
 		return nil
 	})
 	if got := w.scrape(t)[metricsPrefix+"gate_at_work"]; got != 1 {
-		t.Errorf("the metric is %v", got)
+		t.Errorf("the metric is %v, want 1", got)
 	}
-	if ttl, err := redis.Int(g.redis.control.Do("TTL", pulseKey)); err != nil || ttl < 20 || ttl > seconds(pulseTime) {
-		t.Errorf("it stays for %d s, %v", ttl, err)
+	if ttl, err := redis.Int(g.redis.Control.Do("TTL", pulseKey)); err != nil || ttl < 20 || ttl > seconds(pulseTime) {
+		t.Errorf("the pulse expires in %d s, %v", ttl, err)
 	}
 }
 
-// Where nothing can be repaired, as the lock servers are away, tokens are kept all the same.
+// While the lock servers are down and no repair is possible, the gate still keeps tokens.
 func TestGateHoldsWithoutLocks(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 2)
 	maintain(t, g.owner, g.id, 2)
 	g.start(func(c *gateConfig) {
 		c.heartbeatInterval, c.staleThreshold = time.Second, 8*time.Second
-		c.redisAddresses = []string{freeAddress(t)}
+		c.redisAddresses = []string{rig.FreeAddress(t)}
 	})
 	token := g.create("a")
 	g.wantLifted([]string{"a"})
-	g.redis.do(t, "ZREM", g.id.inflightKey(), acquire(t, g.owner, g.id, 2)) // it is missing now
-	g.redis.wantLine(t, g.id, g.create("b"))
+	// this token is missing from now on
+	g.redis.Do(t, "ZREM", g.id.inflightKey(), acquire(t, g.owner, g.id, 2))
+	g.redis.WantLine(t, g.id, g.create("b"))
 	score := func() int {
 		t.Helper()
-		n, err := redis.Int(g.redis.control.Do("ZSCORE", g.id.inflightKey(), token))
-		must(t, err)
+		n, err := redis.Int(g.redis.Control.Do("ZSCORE", g.id.inflightKey(), token))
+		rig.Must(t, err)
 		return n
 	}
 	before := score()
-	eventually(t, 20*time.Second, func() error {
+	rig.Eventually(t, 20*time.Second, func() error {
 		if now := score(); now < before+4 {
-			return fmt.Errorf("its last heartbeat was at %d, and at %d at first", now, before)
+			return fmt.Errorf("the last heartbeat was at %d, the first at %d", now, before)
 		}
 		return nil
 	})
 	g.wantLifted(nil, "b")
 }
 
-// With the rules of its user, it stays able to be called while pods come and go.
+// Under the ACL rules of its user, the gate changes its subscriptions as pods come and
+// go.
 func TestGateUser(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 1)
-	g.redis.do(t, "ACL", append([]any{"SETUSER", "gate", "on", ">" + testPassword}, anys(strings.Fields(sidecarACL+" "+gateACL+" "+sentinelACL+" "+clusterACL))...)...)
-	_, log, _ := g.start(func(c *gateConfig) { c.redis = redisSettings{username: "gate", password: testPassword} })
+	rules := strings.Fields(sidecarACL + " " + gateACL + " " + sentinelACL + " " + clusterACL)
+	g.redis.Do(t, "ACL", append([]any{"SETUSER", "gate", "on", ">" + rig.Password}, rig.Anys(rules)...)...)
+	_, log, _ := g.start(func(c *gateConfig) { c.redis = redisSettings{username: "gate", password: rig.Password} })
 	a := g.create("a")
-	g.wantLifted([]string{"a"}) // and not to be called any more
+	g.wantLifted([]string{"a"}) // the gate ends the subscription for a
 	b := g.create("b")
 	g.wantLifted(nil, "b")
 	g.run("a")
-	eventually(t, 10*time.Second, func() error {
-		channels, err := redis.Strings(g.redis.control.Do("PUBSUB", "CHANNELS", "waiters/*"))
+	rig.Eventually(t, 10*time.Second, func() error {
+		channels, err := redis.Strings(g.redis.Control.Do("PUBSUB", "CHANNELS", "waiters/*"))
 		if want := []string{g.id.channel(b)}; err == nil && !slices.Equal(channels, want) {
-			err = fmt.Errorf("called by %q, want %q", channels, want)
+			err = fmt.Errorf("subscribed to %q, want %q", channels, want)
 		}
 		return err
 	})
 	g.owner.giveBack(g.id, a)
 	g.wantLifted([]string{"b"})
-	eventually(t, 10*time.Second, func() error {
-		channels, err := redis.Strings(g.redis.control.Do("PUBSUB", "CHANNELS", "waiters/*"))
+	rig.Eventually(t, 10*time.Second, func() error {
+		channels, err := redis.Strings(g.redis.Control.Do("PUBSUB", "CHANNELS", "waiters/*"))
 		if err == nil && len(channels) > 0 {
-			err = fmt.Errorf("called by %q, want none", channels)
+			err = fmt.Errorf("subscribed to %q, want none", channels)
 		}
 		return err
 	})
 	if text := log.String(); strings.Contains(text, "NOPERM") || strings.Contains(text, "cannot be called") {
-		t.Error("the user may not do all that it needs")
+		t.Errorf("the user lacks a permission:\n%s", text)
 	}
 }

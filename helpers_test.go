@@ -4,204 +4,84 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
-	admissionv1 "k8s.io/api/admission/v1"
+	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 )
 
-// binary is this program, built by TestMain for the tests that need processes.
-var binary string
-
 func TestMain(m *testing.M) {
-	dir, err := os.MkdirTemp("", "at-least-semaphore-pod-hook")
-	if err == nil {
-		binary = filepath.Join(dir, "at-least-semaphore-pod-hook")
-		err = build(binary)
+	if err := chooseTests(); err != nil {
+		panic(err)
 	}
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "build the program:", err)
-		os.Exit(1)
-	}
-	code := m.Run()
-	for _, s := range []*redisServer{sharedRedis, sharedSentinel} {
-		if s != nil {
-			s.stop()
-		}
-	}
-	os.RemoveAll(dir)
-	os.Exit(code)
+	os.Exit(rig.Run(m))
 }
 
-func build(binary string, flags ...string) error {
-	args := slices.Concat([]string{"build"}, flags, []string{"-o", binary, "."})
-	if out, err := exec.Command("go", args...).CombinedOutput(); err != nil {
-		return fmt.Errorf("%w: %s", err, out)
-	}
-	return nil
+// freshID returns a semaphore that no other test uses.
+func freshID() semaphoreID { return semaphoreOf(rig.FreshID()) }
+
+func semaphoreOf(id rig.ID) semaphoreID { return semaphoreID{id.Namespace, id.Key} }
+
+// clientSettings returns the settings of a client of a test's API server.
+func clientSettings(s *rig.APIServer) kubernetesSettings {
+	return kubernetesSettings{address: s.Address, caFile: s.CAFile, tokenFile: s.TokenFile}
 }
 
-// eventually polls until check returns nil, and fails with its last error.
-func eventually(t testing.TB, within time.Duration, check func() error) {
-	t.Helper()
-	deadline := time.Now().Add(within)
-	for {
-		err := check()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("not within %s: %v", within, err)
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
-}
-
-func must(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
-// freeAddress is an address on which nothing listens.
-func freeAddress(t testing.TB) string {
-	t.Helper()
-	for {
-		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10000+lastPort.Add(1)%20000))
-		if err == nil {
-			defer l.Close()
-			return l.Addr().String()
-		}
-	}
-}
-
-// lastPort counts up, so that nobody gets the port that another was given; and none that the system takes for connections.
-var lastPort = func() *atomic.Int64 {
-	n := new(atomic.Int64)
-	n.Store(int64(os.Getpid()) * 1009)
-	return n
-}()
-
-// child is a server that a test has started.
-type child struct{ cmd *exec.Cmd }
-
-// pause stops the process, so that connections hang; resume lets it go on.
-func (c *child) pause(t *testing.T) {
-	t.Helper()
-	must(t, c.cmd.Process.Signal(syscall.SIGSTOP))
-	t.Cleanup(func() { _ = c.cmd.Process.Signal(syscall.SIGCONT) })
-	waitState(t, c.cmd.Process.Pid, "T")
-}
-
-func (c *child) resume(t *testing.T) {
-	t.Helper()
-	must(t, c.cmd.Process.Signal(syscall.SIGCONT))
-}
-
-// waitState waits until a process is in a state of /proc/PID/stat.
-func waitState(t *testing.T, pid int, want string) {
-	t.Helper()
-	eventually(t, 10*time.Second, func() error {
-		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		if err != nil {
-			return err
-		}
-		fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
-		if fields[0] != want {
-			return fmt.Errorf("process %d is in state %s, not %s", pid, fields[0], want)
-		}
-		return nil
-	})
-}
-
-// syncBuffer is a bytes.Buffer for several goroutines.
-type syncBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (b *syncBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.Write(p)
-}
-
-func (b *syncBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.b.String()
-}
-
-// wantLines waits for that many lines with a message, and no more: a line about an answer comes after it.
-func (b *syncBuffer) wantLines(t *testing.T, message string, n int) (found []map[string]any) {
-	t.Helper()
-	eventually(t, 10*time.Second, func() error {
-		if found = b.lines(t, message); len(found) < n {
-			return fmt.Errorf("logged %q %d times, not %d:\n%s", message, len(found), n, b)
-		}
-		return nil
-	})
-	if len(found) > n {
-		t.Fatalf("logged %q %d times, not %d: %v", message, len(found), n, found)
-	}
-	return found
-}
-
-// lines are the JSON lines of a log with that message.
-func (b *syncBuffer) lines(t *testing.T, message string) []map[string]any {
-	t.Helper()
-	var found []map[string]any
-	for line := range strings.Lines(b.String()) {
-		var m map[string]any
-		if err := json.Unmarshal([]byte(line), &m); err != nil {
-			t.Fatalf("not a JSON line: %q", line)
-		}
-		for name := range m { // no log of ours has objects in it
-			if strings.Count(line, fmt.Sprintf("%q:", name)) > 1 {
-				t.Errorf("%q is there twice: %s", name, line)
-			}
-		}
-		if m["msg"] == message {
-			found = append(found, m)
-		}
-	}
-	return found
-}
+// MarshalJSON implements json.Marshaler.
+func (p patch) MarshalJSON() ([]byte, error) { return p.json(), nil }
 
 func testConfig(address string) webhookConfig {
 	return webhookConfig{
-		sharedConfig: sharedConfig{
+		settings: settings{
 			lockMode:          "redlock",
 			redisAddresses:    []string{address},
 			etcdAddresses:     []string{"127.0.0.1:2379"},
-			queueRedisAddress: mustAddress(foundBy(address)),
+			queueRedisAddress: mustAddress(rig.QueueAddress(address)),
 			heartbeatInterval: 30 * time.Second,
 			staleThreshold:    120 * time.Second,
 		},
-		sidecarImage:            "example.org/sidecar:v1",
-		sidecarLimits:           corev1.ResourceList{"cpu": resource.MustParse("100m"), "memory": resource.MustParse("64Mi")},
-		sidecarRequests:         corev1.ResourceList{"cpu": resource.MustParse("5m"), "memory": resource.MustParse("32Mi")},
+		sidecarImage: "example.org/sidecar:v1",
+		sidecarLimits: corev1.ResourceList{
+			"cpu": resource.MustParse("100m"), "memory": resource.MustParse("64Mi"),
+		},
+		sidecarRequests: corev1.ResourceList{
+			"cpu": resource.MustParse("5m"), "memory": resource.MustParse("32Mi"),
+		},
 		enableSidecarContainers: true,
 	}
+}
+
+// configWithInterval is testConfig with another heartbeat interval. Its stale threshold
+// is longer than any test.
+func configWithInterval(address string, interval time.Duration) webhookConfig {
+	c := testConfig(address)
+	c.heartbeatInterval = interval
+	return c
+}
+
+// semaphoresOf returns the semaphores of a webhook or sidecar with a configuration.
+func semaphoresOf(t *testing.T, c webhookConfig) *semaphores {
+	t.Helper()
+	locks := newLocker(c.settings, lockConnections)
+	s := newSemaphores(c.settings, locks, idleConnections, slog.New(slog.DiscardHandler))
+	t.Cleanup(func() { rig.Must(t, s.close(context.Background())) })
+	return s
 }
 
 func mustAddress(text string) queueAddress {
@@ -212,24 +92,25 @@ func mustAddress(text string) queueAddress {
 	return address
 }
 
-// testWebhook is the webhook behind a real TLS and HTTP/2 server.
+// testWebhook is a webhook behind a real TLS and HTTP/2 server.
 type testWebhook struct {
 	*webhook
 	server *httptest.Server
-	log    *syncBuffer
+	log    *rig.Log
 }
 
 func startWebhook(t testing.TB, c webhookConfig) *testWebhook {
 	t.Helper()
-	var b syncBuffer
+	var b rig.Log
 	log := slog.New(slog.NewJSONHandler(&b, nil))
 	c.redis.counts = new(redisCounts)
 	who, err := newCallers(c, log)
-	must(t, err)
-	a, err := newAdmitter(c, newSemaphores(c.sharedConfig, newLocker(c.sharedConfig, lockConnections), idleConnections, log))
-	must(t, err)
-	w := &webhook{admitter: a, callers: who, bounds: newBounds(), log: log}
+	rig.Must(t, err)
+	a, err := newAdmitter(c, newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, log))
+	rig.Must(t, err)
+	w := &webhook{admitter: a, callers: who, bounds: newBounds(), limit: logLimiter{most: badRequestsLogged}, log: log}
 	w.semaphores.metrics = newMetrics(c.redis.counts)
+	w.semaphores.metrics.countVerdicts()
 	w.semaphores.metrics.watchSemaphores(w.semaphores)
 	w.semaphores.metrics.watchGate(w.pulse)
 	server := httptest.NewUnstartedServer(w.routes())
@@ -243,39 +124,15 @@ func startWebhook(t testing.TB, c webhookConfig) *testWebhook {
 
 func (w *testWebhook) close() {
 	w.server.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	_ = w.semaphores.close(ctx)
 }
 
-// review makes the AdmissionReview of a Deployment's pod, out of one that a real API server sent.
-func review(t testing.TB, id semaphoreID, length int, change ...func(request map[string]any)) []byte {
-	t.Helper()
-	r := readFixture(t, "deployment-pod.json")
-	request := r["request"].(map[string]any)
-	request["namespace"] = id.namespace
-	annotations := request["object"].(map[string]any)["metadata"].(map[string]any)["annotations"].(map[string]any)
-	maps.Copy(annotations, map[string]any{annotationKey: id.key, annotationLength: strconv.Itoa(length), annotationExpiration: "10"})
-	for _, c := range change {
-		c(request)
-	}
-	body, err := json.Marshal(r)
-	must(t, err)
-	return body
-}
-
-func readFixture(t testing.TB, name string) map[string]any {
-	t.Helper()
-	body, err := os.ReadFile(filepath.Join("testdata", "admission-reviews", name))
-	must(t, err)
-	var r map[string]any
-	must(t, json.Unmarshal(body, &r))
-	return r
-}
-
-// post sends a body to /mutate and returns status and text.
+// post sends a body to /mutate, and returns the status and the text.
 func (w *testWebhook) post(ctx context.Context, body []byte, timeout string) (int, string, error) {
-	request, err := http.NewRequestWithContext(ctx, http.MethodPost, w.server.URL+"/mutate?timeout="+timeout, bytes.NewReader(body))
+	url := w.server.URL + "/mutate?timeout=" + timeout
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(body))
 	if err != nil {
 		return 0, "", err
 	}
@@ -292,79 +149,362 @@ func (w *testWebhook) post(ctx context.Context, body []byte, timeout string) (in
 	return response.StatusCode, string(text), err
 }
 
-// admission is an answer of the webhook.
-type admission struct {
-	allowed  bool
-	code     int32
-	message  string
-	warnings []string
-	audit    map[string]string
-	token    string
-	patch    []byte
-}
-
-// admit sends a review that must be answered with a decision.
-func (w *testWebhook) admit(t *testing.T, body []byte) admission {
+// admit sends a review, and fails if the reply has no decision.
+func (w *testWebhook) admit(t *testing.T, body []byte) rig.Admission {
 	t.Helper()
 	a, err := w.tryAdmit(body)
-	must(t, err)
+	rig.Must(t, err)
 	return a
 }
 
-func (w *testWebhook) tryAdmit(body []byte) (admission, error) {
+func (w *testWebhook) tryAdmit(body []byte) (rig.Admission, error) {
 	status, text, err := w.post(context.Background(), body, "10s")
 	if err != nil {
-		return admission{}, err
+		return rig.Admission{}, err
 	}
-	return readAdmission(status, text)
+	return rig.ReadAdmission(status, text)
 }
 
-// readAdmission reads what a webhook has answered.
-func readAdmission(status int, text string) (admission, error) {
-	if status != http.StatusOK {
-		return admission{}, fmt.Errorf("status %d: %s", status, text)
-	}
-	var answer admissionv1.AdmissionReview
-	if err := json.Unmarshal([]byte(text), &answer); err != nil {
-		return admission{}, err
-	}
-	a := admission{allowed: answer.Response.Allowed, patch: answer.Response.Patch, warnings: answer.Response.Warnings, audit: answer.Response.AuditAnnotations}
-	if r := answer.Response.Result; r != nil {
-		a.code, a.message = r.Code, r.Message
-	}
-	var patch []struct {
-		Path  string
-		Value any
-	}
-	if a.patch != nil {
-		if err := json.Unmarshal(a.patch, &patch); err != nil {
-			return admission{}, err
-		}
-	}
-	for _, o := range patch {
-		if o.Path == jsonPointer("metadata", "annotations", annotationToken) {
-			a.token = o.Value.(string)
-		}
-	}
-	return a, nil
-}
-
-// wantAdmitted is admit for a pod that must get a token; it returns the token.
+// wantAdmitted admits a pod that must get a token, and returns the token.
 func (w *testWebhook) wantAdmitted(t *testing.T, id semaphoreID, length int) string {
 	t.Helper()
-	a := w.admit(t, review(t, id, length))
-	if !a.allowed || a.token == "" {
-		t.Fatalf("%s: not admitted: %d %s", id, a.code, a.message)
+	a := w.admit(t, rig.Review(t, id, length))
+	if !a.Allowed || a.Token == "" {
+		t.Fatalf("%s: not admitted: %d %s", id, a.Code, a.Message)
 	}
-	return a.token
+	return a.Token
 }
 
-// wantFull is admit for a pod that must be refused, with so many in use.
+// wantFull sends a pod that must be refused, with inUse tokens in use.
 func (w *testWebhook) wantFull(t *testing.T, id semaphoreID, length, inUse int) {
 	t.Helper()
-	a := w.admit(t, review(t, id, length))
+	a := w.admit(t, rig.Review(t, id, length))
 	want := fmt.Sprintf("no semaphore available: %s has %d of %d tokens in use", id, inUse, length)
-	if a.allowed || a.code != http.StatusTooManyRequests || !strings.HasPrefix(a.message, want) || a.patch != nil {
+	if a.Allowed || a.Code != http.StatusTooManyRequests || !strings.HasPrefix(a.Message, want) || a.Patch != nil {
 		t.Fatalf("got %+v, want 429 %q", a, want)
 	}
+}
+
+// gateTest is an API server with pods, and a Redis, for gates.
+type gateTest struct {
+	*testing.T
+	redis  *rig.Redis
+	api    *rig.APIServer
+	config webhookConfig // shared by the gates and owner
+	owner  *semaphores   // in the place of sidecars
+	id     semaphoreID
+	length int
+}
+
+func newGateTest(t *testing.T, length int) *gateTest {
+	t.Helper()
+	r := rig.StartRedis(t)
+	return newGateTestOn(t, r, testConfig(r.Address), length)
+}
+
+// newGateTestOn is newGateTest on an existing Redis.
+func newGateTestOn(t *testing.T, r *rig.Redis, c webhookConfig, length int) *gateTest {
+	t.Helper()
+	s := rig.StartAPIServer(t)
+	return &gateTest{t, r, s, c, semaphoresOf(t, c), semaphoreID{s.NewNamespace(t), "web"}, length}
+}
+
+// start starts a gate. It ends with the test, or by stop.
+func (g *gateTest) start(change ...func(*gateConfig)) (started *gate, log *rig.Log, stop func()) {
+	g.Helper()
+	c := gateConfig{settings: g.config.settings, kubernetes: clientSettings(g.api), unschedulable: 5 * time.Minute}
+	for _, ch := range change {
+		ch(&c)
+	}
+	log = new(rig.Log)
+	started, err := newGate(c, slog.New(slog.NewJSONHandler(log, nil)))
+	rig.Must(g.T, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		started.run(ctx)
+		rig.Must(g.T, started.semaphores.close(context.Background()))
+	}()
+	stop = func() {
+		cancel()
+		<-done
+	}
+	g.Cleanup(stop)
+	g.Cleanup(func() {
+		if g.Failed() {
+			g.Logf("log of gate:\n%s", log)
+		}
+	})
+	return started, log, stop
+}
+
+// create creates a pod as the webhook patches it, and returns its token.
+func (g *gateTest) create(name string) (token string) {
+	g.Helper()
+	return g.createAs(rig.GatedPod(name))
+}
+
+// createAs is create for an existing pod object.
+func (g *gateTest) createAs(p *corev1.Pod) (token string) {
+	g.Helper()
+	p.Spec.SchedulingGates = p.Spec.SchedulingGates[1:]
+	p.Annotations = map[string]string{annotationEnabled: "true", annotationKey: g.id.key,
+		annotationLength: strconv.Itoa(g.length), annotationExpiration: "10"}
+	return string(g.api.CreatePod(g.T, g.id.namespace, p).UID)
+}
+
+func (g *gateTest) createAll(names ...string) (tokens []string) {
+	g.Helper()
+	for _, name := range names {
+		tokens = append(tokens, g.create(name))
+	}
+	return tokens
+}
+
+func (g *gateTest) pod(name string) *corev1.Pod {
+	g.Helper()
+	p, status := g.api.Store.Get(g.id.namespace, name)
+	if status != nil {
+		g.Fatalf("pod %s: %s", name, status.Message)
+	}
+	return p
+}
+
+// lifted reports whether the pod's scheduling gate is lifted.
+func (g *gateTest) lifted(name string) bool { return len(g.pod(name).Spec.SchedulingGates) == 0 }
+
+// wantLifted waits until the gates of these pods are lifted. It fails if one of the pods
+// gated has no gate.
+func (g *gateTest) wantLifted(lifted []string, gated ...string) {
+	g.Helper()
+	rig.Eventually(g.T, 20*time.Second, func() error {
+		for _, name := range lifted {
+			if !g.lifted(name) {
+				return fmt.Errorf("%s still has its gate", name)
+			}
+		}
+		return nil
+	})
+	for _, name := range gated {
+		if g.lifted(name) {
+			g.Fatalf("the gate of %s was lifted", name)
+		}
+	}
+}
+
+// wantHolders waits until exactly these tokens are in flight.
+func (g *gateTest) wantHolders(want ...string) {
+	g.Helper()
+	want = slices.Sorted(slices.Values(want))
+	rig.Eventually(g.T, 20*time.Second, func() error {
+		got, err := redis.Strings(g.redis.Control.Do("ZRANGE", g.id.inflightKey(), 0, -1))
+		slices.Sort(got)
+		if err == nil && !slices.Equal(got, want) {
+			err = fmt.Errorf("in flight: %v, want %v", got, want)
+		}
+		return err
+	})
+}
+
+// run marks a pod as running, as a kubelet does, and waits until its label is gone.
+func (g *gateTest) run(name string) {
+	g.Helper()
+	_, status := g.api.Store.Change(g.id.namespace, name, rig.MarkRunning)
+	if status != nil {
+		g.Fatal(status.Message)
+	}
+	rig.Eventually(g.T, 10*time.Second, func() error {
+		if label, ok := g.pod(name).Labels[labelGated]; ok {
+			return fmt.Errorf("%s still has the label %q", name, label)
+		}
+		return nil
+	})
+}
+
+// newWaiter returns a waiter of this process with a fresh token, which reports nothing.
+func newWaiter(s *semaphores, id semaphoreID, length int) *waiter {
+	return &waiter{semaphores: s, id: id, token: uuid.NewString(), length: length, expiration: 10 * time.Second,
+		report: func(string) {}, log: slog.New(slog.DiscardHandler)}
+}
+
+// waitOnly is wait with its error only.
+func (w *waiter) waitOnly(ctx context.Context) error {
+	_, _, err := w.wait(ctx)
+	return err
+}
+
+// queueUp starts a waiter in this process, and waits until it is in line. The channel
+// gets the result of its wait.
+func queueUp(
+	t *testing.T, ctx context.Context, s *semaphores, id semaphoreID, length int, r *rig.Redis,
+) (token string, done <-chan error) {
+	t.Helper()
+	before, err := r.Line(id)
+	rig.Must(t, err)
+	result := make(chan error, 1)
+	w := newWaiter(s, id, length)
+	ctx, cancel := context.WithCancel(ctx)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		result <- w.waitOnly(ctx)
+	}()
+	t.Cleanup(func() { // runs before the semaphores are closed
+		cancel()
+		<-ended
+	})
+	r.WantLine(t, id, append(before, w.token)...)
+	return w.token, result
+}
+
+func wantDone(t *testing.T, done <-chan error) {
+	t.Helper()
+	select {
+	case err := <-done:
+		rig.Must(t, err)
+	case <-time.After(90 * time.Second):
+		t.Fatal("the waiter was not served within 90 s")
+	}
+}
+
+func giveBack(t *testing.T, s *semaphores, id semaphoreID, token string) {
+	t.Helper()
+	_, err := s.release(context.Background(), id, token)
+	rig.Must(t, err)
+}
+
+// standInLine joins the line for a pod that never polls again. If reachable, the pod is
+// subscribed, until leave ends that.
+func standInLine(
+	t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, reachable bool,
+) (token string, leave func()) {
+	t.Helper()
+	token = uuid.NewString()
+	ctx, cancel := context.WithCancel(context.Background())
+	t.Cleanup(cancel)
+	if reachable {
+		subscribed := newWakeup()
+		calls := newSubscription(s.queue, id, s.log)
+		calls.add(subscribed, id, token)
+		go func() { _ = calls.receive(ctx) }()
+		<-subscribed
+	}
+	if a, err := s.runAcquire(ctx, id, acquireRequest{token, 1, joinLine, ""}); err != nil || a.status != acquireFull {
+		t.Fatalf("got %+v, %v, want a place in line", a, err)
+	}
+	return token, func() {
+		cancel()
+		rig.Eventually(t, 10*time.Second, func() error {
+			n, err := redis.Values(r.Control.Do("PUBSUB", "NUMSUB", id.channel(token)))
+			if err == nil && n[1] != int64(0) {
+				err = errors.New("still subscribed")
+			}
+			return err
+		})
+	}
+}
+
+// misdirectedSemaphores make their first subscription at a server that publishes nothing.
+func misdirectedSemaphores(t *testing.T, address string) *semaphores {
+	t.Helper()
+	s, elsewhere := testSemaphores(t, address), rig.StartRedis(t)
+	pool := serverOf(t, s, freshID()).pool
+	dial, dialled := pool.DialContext, 0
+	pool.DialContext = func(ctx context.Context) (redis.Conn, error) {
+		if dialled++; dialled == 2 { // the first connection is for acquires
+			return dialRedis(ctx, elsewhere.Address, redisSettings{}, time.Minute)
+		}
+		return dial(ctx)
+	}
+	return s
+}
+
+// testSemaphores returns the semaphores of one webhook.
+func testSemaphores(t *testing.T, address string) *semaphores {
+	t.Helper()
+	c := testConfig(address)
+	locks := newLocker(c.settings, lockConnections)
+	s := newSemaphores(c.settings, locks, idleConnections, slog.New(slog.DiscardHandler))
+	t.Cleanup(func() { rig.Must(t, s.close(context.Background())) })
+	return s
+}
+
+// serverOf returns the server that holds a semaphore.
+func serverOf(t *testing.T, s *semaphores, id semaphoreID) *queueServer {
+	t.Helper()
+	server, err := s.queue.find(context.Background(), id)
+	rig.Must(t, err)
+	return server
+}
+
+// newSemaphore returns a fresh semaphore on the common Redis.
+func newSemaphore(t *testing.T) (*rig.Redis, *semaphores, semaphoreID) {
+	t.Helper()
+	return newSemaphoreOn(t, rig.CommonRedis(t))
+}
+
+func newSemaphoreOn(t *testing.T, r *rig.Redis) (*rig.Redis, *semaphores, semaphoreID) {
+	t.Helper()
+	return r, testSemaphores(t, r.Address), freshID()
+}
+
+// maintain repairs on behalf of a pod that is not in line.
+func maintain(t *testing.T, s *semaphores, id semaphoreID, length int) {
+	t.Helper()
+	rig.Must(t, s.maintain(context.Background(), id, length, true))
+}
+
+func acquire(t *testing.T, s *semaphores, id semaphoreID, length int) string {
+	t.Helper()
+	token, _, err := s.acquire(context.Background(), id, "", length, 10*time.Second)
+	rig.Must(t, err)
+	return token
+}
+
+func wantFullError(t *testing.T, s *semaphores, id semaphoreID, length, inUse int) {
+	t.Helper()
+	_, _, err := s.acquire(context.Background(), id, "", length, 10*time.Second)
+	var full *fullError
+	if !errors.As(err, &full) || full.inUse != inUse || full.length != length {
+		t.Fatalf("got %v, want %d of %d in use", err, inUse, length)
+	}
+}
+
+// countingLocker counts the attempts to lock, and the successes.
+type countingLocker struct {
+	locker
+	tried, locked atomic.Int32
+}
+
+func (l *countingLocker) tryLock(
+	ctx context.Context, name string, expiration time.Duration,
+) (func(context.Context) error, error) {
+	l.tried.Add(1)
+	unlock, err := l.locker.tryLock(ctx, name, expiration)
+	if err == nil {
+		l.locked.Add(1)
+	}
+	return unlock, err
+}
+
+func mustJSON(t *testing.T, v any) []byte {
+	t.Helper()
+	b, err := json.Marshal(v)
+	rig.Must(t, err)
+	return b
+}
+
+// concurrently calls do for 0 to n-1, sixteen at a time.
+func concurrently(n int, do func(i int)) {
+	var next atomic.Int64
+	var all sync.WaitGroup
+	for range 16 {
+		all.Go(func() {
+			for i := int(next.Add(1)) - 1; i < n; i = int(next.Add(1)) - 1 {
+				do(i)
+			}
+		})
+	}
+	all.Wait()
 }

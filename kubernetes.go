@@ -2,135 +2,116 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/url"
-	"path"
+	"os"
 	"strconv"
 	"strings"
 	"time"
 )
 
-// serviceAccount is where the kubelet mounts what a pod needs to speak to the API server. It replaces the token before that expires.
+// serviceAccount is the directory where the kubelet mounts the CA and the token for the
+// API server. The kubelet replaces the token before it expires.
 const serviceAccount = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 const (
-	// callTimeout bounds a request that is about one object, and listTimeout one page of a list; the API server gives up after a minute.
+	// callTimeout bounds a request for one object, listTimeout one page of a list. The
+	// API server's own limit is a minute.
 	callTimeout = 10 * time.Second
 	listTimeout = time.Minute
 
-	// callsInFlight and callsPerSecond keep changes of many pods at once from crowding out others at the API server.
+	// callsInFlight and callsPerSecond cap our calls, so that other clients of the API
+	// server keep their share.
 	callsInFlight  = 8
 	callsPerSecond = 100
 
-	// A connection that says nothing for pingAfter is asked, and closed if it has not answered after pingTimeout.
+	// A connection that is silent for pingAfter gets a ping. It is closed if no answer
+	// arrives within pingTimeout.
 	pingAfter   = 5 * time.Second
 	pingTimeout = 4 * time.Second
 
-	// retryAfterMost bounds the wait that the API server may ask for.
-	retryAfterMost = time.Minute
+	// maxRetryAfter caps the wait that the API server asks for.
+	maxRetryAfter = time.Minute
 )
 
-// What the API server's answers come to. An error that is none of them, such as that the rights are missing, is for people to mend:
-// it is worth another try after a while.
+// The kinds of errors of the API server. People must fix any other error, such as missing
+// rights; callers retry it after a while.
 var (
 	errNoPod      = errors.New("there is no such pod")       // 404: it was deleted
-	errPodChanged = errors.New("the pod has changed")        // 409, 422: a test of the patch failed, look at the pod again
-	errTryAgain   = errors.New("try again")                  // 401, 429, 5xx, no answer: it may have been done all the same
+	errPodChanged = errors.New("the pod has changed")        // 409, 422: a test of the patch failed, read the pod again
+	errTryAgain   = errors.New("try again")                  // 401, 429, 5xx, no answer: the call may have taken effect
 	errExpired    = errors.New("the version is too old now") // 410: list again
 )
 
-// kubernetesSettings say how to reach the API server.
+// kubernetesSettings are the settings for access to the API server.
 type kubernetesSettings struct {
 	address    string // with or without https://
-	caFile     string // PEM; empty for the certificates of the system
+	caFile     string // PEM; empty for the system's certificates
 	tokenFile  string
 	namespaces []string // empty for all
 }
 
-// declareFlags declares flags that need no values in a pod.
-func (c *kubernetesSettings) declareFlags(f *flags, getenv func(string) string) {
-	var address, caFile, tokenFile string
-	if host := getenv("KUBERNETES_SERVICE_HOST"); host != "" {
-		address = net.JoinHostPort(host, cmp.Or(getenv("KUBERNETES_SERVICE_PORT"), "443"))
-		caFile, tokenFile = path.Join(serviceAccount, "ca.crt"), path.Join(serviceAccount, "token")
-	}
-	declare(f, &c.address, readAddress("https://"), "kubernetes-address", address,
-		"API server: `HOST:PORT`; in a pod, that of its cluster")
-	declare(f, &c.caFile, readCAFile, "kubernetes-ca-file", caFile,
-		"`FILE` of the PEM certificates to trust for the API server, reread when it changes; none for those of the system")
-	declare(f, &c.tokenFile, readText, "kubernetes-token-file", tokenFile,
-		"`FILE` of the ServiceAccount's token, reread when it changes")
-	declare(f, &c.namespaces, readNameList, "namespaces", "",
-		"`NAMESPACE,...` to look for gated pods in; none for all")
-}
-
-func (c *kubernetesSettings) validate(f *flags) {
-	if c.address == "" && !f.wrong["kubernetes-address"] {
-		f.problem("--kubernetes-address: is needed outside of a pod")
-	}
-	if c.tokenFile == "" {
-		f.problem("--kubernetes-token-file: is needed outside of a pod")
-	}
-}
-
-// kubernetes is a client of the API server: all that the mode gate needs of it, over one HTTP/2 connection.
+// kubernetes is a client of the API server with the calls that the gate needs, over one
+// HTTP/2 connection.
 type kubernetes struct {
 	address string // HOST:PORT
 	http    *http.Client
-	token   *followed[string]
-	ca      *followed[*x509.CertPool] // nil for the certificates of the system
-	slots   chan struct{}             // one for each call in flight
+	token   *watchedFile[string]
+	ca      *watchedFile[*x509.CertPool] // nil for the system's certificates
+	slots   slots                        // for calls in flight
 	pace    *pacer
 	events  *eventQueue
 	bounds  watchBounds
 	log     *slog.Logger
 }
 
-// newKubernetes reads the files, and connects when it is first used. Its method run has to run beside it.
+// newKubernetes reads the files. The client connects at its first call. The caller starts
+// its method run in the background.
 func newKubernetes(c kubernetesSettings, log *slog.Logger) (*kubernetes, error) {
-	k := &kubernetes{address: strings.TrimPrefix(c.address, "https://"), slots: make(chan struct{}, callsInFlight),
+	k := &kubernetes{address: strings.TrimPrefix(c.address, "https://"), slots: make(slots, callsInFlight),
 		pace: newPacer(callsPerSecond, callsPerSecond/2), events: newEventQueue(), bounds: newWatchBounds(), log: log}
 	var err error
-	if k.token, err = follow(log, parseToken, func(string) {}, c.tokenFile); err != nil {
+	if k.token, err = newWatchedFile(log, parseToken, func(string) {}, c.tokenFile); err != nil {
 		return nil, fmt.Errorf("--kubernetes-token-file: %w", err)
 	}
 	if c.caFile != "" {
-		if k.ca, err = follow(log, parseCA, func(*x509.CertPool) {}, c.caFile); err != nil {
+		if k.ca, err = newWatchedFile(log, parseCA, func(*x509.CertPool) {}, c.caFile); err != nil {
 			return nil, fmt.Errorf("--kubernetes-ca-file: %w", err)
 		}
 	}
 	protocols := new(http.Protocols)
-	protocols.SetHTTP1(true) // for what may stand between
+	protocols.SetHTTP1(true) // for proxies in between
 	protocols.SetHTTP2(true)
 	k.http = &http.Client{
 		Transport: &http.Transport{
-			DialTLSContext:  k.dial,
-			Protocols:       protocols,
-			HTTP2:           &http.HTTP2Config{SendPingTimeout: pingAfter, PingTimeout: pingTimeout, WriteByteTimeout: pingAfter + pingTimeout},
+			DialTLSContext: k.dial,
+			Protocols:      protocols,
+			HTTP2: &http.HTTP2Config{SendPingTimeout: pingAfter, PingTimeout: pingTimeout,
+				WriteByteTimeout: pingAfter + pingTimeout},
 			IdleConnTimeout: time.Minute,
 		},
-		// A redirection would get the token.
+		// The target of a redirection would receive the token.
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	return k, nil
 }
 
-// run follows the files and sends events, until ctx is done.
+// run rereads the files when they change, and sends events, until ctx is done.
 func (k *kubernetes) run(ctx context.Context) {
 	defer k.http.CloseIdleConnections()
-	go k.token.watch(ctx, followInterval)
+	go k.token.watch(ctx, fileInterval)
 	if k.ca != nil {
-		go k.ca.watch(ctx, followInterval)
+		go k.ca.watch(ctx, fileInterval)
 	}
 	k.sendEvents(ctx)
 }
@@ -151,8 +132,9 @@ func parseToken(texts [][]byte) (string, error) {
 	return token, nil
 }
 
-// getPod reads a pod. Its error is errNoPod, too, if there is another one of that name. It is how to learn why a watch says that a pod
-// is gone: it may have been deleted, or have lost the label.
+// getPod reads a pod. It returns errNoPod if there is none, or another pod of that name.
+// Callers use it to learn why a watch reports a pod as deleted: the pod is gone, or has
+// lost its label.
 func (k *kubernetes) getPod(ctx context.Context, namespace, name, uid string) (p *watchedPod, err error) {
 	err = k.call(ctx, http.MethodGet, podPath(namespace, name), "", nil, func(body io.Reader) error {
 		var o podObject
@@ -166,10 +148,11 @@ func (k *kubernetes) getPod(ctx context.Context, namespace, name, uid string) (p
 	return p, err
 }
 
-// patchPod changes a pod by a JSON patch, which should test all that it relies on, the UID first: then it is safe to send it twice.
-// Its errors are errNoPod, errPodChanged, errTryAgain, and others (see there).
-func (k *kubernetes) patchPod(ctx context.Context, namespace, name string, steps patch) error {
-	return k.call(ctx, http.MethodPatch, podPath(namespace, name), "application/json-patch+json", steps.json(), nil)
+// patchPod changes a pod by a JSON patch. The patch should test all that it relies on,
+// the UID first: then it is safe to send it twice. The errors are errNoPod,
+// errPodChanged, errTryAgain, and others; see there.
+func (k *kubernetes) patchPod(ctx context.Context, namespace, name string, patch []byte) error {
+	return k.call(ctx, http.MethodPatch, podPath(namespace, name), "application/json-patch+json", patch, nil)
 }
 
 func podsPath(namespace string) string {
@@ -181,27 +164,31 @@ func podsPath(namespace string) string {
 
 func podPath(namespace, name string) string { return podsPath(namespace) + "/" + name }
 
-// call sends a request that is about one object, in its turn, and reads the answer by read unless that is nil.
-func (k *kubernetes) call(ctx context.Context, method, path, contentType string, body []byte, read func(io.Reader) error) error {
-	select {
-	case k.slots <- struct{}{}:
-		defer func() { <-k.slots }()
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-	if err := k.pace.wait(ctx); err != nil { // last, so that none that waited for a slot passes while all are held
+// call waits for its turn, and sends a request for one object. Unless read is nil, it
+// reads the answer.
+func (k *kubernetes) call(ctx context.Context, method, path, contentType string, body []byte,
+	read func(io.Reader) error) error {
+	free, err := k.slots.take(ctx)
+	if err != nil {
 		return err
 	}
-	err := k.exchange(ctx, callTimeout, method, path, contentType, body, read)
+	defer free()
+	// After the slot: otherwise, a call that has passed the pacer and waits for a slot
+	// would ignore Retry-After.
+	if err := k.pace.wait(ctx); err != nil {
+		return err
+	}
+	err = k.exchange(ctx, callTimeout, method, path, contentType, body, read)
 	if after := retryAfter(err); after > 0 {
-		k.pace.hold(after)
+		k.pace.delay(after)
 	}
 	return err
 }
 
-// exchange sends a request and reads the answer within a time.
-func (k *kubernetes) exchange(ctx context.Context, within time.Duration, method, path, contentType string, body []byte, read func(io.Reader) error) error {
-	bounded, cancel := context.WithTimeout(ctx, within)
+// exchange sends a request and reads the answer, within timeout.
+func (k *kubernetes) exchange(ctx context.Context, timeout time.Duration, method, path, contentType string, body []byte,
+	read func(io.Reader) error) error {
+	bounded, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	response, err := k.send(bounded, method, path, contentType, body)
 	if err == nil {
@@ -221,7 +208,7 @@ func (k *kubernetes) exchange(ctx context.Context, within time.Duration, method,
 	return err
 }
 
-// send sends a request. Its errors are *apiError, and errTryAgain if there is no answer.
+// send sends a request. It returns an *apiError, or errTryAgain if there is no answer.
 func (k *kubernetes) send(ctx context.Context, method, path, contentType string, body []byte) (*http.Response, error) {
 	request, err := http.NewRequestWithContext(ctx, method, "https://"+k.address+path, bytes.NewReader(body))
 	if err != nil {
@@ -236,40 +223,42 @@ func (k *kubernetes) send(ctx context.Context, method, path, contentType string,
 	response, err := k.http.Do(request)
 	if err != nil {
 		if shown := (*url.Error)(nil); errors.As(err, &shown) {
-			err = shown.Err // without the URL, which says nothing more than we do
+			err = shown.Err // without the URL: our own message names the server
 		}
 		return nil, fmt.Errorf("API server %s: %w: %w", k.address, errTryAgain, err)
 	}
 	if response.StatusCode/100 != 2 {
 		defer response.Body.Close()
-		return nil, k.refused(response)
+		return nil, k.errorOf(response)
 	}
 	return response, nil
 }
 
-// apiStatus is the API server's Status, as the body of an answer or the object of an ERROR event.
+// apiStatus is a Status of the API server: the body of an error answer, or the object of
+// an ERROR event.
 type apiStatus struct {
 	Code    int    `json:"code"`
 	Reason  string `json:"reason"`
 	Message string `json:"message"`
 }
 
-// apiError is an answer of the API server other than the one that was asked for. It is one of the errors above.
+// apiError is an error answer of the API server. errors.Is tells which of the errors
+// above it is.
 type apiError struct {
 	apiStatus
 	address    string
-	retryAfter time.Duration // zero if the API server asks for no wait
+	retryAfter time.Duration // from the header Retry-After; zero without it
 }
 
-func (k *kubernetes) refused(response *http.Response) *apiError {
+func (k *kubernetes) errorOf(response *http.Response) *apiError {
 	e := &apiError{address: k.address}
 	text, _ := io.ReadAll(io.LimitReader(response.Body, 1<<16))
-	if json.Unmarshal(text, &e.apiStatus) != nil || e.Message+e.Reason == "" { // it is not the API server that answers
+	if json.Unmarshal(text, &e.apiStatus) != nil || e.Message+e.Reason == "" { // a proxy answers
 		e.apiStatus = apiStatus{Message: quoteShort(strings.TrimSpace(string(text)))}
 	}
 	e.Code = response.StatusCode
 	if n, err := strconv.Atoi(response.Header.Get("Retry-After")); err == nil && n > 0 {
-		e.retryAfter = min(time.Duration(n)*time.Second, retryAfterMost)
+		e.retryAfter = min(time.Duration(n)*time.Second, maxRetryAfter)
 	}
 	return e
 }
@@ -278,7 +267,8 @@ func (e *apiError) Error() string {
 	return fmt.Sprintf("API server %s: %d %s", e.address, e.Code, truncate(e.Message, 500))
 }
 
-// Is tells which of the errors above it is. A 404 without a reason is not of the API server, and says nothing of the pod.
+// Is implements errors.Is for the errors above. A 404 without a reason is from a proxy:
+// the pod may exist.
 func (e *apiError) Is(target error) bool {
 	switch target {
 	case errNoPod:
@@ -287,16 +277,137 @@ func (e *apiError) Is(target error) bool {
 		return e.Code == http.StatusConflict || e.Code == http.StatusUnprocessableEntity
 	case errExpired:
 		return e.Code == http.StatusGone
-	case errTryAgain: // 401: the file has another token within a second
+	case errTryAgain: // 401: we reread the token's file within a second
 		return e.Code == http.StatusUnauthorized || e.Code == http.StatusTooManyRequests || e.Code >= 500
 	}
 	return false
 }
 
-// retryAfter is for how long the API server asks to be left alone.
+// retryAfter returns the wait that the API server asks for.
 func retryAfter(err error) time.Duration {
 	if e := (*apiError)(nil); errors.As(err, &e) {
 		return e.retryAfter
 	}
 	return 0
+}
+
+// eventReporter is the reportingController of our events.
+const eventReporter = annotationPrefix + "gate"
+
+const (
+	eventsWaiting   = 2000 // capacity of the queue; further events are dropped
+	eventsPerSecond = 20
+	eventAttempts   = 3
+	eventNoteMost   = 1000 // bytes; the API server accepts 1023
+)
+
+// podEvent is a Kubernetes Event about a pod.
+type podEvent struct {
+	pod     *watchedPod
+	warning bool
+	reason  string // one word, such as TokenTaken
+	action  string // one word: the action taken or tried
+	note    string
+	id      string // of a pod's events with equal reason and id, Kubernetes keeps one an hour
+}
+
+// eventQueue keeps events until they are sent.
+type eventQueue struct {
+	waiting chan podEvent
+	pace    *pacer
+	limit   logLimiter
+}
+
+func newEventQueue() *eventQueue {
+	return &eventQueue{waiting: make(chan podEvent, eventsWaiting), pace: newPacer(eventsPerSecond, eventsPerSecond)}
+}
+
+// createEvent queues an event and does not block. Events can get lost: no logic may
+// depend on them.
+func (k *kubernetes) createEvent(e podEvent) {
+	select {
+	case k.events.waiting <- e:
+	default:
+		k.logEventFailure(fmt.Errorf("%d events wait to be sent", eventsWaiting))
+	}
+}
+
+// sendEvents sends the queued events one by one until ctx is done.
+func (k *kubernetes) sendEvents(ctx context.Context) {
+	for {
+		select {
+		case e := <-k.events.waiting:
+			if err := k.sendEvent(ctx, e); err != nil && ctx.Err() == nil {
+				k.logEventFailure(err)
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (k *kubernetes) logEventFailure(err error) {
+	if _, ok := k.events.limit.allow(); ok {
+		k.log.Warn("events of pods left out", "error", err.Error())
+	}
+}
+
+// sendEvent creates the event. It succeeds if another process has already created it.
+func (k *kubernetes) sendEvent(ctx context.Context, e podEvent) error {
+	body, err := json.Marshal(e.object(time.Now()))
+	if err != nil {
+		return err
+	}
+	path := "/apis/events.k8s.io/v1/namespaces/" + e.pod.namespace + "/events"
+	retry := newBackoff(k.bounds.first, k.bounds.most)
+	for attempt := 1; ; attempt++ {
+		if err := k.events.pace.wait(ctx); err != nil {
+			return err
+		}
+		err := k.call(ctx, http.MethodPost, path, "application/json", body, nil)
+		if answer := (*apiError)(nil); errors.As(err, &answer) && answer.Reason == "AlreadyExists" {
+			return nil
+		}
+		if !errors.Is(err, errTryAgain) || attempt == eventAttempts {
+			return err
+		}
+		if err := sleep(ctx, retry.next()); err != nil {
+			return err
+		}
+	}
+}
+
+// object returns the Event of events.k8s.io/v1. Processes that report the same event give
+// it the same name.
+func (e *podEvent) object(now time.Time) map[string]any {
+	id := fnv.New64a()
+	fmt.Fprintf(id, "%s\x00%s\x00%s", e.pod.uid, e.reason, e.id)
+	kind := "Normal"
+	if e.warning {
+		kind = "Warning"
+	}
+	return map[string]any{
+		"apiVersion": "events.k8s.io/v1",
+		"kind":       "Event",
+		"metadata": map[string]string{"namespace": e.pod.namespace,
+			"name": fmt.Sprintf("%s.%016x", truncate(e.pod.name, 200), id.Sum64())},
+		"regarding": map[string]string{"apiVersion": "v1", "kind": "Pod", "namespace": e.pod.namespace,
+			"name": e.pod.name, "uid": e.pod.uid, "resourceVersion": e.pod.version},
+		"eventTime":           now.UTC().Format("2006-01-02T15:04:05.000000Z"),
+		"reportingController": eventReporter,
+		"reportingInstance":   instanceName(),
+		"type":                kind,
+		"reason":              e.reason,
+		"action":              e.action,
+		"note":                truncate(e.note, eventNoteMost),
+	}
+}
+
+// instanceName returns the pod's name, which identifies this process in its Deployment.
+func instanceName() string {
+	name, err := os.Hostname()
+	if err != nil {
+		return "unknown"
+	}
+	return truncate(name, 128)
 }

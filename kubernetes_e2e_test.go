@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
 	"os"
@@ -21,12 +20,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	corev1 "k8s.io/api/core/v1"
 )
 
 func init() { newAPIServer = startRealAPIServer }
 
-// kubeconfig is what kubectl would use.
+// kubeconfig is the configuration that kubectl uses.
 type kubeconfig struct {
 	Clusters []struct {
 		Cluster struct {
@@ -46,7 +46,9 @@ type kubeconfig struct {
 type realAPI struct {
 	server *url.URL
 	ca     []byte
-	proxy  http.Handler // to it, with the rights of KUBECONFIG's user, who must have a client certificate
+	// proxy forwards to the server with the rights of KUBECONFIG's user. The user needs a
+	// client certificate.
+	proxy http.Handler
 }
 
 var findRealAPI = sync.OnceValues(func() (*realAPI, error) {
@@ -77,51 +79,53 @@ var findRealAPI = sync.OnceValues(func() (*realAPI, error) {
 			r.Out.Header.Del("Authorization")
 		},
 		FlushInterval: -1,
-		Transport:     &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{pair}}},
+		Transport: &http.Transport{ForceAttemptHTTP2: true,
+			TLSClientConfig: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{pair}}},
 	}
 	return &realAPI{server, c.Clusters[0].Cluster.CA, proxy}, nil
 })
 
-func startRealAPIServer(t *testing.T) *apiServer {
+func startRealAPIServer(t testing.TB) *rig.APIServer {
 	t.Helper()
 	real, err := findRealAPI()
-	must(t, err)
-	return startAPIServerFor(t, real.proxy)
+	rig.Must(t, err)
+	return rig.StartAPIServerFor(t, real.proxy)
 }
 
-// The API server itself is killed and started again.
+// The API server itself is killed and restarted.
 func TestKubernetesRestartedAPIServer(t *testing.T) {
 	restart := os.Getenv("NODE_RESTART")
 	if restart == "" {
-		t.Fatal("NODE_RESTART is not set: it is the command that restarts a component of the node, see e2e/setup_test.go")
+		t.Fatal("NODE_RESTART is not set: it is the command " +
+			"that restarts a component of the node, see test/e2e/setup_test.go")
 	}
 	s := newAPIServer(t)
-	n := s.namespace(t)
-	s.createPod(t, n, testGatedPod("old"))
-	k := startWatching(t, s.settings, n)
+	n := s.NewNamespace(t)
+	s.CreatePod(t, n, rig.GatedPod("old"))
+	k := startWatching(t, clientSettings(s), n)
 	k.want(t, 1, "old")
-	s.wantWatches(t, 1)
+	s.WantWatches(t, 1)
 	out, err := exec.Command("sh", "-c", "COMPONENT=apiserver SIGNAL=KILL; "+restart).CombinedOutput()
 	if err != nil {
 		t.Fatalf("restart the API server: %v: %s", err, out)
 	}
-	eventually(t, time.Minute, func() error {
-		w := httptest.NewRecorder()
-		if s.pods.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/readyz", nil)); w.Code != http.StatusOK {
-			return fmt.Errorf("not ready: %d %s", w.Code, w.Body)
+	rig.Eventually(t, time.Minute, func() error {
+		if w := s.TryDirect(t, http.MethodGet, "/readyz", nil); w.Code != http.StatusOK {
+			return fmt.Errorf("the API server is not ready: %d %s", w.Code, w.Body)
 		}
 		return nil
 	})
-	s.createPod(t, n, testGatedPod("new"))
-	eventually(t, 40*time.Second, func() error { // with or without another list
+	s.CreatePod(t, n, rig.GatedPod("new"))
+	rig.Eventually(t, 40*time.Second, func() error { // after a new list, or without one
 		if k.get("new") == nil || k.get("old") == nil {
-			return fmt.Errorf("told of %v", k.pods)
+			return fmt.Errorf("the watch has the pods %v", k.pods)
 		}
 		return nil
 	})
 }
 
-// The account of the mode gate can lift its gate, and do nothing else to a pod: whoever has its token cannot change an image.
+// The account of the mode gate can lift its gate and change nothing else of a pod. A
+// stolen token of it cannot change an image.
 func TestKubernetesRights(t *testing.T) {
 	kubectl := func(args ...string) {
 		t.Helper()
@@ -132,20 +136,28 @@ func TestKubernetesRights(t *testing.T) {
 	kubectl("apply", "-f", "deploy/base/00-namespace.yaml", "-f", "deploy/gate/rights.yaml")
 	t.Cleanup(func() { kubectl("delete", "-f", "deploy/gate/rights.yaml") })
 	s := newAPIServer(t)
-	n := s.namespace(t)
+	n := s.NewNamespace(t)
 	k := clientOfGate(t, s)
-	p := testGatedPod("p")
+	p := rig.GatedPod("p")
 	p.Annotations["example.org/second"] = "two"
 	p.Spec.InitContainers = []corev1.Container{{Name: "init", Image: "example.org/init:v1"}}
-	uid := string(s.createPod(t, n, p).UID)
+	uid := string(s.CreatePod(t, n, p).UID)
 
-	label := []string{"metadata", "labels", testLabel}
+	label := []string{"metadata", "labels", rig.LabelGated}
 	refused := map[string]func(*patch){
-		"image":               func(p *patch) { p.add(jsonText("example.org/evil:v1"), "spec", "containers", "0", "image") },
-		"image of an init":    func(p *patch) { p.add(jsonText("example.org/evil:v1"), "spec", "initContainers", "0", "image") },
-		"deadline":            func(p *patch) { p.add([]byte("1"), "spec", "activeDeadlineSeconds") },
-		"toleration":          func(p *patch) { p.add([]byte(`{"key": "x", "operator": "Exists"}`), "spec", "tolerations", "-") },
-		"node selector":       func(p *patch) { p.add([]byte(`{"x": "y"}`), "spec", "nodeSelector") }, // may be added to gated pods
+		"image": func(p *patch) {
+			p.add(jsonText("example.org/evil:v1"), "spec", "containers", "0", "image")
+		},
+		"image of an init": func(p *patch) {
+			p.add(jsonText("example.org/evil:v1"), "spec", "initContainers", "0", "image")
+		},
+		"deadline": func(p *patch) { p.add([]byte("1"), "spec", "activeDeadlineSeconds") },
+		"toleration": func(p *patch) {
+			p.add([]byte(`{"key": "x", "operator": "Exists"}`), "spec", "tolerations", "-")
+		},
+		"node selector": func(p *patch) { // Kubernetes allows it for gated pods
+			p.add([]byte(`{"x": "y"}`), "spec", "nodeSelector")
+		},
 		"new annotation":      func(p *patch) { p.add(jsonText("x"), "metadata", "annotations", "example.org/new") },
 		"our annotation":      func(p *patch) { p.add(jsonText("x"), "metadata", "annotations", annotationKey) },
 		"annotation removed":  func(p *patch) { p.remove("metadata", "annotations", "example.org/second") },
@@ -156,7 +168,8 @@ func TestKubernetesRights(t *testing.T) {
 		"labels removed":      func(p *patch) { p.remove("metadata", "labels") },
 		"finalizer":           func(p *patch) { p.add([]byte(`["example.org/x"]`), "metadata", "finalizers") },
 		"owner": func(p *patch) {
-			p.add([]byte(`[{"apiVersion": "v1", "kind": "Pod", "name": "x", "uid": "`+uid+`"}]`), "metadata", "ownerReferences")
+			owners := `[{"apiVersion": "v1", "kind": "Pod", "name": "x", "uid": "` + uid + `"}]`
+			p.add([]byte(owners), "metadata", "ownerReferences")
 		},
 		"gate of another": func(p *patch) { p.remove("spec", "schedulingGates", "0") },
 		"all gates":       func(p *patch) { p.remove("spec", "schedulingGates") },
@@ -165,16 +178,16 @@ func TestKubernetesRights(t *testing.T) {
 			p.add(jsonText("example.org/evil:v1"), "spec", "containers", "0", "image")
 		},
 	}
-	// A policy is at work some seconds after it was made.
+	// A new policy takes effect after some seconds.
 	var annotate patch
 	refused["new annotation"](&annotate)
-	eventually(t, time.Minute, func() error {
-		err := k.patchPod(t.Context(), n, "p", annotate)
+	rig.Eventually(t, time.Minute, func() error {
+		err := k.patchPod(t.Context(), n, "p", annotate.json())
 		if err == nil {
 			var back patch
 			back.remove("metadata", "annotations", "example.org/new")
-			s.direct(t, http.MethodPatch, podPath(n, "p"), back, nil)
-			return errors.New("an annotation may be changed")
+			s.Direct(t, http.MethodPatch, podPath(n, "p"), back, nil)
+			return errors.New("the policy does not refuse a changed annotation yet")
 		} else if !isPolicy(err) {
 			return err
 		}
@@ -183,12 +196,12 @@ func TestKubernetesRights(t *testing.T) {
 	for name, steps := range refused {
 		var p patch
 		steps(&p)
-		if err := k.patchPod(t.Context(), n, "p", p); !isPolicy(err) {
-			t.Errorf("%s: %v", name, err)
+		if err := k.patchPod(t.Context(), n, "p", p.json()); !isPolicy(err) {
+			t.Errorf("%s: got %v, want a refusal by the policy", name, err)
 		}
-		// The policy is about this account, and the change itself is possible.
-		if w := s.ask(t, http.MethodPatch, podPath(n, "p")+"?dryRun=All", p); w.Code != http.StatusOK {
-			t.Errorf("%s, by an administrator: %d %s", name, w.Code, w.Body)
+		// An administrator may make the change: the policy is about this account only.
+		if w := s.TryDirect(t, http.MethodPatch, podPath(n, "p")+"?dryRun=All", p); w.Code != http.StatusOK {
+			t.Errorf("%s by an administrator: got %d %s", name, w.Code, w.Body)
 		}
 	}
 	for _, steps := range []func(*patch){
@@ -202,51 +215,66 @@ func TestKubernetesRights(t *testing.T) {
 	} {
 		var p patch
 		steps(&p)
-		must(t, k.patchPod(t.Context(), n, "p", p))
+		rig.Must(t, k.patchPod(t.Context(), n, "p", p.json()))
 	}
 	got, err := k.getPod(t.Context(), n, "p", uid)
-	must(t, err)
-	if !slices.Equal(got.gates, []string{"example.org/other"}) || got.labels[testLabel] != "" {
+	rig.Must(t, err)
+	if !slices.Equal(got.gates, []string{"example.org/other"}) || got.labels[rig.LabelGated] != "" {
 		t.Errorf("gates %q, labels %v", got.gates, got.labels)
 	}
-	must(t, k.sendEvent(t.Context(), podEvent{pod: got, reason: "TokenTaken", action: "Lifting", note: "token taken after 41 s in line"}))
+	rig.Must(t, k.sendEvent(t.Context(), podEvent{
+		pod: got, reason: "TokenTaken", action: "Lifting", note: "token taken after 41 s in line",
+	}))
 
-	// RBAC.
+	// RBAC refuses all other requests.
 	for _, c := range []struct{ method, path string }{
-		{http.MethodDelete, podPath(n, "p")}, {http.MethodPatch, podPath(n, "p") + "/status"}, {http.MethodPatch, podPath(n, "p") + "/ephemeralcontainers"},
-		{http.MethodGet, podPath(n, "p") + "/log"}, {http.MethodPost, podPath(n, "p") + "/binding"}, {http.MethodGet, "/api/v1/namespaces/" + n + "/secrets"},
+		{http.MethodDelete, podPath(n, "p")},
+		{http.MethodPatch, podPath(n, "p") + "/status"},
+		{http.MethodPatch, podPath(n, "p") + "/ephemeralcontainers"},
+		{http.MethodGet, podPath(n, "p") + "/log"},
+		{http.MethodPost, podPath(n, "p") + "/binding"},
+		{http.MethodGet, "/api/v1/namespaces/" + n + "/secrets"},
 		{http.MethodGet, "/apis/events.k8s.io/v1/namespaces/" + n + "/events"}, {http.MethodPost, podsPath(n)},
 	} {
 		err := k.exchange(t.Context(), callTimeout, c.method, c.path, "application/json-patch+json", []byte("[]"), nil)
-		if answer := (*apiError)(nil); !errors.As(err, &answer) || answer.Code != http.StatusForbidden || !strings.Contains(answer.Message, "cannot") {
-			t.Errorf("%s %s: %v", c.method, c.path, err)
+		answer := (*apiError)(nil)
+		if !errors.As(err, &answer) || answer.Code != http.StatusForbidden ||
+			!strings.Contains(answer.Message, "cannot") {
+			t.Errorf("%s %s: got %v, want 403", c.method, c.path, err)
 		}
 	}
 }
 
-// isPolicy tells whether it was our policy that refused a change.
+// isPolicy reports whether our policy refused a change.
 func isPolicy(err error) bool {
 	var refused *apiError
 	return errors.As(err, &refused) && refused.Code == http.StatusForbidden &&
-		strings.Contains(refused.Message, "ValidatingAdmissionPolicy 'at-least-semaphore-pod-hook-gate'") && strings.Contains(refused.Message, "this account may")
+		strings.Contains(refused.Message, "ValidatingAdmissionPolicy 'at-least-semaphore-pod-hook-gate'") &&
+		strings.Contains(refused.Message, "this account may")
 }
 
-// clientOfGate speaks to the API server itself, with a token of the account gate.
-func clientOfGate(t *testing.T, s *apiServer) *kubernetes {
+// clientOfGate returns a client of the API server itself, with a token of the account
+// gate.
+func clientOfGate(t *testing.T, s *rig.APIServer) *kubernetes {
 	t.Helper()
 	real, err := findRealAPI()
-	must(t, err)
+	rig.Must(t, err)
 	var answer struct {
 		Status struct {
 			Token string `json:"token"`
 		} `json:"status"`
 	}
-	s.direct(t, http.MethodPost, "/api/v1/namespaces/at-least-semaphore-pod-hook/serviceaccounts/gate/token",
-		map[string]any{"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": map[string]any{}}, &answer)
+	s.Direct(t, http.MethodPost, "/api/v1/namespaces/at-least-semaphore-pod-hook/serviceaccounts/gate/token",
+		map[string]any{"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": map[string]any{}},
+		&answer)
 	dir := t.TempDir()
-	c := kubernetesSettings{address: real.server.Host, caFile: filepath.Join(dir, "ca.crt"), tokenFile: filepath.Join(dir, "token")}
-	must(t, os.WriteFile(c.caFile, real.ca, 0o600))
-	must(t, os.WriteFile(c.tokenFile, []byte(answer.Status.Token), 0o600))
+	c := kubernetesSettings{
+		address:   real.server.Host,
+		caFile:    filepath.Join(dir, "ca.crt"),
+		tokenFile: filepath.Join(dir, "token"),
+	}
+	rig.Must(t, os.WriteFile(c.caFile, real.ca, 0o600))
+	rig.Must(t, os.WriteFile(c.tokenFile, []byte(answer.Status.Token), 0o600))
 	k, _ := newClient(t, c)
 	return k
 }

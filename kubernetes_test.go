@@ -4,260 +4,335 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net/http"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+	corev1 "k8s.io/api/core/v1"
+	eventsv1 "k8s.io/api/events/v1"
 )
 
-// newAPIServer is in front of the pods of the tests below: of a store of our own; with the tag e2e, of the API server of KUBECONFIG.
-var newAPIServer = startAPIServer
-
-// newClient is a client of a server, which works until the test ends, and its log.
-func newClient(t *testing.T, c kubernetesSettings, change ...func(*kubernetes)) (*kubernetes, *syncBuffer) {
-	t.Helper()
-	b := new(syncBuffer)
-	k, err := newKubernetes(c, slog.New(slog.NewJSONHandler(b, nil)))
-	must(t, err)
-	for _, c := range change {
-		c(k)
-	}
-	inBackground(t, k.run)
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("log of the client:\n%s", b)
-		}
-	})
-	return k, b
+// liftGate returns the patch that removes our gate of a testGatedPod.
+func liftGate(uid string) (steps patch) {
+	steps.test(jsonText(uid), "metadata", "uid")
+	steps.test(jsonText(rig.GateName), "spec", "schedulingGates", "1", "name")
+	steps.remove("spec", "schedulingGates", "1")
+	return steps
 }
 
-// inBackground runs something until the test ends.
-func inBackground(t *testing.T, run func(context.Context)) {
-	t.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		run(ctx)
-	}()
-	t.Cleanup(func() {
-		cancel()
-		<-done
-	})
-}
-
-// podRecorder is a handler that remembers.
-type podRecorder struct {
-	mu     sync.Mutex
-	pods   map[string]*watchedPod // by name
-	syncs  int
-	told   int
-	drops  []string
-	wrongs []string
-}
-
-func (h *podRecorder) setPod(p *watchedPod) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.told++
-	h.pods[p.name] = p
-}
-
-func (h *podRecorder) dropPod(p *watchedPod) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.drops = append(h.drops, p.name)
-	switch now := h.pods[p.name]; {
-	case now == nil:
-		h.wrongs = append(h.wrongs, "told twice that there is no "+p.name)
-	case now.uid == p.uid:
-		delete(h.pods, p.name)
-	}
-}
-
-func (h *podRecorder) synced(string) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.syncs++
-}
-
-func (h *podRecorder) get(name string) *watchedPod {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.pods[name]
-}
-
-// want waits until the handler has been told of these pods and no others, and has been synced so often.
-func (h *podRecorder) want(t *testing.T, syncs int, names ...string) {
-	t.Helper()
-	eventually(t, 30*time.Second, func() error {
-		h.mu.Lock()
-		defer h.mu.Unlock()
+// A patch changes the pod once, and only the pod with that UID and version.
+func TestKubernetesPatch(t *testing.T) {
+	t.Parallel()
+	s := newAPIServer(t)
+	n := s.NewNamespace(t)
+	k, _ := newClient(t, clientSettings(s))
+	wantGates := func(gates ...string) {
+		t.Helper()
+		p := new(corev1.Pod)
+		s.Direct(t, http.MethodGet, podPath(n, "p"), nil, p)
 		var got []string
-		for name := range h.pods {
-			got = append(got, name)
+		for _, g := range p.Spec.SchedulingGates {
+			got = append(got, g.Name)
 		}
-		slices.Sort(got)
-		if !slices.Equal(got, names) || h.syncs != syncs || h.wrongs != nil {
-			return fmt.Errorf("told of %q after %d lists, want %q after %d; wrong: %q", got, h.syncs, names, syncs, h.wrongs)
+		if !slices.Equal(got, gates) {
+			t.Fatalf("gates %q, want %q", got, gates)
 		}
-		return nil
-	})
+	}
+	uid := string(s.CreatePod(t, n, rig.GatedPod("p")).UID)
+	const anotherUID = "00000000-0000-0000-0000-000000000000"
+	if err := k.patchPod(t.Context(), n, "p", liftGate(anotherUID).json()); !errors.Is(err, errPodChanged) {
+		t.Errorf("with another UID: got %v", err)
+	}
+	wantGates("example.org/other", rig.GateName)
+	rig.Must(t, k.patchPod(t.Context(), n, "p", liftGate(uid).json()))
+	wantGates("example.org/other")
+	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errPodChanged) {
+		t.Errorf("a second patch: got %v", err)
+	}
+	wantGates("example.org/other")
+	var old patch
+	old.test(jsonText("1"), "metadata", "resourceVersion")
+	old.add(jsonText("false"), "metadata", "labels", rig.LabelGated)
+	if err := k.patchPod(t.Context(), n, "p", old.json()); !errors.Is(err, errPodChanged) {
+		t.Errorf("with another version: got %v", err)
+	}
+	s.DeletePod(t, n, "p")
+	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errNoPod) {
+		t.Errorf("without the pod: got %v", err)
+	}
+	if err := k.patchPod(t.Context(), n+"-none", "p", liftGate(uid).json()); !errors.Is(err, errNoPod) {
+		t.Errorf("without the namespace: got %v", err)
+	}
 }
 
-// watching is a client that watches a namespace.
-type watching struct {
-	*kubernetes
-	*podRecorder
-	log *syncBuffer
-}
-
-const gatedSelector = testLabel + "=true"
-
-func startWatching(t *testing.T, c kubernetesSettings, namespace string, change ...func(*kubernetes)) *watching {
-	t.Helper()
-	k, log := newClient(t, c, change...)
-	h := &podRecorder{pods: map[string]*watchedPod{}}
-	inBackground(t, func(ctx context.Context) { k.watchPods(ctx, gatedSelector, namespace, h) })
-	return &watching{k, h, log}
-}
-
-func isList(r string) bool { return strings.HasPrefix(r, "GET ") && strings.Contains(r, "limit=") }
-func isWatched(r string) bool {
-	return strings.HasPrefix(r, "GET ") && strings.Contains(r, "watch=true")
-}
-
-// Lists in pages, and watches from where the list ended.
-func TestKubernetesListsAndWatches(t *testing.T) {
+// Temporary failures of the API server can be retried. A reply of another server, in
+// front of it, says nothing about pods.
+func TestKubernetesRefusals(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
-	n := s.namespace(t)
-	for i := range 7 {
-		s.createPod(t, n, testGatedPod(fmt.Sprintf("p%d", i)))
-	}
-	other := testGatedPod("other")
-	delete(other.Labels, testLabel)
-	s.createPod(t, n, other)
-	s.fail(func(_ http.ResponseWriter, r *http.Request) bool {
-		if r.ProtoMajor != 2 {
-			t.Errorf("%s %s by %s, not HTTP/2", r.Method, r.URL, r.Proto)
-		}
-		return false
-	})
-	k := startWatching(t, s.settings, n, func(k *kubernetes) { k.bounds.page = 3 })
-	k.want(t, 1, "p0", "p1", "p2", "p3", "p4", "p5", "p6")
-	if got := s.count(isList); got != 3 {
-		t.Errorf("%d requests for seven pods in pages of three", got)
-	}
-	s.createPod(t, n, testGatedPod("p7"))
-	s.label(t, n, "p1", annotationPrefix+"changed", "yes")
-	left := k.get("p2")
-	s.label(t, n, "p2", testLabel, "false")
-	gone := k.get("p3")
-	s.deletePod(t, n, "p3")
-	k.want(t, 1, "p0", "p1", "p4", "p5", "p6", "p7")
-	eventually(t, 5*time.Second, func() error {
-		if l := k.get("p1").labels; l[annotationPrefix+"changed"] != "yes" || l["app"] != "" {
-			return fmt.Errorf("labels %v", l)
-		}
-		return nil
-	})
-	if p := k.get("p7"); p.namespace != n || p.phase != "Pending" || p.scheduled.reason != "SchedulingGated" || time.Since(p.created) > time.Minute ||
-		!slices.Equal(p.gates, []string{"example.org/other", testGate}) || len(p.annotations) != 1 || p.annotations[annotationKey] != "web" {
-		t.Errorf("got %+v", p)
-	}
-	// A watch does not say why.
-	if p, err := k.getPod(t.Context(), n, "p2", left.uid); err != nil || p.labels[testLabel] != "false" {
-		t.Errorf("a pod that lost its label: %v, %+v", err, p)
-	}
-	if _, err := k.getPod(t.Context(), n, "p3", gone.uid); !errors.Is(err, errNoPod) {
-		t.Errorf("a pod that was deleted: %v", err)
-	}
-	if _, err := k.getPod(t.Context(), n, "p4", gone.uid); !errors.Is(err, errNoPod) {
-		t.Errorf("another pod of the name: %v", err)
-	}
-}
-
-// All namespaces, or some.
-func TestKubernetesNamespaces(t *testing.T) {
-	t.Parallel()
-	s := newAPIServer(t)
-	a, b := s.namespace(t), s.namespace(t)
-	s.createPod(t, a, testGatedPod("in-a"))
-	one, all := startWatching(t, s.settings, a), startWatching(t, s.settings, "")
-	s.createPod(t, b, testGatedPod("in-b"))
-	one.want(t, 1, "in-a")
-	eventually(t, 10*time.Second, func() error {
-		if p, q := all.get("in-a"), all.get("in-b"); p == nil || q == nil || p.namespace != a || q.namespace != b {
-			return fmt.Errorf("told of %v and %v", p, q)
-		}
-		return nil
-	})
-}
-
-// What ends a watch costs no list, as long as the API server knows what happened since.
-func TestKubernetesWatchEnds(t *testing.T) {
-	t.Parallel()
-	for name, end := range map[string]func(*testing.T, *apiServer){
-		"dropped":  func(_ *testing.T, s *apiServer) { s.dropWatches() },
-		"silent":   func(_ *testing.T, s *apiServer) { s.silenceWatches() },
-		"over":     func(*testing.T, *apiServer) {}, // each second
-		"restart":  func(t *testing.T, s *apiServer) { s.stop(); s.start(t) },
-		"token":    func(t *testing.T, s *apiServer) { s.setToken(t, "second-token"); s.dropWatches() },
-		"CA":       func(t *testing.T, s *apiServer) { writeCertificate(t, s.dir, 2); s.stop(); s.start(t) },
-		"failures": func(_ *testing.T, s *apiServer) { s.failWatches(2, http.StatusServiceUnavailable); s.dropWatches() },
-		"too many": func(_ *testing.T, s *apiServer) { s.failWatches(1, http.StatusTooManyRequests); s.dropWatches() },
+	n := s.NewNamespace(t)
+	uid := string(s.CreatePod(t, n, rig.GatedPod("p")).UID)
+	k, _ := newClient(t, clientSettings(s))
+	sentinels := []error{errNoPod, errPodChanged, errTryAgain, errExpired}
+	for _, c := range []struct {
+		code  int32
+		want  error // nil: none of the sentinels
+		fault rig.APIFault
+	}{
+		{code: http.StatusUnauthorized, want: errTryAgain},
+		{code: http.StatusTooManyRequests, want: errTryAgain},
+		{code: http.StatusInternalServerError, want: errTryAgain},
+		{code: http.StatusServiceUnavailable, want: errTryAgain},
+		{code: http.StatusGatewayTimeout, want: errTryAgain},
+		{code: http.StatusConflict, want: errPodChanged},
+		{code: http.StatusForbidden},
+		{code: http.StatusBadRequest},
+		{code: http.StatusNotFound, fault: func(w http.ResponseWriter, r *http.Request) bool {
+			http.NotFound(w, r)
+			return true
+		}},
+		{code: http.StatusFound, fault: func(w http.ResponseWriter, r *http.Request) bool {
+			http.Redirect(w, r, "https://"+s.Address+"/elsewhere", http.StatusFound)
+			return true
+		}},
 	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			s := newAPIServer(t)
-			n := s.namespace(t)
-			s.createPod(t, n, testGatedPod("old"))
-			s.createPod(t, n, testGatedPod("gone"))
-			k := startWatching(t, s.settings, n, func(k *kubernetes) {
-				k.bounds.silence = 2 * time.Second
-				if name == "over" {
-					k.bounds.length = time.Second
-				}
-			})
-			k.want(t, 1, "gone", "old")
-			s.wantWatches(t, 1)
-			watches := s.count(isWatched)
-			end(t, s)
-			s.deletePod(t, n, "gone")
-			s.createPod(t, n, testGatedPod("new"))
-			k.want(t, 1, "new", "old")
-			eventually(t, 20*time.Second, func() error {
-				if s.count(isWatched) == watches {
-					return errors.New("there is no other watch")
-				}
-				return nil
-			})
-			s.createPod(t, n, testGatedPod("newer"))
-			k.want(t, 1, "new", "newer", "old")
+		if c.fault == nil {
+			c.fault = func(w http.ResponseWriter, _ *http.Request) bool {
+				rig.Respond(w, 0, nil, rig.Failure(c.code, "", "said on purpose"))
+				return true
+			}
+		}
+		s.Fail(c.fault)
+		err := k.patchPod(t.Context(), n, "p", liftGate(uid).json())
+		for _, sentinel := range sentinels {
+			if errors.Is(err, sentinel) != (sentinel == c.want) {
+				t.Errorf("status %d: errors.Is(%v, %q) is %t", c.code, err, sentinel, errors.Is(err, sentinel))
+			}
+		}
+		if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("API server %s: %d", s.Address, c.code)) {
+			t.Errorf("status %d: got %v", c.code, err)
+		}
+	}
+	if s.Count(func(r string) bool { return strings.Contains(r, "elsewhere") }) > 0 {
+		t.Error("the client sent its token to the target of a redirect")
+	}
+
+	s.Fail(nil)
+	s.Stop()
+	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errTryAgain) {
+		t.Errorf("without a server: got %v", err)
+	}
+	s.Start(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	err := k.patchPod(ctx, n, "p", liftGate(uid).json())
+	if !errors.Is(err, context.Canceled) || errors.Is(err, errTryAgain) {
+		t.Errorf("with an ended context: got %v", err)
+	}
+	rig.Must(t, k.patchPod(t.Context(), n, "p", liftGate(uid).json()))
+}
+
+// A patch can be repeated if its reply was lost.
+func TestKubernetesLostReply(t *testing.T) {
+	t.Parallel()
+	s := newAPIServer(t)
+	n := s.NewNamespace(t)
+	uid := string(s.CreatePod(t, n, rig.GatedPod("p")).UID)
+	k, _ := newClient(t, clientSettings(s))
+	s.Fail(func(_ http.ResponseWriter, r *http.Request) bool {
+		s.Direct(t, r.Method, r.URL.Path, liftGate(uid), nil)
+		panic(http.ErrAbortHandler)
+	})
+	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errTryAgain) {
+		t.Errorf("the first patch: got %v", err)
+	}
+	s.Fail(nil)
+	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errPodChanged) {
+		t.Errorf("the second patch: got %v", err)
+	}
+	p, err := k.getPod(t.Context(), n, "p", uid)
+	rig.Must(t, err)
+	if slices.Contains(p.gates, rig.GateName) {
+		t.Errorf("the gates are %q", p.gates)
+	}
+}
+
+// Concurrent changes are sent a few at a time, over one connection. They pause if the API
+// server asks for it.
+func TestKubernetesLimitsRequests(t *testing.T) {
+	t.Parallel()
+	s := newAPIServer(t)
+	n := s.NewNamespace(t)
+	proxy := rig.StartProxy(t, s.Address)
+	c := clientSettings(s)
+	c.address = proxy.Address
+	k, _ := newClient(t, c)
+	const patches = 200
+	for i := range patches {
+		s.CreatePod(t, n, rig.GatedPod(fmt.Sprintf("p%d", i)))
+	}
+	// The first request opens the one connection: concurrent dials would open several and
+	// close those they do not need.
+	rig.Must(t, k.patchPod(t.Context(), n, "p0", patch{}.json()))
+	var inFlight, most, done atomic.Int32
+	var mu sync.Mutex
+	var last time.Time
+	var rest time.Duration // longest time without a request
+	s.Fail(func(w http.ResponseWriter, r *http.Request) bool {
+		now := inFlight.Add(1)
+		defer inFlight.Add(-1)
+		for old := most.Load(); now > old && !most.CompareAndSwap(old, now); old = most.Load() {
+		}
+		mu.Lock()
+		if !last.IsZero() {
+			rest = max(rest, time.Since(last))
+		}
+		last = time.Now()
+		mu.Unlock()
+		time.Sleep(150 * time.Millisecond) // keeps requests in flight together, below the allowed rate
+		if done.Add(1) != 100 {
+			return false
+		}
+		w.Header().Set("Retry-After", "3")
+		rig.Respond(w, 0, nil, rig.Failure(http.StatusTooManyRequests, "TooManyRequests",
+			"the server has received too many requests"))
+		return true
+	})
+	var wg sync.WaitGroup
+	var refused atomic.Int32
+	for i := range patches {
+		wg.Go(func() {
+			var steps patch
+			steps.add(jsonText("yes"), "metadata", "labels", annotationPrefix+"changed")
+			if err := k.patchPod(t.Context(), n, fmt.Sprintf("p%d", i), steps.json()); errors.Is(err, errTryAgain) {
+				refused.Add(1)
+			} else if err != nil {
+				t.Error(err)
+			}
 		})
 	}
+	wg.Wait()
+	if most.Load() > callsInFlight || refused.Load() != 1 || proxy.Made.Load() != 1 {
+		t.Errorf("%d in flight, %d refused, %d connections", most.Load(), refused.Load(), proxy.Made.Load())
+	}
+	if rest < 2*time.Second {
+		t.Errorf("the longest pause was %s, and the API server asked for 3 s", rest)
+	}
 }
 
-// A connection that falls silent, with the watch on it, is found by asking.
-func TestKubernetesSilentConnection(t *testing.T) {
+// After a rest, calls pass in a burst, then one for each gap.
+func TestPacer(t *testing.T) {
+	t.Parallel()
+	const gap, burst = 10 * time.Millisecond, 5
+	p := newPacer(int(time.Second/gap), burst)
+	var passed []time.Time
+	pass := func() time.Time {
+		rig.Must(t, p.wait(t.Context()))
+		passed = append(passed, time.Now())
+		return passed[len(passed)-1]
+	}
+	start := time.Now()
+	for range 30 {
+		pass()
+	}
+	for i, at := range passed {
+		if least := time.Duration(i-burst) * gap; at.Sub(start) < least {
+			t.Errorf("call %d after %s, want %s at least", i, at.Sub(start), least)
+		}
+	}
+	held := time.Now()
+	p.delay(300 * time.Millisecond)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := p.wait(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("with an ended context: got %v", err)
+	}
+	if at := pass(); at.Sub(held) < 300*time.Millisecond {
+		t.Errorf("after a hold of 300ms, the pacer passed a call after %s", at.Sub(held))
+	}
+	if at := pass(); at.Sub(held) < 300*time.Millisecond+gap {
+		t.Errorf("after a hold, the pacer passed a burst, %s after its start", at.Sub(held))
+	}
+}
+
+// Several processes send one event once. Events do not delay more important requests.
+func TestKubernetesEvents(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)
-	n := s.namespace(t)
-	proxy := startFaultyProxy(t, s.settings.address)
-	c := s.settings
-	c.address = proxy.address
-	k := startWatching(t, c, n)
-	k.want(t, 1)
-	s.wantWatches(t, 1)
-	proxy.silence()
-	s.createPod(t, n, testGatedPod("p"))
+	n := s.NewNamespace(t)
+	s.CreatePod(t, n, rig.GatedPod("p"))
+	k, log := newClient(t, clientSettings(s))
+	other, otherLog := newClient(t, clientSettings(s))
+	var p watchedPod
+	{
+		created := new(corev1.Pod)
+		s.Direct(t, http.MethodGet, podPath(n, "p"), nil, created)
+		p = watchedPod{namespace: n, name: "p", uid: string(created.UID), version: created.ResourceVersion}
+	}
+	events := func() []eventsv1.Event {
+		var list eventsv1.EventList
+		s.Direct(t, http.MethodGet, "/apis/events.k8s.io/v1/namespaces/"+n+"/events", nil, &list)
+		return list.Items
+	}
+	s.FailEvents(1)
+	line := podEvent{pod: &p, reason: "WaitingForToken", action: "Waiting",
+		note: "waiting for a token of shop/web: 3 of 3 in use, 2nd in line", id: "1"}
+	k.createEvent(line)
+	other.createEvent(line)
+	again := line
+	again.id, again.warning, again.note = "2", true, strings.Repeat("x", 3000)
+	k.createEvent(again)
+	rig.Eventually(t, 20*time.Second, func() error {
+		if got := s.Count(func(r string) bool { return strings.HasPrefix(r, "POST ") }); got != 4 {
+			return fmt.Errorf("%d events sent, want 4, one of them retried", got)
+		}
+		if got := len(events()); got != 2 {
+			return fmt.Errorf("the server has %d events, want 2", got)
+		}
+		return nil
+	})
+	inBoth := append(log.Lines(t, "events of pods left out"), otherLog.Lines(t, "events of pods left out")...)
+	if len(inBoth) > 0 {
+		t.Errorf("an event that another process sent first was logged as a failure: %v", inBoth)
+	}
+	list := events()
+	slices.SortFunc(list, func(a, b eventsv1.Event) int { return strings.Compare(b.Note, a.Note) })
+	if e := list[1]; e.Reason != "WaitingForToken" || e.Note != line.note || e.Type != "Normal" ||
+		e.Regarding.Kind != "Pod" || e.Regarding.Name != "p" ||
+		string(e.Regarding.UID) != p.uid || e.ReportingController != eventReporter ||
+		time.Since(e.EventTime.Time) > time.Minute {
+		t.Errorf("got %+v", e)
+	}
+	if e := list[0]; e.Type != "Warning" || len(e.Note) != eventNoteMost {
+		t.Errorf("got %+v", e)
+	}
+
+	// A thousand events are sent over time, and do not delay other requests. Events
+	// beyond the limit are left out.
+	sent := s.Count(func(r string) bool { return strings.HasPrefix(r, "POST ") })
 	start := time.Now()
-	k.want(t, 1, "p")
-	if took := time.Since(start); took > pingAfter+pingTimeout+3*time.Second {
-		t.Errorf("found after %s", took)
+	for i := range eventsWaiting + 2*eventsPerSecond {
+		e := line
+		e.id = fmt.Sprint("more ", i)
+		k.createEvent(e)
+	}
+	rig.WantWithin(t, time.Since(start), time.Second, "queueing events")
+	if len(log.Lines(t, "events of pods left out")) == 0 {
+		t.Error("no event was left out")
+	}
+	const more = 2 * eventsPerSecond
+	rig.Eventually(t, 20*time.Second, func() error {
+		if got := s.Count(func(r string) bool { return strings.HasPrefix(r, "POST ") }) - sent; got < more {
+			return fmt.Errorf("%d events sent, want %d", got, more)
+		}
+		return nil
+	})
+	if took := time.Since(start); took < time.Second/2 {
+		t.Errorf("%d events were sent in %s", more, took)
 	}
 }

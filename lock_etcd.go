@@ -20,21 +20,23 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// etcdTimeout bounds an attempt. It is long enough for the election of a new leader, which takes one to two seconds
-// with etcd's defaults.
+// etcdTimeout bounds an attempt. With etcd's defaults, the election of a new leader takes
+// one to two seconds.
 const etcdTimeout = 3 * time.Second
 
-// etcdWriteTimeout bounds the creation of a lock at a server that has just answered. After it, another one is tried.
+// etcdWriteTimeout bounds the creation of a lock at a server that has just answered a
+// read.
 const etcdWriteTimeout = time.Second
 
-// etcdSettings is what all etcd servers have in common.
+// etcdSettings are the settings that all etcd servers share.
 type etcdSettings struct {
 	username, password        string // empty for none
 	caFile, certFile, keyFile string // PEM; empty for none
 }
 
-// etcdLock is a lock in an etcd cluster: a key that is attached to a lease of the expiration's length. etcd has leases
-// of whole seconds, and none below one and a half times its election timeout (2 s with its defaults).
+// etcdLock is a lock in an etcd cluster: a key with a lease that expires after the lock's
+// expiration. etcd grants leases of whole seconds, and none shorter than one and a half
+// times its election timeout (2 s with its defaults).
 type etcdLock struct {
 	members  []*etcdServer
 	attempts attempts
@@ -48,7 +50,8 @@ func newEtcdLock(addresses []string, settings etcdSettings) *etcdLock {
 	return l
 }
 
-// tryLock implements locker. An attempt takes etcdTimeout at most, and as long to undo what it has done.
+// tryLock implements locker. An attempt takes at most etcdTimeout, and as long again to
+// undo its changes.
 func (l *etcdLock) tryLock(ctx context.Context, name string, expiration time.Duration) (unlockFunc, error) {
 	return l.attempts.do(ctx, l.servers(), func(ctx context.Context) (unlockFunc, error) {
 		ctx, cancel := context.WithTimeout(ctx, etcdTimeout)
@@ -66,22 +69,25 @@ func (l *etcdLock) servers() []string {
 	return names
 }
 
-// attempt looks whether the key is there, and if not, grants a lease and creates the key with it.
+// attempt checks whether the key exists. If not, it grants a lease and creates the key
+// with it.
 func (l *etcdLock) attempt(ctx context.Context, name string, expiration time.Duration) (unlockFunc, error) {
-	server, taken, err := l.look(ctx, name)
+	server, taken, err := l.lookUp(ctx, name)
 	if err != nil {
 		return nil, err
 	}
 	if taken {
 		return nil, errLockTaken
 	}
-	// We name the lease, so that it can be revoked even if the answer to its grant is lost.
+	// We choose the ID of the lease, so that we can revoke it even if the answer to the
+	// grant is lost.
 	lease := clientv3.LeaseID(1 + rand.Int64N(math.MaxInt64))
 	created, err := server.create(ctx, name, lease, expiration)
 	if err == nil && created {
 		return func(ctx context.Context) error { return l.revoke(ctx, lease) }, nil
 	}
-	// Also after an error, as the key may have been created all the same. What cannot be revoked expires.
+	// Also after an error: etcd may have created the key. If the revocation fails, the
+	// lease expires.
 	_ = l.revoke(context.WithoutCancel(ctx), lease)
 	if err != nil {
 		return nil, server.failure("create the key", err)
@@ -89,9 +95,10 @@ func (l *etcdLock) attempt(ctx context.Context, name string, expiration time.Dur
 	return nil, errLockTaken
 }
 
-// look asks all servers at once whether the key is there, so that one that hangs costs no time. The first that answers
-// is the one to go on with: it is up, and its cluster has a leader.
-func (l *etcdLock) look(ctx context.Context, name string) (server *etcdServer, taken bool, err error) {
+// lookUp asks all servers at once whether the key exists, so that a hanging server costs
+// no time. It returns the first server that answers: that one is up, and its cluster has
+// a leader.
+func (l *etcdLock) lookUp(ctx context.Context, name string) (server *etcdServer, taken bool, err error) {
 	type answer struct {
 		server *etcdServer
 		taken  bool
@@ -127,7 +134,8 @@ func (l *etcdLock) look(ctx context.Context, name string) (server *etcdServer, t
 	return nil, false, serverErrors(errs)
 }
 
-// revoke ends a lease, and with it the key, by whichever server can. One that has expired is as good as revoked.
+// revoke asks all servers to end a lease, and with it the key; one success is enough. An
+// expired lease counts as revoked.
 func (l *etcdLock) revoke(ctx context.Context, lease clientv3.LeaseID) error {
 	ctx, cancel := context.WithTimeout(ctx, etcdTimeout)
 	defer cancel()
@@ -167,17 +175,18 @@ func (l *etcdLock) close() error {
 	return errors.Join(errs...)
 }
 
-// etcdServer is one member of the cluster, with a client of its own: a client of several would go on sending every n-th
-// call to one that hangs.
+// etcdServer is one member of the cluster, with its own client. A client for n members
+// would keep sending every n-th call to a hanging member.
 type etcdServer struct {
 	address  string
 	settings etcdSettings
 
 	mu     sync.Mutex
-	client *clientv3.Client // set by connect; it connects by itself again
+	client *clientv3.Client // set by connect; it reconnects by itself
 }
 
-// connect makes the client at the first call that finds the server up: with a user name, making one means to log in.
+// connect returns the client, and makes it at the first call that finds the server up:
+// with a user name, making a client logs in.
 func (s *etcdServer) connect(ctx context.Context) (*clientv3.Client, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -187,20 +196,22 @@ func (s *etcdServer) connect(ctx context.Context) (*clientv3.Client, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
+	// By default, gRPC waits for minutes before it reconnects to a server that was away
+	// for minutes.
+	reconnect := grpc.ConnectParams{
+		Backoff:           grpcbackoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 2, Jitter: 0.2, MaxDelay: time.Second},
+		MinConnectTimeout: etcdTimeout,
+	}
 	config := clientv3.Config{
 		Endpoints:            []string{s.address},
 		DialTimeout:          etcdTimeout,
 		DialKeepAliveTime:    10 * time.Second,
 		DialKeepAliveTimeout: 3 * time.Second,
-		// By default, a server that was away for minutes is tried again after minutes.
-		DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(failFast), grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           grpcbackoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 2, Jitter: 0.2, MaxDelay: time.Second},
-			MinConnectTimeout: etcdTimeout,
-		})},
-		MaxUnaryRetries: 2, // the second after a new log-in, when the token has expired
-		Username:        s.settings.username,
-		Password:        s.settings.password,
-		Logger:          zap.NewNop(), // all errors are reported by us
+		DialOptions:          []grpc.DialOption{grpc.WithChainUnaryInterceptor(failFast), grpc.WithConnectParams(reconnect)},
+		MaxUnaryRetries:      2, // the second follows a new log-in if the token has expired
+		Username:             s.settings.username,
+		Password:             s.settings.password,
+		Logger:               zap.NewNop(), // we report all errors
 	}
 	var err error
 	if config.TLS, err = s.settings.tls(); err != nil {
@@ -210,7 +221,7 @@ func (s *etcdServer) connect(ctx context.Context) (*clientv3.Client, error) {
 	return s.client, err
 }
 
-// tls is nil for plain connections.
+// tls returns nil for plain connections.
 func (s etcdSettings) tls() (*tls.Config, error) {
 	if s.caFile == "" && s.certFile == "" {
 		return nil, nil
@@ -229,12 +240,14 @@ func (s etcdSettings) tls() (*tls.Config, error) {
 	return c, nil
 }
 
-// create grants a lease and creates the key with it, if it is not there.
-func (s *etcdServer) create(ctx context.Context, name string, lease clientv3.LeaseID, expiration time.Duration) (created bool, err error) {
+// create grants a lease, and creates the key with it unless the key exists.
+func (s *etcdServer) create(ctx context.Context, name string, lease clientv3.LeaseID,
+	expiration time.Duration) (created bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, etcdWriteTimeout)
 	defer cancel()
 	leases := etcdserverpb.NewLeaseClient(s.client.ActiveConnection())
-	if _, err := leases.LeaseGrant(ctx, &etcdserverpb.LeaseGrantRequest{ID: int64(lease), TTL: int64(seconds(expiration))}); err != nil {
+	grant := &etcdserverpb.LeaseGrantRequest{ID: int64(lease), TTL: int64(seconds(expiration))}
+	if _, err := leases.LeaseGrant(ctx, grant); err != nil {
 		return false, err
 	}
 	answer, err := s.client.Txn(ctx).
@@ -247,12 +260,14 @@ func (s *etcdServer) create(ctx context.Context, name string, lease clientv3.Lea
 	return answer.Succeeded, nil
 }
 
-// failFast makes calls fail at once on a server that cannot be connected to, with the reason. etcd's client has them wait.
-func failFast(ctx context.Context, method string, request, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, options ...grpc.CallOption) error {
+// failFast makes a call fail at once, with the reason, if its server cannot be reached.
+// By default, etcd's client waits.
+func failFast(ctx context.Context, method string, request, reply any, conn *grpc.ClientConn,
+	invoke grpc.UnaryInvoker, options ...grpc.CallOption) error {
 	return invoke(ctx, method, request, reply, conn, append(options, grpc.WaitForReady(false))...)
 }
 
-// failure names the server in an error.
+// failure adds the server and the action to an error.
 func (s *etcdServer) failure(what string, err error) error {
 	if errors.Is(err, context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded {
 		err = fmt.Errorf("no answer, or no leader: %w", context.DeadlineExceeded)

@@ -15,8 +15,8 @@ import (
 // redlockTimeout bounds a command to one lock server.
 const redlockTimeout = 500 * time.Millisecond
 
-// redlock is the Redlock algorithm over independent Redis servers: whoever has set the key on most of them
-// holds the lock. With one server it is a plain lock there.
+// redlock is the Redlock algorithm over independent Redis servers: a process that has set
+// the key on a majority holds the lock. With one server it is a plain lock there.
 type redlock struct {
 	addresses []string
 	pools     []*redisPool
@@ -24,7 +24,7 @@ type redlock struct {
 	attempts  attempts
 }
 
-// lockConnections is how many connections a webhook keeps to each lock server.
+// lockConnections is the number of connections that a webhook keeps to each lock server.
 const lockConnections = 32
 
 func newRedlock(addresses []string, settings redisSettings, maxIdle int) *redlock {
@@ -39,7 +39,7 @@ func newRedlock(addresses []string, settings redisSettings, maxIdle int) *redloc
 	return l
 }
 
-// lockPool is a pool for redsync.
+// lockPool adapts redisPool to redsync.
 type lockPool struct{ pool *redisPool }
 
 // Get implements redsync's Pool.
@@ -52,14 +52,15 @@ func (p lockPool) Get(ctx context.Context) (redsyncredis.Conn, error) {
 	return lockConn{adapted, conn}, err
 }
 
-// connection is a pool of one, for redsync's adapter.
+// connection is a pool of one connection, for redsync's adapter.
 type connection struct{ redis.Conn }
 
 func (c connection) Get() redis.Conn                                { return c.Conn }
 func (c connection) GetContext(context.Context) (redis.Conn, error) { return c.Conn, nil }
 
-// lockConn sends scripts whole. redsync's own EVALSHA needs a second command where the server does not know the script,
-// and if the answer to the first is late, nobody sends it: the script that frees a lock would not be run at all.
+// lockConn sends scripts whole. redsync sends EVALSHA, and EVAL if the server does not
+// know the script. If the first answer is late, redsync does not send EVAL: the lock
+// would not be freed.
 type lockConn struct {
 	redsyncredis.Conn
 	conn redis.Conn
@@ -70,7 +71,8 @@ func (c lockConn) Eval(script *redsyncredis.Script, keysAndArgs ...any) (any, er
 	return c.conn.Do("EVAL", append([]any{script.Src, script.KeyCount}, keysAndArgs...)...)
 }
 
-// tryLock implements locker. An attempt takes redlockTimeout at most, and as long to undo what it has done.
+// tryLock implements locker. An attempt takes at most redlockTimeout, and as long again
+// to undo its changes.
 func (l *redlock) tryLock(ctx context.Context, name string, expiration time.Duration) (unlockFunc, error) {
 	return l.attempts.do(ctx, l.servers(), func(ctx context.Context) (unlockFunc, error) {
 		mutex := l.sync.NewMutex(name,
@@ -80,7 +82,8 @@ func (l *redlock) tryLock(ctx context.Context, name string, expiration time.Dura
 		if err == nil {
 			return func(ctx context.Context) error { return l.unlock(ctx, mutex) }, nil
 		}
-		// Taken, unless too few servers answered for anybody to take it, or so late that it was no use.
+		// The lock is taken, unless too few servers answered for a majority, or they
+		// answered too late.
 		failures := l.failures(err)
 		var node *redsync.ErrNodeTaken
 		var most *redsync.ErrTaken
@@ -92,7 +95,8 @@ func (l *redlock) tryLock(ctx context.Context, name string, expiration time.Dura
 	})
 }
 
-// unlock frees the lock. One that has expired, or is another's by now, is as good as unlocked.
+// unlock frees the lock. A lock that has expired, or that another process holds by now,
+// counts as freed.
 func (l *redlock) unlock(ctx context.Context, mutex *redsync.Mutex) error {
 	_, err := mutex.UnlockContext(ctx)
 	if failures := l.failures(err); len(failures) > 0 {
@@ -110,8 +114,8 @@ func (l *redlock) servers() []string {
 	return names
 }
 
-// failures are the servers that did not answer, one error for each, out of an error of redsync's, which numbers them and
-// joins them, one in the other, with those that answered that the lock is taken.
+// failures returns one error for each server that did not answer. redsync numbers the
+// servers, and nests their errors together with those of servers that answered "taken".
 func (l *redlock) failures(err error) []error {
 	var failures []error
 	if joined, ok := err.(interface{ Unwrap() []error }); ok {

@@ -1,23 +1,33 @@
-// at-least-semaphore-pod-hook gives annotated Kubernetes pods a counting semaphore: pods that share a key
-// share N tokens, and a pod is admitted with a token or not at all.
+// at-least-semaphore-pod-hook gives annotated Kubernetes pods a counting semaphore: pods
+// of a namespace that share a key share N tokens, and a pod's app starts only with a
+// token.
 //
-// It is one binary with five modes. As "webhook" it answers the API server's AdmissionReviews: it takes a
-// token in Redis for each annotated pod and injects two containers. As "sidecar" it runs beside the pod's
-// containers, waits for a token where that is asked for, keeps it alive by heartbeats, and gives it back on SIGTERM or SIGINT.
-// As "await" it is an init container that ends when the sidecar holds the token, and so holds back the app. As "gate" it stands
-// in line for pods that are not scheduled before they have a token. As "status" it prints who holds tokens and who waits, and frees a
-// token by hand.
+// One binary has five modes:
 //
-// Settings are flags (see config.go, or run a mode with --help), all but the secrets, which come from the
-// environment:
+//   - webhook answers the API server's AdmissionReviews. It takes a token in Redis for an
+//     annotated pod, and injects the containers of sidecar and await.
+//   - sidecar runs beside the pod's containers. It waits for a token if the pod has none,
+//     keeps it alive by heartbeats, and gives it back on SIGTERM or SIGINT.
+//   - await is an init container. It holds back the app, and ends when the sidecar holds
+//     the token.
+//   - gate waits in line for pods that stay unscheduled until they have a token.
+//   - status prints the holders of the tokens and the waiting pods, and releases a token
+//     by hand.
 //
-//	REDIS_USERNAME, REDIS_PASSWORD    credentials of all Redis servers; no user name for the default user
+// Settings are flags: see config.go, or run a mode with --help. Secrets, and facts about
+// the container, come from the environment:
+//
+//	REDIS_USERNAME, REDIS_PASSWORD    credentials for all Redis servers; without a name, the default user
 //	STATUS_REDIS_USERNAME, STATUS_REDIS_PASSWORD
-//	                                  of "status", in the place of REDIS_USERNAME and REDIS_PASSWORD if there is a password
+//	                                  of status: win over the two above if the password is set
 //	REDIS_SENTINEL_USERNAME, REDIS_SENTINEL_PASSWORD
-//	                                  credentials of the Sentinels
-//	ETCD_USERNAME, ETCD_PASSWORD      credentials of the etcd servers
-//	POD_UID, POD_NAME, NODE_NAME      set in the injected containers: the pod's UID, its name, and its node
+//	                                  credentials for the Sentinels
+//	ETCD_USERNAME, ETCD_PASSWORD      credentials for the etcd servers
+//	POD_UID, POD_NAME, NODE_NAME      the pod's UID, name and node, in injected containers
+//	QUEUE_REDIS_ADDRESS, HEARTBEAT_INTERVAL_SECONDS, STALE_THRESHOLD_SECONDS
+//	                                  of status: defaults of the flags with these names
+//	KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT
+//	                                  of gate: default of --kubernetes-address
 //
 // Exit codes: 0 done, 1 failed, 2 wrong mode, flag or value.
 package main
@@ -35,9 +45,6 @@ import (
 	"syscall"
 )
 
-// version is the release, set by the linker: -ldflags "-X main.version=v1.2.3".
-var version = "dev"
-
 const usage = `Usage: at-least-semaphore-pod-hook MODE [flags]
 
 Gives annotated Kubernetes pods a counting semaphore.
@@ -45,9 +52,9 @@ Gives annotated Kubernetes pods a counting semaphore.
 Modes:
   webhook   answer the API server's AdmissionReviews: take tokens, inject sidecar and await
   sidecar   wait for a pod's token, keep it alive, and give it back on SIGTERM
-  await     wait until the sidecar of the pod POD_UID holds its token, however long; log what it waits for
-  gate      stand in line for the pods with our scheduling gate, and lift it when they have a token
-  status    print who holds the tokens and who waits; free a token by hand
+  await     wait until the sidecar of the pod POD_UID holds its token; log the reason of the wait
+  gate      wait in line for the pods with our scheduling gate; lift the gate when a pod has a token
+  status    print the holders of the tokens and the waiting pods; release a token by hand
   version   print the version
   help      print this text
 
@@ -62,8 +69,10 @@ func main() {
 	os.Exit(exitCode(err, os.Stderr))
 }
 
-// run is the program without its process: it returns when ctx is done and what was begun is finished.
-func run(ctx context.Context, args []string, getenv func(string) string, stdin io.Reader, stdout, stderr io.Writer) error {
+// run is the program without its process. It returns when ctx is done and all work has
+// ended.
+func run(ctx context.Context, args []string, getenv func(string) string,
+	stdin io.Reader, stdout, stderr io.Writer) error {
 	if len(args) == 0 {
 		return &usageError{problems: []string{"no mode given"}, help: usage}
 	}
@@ -84,7 +93,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdin i
 	case "await":
 		podUID := getenv("POD_UID")
 		if podUID == "" || len(args) > 1 {
-			return &usageError{problems: []string{"await takes no arguments, and asks the sidecar of the pod that POD_UID names"}, help: usage}
+			const problem = "await takes no arguments, and asks the sidecar of the pod that POD_UID names"
+			return &usageError{problems: []string{problem}, help: usage}
 		}
 		return runAwait(ctx, podUID, log)
 	case "gate":
@@ -110,7 +120,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdin i
 	}
 }
 
-// printHelp writes the help that was asked for and passes on any other error.
+// printHelp prints the help if err is a *helpRequest. It returns any other error.
 func printHelp(err error, stdout io.Writer) error {
 	var help *helpRequest
 	if errors.As(err, &help) {
@@ -120,7 +130,7 @@ func printHelp(err error, stdout io.Writer) error {
 	return err
 }
 
-// exitCode reports err to stderr and maps it to the process's exit code.
+// exitCode writes err to stderr and returns the exit code for it.
 func exitCode(err error, stderr io.Writer) int {
 	if err == nil {
 		return 0

@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"runtime"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
@@ -16,60 +15,40 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
-// metricsPrefix begins the name of each metric.
+// metricsPrefix begins the names of all our metrics.
 const metricsPrefix = "at_least_semaphore_"
 
-// durationBuckets, in seconds, go from what a script takes to what the API server waits for at most.
+// durationBuckets, in seconds, go from the time of a script to the longest time that the
+// API server waits.
 var durationBuckets = []float64{.0002, .0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 30}
 
-// metrics are what a webhook tells Prometheus. A sidecar has none: nil counts nothing.
+// metrics are the Prometheus metrics of a webhook or a gate. A sidecar has none: a nil
+// *metrics counts nothing.
 type metrics struct {
 	registry   *prometheus.Registry
-	admissions *prometheus.HistogramVec // by verdict
-	scripts    *prometheus.HistogramVec // by script: attempts that were answered
-	failures   *prometheus.CounterVec   // by kind: attempts that were not, or with an error
+	admissions *prometheus.HistogramVec // by verdict; see countVerdicts
+	scripts    *prometheus.HistogramVec // by script: attempts that Redis answered
+	failures   *prometheus.CounterVec   // by kind: attempts that failed
 	locks      *prometheus.CounterVec   // by outcome
-	locked     prometheus.Histogram
-	repaired   *prometheus.CounterVec // by what was done
+	lockHeld   prometheus.Histogram
+	repaired   *prometheus.CounterVec // by action
 }
 
-// redisCounts are what the connections to Redis have in common. A nil one counts nothing.
-type redisCounts struct {
-	open      atomic.Int64 // connections
-	failovers atomic.Int64 // that another server was found in the place of one
-}
-
-func (c *redisCounts) opened(n int64) {
-	if c != nil {
-		c.open.Add(n)
-	}
-}
-
-func (c *redisCounts) failedOver() {
-	if c != nil {
-		c.failovers.Add(1)
-	}
-}
-
-// newMetrics makes the metrics of a webhook whose connections are counted there.
+// newMetrics makes metrics that show the connections in counts.
 func newMetrics(counts *redisCounts) *metrics {
 	m := &metrics{
 		registry: prometheus.NewRegistry(),
-		admissions: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: metricsPrefix + "admission_duration_seconds",
-			Help: "Time from an admission request for an annotated pod to its answer.", Buckets: durationBuckets}, []string{"verdict"}),
 		scripts: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: metricsPrefix + "script_duration_seconds",
 			Help: "Time from sending a script to the queue to its answer.", Buckets: durationBuckets}, []string{"script"}),
 		failures: prometheus.NewCounterVec(prometheus.CounterOpts{Name: metricsPrefix + "redis_errors_total",
 			Help: "Attempts to run a script in the queue that failed. Most are tried again."}, []string{"kind"}),
 		locks: prometheus.NewCounterVec(prometheus.CounterOpts{Name: metricsPrefix + "lock_attempts_total",
 			Help: "Attempts to take the lock for a repair: taken, held (by another), or failed."}, []string{"outcome"}),
-		locked: prometheus.NewHistogram(prometheus.HistogramOpts{Name: metricsPrefix + "lock_held_seconds",
+		lockHeld: prometheus.NewHistogram(prometheus.HistogramOpts{Name: metricsPrefix + "lock_held_seconds",
 			Help: "Time for which the lock was held for a repair.", Buckets: durationBuckets}),
 		repaired: prometheus.NewCounterVec(prometheus.CounterOpts{Name: metricsPrefix + "repaired_tokens_total",
-			Help: "Tokens that repairs have reclaimed (stale ones), refilled (missing ones) or trimmed (surplus ones)."}, []string{"action"}),
-	}
-	for _, verdict := range verdicts {
-		m.admissions.WithLabelValues(verdict)
+			Help: "Tokens that repairs have reclaimed (stale ones), refilled (missing ones) or trimmed (surplus ones)."},
+			[]string{"action"}),
 	}
 	for _, script := range scriptNames {
 		m.scripts.WithLabelValues(script)
@@ -83,46 +62,48 @@ func newMetrics(counts *redisCounts) *metrics {
 	for _, action := range []string{"reclaimed", "refilled", "trimmed"} {
 		m.repaired.WithLabelValues(action)
 	}
-	m.registry.MustRegister(m.admissions, m.scripts, m.failures, m.locks, m.locked, m.repaired,
+	m.registry.MustRegister(m.scripts, m.failures, m.locks, m.lockHeld, m.repaired,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "redis_connections",
-			Help: "Open connections to Redis: to the queue, Sentinels and lock servers."}, func() float64 { return float64(counts.open.Load()) }),
+			Help: "Open connections to Redis: to the queue, Sentinels and lock servers."},
+			func() float64 { return float64(counts.open.Load()) }),
 		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: metricsPrefix + "failovers_total",
-			Help: "Times that the queue had another primary, or its Cluster had changed."}, func() float64 { return float64(counts.failovers.Load()) }),
+			Help: "Times that the queue had another primary, or its Cluster had changed."},
+			func() float64 { return float64(counts.failovers.Load()) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "build_info", Help: "Always 1.",
-			ConstLabels: prometheus.Labels{"version": version, "goversion": runtime.Version()}}, func() float64 { return 1 }),
+			ConstLabels: prometheus.Labels{"version": version, "goversion": runtime.Version()}},
+			func() float64 { return 1 }),
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 
-// watchCertificate adds the end of the serving certificate's life.
+// watchCertificate adds the time at which the serving certificate expires.
 func (m *metrics) watchCertificate(c *certificate) {
-	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "certificate_expiry_timestamp_seconds",
-		Help: "Unix time at which the webhook's serving certificate expires."}, func() float64 { return float64(c.current.Load().Leaf.NotAfter.Unix()) }))
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: metricsPrefix + "certificate_expiry_timestamp_seconds",
+		Help: "Unix time at which the webhook's serving certificate expires."},
+		func() float64 { return float64(c.current.Load().Leaf.NotAfter.Unix()) }))
 }
 
-// handler serves the metrics. What goes wrong is logged.
+// handler serves the metrics, and logs errors.
 func (m *metrics) handler(log *slog.Logger) http.Handler {
-	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn), MaxRequestsInFlight: 4})
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{
+		ErrorLog:            slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		MaxRequestsInFlight: 4,
+	})
 }
 
-func (m *metrics) admission(verdict string, took time.Duration) {
-	if m != nil {
-		m.admissions.WithLabelValues(verdict).Observe(took.Seconds())
-	}
-}
-
-// script counts an attempt to run one.
-func (m *metrics) script(script *script, took time.Duration, err error) {
+// script counts an attempt to run a script.
+func (m *metrics) script(name string, took time.Duration, err error) {
 	switch {
 	case m == nil:
 	case err == nil:
-		m.scripts.WithLabelValues(script.name).Observe(took.Seconds())
+		m.scripts.WithLabelValues(name).Observe(took.Seconds())
 	default:
 		m.failures.WithLabelValues(kindOfError(err)).Inc()
 	}
 }
 
-// lock counts an attempt to take one.
+// lock counts an attempt to take the lock.
 func (m *metrics) lock(err error) {
 	switch {
 	case m == nil:
@@ -137,7 +118,7 @@ func (m *metrics) lock(err error) {
 
 func (m *metrics) unlocked(held time.Duration) {
 	if m != nil {
-		m.locked.Observe(held.Seconds())
+		m.lockHeld.Observe(held.Seconds())
 	}
 }
 
@@ -149,17 +130,18 @@ func (m *metrics) repair(reclaimed, refilled, trimmed int) {
 	}
 }
 
-// scriptNames are those that a webhook runs.
+// scriptNames are the scripts that a webhook runs.
 var scriptNames = []string{"acquire", "maintain", "release"}
 
-// errorKinds are the kinds of errors of the queue: by the first word of what Redis answers, and those without an answer.
-var errorKinds = []string{"READONLY", "LOADING", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "MOVED", "ASK", "TRYAGAIN", "OOM", "BUSY", "MISCONF",
-	"NOAUTH", "WRONGPASS", "NOPERM", kindUnreached, kindUnanswered, kindCanceled, kindOther}
+// errorKinds are the kinds of errors of the queue: first words of error replies of Redis,
+// and kinds of our own.
+var errorKinds = []string{"READONLY", "LOADING", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "MOVED", "ASK", "TRYAGAIN",
+	"OOM", "BUSY", "MISCONF", "NOAUTH", "WRONGPASS", "NOPERM", kindUnreached, kindUnanswered, kindCanceled, kindOther}
 
 const (
-	kindUnreached  = "unreached"  // no connection, or no server known
+	kindUnreached  = "unreached"  // no connection, or no known server
 	kindUnanswered = "unanswered" // no answer in time, or the connection broke
-	kindCanceled   = "canceled"   // whoever asked gave up
+	kindCanceled   = "canceled"   // the caller gave up
 	kindOther      = "other"
 )
 
@@ -189,8 +171,10 @@ func kindOfError(err error) string {
 	return kindOther
 }
 
-// isPermissionError reports whether Redis answers so when the user of a script may not do something: 7.0, and later ones.
+// isPermissionError reports whether Redis refused a command of a script, or a key, to the
+// user. Redis 7.0 answers one text, later versions another.
 func isPermissionError(text string) bool {
-	return strings.Contains(text, "can't run this command") || strings.Contains(text, "can't access at least one of the keys") ||
+	return strings.Contains(text, "can't run this command") ||
+		strings.Contains(text, "can't access at least one of the keys") ||
 		strings.Contains(text, "ACL failure in script")
 }

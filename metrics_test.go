@@ -13,18 +13,20 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// samples are the metrics of a scrape, by name and labels as they stand there.
+// samples are the metrics of a scrape, by name with labels, as exported.
 type samples map[string]float64
 
-// scrape scrapes the webhook. It checks what promtool has to say of it.
+// scrape scrapes the webhook, and checks the metrics with promtool.
 func (w *testWebhook) scrape(t *testing.T) samples {
 	t.Helper()
 	rec := httptest.NewRecorder()
 	w.healthRoutes().ServeHTTP(rec, httptest.NewRequest(http.MethodGet, "/metrics", nil))
 	if rec.Code != http.StatusOK {
-		t.Fatalf("%d %s", rec.Code, rec.Body)
+		t.Fatalf("scrape: got %d %s", rec.Code, rec.Body)
 	}
 	text := rec.Body.String()
 	check := exec.Command("promtool", "check", "metrics")
@@ -48,31 +50,31 @@ func (w *testWebhook) scrape(t *testing.T) samples {
 	return all
 }
 
-// watchCertificate adds the certificate of a folder to the metrics.
+// watchCertificate adds the certificate in a folder to the metrics.
 func (w *testWebhook) watchCertificate(t *testing.T, dir string) *certificate {
 	t.Helper()
 	cert, err := loadCertificate(dir, slog.New(slog.DiscardHandler))
-	must(t, err)
+	rig.Must(t, err)
 	w.semaphores.metrics.watchCertificate(cert)
 	return cert
 }
 
-// want checks samples, the names of which are given without their prefix.
+// want compares samples. Its names have no prefix.
 func (s samples) want(t *testing.T, want map[string]float64) {
 	t.Helper()
 	for name, value := range want {
 		if got, ok := s[metricsPrefix+name]; !ok || got != value {
-			t.Errorf("%s is %v (there: %t), want %v", name, got, ok, value)
+			t.Errorf("%s is %v (exported: %t), want %v", name, got, ok, value)
 		}
 	}
 }
 
 func TestMetrics(t *testing.T) {
-	forOneServer(t)
-	r := startRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	rig.SkipUnderSentinel(t)
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	dir := t.TempDir()
-	writeCertificate(t, dir, 1)
+	rig.WriteCertificate(t, dir, 1)
 	cert := w.watchCertificate(t, dir)
 	before := w.scrape(t)
 	before.want(t, map[string]float64{
@@ -86,13 +88,13 @@ func TestMetrics(t *testing.T) {
 	w.wantAdmitted(t, id, 2)
 	w.wantAdmitted(t, id, 2)
 	w.wantFull(t, id, 2, 2)
-	w.admit(t, review(t, id, -1))
+	w.admit(t, rig.Review(t, id, -1))
 	if status, text, err := w.post(t.Context(), []byte("{"), ""); err != nil || status != http.StatusBadRequest {
-		t.Errorf("%d %s, %v", status, text, err)
+		t.Errorf("got %d %s, %v", status, text, err)
 	}
-	eventually(t, 5*time.Second, func() error { // the lock is freed in the background
+	rig.Eventually(t, 5*time.Second, func() error { // the webhook frees the lock in the background
 		if n := w.scrape(t)[metricsPrefix+"lock_held_seconds_count"]; n != 1 {
-			return fmt.Errorf("%v locks were freed", n)
+			return fmt.Errorf("%v locks were freed, want 1", n)
 		}
 		return nil
 	})
@@ -101,32 +103,35 @@ func TestMetrics(t *testing.T) {
 		`admission_duration_seconds_count{verdict="full"}`:        1,
 		`admission_duration_seconds_count{verdict="invalid"}`:     1,
 		`admission_duration_seconds_count{verdict="bad request"}`: 1,
-		`script_duration_seconds_count{script="acquire"}`:         5, // one learns the clock of Redis, and one that tokens are missing
-		`script_duration_seconds_count{script="maintain"}`:        1,
-		`lock_attempts_total{outcome="taken"}`:                    1,
-		`lock_attempts_total{outcome="failed"}`:                   0,
-		`repaired_tokens_total{action="refilled"}`:                2,
-		`repaired_tokens_total{action="reclaimed"}`:               0,
+		// One acquire gets only the clock of Redis, and one gets that tokens are missing.
+		`script_duration_seconds_count{script="acquire"}`:  5,
+		`script_duration_seconds_count{script="maintain"}`: 1,
+		`lock_attempts_total{outcome="taken"}`:             1,
+		`lock_attempts_total{outcome="failed"}`:            0,
+		`repaired_tokens_total{action="refilled"}`:         2,
+		`repaired_tokens_total{action="reclaimed"}`:        0,
 	})
 
-	if n := w.scrape(t)[metricsPrefix+"redis_connections"]; n < 2 || n > 4 { // the queue's and the lock's, and those of scrapes
-		t.Errorf("%v connections", n)
+	// connections of the queue, the lock and scrapes
+	if n := w.scrape(t)[metricsPrefix+"redis_connections"]; n < 2 || n > 4 {
+		t.Errorf("%v connections are exported, want 2 to 4", n)
 	}
 
-	// Stale tokens are reclaimed.
-	for _, token := range r.inflight(t, id) {
-		r.do(t, "ZADD", id.inflightKey(), 1, token)
+	// Stale tokens are counted when reclaimed.
+	for _, token := range r.Inflight(t, id) {
+		r.Do(t, "ZADD", id.inflightKey(), 1, token)
 	}
-	r.askedLongAgo(t, id)
+	r.ForgetLength(t, id)
 	w.wantAdmitted(t, id, 2)
 	w.scrape(t).want(t, map[string]float64{`repaired_tokens_total{action="reclaimed"}`: 2})
 
-	// What Redis answers is counted by its kind.
-	r.do(t, "CONFIG", "SET", "min-replicas-to-write", 1)
-	if status, text, err := w.post(t.Context(), review(t, freshID(), 2), "1s"); err != nil || status != http.StatusInternalServerError {
-		t.Errorf("%d %s, %v", status, text, err)
+	// Errors of Redis are counted by kind.
+	r.Do(t, "CONFIG", "SET", "min-replicas-to-write", 1)
+	status, text, err := w.post(t.Context(), rig.Review(t, freshID(), 2), "1s")
+	if err != nil || status != http.StatusInternalServerError {
+		t.Errorf("got %d %s, %v", status, text, err)
 	}
-	r.do(t, "CONFIG", "SET", "min-replicas-to-write", 0)
+	r.Do(t, "CONFIG", "SET", "min-replicas-to-write", 0)
 	after := w.scrape(t)
 	if n := after[metricsPrefix+`redis_errors_total{kind="NOREPLICAS"}`]; n < 1 {
 		t.Errorf("NOREPLICAS was counted %v times", n)
@@ -134,27 +139,27 @@ func TestMetrics(t *testing.T) {
 	after.want(t, map[string]float64{`admission_duration_seconds_count{verdict="failed"}`: 1})
 }
 
-// Each kind of error is told from the others, and no kind is made up.
+// kindOfError tells the kinds apart, and returns only known kinds.
 func TestKindsOfErrors(t *testing.T) {
-	r := startRedis(t)
-	s := testSemaphores(t, r.address)
-	r.do(t, "ACL", "SETUSER", "default", "-zadd")
+	r := rig.StartRedis(t)
+	s := testSemaphores(t, r.Address)
+	r.Do(t, "ACL", "SETUSER", "default", "-zadd")
 	_, err := s.heartbeat(t.Context(), freshID(), "token", "", 0)
 	if kind := kindOfError(err); err == nil || kind != "NOPERM" {
-		t.Errorf("%v is a %s", err, kind)
+		t.Errorf("%v: kind %s, want NOPERM", err, kind)
 	}
-	r.do(t, "ACL", "SETUSER", "default", "+zadd")
-	r.stop()
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	r.Do(t, "ACL", "SETUSER", "default", "+zadd")
+	r.Stop()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
 	_, err = s.heartbeat(ctx, freshID(), "token", "", 0)
 	if kind := kindOfError(err); err == nil || kind != kindUnreached {
-		t.Errorf("%v is a %s", err, kind)
+		t.Errorf("%v: kind %s, want unreached", err, kind)
 	}
 	if kind := kindOfError(fmt.Errorf("x: %w", errUnanswered)); kind != kindUnanswered {
-		t.Errorf("a %s", kind)
+		t.Errorf("an unanswered command: kind %s", kind)
 	}
 	if kind := kindOfError(fmt.Errorf("whatever")); kind != kindOther || !slices.Contains(errorKinds, kind) {
-		t.Errorf("a %s", kind)
+		t.Errorf("an unknown error: kind %s", kind)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -12,10 +13,11 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// patch is a JSON patch (RFC 6902) in the making: the text of its steps, without the brackets around all of them.
+// patch is an unfinished JSON patch (RFC 6902): the text of its steps, without the
+// brackets around them.
 type patch struct{ text []byte }
 
-// step begins a step; what follows the path, and the end of it, is to be appended.
+// step begins a step. The caller appends what follows the path, and the closing brace.
 func (p *patch) step(op string, path []string) {
 	if len(p.text) > 0 {
 		p.text = append(p.text, ',')
@@ -34,10 +36,10 @@ func (p *patch) remove(path ...string) {
 	p.text = append(p.text, '}')
 }
 
-// test lets the whole patch fail where the value, which is JSON, is another one.
+// test makes the patch fail unless the value at path equals value, which is JSON.
 func (p *patch) test(value []byte, path ...string) { p.valued("test", value, path) }
 
-// valued is a step with a value.
+// valued adds a step that has a value.
 func (p *patch) valued(op string, value []byte, path []string) {
 	p.step(op, path)
 	p.text = append(p.text, `,"value":`...)
@@ -53,7 +55,8 @@ func (p *patch) removeNamed(list string, items []string, names ...string) {
 	}
 }
 
-// appendTo appends an item to a list in the pod's spec, or makes the list if it is not there; then it is.
+// appendTo appends an item to a list in the pod's spec. It makes the list if it is not
+// there, and then sets there.
 func (p *patch) appendTo(list string, there *bool, item []byte) {
 	if !*there {
 		p.add(jsonList(item), "spec", list)
@@ -63,7 +66,7 @@ func (p *patch) appendTo(list string, there *bool, item []byte) {
 	*there = true
 }
 
-func (p *patch) json() []byte { return jsonList(p.text) }
+func (p patch) json() []byte { return jsonList(p.text) }
 
 // jsonList is a list of items.
 func jsonList(items ...[]byte) []byte {
@@ -81,9 +84,9 @@ func jsonList(items ...[]byte) []byte {
 	return append(list, ']')
 }
 
-// jsonText is a text as JSON.
+// jsonText encodes a text as JSON.
 func jsonText(text string) []byte {
-	encoded, _ := json.Marshal(text) // which a string does not make fail
+	encoded, _ := json.Marshal(text) // cannot fail for a string
 	return encoded
 }
 
@@ -99,8 +102,8 @@ func jsonPointer(steps ...string) string {
 
 var pointerEscapes = strings.NewReplacer("~", "~0", "/", "~1")
 
-// injector makes the patches that give pods their sidecars. What it injects is made once, with holes for the few values that differ from pod
-// to pod.
+// injector makes the patches that give pods their sidecars. It encodes what it injects
+// once, with holes for the few values that differ from pod to pod.
 type injector struct {
 	config   webhookConfig
 	sidecars [resourceKinds]template
@@ -136,21 +139,23 @@ func newInjector(c webhookConfig) (*injector, error) {
 	return i, err
 }
 
-// holes are values that no pod can have. Each makes one argument of the sidecar, which newTemplate finds.
+// holes has values that no pod can have. Each is one argument of the sidecar, which
+// newTemplate finds.
 var holes = struct {
 	id    semaphoreID
 	spec  semaphoreSpec
 	token string
 }{semaphoreID{"{namespace}", "{key}"}, semaphoreSpec{length: 123456789, expiration: 987654321 * time.Second}, "{token}"}
 
-// template is the text of a sidecar, in pieces; hole n is behind piece n.
+// template is the text of a sidecar in pieces; hole n follows piece n.
 type template struct {
 	pieces []string
-	holes  []int // indexes into what fill is given
+	holes  []int // indexes into the arguments of fill
 }
 
 func newTemplate(text string) (t template) {
-	arguments := []string{lengthFlag(holes.spec.length), expirationFlag(holes.spec.expiration), holes.id.String(), holes.token}
+	arguments := []string{lengthFlag(holes.spec.length), expirationFlag(holes.spec.expiration),
+		holes.id.String(), holes.token}
 	for {
 		at, hole := len(text), -1
 		for n, argument := range arguments {
@@ -167,7 +172,7 @@ func newTemplate(text string) (t template) {
 	}
 }
 
-// fill is the text for a pod.
+// fill returns the text for one pod.
 func (t template) fill(id semaphoreID, spec semaphoreSpec, token string) []byte {
 	arguments := [...]string{lengthFlag(spec.length), expirationFlag(spec.expiration), id.String(), token}
 	text := make([]byte, 0, 2048)
@@ -180,14 +185,17 @@ func (t template) fill(id semaphoreID, spec semaphoreSpec, token string) []byte 
 	return text
 }
 
-// patch is the JSON patch that gives a pod its sidecar, for a token that the webhook has taken, or without one for a
-// pod that is to wait for it. It only adds to the pod, but for what another such patch has added, as in a pod that was made from
-// the YAML of another: that is removed.
+// patch returns the JSON patch that gives a pod its sidecar: with the token that the
+// webhook has taken, or without one for a pod that waits. It only adds to the pod, with
+// one exception. A pod made from the YAML of another may have what a former patch added:
+// that is removed.
 //
-// A native sidecar goes first in initContainers, and second the container that awaits its token. Kubernetes starts init
-// containers in order, and none before the one before it has started, if it is a sidecar, or else has ended well: so no other
-// container runs without a token. It stops sidecars in reverse order after the app. A classic sidecar goes last in containers,
-// so that the app stays the default container of kubectl.
+// A native sidecar goes first in initContainers, and the container that awaits its token
+// second. Kubernetes starts init containers in order. It starts none before the previous
+// one has started, if that is a sidecar, or else has succeeded: so no other container
+// runs without a token. It stops sidecars after the app, in reverse order. A classic
+// sidecar goes last in containers, so that the app stays the default container of
+// kubectl.
 func (i *injector) patch(p *pod, id semaphoreID, spec semaphoreSpec, token string) []byte {
 	steps := patch{make([]byte, 0, 4096)}
 	steps.removeNamed("initContainers", namesOf(p.Spec.InitContainers), sidecarName, awaitName)
@@ -230,7 +238,8 @@ func (i *injector) patch(p *pod, id semaphoreID, spec semaphoreSpec, token strin
 	return steps.json()
 }
 
-// setGate lets the pod have our scheduling gate and label, or not: one that is made from the YAML of another may have them already.
+// setGate adds our scheduling gate and label, or removes them: a pod made from the YAML
+// of another may have them already.
 func setGate(steps *patch, p *pod, gated bool) {
 	_, labelled := p.Metadata.Labels[labelGated]
 	if !gated {
@@ -249,4 +258,226 @@ func setGate(steps *patch, p *pod, gated bool) {
 	} else {
 		steps.add(jsonText("true"), "metadata", "labels", labelGated)
 	}
+}
+
+// Where the sidecar finds the certificates that it trusts for rediss://, and those for
+// etcd.
+const (
+	caVolumeName   = "at-least-semaphore-pod-redis-ca"
+	etcdVolumeName = "at-least-semaphore-pod-etcd-tls"
+	mountPath      = "/var/run/at-least-semaphore-pod-hook/"
+	caMountPath    = mountPath + "redis-ca"
+	etcdMountPath  = mountPath + "etcd-tls"
+	caFileName     = "ca.crt"
+)
+
+// nobody is the user and group "nonroot" of the distroless image. The containers set
+// them, so that they run even if the pod's security context sets root.
+const nobody int64 = 65532
+
+// What a container knows of its pod: the UID, by which await and sidecar find each other,
+// and the names that people know.
+var (
+	podUIDVariable   = fieldVariable("POD_UID", "metadata.uid")
+	podNameVariable  = fieldVariable("POD_NAME", "metadata.name")
+	nodeNameVariable = fieldVariable("NODE_NAME", "spec.nodeName")
+)
+
+// oneProcessor sets GOMAXPROCS for the injected containers, which need no more. Go keeps
+// memory for each processor: with two, that is a tenth of a sidecar's memory. Go reads
+// the variable before main begins; setting it later would cost more.
+var oneProcessor = corev1.EnvVar{Name: "GOMAXPROCS", Value: "1"}
+
+// podUIDReference is replaced by Kubernetes in arguments: the token of a pod that
+// acquires it itself.
+const podUIDReference = "$(POD_UID)"
+
+func fieldVariable(name, path string) corev1.EnvVar {
+	return corev1.EnvVar{Name: name, ValueFrom: &corev1.EnvVarSource{
+		FieldRef: &corev1.ObjectFieldSelector{FieldPath: path},
+	}}
+}
+
+// injectedContainer is a container that runs this program. It passes PodSecurity
+// "restricted".
+func injectedContainer(c webhookConfig, name string, resources corev1.ResourceRequirements,
+	args ...string) corev1.Container {
+	return corev1.Container{
+		Name:                     name,
+		Image:                    c.sidecarImage,
+		ImagePullPolicy:          corev1.PullIfNotPresent,
+		Args:                     args,
+		Env:                      []corev1.EnvVar{oneProcessor},
+		Resources:                resources,
+		TerminationMessagePolicy: corev1.TerminationMessageFallbackToLogsOnError,
+		SecurityContext: &corev1.SecurityContext{
+			AllowPrivilegeEscalation: new(false),
+			Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
+			ReadOnlyRootFilesystem:   new(true),
+			RunAsGroup:               new(nobody),
+			RunAsNonRoot:             new(true),
+			RunAsUser:                new(nobody),
+			SeccompProfile:           &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+		},
+	}
+}
+
+// sidecarContainer returns the container that runs the sidecar mode, and its volumes.
+func sidecarContainer(c webhookConfig, resources corev1.ResourceRequirements, id semaphoreID, spec semaphoreSpec,
+	token string) (corev1.Container, []corev1.Volume) {
+	sidecar := injectedContainer(c, sidecarName, resources,
+		"sidecar",
+		"--queue-redis-address="+c.queueRedisAddress.String(),
+		"--heartbeat-interval-seconds="+strconv.Itoa(seconds(c.heartbeatInterval)),
+		"--stale-threshold-seconds="+strconv.Itoa(seconds(c.staleThreshold)))
+	sidecar.Env = append(sidecar.Env, podNameVariable, nodeNameVariable)
+	var volumes []corev1.Volume
+	if c.sidecarRedisSecret != "" {
+		sidecar.Env = append(sidecar.Env,
+			secretVariable("REDIS_USERNAME", c.sidecarRedisSecret, "username", true),
+			secretVariable("REDIS_PASSWORD", c.sidecarRedisSecret, "password",
+				c.redis.password == "" && c.redis.sentinelPassword != ""))
+	}
+	if c.redis.sentinelPassword != "" {
+		sidecar.Env = append(sidecar.Env,
+			secretVariable("REDIS_SENTINEL_USERNAME", c.sidecarRedisSecret, "sentinel-username", true),
+			secretVariable("REDIS_SENTINEL_PASSWORD", c.sidecarRedisSecret, "sentinel-password", false))
+	}
+	if c.sidecarRedisCA.name != "" {
+		sidecar.Args = append(sidecar.Args, "--redis-ca-file="+path.Join(caMountPath, caFileName))
+		sidecar.VolumeMounts = append(sidecar.VolumeMounts,
+			corev1.VolumeMount{Name: caVolumeName, MountPath: caMountPath, ReadOnly: true})
+		volumes = append(volumes, caVolume(c.sidecarRedisCA))
+	}
+	if c.enableSidecarContainers {
+		volumes = append(volumes, addNative(&sidecar, c, spec)...)
+	}
+	sidecar.Args = append(sidecar.Args, id.String(), token)
+	return sidecar, volumes
+}
+
+func lengthFlag(length int) string { return "--length=" + strconv.Itoa(length) }
+func expirationFlag(expiration time.Duration) string {
+	return "--expiration-seconds=" + strconv.Itoa(seconds(expiration))
+}
+
+// addNative makes it a native sidecar that acquires its token, in line if needed. It
+// returns the volumes for that.
+func addNative(sidecar *corev1.Container, c webhookConfig, spec semaphoreSpec) (volumes []corev1.Volume) {
+	sidecar.RestartPolicy = new(corev1.ContainerRestartPolicyAlways)
+	sidecar.Env = append(sidecar.Env, podUIDVariable)
+	sidecar.Args = append(sidecar.Args,
+		lengthFlag(spec.length),
+		expirationFlag(spec.expiration),
+		"--lock-mode="+c.lockMode)
+	if c.lockMode != lockModeEtcd {
+		sidecar.Args = append(sidecar.Args, "--redis-addresses="+strings.Join(c.redisAddresses, ","))
+		return nil
+	}
+	sidecar.Args = append(sidecar.Args, "--etcd-addresses="+strings.Join(c.etcdAddresses, ","))
+	if c.etcd.username != "" {
+		sidecar.Env = append(sidecar.Env,
+			secretVariable("ETCD_USERNAME", c.sidecarEtcdSecret, "username", false),
+			secretVariable("ETCD_PASSWORD", c.sidecarEtcdSecret, "password", false))
+	}
+	var items []corev1.KeyToPath
+	file := func(flag, name string) {
+		items = append(items, corev1.KeyToPath{Key: name, Path: name})
+		sidecar.Args = append(sidecar.Args, "--"+flag+"="+path.Join(etcdMountPath, name))
+	}
+	if c.etcd.caFile != "" {
+		file("etcd-ca-file", caFileName)
+	}
+	if c.etcd.certFile != "" {
+		file("etcd-cert-file", corev1.TLSCertKey)
+		file("etcd-key-file", corev1.TLSPrivateKeyKey)
+	}
+	if items == nil {
+		return nil
+	}
+	sidecar.VolumeMounts = append(sidecar.VolumeMounts,
+		corev1.VolumeMount{Name: etcdVolumeName, MountPath: etcdMountPath, ReadOnly: true})
+	return []corev1.Volume{{Name: etcdVolumeName, VolumeSource: corev1.VolumeSource{
+		Secret: &corev1.SecretVolumeSource{SecretName: c.sidecarEtcdSecret, Items: items},
+	}}}
+}
+
+// awaitContainer returns the init container that ends when the sidecar holds the token.
+func awaitContainer(c webhookConfig, resources corev1.ResourceRequirements) corev1.Container {
+	await := injectedContainer(c, awaitName, resources, "await")
+	await.Env = append(await.Env, podUIDVariable)
+	if c.restartAwait {
+		await.RestartPolicy = new(corev1.ContainerRestartPolicyOnFailure)
+	}
+	return await
+}
+
+func secretVariable(name, secret, key string, optional bool) corev1.EnvVar {
+	return corev1.EnvVar{Name: name, ValueFrom: &corev1.EnvVarSource{SecretKeyRef: &corev1.SecretKeySelector{
+		LocalObjectReference: corev1.LocalObjectReference{Name: secret}, Key: key, Optional: &optional,
+	}}}
+}
+
+// caVolume returns the volume with the certificates that the sidecar trusts.
+func caVolume(from objectReference) corev1.Volume {
+	volume := corev1.Volume{Name: caVolumeName}
+	items := []corev1.KeyToPath{{Key: caFileName, Path: caFileName}}
+	if from.kind == "secret" {
+		volume.Secret = &corev1.SecretVolumeSource{SecretName: from.name, Items: items}
+	} else {
+		name := corev1.LocalObjectReference{Name: from.name}
+		volume.ConfigMap = &corev1.ConfigMapVolumeSource{LocalObjectReference: name, Items: items}
+	}
+	return volume
+}
+
+// resourceKind selects the requests and limits of each injected container.
+type resourceKind int
+
+const (
+	resourcesBurstable  resourceKind = iota
+	resourcesGuaranteed              // a pod of this QoS class keeps it
+	resourcesOfPod                   // none: requests above the resources of the pod as a whole may get it refused
+	resourceKinds
+)
+
+func resourceKindOf(p *pod) resourceKind {
+	switch {
+	case len(p.Spec.Resources.Limits)+len(p.Spec.Resources.Requests) > 0:
+		return resourcesOfPod
+	case p.isGuaranteed():
+		return resourcesGuaranteed
+	}
+	return resourcesBurstable
+}
+
+func (k resourceKind) resources(c webhookConfig) corev1.ResourceRequirements {
+	switch k {
+	case resourcesOfPod:
+		return corev1.ResourceRequirements{}
+	case resourcesGuaranteed:
+		return corev1.ResourceRequirements{Requests: c.sidecarLimits, Limits: c.sidecarLimits}
+	}
+	return corev1.ResourceRequirements{Requests: c.sidecarRequests, Limits: c.sidecarLimits}
+}
+
+// isGuaranteed reports whether a pod, without what is injected, is of the QoS class
+// Guaranteed. Then each container has limits for CPU and memory, and requests that equal
+// them, or none, which means the same.
+func (p *pod) isGuaranteed() bool {
+	for _, list := range [][]podContainer{p.Spec.InitContainers, p.Spec.Containers} {
+		for _, c := range list {
+			if c.Name == sidecarName || c.Name == awaitName {
+				continue
+			}
+			for _, name := range []corev1.ResourceName{corev1.ResourceCPU, corev1.ResourceMemory} {
+				limit := c.Resources.Limits[name]
+				request, ok := c.Resources.Requests[name]
+				if limit.IsZero() || ok && request.Cmp(limit) != 0 {
+					return false
+				}
+			}
+		}
+	}
+	return true
 }

@@ -15,34 +15,92 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// queue is the Redis that holds the tokens: one server, a Sentinel group or a Cluster. It knows which server to ask, and learns it
-// anew when that one fails.
-type queue interface {
-	// find returns the server that holds a semaphore. Its errors are errUnreached, or ctx's.
+// semaphoreID names a semaphore: a namespace, and the key that its pods share.
+type semaphoreID struct{ namespace, key string }
+
+func (id semaphoreID) String() string { return id.namespace + "/" + id.key }
+
+// The keys in Redis. The braces are a hash tag of Redis Cluster: all keys of a semaphore
+// are in one slot.
+func (id semaphoreID) queueKey() string    { return "queue/{" + id.String() + "}" }
+func (id semaphoreID) inflightKey() string { return "inflight/{" + id.String() + "}" }
+func (id semaphoreID) waitersKey() string  { return "waiters/{" + id.String() + "}" }
+func (id semaphoreID) seenKey() string     { return "seen/{" + id.String() + "}" }
+func (id semaphoreID) namesKey() string    { return "names/{" + id.String() + "}" }
+func (id semaphoreID) stateKey() string    { return "state/{" + id.String() + "}" }
+func (id semaphoreID) lockKey() string     { return "lock/{" + id.String() + "}" }
+
+// channel is the Pub/Sub channel of a waiter. Redis publishes to it when a token is free
+// for the waiter.
+func (id semaphoreID) channel(token string) string { return id.waitersKey() + "/" + token }
+
+// keys returns the KEYS of the scripts, in their order.
+func (id semaphoreID) keys() []any {
+	return []any{id.queueKey(), id.inflightKey(), id.waitersKey(), id.seenKey(), id.namesKey(), id.stateKey()}
+}
+
+// queueKind says how the queue's Redis fails over.
+type queueKind int
+
+const (
+	queueServerAlone queueKind = iota // one server, or a provider's address that leads to the primary
+	queueSentinel                     // the primary that Sentinels name
+	queueCluster                      // a Redis Cluster
+)
+
+// queueAddress is the address of the queue's Redis.
+type queueAddress struct {
+	kind    queueKind
+	servers []string // the server, the Sentinels, or some nodes of the Cluster: [SCHEME]HOST:PORT
+	name    string   // the primary's name at the Sentinels
+	text    string   // the value of the flag
+}
+
+func (a queueAddress) String() string { return a.text }
+
+// scheme returns the scheme of the servers: "", "redis://" or "rediss://".
+func (a queueAddress) scheme() string {
+	scheme, _, found := strings.Cut(a.servers[0], "://")
+	if !found {
+		return ""
+	}
+	return scheme + "://"
+}
+
+// tokenServers is the Redis that holds the tokens: one server, a Sentinel group or a
+// Cluster. It finds the server of a semaphore, and looks it up again after a failure.
+type tokenServers interface {
+	// find returns the server that holds a semaphore. Its errors wrap errUnreached, or
+	// ctx's error.
 	find(ctx context.Context, id semaphoreID) (*queueServer, error)
 
-	// failed is told why a server has not run a command: what it answered, or that it did not.
+	// failed reports that a server has not run a command, with its error reply or the
+	// reason that there is none.
 	failed(server *queueServer, id semaphoreID, err error)
 
-	// at returns the server of an address, as a Cluster names it in its answers.
+	// at returns the server at an address that a redirection of a Cluster names.
 	at(address string) *queueServer
 
-	// primaries are all servers that take writes: all semaphores are on them.
+	// primaries returns all servers that take writes. They hold all semaphores.
 	primaries(ctx context.Context) ([]*queueServer, error)
 
-	// part names the part of the queue that a semaphore is in: all of a part fails, and comes back, together.
+	// part identifies the part of the queue that holds a semaphore. A part fails and
+	// recovers as a whole.
 	part(id semaphoreID) int
 
-	// checks are semaphores that no pod can have, on which to try whether the queue takes writes: if one works, some pods are served.
+	// checks returns semaphores that no pod can have, to test whether the queue takes
+	// writes. If one test succeeds, the queue serves some pods.
 	checks() []semaphoreID
 
 	close() error
 }
 
-// newQueue makes the queue of an address. maxIdle is how many idle connections are kept to each server; a process that keeps
-// several looks every second whether a Sentinel group has another primary by now.
-func newQueue(address queueAddress, settings redisSettings, maxIdle int, log *slog.Logger) queue {
-	if address.kind != queueServerAlone { // whose name a provider may move to another address at any time
+// newTokenServers makes the queue of an address. It keeps up to maxIdle idle connections
+// to each server. If maxIdle is more than one, it asks Sentinels every second for a new
+// primary.
+func newTokenServers(address queueAddress, settings redisSettings, maxIdle int, log *slog.Logger) tokenServers {
+	// A provider may move the name of a single server at any time, so it has no cache.
+	if address.kind != queueServerAlone {
 		settings.resolver = newResolver()
 	}
 	switch address.kind {
@@ -59,24 +117,29 @@ type queueServer struct {
 	address string
 	pool    *redisPool
 	clock   serverClock
-	left    atomic.Bool // the queue has another server now, and the pool is closed
+	closed  atomic.Bool // the pool is closed: another server has replaced this one, or the queue is closed
 
-	asking, repairing slots // of this process, for its semaphores
+	acquires, repairs slots // acquires and repairs of this process; see maxAcquires
 }
 
 func newQueueServer(address string, settings redisSettings, maxIdle int) *queueServer {
-	return &queueServer{address: address, pool: newRedisPool(address, settings, maxIdle, redisReadTimeout),
-		asking: make(slots, maxAsking), repairing: make(slots, maxRepairing)}
+	return &queueServer{
+		address:  address,
+		pool:     newRedisPool(address, settings, maxIdle, redisReadTimeout),
+		acquires: make(slots, maxAcquires),
+		repairs:  make(slots, maxRepairing),
+	}
 }
 
 func (s *queueServer) String() string { return "queue Redis " + s.address }
 
 func (s *queueServer) close() error {
-	s.left.Store(true)
+	s.closed.Store(true)
 	return s.pool.Close()
 }
 
-// oneServer is a queue of one server, or of an address behind which another may be at any time.
+// oneServer is a queue of one server, or of a provider's address that may lead to another
+// server at any time.
 type oneServer struct{ server *queueServer }
 
 func (q oneServer) find(context.Context, semaphoreID) (*queueServer, error) { return q.server, nil }
@@ -89,14 +152,15 @@ func (q oneServer) primaries(context.Context) ([]*queueServer, error) {
 }
 func (q oneServer) close() error { return q.server.close() }
 
-// sideTimeout bounds a question to the queue that an answer does not depend on.
-const sideTimeout = 300 * time.Millisecond
+// auxiliaryTimeout bounds a query whose result is optional for the caller.
+const auxiliaryTimeout = 300 * time.Millisecond
 
-// askQueue sends a command that is about no semaphore of a pod, once, and no longer than sideTimeout.
-func askQueue(ctx context.Context, q queue, command string, args ...any) (any, error) {
-	ctx, cancel := context.WithTimeout(ctx, sideTimeout)
+// runCommand sends a command that concerns no semaphore of a pod. It tries once, for at
+// most auxiliaryTimeout.
+func runCommand(ctx context.Context, q tokenServers, command string, args ...any) (any, error) {
+	ctx, cancel := context.WithTimeout(ctx, auxiliaryTimeout)
 	defer cancel()
-	server, err := q.find(ctx, sideID)
+	server, err := q.find(ctx, auxiliaryID)
 	if err != nil {
 		return nil, err
 	}
@@ -108,27 +172,29 @@ func askQueue(ctx context.Context, q queue, command string, args ...any) (any, e
 	return redis.DoContext(conn, ctx, command, args...)
 }
 
-// sideID is a semaphore that no pod can have, whose keys are for all else that is to be known: in a Cluster, they are on one node.
-var sideID = semaphoreID{checkID(0).namespace, "side"}
+// auxiliaryID is a semaphore that no pod can have. Its keys hold all other state, so that a
+// Cluster keeps them on one node.
+var auxiliaryID = semaphoreID{checkID(0).namespace, "side"}
 
-// checkID is a semaphore that no pod can have: there is no such namespace.
+// checkID returns a semaphore that no pod can have: "-" is no valid namespace.
 func checkID(n int) semaphoreID { return semaphoreID{"-", fmt.Sprintf("check-%d", n)} }
 
-// errUnanswered is in the error of a command that may have been run, as its answer did not come; errUnreached in that of one that
-// was not sent, as there was no server to send it to.
 var (
-	errUnanswered = errors.New("no answer")
-	errUnreached  = errors.New("out of reach")
+	errUnanswered = errors.New("no answer")    // Redis may have run the command
+	errUnreached  = errors.New("out of reach") // there was no server to send the command to
 )
 
-// isUnreachable reports whether the error of a connection that was to be made says that the server is away, and may be back, or have
-// a successor, in a moment. It is not for one that will not take our certificate or password.
+// isUnreachable reports whether a dial failed because the server is away: it, or a new
+// primary, may answer in a moment. It is false if the server refuses our certificate or
+// password.
 func isUnreachable(err error) bool {
 	var network *net.OpError
-	return errors.As(err, &network) || errors.Is(err, io.EOF) || errors.Is(err, context.DeadlineExceeded) || isTransient(err)
+	return errors.As(err, &network) || errors.Is(err, io.EOF) || errors.Is(err, context.DeadlineExceeded) ||
+		isTransient(err)
 }
 
-// isTransient reports whether a server answers that it is not, or not yet, or no longer, the one to ask: soon it, or another, may be.
+// isTransient reports whether a server answers that it cannot serve the command now: it,
+// or another server, may do so soon.
 func isTransient(err error) bool {
 	var answered redis.Error
 	if !errors.As(err, &answered) {
@@ -142,136 +208,131 @@ func isTransient(err error) bool {
 	return isPartlyRun(answered)
 }
 
-// isPartlyRun reports whether a script was cut off, as a key that it had used up was looked for where its slot is moving to. What it
-// has done stays done; it goes on when it is run again.
+// isPartlyRun reports whether a script ended half-way: it emptied a key, and Redis then
+// looked for that key on the node that its slot is moving to. The changes stay, and the
+// next run completes them.
 func isPartlyRun(answered redis.Error) bool {
 	return strings.Contains(answered.Error(), "non local key")
 }
 
-// lookups sees to it that there is one look-up at a time, for all that want its result. The next one begins a moment after its end.
-type lookups struct {
-	// look returns nil once it knows more, or ctx's error. It is to note each error on the way, or nil.
-	look func(ctx context.Context, note func(error)) error
+// discovery looks up the servers of the queue. One look-up runs at a time, and all
+// callers share its result.
+type discovery struct {
+	// lookUp returns nil once it has found servers, or ctx's error. It passes the errors
+	// on the way to note.
+	lookUp func(ctx context.Context, note func(error)) error
+
+	lookups flights[struct{}, struct{}]
 
 	mu      sync.Mutex
-	running *lookup
-	last    error // that was noted since a look-up succeeded
+	last    error // last error since a look-up succeeded
 	closing context.Context
 	stop    context.CancelFunc
-	all     sync.WaitGroup
-}
-
-// lookup is one that runs, or is about to.
-type lookup struct {
-	lookups *lookups
-	done    chan struct{} // closed at its end
-	err     error
+	running sync.WaitGroup
 }
 
 const (
-	// lookupPause is between two look-ups.
+	// lookupPause is the shortest time between two look-ups, and between two queries of
+	// one.
 	lookupPause = 100 * time.Millisecond
 
-	// lookupTimeout bounds a look-up, and with it what a command that fails meanwhile says.
+	// lookupTimeout bounds a look-up, and a command's wait for it.
 	lookupTimeout = 2 * time.Second
 
-	// askAgain is how long a look-up waits for a server to answer before it asks anew who it is that should.
-	askAgain = 500 * time.Millisecond
+	// requeryAfter is the time after which a look-up repeats its queries if a server does not
+	// answer.
+	requeryAfter = 500 * time.Millisecond
 )
 
 var errQueueClosed = errors.New("this process is stopping")
 
-func newLookups(look func(ctx context.Context, note func(error)) error) *lookups {
+func newDiscovery(lookUp func(ctx context.Context, note func(error)) error) *discovery {
 	closing, stop := context.WithCancel(context.Background())
-	return &lookups{look: look, closing: closing, stop: stop}
+	d := &discovery{lookUp: lookUp, closing: closing, stop: stop}
+	d.lookups.keep, d.lookups.group = lookupPause, &d.running
+	return d
 }
 
-// start begins a look-up, or joins the one that runs.
-func (l *lookups) start() *lookup {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.running != nil {
-		return l.running
+// start begins a look-up, or joins the running one. It returns nil once the queue is
+// closed.
+func (d *discovery) start() *flight[struct{}] {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closing.Err() != nil {
+		return nil
 	}
-	r := &lookup{lookups: l, done: make(chan struct{})}
-	if l.closing.Err() != nil {
-		r.err = errQueueClosed
-		close(r.done)
-		return r
-	}
-	l.running = r
-	l.all.Go(func() {
-		ctx, cancel := context.WithTimeout(l.closing, lookupTimeout)
-		r.err = l.look(ctx, l.note)
-		cancel()
-		l.mu.Lock()
-		if r.err == nil {
-			l.last = nil
-		} else {
-			r.err = l.notFoundLocked(r.err)
+	return d.lookups.join(struct{}{}, struct{}{}, func(struct{}) error {
+		ctx, cancel := context.WithTimeout(d.closing, lookupTimeout)
+		defer cancel()
+		err := d.lookUp(ctx, d.note)
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if err == nil {
+			d.last = nil
+			return nil
 		}
-		l.mu.Unlock()
-		close(r.done)
-		_ = sleep(l.closing, lookupPause) // who comes meanwhile has this result
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		l.running = nil
+		return d.notFoundLocked(err)
 	})
-	return r
 }
 
-func (l *lookups) note(err error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if err != nil {
-		l.last = err
+// wait waits for the end of a look-up, until ctx is done.
+func (d *discovery) wait(ctx context.Context) error {
+	lookup := d.start()
+	if lookup == nil {
+		return errQueueClosed
 	}
-}
-
-// noteFailed notes why a command was not run. (One that may have been is another matter.)
-func (l *lookups) noteFailed(err error) {
-	if !errors.Is(err, errUnanswered) {
-		l.note(err)
-	}
-}
-
-// notFoundLocked is the error of a look-up that has not succeeded, or not yet, and ended for cause. It is errUnreached where the
-// servers may be back, or have successors, in a moment.
-func (l *lookups) notFoundLocked(cause error) error {
-	switch {
-	case l.last == nil:
-		return fmt.Errorf("%w: %w", errUnreached, cause)
-	case isUnreachable(l.last) || errors.Is(l.last, errNotPrimary):
-		return fmt.Errorf("%w: %w", errUnreached, l.last)
-	}
-	return l.last
-}
-
-// wait waits for the end of a look-up, at most until ctx is done.
-func (r *lookup) wait(ctx context.Context) error {
 	select {
-	case <-r.done:
-		return r.err
+	case <-lookup.done:
+		return lookup.err
 	case <-ctx.Done():
-		r.lookups.mu.Lock()
-		defer r.lookups.mu.Unlock()
-		return r.lookups.notFoundLocked(ctx.Err())
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		return d.notFoundLocked(ctx.Err())
 	}
 }
 
-// close ends the look-up that runs, if any; there are no others then.
-func (l *lookups) close() {
-	l.stop()
-	l.all.Wait()
+func (d *discovery) note(err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err != nil {
+		d.last = err
+	}
 }
 
-// errNotPrimary says that a server that should be a primary is not.
+// noteFailed notes why a command was not run. It skips commands that Redis may have run.
+func (d *discovery) noteFailed(err error) {
+	if !errors.Is(err, errUnanswered) {
+		d.note(err)
+	}
+}
+
+// notFoundLocked returns the error of a look-up that ended for cause, or still runs. It
+// wraps errUnreached if the servers, or new primaries, may answer in a moment.
+func (d *discovery) notFoundLocked(cause error) error {
+	switch {
+	case d.last == nil:
+		return fmt.Errorf("%w: %w", errUnreached, cause)
+	case isUnreachable(d.last) || errors.Is(d.last, errNotPrimary):
+		return fmt.Errorf("%w: %w", errUnreached, d.last)
+	}
+	return d.last
+}
+
+// close ends the running look-up, and prevents new ones.
+func (d *discovery) close() {
+	d.mu.Lock()
+	d.stop()
+	d.mu.Unlock()
+	d.running.Wait()
+}
+
+// errNotPrimary means that a server should be a primary, and is not.
 var errNotPrimary = errors.New("is not a primary")
 
 // roleChecks ask servers whether they are primaries.
 type roleChecks struct {
 	settings redisSettings
-	asked    map[string]bool
+	pending  map[string]bool // by address
 	answers  chan roleAnswer
 }
 
@@ -284,12 +345,13 @@ func newRoleChecks(settings redisSettings) *roleChecks {
 	return &roleChecks{settings, map[string]bool{}, make(chan roleAnswer)}
 }
 
-// ask asks a server, until ctx is done, unless it is being asked already.
-func (c *roleChecks) ask(ctx context.Context, address string) {
-	if c.asked[address] {
+// start asks a server in the background, until ctx is done, unless a query to it is
+// pending.
+func (c *roleChecks) start(ctx context.Context, address string) {
+	if c.pending[address] {
 		return
 	}
-	c.asked[address] = true
+	c.pending[address] = true
 	go func() {
 		reply, err := redis.Values(query(ctx, address, c.settings, "ROLE"))
 		var role string
@@ -309,25 +371,27 @@ func (c *roleChecks) ask(ctx context.Context, address string) {
 	}()
 }
 
-// wait waits for an answer, and returns who gave it, or an error that says that it is not a primary, or does not answer. After a
-// while it returns without one.
+// wait waits for an answer and returns the server's address. Its error says that the
+// server is no primary, or does not answer. After requeryAfter, it returns no address.
 func (c *roleChecks) wait(ctx context.Context) (address string, err error) {
 	select {
 	case a := <-c.answers:
-		delete(c.asked, a.address)
+		delete(c.pending, a.address)
 		if a.err != nil {
 			_ = sleep(ctx, lookupPause)
 		}
 		return a.address, a.err
-	case <-time.After(askAgain):
+	case <-time.After(requeryAfter):
 	case <-ctx.Done():
 	}
 	return "", nil
 }
 
-// askAll asks several servers at once and passes on their answers, each as it comes, until take returns true or all have answered.
-// It returns nil in the first case, else the errors of those that failed, if any. ask has to end when ctx does.
-func askAll[S, A any](ctx context.Context, servers []S, ask func(context.Context, S) (A, error), take func(A) (enough bool)) error {
+// fanOut asks several servers at once and passes each answer to take as it arrives. It
+// returns nil as soon as take returns true. Otherwise it waits for all servers and
+// returns their errors, if any. ask must end when ctx does.
+func fanOut[S, A any](ctx context.Context, servers []S, ask func(context.Context, S) (A, error),
+	take func(A) (enough bool)) error {
 	type result struct {
 		answer A
 		err    error
@@ -356,7 +420,7 @@ func askAll[S, A any](ctx context.Context, servers []S, ask func(context.Context
 	return nil
 }
 
-// query sends a command over a connection of its own, which is closed then.
+// query sends a command over a new connection, and closes it.
 func query(ctx context.Context, address string, settings redisSettings, command string, args ...any) (any, error) {
 	conn, err := dialRedis(ctx, address, settings, lookupTimeout)
 	if err != nil {
@@ -364,4 +428,39 @@ func query(ctx context.Context, address string, settings redisSettings, command 
 	}
 	defer conn.Close()
 	return conn.DoContext(ctx, command, args...)
+}
+
+// Limits per process and server: further operations wait for their turn. To open hundreds
+// of connections at once would take longer than the operations do.
+const (
+	maxAcquires  = 128             // concurrent acquires, each over its own connection
+	maxRepairing = lockConnections // concurrent repairs
+)
+
+// serverClock estimates the clock of a Redis server, because commands carry deadlines by
+// that clock. Unless the server's clock is set back, the estimate is never ahead of it: a
+// command that times out here is late there, too. If the estimate is behind, the server
+// refuses the command, and its answer has the time.
+type serverClock struct {
+	mu     sync.Mutex
+	micros int64     // the server's time in its last answer (Unix microseconds); zero: no answer yet
+	readAt time.Time // when we read that answer
+}
+
+// observe notes the server's time from an answer that has just been read.
+func (c *serverClock) observe(micros int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.micros, c.readAt = micros, time.Now()
+}
+
+// at converts our time t to the server's (Unix microseconds). Before the first answer it
+// returns zero, which the server always refuses as late.
+func (c *serverClock) at(t time.Time) int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.micros == 0 {
+		return 0
+	}
+	return c.micros + t.Sub(c.readAt).Microseconds()
 }

@@ -14,37 +14,41 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// redisConnectTimeout bounds a dial, redisWriteTimeout the writing of a command, and redisReadTimeout the wait for an answer where a
-// context gives no shorter time.
 const (
-	redisReadTimeout    = 30 * time.Second
+	redisReadTimeout    = 30 * time.Second // for an answer; a context may give less
 	redisConnectTimeout = 2 * time.Second
-	redisWriteTimeout   = 2 * time.Second
+	redisWriteTimeout   = 2 * time.Second // for sending a command
 )
 
-// redisSettings is what all Redis servers have in common.
+// redisSettings are the settings that all Redis servers share.
 type redisSettings struct {
 	username, password                 string // empty for none
-	sentinelUsername, sentinelPassword string // the same for the Sentinels
-	caFile                             string // PEM certificates to trust for rediss://; empty for those of the system
+	sentinelUsername, sentinelPassword string // those of the Sentinels; empty for none
+	caFile                             string // PEM certificates to trust for rediss://; empty for the system's
 	counts                             *redisCounts
 	resolver                           *resolver // nil: each dial asks DNS
 }
 
-// ofSentinels are the settings for connections to Sentinels.
+// ofSentinels returns the settings for connections to Sentinels.
 func (s redisSettings) ofSentinels() redisSettings {
-	return redisSettings{username: s.sentinelUsername, password: s.sentinelPassword, caFile: s.caFile, counts: s.counts, resolver: s.resolver}
+	return redisSettings{username: s.sentinelUsername, password: s.sentinelPassword, caFile: s.caFile,
+		counts: s.counts, resolver: s.resolver}
 }
 
-// redisPool keeps connections to one server for minutes. It does not limit those in use: what is given up at a server that hangs must not stand in
-// the way of what else is asked. Questions for tokens have slots for that, which who waits for one leaves when the server has a successor.
+// redisPool keeps idle connections to one server for minutes. It does not cap the
+// connections in use: commands that time out at a hanging server must not block other
+// commands. Acquires are capped separately; a waiting one gives up its place when a new
+// primary is found.
 type redisPool struct {
 	*redis.Pool
-	broke atomic.Int64 // when a connection broke last (Unix nanoseconds): idle ones from before are as good as broken
+
+	// brokeAt is when a connection broke last (Unix nanoseconds). Idle connections from
+	// before count as broken, too.
+	brokeAt atomic.Int64
 }
 
-// newRedisPool makes a pool that keeps up to maxIdle connections. Commands that are not given a shorter time by their context
-// fail after readTimeout.
+// newRedisPool makes a pool that keeps up to maxIdle idle connections. Commands time out
+// after readTimeout, or earlier if their context says so.
 func newRedisPool(address string, settings redisSettings, maxIdle int, readTimeout time.Duration) *redisPool {
 	p := new(redisPool)
 	p.Pool = &redis.Pool{
@@ -59,7 +63,7 @@ func newRedisPool(address string, settings redisSettings, maxIdle int, readTimeo
 			return c, nil
 		},
 		TestOnBorrow: func(c redis.Conn, used time.Time) error {
-			if used.UnixNano() <= p.broke.Load() {
+			if used.UnixNano() <= p.brokeAt.Load() {
 				return errors.New("as old as one that broke")
 			}
 			return c.(*redisConn).idleError()
@@ -68,13 +72,13 @@ func newRedisPool(address string, settings redisSettings, maxIdle int, readTimeo
 	return p
 }
 
-// redisConn is a connection that can tell for nothing whether it is still good.
+// redisConn is a connection that detects, without a round trip, that it is broken.
 type redisConn struct {
 	contextConn
 	tcp     syscall.Conn
-	pool    *redisPool // nil for one that is in no pool
-	refused error      // what the server answered, if that is a reason not to ask it again
-	closed  func()     // counts that it is closed, once
+	pool    *redisPool // nil for a connection outside of a pool
+	refusal error      // the answer after which this connection is not used again
+	closed  func()     // counts the closing, once
 }
 
 // Close implements redis.Conn.
@@ -83,11 +87,12 @@ func (c *redisConn) Close() error {
 	return c.contextConn.Close()
 }
 
-// hardConn is closed without a word: the kernel would go on sending what it has of a command that was given up.
-type hardConn struct{ *net.TCPConn }
+// resettingConn drops unsent data when it is closed. Otherwise, the kernel would go on
+// sending a command that has timed out.
+type resettingConn struct{ *net.TCPConn }
 
-func (c hardConn) Close() error {
-	_ = c.SetLinger(0) // fails only on a closed one
+func (c resettingConn) Close() error {
+	_ = c.SetLinger(0) // fails only on a closed connection
 	return c.TCPConn.Close()
 }
 
@@ -96,20 +101,22 @@ type contextConn interface {
 	redis.ConnWithTimeout
 }
 
-func dialRedis(ctx context.Context, address string, settings redisSettings, readTimeout time.Duration) (*redisConn, error) {
+func dialRedis(ctx context.Context, address string, settings redisSettings,
+	readTimeout time.Duration) (*redisConn, error) {
 	var tcp syscall.Conn
 	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
 		dialer := &net.Dialer{
-			Timeout:         redisConnectTimeout,
-			KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3},
+			Timeout: redisConnectTimeout,
+			KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second,
+				Count: 3},
 		}
 		c, err := settings.resolver.dial(ctx, dialer, network, address)
 		if err != nil {
 			return nil, err
 		}
-		hard := hardConn{c.(*net.TCPConn)}
-		tcp = hard
-		return hard, nil
+		resetting := resettingConn{c.(*net.TCPConn)}
+		tcp = resetting
+		return resetting, nil
 	}
 	hostPort, secure := strings.CutPrefix(address, "rediss://")
 	hostPort = strings.TrimPrefix(hostPort, "redis://")
@@ -125,11 +132,12 @@ func dialRedis(ctx context.Context, address string, settings redisSettings, read
 		if err != nil {
 			return nil, err
 		}
-		roots, err := readCA(settings.caFile) // at each dial, so that a new authority needs no restart
+		roots, err := readCA(settings.caFile) // at each dial, so that a new CA needs no restart
 		if err != nil {
 			return nil, err
 		}
-		options = append(options, redis.DialUseTLS(true), redis.DialTLSHandshakeTimeout(min(redisConnectTimeout, readTimeout)),
+		options = append(options, redis.DialUseTLS(true),
+			redis.DialTLSHandshakeTimeout(min(redisConnectTimeout, readTimeout)),
 			redis.DialTLSConfig(&tls.Config{MinVersion: tls.VersionTLS12, ServerName: host, RootCAs: roots}))
 	}
 	c, err := redis.DialContext(ctx, "tcp", hostPort, options...)
@@ -137,57 +145,61 @@ func dialRedis(ctx context.Context, address string, settings redisSettings, read
 		return nil, err
 	}
 	settings.counts.opened(1)
-	return &redisConn{contextConn: c.(contextConn), tcp: tcp, closed: sync.OnceFunc(func() { settings.counts.opened(-1) })}, nil
+	closed := sync.OnceFunc(func() { settings.counts.opened(-1) })
+	return &redisConn{contextConn: c.(contextConn), tcp: tcp, closed: closed}, nil
 }
 
 // Do implements redis.Conn.
 func (c *redisConn) Do(command string, args ...any) (any, error) {
 	reply, err := c.contextConn.Do(command, args...)
-	return reply, c.remember(err)
+	return reply, c.noteError(err)
 }
 
 // DoWithTimeout implements redis.ConnWithTimeout.
 func (c *redisConn) DoWithTimeout(timeout time.Duration, command string, args ...any) (any, error) {
 	reply, err := c.contextConn.DoWithTimeout(timeout, command, args...)
-	return reply, c.remember(err)
+	return reply, c.noteError(err)
 }
 
 // DoContext implements redis.ConnWithContext.
 func (c *redisConn) DoContext(ctx context.Context, command string, args ...any) (any, error) {
 	reply, err := c.contextConn.DoContext(ctx, command, args...)
-	return reply, c.remember(err)
+	return reply, c.noteError(err)
 }
 
-// remember keeps what is to be concluded from an error. Answers such as READONLY or LOADING mean that this server is not, or no
-// longer, the one to talk to; behind the same address there may be another by now. A connection that breaks, or falls silent, is
-// seldom the only one.
-func (c *redisConn) remember(err error) error {
+// noteError notes an error and returns it. An answer such as READONLY or LOADING means
+// that this server cannot serve us now. The address may lead to another server by now, so
+// the connection is not used again. If a connection breaks or times out, the pool's idle
+// ones are probably broken, too.
+func (c *redisConn) noteError(err error) error {
 	var answered redis.Error
 	switch {
 	case err == nil:
 	case !errors.As(err, &answered):
 		if c.pool != nil {
-			c.pool.broke.Store(time.Now().UnixNano())
+			c.pool.brokeAt.Store(time.Now().UnixNano())
 		}
 	case !strings.HasPrefix(answered.Error(), "NOSCRIPT "):
-		c.refused = err
+		c.refusal = err
 	}
 	return err
 }
 
 // Err implements redis.Conn: the pool drops a connection that has one.
 func (c *redisConn) Err() error {
-	if c.refused != nil {
-		return c.refused
+	if c.refusal != nil {
+		return c.refusal
 	}
 	return c.contextConn.Err()
 }
 
-// idleError is the reason why an idle connection cannot be used again. It asks the kernel and not the
-// server: a PING before each command would double the cost of an admission, and a script that is sent
-// into a connection that the server has closed cannot be told from one that was run.
+// idleError returns why an idle connection cannot be used again, or nil. It asks the
+// kernel, because a PING before each command would double the cost of an admission.
+// Without this check, we might send a script over a closed connection, and could not know
+// whether Redis ran it.
 //
-// A server says nothing on an idle connection, unless it closes it: whatever can be read is a bad sign.
+// A server sends nothing on an idle connection unless it closes it. Readable data means
+// that it is closed.
 func (c *redisConn) idleError() error {
 	raw, err := c.tcp.SyscallConn()
 	if err != nil {
@@ -207,4 +219,152 @@ func (c *redisConn) idleError() error {
 		return peeked
 	}
 	return errors.New("closed by the server")
+}
+
+// redisCounts are the counters that all connections to Redis share. A nil *redisCounts
+// counts nothing.
+type redisCounts struct {
+	open      atomic.Int64 // connections
+	failovers atomic.Int64 // times that another primary was found, or a changed Cluster
+}
+
+func (c *redisCounts) opened(n int64) {
+	if c != nil {
+		c.open.Add(n)
+	}
+}
+
+func (c *redisCounts) failedOver() {
+	if c != nil {
+		c.failovers.Add(1)
+	}
+}
+
+const (
+	// resolveFresh is the age up to which a dial uses an answer of DNS without asking
+	// again.
+	resolveFresh = 10 * time.Second
+
+	// resolveGrace is the time that a dial waits for a new answer if it has an old one.
+	resolveGrace = 200 * time.Millisecond
+
+	// resolveTimeout bounds a query to DNS. The system's resolver retries after five
+	// seconds.
+	resolveTimeout = 15 * time.Second
+)
+
+// resolver queries DNS in the background of the dials, and caches the answers. When a
+// node is lost, DNS is often slower than a dial can wait, and its last answer is mostly
+// still right.
+type resolver struct {
+	lookUp func(ctx context.Context, host string) ([]string, error) // queries DNS
+
+	lookups flights[string, *resolvedHost]
+
+	mu    sync.Mutex
+	hosts map[string]resolvedHost
+}
+
+// resolvedHost is an answer of DNS for a host.
+type resolvedHost struct {
+	addresses []string  // nil: none yet
+	at        time.Time // zero: expired
+}
+
+func newResolver() *resolver {
+	return &resolver{lookUp: net.DefaultResolver.LookupHost, hosts: map[string]resolvedHost{}}
+}
+
+// resolve returns the addresses of a host. Its error says why it has none when ctx is
+// done.
+func (r *resolver) resolve(ctx context.Context, host string) ([]string, error) {
+	if net.ParseIP(host) != nil {
+		return []string{host}, nil
+	}
+	cached, lookup := r.start(host)
+	if lookup == nil {
+		return cached, nil
+	}
+	var grace <-chan time.Time
+	if cached != nil {
+		grace = time.After(resolveGrace)
+	}
+	select {
+	case <-lookup.done:
+		if lookup.err == nil || cached == nil {
+			return lookup.state.addresses, lookup.err
+		}
+	case <-grace:
+	case <-ctx.Done():
+		if cached == nil {
+			return nil, &net.DNSError{Err: "no answer yet", Name: host, IsTimeout: true}
+		}
+	}
+	return cached, nil
+}
+
+// start returns the cached addresses of a host, and the running look-up unless they are
+// fresh.
+func (r *resolver) start(host string) (cached []string, lookup *flight[*resolvedHost]) {
+	r.mu.Lock()
+	h := r.hosts[host]
+	r.mu.Unlock()
+	if h.addresses != nil && time.Since(h.at) < resolveFresh {
+		return h.addresses, nil
+	}
+	return h.addresses, r.lookups.join(host, new(resolvedHost), func(answer *resolvedHost) (err error) {
+		ctx, cancel := context.WithTimeout(context.Background(), resolveTimeout)
+		defer cancel()
+		if answer.addresses, err = r.lookUp(ctx, host); err != nil {
+			return err
+		}
+		answer.at = time.Now()
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.hosts[host] = *answer
+		return nil
+	})
+}
+
+// expire expires the cached answer: no server answers at its addresses.
+func (r *resolver) expire(host string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.hosts[host] = resolvedHost{addresses: r.hosts[host].addresses}
+}
+
+// dial connects to the first of a host's addresses that answers. If r is nil, the dialer
+// queries DNS.
+func (r *resolver) dial(ctx context.Context, dialer *net.Dialer, network, address string) (net.Conn, error) {
+	if r == nil {
+		return dialer.DialContext(ctx, network, address)
+	}
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return nil, err
+	}
+	addresses, err := r.resolve(ctx, host)
+	if err != nil {
+		return nil, &net.OpError{Op: "dial", Net: network, Err: err} // as a dialer returns it
+	}
+	var failed []error
+	for i, a := range addresses {
+		c, err := dialWithin(ctx, dialer, network, net.JoinHostPort(a, port), len(addresses)-i)
+		if err == nil {
+			return c, nil
+		}
+		failed = append(failed, err)
+	}
+	r.expire(host)
+	return nil, errors.Join(failed...)
+}
+
+// dialWithin dials within its share of the time that ctx leaves for several dials.
+func dialWithin(ctx context.Context, dialer *net.Dialer, network, address string, dials int) (net.Conn, error) {
+	if end, ok := ctx.Deadline(); ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, time.Until(end)/time.Duration(dials))
+		defer cancel()
+	}
+	return dialer.DialContext(ctx, network, address)
 }

@@ -1,17 +1,41 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	_ "embed"
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
 )
+
+// settings are shared by the modes that use semaphores: webhook, sidecar, gate and
+// status.
+type settings struct {
+	lockMode          string
+	redisAddresses    []string
+	etcdAddresses     []string
+	queueRedisAddress queueAddress
+	heartbeatInterval time.Duration
+	staleThreshold    time.Duration
+	redis             redisSettings
+	etcd              etcdSettings
+}
+
+// newLocker makes the lock of the chosen mode. It keeps up to maxIdle connections to each
+// Redis server.
+func newLocker(c settings, maxIdle int) locker {
+	if c.lockMode == lockModeEtcd {
+		return newEtcdLock(c.etcdAddresses, c.etcd)
+	}
+	return newRedlock(c.redisAddresses, c.redis, maxIdle)
+}
 
 //go:embed lua/semaphore.lua
 var commonSource string
@@ -34,7 +58,7 @@ var keepSource string
 //go:embed lua/hold.lua
 var holdSource string
 
-// scriptKeys is how many keys each script takes: all of a semaphore.
+// scriptKeys is the number of keys that each script takes: all keys of a semaphore.
 const scriptKeys = 6
 
 var (
@@ -46,17 +70,20 @@ var (
 	holdScript      = newScript("hold", commonSource, holdSource)
 )
 
-// script is one that Redis runs. What is sent is made when it is first wanted: that takes 25 KB of memory, and a sidecar sends two or three.
+// script is a Redis script. Its text is built on first use: it takes 25 KB of memory, and
+// a sidecar sends two or three scripts.
 type script struct {
 	name string
 	made func() *redis.Script
 }
 
 func newScript(name string, sources ...string) *script {
-	return &script{name, sync.OnceValue(func() *redis.Script { return redis.NewScript(scriptKeys, strings.Join(sources, "")) })}
+	return &script{name, sync.OnceValue(func() *redis.Script {
+		return redis.NewScript(scriptKeys, strings.Join(sources, ""))
+	})}
 }
 
-// The statuses that the scripts answer; see their headers.
+// The statuses that the scripts return; see their headers.
 const (
 	statusLate = -1
 
@@ -70,32 +97,26 @@ const (
 	releaseLeft = 2
 )
 
-// semaphoreID names a semaphore: a namespace, and the key that its pods share.
-type semaphoreID struct{ namespace, key string }
+const (
+	// beatTimeout bounds one heartbeat, if the interval is not shorter. holderRetry is the
+	// longest wait before a failed heartbeat is sent again. Once Redis answers, live holders
+	// beat within beatTimeout. The scripts rely on it; see beatTimeout in semaphore.lua.
+	beatTimeout = 3 * time.Second
+	holderRetry = time.Second
 
-func (id semaphoreID) String() string { return id.namespace + "/" + id.key }
+	// giveBackGrace bounds the time in which a stopping process gives back tokens that no
+	// pod will use.
+	giveBackGrace = 5 * time.Second
 
-// The keys in Redis. The braces are a Redis Cluster hash tag: all keys of a script lie in one slot.
-func (id semaphoreID) queueKey() string    { return "queue/{" + id.String() + "}" }
-func (id semaphoreID) inflightKey() string { return "inflight/{" + id.String() + "}" }
-func (id semaphoreID) waitersKey() string  { return "waiters/{" + id.String() + "}" }
-func (id semaphoreID) seenKey() string     { return "seen/{" + id.String() + "}" }
-func (id semaphoreID) namesKey() string    { return "names/{" + id.String() + "}" }
-func (id semaphoreID) stateKey() string    { return "state/{" + id.String() + "}" }
-func (id semaphoreID) lockKey() string     { return "lock/{" + id.String() + "}" }
+	// idleConnections is the number of idle connections that a webhook or gate keeps to
+	// each queue server.
+	idleConnections = 64
+)
 
-// channel is where a waiter is called when a token is free for it.
-func (id semaphoreID) channel(token string) string { return id.waitersKey() + "/" + token }
-
-// keys are those of the scripts, in their order.
-func (id semaphoreID) keys() []any {
-	return []any{id.queueKey(), id.inflightKey(), id.waitersKey(), id.seenKey(), id.namesKey(), id.stateKey()}
-}
-
-// semaphores are the counting semaphores in a queue.
+// semaphores are the counting semaphores of a queue.
 type semaphores struct {
 	address           queueAddress
-	queue             queue
+	queue             tokenServers
 	outages           outages
 	locks             locker
 	heartbeatInterval time.Duration
@@ -103,42 +124,45 @@ type semaphores struct {
 	log               *slog.Logger
 	metrics           *metrics // nil for a sidecar
 
-	mu      sync.Mutex
-	repairs map[semaphoreID]*repair  // those that this process does
-	watched map[semaphoreID]struct{} // see watch
-	strays  time.Time                // until when a command may still come whose connection broke
+	repairs flights[semaphoreID, *repairStage] // by this process
 
-	background sync.WaitGroup // of repairs, watches, and tokens that are given back
+	mu               sync.Mutex
+	afterDoubt       map[semaphoreID]struct{} // semaphores that repairAfterDoubt works on
+	unconfirmedUntil time.Time                // see unconfirmedFor
+
+	background sync.WaitGroup // repairs, unlocks and releases
 	closing    context.Context
-	stop       func()        // ends closing
-	releasing  chan struct{} // has room for as many as may be given back at once
+	stop       func() // ends closing
+	releasing  slots  // caps concurrent releases of unused tokens: a slow Redis does not get hundreds
 }
 
-func newSemaphores(c sharedConfig, locks locker, maxIdle int, log *slog.Logger) *semaphores {
+func newSemaphores(c settings, locks locker, maxIdle int, log *slog.Logger) *semaphores {
 	closing, stop := context.WithCancel(context.Background())
-	return &semaphores{
+	s := &semaphores{
 		address:           c.queueRedisAddress,
-		queue:             newQueue(c.queueRedisAddress, c.redis, maxIdle, log),
+		queue:             newTokenServers(c.queueRedisAddress, c.redis, maxIdle, log),
 		locks:             locks,
 		heartbeatInterval: c.heartbeatInterval,
 		staleThreshold:    c.staleThreshold,
 		log:               log,
-		repairs:           map[semaphoreID]*repair{},
-		watched:           map[semaphoreID]struct{}{},
+		afterDoubt:        map[semaphoreID]struct{}{},
 		closing:           closing,
 		outages:           outages{parts: map[int]outage{}},
 		stop:              stop,
-		releasing:         make(chan struct{}, 4),
+		releasing:         make(slots, 4),
 	}
+	s.repairs.group = &s.background
+	return s
 }
 
-// close waits for what goes on in the background, at most until ctx is done, and closes all connections.
+// close waits for background work until ctx is done, then closes all connections.
 func (s *semaphores) close(ctx context.Context) error {
 	s.stop()
 	return errors.Join(s.closeLocks(ctx), s.queue.close())
 }
 
-// closeLocks is close for all but the connections to the queue Redis: from now on nothing can be repaired.
+// closeLocks is close, but keeps the connections to the queue Redis. After it, nothing
+// can be repaired.
 func (s *semaphores) closeLocks(ctx context.Context) error {
 	done := make(chan error, 1)
 	go func() {
@@ -153,49 +177,242 @@ func (s *semaphores) closeLocks(ctx context.Context) error {
 	}
 }
 
-// timeToLive is for how many seconds the keys of a semaphore with holders or waiters outlive their last use.
+// timeToLive returns how many seconds the keys of a semaphore with holders or waiters
+// outlive their last use.
 func (s *semaphores) timeToLive() int {
 	return int(max(24*time.Hour, 10*s.staleThreshold) / time.Second)
 }
 
-// maintain reclaims, refills and trims. newcomer says that the caller was not in line before: it does not wait for tokens that Redis
-// may have lost.
-func (s *semaphores) maintain(ctx context.Context, id semaphoreID, length int, newcomer bool) error {
-	var reclaimed, refilled, trimmed int
-	var err error
-	for left := 1; left > 0 && err == nil; { // many stale tokens take more than one command, so that none holds Redis for long
-		var rest []any
-		var r, f, t int
-		if _, rest, err = s.run(ctx, maintainScript, id, length, yesNo(newcomer)); err == nil {
-			_, err = redis.Scan(rest, &r, &f, &t, &left)
-		}
-		reclaimed, refilled, trimmed = reclaimed+r, refilled+f, trimmed+t
-	}
-	s.metrics.repair(reclaimed, refilled, trimmed)
-	if reclaimed+refilled+trimmed > 0 {
-		s.log.Info("maintained", "namespace", id.namespace, "key", id.key, "length", length,
-			"reclaimed", reclaimed, "refilled", refilled, "trimmed", trimmed)
-	}
-	if err != nil {
-		return fmt.Errorf("maintain %s: %w", id, err)
-	}
-	return nil
-}
-
-// yesNo is how the scripts take a yes or no.
-func yesNo(yes bool) string {
-	if yes {
-		return "1"
-	}
-	return "0"
-}
-
-// heartbeat keeps a token in flight, or puts it back there (rejoined) if it had been reclaimed or lost. It tells which pod has it, and
-// for how long.
-func (s *semaphores) heartbeat(ctx context.Context, id semaphoreID, token string, pod podName, held time.Duration) (rejoined bool, err error) {
+// heartbeat keeps a token in flight. If the token had been reclaimed or lost, Redis
+// counts it again, and rejoined is true. The heartbeat names the token's pod, and how
+// long the pod has held it.
+func (s *semaphores) heartbeat(ctx context.Context, id semaphoreID, token string, pod podName,
+	held time.Duration) (rejoined bool, err error) {
 	status, _, err := s.run(ctx, heartbeatScript, id, token, pod, seconds(held))
 	if err != nil {
 		return false, fmt.Errorf("heartbeat %s: %w", id, err)
 	}
 	return status == heartbeatRejoined, nil
+}
+
+// release gives a token back, or leaves the line. status is releaseDone, releaseLeft, or
+// zero if there was nothing to release.
+func (s *semaphores) release(ctx context.Context, id semaphoreID, token string) (status int, err error) {
+	status, _, err = s.run(ctx, releaseScript, id, token)
+	if err != nil {
+		return 0, fmt.Errorf("release %s: %w", id, err)
+	}
+	return status, nil
+}
+
+// releaseWithin releases a token. It retries until that succeeds or ctx is done, and then
+// returns the error of the last attempt. An earlier command whose connection broke may
+// still arrive and count the token again: after its deadline, releaseWithin releases once
+// more.
+func (s *semaphores) releaseWithin(ctx context.Context, id semaphoreID, token string) (status int, err error) {
+	status, err = s.releaseRetrying(ctx, id, token)
+	if wait := s.unconfirmedFor(); err == nil && wait > 0 && sleep(ctx, wait) == nil {
+		_, err = s.releaseRetrying(ctx, id, token)
+	}
+	return status, err
+}
+
+func (s *semaphores) releaseRetrying(ctx context.Context, id semaphoreID, token string) (status int, err error) {
+	for retry := newBackoff(50*time.Millisecond, time.Second); ; {
+		attempt, cancel := context.WithTimeout(ctx, s.attemptTimeout())
+		status, err = s.release(attempt, id, token)
+		cancel()
+		if err == nil {
+			return status, nil
+		}
+		if sleep(ctx, retry.next()) != nil {
+			return 0, err
+		}
+		s.log.Warn("release failed, to be retried", "namespace", id.namespace, "key", id.key, "token", token,
+			"error", err.Error())
+	}
+}
+
+// giveBack releases a token that no pod will use. It retries until the token is stale
+// anyway.
+func (s *semaphores) giveBack(id semaphoreID, token string) {
+	ctx, cancel := context.WithTimeout(context.Background(), s.staleThreshold)
+	defer cancel()
+	var status int
+	free, err := s.releasing.take(ctx)
+	if err == nil {
+		status, err = s.releaseWithin(ctx, id, token)
+		free()
+	}
+	log := s.log.With("namespace", id.namespace, "key", id.key, "token", token)
+	switch {
+	case err != nil:
+		log.Error("unused token left to go stale", "staleThreshold", s.staleThreshold.String(),
+			"error", err.Error())
+	case status == releaseDone:
+		log.Info("unused token given back")
+	}
+}
+
+// giveBackLater runs giveBack in the background; close waits for it.
+func (s *semaphores) giveBackLater(id semaphoreID, token string) {
+	s.background.Go(func() { s.giveBack(id, token) })
+}
+
+// refreshMost caps the places, or tokens, of one command: so many take Redis about two
+// milliseconds.
+const refreshMost = 250
+
+// placeRequest is the place in line of one pod.
+type placeRequest struct {
+	token   string
+	arrival int64 // Unix microseconds: orders the line
+	length  int
+	pod     podName
+}
+
+// placesReply is the state of a line after its places were refreshed.
+type placesReply struct {
+	created        int64 // Unix seconds at which Redis first knew the semaphore; goes into the next request
+	inUse, waiters int
+	served         []string       // waiters, also of other processes, that a token is free for
+	held           []string       // tokens that are in flight already
+	joined         map[string]int // tokens that were not in line, and their new positions
+}
+
+// refreshPlaces keeps the places of pods in a semaphore's line, and adds those that are
+// missing. It removes the tokens in gone from the line. known is created of the last
+// reply, or zero. With an error, part of the work may be done.
+func (s *semaphores) refreshPlaces(ctx context.Context, id semaphoreID, known int64, gone []string,
+	pods []placeRequest) (all placesReply, err error) {
+	all = placesReply{created: known, joined: map[string]int{}}
+	for len(gone)+len(pods) > 0 {
+		leaving := gone[:min(len(gone), refreshMost)]
+		staying := pods[:min(len(pods), refreshMost-len(leaving))]
+		gone, pods = gone[len(leaving):], pods[len(staying):]
+		args := append([]any{all.created, len(leaving)}, anySlice(leaving)...)
+		for _, p := range staying {
+			args = append(args, p.token, p.arrival, p.length, p.pod)
+		}
+		_, rest, err := s.run(ctx, keepScript, id, args...)
+		if err != nil {
+			return all, fmt.Errorf("keep the line of %s: %w", id, err)
+		}
+		var served, held []string
+		var joined []any
+		_, err = redis.Scan(rest, &all.created, &all.inUse, &all.waiters, &served, &held, &joined)
+		for ; err == nil && len(joined) >= 2; joined = joined[2:] {
+			var token string
+			var position int
+			_, err = redis.Scan(joined, &token, &position)
+			all.joined[token] = position
+		}
+		if err != nil {
+			return all, fmt.Errorf("keep the line of %s: unexpected answer of queue Redis %s: %w", id, s.address, err)
+		}
+		all.served, all.held = served, append(all.held, held...)
+	}
+	return all, nil
+}
+
+// refreshTokens keeps tokens in flight. It returns those that are not in flight, and does
+// not put them back.
+func (s *semaphores) refreshTokens(ctx context.Context, id semaphoreID, tokens []string) (lost []string, err error) {
+	for chunk := range slices.Chunk(tokens, refreshMost) {
+		_, rest, err := s.run(ctx, holdScript, id, anySlice(chunk)...)
+		if err != nil {
+			return lost, fmt.Errorf("hold tokens of %s: %w", id, err)
+		}
+		var some []string
+		if _, err := redis.Scan(rest, &some); err != nil {
+			return lost, fmt.Errorf("hold tokens of %s: unexpected answer of queue Redis %s: %w",
+				id, s.address, err)
+		}
+		lost = append(lost, some...)
+	}
+	return lost, nil
+}
+
+// podName is the pod of a token, for people, as "NAME NODE". NAME is the pod's name, or
+// the generateName from which the API server makes one. NODE is empty until it is known.
+// An unknown pod is empty.
+type podName string
+
+func newPodName(name, node string) podName {
+	if !isObjectName(name) {
+		return ""
+	}
+	if !isObjectName(node) {
+		node = ""
+	}
+	return podName(name + " " + node)
+}
+
+// holder is a pod that has a token.
+type holder struct {
+	name string // of the pod, or the token if that is unknown
+	held time.Duration
+}
+
+// heldUnknown marks a holder that has not reported how long it has held its token.
+const heldUnknown = -time.Second
+
+// parseHolders parses the holders in a reply of the acquire script. The longest holder
+// comes first.
+func parseHolders(list []any) (holders []holder, err error) {
+	for len(list) > 0 {
+		var held int
+		var h holder
+		if list, err = redis.Scan(list, &held, &h.name); err != nil {
+			return nil, err
+		}
+		h.held, h.name = time.Duration(held)*time.Second, displayName(h.name)
+		holders = append(holders, h)
+	}
+	slices.SortStableFunc(holders, func(a, b holder) int { return cmp.Compare(b.held, a.held) })
+	return holders, nil
+}
+
+// displayName is the name of a pod, or a token, that is safe to show: any client that can
+// write to Redis may have stored anything.
+func displayName(name string) string {
+	if isObjectName(name) {
+		return name
+	}
+	return printable(truncate(name, 40))
+}
+
+func (h holder) String() string {
+	switch {
+	case h.held == heldUnknown:
+		return h.name
+	case strings.HasSuffix(h.name, "-"): // the API server makes the name
+		return fmt.Sprintf("%s... (%s)", h.name, roughly(h.held))
+	}
+	return fmt.Sprintf("%s (%s)", h.name, roughly(h.held))
+}
+
+// byHolders lists the holders of the tokens in use. It stops at 500 bytes, because
+// Kubernetes cuts the message of an event at 1024 bytes.
+func byHolders(holders []holder, inUse int) string {
+	const most = 500
+	var text string
+	named := 0
+	for _, h := range holders {
+		if len(text)+len(h.String()) > most {
+			break
+		}
+		if named > 0 {
+			text += ", "
+		}
+		text += h.String()
+		named++
+	}
+	switch {
+	case named == 0:
+		return ""
+	case inUse > named:
+		return fmt.Sprintf("by %s, and %d more", text, inUse-named)
+	}
+	return "by " + text
 }

@@ -3,13 +3,17 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 func TestAcquireUntilFull(t *testing.T) {
@@ -18,12 +22,12 @@ func TestAcquireUntilFull(t *testing.T) {
 	for range 3 {
 		tokens = append(tokens, acquire(t, s, id, 3))
 	}
-	r.wantCounts(t, id, 0, 3)
-	got := r.inflight(t, id)
+	r.WantCounts(t, id, 0, 3)
+	got := r.Inflight(t, id)
 	slices.Sort(got)
 	slices.Sort(tokens)
 	if !slices.Equal(got, tokens) {
-		t.Errorf("in flight are %v, handed out were %v", got, tokens)
+		t.Errorf("in flight: %v, handed out: %v", got, tokens)
 	}
 	wantFullError(t, s, id, 3, 3)
 }
@@ -33,60 +37,60 @@ func TestReleaseReturnsATokenOnce(t *testing.T) {
 	token := acquire(t, s, id, 2)
 	for attempt, want := range []int{releaseDone, 0, 0} {
 		status, err := s.release(context.Background(), id, token)
-		must(t, err)
+		rig.Must(t, err)
 		if status != want {
-			t.Errorf("attempt %d: answered %d", attempt, status)
+			t.Errorf("release %d returned status %d, want %d", attempt+1, status, want)
 		}
 	}
-	r.wantCounts(t, id, 2, 0)
+	r.WantCounts(t, id, 2, 0)
 }
 
 func TestHeartbeatScoresByServerClock(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 1)
-	r.makeStale(t, id, token)
+	r.MakeStale(t, id, token)
 	rejoined, err := s.heartbeat(context.Background(), id, token, "", 0)
-	must(t, err)
+	rig.Must(t, err)
 	if rejoined {
-		t.Error("a token in flight is said to have rejoined")
+		t.Error("the heartbeat of a token in flight reported a rejoin")
 	}
-	now, err := redis.Ints(r.do(t, "TIME"), nil)
-	must(t, err)
-	score, err := redis.Int(r.do(t, "ZSCORE", id.inflightKey(), token), nil)
-	must(t, err)
+	now, err := redis.Ints(r.Do(t, "TIME"), nil)
+	rig.Must(t, err)
+	score, err := redis.Int(r.Do(t, "ZSCORE", id.inflightKey(), token), nil)
+	rig.Must(t, err)
 	if now[0]-score > 5 || score > now[0] {
-		t.Errorf("score is %d, the server's time %d", score, now[0])
+		t.Errorf("the score is %d, the server's time is %d", score, now[0])
 	}
 }
 
-// A token that was reclaimed while its pod was paused has become a fresh one: neither the late heartbeat nor the
-// late release of the first pod touches the second pod's.
+// The token of a paused pod is reclaimed, and a second pod gets a new one. The late
+// heartbeat and release of the first pod do not touch the token of the second.
 func TestLateHeartbeatAndRelease(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	ctx := context.Background()
 	first := acquire(t, s, id, 1)
-	r.makeStale(t, id, first)
+	r.MakeStale(t, id, first)
 	second := acquire(t, s, id, 1)
 	if first == second {
 		t.Fatalf("token %s was handed out twice", first)
 	}
 	rejoined, err := s.heartbeat(ctx, id, first, "", 0)
-	must(t, err)
+	rig.Must(t, err)
 	if !rejoined {
 		t.Error("the late heartbeat did not rejoin")
 	}
-	r.wantCounts(t, id, 0, 2)
+	r.WantCounts(t, id, 0, 2)
 	wantFullError(t, s, id, 1, 2)
 
 	_, err = s.release(ctx, id, first)
-	must(t, err)
+	rig.Must(t, err)
 	wantFullError(t, s, id, 1, 1)
-	r.wantCounts(t, id, 0, 1)
-	r.wantInflight(t, id, second)
+	r.WantCounts(t, id, 0, 1)
+	r.WantInflight(t, id, second)
 	status, err := s.release(ctx, id, first)
-	must(t, err)
+	rig.Must(t, err)
 	if status != 0 {
-		t.Errorf("the late release answered %d", status)
+		t.Errorf("the late release returned status %d", status)
 	}
 	if _, err = s.release(ctx, id, second); err != nil {
 		t.Fatal(err)
@@ -95,47 +99,48 @@ func TestLateHeartbeatAndRelease(t *testing.T) {
 	wantFullError(t, s, id, 1, 1)
 }
 
-// A rejoining token takes a free one out of the queue: what runs is counted.
+// A rejoining token removes a free one from the queue, so that every running pod is
+// counted.
 func TestHeartbeatTakesFreeToken(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 3)
-	r.do(t, "DEL", id.queueKey(), id.inflightKey())
+	r.Do(t, "DEL", id.queueKey(), id.inflightKey())
 	maintain(t, s, id, 3)
-	r.wantCounts(t, id, 3, 0)
+	r.WantCounts(t, id, 3, 0)
 	if _, err := s.heartbeat(context.Background(), id, token, "", 0); err != nil {
 		t.Fatal(err)
 	}
-	r.wantCounts(t, id, 2, 1)
+	r.WantCounts(t, id, 2, 1)
 }
 
-// Length lowered and raised: never more in use than the length of the admission at hand.
+// When pods lower or raise the length, an admission never exceeds its own length.
 func TestLengthChanges(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	tokens := []string{acquire(t, s, id, 5), acquire(t, s, id, 5), acquire(t, s, id, 5)}
-	r.wantCounts(t, id, 2, 3)
+	r.WantCounts(t, id, 2, 3)
 
 	wantFullError(t, s, id, 2, 3)
-	r.wantCounts(t, id, 2, 3) // those of length 5 may still come
+	r.WantCounts(t, id, 2, 3) // pods of length 5 may still come
 
 	acquire(t, s, id, 4)
 	wantFullError(t, s, id, 4, 4)
 	wantFullError(t, s, id, 2, 4)
 
-	for _, token := range tokens { // one is left
+	for _, token := range tokens { // one token stays in flight
 		_, err := s.release(context.Background(), id, token)
-		must(t, err)
+		rig.Must(t, err)
 	}
 	acquire(t, s, id, 2)
 	wantFullError(t, s, id, 2, 2)
-	r.wantCounts(t, id, 3, 2)
+	r.WantCounts(t, id, 3, 2)
 
-	r.askedLongAgo(t, id) // nobody has asked for 5 for some minutes
+	r.ForgetLength(t, id) // as if no pod had asked for 5 for some minutes
 	wantFullError(t, s, id, 2, 2)
 	maintain(t, s, id, 2)
-	r.wantCounts(t, id, 0, 2)
+	r.WantCounts(t, id, 0, 2)
 }
 
-// Pods of one key that disagree about the length make progress all the same.
+// Pods of one key that disagree about the length still make progress.
 func TestDisagreementOnLength(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
@@ -162,7 +167,7 @@ func TestDisagreementOnLength(t *testing.T) {
 	for err := range errs {
 		t.Error(err)
 	}
-	if _, inflight, err := r.counts(id); err != nil || inflight != 0 {
+	if _, inflight, err := r.Counts(id); err != nil || inflight != 0 {
 		t.Errorf("%d in flight, %v", inflight, err)
 	}
 }
@@ -170,10 +175,10 @@ func TestDisagreementOnLength(t *testing.T) {
 func TestMaintainIsIdempotent(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	for _, token := range []string{acquire(t, s, id, 5), acquire(t, s, id, 5)} {
-		r.makeStale(t, id, token)
+		r.MakeStale(t, id, token)
 	}
-	acquire(t, s, id, 5) // a free one
-	r.wantCounts(t, id, 2, 3)
+	acquire(t, s, id, 5) // takes a free token
+	r.WantCounts(t, id, 2, 3)
 	var wg sync.WaitGroup
 	for range 10 {
 		wg.Go(func() {
@@ -183,22 +188,23 @@ func TestMaintainIsIdempotent(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	r.wantCounts(t, id, 4, 1)
+	r.WantCounts(t, id, 4, 1)
 }
 
 func TestLargestLength(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	acquire(t, s, id, maxLength)
-	r.wantCounts(t, id, 255, 1) // made in small portions, as they are needed
+	r.WantCounts(t, id, 255, 1) // tokens are made in small portions, when needed
 	for range 300 {
 		acquire(t, s, id, maxLength)
 	}
-	if _, inflight, err := r.counts(id); err != nil || inflight != 301 {
+	if _, inflight, err := r.Counts(id); err != nil || inflight != 301 {
 		t.Errorf("%d in flight, %v", inflight, err)
 	}
 }
 
-// Any use renews the expiry of all keys, so that nothing stays for ever; without holders and waiters they stay for minutes.
+// Each use renews the expiry of all keys. Without holders and waiters, keys expire within
+// minutes.
 func TestKeysExpire(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	ctx := context.Background()
@@ -206,27 +212,27 @@ func TestKeysExpire(t *testing.T) {
 	wantRenewed := func(use string, most int) {
 		t.Helper()
 		for _, key := range id.keys() {
-			ttl, err := redis.Int(r.do(t, "TTL", key), nil)
-			must(t, err)
+			ttl, err := redis.Int(r.Do(t, "TTL", key), nil)
+			rig.Must(t, err)
 			if ttl != -2 && (ttl < most-60 || ttl > most) {
 				t.Errorf("%s: %s has a time to live of %d", use, key, ttl)
 			}
-			r.do(t, "EXPIRE", key, 100)
+			r.Do(t, "EXPIRE", key, 100)
 		}
 	}
 	acquire(t, s, id, 4)
 	token = acquire(t, s, id, 4)
 	wantRenewed("acquire", 86400)
 	_, err := s.heartbeat(ctx, id, token, "", 0)
-	must(t, err)
+	rig.Must(t, err)
 	wantRenewed("heartbeat", 86400)
 	_, err = s.release(ctx, id, token)
-	must(t, err)
+	rig.Must(t, err)
 	wantRenewed("release", 86400)
 	maintain(t, s, id, 4)
 	wantRenewed("maintain", 86400)
-	_, err = s.release(ctx, id, r.inflight(t, id)[0])
-	must(t, err)
+	_, err = s.release(ctx, id, r.Inflight(t, id)[0])
+	rig.Must(t, err)
 	wantRenewed("the last release", 300)
 
 	s.staleThreshold = 4 * 24 * time.Hour
@@ -235,7 +241,7 @@ func TestKeysExpire(t *testing.T) {
 	}
 }
 
-// Once the lock is free and nothing is wrong, no lock is taken.
+// Admissions take the lock only if there is something to repair.
 func TestLockOnlyForRepair(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
@@ -245,18 +251,18 @@ func TestLockOnlyForRepair(t *testing.T) {
 	token := acquire(t, s, id, 3)
 	wantFullError(t, s, id, 3, 3)
 
-	r.makeStale(t, id, token)
+	r.MakeStale(t, id, token)
 	_, _, err := s.acquire(context.Background(), id, "", 3, 10*time.Second)
-	if err == nil || !strings.Contains(err.Error(), "lock Redis "+r.address) {
-		t.Errorf("got %v, want the lock server out of reach", err)
+	if err == nil || !strings.Contains(err.Error(), "lock Redis "+r.Address) {
+		t.Errorf("got %v, want an error about the unreachable lock server", err)
 	}
 }
 
-// While another maintains, an admission waits; it is never refused for it.
-func TestWaitsForAnothersMaintenance(t *testing.T) {
+// While another process has the lock, an admission waits; it is not refused.
+func TestAdmissionWaitsForTheLock(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	unlock, err := s.locks.tryLock(context.Background(), id.lockKey(), 10*time.Second)
-	must(t, err)
+	rig.Must(t, err)
 
 	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 	defer cancel()
@@ -269,9 +275,9 @@ func TestWaitsForAnothersMaintenance(t *testing.T) {
 		_, _, err := s.acquire(context.Background(), id, "", 1, 10*time.Second)
 		done <- err
 	}()
-	must(t, unlock(context.Background()))
-	must(t, <-done)
-	r.wantCounts(t, id, 0, 1)
+	rig.Must(t, unlock(context.Background()))
+	rig.Must(t, <-done)
+	r.WantCounts(t, id, 0, 1)
 }
 
 func TestWrongAnswersOfScripts(t *testing.T) {
@@ -279,14 +285,21 @@ func TestWrongAnswersOfScripts(t *testing.T) {
 	for _, c := range []struct {
 		status int
 		rest   []any
-	}{{7, nil}, {acquireFull, nil}, {acquireFull, []any{one, one}}, {acquireFull, []any{one, one, one, one}}, {acquireFull, []any{"x", one, one}}, {acquireRepair, nil}} {
-		if a, err := parseAnswer(c.status, c.rest); err == nil {
-			t.Errorf("%d %v was taken for %+v", c.status, c.rest, a)
+	}{
+		{7, nil},
+		{acquireFull, nil},
+		{acquireFull, []any{one, one}},
+		{acquireFull, []any{one, one, one, one}},
+		{acquireFull, []any{"x", one, one}},
+		{acquireRepair, nil},
+	} {
+		if a, err := parseReply(c.status, c.rest); err == nil {
+			t.Errorf("the malformed reply %d %v was parsed as %+v", c.status, c.rest, a)
 		}
 	}
 }
 
-// Many admissions of one process that find the same to be repaired take the lock once.
+// Concurrent admissions of one process share a repair, and so take the lock once.
 func TestOneRepairPerProcess(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	counted := &countingLocker{locker: s.locks}
@@ -300,8 +313,291 @@ func TestOneRepairPerProcess(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	r.wantCounts(t, id, 0, 100)
+	r.WantCounts(t, id, 0, 100)
 	if n := counted.tried.Load(); n > 5 {
-		t.Errorf("the lock was tried %d times", n)
+		t.Errorf("%d attempts to take the lock, want at most 5", n)
+	}
+}
+
+// places returns n requests for places that arrive a microsecond apart, the first at
+// arrival.
+func places(n int, arrival int64, length int) (all []placeRequest) {
+	for i := range n {
+		name := newPodName(fmt.Sprintf("pod-%d", i), "")
+		all = append(all, placeRequest{uuid.NewString(), arrival + int64(i), length, name})
+	}
+	return all
+}
+
+func tokensOf(places []placeRequest) (tokens []string) {
+	for _, p := range places {
+		tokens = append(tokens, p.token)
+	}
+	return tokens
+}
+
+// Redis orders places by arrival, however often and in what order they are refreshed. The
+// reply names all pods that are served, those of other gates too.
+func TestRefreshPlaces(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
+	holder := acquire(t, s, id, 2)
+	now := int64(r.Now(t)) * 1e6
+	all := places(3*refreshMost/2, now-1e9, 2)   // in two commands
+	waiter, _ := standInLine(t, r, s, id, false) // its arrival is later than all of these
+	kept, err := s.refreshPlaces(t.Context(), id, 0, nil, all[1:])
+	rig.Must(t, err)
+	sixth := kept.joined[all[5].token]
+	if kept.inUse != 1 || kept.waiters != len(all) || len(kept.joined) != len(all)-1 || sixth != 5 ||
+		len(kept.held) > 0 {
+		t.Errorf("%d in use, %d waiters, %d joined, the sixth at %d, held: %v",
+			kept.inUse, kept.waiters, len(kept.joined), sixth, kept.held)
+	}
+	kept, err = s.refreshPlaces(t.Context(), id, kept.created, nil, all)
+	rig.Must(t, err)
+	want := append(tokensOf(all), waiter)
+	r.WantLine(t, id, want...)
+	if len(kept.joined) != 1 || kept.joined[all[0].token] != 1 {
+		t.Errorf("joined %v, want the first only", kept.joined)
+	}
+	if n := r.State(t, id, "lost"); n != 0 {
+		t.Errorf("Redis took a new place for a loss of data at %d", n)
+	}
+	if names := r.Do(t, "HGET", id.namesKey(), all[3].token+"/pod"); fmt.Sprintf("%s", names) != "0 pod-3 " {
+		t.Errorf("its pod is %q", names)
+	}
+
+	// Tokens of pods that are gone leave the line; others stay. A gone token that is in
+	// flight is not given back.
+	gone := append(tokensOf(all[1:refreshMost+10]), holder, uuid.NewString())
+	_, err = s.refreshPlaces(t.Context(), id, kept.created, gone, all[:1])
+	rig.Must(t, err)
+	r.WantLine(t, id, append(append(tokensOf(all[:1]), tokensOf(all[refreshMost+10:])...), waiter)...)
+	r.WantInflight(t, id, holder)
+	_, err = s.refreshPlaces(t.Context(), id, kept.created, nil, all)
+	rig.Must(t, err)
+
+	// The first in line is served with one free token, and the second when the holder
+	// returns its token.
+	maintain(t, s, id, 2)
+	kept, err = s.refreshPlaces(t.Context(), id, kept.created, nil, all[:1])
+	rig.Must(t, err)
+	if !slices.Equal(kept.served, []string{all[0].token}) {
+		t.Errorf("served %v", kept.served)
+	}
+	giveBack(t, s, id, holder)
+	kept, err = s.refreshPlaces(t.Context(), id, kept.created, nil, all[:1])
+	rig.Must(t, err)
+	if !slices.Equal(kept.served, tokensOf(all[:2])) {
+		t.Errorf("served %v", kept.served)
+	}
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{all[0].token, 2, joinLine, ""})
+	if err != nil || a.status != acquireTaken {
+		t.Fatalf("got %+v, %v, want the token", a, err)
+	}
+	kept, err = s.refreshPlaces(t.Context(), id, kept.created, nil, all[:2])
+	rig.Must(t, err)
+	if !slices.Equal(kept.held, tokensOf(all[:1])) || len(kept.joined) > 0 {
+		t.Errorf("held: %v, joined: %v", kept.held, kept.joined)
+	}
+}
+
+// A client that remembers an older semaphore than Redis has reports a loss of data. Redis
+// then refills nothing before the holders are back.
+func TestRefreshPlacesReportsLoss(t *testing.T) {
+	t.Parallel()
+	r, s, _ := newSemaphoreOn(t, rig.StartRedis(t))
+	for _, ago := range []int64{1000, -1} { // -1: as if created in this second
+		id, all := freshID(), places(1, 1, 1)
+		kept, err := s.refreshPlaces(t.Context(), id, int64(r.Now(t))-ago, nil, all)
+		rig.Must(t, err)
+		if n := r.State(t, id, "lost"); n == 0 || kept.created < int64(n)-1 {
+			t.Errorf("lost at %d, created at %d", n, kept.created)
+		}
+		a, err := s.runAcquire(t.Context(), id, acquireRequest{all[0].token, 1, joinLine, ""})
+		if err != nil || a.status != acquireFull || a.doubt == 0 {
+			t.Errorf("got %+v, %v, want a place in line and a doubt", a, err)
+		}
+	}
+}
+
+// Refreshing tokens keeps those in flight, and adds none that are not.
+func TestRefreshTokens(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
+	token, gone := acquire(t, s, id, 2), uuid.NewString()
+	r.MakeStale(t, id, token)
+	lost, err := s.refreshTokens(t.Context(), id, []string{token, gone})
+	if err != nil || !slices.Equal(lost, []string{gone}) {
+		t.Errorf("lost: %v, %v", lost, err)
+	}
+	r.WantInflight(t, id, token)
+	maintain(t, s, id, 2)
+	r.WantInflight(t, id, token)
+}
+
+// With the token, Redis stores the pod name that the webhook knows. The first heartbeat
+// adds the name and node that the sidecar knows. It keeps the time since which the pod
+// holds the token. Refusals name the holders.
+func TestHoldersAreNamed(t *testing.T) {
+	r, s, id := newSemaphore(t)
+	w := startWebhook(t, testConfig(r.Address))
+	token := w.wantAdmitted(t, id, 1)
+	if r.WantPod(t, id, token, "web-67d4947b99- ") == "0" {
+		t.Error("the admitted pod counts as a waiter")
+	}
+	since := fmt.Sprint(r.Now(t) - 14400)
+	r.Do(t, "HSET", id.namesKey(), token+"/pod", since+" web-67d4947b99- ")
+	if got, want := w.admit(t, rig.Review(t, id, 1)).Message,
+		"1 of 1 tokens in use, by web-67d4947b99-... (4 h)"; !strings.HasSuffix(got, want) {
+		t.Errorf("refused with %q, want %q", got, want)
+	}
+	t.Setenv("POD_NAME", "web-67d4947b99-x2x9z")
+	t.Setenv("NODE_NAME", "node-1")
+	p := rig.StartSidecar(t, r.Address, id, token)
+	if got := r.WantPod(t, id, token, "web-67d4947b99-x2x9z node-1"); got != since {
+		t.Errorf("the pod holds the token since %s, want %s", got, since)
+	}
+	if got, want := w.admit(t, rig.Review(t, id, 1)).Message,
+		"1 of 1 tokens in use, by web-67d4947b99-x2x9z (4 h)"; !strings.HasSuffix(got, want) {
+		t.Errorf("refused with %q, want %q", got, want)
+	}
+
+	// Refusals name a holder without a pod name by its token.
+	old := acquire(t, s, id, 2)
+	if got := w.admit(t, rig.Review(t, id, 2)).Message; !strings.Contains(got, ", "+old) {
+		t.Errorf("refused with %q, want %s in it", got, old)
+	}
+	giveBack(t, s, id, old)
+
+	// After Redis has lost all data, the next heartbeat stores the name again.
+	r.Do(t, "DEL", id.keys()...)
+	p.WantLog(t, "the token was not in flight (reclaimed as stale, or lost with Redis): counted again")
+	if got := r.WantPod(t, id, token, "web-67d4947b99-x2x9z node-1"); got <= since {
+		t.Errorf("the pod holds the token since %s, want later than %s", got, since)
+	}
+
+	p.Signal(t, syscall.SIGTERM)
+	p.WantExit(t, 0)
+	if names := r.Pods(t, id); len(names) != 0 {
+		t.Errorf("names of pods after the release: %v", names)
+	}
+}
+
+// Redis stores the names of waiters. A waiter logs the holders; when it is served, Redis
+// stores since when it holds its token.
+func TestWaitersAreNamed(t *testing.T) {
+	r, s, id := newSemaphore(t)
+	holder, _, err := s.acquire(t.Context(), id, "web-a node-1", 1, time.Second)
+	rig.Must(t, err)
+	t.Setenv("POD_NAME", "web-b")
+	t.Setenv("NODE_NAME", "node-2")
+	token := uuid.NewString()
+	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1)
+	if since := r.WantPod(t, id, token, "web-b node-2"); since != "0" {
+		t.Errorf("the waiter holds a token since %s", since)
+	}
+	prefix := "waiting for a token of " + id.String() + ": 1 of 1 in use, 1st in line, "
+	if got := p.WantLogPrefix(t, prefix); !strings.Contains(got, "; in use by web-a (") {
+		t.Errorf("the waiter logged %q, want the holder web-a in it", got)
+	}
+	giveBack(t, s, id, holder)
+	p.WantLog(t, heldText)
+	if since := r.WantPod(t, id, token, "web-b node-2"); since == "0" {
+		t.Error("the holder counts as a waiter")
+	}
+	if names := r.Pods(t, id); len(names) != 1 {
+		t.Errorf("names of pods: %v, want one", names)
+	}
+}
+
+// A repair also deletes the names of all tokens that it reclaims, however many.
+func TestReclaimDeletesNames(t *testing.T) {
+	r, s, id := newSemaphore(t)
+	const stale = 2500
+	live, _, err := s.acquire(t.Context(), id, "live node-1", maxLength, time.Second)
+	rig.Must(t, err)
+	var tokens, names []any
+	for range stale {
+		token := uuid.NewString()
+		tokens, names = append(tokens, 1, token), append(names, token+"/pod", "1 dead node-1")
+	}
+	r.Do(t, "ZADD", append([]any{id.inflightKey()}, tokens...)...)
+	r.Do(t, "HSET", append([]any{id.namesKey()}, names...)...)
+	maintain(t, s, id, maxLength)
+	r.WantInflight(t, id, live)
+	if names := r.Pods(t, id); len(names) != 1 || !strings.HasSuffix(names[live], " live node-1") {
+		t.Errorf("%d names are left; that of the live pod is %q", len(names), names[live])
+	}
+}
+
+func TestNewPodName(t *testing.T) {
+	for _, c := range []struct {
+		name, node string
+		want       podName
+	}{
+		{"web-1", "node-1", "web-1 node-1"},
+		{"web-", "", "web- "},
+		{"web-1", "no node", "web-1 "},
+		{"", "node-1", ""},
+		{"web 1", "node-1", ""},
+		{"web-1\n", "node-1", ""},
+		{"\x1b[2J", "node-1", ""},
+		{strings.Repeat("a", 253), "", podName(strings.Repeat("a", 253) + " ")},
+		{strings.Repeat("a", 254), "", ""},
+	} {
+		if got := newPodName(c.name, c.node); got != c.want {
+			t.Errorf("%q on %q is %q, want %q", c.name, c.node, got, c.want)
+		}
+	}
+}
+
+func TestByHolders(t *testing.T) {
+	long := holder{strings.Repeat("a", 250), time.Second}
+	for _, c := range []struct {
+		holders []holder
+		inUse   int
+		want    string
+	}{
+		{nil, 0, ""},
+		{nil, 3, ""},
+		{[]holder{{"a", 4 * time.Hour}}, 1, "by a (4 h)"},
+		{[]holder{{"a", 4 * time.Hour}, {"b-", 2 * time.Minute}, {"c", heldUnknown}}, 10,
+			"by a (4 h), b-... (2 min), c, and 7 more"},
+		{[]holder{long, {"b", time.Second}, long, {"c", time.Second}}, 4,
+			"by " + long.String() + ", b (1 s), and 2 more"},
+	} {
+		if got := byHolders(c.holders, c.inUse); got != c.want {
+			t.Errorf("%v: got %q, want %q", c.holders, got, c.want)
+		}
+	}
+}
+
+func TestParseHolders(t *testing.T) {
+	got, err := parseHolders([]any{int64(-1), []byte("token"), int64(5), []byte("a"), int64(9), []byte("b")})
+	if want := "[b (9 s) a (5 s) token]"; err != nil || fmt.Sprint(got) != want {
+		t.Errorf("got %v, %v; want %s", got, err, want)
+	}
+	escape := []byte("\x1b[2J" + strings.Repeat("x", 1000))
+	got, err = parseHolders([]any{int64(5), escape})
+	if err != nil || strings.Contains(got[0].name, "\x1b") || len(got[0].name) > 60 {
+		t.Errorf("an unprintable or long name is not cleaned: %q, %v", got, err)
+	}
+	if _, err := parseHolders([]any{int64(5)}); err == nil {
+		t.Error("a holder without a name is accepted")
+	}
+}
+
+// A refusal names no holder while the free token is kept for the line.
+func TestRefusedForTheLine(t *testing.T) {
+	r, s, id := newSemaphore(t)
+	token := acquire(t, s, id, 1)
+	standInLine(t, r, s, id, false)
+	giveBack(t, s, id, token)
+	_, _, err := s.acquire(context.Background(), id, "", 1, time.Second)
+	var full *fullError
+	want := fmt.Sprintf("no semaphore available: %s has 0 of 1 tokens in use; 1 waiting in line", id)
+	if !errors.As(err, &full) || refusal(full) != want {
+		t.Errorf("got %v, want the refusal %q", err, want)
 	}
 }

@@ -8,18 +8,11 @@ import (
 )
 
 const (
-	// beatTimeout bounds one heartbeat, and holderRetry the wait before one that failed is tried again: once Redis answers, live
-	// holders are counted again within beatTimeout. Scripts rely on it; see "back" in semaphore.lua.
-	beatTimeout = 3 * time.Second
-	holderRetry = time.Second
-
-	// locksPatience bounds the wait for the end of a repair when the pod ends.
+	// locksPatience bounds the wait for a running repair when the pod ends.
 	locksPatience = 2 * time.Second
 
-	// giveBackSeconds is for how long a sidecar tries to give its token back, if it is not told otherwise.
-	giveBackSeconds = 10
-
-	// awaitMissed is after how long a sidecar logs that no init container has asked: the app may run without a token.
+	// awaitMissed is how long no init container may ask before a sidecar logs it: the app
+	// may run without a token.
 	awaitMissed = time.Minute
 )
 
@@ -29,30 +22,39 @@ type sidecar struct {
 	id         semaphoreID
 	token      string
 	pod        podName
-	held       time.Time // since when it has the token
+	held       time.Time // since when it holds the token
 	interval   time.Duration
 	log        *slog.Logger
-	grace      context.Context // done when the grace period is over, or the process is to end
+	grace      context.Context // done when the grace period is over, or the process ends
 	failing    bool            // the last heartbeat failed
-	logged     time.Time       // when that was logged
+	limit      logLimiter      // of lines about that
 
 	locksClosed chan struct{} // closed while there are no connections to lock servers
 }
 
-// runSidecar gets the token, keeps it alive by heartbeats until ctx is done, and then gives it back. Its error says that it could
-// not give it back, or not listen for the pod's init container.
+// runSidecar acquires the token, keeps it alive by heartbeats until ctx is done, and then
+// gives it back. It fails if it cannot give the token back, or cannot listen for the
+// pod's init container.
 func runSidecar(ctx context.Context, c sidecarConfig, log *slog.Logger) error {
-	semaphores := newSemaphores(c.sharedConfig, nil, 1, log)
+	semaphores := newSemaphores(c.settings, nil, 1, log)
 	defer semaphores.queue.close()
-	s := &sidecar{semaphores: semaphores, locksClosed: make(chan struct{}), id: c.semaphore, token: c.token, pod: c.pod, held: time.Now(), interval: c.heartbeatInterval,
-		log: log.With("namespace", c.semaphore.namespace, "key", c.semaphore.key, "token", c.token)}
+	s := &sidecar{
+		semaphores:  semaphores,
+		id:          c.semaphore,
+		token:       c.token,
+		pod:         c.pod,
+		held:        time.Now(),
+		interval:    c.heartbeatInterval,
+		log:         log.With("namespace", c.semaphore.namespace, "key", c.semaphore.key, "token", c.token),
+		locksClosed: make(chan struct{}),
+	}
 	grace, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
 	s.grace = grace
 	context.AfterFunc(ctx, func() { time.AfterFunc(c.terminationGracePeriod, end) })
 	close(s.locksClosed)
 	var held bool
-	if c.length == 0 { // the pod's containers run, whatever we do
+	if c.length == 0 { // a classic sidecar cannot hold the app back
 		held = true
 		s.logHeld()
 		s.loop(ctx, 0, nil)
@@ -72,41 +74,43 @@ func runSidecar(ctx context.Context, c sidecarConfig, log *slog.Logger) error {
 	return s.giveBack(held)
 }
 
-// guard holds the app back until the token is held, and then keeps the token alive until ctx is done. It reports whether the token
-// was held at the end. Its error says that it cannot listen for the pod's await.
+// guard holds the app back until the token is held, and then keeps the token alive until
+// ctx is done. held reports whether the token was held at the end. guard fails if it
+// cannot listen for the pod's await.
 func (s *sidecar) guard(ctx context.Context, c sidecarConfig) (held bool, err error) {
 	mark := newStartMark(c.podUID, c.token)
-	d := newDoor(mark, fmt.Sprintf("asking queue Redis %s for a token of %s", c.queueRedisAddress, s.id), s.log)
+	status := fmt.Sprintf("asking queue Redis %s for a token of %s", c.queueRedisAddress, s.id)
+	server := newAwaitServer(mark, status, s.log)
 	if c.podUID != "" {
-		if err := d.serve(c.podUID); err != nil {
+		if err := server.serve(c.podUID); err != nil {
 			return false, err
 		}
 	}
 	if mark.isSet() {
 		s.log.Info("started again in a running pod")
 		s.held = mark.setAt()
-		s.loop(ctx, 0, d.asked)
+		s.loop(ctx, 0, server.asked)
 	} else if c.podUID != "" {
-		defer time.AfterFunc(awaitMissed, d.warnUnheard).Stop()
+		defer time.AfterFunc(awaitMissed, server.warnNotAsked).Stop()
 	}
 	for ctx.Err() == nil {
-		if !s.admit(ctx, c, d) {
+		if !s.holdBack(ctx, c, server) {
 			return false, nil
 		}
-		s.loop(ctx, s.interval, d.asked)
+		s.loop(ctx, s.interval, server.asked)
 	}
 	return true, nil
 }
 
-// admit gets the token and lets the pod's await pass. It returns false if ctx is done before it has the token. Until the app may
-// run, admit keeps the token by asking for it again and sends no heartbeats: a token that is lost meanwhile sends the pod back to
-// the line.
-func (s *sidecar) admit(ctx context.Context, c sidecarConfig, d *door) (held bool) {
-	<-s.locksClosed // of the last time
-	s.semaphores.locks = newLocker(c.sharedConfig, 0)
+// holdBack acquires the token and lets the pod's await pass. It returns false if ctx is
+// done first. Until the app may run, it keeps the token by acquiring it again, not by
+// heartbeats: a pod whose token is lost meanwhile goes back to the line.
+func (s *sidecar) holdBack(ctx context.Context, c sidecarConfig, server *awaitServer) (held bool) {
+	<-s.locksClosed // by the last call
+	s.semaphores.locks = newLocker(c.settings, 0)
 	defer s.closeLocks()
-	w := &waiter{semaphores: s.semaphores, id: s.id, token: s.token, pod: s.pod, length: c.length, expiration: c.expiration,
-		say: d.say, log: s.log}
+	w := &waiter{semaphores: s.semaphores, id: s.id, token: s.token, pod: s.pod, length: c.length,
+		expiration: c.expiration, report: server.setStatus, log: s.log}
 	fresh := min(c.heartbeatInterval, c.staleThreshold/4)
 	for first := true; ; first = false {
 		asked, inLine, err := w.wait(ctx)
@@ -117,10 +121,10 @@ func (s *sidecar) admit(ctx context.Context, c sidecarConfig, d *door) (held boo
 			s.held = asked
 			s.logHeld()
 		}
-		if c.podUID == "" { // there is nobody to hold back
+		if c.podUID == "" { // there is no await
 			return true
 		}
-		if passed, err := d.letPass(ctx, asked.Add(fresh)); passed || err != nil {
+		if passed, err := server.admitOne(ctx, asked.Add(fresh)); passed || err != nil {
 			return true
 		}
 	}
@@ -130,7 +134,8 @@ func (s *sidecar) logHeld() {
 	s.log.Info(heldText, "heartbeatInterval", s.interval.String(), "queueRedis", s.semaphores.address.text)
 }
 
-// closeLocks closes the connections to the lock servers once nothing is left of what was begun to get the token.
+// closeLocks closes the connections to the lock servers once all background work of the
+// acquire has ended.
 func (s *sidecar) closeLocks() {
 	closed := make(chan struct{})
 	s.locksClosed = closed
@@ -142,8 +147,8 @@ func (s *sidecar) closeLocks() {
 	}()
 }
 
-// loop sends a heartbeat after a while and then every interval, and retries sooner while they fail, until ctx is done or the
-// pod's await asks.
+// loop sends a heartbeat after first, and then every interval; after a failure, sooner.
+// It ends when ctx is done or the pod's await asks.
 func (s *sidecar) loop(ctx context.Context, first time.Duration, asked <-chan struct{}) {
 	retry := s.newBackoff()
 	for pause := first; ; {
@@ -172,35 +177,39 @@ func (s *sidecar) newBackoff() *backoff {
 	return newBackoff(min(holderRetry, s.interval)/4, min(holderRetry, s.interval/2))
 }
 
-// beat sends one heartbeat, again if no answer comes. The end of ctx does not cut it off: a heartbeat that is still on its way when
-// the token is released would count the token again.
+// beat sends one heartbeat, and repeats it if no reply comes. The end of ctx does not cut
+// it off: a heartbeat under way when the token is released would count the token again.
 func (s *sidecar) beat(ctx context.Context) error {
 	attempt, cancel := context.WithTimeout(context.WithoutCancel(ctx), min(beatTimeout, s.interval))
 	defer cancel()
 	rejoined, err := s.semaphores.heartbeat(attempt, s.id, s.token, s.pod, time.Since(s.held))
 	switch {
-	case err != nil && (!s.failing || time.Since(s.logged) > logEvery):
-		s.log.Warn("heartbeat failed, to be retried", "error", err.Error())
-		s.logged = time.Now()
 	case err != nil:
+		if _, ok := s.limit.allow(); ok {
+			s.log.Warn("heartbeat failed, to be retried", "error", err.Error())
+		}
 	case rejoined:
 		s.log.Warn("the token was not in flight (reclaimed as stale, or lost with Redis): counted again")
 	case s.failing:
 		s.log.Info("heartbeat succeeds again")
 	}
-	s.failing = err != nil
+	if s.failing = err != nil; !s.failing {
+		s.limit.reset()
+	}
 	return err
 }
 
-// giveBack releases the token, or leaves the line, retrying until the grace period is over.
+// giveBack releases the token, or leaves the line. It retries until the grace period is
+// over.
 func (s *sidecar) giveBack(held bool) error {
 	status, err := s.semaphores.releaseWithin(s.grace, s.id, s.token)
 	if err != nil && !held {
-		return fmt.Errorf("the line of %s not left within the grace period, it forgets this pod within seconds; a token that was already taken for it (%s) will be reclaimed: %w",
-			s.id, s.token, err)
+		return fmt.Errorf("the line of %s not left within the grace period, it forgets this pod within seconds; "+
+			"a token that was already taken for it (%s) will be reclaimed: %w", s.id, s.token, err)
 	}
 	if err != nil {
-		return fmt.Errorf("token %s of %s not given back within the grace period, it will be reclaimed %s after its last heartbeat: %w",
+		return fmt.Errorf("token %s of %s not given back within the grace period, "+
+			"it will be reclaimed %s after its last heartbeat: %w",
 			s.token, s.id, s.semaphores.staleThreshold, err)
 	}
 	switch status {

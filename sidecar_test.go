@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -11,19 +12,20 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
 func TestSidecarGivesBackOnSignal(t *testing.T) {
 	t.Parallel()
 	for _, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
 		r, s, id := newSemaphore(t)
-		p := startSidecar(t, r.address, id, acquire(t, s, id, 2))
-		p.wantLog(t, "holding the token")
-		r.wantCounts(t, id, 1, 1)
-		p.signal(t, signal)
-		p.wantExit(t, 0)
-		r.wantCounts(t, id, 2, 0)
-		p.wantLog(t, "token given back")
+		p := rig.StartSidecar(t, r.Address, id, acquire(t, s, id, 2))
+		p.WantLog(t, "holding the token")
+		r.WantCounts(t, id, 1, 1)
+		p.Signal(t, signal)
+		p.WantExit(t, 0)
+		r.WantCounts(t, id, 2, 0)
+		p.WantLog(t, "token given back")
 	}
 }
 
@@ -31,149 +33,226 @@ func TestSidecarBeats(t *testing.T) {
 	t.Parallel()
 	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 1)
-	startSidecar(t, r.address, id, token)
-	for range 3 { // at once, and again after each interval
-		r.makeStale(t, id, token)
-		eventually(t, 20*time.Second, func() error {
-			score := r.do(t, "ZSCORE", id.inflightKey(), token)
+	rig.StartSidecar(t, r.Address, id, token)
+	for range 3 { // the first at once, the next after an interval each
+		r.MakeStale(t, id, token)
+		rig.Eventually(t, 20*time.Second, func() error {
+			score := r.Do(t, "ZSCORE", id.inflightKey(), token)
 			if string(score.([]byte)) == "1" {
-				return fmt.Errorf("no heartbeat")
+				return fmt.Errorf("no new heartbeat")
 			}
 			return nil
 		})
 	}
 }
 
-// A sidecar that was paused past the threshold touches neither the token that its successor got, nor lets anybody
-// in before the count is below length again.
+// A sidecar that was paused past the threshold does not touch its successor's token. No
+// other pod is admitted until the count is below the length again.
 func TestPausedSidecar(t *testing.T) {
 	t.Parallel()
-	r := commonRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	r := rig.CommonRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
 	first := w.wantAdmitted(t, id, 1)
-	p := startSidecar(t, r.address, id, first)
-	p.wantLog(t, "holding the token")
-	p.signal(t, syscall.SIGSTOP)
-	waitState(t, p.Process.Pid, "T")
-	r.makeStale(t, id, first)
+	p := rig.StartSidecar(t, r.Address, id, first)
+	p.WantLog(t, "holding the token")
+	p.Signal(t, syscall.SIGSTOP)
+	p.WantState(t, "T")
+	r.MakeStale(t, id, first)
 	second := w.wantAdmitted(t, id, 1)
-	r.wantCounts(t, id, 0, 1)
+	r.WantCounts(t, id, 0, 1)
 
-	p.signal(t, syscall.SIGCONT)
-	p.wantLog(t, "the token was not in flight (reclaimed as stale, or lost with Redis): counted again")
-	r.wantCounts(t, id, 0, 2)
+	p.Signal(t, syscall.SIGCONT)
+	p.WantLog(t, "the token was not in flight (reclaimed as stale, or lost with Redis): counted again")
+	r.WantCounts(t, id, 0, 2)
 	w.wantFull(t, id, 1, 2)
 
-	p.signal(t, syscall.SIGTERM)
-	p.wantExit(t, 0)
+	p.Signal(t, syscall.SIGTERM)
+	p.WantExit(t, 0)
 	w.wantFull(t, id, 1, 1)
-	r.wantCounts(t, id, 0, 1)
-	r.wantInflight(t, id, second)
+	r.WantCounts(t, id, 0, 1)
+	r.WantInflight(t, id, second)
 	w.semaphores.giveBack(id, second)
 	w.wantAdmitted(t, id, 1)
 }
 
-// A Redis that is emptied under live sidecars counts them again within an interval.
+// After Redis lost all data, live sidecars put their tokens back within an interval.
 func TestRedisEmptied(t *testing.T) {
 	t.Parallel()
-	r := startRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
 	var tokens []string
 	for range 3 {
 		token := w.wantAdmitted(t, id, 3)
-		startSidecar(t, r.address, id, token).wantLog(t, "holding the token")
+		rig.StartSidecar(t, r.Address, id, token).WantLog(t, "holding the token")
 		tokens = append(tokens, token)
 	}
-	r.do(t, "FLUSHALL")
-	r.wantCounts(t, id, 0, 3)
+	r.Do(t, "FLUSHALL")
+	r.WantCounts(t, id, 0, 3)
 	w.wantFull(t, id, 3, 3)
-	got := r.inflight(t, id)
+	got := r.Inflight(t, id)
 	slices.Sort(got)
 	slices.Sort(tokens)
 	if !slices.Equal(got, tokens) {
-		t.Errorf("in flight %v, want %v", got, tokens)
+		t.Errorf("in flight: %v, want %v", got, tokens)
 	}
 
-	// Refilled before the sidecars are back, they take the free tokens.
-	r.do(t, "FLUSHALL")
+	// Redis is refilled before the sidecars are back: they take the free tokens.
+	r.Do(t, "FLUSHALL")
 	maintain(t, w.semaphores, id, 3)
-	r.wantCounts(t, id, 0, 3)
+	r.WantCounts(t, id, 0, 3)
 }
 
-// A Redis that is out of reach ends no sidecar: not at its start, not later, and SIGTERM is answered when it is back.
+// An unreachable Redis ends no sidecar, at start or later. A sidecar that got SIGTERM
+// gives its token back when Redis is reachable.
 func TestSidecarOutlivesRedis(t *testing.T) {
 	t.Parallel()
-	r, s, id := newSemaphoreOn(t, startRedis(t))
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
 	token := acquire(t, s, id, 1)
-	r.stop()
-	p := startSidecar(t, r.address, id, token, "--termination-grace-period-seconds=60")
-	p.wantLog(t, "heartbeat failed, to be retried")
-	must(t, r.start())
-	p.wantLog(t, "heartbeat succeeds again")
-	r.stop()
-	p.signal(t, syscall.SIGTERM)
-	p.wantLog(t, "giving the token back")
-	p.wantLog(t, "release failed, to be retried")
-	p.signal(t, syscall.SIGTERM) // once is enough: it goes on trying
-	must(t, r.start())
-	p.wantExit(t, 0)
-	r.wantCounts(t, id, 1, 0)
+	r.Stop()
+	p := rig.StartSidecar(t, r.Address, id, token, "--termination-grace-period-seconds=60")
+	p.WantLog(t, "heartbeat failed, to be retried")
+	rig.Must(t, r.Start())
+	p.WantLog(t, "heartbeat succeeds again")
+	r.Stop()
+	p.Signal(t, syscall.SIGTERM)
+	p.WantLog(t, "giving the token back")
+	p.WantLog(t, "release failed, to be retried")
+	p.Signal(t, syscall.SIGTERM) // one signal is enough: the sidecar keeps retrying
+	rig.Must(t, r.Start())
+	p.WantExit(t, 0)
+	r.WantCounts(t, id, 1, 0)
 }
 
 func TestSidecarThatCannotGiveBack(t *testing.T) {
 	t.Parallel()
-	address := freeAddress(t)
+	address := rig.FreeAddress(t)
 	token := uuid.NewString()
-	p := startSidecar(t, address, semaphoreID{"shop", "web"}, token, "--termination-grace-period-seconds=1")
-	p.wantLog(t, "heartbeat failed, to be retried")
-	p.signal(t, syscall.SIGTERM)
-	p.wantExit(t, 1)
-	line := p.wantLog(t, "failed")
-	want := "token " + token + " of shop/web not given back within the grace period, it will be reclaimed 2m0s after its last heartbeat: release shop/web: " + unreachedText(address)
+	p := rig.StartSidecar(t, address, semaphoreID{"shop", "web"}, token, "--termination-grace-period-seconds=1")
+	p.WantLog(t, "heartbeat failed, to be retried")
+	p.Signal(t, syscall.SIGTERM)
+	p.WantExit(t, 1)
+	line := p.WantLog(t, "failed")
+	want := "token " + token + " of shop/web not given back within the grace period, " +
+		"it will be reclaimed 2m0s after its last heartbeat: release shop/web: " + rig.UnreachedText(address)
 	if got := line["error"].(string); !strings.HasPrefix(got, want) {
 		t.Errorf("logged %q, want %q", got, want)
 	}
 }
 
-// A server that has become a read-only replica is left for whoever is behind the address now.
-func TestRefusingServerIsDropped(t *testing.T) {
-	if testQueue == clusterTests {
+// If a server became a read-only replica, the client drops it and asks the address again.
+func TestReadOnlyServerIsDropped(t *testing.T) {
+	if rig.TestQueue == rig.ClusterQueue {
 		t.Skip("a Cluster's replica sends us to its master")
 	}
-	r, s, id := newSemaphoreOn(t, startRedis(t))
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
 	token := acquire(t, s, id, 1)
 	pool := serverOf(t, s, id).pool
-	r.do(t, "REPLICAOF", "127.0.0.1", portOf(freeAddress(t)))
+	r.Do(t, "REPLICAOF", "127.0.0.1", rig.Port(rig.FreeAddress(t)))
 	for range 3 {
-		ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
-		if _, err := s.heartbeat(ctx, id, token, "", 0); err == nil || !strings.Contains(err.Error(), "READONLY") && !strings.Contains(err.Error(), "is not a primary") {
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		_, err := s.heartbeat(ctx, id, token, "", 0)
+		if err == nil ||
+			!strings.Contains(err.Error(), "READONLY") && !strings.Contains(err.Error(), "is not a primary") {
 			t.Errorf("got %v, want READONLY", err)
 		}
 		cancel()
 		if n := pool.ActiveCount(); n != 0 {
-			t.Errorf("%d connections to the read-only server are kept", n)
+			t.Errorf("%d connections to the read-only server are still open", n)
 		}
 	}
-	r.do(t, "REPLICAOF", "NO", "ONE")
+	r.Do(t, "REPLICAOF", "NO", "ONE")
 	_, err := s.heartbeat(context.Background(), id, token, "", 0)
-	must(t, err)
+	rig.Must(t, err)
 }
 
-// One connection is all that a sidecar needs.
+// A sidecar uses one connection.
 func TestSidecarUsesOneConnection(t *testing.T) {
-	r := startRedis(t)
+	r := rig.StartRedis(t)
 	id := freshID()
-	sidecarSemaphores := newSemaphores(testConfig(r.address).sharedConfig, nil, 1, slog.New(slog.DiscardHandler))
+	sidecarSemaphores := newSemaphores(testConfig(r.Address).settings, nil, 1, slog.New(slog.DiscardHandler))
 	defer sidecarSemaphores.queue.close()
-	s := &sidecar{semaphores: sidecarSemaphores, id: id, token: uuid.NewString(), interval: time.Second, grace: context.Background(), log: slog.New(slog.DiscardHandler)}
+	s := &sidecar{semaphores: sidecarSemaphores, id: id, token: uuid.NewString(), interval: time.Second,
+		grace: context.Background(), log: slog.New(slog.DiscardHandler)}
 	for range 10 {
-		must(t, s.beat(context.Background()))
+		rig.Must(t, s.beat(context.Background()))
 	}
-	must(t, s.giveBack(true))
-	clients := string(r.do(t, "CLIENT", "LIST").([]byte))
-	if n := strings.Count(clients, "\n") - strings.Count(clients, " name=sentinel-"); n != 2 { // one is the test's
-		t.Errorf("connections:\n%s", clients)
+	rig.Must(t, s.giveBack(true))
+	clients := string(r.Do(t, "CLIENT", "LIST").([]byte))
+	if n := strings.Count(clients, "\n") - strings.Count(clients, " name=sentinel-"); n != 2 { // the test has one
+		t.Errorf("got these connections, want one of the sidecar:\n%s", clients)
 	}
+}
+
+// A waiting sidecar logs its place, and leaves the line on SIGTERM.
+func TestWaitingSidecar(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	holder := acquire(t, s, id, 1)
+	first, second := uuid.NewString(), uuid.NewString()
+	a := rig.StartWaitingSidecar(t, r.Address, id, first, 1)
+	a.WantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, 0 s")
+	b := rig.StartWaitingSidecar(t, r.Address, id, second, 1)
+	b.WantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 2nd in line, 0 s")
+	r.WantLine(t, id, first, second)
+
+	a.Signal(t, syscall.SIGTERM)
+	a.WantExit(t, 0)
+	a.WantLog(t, "left the line")
+	r.WantLine(t, id, second)
+
+	giveBack(t, s, id, holder)
+	b.WantLog(t, "holding the token")
+	b.Signal(t, syscall.SIGTERM)
+	b.WantExit(t, 0)
+	b.WantLog(t, "token given back")
+	r.WantCounts(t, id, 1, 0)
+}
+
+// A waiting sidecar that is killed, and restarted by the kubelet, keeps its place.
+func TestKilledWaiterKeepsItsPlace(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	acquire(t, s, id, 1)
+	first := uuid.NewString()
+	p := rig.StartWaitingSidecar(t, r.Address, id, first, 1)
+	r.WantLine(t, id, first)
+	second, _ := queueUp(t, t.Context(), s, id, 1, r)
+	p.Signal(t, syscall.SIGKILL)
+	<-p.Done()
+	p = rig.StartWaitingSidecar(t, r.Address, id, first, 1)
+	rig.Eventually(t, 20*time.Second, func() error {
+		if !strings.Contains(p.Log.String(), "1st in line, ") {
+			return errors.New(p.Log.String())
+		}
+		return nil
+	})
+	r.WantLine(t, id, first, second)
+}
+
+// A sidecar that got its token after waiting has one connection again.
+func TestHolderUsesOneConnection(t *testing.T) {
+	rig.SkipUnderSentinel(t)
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
+	holder := acquire(t, s, id, 1)
+	token := uuid.NewString()
+	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1)
+	r.WantLine(t, id, token)
+	connections := func() (mine int) {
+		// The test, its semaphores and their lock have one connection each.
+		return strings.Count(string(r.Do(t, "CLIENT", "LIST").([]byte)), "\n") - 3
+	}
+	if n := connections(); n != 2 {
+		t.Errorf("%d connections while the sidecar waits", n)
+	}
+	giveBack(t, s, id, holder)
+	p.WantLog(t, "holding the token")
+	rig.Eventually(t, 10*time.Second, func() error {
+		if n := connections(); n != 1 {
+			return fmt.Errorf("%d connections, want 1", n)
+		}
+		return nil
+	})
 }

@@ -16,87 +16,16 @@ import (
 )
 
 const (
-	// statusTimeout bounds a look at Redis.
+	// statusTimeout bounds a read of Redis.
 	statusTimeout = 10 * time.Second
 
-	// statusEvery is how often --watch looks.
+	// statusEvery is how often --watch reads.
 	statusEvery = 2 * time.Second
 )
 
-// What "status" prints.
-const (
-	outputTable = "table"
-	outputJSON  = "json"
-)
-
-// statusConfig are the settings of the status mode.
-type statusConfig struct {
-	sharedConfig
-	output    string
-	watch     bool
-	yes       bool
-	namespace string      // empty for all
-	semaphore semaphoreID // empty for all of the namespace
-	release   string      // the token, or the pod, to release; empty for none
-}
-
-// parseStatusConfig reads the command line of "status". Its errors are *usageError and *helpRequest.
-func parseStatusConfig(args []string, getenv func(string) string) (c statusConfig, err error) {
-	err = parseFlags(&c, "status", "[flags] [NAMESPACE | NAMESPACE/KEY]\n       at-least-semaphore-pod-hook status [flags] release NAMESPACE/KEY TOKEN|POD", args, getenv)
-	return c, err
-}
-
-func (c *statusConfig) declareFlags(f *flags, getenv func(string) string) {
-	c.declareQueueFlags(f, getenv)
-	if password := getenv("STATUS_REDIS_PASSWORD"); password != "" {
-		c.redis.username, c.redis.password = getenv("STATUS_REDIS_USERNAME"), password
-	}
-	// In a container of the webhook, that is where it has its own from.
-	for name, variable := range map[string]string{"queue-redis-address": "QUEUE_REDIS_ADDRESS",
-		"heartbeat-interval-seconds": "HEARTBEAT_INTERVAL_SECONDS", "stale-threshold-seconds": "STALE_THRESHOLD_SECONDS"} {
-		if text := getenv(variable); text != "" {
-			f.setDefault(name, text)
-		}
-	}
-	declare(f, &c.output, readChoice(outputTable, outputJSON), "o", outputTable, "output: `table|json`")
-	declare(f, &c.watch, readBool, "watch", "false", "`true|false`: print it again every two seconds")
-	declare(f, &c.yes, readBool, "yes", "false", "`true|false`: release without asking")
-}
-
-func (c *statusConfig) validate(f *flags) {
-	c.sharedConfig.validate(f)
-	operands := f.operands
-	releases := len(operands) > 0 && operands[0] == "release"
-	if releases {
-		operands = operands[1:]
-		if len(operands) != 2 {
-			f.problem("release: %d arguments; they are NAMESPACE/KEY TOKEN|POD", len(operands))
-			return
-		}
-		c.release = operands[1]
-		operands = operands[:1]
-	}
-	switch {
-	case len(operands) > 1:
-		f.problem("%d arguments: there may be one, NAMESPACE or NAMESPACE/KEY", len(operands))
-	case len(operands) == 1:
-		namespace, key, isOne := strings.Cut(operands[0], "/")
-		if namespace == "" || isOne && checkKey(key) != "" || releases && !isOne {
-			f.problem("%q is not a namespace, a slash and a key", operands[0])
-		}
-		c.namespace = namespace
-		if isOne {
-			c.semaphore = semaphoreID{namespace, key}
-		}
-	}
-	if c.watch && releases {
-		f.problem("--watch and release do not go together")
-	}
-}
-
-// runStatus prints what there is to see, or releases a token.
+// runStatus prints the semaphores, or one of them, or releases a token.
 func runStatus(ctx context.Context, c statusConfig, stdin io.Reader, stdout io.Writer, log *slog.Logger) error {
-	s := newSemaphores(c.sharedConfig, nil, 1, log)
+	s := newSemaphores(c.settings, nil, 1, log)
 	defer s.queue.close()
 	if c.release != "" {
 		return releaseByHand(ctx, s, c, stdin, stdout)
@@ -120,7 +49,8 @@ func runStatus(ctx context.Context, c statusConfig, stdin io.Reader, stdout io.W
 	}
 }
 
-// printStatus prints one look at Redis. With an error, it has printed what it has seen.
+// printStatus reads Redis once and prints what it finds. With an error, it has printed
+// what it could read.
 func printStatus(ctx context.Context, s *semaphores, c statusConfig, w io.Writer) error {
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
@@ -168,13 +98,14 @@ func printTable(w io.Writer, states []semaphoreState, namespace string) {
 		if st.inUse > 0 {
 			heartbeat = roughly(st.oldestHeartbeat) + " ago"
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%d\t%d\t%d\t%s\t%s\n", printable(st.id.namespace), printable(st.id.key), lengthText(st.length), st.free, st.inUse,
-			st.stale, st.waiting, wait, heartbeat)
+		fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%d\t%d\t%d\t%s\t%s\n",
+			printable(st.id.namespace), printable(st.id.key), lengthText(st.length),
+			st.free, st.inUse, st.stale, st.waiting, wait, heartbeat)
 	}
 	t.Flush()
 }
 
-// lengthText is a length, if it is known.
+// lengthText formats a length; zero is unknown.
 func lengthText(length int) string {
 	if length == 0 {
 		return "?"
@@ -183,7 +114,8 @@ func lengthText(length int) string {
 }
 
 func printDetail(w io.Writer, d semaphoreDetail) {
-	fmt.Fprintf(w, "%s: %d of %s tokens in use (%d stale), %d free, %d waiting in line\n", d.id, d.inUse, lengthText(d.length), d.stale, d.free, d.waiting)
+	fmt.Fprintf(w, "%s: %d of %s tokens in use (%d stale), %d free, %d waiting in line\n",
+		d.id, d.inUse, lengthText(d.length), d.stale, d.free, d.waiting)
 	if len(d.holders) > 0 {
 		t := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 		fmt.Fprintln(t, "\nHOLDER\tNODE\tHELD\tHEARTBEAT\t\tTOKEN")
@@ -195,7 +127,8 @@ func printDetail(w io.Writer, d semaphoreDetail) {
 			if h.stale {
 				stale = "stale"
 			}
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s ago\t%s\t%s\n", podText(h.pod), cmp.Or(h.node, "?"), held, roughly(h.heard), stale, printable(h.token))
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s ago\t%s\t%s\n",
+				podText(h.pod), cmp.Or(h.node, "?"), held, roughly(h.idle), stale, printable(h.token))
 		}
 		t.Flush()
 		printMore(w, d.inUse-len(d.holders))
@@ -204,7 +137,9 @@ func printDetail(w io.Writer, d semaphoreDetail) {
 		t := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 		fmt.Fprintln(t, "\nLINE\tWAITER\tNODE\tWAITS\tASKED\tLENGTH\tTOKEN")
 		for i, l := range d.line {
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s ago\t%s\t%s\n", ordinal(i+1), podText(l.pod), cmp.Or(l.node, "?"), roughly(l.held), roughly(l.heard), lengthText(l.length), printable(l.token))
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s ago\t%s\t%s\n",
+				ordinal(i+1), podText(l.pod), cmp.Or(l.node, "?"), roughly(l.held), roughly(l.idle),
+				lengthText(l.length), printable(l.token))
 		}
 		t.Flush()
 		printMore(w, d.waiting-len(d.line))
@@ -217,7 +152,7 @@ func printMore(w io.Writer, n int) {
 	}
 }
 
-// podText is a pod's name for people, as far as it is known.
+// podText formats a pod's name, as far as it is known.
 func podText(pod string) string {
 	switch {
 	case pod == "":
@@ -228,35 +163,30 @@ func podText(pod string) string {
 	return pod
 }
 
-// printable is a text from Redis, where anybody with its password may have put anything, as it can be shown on a terminal.
-func printable(text string) string {
-	if quoted := fmt.Sprintf("%+q", text); quoted != `"`+text+`"` {
-		return quoted
-	}
-	return text
-}
-
-// The JSON of "status". Fields are added, and never renamed or removed. All times are in seconds.
+// The JSON of "status". New fields may be added; none is renamed or removed. All times
+// are in seconds.
 type (
 	statusReport struct {
 		Semaphores []semaphoreReport `json:"semaphores"`
 		Incomplete string            `json:"incomplete,omitempty"` // why not all could be seen
 	}
 	semaphoreReport struct {
-		Namespace       string         `json:"namespace"`
-		Key             string         `json:"key"`
-		Length          int            `json:"length"` // the greatest that was asked for lately; 0: not known
-		Free            int            `json:"free"`
-		InUse           int            `json:"inUse"`
-		Late            int            `json:"late"`  // of those in use: without a heartbeat for more than an interval and 3 s
-		Stale           int            `json:"stale"` // of those in use: to be reclaimed when somebody asks
-		Waiting         int            `json:"waiting"`
-		LongestWait     float64        `json:"longestWaitSeconds"`
-		OldestHeartbeat float64        `json:"oldestHeartbeatSeconds"`
-		Reclaimed       int            `json:"reclaimed"`
-		Rejoined        int            `json:"rejoined"`
-		Holders         []holderReport `json:"holders,omitempty"` // of NAMESPACE/KEY, as the line; a thousand of each at most
-		Line            []waiterReport `json:"line,omitempty"`
+		Namespace       string  `json:"namespace"`
+		Key             string  `json:"key"`
+		Length          int     `json:"length"` // the greatest that pods asked for lately; 0: not known
+		Free            int     `json:"free"`
+		InUse           int     `json:"inUse"`
+		Late            int     `json:"late"`  // of those in use: no heartbeat for more than an interval and 3 s
+		Stale           int     `json:"stale"` // of those in use: the next acquire may reclaim them
+		Waiting         int     `json:"waiting"`
+		LongestWait     float64 `json:"longestWaitSeconds"`
+		OldestHeartbeat float64 `json:"oldestHeartbeatSeconds"`
+		Reclaimed       int     `json:"reclaimed"`
+		Rejoined        int     `json:"rejoined"`
+
+		// Only of "status NAMESPACE/KEY", and at most a thousand of each.
+		Holders []holderReport `json:"holders,omitempty"`
+		Line    []waiterReport `json:"line,omitempty"`
 	}
 	holderReport struct {
 		Token     string   `json:"token"`
@@ -289,31 +219,45 @@ func reportOf(states []semaphoreState, err error) statusReport {
 }
 
 func (st semaphoreState) report() semaphoreReport {
-	return semaphoreReport{Namespace: st.id.namespace, Key: st.id.key, Length: st.length, Free: st.free, InUse: st.inUse, Late: st.late, Stale: st.stale,
-		Waiting: st.waiting, LongestWait: inMillis(st.longestWait), OldestHeartbeat: inMillis(st.oldestHeartbeat), Reclaimed: st.reclaimed, Rejoined: st.rejoined}
+	return semaphoreReport{
+		Namespace:       st.id.namespace,
+		Key:             st.id.key,
+		Length:          st.length,
+		Free:            st.free,
+		InUse:           st.inUse,
+		Late:            st.late,
+		Stale:           st.stale,
+		Waiting:         st.waiting,
+		LongestWait:     inMillis(st.longestWait),
+		OldestHeartbeat: inMillis(st.oldestHeartbeat),
+		Reclaimed:       st.reclaimed,
+		Rejoined:        st.rejoined,
+	}
 }
 
 func (d semaphoreDetail) report() semaphoreReport {
 	r := d.semaphoreState.report()
 	for _, h := range d.holders {
-		one := holderReport{Token: h.token, Pod: h.pod, Node: h.node, Heartbeat: inMillis(h.heard), Stale: h.stale}
+		one := holderReport{Token: h.token, Pod: h.pod, Node: h.node, Heartbeat: inMillis(h.idle), Stale: h.stale}
 		if h.held != heldUnknown {
 			one.Held = new(inMillis(h.held))
 		}
 		r.Holders = append(r.Holders, one)
 	}
 	for i, l := range d.line {
-		r.Line = append(r.Line, waiterReport{Place: i + 1, Token: l.token, Pod: l.pod, Node: l.node, Waited: inMillis(l.held), Asked: inMillis(l.heard), Length: l.length})
+		r.Line = append(r.Line, waiterReport{Place: i + 1, Token: l.token, Pod: l.pod, Node: l.node,
+			Waited: inMillis(l.held), Asked: inMillis(l.idle), Length: l.length})
 	}
 	return r
 }
 
-// inMillis is a duration in seconds, to the millisecond.
+// inMillis returns a duration in seconds, to the millisecond.
 func inMillis(d time.Duration) float64 { return float64(d.Milliseconds()) / 1000 }
 
 func printJSON(w io.Writer, v any) error { return json.NewEncoder(w).Encode(v) }
 
-// releaseByHand releases a token, or takes a waiter out of its line, once somebody has said yes.
+// releaseByHand releases a token, or takes a waiter out of its line, after a
+// confirmation.
 func releaseByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.Reader, stdout io.Writer) error {
 	look, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
@@ -327,18 +271,21 @@ func releaseByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.
 	}
 	token := printable(t.token)
 	if isHeld {
-		fmt.Fprintf(stdout, "Token %s of %s, of pod %s on node %s: last heartbeat %s ago.\n", token, d.id, podText(t.pod), cmp.Or(t.node, "?"), roughly(t.heard))
+		fmt.Fprintf(stdout, "Token %s of %s, of pod %s on node %s: last heartbeat %s ago.\n",
+			token, d.id, podText(t.pod), cmp.Or(t.node, "?"), roughly(t.idle))
 	} else {
-		fmt.Fprintf(stdout, "Token %s of %s, of pod %s on node %s: it waits in line, and has asked %s ago.\n", token, d.id, podText(t.pod), cmp.Or(t.node, "?"), roughly(t.heard))
+		fmt.Fprintf(stdout, "Token %s of %s, of pod %s on node %s: it waits in line, and has asked %s ago.\n",
+			token, d.id, podText(t.pod), cmp.Or(t.node, "?"), roughly(t.idle))
 	}
-	if isHeld && t.heard <= s.lateAfter() || !isHeld && t.heard <= pollMost {
-		fmt.Fprintln(stdout, "Its sidecar is alive: it will be counted again within a heartbeat interval. To free the token for good, delete the pod.")
+	if isHeld && t.idle <= s.lateAfter() || !isHeld && t.idle <= pollMost {
+		fmt.Fprintln(stdout, "Its sidecar is alive: it will be counted again within a heartbeat interval. "+
+			"To free the token for good, delete the pod.")
 	}
 	if !c.yes {
 		fmt.Fprint(stdout, "Release it? [y/N] ")
 		text, _ := bufio.NewReader(stdin).ReadString('\n')
 		if text = strings.ToLower(strings.TrimSpace(text)); text != "y" && text != "yes" {
-			return errors.New("nothing was released: say y, or --yes")
+			return errors.New("nothing was released: answer y, or use --yes")
 		}
 	}
 	ctx, cancel = context.WithTimeout(ctx, statusTimeout)
@@ -357,7 +304,7 @@ func releaseByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.
 	return nil
 }
 
-// find returns the holder, or waiter, with that token or pod.
+// find returns the holder or waiter of that token or pod.
 func (d semaphoreDetail) find(tokenOrPod string) (t tokenState, isHeld bool, err error) {
 	is := func(t tokenState) bool { return t.token == tokenOrPod || t.pod == tokenOrPod }
 	var found []tokenState
@@ -372,5 +319,6 @@ func (d semaphoreDetail) find(tokenOrPod string) (t tokenState, isHeld bool, err
 	case 0:
 		return t, false, fmt.Errorf("no token of %s is used or waited for by %q: see status %s", d.id, tokenOrPod, d.id)
 	}
-	return t, false, fmt.Errorf("%d tokens of %s are used or waited for by %q: name one by its token, from status %s", len(found), d.id, tokenOrPod, d.id)
+	return t, false, fmt.Errorf("%d tokens of %s are used or waited for by %q: name one by its token, from status %s",
+		len(found), d.id, tokenOrPod, d.id)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"runtime"
@@ -11,20 +12,24 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// Concurrent first admissions on a fresh key: all that fit are admitted, and no more, always.
+// Of concurrent first admissions on a fresh key, exactly as many succeed as the length
+// allows.
 func TestConcurrentFirstAdmissions(t *testing.T) {
-	r := commonRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	t.Parallel()
+	r := rig.CommonRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	for _, length := range []int{200, 100} {
 		for range 6 {
 			id := freshID()
-			body := review(t, id, length)
+			body := rig.Review(t, id, length)
 			var admitted, full atomic.Int64
 			var wg sync.WaitGroup
 			for range 200 {
@@ -33,12 +38,12 @@ func TestConcurrentFirstAdmissions(t *testing.T) {
 					switch {
 					case err != nil:
 						t.Error(err)
-					case a.allowed && a.token != "":
+					case a.Allowed && a.Token != "":
 						admitted.Add(1)
-					case a.code == http.StatusTooManyRequests:
+					case a.Code == http.StatusTooManyRequests:
 						full.Add(1)
 					default:
-						t.Errorf("answered %+v", a)
+						t.Errorf("got %+v, want allowed with a token, or 429", a)
 					}
 				})
 			}
@@ -46,156 +51,166 @@ func TestConcurrentFirstAdmissions(t *testing.T) {
 			if int(admitted.Load()) != length || int(full.Load()) != 200-length {
 				t.Fatalf("length %d: %d of 200 admitted, %d refused", length, admitted.Load(), full.Load())
 			}
-			r.wantCounts(t, id, 0, length)
+			r.WantCounts(t, id, 0, length)
 		}
 	}
 }
 
-// In the steady state an admission is one EVALSHA, admitted or refused.
+// In the steady state, an admission is one EVALSHA, admitted or refused.
 func TestSteadyStateCost(t *testing.T) {
-	forOneServer(t)
-	r := startRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	rig.SkipUnderSentinel(t)
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
 	w.wantAdmitted(t, id, 30)
 
-	r.do(t, "CONFIG", "RESETSTAT")
+	r.Do(t, "CONFIG", "RESETSTAT")
 	for range 29 {
 		w.wantAdmitted(t, id, 30)
 	}
 	for range 10 {
 		w.wantFull(t, id, 30, 30)
 	}
-	calls := commandCalls(t, r)
+	calls := r.CommandCalls(t)
 	if calls["evalsha"] != 39 {
-		t.Errorf("%d EVALSHA for 39 admissions", calls["evalsha"])
+		t.Errorf("%d calls of EVALSHA for 39 admissions", calls["evalsha"])
 	}
 	for command, n := range calls {
-		// What the script calls is counted as well; the rest is this test's.
-		inScript := slices.Contains([]string{"time", "hmget", "hset", "exists", "zrange", "llen", "zcard", "zcount", "lpop", "zadd", "expire", "zscore", "zrem", "zrangebyscore", "ttl"}, command)
+		// The counts include the commands of the script, and of this test.
+		inScript := slices.Contains([]string{
+			"time", "hmget", "hset", "exists", "zrange", "llen", "zcard", "zcount", "lpop", "zadd", "expire", "zscore",
+			"zrem", "zrangebyscore", "ttl",
+		}, command)
 		if command != "evalsha" && !inScript && !strings.HasPrefix(command, "config") && command != "info" {
-			t.Errorf("%d calls of %s", n, command)
+			t.Errorf("%d unexpected calls of %s", n, command)
 		}
 	}
 }
 
-// The answer is a failure, never an admission, where Redis is out of reach.
+// While Redis is unreachable, the admission fails, and no pod is admitted.
 func TestRedisUnreachable(t *testing.T) {
-	address := freeAddress(t)
+	t.Parallel()
+	address := rig.FreeAddress(t)
 	w := startWebhook(t, testConfig(address))
 	id := freshID()
-	status, text, err := w.post(context.Background(), review(t, id, 1), "10s")
-	must(t, err)
-	if status != http.StatusInternalServerError || !strings.Contains(text, "acquire "+id.String()+": "+unreachedText(address)) {
-		t.Errorf("answered %d %q", status, text)
+	status, text, err := w.post(context.Background(), rig.Review(t, id, 1), "10s")
+	rig.Must(t, err)
+	want := "acquire " + id.String() + ": " + rig.UnreachedText(address)
+	if status != http.StatusInternalServerError || !strings.Contains(text, want) {
+		t.Errorf("got %d %q", status, text)
 	}
-	lines := w.log.wantLines(t, "admission", 1)
+	lines := w.log.WantLines(t, "admission", 1)
 	if lines[0]["verdict"] != verdictFailed || lines[0]["error"] == "" || lines[0]["level"] != "ERROR" {
 		t.Errorf("logged %v", lines)
 	}
 }
 
-// The client goes away, or the deadline passes, while Redis hangs with the acquire on its way. When Redis goes on, it
-// takes the token only if somebody still waits for the answer, and then the token comes back.
+// While Redis hangs, an acquire is on its way, and the client disconnects or the deadline
+// passes. Redis takes a token only if the webhook still waits for the reply; the webhook
+// then gives it back.
 func TestAbandonedAcquireTakesNothing(t *testing.T) {
-	for name, abandon := range map[string]func(*testWebhook, []byte) error{
-		"client gone": func(w *testWebhook, body []byte) error {
+	t.Parallel()
+	for name, abandon := range map[string]func(*testing.T, *testWebhook, []byte) error{
+		"client gone": func(_ *testing.T, w *testWebhook, body []byte) error {
 			ctx, cancel := context.WithTimeout(context.Background(), 200*time.Millisecond)
 			defer cancel()
 			if _, _, err := w.post(ctx, body, "10s"); !errors.Is(err, context.DeadlineExceeded) {
-				return fmt.Errorf("got %v", err)
+				return fmt.Errorf("got %v, want the deadline exceeded", err)
 			}
 			return nil
 		},
-		"deadline": func(w *testWebhook, body []byte) error {
+		"deadline": func(t *testing.T, w *testWebhook, body []byte) error {
 			start := time.Now()
 			status, text, err := w.post(context.Background(), body, "2s")
-			if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, "no answer of queue Redis") {
-				return fmt.Errorf("answered %d %q, %v", status, text, err)
+			if err != nil || status != http.StatusInternalServerError ||
+				!strings.Contains(text, "no answer of queue Redis") {
+				return fmt.Errorf("got %d %q, %v", status, text, err)
 			}
-			if took := time.Since(start); took > 2*time.Second {
-				return fmt.Errorf("answered after %s", took)
-			}
+			rig.WantWithin(t, time.Since(start), 2*time.Second, "the answer to an API server that waits for 2 s")
 			return nil
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := startRedis(t)
-			w := startWebhook(t, testConfig(r.address))
+			r := rig.StartRedis(t)
+			w := startWebhook(t, testConfig(r.Address))
 			id := freshID()
 			w.wantAdmitted(t, id, 10)
-			r.pause(t)
+			r.Pause(t)
 			var wg sync.WaitGroup
 			for range 5 {
 				wg.Go(func() {
-					if err := abandon(w, review(t, id, 10)); err != nil {
+					if err := abandon(t, w, rig.Review(t, id, 10)); err != nil {
 						t.Error(err)
 					}
 				})
 			}
 			wg.Wait()
-			r.resume(t)
-			eventually(t, 10*time.Second, func() error {
-				// The first, and those that were on their way.
-				if n := commandCalls(t, r)["hmget"] + commandCalls(t, r)["time"]; n < 4 {
-					return fmt.Errorf("%d commands came", n)
+			r.Resume(t)
+			rig.Eventually(t, 10*time.Second, func() error {
+				// The first command, and those that were on their way.
+				if n := r.CommandCalls(t)["hmget"] + r.CommandCalls(t)["time"]; n < 4 {
+					return fmt.Errorf("Redis ran %d commands, want 4", n)
 				}
 				return nil
 			})
-			r.wantCounts(t, id, 9, 1)
-			w.close() // waits for what goes on in the background
-			r.wantCounts(t, id, 9, 1)
+			r.WantCounts(t, id, 9, 1)
+			w.close() // waits for releases in the background
+			r.WantCounts(t, id, 9, 1)
 		})
 	}
 }
 
-// brokenWriter is a connection that breaks when the answer is written.
+// brokenWriter is a connection that breaks when the reply is written.
 type brokenWriter struct{ httptest.ResponseRecorder }
 
 func (*brokenWriter) Write([]byte) (int, error) { return 0, errors.New("broken pipe") }
 
-func TestUndeliverableAnswerIsGivenBack(t *testing.T) {
-	r := commonRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+func TestTokenOfUndeliverableReplyIsGivenBack(t *testing.T) {
+	r := rig.CommonRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
-	request := httptest.NewRequest(http.MethodPost, "/mutate?timeout=10s", strings.NewReader(string(review(t, id, 3))))
+	body := strings.NewReader(string(rig.Review(t, id, 3)))
+	request := httptest.NewRequest(http.MethodPost, "/mutate?timeout=10s", body)
 	request.Header.Set("Content-Type", "application/json")
 	w.mutate(new(brokenWriter), request)
-	r.wantCounts(t, id, 3, 0)
-	lines := w.log.wantLines(t, "admission", 1)
+	r.WantCounts(t, id, 3, 0)
+	lines := w.log.WantLines(t, "admission", 1)
 	if lines[0]["verdict"] != verdictUndeliverable || lines[0]["error"] != "deliver the answer: broken pipe" {
 		t.Errorf("logged %v", lines)
 	}
 }
 
-// A pod that is to wait has taken nothing: an answer that nobody hears is no error.
-func TestUndeliverableAnswerOfWaitingPod(t *testing.T) {
-	w := startWebhook(t, testConfig(freeAddress(t)))
-	request := httptest.NewRequest(http.MethodPost, "/mutate?timeout=10s", strings.NewReader(string(review(t, freshID(), 3, whenFull(whenFullWait)))))
+// A pod in mode wait has no token yet, so an undelivered reply is only a warning.
+func TestUndeliverableReplyOfWaitingPod(t *testing.T) {
+	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
+	body := strings.NewReader(string(rig.Review(t, freshID(), 3, whenFull(whenFullWait))))
+	request := httptest.NewRequest(http.MethodPost, "/mutate?timeout=10s", body)
 	request.Header.Set("Content-Type", "application/json")
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	w.mutate(httptest.NewRecorder(), request.WithContext(ctx))
-	lines := w.log.wantLines(t, "admission", 1)
+	lines := w.log.WantLines(t, "admission", 1)
 	if lines[0]["verdict"] != verdictUndeliverable || lines[0]["level"] != "WARN" {
 		t.Errorf("logged %v", lines)
 	}
 }
 
 func TestOneLogLinePerAdmission(t *testing.T) {
-	r := commonRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	r := rig.CommonRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
 	token := w.wantAdmitted(t, id, 1)
 	w.wantFull(t, id, 1, 1)
-	w.admit(t, review(t, id, 0))
+	w.admit(t, rig.Review(t, id, 0))
 	want := []map[string]any{
 		{"verdict": verdictAdmitted, "token": token},
-		{"verdict": verdictFull, "token": "", "message": fmt.Sprintf("no semaphore available: %s has 1 of 1 tokens in use, by web-67d4947b99-... (", id)},
+		{"verdict": verdictFull, "token": "",
+			"message": fmt.Sprintf("no semaphore available: %s has 1 of 1 tokens in use, by web-67d4947b99-... (", id)},
 		{"verdict": verdictInvalid, "token": ""},
 	}
-	for i, line := range w.log.wantLines(t, "admission", len(want)) {
-		want[i]["namespace"], want[i]["key"], want[i]["pod"], want[i]["level"] = id.namespace, id.key, "web-67d4947b99-", "INFO"
+	for i, line := range w.log.WantLines(t, "admission", len(want)) {
+		want[i]["namespace"], want[i]["key"] = id.namespace, id.key
+		want[i]["pod"], want[i]["level"] = "web-67d4947b99-", "INFO"
 		for k, v := range want[i] {
 			if got, _ := line[k].(string); got != v && (k != "message" || !strings.HasPrefix(got, v.(string))) {
 				t.Errorf("line %d: %s is %v, want %v", i, k, line[k], v)
@@ -207,21 +222,21 @@ func TestOneLogLinePerAdmission(t *testing.T) {
 	}
 }
 
-// After the last use nothing is left: no goroutine, no connection.
-func TestNothingLeftBehind(t *testing.T) {
-	forOneServer(t)
-	r := startRedis(t)
+// A closed webhook leaves no goroutines and no connections.
+func TestClosedWebhookLeavesNothing(t *testing.T) {
+	rig.SkipUnderSentinel(t)
+	r := rig.StartRedis(t)
 	goroutines := runtime.NumGoroutine()
-	w := startWebhook(t, testConfig(r.address))
+	w := startWebhook(t, testConfig(r.Address))
 	var wg sync.WaitGroup
 	for i := range 100 {
 		wg.Go(func() {
 			ctx, cancel := context.WithCancel(context.Background())
 			defer cancel()
-			if i%2 == 0 { // goes away at some point of the admission
+			if i%2 == 0 { // the client disconnects at some point of the admission
 				time.AfterFunc(time.Duration(i)*100*time.Microsecond, cancel)
 			}
-			_, _, err := w.post(ctx, review(t, semaphoreID{"shop", fmt.Sprint("left-", i%7)}, 20), "10s")
+			_, _, err := w.post(ctx, rig.Review(t, semaphoreID{"shop", fmt.Sprint("left-", i%7)}, 20), "10s")
 			if err != nil && i%2 == 1 {
 				t.Error(err)
 			}
@@ -230,24 +245,24 @@ func TestNothingLeftBehind(t *testing.T) {
 	wg.Wait()
 	w.server.Client().CloseIdleConnections()
 	w.close()
-	eventually(t, 10*time.Second, func() error {
+	rig.Eventually(t, 10*time.Second, func() error {
 		if n := runtime.NumGoroutine(); n > goroutines {
-			return fmt.Errorf("%d goroutines, %d before\n%s", n, goroutines, stacks())
+			return fmt.Errorf("%d goroutines, want %d\n%s", n, goroutines, stacks())
 		}
-		clients, err := redis.String(r.do(t, "CLIENT", "LIST"), nil)
+		clients, err := redis.String(r.Do(t, "CLIENT", "LIST"), nil)
 		if err == nil && strings.Count(clients, "\n") != 1 {
 			err = fmt.Errorf("connections left:\n%s", clients)
 		}
 		return err
 	})
-	keys, err := redis.Strings(r.do(t, "KEYS", "*"), nil)
-	must(t, err)
+	keys, err := redis.Strings(r.Do(t, "KEYS", "*"), nil)
+	rig.Must(t, err)
 	for _, key := range keys {
-		if ttl, err := redis.Int(r.do(t, "TTL", key), nil); err != nil || ttl <= 0 {
+		if ttl, err := redis.Int(r.Do(t, "TTL", key), nil); err != nil || ttl <= 0 {
 			t.Errorf("%s has a time to live of %d, %v", key, ttl, err)
 		}
 		if strings.HasPrefix(key, "lock/") {
-			t.Errorf("%s is left", key)
+			t.Errorf("the lock %s is left", key)
 		}
 	}
 }
@@ -257,34 +272,35 @@ func stacks() string {
 	return string(b[:runtime.Stack(b, true)])
 }
 
-// A Redis that is emptied or restarted needs no restart of ours and costs no token.
+// After Redis is emptied or restarted, the webhook needs no restart, and no token is
+// lost.
 func TestRedisRestarted(t *testing.T) {
 	t.Parallel()
-	r := startRedis(t)
-	w := startWebhook(t, testConfig(r.address))
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
 	for range 3 {
-		startSidecar(t, r.address, id, w.wantAdmitted(t, id, 4))
+		rig.StartSidecar(t, r.Address, id, w.wantAdmitted(t, id, 4))
 	}
-	r.wantCounts(t, id, 1, 3)
+	r.WantCounts(t, id, 1, 3)
 	for range 3 {
-		r.stop()
-		status, text, err := w.post(context.Background(), review(t, id, 4), "2s")
-		must(t, err)
+		r.Stop()
+		status, text, err := w.post(context.Background(), rig.Review(t, id, 4), "2s")
+		rig.Must(t, err)
 		if status != http.StatusInternalServerError {
 			t.Errorf("without Redis: %d %s", status, text)
 		}
-		must(t, r.start())
-		token := w.wantAdmitted(t, id, 4) // the very first attempt
+		rig.Must(t, r.Start())
+		token := w.wantAdmitted(t, id, 4) // the first attempt succeeds
 		w.wantFull(t, id, 4, 4)
 		w.semaphores.giveBack(id, token)
-		r.wantCounts(t, id, 1, 3)
+		r.WantCounts(t, id, 1, 3)
 	}
-	tokens := slices.Sorted(slices.Values(r.inflight(t, id)))
-	must(t, errOf(r.control.Do("DEL", id.inflightKey())))
-	eventually(t, 20*time.Second, func() error {
-		if got := slices.Sorted(slices.Values(r.inflight(t, id))); !slices.Equal(got, tokens) {
-			return fmt.Errorf("in flight %v, want %v: the sidecars do not go on", got, tokens)
+	tokens := slices.Sorted(slices.Values(r.Inflight(t, id)))
+	rig.Must(t, errOf(r.Control.Do("DEL", id.inflightKey())))
+	rig.Eventually(t, 20*time.Second, func() error {
+		if got := slices.Sorted(slices.Values(r.Inflight(t, id))); !slices.Equal(got, tokens) {
+			return fmt.Errorf("in flight: %v, want %v again by the sidecars' heartbeats", got, tokens)
 		}
 		return nil
 	})
@@ -307,4 +323,113 @@ func TestAnswerWithin(t *testing.T) {
 			t.Errorf("timeout %q: %s, want %s", timeout, got, want)
 		}
 	}
+}
+
+func TestCertificateIsRereadWithoutRestart(t *testing.T) {
+	t.Parallel()
+	r := rig.CommonRedis(t)
+	w := rig.StartWebhook(t, r.Address)
+	body := rig.Review(t, freshID(), 1, func(r map[string]any) { r["dryRun"] = true })
+	for serial := int64(1); serial <= 3; serial++ {
+		rig.WriteCertificate(t, w.CertDir, serial)
+		rig.Eventually(t, 20*time.Second, func() error {
+			w.Client.CloseIdleConnections()
+			status, _, got, err := w.Post(body)
+			if err == nil && (status != 200 || got != serial) {
+				err = fmt.Errorf("status %d, serial number %d, want %d", status, got, serial)
+			}
+			return err
+		})
+	}
+}
+
+// On SIGTERM during an admission, the webhook finishes the admission first.
+func TestShutdownFinishesAdmissions(t *testing.T) {
+	r := rig.StartRedis(t)
+	w := rig.StartWebhook(t, r.Address)
+	id := freshID()
+	if status, text, _, err := w.Post(rig.Review(t, id, 2)); err != nil || status != 200 {
+		t.Fatal(status, text, err)
+	}
+	r.Pause(t)
+	type answer struct {
+		status int
+		text   string
+		err    error
+	}
+	answered := make(chan answer, 1)
+	go func() {
+		status, text, _, err := w.Post(rig.Review(t, id, 2))
+		answered <- answer{status, text, err}
+	}()
+	// Unread bytes in the paused server's socket show that the acquire is on its way.
+	rig.WantUnreadBytes(t, r.Address)
+	w.Signal(t, syscall.SIGTERM)
+	w.WantLog(t, "stopping")
+	r.Resume(t)
+	a := <-answered
+	if a.err != nil || a.status != 200 || !strings.Contains(a.text, `"allowed":true`) {
+		t.Errorf("got %+v, want allowed", a)
+	}
+	w.WantExit(t, 0)
+	w.WantLog(t, "stopped")
+	r.WantCounts(t, id, 0, 2)
+}
+
+func TestWebhookDoesNotStart(t *testing.T) {
+	certs := t.TempDir()
+	rig.WriteCertificate(t, certs, 1)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	rig.Must(t, err)
+	defer l.Close()
+	_, taken, _ := net.SplitHostPort(l.Addr().String())
+	for want, args := range map[string][]string{
+		"--certDir: open ":                         {"--certDir=" + t.TempDir()},
+		"--host and --port: listen tcp 127.0.0.1:": {"--certDir=" + certs, "--host=127.0.0.1", "--port=" + taken},
+		"--metrics-bind-address: listen tcp 127.0.": {"--certDir=" + certs, "--host=127.0.0.1",
+			"--port=" + rig.Port(rig.FreeAddress(t)), "--metrics-bind-address=127.0.0.1:" + taken},
+	} {
+		code, _, stderr := runArgs(nil, append([]string{"webhook"}, args...)...)
+		if code != 1 || !strings.Contains(stderr, want) {
+			t.Errorf("%v: exit code %d, %s", args, code, stderr)
+		}
+	}
+}
+
+// A webhook is ready while its queue accepts writes and it is not stopping.
+func TestReadiness(t *testing.T) {
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
+	stopping := make(chan struct{})
+	w.stopping = stopping
+	get := func(path string) (int, string) {
+		rec := httptest.NewRecorder()
+		w.healthRoutes().ServeHTTP(rec, httptest.NewRequest(http.MethodGet, path, nil))
+		return rec.Code, strings.TrimSpace(rec.Body.String())
+	}
+	want := func(path string, code int, text string) {
+		t.Helper()
+		if c, got := get(path); c != code || !strings.Contains(got, text) {
+			t.Errorf("%s: got %d %q, want %d %q", path, c, got, code, text)
+		}
+	}
+	want("/readyz", 200, "ok")
+	want("/healthz", 200, "ok")
+	r.Do(t, "CONFIG", "SET", "min-replicas-to-write", "1") // Redis answers, but refuses writes
+	want("/readyz", 503, "NOREPLICAS")
+	r.Do(t, "CONFIG", "SET", "min-replicas-to-write", "0")
+	want("/readyz", 200, "ok")
+	r.Pause(t)
+	want("/readyz", 503, "queue Redis "+r.Address)
+	want("/healthz", 200, "ok")
+	r.Resume(t)
+	rig.Eventually(t, 5*time.Second, func() error {
+		if c, text := get("/readyz"); c != 200 {
+			return errors.New(text)
+		}
+		return nil
+	})
+	close(stopping)
+	want("/readyz", 503, "stopping")
+	want("/healthz", 200, "ok")
 }

@@ -1,13 +1,14 @@
-// demo shows the main job of at-least-semaphore-pod-hook, start to end, with nothing installed: the real program
-// as processes, a throw-away certificate, AdmissionReviews as a real API server sent them, over TLS and
-// HTTP/2; only Redis is an embedded look-alike, unless there are to be Sentinels.
+// demo shows the main job of at-least-semaphore-pod-hook from start to end. It needs
+// nothing installed. It runs the real program as processes, with a throw-away
+// certificate, and sends AdmissionReviews of a real API server over TLS and HTTP/2. Only
+// Redis is an embedded look-alike, unless -sentinels is given.
 //
-//	demo [flags] story   tells a story and checks each step; exits 0 only if every step went as told
-//	demo [flags] run     starts the same set-up and stays up until it is interrupted
+//	demo [flags] story   tells a story and checks each step; exits 0 if every step succeeds
+//	demo [flags] run     starts the same set-up and keeps it up until it is interrupted
 //
-// With -etcd FILE, the lock is in a real etcd, and with -sentinels FILE, the tokens are in a real Redis with replicas and Sentinels;
-// they are started from that file.
-// It is run from the project's folder, by "make demo" and "make run", and leaves no process behind.
+// With -etcd FILE, a real etcd holds the lock. With -sentinels FILE, a real Redis with
+// replicas and Sentinels holds the tokens. The demo starts them from that file. "make
+// demo" and "make run" run it from the project's folder. It leaves no process behind.
 package main
 
 import (
@@ -21,18 +22,19 @@ import (
 )
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE)
+	ctx, stop := signal.NotifyContext(context.Background(),
+		os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE)
 	defer stop()
 	program := flag.String("program", "bin/at-least-semaphore-pod-hook", "the program's file")
 	etcd := flag.String("etcd", "", "etcd's file; none for the redlock")
-	sentinels := flag.String("sentinels", "", "redis-server's file, for a Redis with Sentinels; none for the embedded one")
+	sentinels := flag.String("sentinels", "", "redis-server's file, for Sentinels; none for the embedded Redis")
 	flag.Parse()
 	options := setupOptions{program: *program, sentinels: *sentinels, etcd: *etcd}
 	var err error
 	switch {
 	case flag.NArg() == 1 && flag.Arg(0) == "story":
 		options.heartbeatSeconds, options.staleSeconds = 1, 2
-		err = withSetup(ctx, options, tell)
+		err = withSetup(ctx, options, runStory)
 	case flag.NArg() == 1 && flag.Arg(0) == "run":
 		options.heartbeatSeconds, options.staleSeconds, options.verbose = 30, 120, true
 		err = withSetup(ctx, options, stay)

@@ -12,15 +12,15 @@ import (
 	"syscall"
 )
 
-// pod is an admitted pod, of which only the injected containers run. The demo does what the kubelet would do.
+// pod is an admitted pod. Only its injected containers run: the demo acts as the kubelet.
 type pod struct {
 	name, uid, token string
 	patch            []patchOperation
-	args             []string // of the sidecar, as they are in the patch
+	args             []string // of the sidecar, as the patch has them
 	sidecar, await   *process
 }
 
-// newPod makes a pod of the webhook's answer.
+// newPod makes a pod from the webhook's answer.
 func newPod(name string, a *answer) (*pod, error) {
 	p := &pod{name: name, uid: newUID()}
 	if err := json.Unmarshal(a.Patch, &p.patch); err != nil {
@@ -42,7 +42,7 @@ func newUID() string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
 
-// expand is what the kubelet does to args.
+// expand expands args as the kubelet does.
 func (p *pod) expand(arg string) string { return strings.ReplaceAll(arg, "$(POD_UID)", p.uid) }
 
 func (p *pod) printPatch() {
@@ -61,7 +61,8 @@ func (s *setup) startSidecar(p *pod) (err error) {
 	for _, a := range p.args {
 		args = append(args, p.expand(a))
 	}
-	if p.sidecar, err = s.start([]string{"POD_UID=" + p.uid, "POD_NAME=" + p.name, "NODE_NAME=node-1"}, s.options.program, args...); err != nil {
+	env := []string{"POD_UID=" + p.uid, "POD_NAME=" + p.name, "NODE_NAME=node-1"}
+	if p.sidecar, err = s.start(env, s.options.program, args...); err != nil {
 		return fmt.Errorf("start the sidecar of %s: %w", p.name, err)
 	}
 	s.pods[p.name] = p
@@ -69,16 +70,17 @@ func (s *setup) startSidecar(p *pod) (err error) {
 	return nil
 }
 
-// removeMarkers removes the files by which a sidecar knows that the app of its pod runs; Kubernetes removes them with the pod.
+// removeMarkers removes the start marks, by which a sidecar knows that its pod's app
+// runs. Kubernetes removes them with the pod.
 func (s *setup) removeMarkers() {
 	for _, m := range s.markers {
-		_ = os.Remove(m) // it may not be there
+		_ = os.Remove(m) // it may be missing
 	}
 }
 
-// wantLog waits until the sidecar has logged a message that begins like that, and returns it.
+// wantLog waits for a log message of the sidecar that begins with want, and returns it.
 func (p *pod) wantLog(ctx context.Context, want string) (message string, err error) {
-	return message, poll(ctx, "the sidecar of "+p.name+" does not say: "+want, func() error {
+	return message, poll(ctx, "the sidecar of "+p.name+" does not log: "+want, func() error {
 		log := p.sidecar.log.String()
 		for lines := bufio.NewScanner(strings.NewReader(log)); lines.Scan(); {
 			var line struct{ Msg string }
@@ -87,17 +89,17 @@ func (p *pod) wantLog(ctx context.Context, want string) (message string, err err
 				return nil
 			}
 		}
-		return errors.New("it says: " + log)
+		return errors.New("its log: " + log)
 	})
 }
 
-// startAwait starts the init container of a pod that holds back its app.
+// startAwait starts the pod's init container "await", which holds back its app.
 func (s *setup) startAwait(p *pod) (err error) {
 	p.await, err = s.start([]string{"POD_UID=" + p.uid}, s.options.program, "await")
 	return err
 }
 
-// end ends a pod, which gives its token back or leaves the line.
+// end ends a pod: its sidecar gives its token back or leaves the line.
 func (s *setup) end(name string) error {
 	p := s.pods[name]
 	if code, err := p.sidecar.end(syscall.SIGTERM); err != nil || code != 0 {
@@ -106,7 +108,7 @@ func (s *setup) end(name string) error {
 	return nil
 }
 
-// wantEnd is end, and prints it.
+// wantEnd ends a pod, and prints that.
 func (s *setup) wantEnd(name string) error {
 	err := s.end(name)
 	if err == nil {

@@ -16,13 +16,13 @@ import (
 // process is the program in one of its modes, or etcd.
 type process struct {
 	cmd     *exec.Cmd
-	log     logBuffer     // what it has printed
-	done    chan struct{} // closed when it has ended
-	endedAt time.Time     // once done is closed
+	log     logBuffer     // its output
+	done    chan struct{} // closed when the process has ended
+	endedAt time.Time     // valid once done is closed
 }
 
-// start starts a program in a process group of its own, so that Ctrl-C in a terminal reaches only the demo, which
-// stops everything in order. env is added to the environment.
+// start starts a program in its own process group: Ctrl-C in a terminal reaches only the
+// demo, which stops the processes in order. env is added to the environment.
 func (s *setup) start(env []string, program string, args ...string) (*process, error) {
 	p := &process{cmd: exec.Command(program, args...), done: make(chan struct{})}
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -43,7 +43,8 @@ func (s *setup) start(env []string, program string, args ...string) (*process, e
 	return p, nil
 }
 
-// end sends a signal and waits for the end of the process; the exit code is -1 after SIGKILL.
+// end sends a signal and waits until the process ends. After SIGKILL, the exit code is
+// -1.
 func (p *process) end(signal syscall.Signal) (exitCode int, err error) {
 	if err := p.cmd.Process.Signal(signal); err != nil {
 		return 0, err
@@ -56,25 +57,29 @@ func (p *process) end(signal syscall.Signal) (exitCode int, err error) {
 	}
 }
 
-// stopAll ends what still runs, last started first, so that the sidecars end before the webhook; by force where asking
-// does not help.
+// stopAll ends all processes, the last started first, so that the sidecars end before the
+// webhook. It kills and reports processes that do not end in time.
 func (s *setup) stopAll() {
-	late := time.After(3 * time.Second)
+	deadline := time.After(10 * time.Second)
 	for _, p := range slices.Backward(s.processes) {
 		_ = p.cmd.Process.Signal(syscall.SIGTERM)
 		_ = p.cmd.Process.Signal(syscall.SIGCONT) // it may be paused
 		select {
 		case <-p.done:
-		case <-late:
+		case <-deadline:
 			for _, p := range s.processes {
-				_ = p.cmd.Process.Kill()
+				if !p.ended() {
+					fmt.Fprintf(os.Stderr, "%s (process %d) did not end, and was killed\n",
+						p.cmd.Path, p.cmd.Process.Pid)
+					_ = p.cmd.Process.Kill()
+				}
 			}
 			<-p.done
 		}
 	}
 }
 
-// ended tells whether the process has ended.
+// ended reports whether the process has ended.
 func (p *process) ended() bool {
 	select {
 	case <-p.done:
@@ -84,7 +89,7 @@ func (p *process) ended() bool {
 	}
 }
 
-// pause stops the process as a busy node would; it is asleep when pause returns.
+// pause stops the process, as a busy node would. When pause returns, it is stopped.
 func (p *process) pause(ctx context.Context) error {
 	if err := p.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
 		return err
@@ -101,10 +106,10 @@ func (p *process) pause(ctx context.Context) error {
 	})
 }
 
-// goOn ends a pause.
-func (p *process) goOn() error { return p.cmd.Process.Signal(syscall.SIGCONT) }
+// resume resumes a paused process.
+func (p *process) resume() error { return p.cmd.Process.Signal(syscall.SIGCONT) }
 
-// logBuffer keeps what a process says, for when it goes wrong.
+// logBuffer keeps a process's output, to print it on failure.
 type logBuffer struct {
 	mu sync.Mutex
 	b  bytes.Buffer

@@ -24,22 +24,23 @@ const (
 
 // queue is the Redis that holds the tokens.
 type queue interface {
-	// address is what the program takes for --queue-redis-address.
+	// address is the value of --queue-redis-address.
 	address() string
-	// lockServer is the address of a Redis for the redlock.
+	// lockServer is the address of a Redis for the Redlock.
 	lockServer() string
-	// contents are those of the semaphore shop/web.
+	// contents returns the state of the semaphore shop/web.
 	contents() (contents, error)
 	close()
 }
 
-// contents are how many tokens are free, those that are used, and those that wait in line, the first one first.
+// contents has the number of free tokens, the tokens in use, and the waiting tokens,
+// first in line first.
 type contents struct {
 	free           int
 	inflight, line []string
 }
 
-// embeddedQueue is a look-alike of one Redis server, which needs nothing installed.
+// embeddedQueue imitates one Redis server; it needs nothing installed.
 type embeddedQueue struct{ *miniredis.Miniredis }
 
 func (q embeddedQueue) address() string    { return q.Addr() }
@@ -47,20 +48,21 @@ func (q embeddedQueue) lockServer() string { return q.Addr() }
 func (q embeddedQueue) close()             { q.Close() }
 
 func (q embeddedQueue) contents() (contents, error) {
-	free, _ := q.List(queueKey) // an error is that there is no such key
+	free, _ := q.List(queueKey) // an error means that there is no such key
 	inflight, _ := q.ZMembers(inflightKey)
 	line, _ := q.ZMembers(waitersKey)
 	return contents{len(free), inflight, line}, nil
 }
 
-// sentinelQueue is a primary, two replicas and three Sentinels, and a server for the lock.
+// sentinelQueue has a primary, two replicas, three Sentinels, and a server for the lock.
 type sentinelQueue struct {
 	servers   map[string]*process // by address
 	sentinels []string            // addresses
 	lock      string
 }
 
-// startSentinelQueue starts the servers from redis-server's file and waits until they know each other.
+// startSentinelQueue starts the servers from redis-server's file, and waits until they
+// have found each other.
 func (s *setup) startSentinelQueue(ctx context.Context, redisServer string) (*sentinelQueue, error) {
 	q := &sentinelQueue{servers: map[string]*process{}}
 	start := func(settings ...string) (string, error) {
@@ -69,7 +71,9 @@ func (s *setup) startSentinelQueue(ctx context.Context, redisServer string) (*se
 			return "", err
 		}
 		_, port, _ := net.SplitHostPort(address)
-		p, err := s.start(nil, redisServer, append([]string{"--bind", "127.0.0.1", "--port", port, "--dir", s.dir, "--save", "", "--appendonly", "no"}, settings...)...)
+		args := append([]string{"--bind", "127.0.0.1", "--port", port, "--dir", s.dir,
+			"--save", "", "--appendonly", "no"}, settings...)
+		p, err := s.start(nil, redisServer, args...)
 		q.servers[address] = p
 		return address, err
 	}
@@ -85,12 +89,14 @@ func (s *setup) startSentinelQueue(ctx context.Context, redisServer string) (*se
 	monitored := "sentinel monitor tokens 127.0.0.1 " + port + " 2\n" +
 		"sentinel down-after-milliseconds tokens 1000\nsentinel failover-timeout tokens 6000\n"
 	for range 2 {
-		replica, err := start("--replicaof", "127.0.0.1 "+port, "--repl-diskless-sync-delay", "0", "--min-replicas-to-write", "1")
+		replica, err := start("--replicaof", "127.0.0.1 "+port,
+			"--repl-diskless-sync-delay", "0", "--min-replicas-to-write", "1")
 		if err != nil {
 			return nil, err
 		}
 		_, own, _ := net.SplitHostPort(replica)
-		monitored += "sentinel known-replica tokens 127.0.0.1 " + own + "\n" // or they may find it ten seconds later only
+		// Without it, the Sentinels may find the replica only after ten seconds.
+		monitored += "sentinel known-replica tokens 127.0.0.1 " + own + "\n"
 	}
 	for i := range 3 {
 		address, err := freeAddress()
@@ -115,20 +121,22 @@ func (s *setup) startSentinelQueue(ctx context.Context, redisServer string) (*se
 			}
 		}
 		for _, sentinel := range q.sentinels {
-			known, err := redis.StringMap(ask(sentinel, "SENTINEL", "MASTER", "tokens"))
-			if err != nil || known["num-other-sentinels"] != "2" || known["num-slaves"] != "2" {
-				return fmt.Errorf("%s knows %s others and %s replicas, %v", sentinel, known["num-other-sentinels"], known["num-slaves"], err)
+			state, err := redis.StringMap(send(sentinel, "SENTINEL", "MASTER", "tokens"))
+			if err != nil || state["num-other-sentinels"] != "2" || state["num-slaves"] != "2" {
+				return fmt.Errorf("%s has found %s others and %s replicas, %v",
+					sentinel, state["num-other-sentinels"], state["num-slaves"], err)
 			}
 		}
-		if info, err := redis.String(ask(primary, "INFO", "replication")); err != nil || strings.Count(info, "state=online") != 2 {
+		info, err := redis.String(send(primary, "INFO", "replication"))
+		if err != nil || strings.Count(info, "state=online") != 2 {
 			return fmt.Errorf("replication is %s, %v", info, err)
 		}
 		return nil
 	})
 }
 
-// ask sends a command to a server on a connection of its own.
-func ask(address, command string, args ...any) (any, error) {
+// send sends a command to a server, on a new connection.
+func send(address, command string, args ...any) (any, error) {
 	c, err := redis.Dial("tcp", address, redis.DialConnectTimeout(time.Second), redis.DialReadTimeout(time.Second))
 	if err != nil {
 		return nil, err
@@ -143,9 +151,9 @@ func (q *sentinelQueue) address() string {
 
 func (q *sentinelQueue) lockServer() string { return q.lock }
 
-// primary is the address of the one that the Sentinels name.
+// primary returns the address of the primary, as the Sentinels report it.
 func (q *sentinelQueue) primary() (string, error) {
-	name, err := redis.Strings(ask(q.sentinels[0], "SENTINEL", "GET-MASTER-ADDR-BY-NAME", "tokens"))
+	name, err := redis.Strings(send(q.sentinels[0], "SENTINEL", "GET-MASTER-ADDR-BY-NAME", "tokens"))
 	return strings.Join(name, ":"), err
 }
 
@@ -155,29 +163,30 @@ func (q *sentinelQueue) contents() (c contents, err error) {
 		return c, err
 	}
 	var errs [3]error
-	c.free, errs[0] = redis.Int(ask(primary, "LLEN", queueKey))
-	c.inflight, errs[1] = redis.Strings(ask(primary, "ZRANGE", inflightKey, 0, -1))
-	c.line, errs[2] = redis.Strings(ask(primary, "ZRANGE", waitersKey, 0, -1))
+	c.free, errs[0] = redis.Int(send(primary, "LLEN", queueKey))
+	c.inflight, errs[1] = redis.Strings(send(primary, "ZRANGE", inflightKey, 0, -1))
+	c.line, errs[2] = redis.Strings(send(primary, "ZRANGE", waitersKey, 0, -1))
 	return c, errors.Join(errs[:]...)
 }
 
-// close implements queue; the processes end with all others.
+// close implements queue. stopAll ends the processes.
 func (q *sentinelQueue) close() {}
 
-// tellOfFailover tells of a primary that is lost. Before it, web-5, web-6 and web-7 have a token.
-func (s *setup) tellOfFailover(ctx context.Context, q *sentinelQueue) error {
+// storyOfFailover is the part about a lost primary. web-5, web-6 and web-7 have a token
+// before it.
+func (s *setup) storyOfFailover(ctx context.Context, q *sentinelQueue) error {
 	primary, err := q.primary()
 	if err != nil {
 		return err
 	}
-	say("The primary of Redis is killed. The Sentinels see it after a second, and promote a replica: a pod that is created meanwhile\n" +
-		"   waits for that, and is refused, because the new primary knows all tokens.")
+	printStep("The primary of Redis is killed. The Sentinels notice it after a second and promote a replica.\n" +
+		"   The webhook holds the request for a new pod until then. Then it refuses the pod: all tokens are in use.")
 	if _, err := q.servers[primary].end(syscall.SIGKILL); err != nil {
 		return err
 	}
 	killed := time.Now()
 	err = s.wantRefused("web-9", allInUse)
-	for errors.Is(err, errUndecided) && time.Since(killed) < failoverTimeout { // the Sentinels agreed on none, and vote again
+	for errors.Is(err, errUndecided) && time.Since(killed) < failoverTimeout { // the Sentinels vote again
 		err = s.wantRefused("web-9", allInUse)
 	}
 	if err != nil {
@@ -190,12 +199,13 @@ func (s *setup) tellOfFailover(ctx context.Context, q *sentinelQueue) error {
 	if next == primary {
 		return fmt.Errorf("%s is still the primary", primary)
 	}
-	fmt.Printf("   that was %.1f s after the kill; the primary was %s, and is %s\n", time.Since(killed).Seconds(), primary, next)
+	fmt.Printf("   %.1f s after the kill; the primary was %s, and now is %s\n",
+		time.Since(killed).Seconds(), primary, next)
 	if err := s.wantTokens(ctx, 0, 3); err != nil {
 		return err
 	}
 
-	say("web-5 ends, and gives its token back to the new primary. web-9 is tried again: it is admitted.")
+	printStep("web-5 ends and gives its token back to the new primary. web-9 is tried again. The webhook admits it.")
 	if err := s.wantEnd("web-5"); err != nil {
 		return err
 	}
@@ -208,5 +218,5 @@ func (s *setup) tellOfFailover(ctx context.Context, q *sentinelQueue) error {
 	return s.wantTokens(ctx, 0, 3)
 }
 
-// isUsed tells whether a token is in flight.
+// isUsed reports whether a token is in flight.
 func (c contents) isUsed(token string) bool { return slices.Contains(c.inflight, token) }

@@ -12,8 +12,8 @@ import (
 
 const annotationPrefix = "at-least-semaphore-pod-hook.kaidotio.github.io/"
 
-// newReview makes the AdmissionReview of a pod of shop/web, length 3, out of one that a real API server sent. whenFull is the
-// pod's annotation; empty for none.
+// newReview makes the AdmissionReview of a pod of shop/web with length 3 from a review
+// that a real API server sent. whenFull is the pod's annotation; empty: none.
 func newReview(pod, whenFull string) ([]byte, error) {
 	body, err := os.ReadFile(reviewFile)
 	if err != nil {
@@ -38,7 +38,7 @@ func newReview(pod, whenFull string) ([]byte, error) {
 	return json.Marshal(review)
 }
 
-// answer is what the API server needs of the webhook's AdmissionReview.
+// answer is the part of the webhook's AdmissionReview that the API server uses.
 type answer struct {
 	Allowed  bool     `json:"allowed"`
 	Patch    []byte   `json:"patch"`
@@ -49,17 +49,18 @@ type answer struct {
 	} `json:"status"`
 }
 
-// patchOperation is one step of a JSON patch; a value that is a list of containers has the sidecar's args.
+// patchOperation is one step of a JSON patch. If its value is a list of containers, it
+// has the sidecar's args.
 type patchOperation struct {
 	Op    string          `json:"op"`
 	Path  string          `json:"path"`
 	Value json.RawMessage `json:"value"`
 }
 
-// errUndecided is for a pod that the webhook could not decide about in time.
+// errUndecided means that the webhook could not decide in time.
 var errUndecided = errors.New("no verdict")
 
-// create asks the webhook as the API server does when a pod is created.
+// create sends the webhook what the API server sends when a pod is created.
 func (s *setup) create(pod, whenFull string) (*answer, error) {
 	body, err := newReview(pod, whenFull)
 	if err != nil {
@@ -86,7 +87,8 @@ func (s *setup) create(pod, whenFull string) (*answer, error) {
 	return &review.Response, json.Unmarshal(text, &review)
 }
 
-// sidecarArgs finds the args of the sidecar in a patch: it is the first of the injected containers.
+// sidecarArgs finds the args of the sidecar, the first of the injected containers, in a
+// patch.
 func sidecarArgs(patch []patchOperation) ([]string, error) {
 	for _, o := range patch {
 		var list []struct {

@@ -24,21 +24,22 @@ import (
 )
 
 const (
-	reviewFile  = "testdata/admission-reviews/deployment-pod.json"
+	reviewFile  = "test/testdata/admission-reviews/deployment-pod.json"
 	stepTimeout = 10 * time.Second
-	// failoverTimeout is enough for Sentinels that vote twice: twice their failover-timeout of six seconds lies between.
+	// failoverTimeout is long enough for two votes of the Sentinels, which are twice
+	// their failover-timeout of six seconds apart.
 	failoverTimeout = 30 * time.Second
 )
 
 type setupOptions struct {
 	program                        string // the program's file
-	sentinels                      string // redis-server's file, for a queue with Sentinels; empty for the embedded Redis
+	sentinels                      string // redis-server's file, for Sentinels; empty for the embedded Redis
 	etcd                           string // etcd's file; empty for the redlock
 	heartbeatSeconds, staleSeconds int
-	verbose                        bool // show the logs of the processes as they come
+	verbose                        bool // print the logs of the processes as they come
 }
 
-// setup is everything that a semaphore needs: Redis, a certificate and the webhook.
+// setup has everything that a semaphore needs: Redis, a certificate and the webhook.
 type setup struct {
 	queue      queue
 	webhook    *process
@@ -46,25 +47,26 @@ type setup struct {
 	caFile     string
 	dir        string
 	client     *http.Client
-	lock       []string // the flags that tell where the lock is
+	lock       []string // the flags for the lock
 	options    setupOptions
 	pods       map[string]*pod
 	markers    []string   // what the sidecars leave behind
-	processes  []*process // all of them
+	processes  []*process // files that the sidecars leave behind
 }
 
-// withSetup calls use with a set-up that is ready, and takes everything down after it.
+// withSetup starts the set-up, calls use, and stops everything.
 func withSetup(ctx context.Context, o setupOptions, use func(context.Context, *setup) error) (err error) {
 	dir, err := os.MkdirTemp("", "at-least-semaphore-pod-hook-demo")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(dir)
-	s := &setup{dir: dir, caFile: filepath.Join(dir, "tls.crt"), client: &http.Client{}, options: o, pods: map[string]*pod{}}
+	s := &setup{dir: dir, caFile: filepath.Join(dir, "tls.crt"), client: &http.Client{}, options: o,
+		pods: map[string]*pod{}}
 	defer func() {
 		s.client.CloseIdleConnections() // or the webhook waits for them
 		s.stopAll()
-		if s.queue != nil { // only now: the sidecars have given their tokens back
+		if s.queue != nil { // after the sidecars, which give their tokens back
 			s.queue.close()
 		}
 		s.removeMarkers()
@@ -113,7 +115,7 @@ func (s *setup) startWebhook(ctx context.Context) error {
 		}
 		s.lock = []string{"--lock-mode=etcd", "--etcd-addresses=" + etcd}
 	}
-	for range 5 { // another process may take its ports before it does
+	for range 5 { // another process may take its ports first
 		var health string
 		health, err = s.launchWebhook()
 		if err != nil {
@@ -149,7 +151,7 @@ func (s *setup) launchWebhook() (health string, err error) {
 	return health, err
 }
 
-// startEtcd starts a cluster of one and returns its address.
+// startEtcd starts an etcd cluster of one server, and returns its address.
 func (s *setup) startEtcd(ctx context.Context) (string, error) {
 	client, err := freeAddress()
 	if err != nil {
@@ -159,16 +161,19 @@ func (s *setup) startEtcd(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	etcd, err := s.start(nil, s.options.etcd, "--data-dir="+filepath.Join(s.dir, "etcd"), "--unsafe-no-fsync", "--log-level=error",
+	etcd, err := s.start(nil, s.options.etcd,
+		"--data-dir="+filepath.Join(s.dir, "etcd"), "--unsafe-no-fsync", "--log-level=error",
 		"--listen-client-urls=http://"+client, "--advertise-client-urls=http://"+client,
-		"--listen-peer-urls=http://"+peer, "--initial-advertise-peer-urls=http://"+peer, "--initial-cluster=default=http://"+peer)
+		"--listen-peer-urls=http://"+peer, "--initial-advertise-peer-urls=http://"+peer,
+		"--initial-cluster=default=http://"+peer)
 	if err != nil {
 		return "", err
 	}
 	return client, waitFor(ctx, etcd, "http://"+client+"/health")
 }
 
-// waitFor waits until a URL of a process answers 200. Its error says so, too, if the process ends before.
+// waitFor waits until a URL of a process answers 200. It fails at once if the process
+// ends.
 func waitFor(ctx context.Context, p *process, url string) error {
 	err := poll(ctx, "not ready: "+url, func() error {
 		if p.ended() {
@@ -197,7 +202,7 @@ func poll(ctx context.Context, what string, check func() error) error {
 	for {
 		err := check()
 		if err == nil {
-			return ctx.Err() // an interrupted story ends at its next look
+			return ctx.Err() // an interrupted story ends here
 		}
 		select {
 		case <-time.After(20 * time.Millisecond):
@@ -207,7 +212,8 @@ func poll(ctx context.Context, what string, check func() error) error {
 	}
 }
 
-// writeCertificate writes a throw-away certificate of 127.0.0.1, which is its own authority.
+// writeCertificate writes a throw-away certificate for 127.0.0.1, which is its own
+// authority.
 func writeCertificate(dir string) (*x509.CertPool, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

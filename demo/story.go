@@ -14,8 +14,8 @@ import (
 
 const allInUse = "3 of 3 tokens in use"
 
-// tell tells the story; its error is the step that did not go as told.
-func tell(ctx context.Context, s *setup) error {
+// runStory runs the story. It returns an error for the first step that fails.
+func runStory(ctx context.Context, s *setup) error {
 	lock := "Redlock"
 	if s.options.etcd != "" {
 		lock = "etcd"
@@ -23,7 +23,7 @@ func tell(ctx context.Context, s *setup) error {
 	fmt.Printf("The semaphore shop/web has length 3. A heartbeat every %d s; stale after %d s; the lock is %s.\n",
 		s.options.heartbeatSeconds, s.options.staleSeconds, lock)
 
-	say("Three pods are created: each is admitted with a token, and gets a sidecar by a JSON patch.")
+	printStep("Three pods are created. The webhook admits each with a token and adds a sidecar by a JSON patch.")
 	for _, name := range []string{"web-1", "web-2", "web-3"} {
 		if err := s.wantAdmitted(ctx, name); err != nil {
 			return err
@@ -33,7 +33,7 @@ func tell(ctx context.Context, s *setup) error {
 		return err
 	}
 
-	say("A fourth pod is created: it is refused.")
+	printStep("A fourth pod is created. The webhook refuses it.")
 	if err := s.wantRefused("web-4", allInUse); err != nil {
 		return err
 	}
@@ -41,7 +41,7 @@ func tell(ctx context.Context, s *setup) error {
 		return err
 	}
 
-	say("web-1 ends: its sidecar gets SIGTERM and gives the token back.")
+	printStep("web-1 ends. Its sidecar gets SIGTERM and gives the token back.")
 	if err := s.wantEnd("web-1"); err != nil {
 		return err
 	}
@@ -49,7 +49,7 @@ func tell(ctx context.Context, s *setup) error {
 		return err
 	}
 
-	say("The fourth pod is tried again: it is admitted.")
+	printStep("The fourth pod is tried again. The webhook admits it.")
 	if err := s.wantAdmitted(ctx, "web-4"); err != nil {
 		return err
 	}
@@ -57,7 +57,7 @@ func tell(ctx context.Context, s *setup) error {
 		return err
 	}
 
-	say("The node of web-2 dies: its sidecar gets SIGKILL. Its token counts as used until it is stale.")
+	printStep("The node of web-2 dies: its sidecar gets SIGKILL. Its token counts as used until it is stale.")
 	if _, err := s.pods["web-2"].sidecar.end(syscall.SIGKILL); err != nil {
 		return err
 	}
@@ -69,12 +69,12 @@ func tell(ctx context.Context, s *setup) error {
 		return err
 	}
 
-	say("The fifth pod is tried again and again: once the token is stale it is reclaimed, and web-5 admitted.")
+	printStep("The fifth pod is retried. Once the token is stale, the webhook reclaims it and admits web-5.")
 	err := poll(ctx, "web-5 is not admitted", func() error { return s.wantAdmitted(ctx, "web-5") })
 	if err != nil {
 		return err
 	}
-	fmt.Printf("   that was %.1f s after the kill\n", time.Since(killed).Seconds())
+	fmt.Printf("   %.1f s after the kill\n", time.Since(killed).Seconds())
 	if c, err := s.queue.contents(); err != nil || c.isUsed(s.pods["web-2"].token) {
 		return fmt.Errorf("the token of web-2 is still in flight: %v, %v", c.inflight, err)
 	}
@@ -82,16 +82,16 @@ func tell(ctx context.Context, s *setup) error {
 		return err
 	}
 
-	if err := s.tellOfWaiting(ctx); err != nil {
+	if err := s.storyOfWaiting(ctx); err != nil {
 		return err
 	}
 	if q, ok := s.queue.(*sentinelQueue); ok {
-		if err := s.tellOfFailover(ctx, q); err != nil {
+		if err := s.storyOfFailover(ctx, q); err != nil {
 			return err
 		}
 	}
 
-	say("The operator asks who holds the tokens.")
+	printStep("The operator asks who holds the tokens.")
 	if err := s.wantStatus(ctx, "shop", "web "); err != nil {
 		return err
 	}
@@ -105,7 +105,7 @@ func tell(ctx context.Context, s *setup) error {
 		return err
 	}
 
-	say("All pods end, and the webhook.")
+	printStep("All pods end, then the webhook.")
 	for name, p := range s.pods {
 		if p.sidecar.ended() {
 			continue
@@ -121,18 +121,18 @@ func tell(ctx context.Context, s *setup) error {
 	if err := s.wantTokens(ctx, 3, 0); err != nil {
 		return err
 	}
-	fmt.Println("\nEverything went as told.")
+	fmt.Println("\nEvery step succeeded.")
 	return nil
 }
 
 var step int
 
-func say(text string) {
+func printStep(text string) {
 	step++
 	fmt.Printf("\n%d. %s\n", step, text)
 }
 
-// tokens are the numbers of free and of used tokens, and of the pods that wait in line for one.
+// tokens counts the free tokens, the tokens in use, and the pods that wait in line.
 type tokens struct{ queue, inflight, line int }
 
 func (s *setup) tokens() (tokens, error) {
@@ -148,17 +148,17 @@ func (t tokens) String() string {
 	return text
 }
 
-// wantTokens waits for these numbers of free and of used tokens, and for nobody in line.
+// wantTokens waits for these counts of free and used tokens, and for an empty line.
 func (s *setup) wantTokens(ctx context.Context, queue, inflight int) error {
 	return s.wantTokensAndLine(ctx, queue, inflight, 0)
 }
 
-// wantTokensAndLine waits for these numbers and prints them.
+// wantTokensAndLine waits for these counts and prints them.
 func (s *setup) wantTokensAndLine(ctx context.Context, queue, inflight, line int) error {
 	want := tokens{queue, inflight, line}
-	err := poll(ctx, "the tokens are not as told", func() error {
+	err := poll(ctx, "the tokens are not as expected", func() error {
 		if t, err := s.tokens(); err != nil || t != want {
-			return fmt.Errorf("%s, %v; to be %s", t, err, want)
+			return fmt.Errorf("%s, %v; want %s", t, err, want)
 		}
 		return nil
 	})
@@ -168,7 +168,8 @@ func (s *setup) wantTokensAndLine(ctx context.Context, queue, inflight, line int
 	return err
 }
 
-// wantAdmitted creates a pod that must be admitted with a token, and starts its sidecar.
+// wantAdmitted creates a pod, which must be admitted with a token, and starts its
+// sidecar.
 func (s *setup) wantAdmitted(ctx context.Context, name string) error {
 	a, err := s.create(name, "")
 	if err != nil {
@@ -192,7 +193,8 @@ func (s *setup) wantAdmitted(ctx context.Context, name string) error {
 	return s.startAwait(p)
 }
 
-// wantRefused creates a pod that must be refused because that is in use, and prints what its user sees, which has to contain more.
+// wantRefused creates a pod, which must be refused with the text inUse. It prints the
+// message to the user, which must contain all texts in more.
 func (s *setup) wantRefused(name, inUse string, more ...string) error {
 	a, err := s.create(name, "")
 	if err != nil {
@@ -208,13 +210,15 @@ func (s *setup) wantRefused(name, inUse string, more ...string) error {
 			return fmt.Errorf("%s was refused without %q: %q", name, text, message)
 		}
 	}
-	fmt.Printf("   %s  refused: admission webhook \"at-least-semaphore-pod-hook.kaidotio.github.io\" denied the request: %s\n", name, message)
+	fmt.Printf("   %s  refused: admission webhook \"at-least-semaphore-pod-hook.kaidotio.github.io\" "+
+		"denied the request: %s\n", name, message)
 	return nil
 }
 
-// wantStatus prints what "status" shows, which has to contain all that.
+// wantStatus prints the output of "status", which must contain all texts.
 func (s *setup) wantStatus(ctx context.Context, what string, all ...string) error {
-	args := []string{"status", "--queue-redis-address=" + s.queue.address(), "--heartbeat-interval-seconds=" + strconv.Itoa(s.options.heartbeatSeconds),
+	args := []string{"status", "--queue-redis-address=" + s.queue.address(),
+		"--heartbeat-interval-seconds=" + strconv.Itoa(s.options.heartbeatSeconds),
 		"--stale-threshold-seconds=" + strconv.Itoa(s.options.staleSeconds), what}
 	out, err := exec.CommandContext(ctx, s.options.program, args...).CombinedOutput()
 	if err != nil {
@@ -225,11 +229,13 @@ func (s *setup) wantStatus(ctx context.Context, what string, all ...string) erro
 			return fmt.Errorf("status %s does not show %q:\n%s", what, text, out)
 		}
 	}
-	fmt.Printf("   $ at-least-semaphore-pod-hook status %s\n   %s\n", what, strings.TrimRight(strings.ReplaceAll(string(out), "\n", "\n   "), " "))
+	indented := strings.TrimRight(strings.ReplaceAll(string(out), "\n", "\n   "), " ")
+	fmt.Printf("   $ at-least-semaphore-pod-hook status %s\n   %s\n", what, indented)
 	return nil
 }
 
-// stay prints how to use the set-up and the tokens whenever they change, until it is interrupted.
+// stay prints how to use the set-up, and prints the tokens when they change, until it is
+// interrupted.
 func stay(ctx context.Context, s *setup) error {
 	body, err := newReview("web-1", "")
 	if err != nil {
@@ -247,11 +253,11 @@ Hold the token of the answer's patch, and give it back with Ctrl-C:
 
   %s sidecar --queue-redis-address=%s shop/web TOKEN
 
-Or wait in line for a token, as the sidecar of a pod with when-full: wait does; run it four times, and the fourth has to:
+Or wait in line for a token, like the sidecar of a pod with when-full: wait. Run it four times: the fourth waits.
 
   %s sidecar --queue-redis-address=%s %s --length=3 shop/web $(cat /proc/sys/kernel/random/uuid)
 
-Ctrl-C here ends it all.
+Ctrl-C here stops everything.
 
 `, s.queue.address(), s.caFile, reviewFile, s.webhookURL, s.options.program, s.queue.address(),
 		s.options.program, s.queue.address(), strings.Join(s.lock, " "))

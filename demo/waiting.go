@@ -8,13 +8,14 @@ import (
 	"time"
 )
 
-// soon is well within the time after which a waiter asks again without being called.
-const soon = time.Second
+// promptly is well below the time after which a waiter asks again without a call.
+const promptly = time.Second
 
-// tellOfWaiting tells of pods that wait for a token. Before it, web-3, web-4 and web-5 have one.
-func (s *setup) tellOfWaiting(ctx context.Context) error {
-	say("Two pods with when-full: wait are created: both are admitted, without a token. Their sidecars wait in line, and until\n" +
-		"   they have one, the init container \"await\" keeps Kubernetes from starting the app.")
+// storyOfWaiting is the part about pods that wait for a token. web-3, web-4 and web-5
+// have one before it.
+func (s *setup) storyOfWaiting(ctx context.Context) error {
+	printStep("Two pods with when-full: wait are created. The webhook admits both without a token.\n" +
+		"   Their sidecars wait in line. Until a sidecar has a token, the init container \"await\" holds back the app.")
 	if err := s.wantWaiting(ctx, "web-6", "1st"); err != nil {
 		return err
 	}
@@ -26,7 +27,7 @@ func (s *setup) tellOfWaiting(ctx context.Context) error {
 		return err
 	}
 
-	say("web-3 ends: web-6 is called, takes the token, and its await ends: the app would start. web-7 moves up.")
+	printStep("web-3 ends. Its token goes to web-6, whose await ends: the app would start. web-7 moves up.")
 	for _, p := range []*pod{six, seven} {
 		if err := p.wantHeldBack(); err != nil {
 			return err
@@ -40,12 +41,12 @@ func (s *setup) tellOfWaiting(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if took > soon {
+	if took > promptly {
 		return fmt.Errorf("web-6 was not called: it took %s", took)
 	}
 	fmt.Printf("   web-6  await exited with 0, %d ms after the SIGTERM of web-3\n", took.Milliseconds())
 	if c, err := s.queue.contents(); err != nil || !slices.Equal(c.line, []string{seven.token}) {
-		return fmt.Errorf("web-7 is not the one in line: %q, %v", c.line, err)
+		return fmt.Errorf("web-7 is not alone in line: %q, %v", c.line, err)
 	}
 	if err := seven.wantHeldBack(); err != nil {
 		return err
@@ -55,7 +56,7 @@ func (s *setup) tellOfWaiting(ctx context.Context) error {
 		return err
 	}
 
-	say("web-4 ends while the sidecar of web-7 is paused: the free token is kept for it, and no pod overtakes it.")
+	printStep("web-4 ends while the sidecar of web-7 is paused. The free token stays reserved: no pod overtakes web-7.")
 	if err := seven.sidecar.pause(ctx); err != nil {
 		return err
 	}
@@ -69,18 +70,18 @@ func (s *setup) tellOfWaiting(ctx context.Context) error {
 		return err
 	}
 	start = time.Now()
-	if err := seven.sidecar.goOn(); err != nil {
+	if err := seven.sidecar.resume(); err != nil {
 		return err
 	}
 	if took, err = s.wantHolding(ctx, seven, start); err != nil {
 		return err
 	}
-	fmt.Printf("   web-7  await exited with 0, %d ms after its sidecar went on\n", took.Milliseconds())
+	fmt.Printf("   web-7  await exited with 0, %d ms after its sidecar resumed\n", took.Milliseconds())
 	if err := s.wantTokens(ctx, 0, 3); err != nil {
 		return err
 	}
 
-	say("web-8 is created with when-full: wait, too, and deleted while it waits: its sidecar leaves the line.")
+	printStep("web-8 is created with when-full: wait, and deleted while it waits. Its sidecar leaves the line.")
 	if err := s.wantWaiting(ctx, "web-8", "1st"); err != nil {
 		return err
 	}
@@ -98,8 +99,8 @@ func (s *setup) tellOfWaiting(ctx context.Context) error {
 	return s.wantTokens(ctx, 0, 3)
 }
 
-// wantWaiting creates a pod that must be admitted without a token, and starts its sidecar, which must take that place in line,
-// and its await.
+// wantWaiting creates a pod, which must be admitted without a token. It starts the pod's
+// sidecar, which must take that place in line, and its await.
 func (s *setup) wantWaiting(ctx context.Context, name, place string) error {
 	a, err := s.create(name, "wait")
 	if err != nil {
@@ -126,7 +127,7 @@ func (s *setup) wantWaiting(ctx context.Context, name, place string) error {
 	return s.startAwait(p)
 }
 
-// wantHeldBack fails if the await has ended.
+// wantHeldBack fails if the pod's await has ended.
 func (p *pod) wantHeldBack() error {
 	if p.await.ended() {
 		return fmt.Errorf("the await of %s ended without a token: %s", p.name, p.await.log.String())
@@ -134,11 +135,12 @@ func (p *pod) wantHeldBack() error {
 	return nil
 }
 
-// wantHolding waits until the await of a pod has ended well, and returns how long after start that was.
+// wantHolding waits until a pod's await has exited with 0, and returns the time from
+// start to then.
 func (s *setup) wantHolding(ctx context.Context, p *pod, start time.Time) (time.Duration, error) {
 	err := poll(ctx, "the await of "+p.name+" does not end", func() error {
 		if !p.await.ended() {
-			return errors.New("it says: " + p.await.log.String())
+			return errors.New("its log: " + p.await.log.String())
 		}
 		return nil
 	})

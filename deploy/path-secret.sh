@@ -1,7 +1,8 @@
 #!/bin/sh
-# path-secret.sh: makes a secret that the API server shows to the webhook as a part of the path, and the webhook asks of whoever calls it:
-# it puts it into the Secret webhook-path, and into the webhook's configuration. Run it again for another one: both are good meanwhile, so
-# that no admission fails. certificate.sh runs it as well.
+# path-secret.sh: makes a secret path, which authenticates the API server: the webhook
+# refuses callers that do not know it. It puts the secret into the Secret webhook-path and
+# into the webhook's configuration. Run it again for a new secret: both are valid
+# meanwhile, so that no admission fails. certificate.sh runs it, too.
 #
 # Needs openssl, and kubectl with KUBECONFIG as usual.
 set -eu
@@ -14,15 +15,15 @@ cd "$dir"
 umask 077
 
 openssl rand -hex 32 >new
-# The path of now: none at all, /mutate, or one with a secret. By it, the webhooks of before are called until all know the new one.
+# The present path, with or without a secret. The API server calls it until all webhooks
+# know the new one.
 path=$(kubectl get "$configuration" -o 'jsonpath={.webhooks[0].clientConfig.service.path}')
 case "$path" in
 /mutate/*) echo "${path#/mutate/}" >old ;;
-/mutate) echo - >old ;;
 *) : >old ;;
 esac
 
-accept() { # accept FILE: what is good from now on, a line each
+accept() { # accept FILE: sets the valid secrets, one a line
   kubectl -n "$namespace" create secret generic webhook-path --from-file=secret="$1" --dry-run=client -o yaml | kubectl apply -f - >/dev/null
 }
 
@@ -30,7 +31,7 @@ cat new old >both
 accept both
 if [ -s old ]; then
   digest=$(openssl dgst -sha256 -r <both | cut -c 1-16)
-  # The webhooks that have not logged it.
+  # behind: prints the webhooks that have not logged the new secret.
   behind() {
     list=$(kubectl -n "$namespace" get pods -l app.kubernetes.io/component=webhook --field-selector=status.phase!=Failed,status.phase!=Succeeded -o name) ||
       { echo unknown; return; }
@@ -42,15 +43,17 @@ if [ -s old ]; then
   deadline=$(($(date +%s) + 300))
   while pods=$(behind) && [ -n "$pods" ]; do
     if [ "$(date +%s)" -gt "$deadline" ]; then
+      # shellcheck disable=SC2086 # joins the lines
       echo "without the new secret:" $pods "- the old one stays in use" >&2
       exit 1
     fi
     sleep 2
   done
 fi
-step='{"op":"add","path":"/webhooks/%d/clientConfig/service/path","value":"/mutate/%s"}'
-printf '[%s,%s]' "$(printf "$step" 0 "$(cat new)")" "$(printf "$step" 1 "$(cat new)")" >patch.json
+step() { printf '{"op":"add","path":"/webhooks/%d/clientConfig/service/path","value":"/mutate/%s"}' "$1" "$(cat new)"; }
+printf '[%s,%s]' "$(step 0)" "$(step 1)" >patch.json
 kubectl patch "$configuration" --type=json --patch-file=patch.json
-# The webhooks go on to accept the old one for ten minutes. Those that start now learn it from the Secret, until all API servers know the new.
+# Running webhooks accept the old secret for ten more minutes. New webhooks learn it from
+# the Secret until all API servers know the new path.
 [ ! -s old ] || sleep 10
 accept new

@@ -1,25 +1,28 @@
--- heartbeat keeps a token in flight. One that is not there (reclaimed while its pod was paused, or lost with Redis) is put back,
--- and a free one is taken out for it: what runs is counted.
+-- heartbeat keeps a token in use. If the token is not in use, its pod was paused and the
+-- token reclaimed, or Redis has lost its data. Then heartbeat puts the token back, and
+-- takes a free one out for it: a pod that runs counts.
 --
 -- KEYS, ARGV[1..4], and what every script returns: see semaphore.lua
 -- ARGV[5] token
--- ARGV[6] pod    "NAME NODE"; empty: not to be told
--- ARGV[7] held   seconds since the pod has the token
+-- ARGV[6] pod    "NAME NODE"; empty: not known
+-- ARGV[7] held   seconds since the pod took the token
 --
--- Returns {0, time}  rejoined: the token was not in flight and is now
+-- Returns {0, time}  rejoined: the token was not in use, and is now
 --         {1, time}  renewed
 local since = now - tonumber(ARGV[7])
 if since < created and not redis.call('ZSCORE', KEYS[2], ARGV[5]) then
-  tellLoss()
+  noteLoss()
 end
 touch(redis.pcall)
-redis.call('EXPIRE', KEYS[2], ARGV[4]) -- a full Redis lets a script go on that has written what needs no memory
+-- A full Redis continues a script whose first write needs no memory.
+redis.call('EXPIRE', KEYS[2], ARGV[4])
 local rejoined = redis.call('ZADD', KEYS[2], now, ARGV[5])
 if rejoined == 1 then
   grown = true
   redis.call('LPOP', KEYS[1])
   count('rejoined', 1)
-  leave(ARGV[5]) -- it may stand there again if Redis has lost that it was taken
+  -- If Redis has lost the last commands, it may have the token in line again.
+  leaveLine(ARGV[5])
 end
-tell(ARGV[5], ARGV[6], since)
+notePod(ARGV[5], ARGV[6], since)
 return finish({1 - rejoined, micros})

@@ -1,12 +1,13 @@
--- hold keeps many tokens in flight at once, for pods that cannot do so yet. Unlike a heartbeat, it puts none back: one that is not there
--- may have been given back by its pod meanwhile.
+-- hold keeps many tokens in use at once, for pods whose sidecars do not run yet. Unlike
+-- heartbeat it puts no token back: the pod may have given it back meanwhile.
 --
 -- KEYS, ARGV[1..4], and what every script returns: see semaphore.lua
 -- ARGV[5...] tokens
 --
--- Returns {1, time, lost}  lost: a list of those that are not in flight
+-- Returns {1, time, lost}  lost: list of the tokens that are not in use
 touch(redis.pcall)
-redis.call('EXPIRE', KEYS[2], ARGV[4]) -- a full Redis lets a script go on that has written what needs no memory
+-- A full Redis continues a script whose first write needs no memory.
+redis.call('EXPIRE', KEYS[2], ARGV[4])
 local gone = {}
 for i = 5, #ARGV do
   if redis.call('ZSCORE', KEYS[2], ARGV[i]) then

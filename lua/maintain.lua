@@ -1,22 +1,26 @@
--- maintain reclaims stale tokens, refills the queue in a small portion, and trims it. It looks at what is there and not at what
--- was: to run it twice, or twice at once, does no harm. Those first in line are called for what is free then.
+-- maintain reclaims stale tokens, refills the queue in small portions, and trims it. It
+-- reads the present state and no past one: to run it twice, or twice at once, does no
+-- harm. In the end it calls the waiters that may take a free token.
 --
--- It reclaims so few at once that Redis goes on within milliseconds. Where stale ones are left, it is to be run again; what is there
--- meanwhile is whole.
+-- It reclaims few tokens at once, so that Redis serves other commands within
+-- milliseconds. While stale tokens are left, the caller runs it again. In between, the
+-- state is whole.
 --
 -- KEYS, ARGV[1..4], and what every script returns: see semaphore.lua
--- ARGV[5] length    how many tokens the semaphore has
--- ARGV[6] newcomer  "1": whoever asks has not been in line before, and does not wait for tokens that may have been lost
+-- ARGV[5] length    number of tokens of the semaphore
+-- ARGV[6] newcomer  "1": the caller was not in line before, and does not wait for tokens
+--                   that Redis may have lost
 --
--- Returns {0, time, reclaimed, refilled, trimmed, left}  left: how many are still stale
+-- Returns {0, time, reclaimed, refilled, trimmed, left}  left: number of tokens that are
+--                                                        still stale
 local length = tonumber(ARGV[5])
-local portion = 256 -- of free tokens, at most, that are made for those who may come
-local most = 500 -- stale tokens that are reclaimed at once
+local portion = 256 -- most free tokens to have in the queue for callers to come
+local most = 500 -- most stale tokens to reclaim at once
 
-ask(length)
+noteLength(length)
 touch()
-catchUp(KEYS[2])
-catchUp(KEYS[4])
+clampFuture(KEYS[2])
+clampFuture(KEYS[4])
 local reclaimed, refilled, left = 0, 0, 0
 local before = '(' .. (now - threshold)
 if settled() then
@@ -50,5 +54,5 @@ if mayRefill(ARGV[6] == '1') then
   end
 end
 local trimmed = trim()
-call()
+callServed()
 return finish({0, micros, reclaimed, refilled, trimmed, left})

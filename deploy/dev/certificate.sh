@@ -1,19 +1,20 @@
 #!/bin/sh
-# certificate.sh: what Skaffold runs before each deployment. The first time, it makes the webhook's certificate; after that,
-# it does nothing. It cannot be done after the deployment: Skaffold waits for the webhook before, and the webhook for the
-# certificate.
+# certificate.sh: Skaffold runs it before each deployment. The first time, it makes the
+# webhook's certificate; later it does nothing. It cannot run after the deployment:
+# Skaffold waits for the webhook, which waits for its certificate.
 #
-# Needs what ../certificate.sh needs, and the name of the cluster's context in SKAFFOLD_KUBE_CONTEXT.
+# Needs what ../certificate.sh needs, and the name of the cluster's context in
+# SKAFFOLD_KUBE_CONTEXT.
 set -eu
 cd "$(dirname "$0")"
 
-# Only the context that Skaffold deploys to, whatever the current one is.
+# Use the context that Skaffold deploys to, not the current one.
 kubeconfig=$(mktemp)
 trap 'rm -f "$kubeconfig"' EXIT
 kubectl config view --context "$SKAFFOLD_KUBE_CONTEXT" --minify --flatten --raw >"$kubeconfig"
 export KUBECONFIG="$kubeconfig"
 
-# Of a loop that was stopped a moment ago, the namespace may still be going, and the Secret with it.
+# After an earlier run, Kubernetes may still be deleting the namespace and its Secrets.
 namespace=$(kubectl get namespace at-least-semaphore-pod-hook --ignore-not-found -o 'jsonpath={.status.phase}')
 if [ "$namespace" = Terminating ]; then
   echo "waiting for the end of the namespace at-least-semaphore-pod-hook, which is being deleted"

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -65,28 +66,34 @@ func TestTwoDeployments(t *testing.T) {
 	}
 }
 
-// follow collects the log of a container, with times, until the container ends. It
-// returns after the first line.
-func (n *namespace) follow(pod, container string) <-chan []string {
+// follow collects the log of a container, with times, until the container ends. It returns
+// once a line with the text first has come, so that the log of a pod that is deleted then
+// is not lost.
+func (n *namespace) follow(pod, container, first string) <-chan []string {
 	n.Helper()
 	cmd := exec.Command("kubectl", "-n", n.name, "logs", "-f", "--timestamps", pod, "-c", container)
 	out, err := cmd.StdoutPipe()
 	must(n.T, err)
 	must(n.T, cmd.Start())
 	n.Cleanup(func() { _ = cmd.Process.Kill() })
-	lines := bufio.NewScanner(out)
-	if !lines.Scan() {
-		n.Fatalf("the log of %s in %s is empty: %v", container, pod, lines.Err())
-	}
-	all := []string{lines.Text()}
-	done := make(chan []string, 1)
+	done, begun := make(chan []string, 1), make(chan struct{})
+	begin := sync.OnceFunc(func() { close(begun) })
 	go func() {
-		for lines.Scan() {
-			all = append(all, lines.Text())
+		var lines []string
+		for s := bufio.NewScanner(out); s.Scan(); {
+			lines = append(lines, s.Text())
+			if strings.Contains(s.Text(), first) {
+				begin()
+			}
 		}
 		_ = cmd.Wait()
-		done <- all
+		done <- lines
 	}()
+	select {
+	case <-begun:
+	case <-time.After(patience):
+		n.Fatalf("no %q in the log of %s of %s", first, container, pod)
+	}
 	return done
 }
 
@@ -112,7 +119,7 @@ func TestNativeSidecar(t *testing.T) {
 	n := newNamespace(t)
 	n.create(pod("slow", "native", 2, object{
 		"initContainers": []object{container("init", "sleep 1")},
-		"containers": []object{container("app", "echo begins; trap 'sleep 5; echo app has ended; exit 0' TERM; "+idle,
+		"containers": []object{container("app", "trap 'sleep 5; echo app has ended; exit 0' TERM; echo app is up; "+idle,
 			object{"lifecycle": object{"preStop": object{"sleep": object{"seconds": 2}}}})},
 	}))
 	p := n.wantRunning("slow")
@@ -128,7 +135,7 @@ func TestNativeSidecar(t *testing.T) {
 	}
 	n.wantCounts("native", 1, 1)
 
-	app, side := n.follow("slow", "app"), n.follow("slow", sidecarName)
+	app, side := n.follow("slow", "app", "app is up"), n.follow("slow", sidecarName, "holding the token")
 	deleted := time.Now()
 	n.end("slow")
 	eventually(t, patience, func() error {

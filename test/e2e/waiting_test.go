@@ -88,7 +88,7 @@ func TestLeavingTheLine(t *testing.T) {
 		line = append(line, n.wantWaiting(name))
 		n.wantWaiters("leaving", line...)
 	}
-	log := n.follow("told", sidecarName)
+	log := n.follow("told", sidecarName, "waiting for a token")
 	n.end("told")
 	n.wantWaiters("leaving", line[1:]...)
 	timeOf(t, <-log, "left the line")
@@ -184,8 +184,8 @@ func TestJobsInLine(t *testing.T) {
 	n.wantJobsDone(12, 3, 1, 2*patience)
 }
 
-// When the holder has ended, the first pod in line starts. That takes at most twice as
-// long as the start of a new pod that finds a free token.
+// When the holder has ended, the first pod in line starts. That takes at most twice as long
+// as the start of a new pod that finds a free token.
 func TestHandOver(t *testing.T) {
 	const times = 5
 	n := newNamespace(t)

@@ -1,0 +1,336 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+)
+
+// With TEST_QUEUE, only the tests that use a queue run, on that kind of queue.
+// chooseTests finds them in the source: a test uses a queue if it names rig.QueueAddress,
+// or a helper that does. The tests below use a queue, are slow, and run the same on all
+// kinds.
+var sameOnAllQueues = map[string][]string{
+	"what a script decides, on a server that works": {
+		"TestConcurrentFirstAdmissions", // TestHerd has more pods, and runs on all queues
+		"TestNobodyOvertakesWhilePodsArePaused",
+		"TestPodsOfTwoLengths",
+		"TestWatchOfALongInterval", // slow; TestDeadHoldersAndRareAdmissions runs on all queues
+	},
+	"what scripts and memory cost": {
+		"TestAdmissionCostsTheSameForAnyLength",
+		"TestCostOfALongLine",
+		"TestMemoryOfGreatLengths",
+		"TestMetricsOfManySemaphores",
+		"TestSurveyIsBounded", // TestMetricsOfAHangingRedis runs on all queues
+	},
+	"lock servers that fail, with a queue that works": {
+		"TestGateHoldsWithoutLocks",
+		"TestLineAfterLockServersHung",
+		"TestLinesWithALockServerThatHangs",
+		"TestLockOnlyForRepair",
+		"TestManyWebhooks",
+		"TestOneLockServerDown",
+		"TestPausedMaintainer",
+		"TestStallingLockServer",
+		"TestTwoLockServersDown",
+		"TestWaiterAndADeadLockHolder",
+		"TestWaitingForALockIsCheap",
+	},
+	"groups and Clusters of their own": {
+		"TestClusterSlotHalfMoved",
+		"TestClusterSlotMoving",
+		"TestSentinelLook",
+		"TestSentinelsBehindSlowDNS",
+	},
+	"pods in the API server, or requests over HTTP": {
+		"TestGateOfSomeNamespaces",
+		"TestGateUnschedulable",
+		"TestLargeRequestsWait",
+	},
+}
+
+// With TEST_QUEUE, chooseTests limits the run to the tests that depend on the queue. If
+// the command line names tests, it changes nothing.
+func chooseTests() error {
+	flag.Parse()
+	if rig.TestQueue == "" || flag.Lookup("test.run").Value.String() != "" {
+		return nil
+	}
+	names, err := queueTests()
+	if err != nil {
+		return err
+	}
+	for _, same := range sameOnAllQueues {
+		names = slices.DeleteFunc(names, func(name string) bool { return slices.Contains(same, name) })
+	}
+	return flag.Set("test.run", "^("+strings.Join(names, "|")+")$")
+}
+
+// queueTests returns the tests of this folder that use a queue.
+func queueTests() (names []string, err error) {
+	uses := map[string][]string{} // the names used by each function
+	for pattern, prefix := range map[string]string{"*_test.go": "", "test/rig/*.go": "rig."} {
+		files, err := filepath.Glob(rig.Path(pattern))
+		if err != nil {
+			return nil, err
+		}
+		for _, name := range files {
+			file, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.SkipObjectResolution)
+			if err != nil {
+				return nil, err
+			}
+			for _, d := range file.Decls {
+				if f, ok := d.(*ast.FuncDecl); ok && f.Recv == nil {
+					uses[prefix+f.Name.Name] = namesIn(f, prefix)
+				}
+			}
+		}
+	}
+	seen := map[string]bool{}
+	var reaches func(name string) bool
+	reaches = func(name string) bool {
+		if name == "rig.QueueAddress" {
+			return true
+		}
+		if seen[name] {
+			return false
+		}
+		seen[name] = true
+		return slices.ContainsFunc(uses[name], reaches)
+	}
+	for name := range uses {
+		clear(seen)
+		if strings.HasPrefix(name, "Test") && reaches(name) {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names, nil
+}
+
+// namesIn returns the names that a piece of source uses, with "rig." before those of
+// test/rig. prefix is put before names of its own package. Fields and methods are left
+// out.
+func namesIn(source ast.Node, prefix string) (names []string) {
+	ast.Inspect(source, func(n ast.Node) bool {
+		switch n := n.(type) {
+		case *ast.SelectorExpr:
+			if of, ok := n.X.(*ast.Ident); ok && of.Name == "rig" {
+				names = append(names, "rig."+n.Sel.Name)
+			} else {
+				names = append(names, namesIn(n.X, prefix)...)
+			}
+			return false
+		case *ast.Ident:
+			names = append(names, prefix+n.Name)
+		}
+		return true
+	})
+	return names
+}
+
+// Each name in sameOnAllQueues is a test that uses a queue.
+func TestSameOnAllQueues(t *testing.T) {
+	names, err := queueTests()
+	rig.Must(t, err)
+	for _, same := range sameOnAllQueues {
+		for _, name := range same {
+			if !slices.Contains(names, name) {
+				t.Errorf("%s is not a test that uses a queue", name)
+			}
+		}
+	}
+	for _, name := range []string{"TestGate", "TestSidecarBeats", "TestRedisUnreachable"} {
+		if !slices.Contains(names, name) {
+			t.Errorf("%s uses a queue, but was not found", name)
+		}
+	}
+	if slices.Contains(names, "TestFlagDefaults") {
+		t.Error("TestFlagDefaults uses no queue, but was found")
+	}
+}
+
+// groupConfig returns a configuration with a group as queue, and its own lock server.
+func groupConfig(t *testing.T, address string) webhookConfig {
+	t.Helper()
+	c := configWithInterval(address, 2*time.Second)
+	c.redisAddresses = []string{rig.StartRedis(t).Address}
+	return c
+}
+
+// The program computes the same slots as Redis. It checks a Cluster by semaphores of
+// which each third of the slots has one.
+func TestSlots(t *testing.T) {
+	t.Parallel()
+	r := rig.StartRedisWith(t, rig.RedisOptions{Kind: rig.ClusterQueue})
+	for range 100 {
+		id := semaphoreID{"shop", uuid.NewString()}
+		if got, err := redis.Int(r.Control.Do("CLUSTER", "KEYSLOT", id.queueKey())); err != nil || got != id.slot() {
+			t.Errorf("%s: slot %d, want %d, %v", id, id.slot(), got, err)
+		}
+	}
+	thirds := map[int]bool{}
+	for _, id := range (&clusterQueue{}).checks() {
+		thirds[id.slot()/(clusterSlots/3+1)] = true
+	}
+	if len(thirds) != 3 {
+		t.Errorf("thirds %v", thirds)
+	}
+}
+
+// A script runs while half of its semaphore's keys have moved to another node. The script
+// empties one of the keys.
+func TestClusterSlotHalfMoved(t *testing.T) {
+	t.Parallel()
+	c := rig.StartCluster(t)
+	s := semaphoresOf(t, groupConfig(t, c.Address()))
+	id := freshID()
+	tokens := []string{acquire(t, s, id, 3), acquire(t, s, id, 3)}
+	from, to := c.Holder(t, id), c.Holder(t, c.OtherID(t, id))
+	name := func(n *rig.Redis) string { return string(n.Do(t, "CLUSTER", "MYID").([]byte)) }
+	to.Do(t, "CLUSTER", "SETSLOT", id.slot(), "IMPORTING", name(from))
+	from.Do(t, "CLUSTER", "SETSLOT", id.slot(), "MIGRATING", name(to))
+	move := func(key string) {
+		from.Do(t, "MIGRATE", "127.0.0.1", rig.Port(to.Address), key, 0, 5000)
+	}
+	done := make(chan error, 1)
+	ask := func() {
+		token, _, err := s.acquire(context.Background(), id, "", 3, time.Second)
+		tokens = append(tokens, token)
+		done <- err
+	}
+	go ask()
+	move(id.queueKey())
+	move(id.stateKey())
+	move(id.inflightKey())
+	for _, n := range []*rig.Redis{to, from} {
+		n.Do(t, "CLUSTER", "SETSLOT", id.slot(), "NODE", name(to))
+	}
+	wantDone(t, done)
+	to.WantInflight(t, id, tokens...)
+	wantFullError(t, s, id, 3, 3)
+	for _, token := range tokens {
+		giveBack(t, s, id, token)
+	}
+	to.WantCounts(t, id, 3, 0)
+}
+
+// All keys of a semaphore have moved, but its slot has not. The old node redirects the
+// program, and the new node replies only after ASKING. The user has only the rules of
+// docs/security.md.
+func TestClusterSlotMoving(t *testing.T) {
+	t.Parallel()
+	c := rig.StartCluster(t)
+	user := append([]string{"SETUSER", "sidecar", "on", ">" + rig.Password},
+		strings.Fields(rig.SidecarACL+" "+rig.ClusterACL)...)
+	for _, n := range c.Nodes {
+		n.Do(t, "ACL", rig.Anys(user)...)
+	}
+	config := groupConfig(t, c.Address())
+	config.redis = redisSettings{username: "sidecar", password: rig.Password}
+	locks := newRedlock(config.redisAddresses, redisSettings{}, 1)
+	s := newSemaphores(config.settings, locks, 1, slog.New(slog.DiscardHandler))
+	t.Cleanup(func() { rig.Must(t, s.close(context.Background())) })
+	id := freshID()
+	// Pods of length 3 come and go while a pod of length 1 waits, so that all keys exist.
+	holder := acquire(t, s, id, 3)
+	gone := acquire(t, s, id, 3)
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{uuid.NewString(), 1, joinLine, ""})
+	if err != nil || a.status != acquireFull {
+		t.Fatalf("got %+v, %v, want a place in line", a, err)
+	}
+	giveBack(t, s, id, gone)
+	from, to := c.Holder(t, id), c.Holder(t, c.OtherID(t, id))
+	name := func(n *rig.Redis) string { return string(n.Do(t, "CLUSTER", "MYID").([]byte)) }
+	to.Do(t, "CLUSTER", "SETSLOT", id.slot(), "IMPORTING", name(from))
+	from.Do(t, "CLUSTER", "SETSLOT", id.slot(), "MIGRATING", name(to))
+	for _, key := range id.keys() {
+		if answer := from.Do(t, "MIGRATE", "127.0.0.1", rig.Port(to.Address), key, 0, 5000); answer != "OK" {
+			t.Fatalf("%s was not moved: %v", key, answer)
+		}
+	}
+	taken := acquire(t, s, id, 3)
+	for _, rule := range strings.Fields(rig.ClusterACL) {
+		for _, n := range c.Nodes {
+			n.Do(t, "ACL", "SETUSER", "sidecar", "-"+rule[1:])
+		}
+		fresh := newSemaphores(config.settings, nil, 1, slog.New(slog.DiscardHandler))
+		if rule == "+role" {
+			fresh.queue.(*clusterQueue).suspect[from.Address] = true
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+		if _, err := fresh.heartbeat(ctx, id, holder, "", 0); err == nil || !strings.Contains(err.Error(), "NOPERM") {
+			t.Errorf("without %s: got %v, want NOPERM", rule, err)
+		}
+		cancel()
+		rig.Must(t, fresh.queue.close())
+		for _, n := range c.Nodes {
+			n.Do(t, "ACL", "SETUSER", "sidecar", rule)
+		}
+	}
+	for _, n := range []*rig.Redis{to, from} {
+		n.Do(t, "CLUSTER", "SETSLOT", id.slot(), "NODE", name(to))
+	}
+	to.WantInflight(t, id, holder, taken)
+	if _, err := s.heartbeat(t.Context(), id, taken, "", 0); err != nil {
+		t.Error(err)
+	}
+}
+
+// "status --watch" only reads. It finds a new primary too.
+func TestSentinelLook(t *testing.T) {
+	t.Parallel()
+	g := rig.StartSentinelGroup(t)
+	id := freshID()
+	acquire(t, semaphoresOf(t, groupConfig(t, g.Address())), id, 3)
+	shared := groupConfig(t, g.Address()).settings
+	s := newSemaphores(shared, nil, 1, slog.New(slog.DiscardHandler))
+	t.Cleanup(func() { rig.Must(t, s.queue.close()) })
+	look := func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		d, err := s.inspect(ctx, id)
+		if err == nil && d.inUse != 1 {
+			err = fmt.Errorf("%d in use, want 1", d.inUse)
+		}
+		return err
+	}
+	rig.Eventually(t, 20*time.Second, look)
+	// A process that found its primary long ago asks no Sentinels.
+	s.queue.(*sentinelQueue).checked = time.Now().Add(-time.Hour)
+	g.Servers[0].Crash(t)
+	rig.Eventually(t, 20*time.Second, look)
+}
+
+// DNS replies once, too late for the lookup of the Sentinels, then never again. The
+// program still finds the Sentinels, and the next primary.
+func TestSentinelsBehindSlowDNS(t *testing.T) {
+	t.Parallel()
+	g := rig.StartSentinelGroup(t)
+	s := semaphoresOf(t, groupConfig(t, strings.ReplaceAll(g.Address(), "127.0.0.1", "sentinel.test")))
+	r, _, replies := testResolver(t)
+	s.queue.(*sentinelQueue).settings.resolver = r
+	go func() {
+		_ = sleep(t.Context(), 2*requeryAfter)
+		replies <- dnsReply{addresses: []string{"127.0.0.1"}}
+	}()
+	id := freshID()
+	acquire(t, s, id, maxLength)
+	r.expire("sentinel.test")
+	g.Servers[0].Crash(t)
+	acquire(t, s, id, maxLength)
+}

@@ -1,0 +1,409 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+)
+
+// dnsReply is the reply of a test's DNS to one lookup.
+type dnsReply struct {
+	addresses []string
+	err       error
+}
+
+// testResolver returns a resolver whose lookups wait for a reply in replies. Unlike real
+// lookups, they ignore the end of the context.
+func testResolver(t *testing.T) (r *resolver, lookups chan string, replies chan dnsReply) {
+	t.Helper()
+	lookups, replies = make(chan string, 100), make(chan dnsReply)
+	r = newResolver()
+	r.lookUp = func(ctx context.Context, host string) ([]string, error) {
+		lookups <- host
+		select {
+		case a := <-replies:
+			return a.addresses, a.err
+		case <-t.Context().Done():
+			return nil, errors.New("the test is over")
+		}
+	}
+	return r, lookups, replies
+}
+
+func (r *resolver) wantResolved(t *testing.T, host string, want ...string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	if got, err := r.resolve(ctx, host); err != nil || !slices.Equal(got, want) {
+		t.Errorf("%s is at %v, %v; want %v", host, got, err, want)
+	}
+}
+
+// wantCachedSoon waits until the cache has the addresses.
+func (r *resolver) wantCachedSoon(t *testing.T, host string, want ...string) {
+	t.Helper()
+	rig.Eventually(t, 5*time.Second, func() error {
+		if known, _ := r.start(host); !slices.Equal(known, want) {
+			return fmt.Errorf("%s is at %v, want %v", host, known, want)
+		}
+		return nil
+	})
+}
+
+// A lookup slower than a dial's deadline goes on in the background. The dials meanwhile
+// start no other, and later ones use its reply.
+func TestResolveSlowDNS(t *testing.T) {
+	t.Parallel()
+	r, lookups, replies := testResolver(t)
+	for range 3 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		_, err := r.resolve(ctx, "a.test")
+		var dns *net.DNSError
+		if !errors.As(err, &dns) || !dns.IsTimeout || dns.Name != "a.test" {
+			t.Errorf("without a reply: got %v", err)
+		}
+		cancel()
+	}
+	replies <- dnsReply{addresses: []string{"192.0.2.1"}}
+	r.wantCachedSoon(t, "a.test", "192.0.2.1")
+	r.wantResolved(t, "a.test", "192.0.2.1")
+	if len(lookups) != 1 {
+		t.Errorf("%d lookups, want 1", len(lookups))
+	}
+}
+
+// The resolver uses an old reply as long as there is no new one.
+func TestResolveOldReply(t *testing.T) {
+	t.Parallel()
+	r, lookups, replies := testResolver(t)
+	go func() { replies <- dnsReply{addresses: []string{"192.0.2.1"}} }()
+	r.wantResolved(t, "a.test", "192.0.2.1")
+	r.expire("a.test")
+	r.wantResolved(t, "a.test", "192.0.2.1") // the lookup is unanswered
+	replies <- dnsReply{err: &net.DNSError{Err: "server misbehaving", Name: "a.test"}}
+	r.wantResolved(t, "a.test", "192.0.2.1") // the lookup failed
+	go func() { replies <- dnsReply{addresses: []string{"192.0.2.2", "192.0.2.3"}} }()
+	r.wantCachedSoon(t, "a.test", "192.0.2.2", "192.0.2.3")
+	if len(lookups) != 3 {
+		t.Errorf("%d lookups, want 3", len(lookups))
+	}
+}
+
+func TestResolveUnknownHost(t *testing.T) {
+	t.Parallel()
+	r, _, replies := testResolver(t)
+	go func() { replies <- dnsReply{err: &net.DNSError{Err: "no such host", Name: "a.test"}} }()
+	_, err := r.dial(t.Context(), new(net.Dialer), "tcp", "a.test:1")
+	if err == nil || !strings.Contains(err.Error(), "lookup a.test: no such host") || !isUnreachable(err) {
+		t.Errorf("got %v, want no such host", err)
+	}
+}
+
+// A dial takes the first address that accepts. If none does, the next dial looks the host
+// up again.
+func TestDialResolved(t *testing.T) {
+	t.Parallel()
+	r, lookups, replies := testResolver(t)
+	_, port, _ := net.SplitHostPort(rig.StartRedis(t).Address)
+	dial := func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+		defer cancel()
+		c, err := r.dial(ctx, new(net.Dialer), "tcp", "a.test:"+port)
+		if err == nil {
+			c.Close()
+		}
+		return err
+	}
+	go func() { replies <- dnsReply{addresses: []string{"127.0.0.99"}} }() // no server listens there
+	if err := dial(); err == nil || !strings.Contains(err.Error(), "127.0.0.99:"+port) {
+		t.Errorf("got %v, want the address in the error", err)
+	}
+	go func() { replies <- dnsReply{addresses: []string{"127.0.0.99", "127.0.0.1"}} }()
+	rig.Must(t, dial())
+	rig.Must(t, dial())
+	if len(lookups) != 2 {
+		t.Errorf("%d lookups, want 2", len(lookups))
+	}
+}
+
+// The ACL rules of the Redis users.
+const (
+	webhookACL     = rig.WebhookACL
+	sidecarACL     = rig.SidecarACL
+	statusACL      = rig.StatusACL
+	releaseACL     = rig.ReleaseACL
+	gateACL        = rig.GateACL
+	forgottenACL   = rig.ForgottenACL
+	namespacesACL  = rig.NamespacesACL
+	sentinelACL    = rig.SentinelACL
+	ofSentinelsACL = rig.OnSentinelsACL
+	clusterACL     = rig.ClusterACL
+	lockACL        = rig.LockACL
+)
+
+// isDenied reports whether Redis denied the user a permission.
+func isDenied(err error) bool {
+	return strings.Contains(err.Error(), "NOPERM") || isPermissionError(err.Error())
+}
+
+// startSecureRedis starts a redis-server that accepts only TLS, with the users webhook
+// and sidecar.
+func startSecureRedis(t *testing.T, dir string) *rig.Redis {
+	t.Helper()
+	crt, key := filepath.Join(dir, "tls.crt"), filepath.Join(dir, "tls.key")
+	listen := func(port string) []string {
+		args := []string{"--port", "0", "--tls-port", port, "--tls-cert-file", crt, "--tls-key-file", key,
+			"--tls-ca-cert-file", crt, "--tls-auth-clients", "no"}
+		for _, user := range []string{
+			"default on >admin ~* &* +@all",
+			"webhook on >" + rig.Password + " " + webhookACL,
+			"sidecar on >" + rig.Password + " " + sidecarACL,
+		} {
+			args = append(append(args, "--user"), strings.Fields(user)...)
+		}
+		return args
+	}
+	roots, err := readCA(crt)
+	rig.Must(t, err)
+	return rig.StartRedisWith(t, rig.RedisOptions{Args: listen,
+		Dial: []redis.DialOption{redis.DialUseTLS(true), redis.DialTLSConfig(&tls.Config{RootCAs: roots}),
+			redis.DialPassword("admin")}})
+}
+
+// On a lock server, the ACL rules for locks suffice, and each is needed.
+func TestLockACLIsMinimal(t *testing.T) {
+	r := rig.StartRedis(t)
+	settings := redisSettings{username: "locker", password: rig.Password}
+	lock := func() error {
+		l := newRedlock([]string{r.Address}, settings, 1)
+		defer l.close()
+		unlock, err := l.tryLock(t.Context(), freshID().lockKey(), time.Minute)
+		if err != nil {
+			return err
+		}
+		return unlock(t.Context())
+	}
+	rules := strings.Fields(lockACL)
+	r.Do(t, "ACL", append([]any{"SETUSER", "locker", "on", ">" + rig.Password}, rig.Anys(rules)...)...)
+	rig.Must(t, lock())
+	for _, rule := range rules[1:] {
+		r.Do(t, "ACL", "SETUSER", "locker", "-"+rule[1:])
+		if err := lock(); err == nil || !isDenied(err) {
+			t.Errorf("without %s: got %v, want NOPERM", rule, err)
+		}
+		r.Do(t, "ACL", "SETUSER", "locker", rule)
+	}
+}
+
+// All functions over TLS, with the users of docs/security.md.
+func TestRedisWithTLSAndACL(t *testing.T) {
+	dir := t.TempDir()
+	rig.WriteCertificate(t, dir, 1)
+	r := startSecureRedis(t, dir)
+	address, ca := "rediss://"+r.Address, filepath.Join(dir, "tls.crt")
+	c := testConfig(address)
+	c.redis = redisSettings{username: "webhook", password: rig.Password, caFile: ca}
+	w := startWebhook(t, c)
+	id := freshID()
+	rig.Must(t, w.semaphores.check(context.Background()))
+	token := w.wantAdmitted(t, id, 2)
+	r.MakeStale(t, id, w.wantAdmitted(t, id, 2))
+	w.semaphores.giveBack(id, w.wantAdmitted(t, id, 2)) // after a repair
+	w.wantFull(t, id, 1, 1)
+	r.ForgetLength(t, id)
+	maintain(t, w.semaphores, id, 1) // a trim
+	r.WantCounts(t, id, 0, 1)
+
+	t.Setenv("REDIS_USERNAME", "sidecar")
+	t.Setenv("REDIS_PASSWORD", rig.Password)
+	p := rig.StartSidecar(t, address, id, token, "--redis-ca-file="+ca)
+	p.WantLog(t, "holding the token")
+	r.Do(t, "DEL", id.inflightKey())
+	r.WantCounts(t, id, 0, 1)
+	p.Signal(t, syscall.SIGTERM)
+	p.WantExit(t, 0)
+	r.WantCounts(t, id, 1, 0)
+	p.WantNoSecret(t)
+}
+
+// The ACL rules of the webhook and the sidecar suffice, and each is needed.
+func TestACLsAreMinimal(t *testing.T) {
+	dir := t.TempDir()
+	rig.WriteCertificate(t, dir, 1)
+	r := startSecureRedis(t, dir)
+	ctx, address := context.Background(), "rediss://"+r.Address
+	semaphoresOf := func(user string) *semaphores {
+		c := testConfig(address)
+		c.redis = redisSettings{username: user, password: rig.Password, caFile: filepath.Join(dir, "tls.crt")}
+		return newSemaphores(c.settings, newLocker(c.settings, lockConnections), 1, slog.New(slog.DiscardHandler))
+	}
+	// The common commands of both: lock, repair, acquire, wake waiters, release.
+	commonWork := func(user string) (*semaphores, semaphoreID, error) {
+		s, id := semaphoresOf(user), freshID()
+		unlock, err := s.locks.tryLock(ctx, id.lockKey(), time.Minute)
+		if err != nil {
+			return s, id, err
+		}
+		if err := unlock(ctx); err != nil {
+			return s, id, err
+		}
+		if r.Do(t, "EXISTS", id.lockKey()) != int64(0) {
+			return s, id, errors.New("NOPERM: the lock was not freed")
+		}
+		for _, length := range []int{3, 2} { // refill, trim
+			if err := s.maintain(ctx, id, length, true); err != nil {
+				return s, id, err
+			}
+			r.ForgetLength(t, id)
+		}
+		token, _, err := s.acquire(ctx, id, "", 1, time.Second)
+		if err != nil {
+			return s, id, err
+		}
+		r.Do(t, "ZADD", id.waitersKey(), 1, "gone")
+		r.Do(t, "ZADD", id.seenKey(), 1, "gone")
+		r.Do(t, "HSET", id.namesKey(), "gone", 1)
+		r.Do(t, "ZADD", id.waitersKey(), 2, "there")
+		r.Do(t, "ZADD", id.seenKey(), time.Now().Unix(), "there")
+		if _, err := s.release(ctx, id, token); err != nil {
+			return s, id, err
+		}
+		// a score in the future, for maintain to correct
+		r.Do(t, "ZADD", id.inflightKey(), 99999999999, uuid.NewString())
+		r.ForgetLength(t, id)
+		if err := s.maintain(ctx, id, 1, true); err != nil { // trim to nothing
+			return s, id, err
+		}
+		_, err = s.runAcquire(ctx, id, acquireRequest{token: uuid.NewString(), length: 1})
+		return s, id, err
+	}
+	sidecarWork := func() error {
+		s, id, err := commonWork("sidecar")
+		defer s.close(ctx)
+		if err != nil {
+			return err
+		}
+		token := uuid.NewString()
+		for range 2 { // a rejoin, then a refresh
+			if _, err := s.heartbeat(ctx, id, token, "", 0); err != nil {
+				return err
+			}
+		}
+		other := uuid.NewString()
+		if _, err := s.runAcquire(ctx, id, acquireRequest{other, 1, joinLine, ""}); err != nil {
+			return err
+		}
+		if _, err := s.release(ctx, id, other); err != nil {
+			return err
+		}
+		if _, err := s.release(ctx, id, token); err != nil { // into the queue, so that the heartbeat removes it there
+			return err
+		}
+		if _, err := s.heartbeat(ctx, id, token, "", 0); err != nil {
+			return err
+		}
+		attempt, cancel := context.WithCancel(ctx)
+		defer cancel()
+		subscribed := newWakeup()
+		calls := newSubscription(s.queue, id, s.log)
+		calls.add(subscribed, id, token)
+		received := make(chan error, 1)
+		go func() { received <- calls.receive(attempt) }()
+		select {
+		case <-subscribed:
+			return nil
+		case err := <-received:
+			return err
+		}
+	}
+	webhookWork := func() error {
+		s, _, err := commonWork("webhook")
+		defer s.close(ctx)
+		return errors.Join(err, s.check(ctx), errOf(s.survey(ctx, "")))
+	}
+	for user, c := range map[string]struct {
+		rule string
+		work func() error
+	}{"sidecar": {sidecarACL, sidecarWork}, "webhook": {webhookACL, webhookWork}} {
+		rig.Must(t, c.work())
+		for rule := range strings.FieldsSeq(c.rule) {
+			command, isCommand := strings.CutPrefix(rule, "+")
+			if !isCommand {
+				continue
+			}
+			r.Do(t, "ACL", "SETUSER", user, "-"+command)
+			r.Do(t, "SCRIPT", "FLUSH")
+			r.Do(t, "ACL", "LOG", "RESET")
+			err := c.work()
+			if denied, _ := redis.Values(r.Do(t, "ACL", "LOG"), nil); err == nil && len(denied) > 0 {
+				// a waiter without a subscription polls instead
+				err = errors.New("NOPERM in the ACL log, though the command succeeded by other means")
+			}
+			if err == nil || !isDenied(err) {
+				t.Errorf("%s without %s: got %v, want NOPERM", user, rule, err)
+			}
+			r.Do(t, "ACL", "SETUSER", user, rule)
+		}
+		rig.Must(t, c.work())
+	}
+
+	settings := redisSettings{username: "sidecar", password: rig.Password, caFile: filepath.Join(dir, "tls.crt")}
+	conn, err := dialRedis(ctx, "rediss://"+r.Address, settings, time.Second)
+	rig.Must(t, err)
+	defer conn.Close()
+	for _, command := range []string{
+		"FLUSHALL", "KEYS *", "CONFIG GET *", "ACL LIST", "PING", "GET other", "SET other 1", "PUBLISH other x",
+		"LRANGE queue/{a/b} 0 -1", "ZADD other 1 a", "RPUSH other a", "SCRIPT FLUSH", "SHUTDOWN", "MONITOR",
+		"SUBSCRIBE c",
+	} {
+		words := strings.Fields(command)
+		var args []any
+		for _, w := range words[1:] {
+			args = append(args, w)
+		}
+		if reply, err := conn.Do(words[0], args...); err == nil || !strings.HasPrefix(err.Error(), "NOPERM") {
+			t.Errorf("%s: got %v, %v, want NOPERM", command, reply, err)
+		}
+	}
+}
+
+// Errors of credentials and certificates name the reason, without the password.
+func TestRedisErrorsOfCredentials(t *testing.T) {
+	dir, elsewhere := t.TempDir(), t.TempDir()
+	rig.WriteCertificate(t, dir, 1)
+	rig.WriteCertificate(t, elsewhere, 2)
+	r := startSecureRedis(t, dir)
+	ca := filepath.Join(dir, "tls.crt")
+	for want, settings := range map[string]redisSettings{
+		"WRONGPASS": {username: "webhook", password: "wrong-" + rig.Password, caFile: ca},
+		"NOAUTH":    {caFile: ca},
+		"certificate signed by unknown au": {
+			username: "webhook", password: rig.Password, caFile: filepath.Join(elsewhere, "tls.crt"),
+		},
+		"no such file or directory": {
+			username: "webhook", password: rig.Password, caFile: filepath.Join(elsewhere, "none"),
+		},
+	} {
+		c := testConfig("rediss://" + r.Address)
+		c.redis = settings
+		s := newSemaphores(c.settings, nil, 1, testSemaphores(t, r.Address).log)
+		err := s.check(context.Background())
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), rig.Password) {
+			t.Errorf("got %v, want %q", err, want)
+		}
+		s.queue.close()
+	}
+}

@@ -1,0 +1,672 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+)
+
+// servedWithin is the time in which a published wake-up serves a waiter. It is shorter
+// than the time to the waiter's next poll.
+const servedWithin = 2 * time.Second
+
+// Admissions and waiters take free tokens without a lock, before any repair.
+func TestFreeTokensAreTakenBeforeARepair(t *testing.T) {
+	t.Parallel()
+	r, healthy, id := newSemaphore(t)
+	r.MakeStale(t, id, acquire(t, healthy, id, 3))
+	r.WantCounts(t, id, 2, 1)
+
+	c := testConfig(r.Address)
+	c.redisAddresses = []string{rig.FreeAddress(t)}
+	w := startWebhook(t, c)
+	counted := &countingLocker{locker: w.semaphores.locks}
+	w.semaphores.locks = counted
+	start := time.Now()
+	w.wantAdmitted(t, id, 3)
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	rig.Must(t, newWaiter(w.semaphores, id, 3).waitOnly(ctx))
+	rig.WantWithin(t, time.Since(start), servedWithin, "an admission and a waiter with free tokens")
+	if n := counted.tried.Load(); n > 0 {
+		t.Errorf("%d attempts to take the lock, want none", n)
+	}
+	r.WantCounts(t, id, 0, 3)
+	if a, err := w.tryAdmit(rig.Review(t, id, 3)); err == nil { // only this one needs the stale token
+		t.Errorf("got %+v, want an error about the unreachable lock server", a)
+	}
+}
+
+// podRun has the times of one pod's run.
+type podRun struct {
+	length                    int
+	asked, admitted, released time.Time // asked: when the pod sent the acquire that got the token
+}
+
+// runPod waits for a token, holds it for the time work, and gives it back. Its
+// connections are its own, like those of a sidecar.
+func runPod(ctx context.Context, s *semaphores, id semaphoreID, length int, work time.Duration) (podRun, error) {
+	w := newWaiter(s, id, length)
+	asked, _, err := w.wait(ctx)
+	if err != nil {
+		return podRun{}, err
+	}
+	done := podRun{length: length, asked: asked, admitted: time.Now()}
+	if err := sleep(ctx, work); err != nil {
+		return podRun{}, err
+	}
+	done.released = time.Now()
+	_, err = s.release(ctx, id, w.token)
+	return done, err
+}
+
+// wantLengthsKept fails if a pod was admitted while as many pods as its own length were
+// working.
+func wantLengthsKept(t *testing.T, runs []podRun) {
+	t.Helper()
+	for i, pod := range runs {
+		working := 0
+		for j, other := range runs {
+			if i != j && other.admitted.Before(pod.asked) && other.released.After(pod.admitted) {
+				working++
+			}
+		}
+		if working >= pod.length {
+			t.Errorf("a pod of length %d was admitted while %d others were working", pod.length, working)
+		}
+	}
+}
+
+// During a rollout, pods of one key disagree about the length. They use the free tokens,
+// and no pod exceeds its own length.
+func TestPodsOfTwoLengths(t *testing.T) {
+	t.Parallel()
+	const pods, work = 40, time.Second
+	r, _, id := newSemaphore(t)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	var mu sync.Mutex
+	var runs []podRun
+	var wg sync.WaitGroup
+	start := time.Now()
+	for i := range pods {
+		s := testSemaphores(t, r.Address)
+		length := 5 - 2*(i%2)
+		wg.Go(func() {
+			done, err := runPod(ctx, s, id, length, work)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			runs = append(runs, done)
+		})
+	}
+	wg.Wait()
+	took := time.Since(start)
+	slices.SortFunc(runs, func(a, b podRun) int { return a.admitted.Compare(b.admitted) })
+	wantLengthsKept(t, runs)
+	last, gap := start, time.Duration(0)
+	for _, pod := range runs {
+		gap, last = max(gap, pod.admitted.Sub(last)), pod.admitted
+	}
+	rig.WantWithin(t, took, 16*work, fmt.Sprintf("%d pods", len(runs)))
+	rig.WantWithin(t, gap, 3*work, "the longest gap between two admissions")
+	if _, inflight, err := r.Counts(id); err != nil || inflight > 0 {
+		t.Errorf("%d in flight, %v", inflight, err)
+	}
+}
+
+// linePod is a pod that waits in this process, or holds a token.
+type linePod struct {
+	token  string
+	length int
+	done   <-chan error
+}
+
+// lineUp is a semaphore of which the test knows all waiters, in order, and all holders.
+type lineUp struct {
+	r                *rig.Redis
+	s                *semaphores
+	id               semaphoreID
+	waiting, holding []linePod
+}
+
+// hold takes a free token for a new pod.
+func (l *lineUp) hold(t *testing.T, length int) {
+	t.Helper()
+	l.holding = append(l.holding, linePod{token: acquire(t, l.s, l.id, length), length: length})
+}
+
+// join queues a pod for each length, one after the other.
+func (l *lineUp) join(t *testing.T, lengths ...int) {
+	t.Helper()
+	for _, length := range lengths {
+		token, done := queueUp(t, t.Context(), l.s, l.id, length, l.r)
+		l.waiting = append(l.waiting, linePod{token, length, done})
+	}
+}
+
+// next removes and returns the first waiting pod whose length is not used up.
+func (l *lineUp) next() (next linePod, ok bool) {
+	for i, p := range l.waiting {
+		if len(l.holding) < p.length {
+			l.waiting = slices.Delete(l.waiting, i, i+1)
+			return p, true
+		}
+	}
+	return linePod{}, false
+}
+
+// wantServed waits until each pod in line with a free token has got it. Each must get it
+// quickly, and no other pod may get one.
+func (l *lineUp) wantServed(t *testing.T) {
+	t.Helper()
+	for {
+		p, ok := l.next()
+		if !ok {
+			break
+		}
+		start := time.Now()
+		select {
+		case err := <-p.done:
+			rig.Must(t, err)
+			rig.WantWithin(t, time.Since(start), servedWithin, "a free token for a pod in line")
+		case <-time.After(time.Minute):
+			queue, inflight, err := l.r.Counts(l.id)
+			t.Fatalf("a pod of length %d was not served, with %d holders; queue %d, in flight %d, %v",
+				p.length, len(l.holding), queue, inflight, err)
+		}
+		l.holding = append(l.holding, p)
+	}
+	for _, p := range l.waiting {
+		select {
+		case err := <-p.done:
+			t.Fatalf("a pod of length %d was served with %d holders, %v", p.length, len(l.holding), err)
+		default:
+		}
+	}
+	l.wantState(t)
+}
+
+// wantState waits until exactly the holders are in flight, and the waiters are in line in
+// order.
+func (l *lineUp) wantState(t *testing.T) {
+	t.Helper()
+	tokens := func(pods []linePod) (names []string) {
+		for _, p := range pods {
+			names = append(names, p.token)
+		}
+		return names
+	}
+	l.r.WantLine(t, l.id, tokens(l.waiting)...)
+	got, want := l.r.Inflight(t, l.id), tokens(l.holding)
+	slices.Sort(got)
+	slices.Sort(want)
+	if !slices.Equal(got, want) {
+		t.Fatalf("in flight: %v, want %v", got, want)
+	}
+}
+
+// giveBack gives back the token of the first holder.
+func (l *lineUp) giveBack(t *testing.T) {
+	t.Helper()
+	giveBack(t, l.s, l.id, l.holding[0].token)
+	l.holding = l.holding[1:]
+}
+
+// wantDrained gives back one token after the other, until all waiters were served.
+func (l *lineUp) wantDrained(t *testing.T) {
+	t.Helper()
+	for l.wantServed(t); len(l.holding) > 0; l.wantServed(t) {
+		l.giveBack(t)
+	}
+	if len(l.waiting) > 0 {
+		t.Errorf("%d pods still wait", len(l.waiting))
+	}
+}
+
+// A changed length is not a loss of data: pods in line get free tokens at once.
+func TestChangedLengthWithALine(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name            string
+		holders, length int
+		line            []int
+	}{
+		{"lowered, those in line are all new", 2, 2, []int{1, 1, 1, 1}},
+		{"lowered while four wait", 2, 2, []int{2, 2, 2, 2, 1, 1}},
+		{"lowered and raised again", 2, 2, []int{2, 1, 2, 1, 2, 1}},
+		{"raised while some wait", 2, 2, []int{1, 2, 1, 2, 2}},
+		{"different", 5, 5, []int{3, 5, 3, 5, 1, 5, 3, 3}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			r, s, id := newSemaphore(t)
+			l := &lineUp{r: r, s: s, id: id}
+			for range c.holders {
+				l.hold(t, c.length)
+			}
+			l.join(t, c.line...)
+			l.wantDrained(t)
+		})
+	}
+}
+
+// A pod whose length exceeds the tokens in use is served at once, ahead of waiters with
+// smaller lengths.
+func TestRaisedLengthIsServedAtOnce(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	l := &lineUp{r: r, s: s, id: id}
+	l.hold(t, 1)
+	l.join(t, 1, 1, 1)
+	for range 2 {
+		w := newWaiter(s, id, 3)
+		ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+		defer cancel()
+		start := time.Now()
+		rig.Must(t, w.waitOnly(ctx))
+		rig.WantWithin(t, time.Since(start), servedWithin, "a free token for a greater length")
+		l.holding = append(l.holding, linePod{token: w.token, length: 3})
+		l.wantState(t)
+	}
+	l.join(t, 3, 1)
+	l.wantDrained(t)
+}
+
+// A holder comes back late, after its token was reclaimed and another pod was served.
+// Redis then counts one token too many; tokens given back later still reach the line.
+func TestHolderComesBackLate(t *testing.T) {
+	t.Parallel()
+	for _, line := range [][]int{
+		{2, 2, 2, 2, 2, 2, 2, 2, 2},
+		{2, 3, 2, 3, 2, 3, 2, 3, 2},
+		{3, 2, 1, 1, 2, 3, 3, 2, 1},
+	} {
+		t.Run(fmt.Sprint(line), func(t *testing.T) {
+			t.Parallel()
+			r, s, id := newSemaphore(t)
+			l := &lineUp{r: r, s: s, id: id}
+			length := slices.Max(line)
+			for range length {
+				l.hold(t, length)
+			}
+			l.join(t, line...)
+			late := slices.Clone(l.holding[:2])
+			l.holding = l.holding[2:]
+			// in one command: the order of reclaiming decides which pod is next
+			r.Do(t, "ZADD", id.inflightKey(), "XX", 1, late[0].token, 1, late[1].token)
+			for range late {
+				p, _ := l.next()
+				wantDone(t, p.done)
+				l.holding = append(l.holding, p)
+			}
+			for _, p := range late {
+				rejoined, err := s.heartbeat(context.Background(), id, p.token, "", 0)
+				rig.Must(t, err)
+				if !rejoined {
+					t.Fatal("the late holder's token was not reclaimed")
+				}
+			}
+			l.holding = append(l.holding, late...)
+			l.wantDrained(t)
+		})
+	}
+}
+
+// A pod whose length differs from the recent length of others gets a warning. It fits the
+// 120 characters that Kubernetes keeps.
+func TestLengthsThatDisagree(t *testing.T) {
+	r := rig.CommonRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
+	id := freshID()
+	for _, c := range []struct{ length, agreed int }{{9998, 0}, {9999, 9998}, {9999, 0}, {9998, 9999}} {
+		want := []string(nil)
+		if c.agreed != 0 {
+			want = []string{fmt.Sprintf("this pod sets the length of its semaphore to %d, others set %d lately: "+
+				"each gets tokens by its own", c.length, c.agreed)}
+		}
+		a := w.admit(t, rig.Review(t, id, c.length))
+		if !a.Allowed || !slices.Equal(a.Warnings, want) {
+			t.Errorf("length %d: got %+v, want warnings %q", c.length, a, want)
+		}
+		for _, warning := range a.Warnings {
+			if len(warning) > 120 {
+				t.Errorf("Kubernetes would cut the warning %q", warning)
+			}
+		}
+	}
+	r.ForgetLength(t, id)
+	if a := w.admit(t, rig.Review(t, id, 9998)); !a.Allowed || a.Warnings != nil {
+		t.Errorf("after Redis forgot the other length: got %+v, want no warning", a)
+	}
+}
+
+// A thousand pods come at once. Each gets its verdict, and all share a hundred
+// connections to Redis.
+func TestHerd(t *testing.T) {
+	const pods, length, connections = 1000, 400, 20
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
+	id := freshID()
+	body := rig.Review(t, id, length)
+	var admitted, refused atomic.Int32
+	ask := func(client *http.Client) {
+		response, err := client.Post(w.server.URL+"/mutate?timeout=30s", "application/json", bytes.NewReader(body))
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer response.Body.Close()
+		var text bytes.Buffer
+		_, err = text.ReadFrom(response.Body)
+		a, wrong := rig.ReadAdmission(response.StatusCode, text.String())
+		switch {
+		case errors.Join(err, wrong) != nil:
+			t.Error(errors.Join(err, wrong))
+		case a.Allowed:
+			admitted.Add(1)
+		case a.Code == http.StatusTooManyRequests:
+			refused.Add(1)
+		default:
+			t.Errorf("got %+v, want allowed or 429", a)
+		}
+	}
+	var clients []*http.Client
+	for range connections {
+		transport := &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
+		defer transport.CloseIdleConnections()
+		clients = append(clients, &http.Client{Transport: transport})
+		ask(clients[len(clients)-1]) // opens the connection
+	}
+	before := r.Info(t, "stats", "total_connections_received:")
+	free := fullOf(t, serverOf(t, w.semaphores, id).acquires)
+	var all sync.WaitGroup
+	for i := range pods {
+		all.Go(func() { ask(clients[i%connections]) })
+	}
+	rig.Eventually(t, 25*time.Second, func() error {
+		w.bounds.requests.mu.Lock()
+		defer w.bounds.requests.mu.Unlock()
+		if n := w.bounds.requests.all.Len(); n != pods {
+			return fmt.Errorf("%d requests are open, want %d", n, pods)
+		}
+		return nil
+	})
+	free()
+	all.Wait()
+	if admitted.Load() != length || refused.Load() != pods+connections-length {
+		t.Errorf("%d admitted and %d refused, of length %d", admitted.Load(), refused.Load(), length)
+	}
+	r.WantCounts(t, id, 0, length)
+	made := r.Info(t, "stats", "total_connections_received:") - before
+	if made > 4*maxAcquires { // on a slow machine, some attempts are retried over new connections
+		t.Errorf("%d connections to Redis were opened for %d pods", made, pods)
+	}
+}
+
+// fullOf takes all slots until free is called.
+func fullOf(t *testing.T, s slots) (free func()) {
+	t.Helper()
+	var taken []func()
+	for range cap(s) {
+		free, err := s.take(t.Context())
+		rig.Must(t, err)
+		taken = append(taken, free)
+	}
+	return func() {
+		for _, free := range taken {
+			free()
+		}
+	}
+}
+
+// take returns a free slot even if its context has ended.
+func TestSlotsWithEndedContext(t *testing.T) {
+	s := make(slots, 1)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	for range 30 {
+		free, err := s.take(ctx)
+		rig.Must(t, err)
+		if _, err := s.take(ctx); !errors.Is(err, errTooMany) {
+			t.Errorf("got %v, want errTooMany", err)
+		}
+		free()
+		free()
+	}
+}
+
+// An acquire that gets no slot in time fails with that reason, and counts as no error of
+// Redis. Health checks and releases need no slot.
+func TestTooManyAcquires(t *testing.T) {
+	t.Parallel()
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
+	id := freshID()
+	token := w.wantAdmitted(t, id, 2)
+	s := w.semaphores
+	redisErrors := func() (n float64) {
+		for name, value := range w.scrape(t) {
+			if strings.HasPrefix(name, metricsPrefix+"redis_errors_total") {
+				n += value
+			}
+		}
+		return n
+	}
+	before := redisErrors()
+	fullOf(t, serverOf(t, s, id).acquires)
+	status, text, err := w.post(context.Background(), rig.Review(t, id, 2), "300ms")
+	want := "requests to queue Redis " + r.Address + ": too many at once: try again"
+	if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, want) {
+		t.Errorf("got %d %q, %v", status, text, err)
+	}
+	rig.Must(t, s.check(t.Context()))
+	_, err = s.release(t.Context(), id, token)
+	rig.Must(t, err)
+	r.WantCounts(t, id, 2, 0)
+	if n := redisErrors(); n != before {
+		t.Errorf("%v errors of Redis are counted, want %v as before", n, before)
+	}
+}
+
+// An acquire that gets no slot does not reset the start of an outage.
+func TestTooManyAcquiresInAnOutage(t *testing.T) {
+	t.Parallel()
+	_, s, id := newSemaphore(t)
+	part := s.queue.part(id)
+	s.outages.failed(part)
+	began := s.outages.parts[part].began
+	fullOf(t, serverOf(t, s, id).acquires)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	if _, _, err := s.acquire(ctx, id, "", 1, 10*time.Second); !errors.Is(err, errTooMany) {
+		t.Errorf("got %v, want errTooMany", err)
+	}
+	if s.outages.failed(part); s.outages.parts[part].began != began {
+		t.Error("the outage started again")
+	}
+	s.outages.parts[part] = outage{time.Now().Add(-failoverPatience - time.Second), time.Now()}
+	_, _, err := s.acquire(t.Context(), id, "", 1, 10*time.Second)
+	if !errors.Is(err, errUnreached) || !strings.Contains(err.Error(), "has not answered for 11s") {
+		t.Errorf("after a long outage: %v", err)
+	}
+}
+
+// movedQueue is a queue whose server can be replaced.
+type movedQueue struct {
+	tokenServers
+	now   atomic.Pointer[queueServer]
+	found atomic.Int32 // calls of find
+}
+
+func (q *movedQueue) find(context.Context, semaphoreID) (*queueServer, error) {
+	defer q.found.Add(1)
+	return q.now.Load(), nil
+}
+
+// An acquire that waits for a slot moves to the new server when the old one is replaced.
+func TestAcquireMovesToNewServer(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	old := serverOf(t, s, id)
+	q := &movedQueue{tokenServers: s.queue}
+	q.now.Store(old)
+	s.queue = q
+	acquire(t, s, id, 2)
+	free, before := fullOf(t, old.acquires), q.found.Load()
+	taken := make(chan error)
+	go func() {
+		_, _, err := s.acquire(t.Context(), id, "", 2, 10*time.Second)
+		taken <- err
+	}()
+	rig.Eventually(t, 5*time.Second, func() error {
+		if q.found.Load() == before {
+			return errors.New("the acquire has not looked up its server")
+		}
+		return nil
+	})
+	next := newQueueServer(old.address, testConfig(r.Address).redis, 1)
+	defer next.close()
+	q.now.Store(next)
+	old.pool.Close() // an acquire at the old server fails
+	free()
+	rig.Must(t, <-taken)
+	if len(next.acquires)+len(old.acquires) != 0 {
+		t.Error("a slot was not freed")
+	}
+}
+
+// blockedLocker blocks all attempts until open is closed, and counts them.
+type blockedLocker struct {
+	locker
+	open      chan struct{}
+	now, most atomic.Int32
+}
+
+func (l *blockedLocker) tryLock(ctx context.Context, name string, expiration time.Duration) (unlockFunc, error) {
+	if n := l.now.Add(1); n > l.most.Load() {
+		l.most.Store(n)
+	}
+	defer l.now.Add(-1)
+	<-l.open
+	return l.locker.tryLock(ctx, name, expiration)
+}
+
+// Repairs are capped per process; the others wait for their turn.
+func TestRepairsAreCapped(t *testing.T) {
+	t.Parallel()
+	_, s, _ := newSemaphore(t)
+	l := &blockedLocker{locker: s.locks, open: make(chan struct{})}
+	s.locks = l
+	fresh := make([]semaphoreID, 3*maxRepairing)
+	var all sync.WaitGroup
+	for i := range fresh {
+		fresh[i] = freshID()
+		all.Go(func() {
+			if _, _, err := s.acquire(context.Background(), fresh[i], "", 1, 10*time.Second); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	rig.Eventually(t, 10*time.Second, func() error {
+		if n := s.runningRepairs(); n != len(fresh) {
+			return fmt.Errorf("%d repairs are running, want %d", n, len(fresh))
+		}
+		if n := l.now.Load(); n != maxRepairing {
+			return fmt.Errorf("%d repairs take locks, want %d", n, maxRepairing)
+		}
+		return nil
+	})
+	late, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	if _, _, err := s.acquire(late, freshID(), "", 1, 10*time.Second); !errors.Is(err, errTooMany) {
+		t.Errorf("got %v, want errTooMany", err)
+	}
+	close(l.open)
+	all.Wait()
+	if n := l.most.Load(); n != maxRepairing {
+		t.Errorf("up to %d locks were taken at once, want %d", n, maxRepairing)
+	}
+}
+
+// An admission that joins a repair without a slot retries until its deadline.
+func TestRepairWithoutASlot(t *testing.T) {
+	t.Parallel()
+	_, s, id := newSemaphore(t)
+	s.failRepairs(id, fmt.Errorf("repairs: %w", errTooMany))
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	_, _, err := s.acquire(ctx, id, "", 1, 10*time.Second)
+	if !errors.Is(err, errTooMany) || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %v, want errTooMany and the deadline exceeded", err)
+	}
+	s.failRepairs(id, nil)
+	acquire(t, s, id, 1)
+}
+
+// countedError is errTooMany, and counts the calls of Is.
+type countedError struct{ asked atomic.Int32 }
+
+func (e *countedError) Error() string { return errTooMany.Error() }
+func (e *countedError) Is(target error) bool {
+	e.asked.Add(1)
+	return target == errTooMany
+}
+
+// repairAfterDoubt retries a repair that got no slot.
+func TestRepairAfterDoubtWithoutASlot(t *testing.T) {
+	t.Parallel()
+	r := rig.CommonRedis(t)
+	s, id := semaphoresOf(t, configWithInterval(r.Address, 200*time.Millisecond)), freshID()
+	counted := &countingLocker{locker: s.locks}
+	s.locks = counted
+	failure := new(countedError)
+	s.failRepairs(id, failure)
+	s.repairAfterDoubt(id, 1, 10*time.Second, 0)
+	rig.Eventually(t, 10*time.Second, func() error {
+		if n := failure.asked.Load(); n < 10 {
+			return fmt.Errorf("the repair has failed %d times, want 10", n)
+		}
+		return nil
+	})
+	s.failRepairs(id, nil)
+	rig.Eventually(t, 10*time.Second, func() error {
+		if counted.locked.Load() == 0 {
+			return errors.New("not repaired")
+		}
+		return nil
+	})
+}
+
+func (s *semaphores) runningRepairs() int {
+	s.repairs.mu.Lock()
+	defer s.repairs.mu.Unlock()
+	return len(s.repairs.running)
+}
+
+// failRepairs makes all repairs of a semaphore fail with err. With nil, repairs work
+// again.
+func (s *semaphores) failRepairs(id semaphoreID, err error) {
+	s.repairs.mu.Lock()
+	defer s.repairs.mu.Unlock()
+	s.repairs.running = map[semaphoreID]*flight[*repairStage]{}
+	if err != nil {
+		failed := &flight[*repairStage]{state: new(repairStage), done: make(chan struct{}), err: err}
+		close(failed.done)
+		s.repairs.running[id] = failed
+	}
+}

@@ -1,0 +1,877 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+)
+
+// Waiters are served in order and by wake-ups: ten polls would take more than twenty
+// seconds.
+func TestLineIsServedInOrder(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	holder := acquire(t, s, id, 1)
+	var tokens []string
+	var done []<-chan error
+	for range 10 {
+		token, d := queueUp(t, context.Background(), s, id, 1, r)
+		tokens, done = append(tokens, token), append(done, d)
+	}
+	start := time.Now()
+	for i, token := range tokens {
+		giveBack(t, s, id, holder)
+		wantDone(t, done[i])
+		r.WantInflight(t, id, token)
+		r.WantLine(t, id, tokens[i+1:]...)
+		holder = token
+	}
+	rig.WantWithin(t, time.Since(start), 10*time.Second, "serving ten waiters")
+}
+
+// If several tokens become free, as many waiters are woken.
+func TestRefillServesSeveral(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	lost := []string{acquire(t, s, id, 3), acquire(t, s, id, 3)}
+	acquire(t, s, id, 3)
+	_, first := queueUp(t, context.Background(), s, id, 3, r)
+	_, second := queueUp(t, context.Background(), s, id, 3, r)
+	third, _ := queueUp(t, t.Context(), s, id, 3, r)
+	r.Do(t, "ZREM", id.inflightKey(), lost[0], lost[1])
+	wantDone(t, first)
+	wantDone(t, second)
+	r.WantLine(t, id, third)
+	r.WantCounts(t, id, 0, 3)
+}
+
+// A free token is kept for the line. A waiter that is gone blocks no pod.
+func TestNobodyOvertakesTheLine(t *testing.T) {
+	r := rig.CommonRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
+	s, id := testSemaphores(t, r.Address), freshID()
+	holder := acquire(t, s, id, 1)
+	first, leave := standInLine(t, r, s, id, true)
+	giveBack(t, s, id, holder)
+	r.WantCounts(t, id, 1, 0)
+
+	a := w.admit(t, rig.Review(t, id, 1))
+	want := fmt.Sprintf("no semaphore available: %s has 0 of 1 tokens in use; 1 waiting in line", id)
+	if a.Allowed || a.Message != want {
+		t.Fatalf("got %+v, want %s", a, want)
+	}
+	a2, err := s.runAcquire(context.Background(), id, acquireRequest{uuid.NewString(), 1, joinLine, ""})
+	if err != nil || a2.status != acquireFull || a2.place.position != 2 {
+		t.Fatalf("got %+v, %v, want the second place", a2, err)
+	}
+	r.Do(t, "ZREM", id.waitersKey(), r.MustLine(t, id)[1])
+	r.WantLine(t, id, first)
+
+	leave() // without a release, like a killed pod
+	r.Unseen(t, id, first, linePatience+time.Second)
+	w.wantAdmitted(t, id, 1)
+	r.WantLine(t, id)
+}
+
+// Redis drops a waiter that does not poll for some seconds, even if its connection is
+// open.
+func TestSilentWaiterIsDropped(t *testing.T) {
+	r, s, id := newSemaphore(t)
+	holder := acquire(t, s, id, 1)
+	silent, _ := standInLine(t, r, s, id, true)
+	giveBack(t, s, id, holder)
+	wantFullError(t, s, id, 1, 0)
+	r.Unseen(t, id, silent, linePatience+time.Second)
+	acquire(t, s, id, 1)
+	r.WantLine(t, id)
+	if n := r.Do(t, "ZCARD", id.seenKey()); n != int64(0) {
+		t.Errorf("%d waiters are still in the set of times seen", n)
+	}
+}
+
+// A waiter that was dropped by mistake, or lost with the data of Redis, returns to its
+// place.
+func TestPlaceInLineIsKept(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
+	holder := acquire(t, s, id, 1)
+	first, firstDone := queueUp(t, context.Background(), s, id, 1, r)
+	second, _ := queueUp(t, t.Context(), s, id, 1, r)
+	third, _ := queueUp(t, t.Context(), s, id, 1, r)
+	r.Do(t, "ZREM", id.waitersKey(), first)
+	r.WantLine(t, id, first, second, third)
+	r.Do(t, "DEL", id.waitersKey(), id.seenKey(), id.namesKey())
+	r.WantLine(t, id, first, second, third)
+	r.Stop()
+	rig.Must(t, r.Start())
+	r.Do(t, "DEL", id.waitersKey(), id.seenKey(), id.namesKey())
+	r.WantLine(t, id, first, second, third)
+	giveBack(t, s, id, holder)
+	wantDone(t, firstDone)
+	r.WantLine(t, id, second, third)
+}
+
+// Waiters reclaim a stale token, even without new admissions.
+func TestWaitersReclaim(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	holder := acquire(t, s, id, 1)
+	token, done := queueUp(t, context.Background(), s, id, 1, r)
+	second, _ := queueUp(t, t.Context(), s, id, 1, r)
+	r.MakeStale(t, id, holder)
+	wantDone(t, done)
+	r.WantInflight(t, id, token)
+	r.WantLine(t, id, second)
+}
+
+// Waiters at the front of the line poll when a token goes stale, not some seconds later.
+func TestPollsWhenATokenGoesStale(t *testing.T) {
+	w := &waiter{length: 2}
+	for range 100 {
+		at := place{position: 2, staleIn: time.Second}
+		if d := w.untilPoll(acquireReply{inUse: 2, place: at}); d < time.Second || d > time.Second+staleJitter {
+			t.Errorf("the second in line polls after %s", d)
+		}
+		at.position = 3
+		if d := w.untilPoll(acquireReply{place: at}); d < pollLeast || d > pollMost {
+			t.Errorf("the third in line polls after %s", d)
+		}
+	}
+}
+
+// While another process has the lock, or the lock server is down, a waiter keeps polling.
+func TestWaiterPollsWithoutTheLock(t *testing.T) {
+	t.Parallel()
+	locks := rig.StartRedis(t)
+	r := rig.CommonRedis(t)
+	c := testConfig(r.Address)
+	c.redisAddresses = []string{locks.Address}
+	s := newSemaphores(c.settings, newLocker(c.settings, lockConnections), 1, slog.New(slog.DiscardHandler))
+	defer s.close(context.Background())
+	id := freshID()
+	unlock, err := s.locks.tryLock(context.Background(), id.lockKey(), time.Minute)
+	rig.Must(t, err)
+	reports := make(chan string, 100)
+	done := make(chan error, 1)
+	w := newWaiter(s, id, 1)
+	w.report = func(text string) { reports <- text }
+	go func() { done <- w.waitOnly(context.Background()) }()
+	rig.Eventually(t, 20*time.Second, func() error {
+		if queue, inflight, err := r.Counts(id); queue+inflight != 0 || err != nil {
+			t.Fatalf("repaired without the lock: %d, %d, %v", queue, inflight, err)
+		}
+		if n := locks.CommandCalls(t)["set"]; n < 3 {
+			return fmt.Errorf("%d attempts to take the lock, want 3", n)
+		}
+		return nil
+	})
+	locks.Stop()
+	rig.Eventually(t, 20*time.Second, func() error {
+		select {
+		case text := <-reports:
+			if strings.Contains(text, "lock Redis "+locks.Address) {
+				return nil
+			}
+			return errors.New(text)
+		default:
+			return errors.New("nothing reported")
+		}
+	})
+	rig.Must(t, locks.Start())
+	_ = unlock(context.Background())
+	wantDone(t, done)
+}
+
+// A waiter ends with its context, in whichever state it is.
+func TestWaitEndsWithItsContext(t *testing.T) {
+	r, s, id := newSemaphore(t)
+	acquire(t, s, id, 1)
+	ctx, cancel := context.WithCancel(context.Background())
+	_, done := queueUp(t, ctx, s, id, 1, r)
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v, want the context canceled", err)
+	}
+}
+
+func TestWaitingText(t *testing.T) {
+	for want, c := range map[string]struct {
+		length int
+		a      acquireReply
+	}{
+		"waiting for a token of shop/web: 3 of 3 in use, 2nd in line, 41 s": {3,
+			acquireReply{inUse: 3, place: place{position: 2, waited: 41 * time.Second}}},
+		"waiting for a token of shop/web: 0 of 1 in use, 1st in line, 0 s": {1,
+			acquireReply{inUse: 0, place: place{position: 1}}},
+		"waiting for a token of shop/web: 4 of 3 in use, 13th in line, 119 s": {3,
+			acquireReply{inUse: 4, place: place{position: 13, waited: 119 * time.Second}}},
+		"waiting for a token of shop/web: 1 of 1 in use, 23rd in line, 2 min": {1,
+			acquireReply{inUse: 1, place: place{position: 23, waited: 2 * time.Minute}}},
+		"waiting for a token of shop/web: 1 of 1 in use, 101st in line, 26 h": {1,
+			acquireReply{inUse: 1, place: place{position: 101, waited: 26*time.Hour + time.Minute}}},
+		"waiting for a token of shop/web: 1 of 1 in use, 111th in line, 90 min": {1,
+			acquireReply{inUse: 1, place: place{position: 111, waited: 90 * time.Minute}}},
+		"waiting for a token of shop/web: 2 of 2 in use, 1st in line, 5 s; in use by web-b (4 h), web-a (11 s)": {2,
+			acquireReply{inUse: 2, holders: []holder{{"web-b", 4 * time.Hour}, {"web-a", 11 * time.Second}},
+				place: place{position: 1, waited: 5 * time.Second}}},
+		"waiting for a token of shop/web: 0 of 1 in use, 1st in line, 5 s; " +
+			"Redis was away or has lost data: in 20 s it knows which holders are gone": {1,
+			acquireReply{doubt: 20 * time.Second, place: place{position: 1, waited: 5 * time.Second}}},
+	} {
+		if got := waitingText(testID, c.length, c.a); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}
+
+// quickRecoveryLine is a semaphore whose holders rejoin, or count as gone, within
+// seconds.
+func quickRecoveryLine(t *testing.T) *lineUp {
+	t.Helper()
+	r, s, id := newSemaphore(t)
+	s.heartbeatInterval = time.Second
+	return &lineUp{r: r, s: s, id: id}
+}
+
+// beat sends a heartbeat for a holder that Redis reclaimed or lost. The token must
+// rejoin, and leave the line.
+func (l *lineUp) beat(t *testing.T, token string) {
+	t.Helper()
+	rejoined, err := l.s.heartbeat(context.Background(), l.id, token, "", 0)
+	rig.Must(t, err)
+	if !rejoined {
+		t.Fatalf("%s was in flight before the heartbeat", token)
+	}
+	if slices.Contains(l.r.MustLine(t, l.id), token) {
+		t.Errorf("%s is in flight and in line", token)
+	}
+}
+
+// wantNoOvertaking fails if a new pod gets a token. It tries a pod that does not wait,
+// and one that joins the line.
+func (l *lineUp) wantNoOvertaking(t *testing.T, length int) {
+	t.Helper()
+	token, _, err := l.s.acquire(context.Background(), l.id, "", length, 10*time.Second)
+	var full *fullError
+	if !errors.As(err, &full) {
+		t.Fatalf("a pod that does not wait got token %q, %v; %d holders, %d in line",
+			token, err, len(l.holding), len(l.waiting))
+	}
+	l.join(t, length)
+}
+
+// wantDrainedWithoutOvertaking is wantDrained while new pods come, as many as later.
+func (l *lineUp) wantDrainedWithoutOvertaking(t *testing.T, length, later int) {
+	t.Helper()
+	for l.wantServed(t); len(l.holding) > 0; l.wantServed(t) {
+		if later > 0 {
+			later--
+			l.wantNoOvertaking(t, length)
+		}
+		l.giveBack(t)
+	}
+	if len(l.waiting) > 0 {
+		t.Errorf("%d pods still wait", len(l.waiting))
+	}
+}
+
+// backup has the dumps of a semaphore's keys.
+type backup map[string][]byte
+
+func (l *lineUp) backup(t *testing.T) backup {
+	t.Helper()
+	b := backup{}
+	for _, key := range l.id.keys() {
+		dump, err := redis.Bytes(l.r.Control.Do("DUMP", key))
+		if !errors.Is(err, redis.ErrNil) {
+			rig.Must(t, err)
+			b[key.(string)] = dump
+		}
+	}
+	return b
+}
+
+// restore sets the keys back, as if Redis had lost its last writes.
+func (l *lineUp) restore(t *testing.T, b backup) {
+	t.Helper()
+	rig.Must(t, l.r.Control.Send("MULTI"))
+	rig.Must(t, l.r.Control.Send("DEL", l.id.keys()...))
+	for key, dump := range b {
+		rig.Must(t, l.r.Control.Send("RESTORE", key, 0, dump))
+	}
+	l.r.Do(t, "EXEC")
+}
+
+// With one token too many in flight, for any reason, the line keeps its order and is
+// still served.
+func TestOneTooManyInFlightKeepsTheOrder(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		length  int // of the waiters
+		disturb func(t *testing.T, l *lineUp)
+	}{
+		"a holder comes back late": {2, func(t *testing.T, l *lineUp) {
+			late := l.holding[0]
+			l.r.MakeStale(t, l.id, late.token)
+			p := l.waiting[0]
+			wantDone(t, p.done)
+			l.waiting, l.holding = l.waiting[1:], append(l.holding[1:], p, late)
+			l.beat(t, late.token)
+		}},
+		"Redis has lost all": {2, func(t *testing.T, l *lineUp) {
+			l.r.Do(t, "DEL", l.id.keys()...)
+			l.hold(t, 2) // the first acquires cannot know of the loss
+			for _, p := range l.holding[:2] {
+				l.beat(t, p.token)
+			}
+		}},
+		"the length was lowered": {1, func(*testing.T, *lineUp) {}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			l := quickRecoveryLine(t)
+			l.hold(t, 2)
+			l.hold(t, 2)
+			l.join(t, c.length, c.length, c.length, c.length)
+			c.disturb(t, l)
+			l.wantState(t)
+			l.wantDrainedWithoutOvertaking(t, c.length, 3)
+		})
+	}
+}
+
+// rollBack serves the first in line, then undoes that in Redis. It returns the holder.
+func (l *lineUp) rollBack(t *testing.T, waiting ...int) (holder linePod) {
+	t.Helper()
+	former := acquire(t, l.s, l.id, 1)
+	token, unsubscribe := standInLine(t, l.r, l.s, l.id, true)
+	l.join(t, waiting...)
+	giveBack(t, l.s, l.id, former)
+	b := l.backup(t)
+	a, err := l.s.runAcquire(t.Context(), l.id, acquireRequest{token, 1, joinLine, ""})
+	rig.Must(t, err)
+	if a.status != acquireTaken {
+		t.Fatalf("the first in line got %+v", a)
+	}
+	unsubscribe()
+	l.restore(t, b)
+	wantFullError(t, l.s, l.id, 1, 0) // the free token is kept for the line
+	return linePod{token: token, length: 1}
+}
+
+// Redis loses its last writes, a taken token among them. Its holder rejoins and leaves
+// the line, so it keeps no second token from the others.
+func TestRolledBackTake(t *testing.T) {
+	t.Parallel()
+	for name, disturb := range map[string]func(t *testing.T, l *lineUp){
+		"and that it was given back before": func(t *testing.T, l *lineUp) {
+			l.hold(t, 1)
+			l.join(t, 1, 1, 1)
+			former, b := l.holding[0], l.backup(t)
+			l.giveBack(t)
+			l.wantServed(t)
+			l.restore(t, b)
+			l.beat(t, l.holding[0].token)
+			l.holding = append(l.holding, former)
+		},
+		"nothing else": func(t *testing.T, l *lineUp) {
+			holder := l.rollBack(t, 1, 1, 1)
+			l.beat(t, holder.token)
+			l.holding = append(l.holding, holder)
+		},
+		"and another was served before the holder was back": func(t *testing.T, l *lineUp) {
+			holder, next := l.rollBack(t, 1, 1, 1), l.waiting[0]
+			l.r.Unseen(t, l.id, holder.token, linePatience+time.Second)
+			wantDone(t, next.done)
+			l.beat(t, holder.token)
+			l.holding, l.waiting = []linePod{next, holder}, l.waiting[1:]
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			l := quickRecoveryLine(t)
+			disturb(t, l)
+			l.wantState(t)
+			l.wantDrainedWithoutOvertaking(t, 1, 2)
+		})
+	}
+}
+
+// After Redis lost all data, new pods do not take the tokens of live holders, even before
+// all waiters are back.
+func TestNewPodsAfterALossOfData(t *testing.T) {
+	t.Parallel()
+	l := quickRecoveryLine(t)
+	l.s.heartbeatInterval = 30 * time.Second
+	l.hold(t, 1)
+	l.join(t, 1, 1, 1)
+	l.r.Do(t, "DEL", l.id.keys()...)
+	rig.Eventually(t, 20*time.Second, func() error {
+		if len(l.r.MustLine(t, l.id)) == 0 {
+			return errors.New("no waiter is back in line")
+		}
+		return nil
+	})
+	wantFullError(t, l.s, l.id, 1, 0)
+	a, err := l.s.runAcquire(t.Context(), l.id, acquireRequest{uuid.NewString(), 1, joinLine, ""})
+	rig.Must(t, err)
+	if a.status != acquireFull {
+		t.Errorf("a later waiter got %+v", a)
+	}
+}
+
+// standing has the times of a pod that stood in line and got its token.
+type standing struct{ came, inLine, asked, admitted time.Time }
+
+// Some pods are paused until their tokens are reclaimed, and come back late. No pod that
+// came after another stood in line gets its token before that one.
+func TestNobodyOvertakesWhilePodsArePaused(t *testing.T) {
+	t.Parallel()
+	const length, pods, over = 3, 14, 15 * time.Second
+	r, _, id := newSemaphore(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var mu sync.Mutex
+	var all []standing
+	rounds, late := 0, 0
+	pod := func(s *semaphores) error {
+		var inLine time.Time
+		w := newWaiter(s, id, length)
+		w.report = func(string) {
+			if inLine.IsZero() {
+				inLine = time.Now()
+			}
+		}
+		came := time.Now()
+		asked, _, err := w.wait(ctx)
+		if err != nil {
+			return err
+		}
+		mu.Lock()
+		all = append(all, standing{came, inLine, asked, time.Now()})
+		rounds++
+		pause := rounds%10 == 0
+		mu.Unlock()
+		if err := sleep(ctx, 200*time.Millisecond); err != nil {
+			return err
+		}
+		if pause {
+			if err := r.TryMakeStale(id, w.token); err != nil {
+				return err
+			}
+			if err := sleep(ctx, pollMost+time.Second); err != nil {
+				return err
+			}
+			rejoined, err := s.heartbeat(ctx, id, w.token, "", 0)
+			if err != nil {
+				return err
+			}
+			mu.Lock()
+			if rejoined {
+				late++
+			}
+			mu.Unlock()
+			if err := sleep(ctx, 200*time.Millisecond); err != nil {
+				return err
+			}
+		}
+		_, err = s.release(ctx, id, w.token)
+		return err
+	}
+	var wg sync.WaitGroup
+	end := time.Now().Add(over)
+	for range pods {
+		s := testSemaphores(t, r.Address)
+		wg.Go(func() {
+			for time.Now().Before(end) {
+				if err := pod(s); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	overtaken := 0
+	var longest time.Duration
+	for _, first := range all {
+		longest = max(longest, first.admitted.Sub(first.came))
+		earlier := 0
+		for _, second := range all {
+			if !first.inLine.IsZero() && second.came.After(first.inLine) && second.admitted.Before(first.asked) {
+				earlier++
+			}
+		}
+		// Fewer may have got other free tokens, before the first had taken its own.
+		if earlier >= length {
+			overtaken++
+		}
+	}
+	t.Logf("%d pods, %d back late, the longest wait was %s", len(all), late, longest)
+	if overtaken > 0 || late == 0 {
+		t.Errorf("overtaken %d times, with %d pods back late", overtaken, late)
+	}
+}
+
+// seedLine makes a semaphore with free tokens and a line of waiters that were last seen
+// at the time silent ago. It returns the waiters' tokens.
+func seedLine(
+	t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, free, waiting int, silent time.Duration,
+) []string {
+	t.Helper()
+	giveBack(t, s, id, acquire(t, s, id, maxLength))
+	r.Do(t, "DEL", id.queueKey())
+	now, err := redis.Ints(r.Do(t, "TIME"), nil)
+	rig.Must(t, err)
+	items := make([]any, 0, free+1)
+	for range free {
+		items = append(items, "free")
+	}
+	r.Do(t, "RPUSH", append([]any{id.queueKey()}, items...)...)
+	var tokens []string
+	waiters, seen, names := []any{id.waitersKey()}, []any{id.seenKey()}, []any{id.namesKey()}
+	for i := range waiting {
+		token := uuid.NewString()
+		tokens = append(tokens, token)
+		waiters = append(waiters, now[0]*1_000_000-waiting+i, token)
+		seen = append(seen, now[0]-seconds(silent), token)
+		names = append(names, token, maxLength)
+	}
+	r.Do(t, "ZADD", waiters...)
+	r.Do(t, "ZADD", seen...)
+	r.Do(t, "HSET", names...)
+	return tokens
+}
+
+// measuredLine runs the commands whose cost is measured, on a semaphore with a line.
+type measuredLine struct {
+	r  *rig.Redis
+	s  *semaphores
+	id semaphoreID
+}
+
+// at returns the token of a waiter by its index in line: 0 is the first, -1 the last.
+func (a measuredLine) at(t *testing.T, place int) string {
+	t.Helper()
+	tokens, err := redis.Strings(a.r.Do(t, "ZRANGE", a.id.waitersKey(), place, place), nil)
+	rig.Must(t, err)
+	return tokens[0]
+}
+
+// poll sends the poll of the waiter at an index in line.
+func (a measuredLine) poll(t *testing.T, place int) {
+	t.Helper()
+	token := a.at(t, place)
+	arrival, err := redis.String(a.r.Do(t, "ZSCORE", a.id.waitersKey(), token), nil)
+	rig.Must(t, err)
+	a.ask(t, token, arrival)
+}
+
+func (a measuredLine) ask(t *testing.T, token, arrival string) {
+	t.Helper()
+	_, err := a.s.runAcquire(t.Context(), a.id, acquireRequest{token, maxLength, arrival, ""})
+	rig.Must(t, err)
+}
+
+// A command costs the same in a line of ten and in one of ten thousand. No command wakes
+// all waiters with a free token, and none drops all waiters that are gone.
+func TestCostOfALongLine(t *testing.T) {
+	t.Parallel()
+	const free, short, long, rounds = 5_000, 10, 10_000, 7
+	r, s, _ := newSemaphoreOn(t, rig.StartRedis(t))
+	for _, line := range []struct {
+		name          string
+		silent        time.Duration
+		called, ratio int
+	}{
+		{"alive", 0, 16 + 1, 20}, // 16 waiters, and the check of the polling waiter's own subscription
+		{"gone", linePatience + time.Second, 16 + 1, 60},
+	} {
+		many := measuredLine{r, s, freshID()}
+		seedLine(t, r, s, many.id, free, long, line.silent)
+		for _, c := range []struct {
+			name string
+			do   func(t *testing.T, a measuredLine)
+		}{
+			{"the last polls", func(t *testing.T, a measuredLine) { a.poll(t, -1) }},
+			{"the fifth polls", func(t *testing.T, a measuredLine) { a.poll(t, 4) }},
+			{"the first takes its token", func(t *testing.T, a measuredLine) { a.poll(t, 0) }},
+			{"another joins", func(t *testing.T, a measuredLine) { a.ask(t, uuid.NewString(), joinLine) }},
+			{"an admission", func(t *testing.T, a measuredLine) { a.ask(t, uuid.NewString(), "") }},
+			{"the last leaves", func(t *testing.T, a measuredLine) { giveBack(t, s, a.id, a.at(t, -1)) }},
+			{"a repair", func(t *testing.T, a measuredLine) { maintain(t, s, a.id, maxLength) }},
+			{"a holder comes back late", func(t *testing.T, a measuredLine) {
+				_, err := s.heartbeat(context.Background(), a.id, uuid.NewString(), "", 0)
+				rig.Must(t, err)
+			}},
+		} {
+			t.Run(c.name+", those in line are "+line.name, func(t *testing.T) {
+				var few, lots, published []int
+				for range rounds { // alternately, so that other load disturbs both alike
+					a := measuredLine{r, s, freshID()}
+					seedLine(t, r, s, a.id, short/2, short, line.silent)
+					few = append(few, costDuring(t, r, func() { c.do(t, a) }).micros)
+
+					r.AllUnseen(t, many.id, line.silent)
+					cost := costDuring(t, r, func() { c.do(t, many) })
+					lots = append(lots, cost.micros)
+					published = append(published, cost.published)
+				}
+				if n := median(published); n > line.called { // includes the occasional publishes of Sentinels
+					t.Errorf("published %d messages, want at most %d", n, line.called)
+				}
+				t.Logf("%d µs with %d in line, %d µs with %d", median(few), short, median(lots), long)
+				if median(lots) > line.ratio*median(few) {
+					t.Errorf("%d µs with %d in line, %d µs with %d: more than %d times as much",
+						median(few), short, median(lots), long, line.ratio)
+				}
+			})
+		}
+	}
+}
+
+// In a long line, all waiters with a free token still get it in order: each that takes
+// its token wakes the next.
+func TestLongLineIsServedInAChain(t *testing.T) {
+	t.Parallel()
+	const free, waiting = 300, 600
+	r, s, id := newSemaphore(t)
+	tokens := seedLine(t, r, s, id, free, waiting, 0)
+	conn, err := dialRedis(t.Context(), r.Address, redisSettings{}, time.Minute)
+	rig.Must(t, err)
+	defer conn.Close()
+	calls := redis.PubSubConn{Conn: conn}
+	pattern := strings.NewReplacer("{", `\{`, "}", `\}`).Replace(id.channel("*"))
+	rig.Must(t, calls.PSubscribe(pattern)) // on behalf of all waiters
+	if _, ok := calls.Receive().(redis.Subscription); !ok {
+		t.Fatal("not subscribed")
+	}
+
+	// wakes the first waiters
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{uuid.NewString(), maxLength, joinLine, ""})
+	rig.Must(t, err)
+	if a.status != acquireFull || a.place.position != waiting+1 {
+		t.Fatalf("got %+v, want the last place", a)
+	}
+	var served []string
+	holds := map[string]bool{}
+	for len(served) < free {
+		m, ok := calls.ReceiveWithTimeout(10 * time.Second).(redis.Message)
+		if !ok {
+			t.Fatalf("no more wake-ups after %d served", len(served))
+		}
+		token := strings.TrimPrefix(m.Channel, id.channel(""))
+		if string(m.Data) != yourTurn || holds[token] { // several holders woke the same waiter
+			continue
+		}
+		a, err := s.runAcquire(t.Context(), id, acquireRequest{token, maxLength, joinLine, ""})
+		rig.Must(t, err)
+		if a.status != acquireTaken {
+			t.Fatalf("number %d was woken, and got %+v", len(served)+1, a)
+		}
+		holds[token] = true
+		served = append(served, token)
+		if len(served)%20 == 0 { // keeps the waiters from being dropped as silent
+			r.AllUnseen(t, id, 0)
+		}
+	}
+	if !slices.Equal(served, tokens[:free]) {
+		t.Error("the waiters were not served in order")
+	}
+	r.WantCounts(t, id, 0, free)
+	if got := r.MustLine(t, id); len(got) != waiting-free+1 || !slices.Equal(got[:len(got)-1], tokens[free:]) {
+		t.Error("the remaining waiters lost their places")
+	}
+}
+
+// After Redis lost all data, waiters do not take the tokens of holders, and keep their
+// order.
+func TestEmptiedRedisWithALine(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	holder := acquire(t, s, id, 1)
+	first, done := queueUp(t, context.Background(), s, id, 1, r)
+	second, _ := queueUp(t, t.Context(), s, id, 1, r)
+	third, _ := queueUp(t, t.Context(), s, id, 1, r)
+	r.Do(t, "DEL", id.queueKey(), id.inflightKey(), id.waitersKey(), id.seenKey(), id.namesKey(), id.stateKey())
+	r.WantLine(t, id, first, second, third)
+	r.WantCounts(t, id, 0, 0)
+	if rejoined, err := s.heartbeat(context.Background(), id, holder, "", 0); err != nil || !rejoined {
+		t.Fatalf("rejoined %t, %v", rejoined, err)
+	}
+	giveBack(t, s, id, holder)
+	wantDone(t, done)
+	r.WantLine(t, id, second, third)
+	r.WantCounts(t, id, 0, 1)
+}
+
+// Redis is emptied in the second in which a waiter joined. The waiter's next poll still
+// reports the loss.
+func TestRedisEmptiedInTheSecondOfJoining(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	acquire(t, s, id, 1)
+	r.Do(t, "DEL", id.queueKey(), id.inflightKey(), id.namesKey(), id.stateKey())
+	arrival := fmt.Sprint(r.Now(t)+1, "000000") // as if it joined in this second
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{token: uuid.NewString(), length: 1, arrival: arrival})
+	if err != nil || a.status != acquireFull || a.doubt == 0 {
+		t.Errorf("got %+v, %v, want to wait for the token's holder", a, err)
+	}
+}
+
+// The heartbeat of a returning holder reports that Redis lost its data. The tokens of
+// other holders then go to no new pods, and tokens refilled before are removed.
+func TestHolderReportsLoss(t *testing.T) {
+	for name, newcomers := range map[string]int{"first": 0, "after two that are new": 2} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r, s, id := newSemaphore(t)
+			var holders []string
+			for range 4 {
+				holders = append(holders, acquire(t, s, id, 4))
+			}
+			r.Do(t, "DEL", id.keys()...)
+			for range newcomers {
+				acquire(t, s, id, 4)
+			}
+			for i, holder := range holders {
+				if rejoined, err := s.heartbeat(t.Context(), id, holder, "", time.Minute); err != nil || !rejoined {
+					t.Fatalf("rejoined %t, %v", rejoined, err)
+				}
+				r.WantCounts(t, id, 0, newcomers+i+1)
+				_, _, err := s.acquire(t.Context(), id, "", 4, time.Second)
+				var full *fullError
+				if !errors.As(err, &full) ||
+					newcomers+i+1 < 4 && !strings.Contains(refusal(full), "; Redis was away or has lost data: in ") {
+					t.Errorf("with %d holders back: got %v, %+v, want to wait for the others", i+1, err, full)
+				}
+			}
+		})
+	}
+}
+
+// The first heartbeat of a pod whose token is gone reports no loss of data: a new pod
+// gets a replacement of the missing token.
+func TestLateStartReportsNoLoss(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	token := acquire(t, s, id, 2)
+	r.Do(t, "DEL", id.keys()...)
+	if rejoined, err := s.heartbeat(t.Context(), id, token, "", 0); err != nil || !rejoined {
+		t.Fatalf("rejoined %t, %v", rejoined, err)
+	}
+	acquire(t, s, id, 2)
+	r.WantCounts(t, id, 0, 2)
+}
+
+// If Redis was never away and lost no data, missing tokens are replaced at once.
+func TestMissingTokensAreReplaced(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	acquire(t, s, id, 1)
+	_, done := queueUp(t, t.Context(), s, id, 1, r)
+	r.Do(t, "DEL", id.inflightKey())
+	wantDone(t, done)
+}
+
+// No pod overtakes a waiter that receives no wake-ups.
+func TestMisdirectedWaiterIsServed(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	holder := acquire(t, s, id, 1)
+	_, done := queueUp(t, context.Background(), misdirectedSemaphores(t, r.Address), id, 1, r)
+	second, _ := queueUp(t, t.Context(), s, id, 1, r)
+	giveBack(t, s, id, holder)
+	wantDone(t, done)
+	r.WantLine(t, id, second)
+}
+
+// A waiter that receives no wake-ups subscribes again.
+func TestMisdirectedWaiterSubscribesAgain(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	acquire(t, s, id, 1)
+	token, _ := queueUp(t, t.Context(), misdirectedSemaphores(t, r.Address), id, 1, r)
+	rig.Eventually(t, 20*time.Second, func() error {
+		n, err := redis.Values(r.Control.Do("PUBSUB", "NUMSUB", id.channel(token)))
+		if err == nil && n[1] != int64(1) {
+			err = fmt.Errorf("%v subscriptions, want 1", n[1])
+		}
+		return err
+	})
+}
+
+// With different lengths in one line, a waiter whose own length is used up does not block
+// the others.
+func TestLineOfDifferentLengths(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	acquire(t, s, id, 1)
+	short, _ := queueUp(t, t.Context(), s, id, 1, r)
+	for range 2 {
+		done := make(chan error, 1)
+		w := newWaiter(s, id, 3)
+		go func() { done <- w.waitOnly(context.Background()) }()
+		wantDone(t, done)
+	}
+	r.WantCounts(t, id, 0, 3)
+	r.WantLine(t, id, short)
+}
+
+// A process that is gone still has the lock. A waiter logs that once, and does not flood
+// the servers.
+func TestWaiterAndADeadLockHolder(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
+	_, err := s.locks.tryLock(context.Background(), id.lockKey(), time.Hour)
+	rig.Must(t, err)
+	token := uuid.NewString()
+	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1, "--expiration-seconds=3600")
+	line := p.WantLog(t, "no token yet, to be retried")
+	want := id.lockKey() + " is held by another; it frees itself 1h0m0s after it was taken: "
+	if !strings.HasPrefix(line["error"].(string), want) {
+		t.Errorf("logged %q, want %q", line["error"], want)
+	}
+	rig.Eventually(t, 20*time.Second, func() error {
+		if n := r.CommandCalls(t)["set"]; n < 6 {
+			return fmt.Errorf("%d attempts, want more", n)
+		}
+		return nil
+	})
+	if n := len(p.Log.Lines(t, "no token yet, to be retried")); n != 1 {
+		t.Errorf("logged %d times, want once", n)
+	}
+	r.WantLine(t, id, token) // it keeps its place
+	p.Signal(t, syscall.SIGTERM)
+	p.WantExit(t, 0)
+	r.WantLine(t, id)
+}
+
+// A waiter that is terminated while Redis hangs retries for its grace period, then logs
+// when Redis will drop its place.
+func TestWaiterEndsWhileRedisHangs(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
+	acquire(t, s, id, 1)
+	token := uuid.NewString()
+	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1, "--termination-grace-period-seconds=3")
+	r.WantLine(t, id, token)
+	r.Pause(t)
+	p.Signal(t, syscall.SIGTERM)
+	p.WantExit(t, 1)
+	want := "the line of " + id.String() + " not left within the grace period, it forgets this pod within seconds"
+	if text := p.WantLog(t, "failed")["error"].(string); !strings.HasPrefix(text, want) {
+		t.Errorf("logged %q, want %q first", text, want)
+	}
+}

@@ -1,0 +1,548 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// A survey reads the state of the queue. Its commands change nothing, and none makes
+// Redis scan all its keys at once.
+const (
+	scanCount   = 1000 // keys that Redis examines in one step
+	surveyBatch = 100  // semaphores of one round trip
+	detailMost  = 1000 // holders, and waiters, of a semaphore that are shown
+)
+
+// semaphoreState is the state of a semaphore at one moment.
+type semaphoreState struct {
+	id              semaphoreID
+	length          int           // the greatest that pods asked for lately; 0 if none has
+	free            int           // tokens in the queue
+	inUse           int           // tokens in flight
+	late            int           // those in flight that have missed a heartbeat, with the stale ones
+	stale           int           // those in flight that are stale
+	waiting         int           // pods in line
+	longestWait     time.Duration // of the first in line
+	oldestHeartbeat time.Duration // since the oldest
+	reclaimed       int           // stale tokens that were taken back since Redis knows the semaphore
+	rejoined        int           // tokens that their holders put back
+}
+
+// A token is late when its last heartbeat is older than lateAfter: its holder has missed
+// one. It is stale when that heartbeat is older than staleAfter. The scripts compute the
+// same; see semaphore.lua.
+func (s *semaphores) lateAfter() time.Duration {
+	return s.heartbeatInterval + min(beatTimeout, s.heartbeatInterval)
+}
+
+func (s *semaphores) staleAfter() time.Duration { return max(s.staleThreshold, 2*s.lateAfter()) }
+
+// survey returns the state of all semaphores of a namespace, or of all namespaces, in the
+// order of their names. If it cannot read all before ctx is done, it returns those that
+// it has read, and an error.
+func (s *semaphores) survey(ctx context.Context, namespace string) ([]semaphoreState, error) {
+	servers, err := s.queue.primaries(ctx)
+	if err != nil {
+		return nil, err
+	}
+	pattern := "state/{*}"
+	if namespace != "" {
+		pattern = "state/{" + globQuote(namespace) + "/*}"
+	}
+	type result struct {
+		states []semaphoreState
+		err    error
+	}
+	var states []semaphoreState
+	var errs serverErrors
+	_ = fanOut(ctx, servers, func(ctx context.Context, server *queueServer) (some result, _ error) {
+		if some.states, some.err = s.surveyServer(ctx, server, pattern); some.err != nil {
+			some.err = fmt.Errorf("%s: %w", server, some.err)
+		}
+		return some, nil
+	}, func(some result) (enough bool) {
+		states = append(states, some.states...)
+		if some.err != nil {
+			errs = append(errs, some.err)
+		}
+		return false
+	})
+	slices.SortFunc(states, func(a, b semaphoreState) int { return cmp.Compare(a.id.String(), b.id.String()) })
+	// A semaphore that moved between nodes meanwhile may be there twice.
+	states = slices.CompactFunc(states, func(a, b semaphoreState) bool { return a.id == b.id })
+	if len(errs) > 0 {
+		return states, errs
+	}
+	return states, nil
+}
+
+// globQuote escapes the wildcards of a Redis pattern.
+func globQuote(text string) string {
+	return strings.NewReplacer(`*`, `\*`, `?`, `\?`, `[`, `\[`, `]`, `\]`, `\`, `\\`).Replace(text)
+}
+
+// surveyServer finds the semaphores on a server, and reads each batch as soon as it is
+// found.
+func (s *semaphores) surveyServer(ctx context.Context, server *queueServer,
+	pattern string) (states []semaphoreState, err error) {
+	defer func() { s.noteReadError(server, semaphoreID{}, err) }()
+	conn, err := server.pool.GetContext(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	seen := map[semaphoreID]bool{} // SCAN may return a key twice
+	for cursor := "0"; ; {
+		reply, err := redis.Values(redis.DoContext(conn, ctx, "SCAN", cursor, "MATCH", pattern, "COUNT", scanCount))
+		var keys []string
+		if err == nil {
+			_, err = redis.Scan(reply, &cursor, &keys)
+		}
+		if err != nil {
+			return states, err
+		}
+		var ids []semaphoreID
+		for _, key := range keys {
+			if id, ok := idOfStateKey(key); ok && !seen[id] {
+				seen[id] = true
+				ids = append(ids, id)
+			}
+		}
+		for batch := range slices.Chunk(ids, surveyBatch) {
+			some, err := s.readStates(ctx, conn, batch)
+			states = append(states, some...)
+			if err != nil {
+				return states, err
+			}
+		}
+		if cursor == "0" {
+			return states, nil
+		}
+	}
+}
+
+// idOfStateKey parses the semaphore of a state key. ok is false unless pods can have it:
+// that leaves out those of checkID.
+func idOfStateKey(key string) (id semaphoreID, ok bool) {
+	name, ok := strings.CutPrefix(key, "state/{")
+	name, ok2 := strings.CutSuffix(name, "}")
+	id.namespace, id.key, _ = strings.Cut(name, "/")
+	return id, ok && ok2 && id.namespace != "" && id.namespace != checkID(0).namespace && id.key != ""
+}
+
+// readStates reads semaphores in one round trip. It leaves out a semaphore that is moving
+// to another node of a Cluster.
+func (s *semaphores) readStates(ctx context.Context, conn redis.Conn,
+	ids []semaphoreID) (states []semaphoreState, err error) {
+	now, err := redisTime(ctx, conn)
+	if err != nil {
+		return nil, err
+	}
+	for _, id := range ids {
+		late, stale := now-s.lateAfter().Seconds(), now-s.staleAfter().Seconds()
+		err = errors.Join(err,
+			conn.Send("LLEN", id.queueKey()),
+			conn.Send("ZCARD", id.inflightKey()),
+			conn.Send("ZCOUNT", id.inflightKey(), "-inf", exclusive(late)),
+			conn.Send("ZCOUNT", id.inflightKey(), "-inf", exclusive(stale)),
+			conn.Send("ZRANGE", id.inflightKey(), 0, 0, "WITHSCORES"),
+			conn.Send("ZCARD", id.waitersKey()),
+			conn.Send("ZRANGE", id.waitersKey(), 0, 0, "WITHSCORES"),
+			conn.Send("HMGET", id.stateKey(), "length", "reclaimed", "rejoined"))
+	}
+	if err != nil {
+		return nil, err
+	}
+	replies, err := redis.Values(redis.DoContext(conn, ctx, ""))
+	if err != nil {
+		return nil, err
+	}
+	for i, id := range ids {
+		const commands = 8
+		st, err := readState(id, now, replies[commands*i:commands*(i+1)])
+		var answered redis.Error
+		if errors.As(err, &answered) && (isSlotMoving(err) || strings.HasPrefix(answered.Error(), "MOVED ")) {
+			continue
+		}
+		if err != nil {
+			return states, fmt.Errorf("%s: %w", id, err)
+		}
+		states = append(states, st)
+	}
+	return states, nil
+}
+
+// exclusive formats an exclusive bound of a range of scores.
+func exclusive(score float64) string { return fmt.Sprintf("(%.0f", score) }
+
+// redisTime returns the time of a server, in Unix seconds.
+func redisTime(ctx context.Context, conn redis.Conn) (float64, error) {
+	now, err := redis.Ints(redis.DoContext(conn, ctx, "TIME"))
+	if err != nil {
+		return 0, err
+	}
+	if len(now) != 2 {
+		return 0, fmt.Errorf("unexpected answer to TIME: %v", now)
+	}
+	return float64(now[0]) + float64(now[1])/1e6, nil
+}
+
+// readState parses the replies to the commands of readStates.
+func readState(id semaphoreID, now float64, replies []any) (semaphoreState, error) {
+	st := semaphoreState{id: id}
+	for _, r := range replies {
+		if err, ok := r.(redis.Error); ok {
+			return st, err
+		}
+	}
+	var oldest, first, state []any
+	_, err := redis.Scan(replies, &st.free, &st.inUse, &st.late, &st.stale, &oldest, &st.waiting, &first, &state)
+	if err == nil {
+		_, err = redis.Scan(state, &st.length, &st.reclaimed, &st.rejoined)
+	}
+	if err == nil {
+		st.oldestHeartbeat, err = age(now, oldest, 1)
+	}
+	if err == nil {
+		st.longestWait, err = age(now, first, 1e6)
+	}
+	return st, err
+}
+
+// age returns the age of the only member of a range, by its score; zero if the range is
+// empty. unit is the number of score units in a second.
+func age(now float64, memberAndScore []any, unit float64) (time.Duration, error) {
+	if len(memberAndScore) != 2 {
+		return 0, nil
+	}
+	score, err := redis.Float64(memberAndScore[1], nil)
+	return since(now, score/unit), err
+}
+
+// since returns how long ago a time was; zero if it is in the future, because the clock
+// was set back.
+func since(now, then float64) time.Duration {
+	return max(0, time.Duration((now-then)*float64(time.Second)))
+}
+
+// noteReadError reports a failed read to the queue, so that the next read finds the
+// server that took over.
+func (s *semaphores) noteReadError(server *queueServer, id semaphoreID, err error) {
+	if err != nil && (canRetry(err) || isUnreachable(err)) {
+		s.queue.failed(server, id, err)
+	}
+}
+
+// tokenState is the state of a token in use, or of a waiter.
+type tokenState struct {
+	token     string
+	pod, node string        // empty if unknown
+	held      time.Duration // or waited; heldUnknown if unknown
+	idle      time.Duration // since its last heartbeat, or since its last request
+	length    int           // of a waiter
+	arrival   float64       // of a waiter: its place in line
+	stale     bool          // of a token in use
+}
+
+func (t tokenState) name() string { return cmp.Or(t.pod, t.token) }
+
+// semaphoreDetail is a semaphore with its holders, the longest first, and its line.
+type semaphoreDetail struct {
+	semaphoreState
+	holders, line []tokenState // detailMost of each, at most
+}
+
+// inspect reads a semaphore. Redis forgets a semaphore that no pod has used for minutes:
+// then all is zero.
+func (s *semaphores) inspect(ctx context.Context, id semaphoreID) (d semaphoreDetail, err error) {
+	server, err := s.queue.find(ctx, id)
+	if err != nil {
+		return d, err
+	}
+	defer func() { s.noteReadError(server, id, err) }()
+	conn, err := server.pool.GetContext(ctx)
+	if err != nil {
+		return d, fmt.Errorf("connect to %s: %w", server, err)
+	}
+	defer conn.Close()
+	states, err := s.readStates(ctx, conn, []semaphoreID{id})
+	if err == nil && len(states) == 0 {
+		err = errors.New("it is moving to another node of the Cluster: try again")
+	}
+	if err == nil {
+		d.semaphoreState = states[0]
+		err = s.readTokens(ctx, conn, &d)
+	}
+	if err != nil {
+		return d, fmt.Errorf("%s: %w", server, err)
+	}
+	return d, nil
+}
+
+// readTokens reads the holders and the line.
+func (s *semaphores) readTokens(ctx context.Context, conn redis.Conn, d *semaphoreDetail) error {
+	now, err := redisTime(ctx, conn)
+	if err != nil {
+		return err
+	}
+	for _, key := range []string{d.id.inflightKey(), d.id.waitersKey()} {
+		err = errors.Join(err, conn.Send("ZRANGE", key, 0, detailMost-1, "WITHSCORES"))
+	}
+	if err != nil {
+		return err
+	}
+	replies, err := redis.Values(redis.DoContext(conn, ctx, ""))
+	if err != nil {
+		return err
+	}
+	beats, err := redis.Float64Map(replies[0], nil)
+	if err != nil {
+		return err
+	}
+	arrivals, err := redis.Float64Map(replies[1], nil)
+	if err != nil {
+		return err
+	}
+	for token, at := range beats {
+		idle := since(now, at)
+		d.holders = append(d.holders, tokenState{token: token, held: heldUnknown, idle: idle,
+			stale: idle > s.staleAfter()})
+	}
+	for token, at := range arrivals {
+		d.line = append(d.line, tokenState{token: token, arrival: at, held: since(now, at/1e6)})
+	}
+	err = errors.Join(readHolders(ctx, conn, d.id, now, d.holders), readLine(ctx, conn, d.id, now, d.line))
+	byAge := func(a, b tokenState) int { return cmp.Or(cmp.Compare(b.held, a.held), cmp.Compare(a.token, b.token)) }
+	slices.SortFunc(d.holders, byAge)
+	slices.SortFunc(d.line, func(a, b tokenState) int {
+		return cmp.Or(cmp.Compare(a.arrival, b.arrival), cmp.Compare(a.token, b.token))
+	})
+	return err
+}
+
+// readHolders adds the pod of each token, and since when the pod holds it.
+func readHolders(ctx context.Context, conn redis.Conn, id semaphoreID, now float64, holders []tokenState) error {
+	texts, err := readNames(ctx, conn, id, holders, "/pod")
+	for i, text := range texts {
+		h := &holders[i]
+		var at float64
+		if h.pod, h.node, at = parseName(text); h.pod != "" {
+			h.held = since(now, at)
+		}
+	}
+	return err
+}
+
+// readLine adds the pod of each waiter, its length, and when it asked last.
+func readLine(ctx context.Context, conn redis.Conn, id semaphoreID, now float64, line []tokenState) error {
+	if len(line) == 0 {
+		return nil
+	}
+	texts, err := readNames(ctx, conn, id, line, "/pod")
+	if err != nil {
+		return err
+	}
+	lengths, err := readNames(ctx, conn, id, line, "")
+	if err != nil {
+		return err
+	}
+	for i := range line {
+		w := &line[i]
+		w.pod, w.node, _ = parseName(texts[i])
+		w.length, _ = strconv.Atoi(lengths[i]) // empty if it has left meanwhile
+		err = errors.Join(err, conn.Send("ZSCORE", id.seenKey(), w.token))
+	}
+	if err != nil {
+		return err
+	}
+	asked, err := redis.Values(redis.DoContext(conn, ctx, ""))
+	for i, reply := range asked {
+		if at, err := redis.Float64(reply, nil); err == nil {
+			line[i].idle = since(now, at)
+		}
+	}
+	return err
+}
+
+// readNames reads one field for each token from the hash of names; empty where there is
+// none.
+func readNames(ctx context.Context, conn redis.Conn, id semaphoreID, tokens []tokenState,
+	suffix string) ([]string, error) {
+	if len(tokens) == 0 {
+		return nil, nil
+	}
+	fields := []any{id.namesKey()}
+	for _, t := range tokens {
+		fields = append(fields, t.token+suffix)
+	}
+	return redis.Strings(redis.DoContext(conn, ctx, "HMGET", fields...))
+}
+
+// parseName parses what the scripts store of a pod; see semaphore.lua.
+func parseName(text string) (pod, node string, since float64) {
+	at, name, _ := strings.Cut(text, " ")
+	pod, node, _ = strings.Cut(name, " ")
+	since, err := strconv.ParseFloat(at, 64)
+	if err != nil || newPodName(pod, node) == "" {
+		return "", "", 0
+	}
+	return pod, node, since
+}
+
+const (
+	// surveyTimeout bounds the survey of a scrape, which the other metrics wait for.
+	surveyTimeout = 2 * time.Second
+
+	// surveyFresh is how long scrapes share a survey.
+	surveyFresh = time.Second
+
+	// mostMeasured caps the semaphores that have metrics. The others have no line and the
+	// fewest tokens in use.
+	mostMeasured = 1000
+)
+
+// semaphoreGauge is a metric of each semaphore.
+type semaphoreGauge struct {
+	desc  *prometheus.Desc
+	kind  prometheus.ValueType
+	value func(semaphoreState) float64
+}
+
+func gauge(name, help string, value func(semaphoreState) float64) semaphoreGauge {
+	return newSemaphoreGauge(name, help, prometheus.GaugeValue, value)
+}
+
+func counter(name, help string, value func(semaphoreState) float64) semaphoreGauge {
+	return newSemaphoreGauge(name, help, prometheus.CounterValue, value)
+}
+
+func newSemaphoreGauge(name, help string, kind prometheus.ValueType,
+	value func(semaphoreState) float64) semaphoreGauge {
+	return semaphoreGauge{prometheus.NewDesc(metricsPrefix+name, help, []string{"namespace", "key"}, nil), kind, value}
+}
+
+var semaphoreGauges = []semaphoreGauge{
+	gauge("length", "Greatest length that pods of the semaphore asked for lately.",
+		func(s semaphoreState) float64 { return float64(s.length) }),
+	gauge("queue", "Free tokens of the semaphore.",
+		func(s semaphoreState) float64 { return float64(s.free) }),
+	gauge("inflight", "Tokens of the semaphore in use.",
+		func(s semaphoreState) float64 { return float64(s.inUse) }),
+	gauge("late", "Tokens in use that have missed a heartbeat, with the stale ones.",
+		func(s semaphoreState) float64 { return float64(s.late) }),
+	gauge("stale", "Tokens in use without a heartbeat for the stale threshold.",
+		func(s semaphoreState) float64 { return float64(s.stale) }),
+	gauge("waiters", "Pods that wait in the semaphore's line.",
+		func(s semaphoreState) float64 { return float64(s.waiting) }),
+	gauge("longest_wait_seconds", "Waiting time of the first pod in line; 0 if the line is empty.",
+		func(s semaphoreState) float64 { return s.longestWait.Seconds() }),
+	gauge("oldest_heartbeat_seconds", "Time since the oldest heartbeat of a token in use; 0 if there is none.",
+		func(s semaphoreState) float64 { return s.oldestHeartbeat.Seconds() }),
+	counter("reclaimed_tokens_total", "Stale tokens of the semaphore that were reclaimed, by webhooks and sidecars.",
+		func(s semaphoreState) float64 { return float64(s.reclaimed) }),
+	counter("rejoined_tokens_total",
+		"Tokens of the semaphore that their holders put back: they had been reclaimed, or lost with Redis.",
+		func(s semaphoreState) float64 { return float64(s.rejoined) }),
+}
+
+// Metrics of the survey itself.
+var (
+	surveySuccess = prometheus.NewDesc(metricsPrefix+"survey_success",
+		"1 if all semaphores could be read for this scrape.", nil, nil)
+	surveyDuration = prometheus.NewDesc(metricsPrefix+"survey_duration_seconds",
+		"Time that it took to read the semaphores.", nil, nil)
+	semaphoresSeen = prometheus.NewDesc(metricsPrefix+"semaphores",
+		"Semaphores that were used in the last minutes, or are in use.", nil, nil)
+	semaphoresLeft = prometheus.NewDesc(metricsPrefix+"semaphores_left_out",
+		"Semaphores without metrics of their own, as there are too many.", nil, nil)
+)
+
+// surveyor reads the semaphores at each scrape. Each webhook exports all of them, so
+// values of several webhooks must not be added.
+type surveyor struct {
+	semaphores *semaphores
+	surveys    flights[struct{}, *surveyResult]
+	limit      logLimiter
+}
+
+// surveyResult is the part of a survey that scrapes export.
+type surveyResult struct {
+	took  time.Duration
+	shown []semaphoreState // those with metrics of their own
+	seen  int              // all semaphores
+}
+
+func newSurveyor(s *semaphores) *surveyor {
+	v := &surveyor{semaphores: s}
+	v.surveys.keep = surveyFresh
+	return v
+}
+
+// watchSemaphores registers the metrics of the semaphores.
+func (m *metrics) watchSemaphores(s *semaphores) { m.registry.MustRegister(newSurveyor(s)) }
+
+// Describe implements prometheus.Collector.
+func (v *surveyor) Describe(descs chan<- *prometheus.Desc) {
+	for _, g := range semaphoreGauges {
+		descs <- g.desc
+	}
+	for _, d := range []*prometheus.Desc{surveySuccess, surveyDuration, semaphoresSeen, semaphoresLeft} {
+		descs <- d
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (v *surveyor) Collect(metrics chan<- prometheus.Metric) {
+	survey := v.surveys.join(struct{}{}, new(surveyResult), v.read)
+	<-survey.done
+	result := survey.state
+	for _, st := range result.shown {
+		for _, g := range semaphoreGauges {
+			metrics <- prometheus.MustNewConstMetric(g.desc, g.kind, g.value(st), st.id.namespace, st.id.key)
+		}
+	}
+	success := 1.0
+	if survey.err != nil {
+		success = 0
+	}
+	for desc, value := range map[*prometheus.Desc]float64{
+		surveySuccess:  success,
+		surveyDuration: result.took.Seconds(),
+		semaphoresSeen: float64(result.seen),
+		semaphoresLeft: float64(result.seen - len(result.shown)),
+	} {
+		metrics <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, value)
+	}
+}
+
+// read reads the semaphores and keeps the busiest.
+func (v *surveyor) read(result *surveyResult) error {
+	ctx, cancel := context.WithTimeout(context.Background(), surveyTimeout)
+	defer cancel()
+	start := time.Now()
+	states, err := v.semaphores.survey(ctx, "")
+	result.took = time.Since(start)
+	states = slices.DeleteFunc(states, func(st semaphoreState) bool { // keys of another program may not even be text
+		return !isObjectName(st.id.namespace) || checkKey(st.id.key) != ""
+	})
+	slices.SortStableFunc(states, func(a, b semaphoreState) int {
+		return cmp.Or(cmp.Compare(b.waiting, a.waiting), cmp.Compare(b.inUse, a.inUse))
+	})
+	result.seen = len(states)
+	result.shown = slices.Clone(states[:min(len(states), mostMeasured)]) // a clone frees the others
+	if err != nil {
+		if _, ok := v.limit.allow(); ok {
+			v.semaphores.log.Warn("the semaphores cannot be read for the metrics", "error", err.Error())
+		}
+	}
+	return err
+}

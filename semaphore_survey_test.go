@@ -1,0 +1,142 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+)
+
+// of returns the value of a semaphore's metric.
+func (s samples) of(name string, id semaphoreID) (float64, bool) {
+	value, ok := s[fmt.Sprintf("%s%s{key=%q,namespace=%q}", metricsPrefix, name, id.key, id.namespace)]
+	return value, ok
+}
+
+// Each webhook exports the same metrics of a semaphore, whichever pods it has admitted
+// itself.
+func TestSemaphoreMetrics(t *testing.T) {
+	r, s, id, tokens := shownSemaphore(t, "metrics-"+uuid.NewString()[:8])
+	rig.Must(t, errOf(s.heartbeat(t.Context(), id, uuid.NewString(), "", 0))) // a rejoin
+	free := semaphoreID{id.namespace, "free"}
+	giveBack(t, s, free, acquire(t, s, free, 3))
+	acquire(t, s, semaphoreID{id.namespace, "strange\xff"}, 1)
+	for range 2 {
+		w := startWebhook(t, testConfig(r.Address))
+		all := w.scrape(t)
+		for name, want := range map[string]float64{
+			"length": 2, "queue": 0, "inflight": 3, "late": 1, "stale": 1, "waiters": 2,
+			"reclaimed_tokens_total": 0, "rejoined_tokens_total": 1,
+		} {
+			if got, ok := all.of(name, id); !ok || got != want {
+				t.Errorf("%s is %v (exported: %t), want %v", name, got, ok, want)
+			}
+		}
+		if got, _ := all.of("queue", free); got != 3 {
+			t.Errorf("%v tokens are free, want 3", got)
+		}
+		if got, _ := all.of("oldest_heartbeat_seconds", id); got < 7200 || got > 7300 {
+			t.Errorf("the oldest heartbeat was %v s ago, want about 7200", got)
+		}
+		if got, ok := all.of("longest_wait_seconds", id); !ok || got > 60 {
+			t.Errorf("the longest wait is %v s (exported: %t)", got, ok)
+		}
+		all.want(t, map[string]float64{"survey_success": 1, "semaphores_left_out": 0})
+	}
+	giveBack(t, s, id, tokens[0])
+	maintain(t, s, id, 3)
+	all := startWebhook(t, testConfig(r.Address)).scrape(t)
+	if got, _ := all.of("reclaimed_tokens_total", id); got != 1 {
+		t.Errorf("%v tokens were reclaimed, want 1", got)
+	}
+}
+
+// With too many semaphores, those in use have metrics, and the others are counted.
+// Reading a thousand semaphores is quick.
+func TestMetricsOfManySemaphores(t *testing.T) {
+	t.Parallel()
+	r, s, _ := newSemaphoreOn(t, rig.StartRedis(t))
+	const semaphores = mostMeasured + 100
+	concurrently(semaphores, func(i int) {
+		id := semaphoreID{"shop", fmt.Sprintf("key-%d", i)}
+		token := acquire(t, s, id, 1)
+		if i < semaphores-mostMeasured {
+			giveBack(t, s, id, token)
+		}
+	})
+	var fastest time.Duration
+	for range 5 {
+		w := startWebhook(t, testConfig(r.Address)) // the previous webhook would answer from its cache
+		start := time.Now()
+		rec := httptest.NewRecorder()
+		w.healthRoutes().ServeHTTP(rec, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+		if took := time.Since(start); fastest == 0 || took < fastest {
+			fastest = took
+		}
+		if n := strings.Count(rec.Body.String(), "\n"+metricsPrefix+"inflight{"); n != mostMeasured {
+			t.Errorf("%d semaphores have metrics, want %d", n, mostMeasured)
+		}
+	}
+	rig.WantWithin(t, fastest, surveyTimeout, fmt.Sprintf("a scrape of %d semaphores", semaphores))
+	all := startWebhook(t, testConfig(r.Address)).scrape(t)
+	all.want(t, map[string]float64{
+		"semaphores": semaphores, "semaphores_left_out": semaphores - mostMeasured, "survey_success": 1,
+	})
+	var v surveyResult
+	if err := newSurveyor(s).read(&v); err != nil || len(v.shown) != mostMeasured || cap(v.shown) >= v.seen {
+		t.Errorf("%d of %d states are kept, with room for %d: %v", len(v.shown), v.seen, cap(v.shown), err)
+	}
+	if _, ok := all.of("inflight", semaphoreID{"shop", "key-0"}); ok {
+		t.Error("an unused semaphore has metrics in the place of a used one")
+	}
+}
+
+// A Redis that hangs delays one scrape by two seconds, and only the metrics read from
+// Redis are missing.
+func TestMetricsOfAHangingRedis(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
+	acquire(t, s, id, 1)
+	w := startWebhook(t, testConfig(r.Address))
+	w.scrape(t).want(t, map[string]float64{"semaphores": 1, "survey_success": 1})
+	r.Pause(t)
+	defer r.Resume(t)
+	rig.Eventually(t, 10*time.Second, func() error { // the cache may still have the last result
+		start := time.Now()
+		all := w.scrape(t)
+		rig.WantWithin(t, time.Since(start), surveyTimeout+2*time.Second, "a scrape")
+		if all[metricsPrefix+"survey_success"] != 0 {
+			return fmt.Errorf("survey_success is not 0")
+		}
+		if len(all) < 100 {
+			t.Errorf("only %d metrics are exported", len(all))
+		}
+		return nil
+	})
+	w.scrape(t)
+	if lines := w.log.Lines(t, "the semaphores cannot be read for the metrics"); len(lines) != 1 {
+		t.Errorf("the failure was logged %d times, want once", len(lines))
+	}
+}
+
+// A semaphore whose slot moves to another node of a Cluster is left out; others are read.
+func TestReadStatesDuringSlotMigration(t *testing.T) {
+	s := testSemaphores(t, rig.CommonRedis(t).Address)
+	moved := strings.Repeat("-MOVED 1 127.0.0.1:7000\r\n", 8)
+	there := ":1\r\n:2\r\n:0\r\n:0\r\n*2\r\n$1\r\na\r\n$10\r\n1700000000\r\n:0\r\n*0\r\n*3\r\n$1\r\n3\r\n$-1\r\n$-1\r\n"
+	now := "*2\r\n$10\r\n1700000010\r\n$1\r\n0\r\n"
+	replies := answering{Reader: bytes.NewReader([]byte(now + moved + there))}
+	conn := redis.NewConn(replies, time.Second, time.Second)
+	states, err := s.readStates(t.Context(), conn, []semaphoreID{{"shop", "moved"}, {"shop", "there"}})
+	if err != nil || len(states) != 1 || states[0].id.key != "there" || states[0].inUse != 2 ||
+		states[0].oldestHeartbeat != 10*time.Second {
+		t.Errorf("got %+v, %v", states, err)
+	}
+}

@@ -1,0 +1,504 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+)
+
+// The await logs what its pod waits for, and exits with 0 once the token is held. So does
+// an await that starts later, as after a crash of the first.
+func TestAwait(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	holder := acquire(t, s, id, 1)
+	token := uuid.NewString()
+	rig.InPod(t, token)
+	early := rig.StartAwait(t) // starts before the sidecar listens
+	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1)
+	r.WantLine(t, id, token)
+	early.WantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, ")
+	early.WantNotEnded(t)
+	giveBack(t, s, id, holder)
+	early.WantExit(t, 0)
+	early.WantLog(t, heldText)
+	p.WantLog(t, heldText)
+	r.WantCounts(t, id, 0, 1)
+	rig.StartAwait(t).WantExit(t, 0)
+	rig.StartAwait(t).WantExit(t, 0)
+}
+
+// While its sidecar is killed and restarted, an await keeps waiting. It exits with 0 only
+// once the token is held.
+func TestAwaitOutlivesItsSidecar(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	holder := acquire(t, s, id, 1)
+	token := uuid.NewString()
+	rig.InPod(t, token)
+	a := rig.StartAwait(t)
+	for range 3 {
+		p := rig.StartWaitingSidecar(t, r.Address, id, token, 1)
+		p.WantLogPrefix(t, "waiting for a token of ")
+		p.Signal(t, syscall.SIGKILL)
+		<-p.Done()
+		a.WantNotEnded(t)
+	}
+	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1)
+	p.WantLogPrefix(t, "waiting for a token of ")
+	giveBack(t, s, id, holder)
+	a.WantExit(t, 0)
+	r.WantInflight(t, id, token)
+}
+
+// A terminated await exits at once and with an error, with and without a sidecar: the app
+// must not start.
+func TestAwaitEndsOnSignal(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	acquire(t, s, id, 1)
+	token := uuid.NewString()
+	podUID := rig.InPod(t, token)
+	for _, withSidecar := range []bool{false, true} {
+		if withSidecar {
+			rig.StartWaitingSidecar(t, r.Address, id, token, 1)
+			r.WantLine(t, id, token)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		ended := make(chan error, 1)
+		go func() { ended <- runAwait(ctx, podUID, slog.New(slog.DiscardHandler)) }()
+		cancel()
+		select {
+		case err := <-ended:
+			if !errors.Is(err, errNotHeld) {
+				t.Errorf("with a sidecar %t: got %v", withSidecar, err)
+			}
+		case <-time.After(time.Minute):
+			t.Fatalf("with a sidecar %t: the await does not end", withSidecar)
+		}
+	}
+	a := rig.StartAwait(t)
+	a.WantLogPrefix(t, "waiting for a token of ")
+	a.Signal(t, syscall.SIGTERM)
+	a.WantExit(t, 1)
+}
+
+// fakeSidecar serves the awaits of a pod. The function answer writes the reply to the
+// n-th request.
+func fakeSidecar(t *testing.T, podUID string, answer func(n int, conn net.Conn)) {
+	t.Helper()
+	l, err := net.ListenUnix("unix", awaitSocket(podUID))
+	rig.Must(t, err)
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for n := 1; ; n++ {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			answer(n, conn)
+			conn.Close()
+		}
+	}()
+}
+
+// The await accepts a "held" reply only soon after its request. Later, the whole pod may
+// have been paused, and its token given to another pod. A real sidecar closes the
+// connection instead of replying late.
+func TestAwaitWantsAFreshReply(t *testing.T) {
+	t.Parallel()
+	podUID := uuid.NewString()
+	asked := make(chan int, 10)
+	var paused atomic.Int64 // total pause of the pod
+	fakeSidecar(t, podUID, func(n int, conn net.Conn) {
+		asked <- n
+		switch n {
+		case 1: // late
+			paused.Add(int64(answerFresh))
+			fmt.Fprintln(conn, heldText)
+		case 2: // without the end of the line
+			fmt.Fprint(conn, heldText)
+		case 3: // no reply
+		case 4:
+			fmt.Fprintln(conn, heldText+" of another")
+		default:
+			fmt.Fprintln(conn, heldText)
+		}
+	})
+	a := newAwait(podUID, slog.New(slog.DiscardHandler))
+	a.now = func() time.Time { return time.Now().Add(time.Duration(paused.Load())) }
+	rig.Must(t, a.run(t.Context()))
+	if n := len(asked); n != 5 {
+		t.Errorf("the await sent %d requests, want 5", n)
+	}
+}
+
+// An await without a sidecar logs after a while that none answers, and what to check.
+func TestAwaitWithoutSidecar(t *testing.T) {
+	var b rig.Log
+	a := newAwait(uuid.NewString(), slog.New(slog.NewJSONHandler(&b, nil)))
+	a.answered = time.Now().Add(-awaitPatience)
+	for range 3 {
+		_, err := a.ask(t.Context())
+		a.logUnanswered(err)
+	}
+	text := "the sidecar does not answer, to be asked again; it must be the init container before this one, and run"
+	lines := b.Lines(t, text)
+	if len(lines) != 1 || lines[0]["container"] != sidecarName ||
+		!strings.Contains(lines[0]["error"].(string), "connection refused") {
+		t.Errorf("logged %s", b.String())
+	}
+}
+
+// A sidecar that receives no await request logs that the app may run without a token.
+func TestWarningWithoutAwaitRequests(t *testing.T) {
+	var b rig.Log
+	d := newAwaitServer(startMark{}, "", slog.New(slog.NewJSONHandler(&b, nil)))
+	d.warnNotAsked()
+	d.noteAsked()
+	d.warnNotAsked()
+	if n := strings.Count(b.String(), "no init container asks for the token"); n != 1 {
+		t.Errorf("the warning was logged %d times, want once: %s", n, b.String())
+	}
+}
+
+// The await server admits one await while it is open, then closes. It also closes by
+// itself.
+func TestAwaitServerAdmitsOne(t *testing.T) {
+	newTestServer := func() *awaitServer {
+		mark := newStartMark("pod", uuid.NewString())
+		t.Cleanup(func() { os.Remove(mark.path) })
+		return newAwaitServer(mark, "", slog.New(slog.DiscardHandler))
+	}
+	d := newTestServer()
+	if d.pass() {
+		t.Error("admitted an await before it was opened")
+	}
+	d.openUntil(time.Now().Add(time.Hour))
+	if !d.pass() || d.pass() || !d.mark.isSet() {
+		t.Error("did not admit exactly one await and set the start mark")
+	}
+	d.noteAsked()
+	select {
+	case <-d.asked:
+	default:
+		t.Error("a repeated request was not noticed")
+	}
+	if d.mark.isSet() {
+		t.Error("the start mark stays set while an init container runs")
+	}
+
+	d = newTestServer()
+	if passed, err := d.admitOne(t.Context(), time.Now().Add(10*time.Millisecond)); passed || err != nil {
+		t.Errorf("without a request: admitted %t, %v", passed, err)
+	}
+	if d.pass() {
+		t.Error("admitted an await after closing")
+	}
+	d.openUntil(time.Now().Add(-time.Second)) // Redis's reply was old when it was read
+	if d.pass() || d.mark.isSet() {
+		t.Error("admitted an await on an old reply")
+	}
+}
+
+// Before the app may start, a heartbeat does not put back a lost token: another pod may
+// have it.
+func TestTokenLostBeforeTheAppStarts(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	token := uuid.NewString()
+	rig.InPod(t, token)
+	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1) // with a heartbeat interval of 1 s
+	p.WantLog(t, heldText)
+	r.MakeStale(t, id, token)
+	rig.Eventually(t, 20*time.Second, func() error { // the sidecar refreshes it meanwhile
+		if score := string(r.Do(t, "ZSCORE", id.inflightKey(), token).([]byte)); score == "1" {
+			return errors.New("the token was not refreshed")
+		}
+		return nil
+	})
+	other := r.GiveToAnother(t, id, token)
+	r.WantLine(t, id, token)
+	a := rig.StartAwait(t)
+	a.WantLogPrefix(t, "waiting for a token of ")
+	r.WantCounts(t, id, 0, 1)
+	giveBack(t, s, id, other)
+	a.WantExit(t, 0)
+	r.WantLine(t, id)
+	r.WantInflight(t, id, token)
+}
+
+// A repeated await request shows that the pod restarted and its app does not run. The
+// sidecar then acquires its token again, and does not put it back with a heartbeat:
+// another pod may have it.
+func TestPodRestarted(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	token := uuid.NewString()
+	rig.InPod(t, token)
+	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1, "--heartbeat-interval-seconds=60")
+	rig.StartAwait(t).WantExit(t, 0)
+	other := r.GiveToAnother(t, id, token)
+	a := rig.StartAwait(t)
+	p.WantLog(t, "the pod is started again: its init container asks for the token")
+	r.WantLine(t, id, token)
+	a.WantNotEnded(t)
+	giveBack(t, s, id, other)
+	a.WantExit(t, 0)
+}
+
+// In a pod admitted with a token, the app starts only if the token is still in flight. If
+// the token was reclaimed while the pod was Pending, the pod waits in line.
+func TestAdmittedPodConfirmsItsToken(t *testing.T) {
+	t.Parallel()
+	r := rig.CommonRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
+	s, id := testSemaphores(t, r.Address), freshID()
+	token := w.wantAdmitted(t, id, 1)
+	rig.InPod(t, token)
+	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1)
+	p.WantLog(t, "holding the token")
+	rig.StartAwait(t).WantExit(t, 0)
+	p.Signal(t, syscall.SIGTERM)
+	p.WantExit(t, 0)
+	r.WantCounts(t, id, 1, 0)
+
+	late := w.wantAdmitted(t, id, 1)
+	rig.InPod(t, late)
+	r.MakeStale(t, id, late)
+	other := w.wantAdmitted(t, id, 1)
+	p = rig.StartWaitingSidecar(t, r.Address, id, late, 1)
+	r.WantLine(t, id, late)
+	a := rig.StartAwait(t)
+	a.WantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, ")
+	giveBack(t, s, id, other)
+	a.WantExit(t, 0)
+	p.WantLog(t, "holding the token")
+	r.WantInflight(t, id, late)
+}
+
+// A sidecar that is killed in a running pod resumes its token. If the token was reclaimed
+// meanwhile, it is counted again, and the sidecar does not wait, as the app runs.
+func TestSidecarRestartedInARunningPod(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	token := uuid.NewString()
+	rig.InPod(t, token)
+	start := func() *rig.Process { return rig.StartWaitingSidecar(t, r.Address, id, token, 1) }
+	kill := func(p *rig.Process) {
+		p.Signal(t, syscall.SIGKILL)
+		<-p.Done()
+	}
+	p := start()
+	rig.StartAwait(t).WantExit(t, 0)
+	kill(p)
+	p = start()
+	p.WantLog(t, "started again in a running pod")
+	r.WantCounts(t, id, 0, 1)
+	kill(p)
+	r.MakeStale(t, id, token)
+	acquire(t, s, id, 1)
+	start().WantLog(t, "the token was not in flight (reclaimed as stale, or lost with Redis): counted again")
+	r.WantCounts(t, id, 0, 2)
+}
+
+// While Redis is unreachable, the app does not start, and the init container logs why.
+// When Redis is back, the app starts.
+func TestSidecarStartsWithoutRedis(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
+	token := acquire(t, s, id, 1)
+	rig.InPod(t, token)
+	r.Stop()
+	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1)
+	p.WantLog(t, "no token yet, to be retried")
+	a := rig.StartAwait(t)
+	a.WantLogPrefix(t, fmt.Sprintf("acquire %s: %s", id, rig.UnreachedText(r.Address)))
+	rig.Must(t, r.Start())
+	a.WantExit(t, 0)
+}
+
+// wantInUse waits until a token is in flight.
+func wantInUse(t *testing.T, s *rig.Redis, id semaphoreID, token string) {
+	t.Helper()
+	rig.Eventually(t, 10*time.Second, func() error {
+		if s.LastHeartbeat(t, id, token) == 0 {
+			return errors.New("the token is not in flight yet")
+		}
+		return nil
+	})
+}
+
+// holdReply starts a sidecar, which takes its token, and holds Redis's reply until
+// deliver is called.
+func holdReply(t *testing.T, p *rig.Proxy, start func()) (deliver func()) {
+	t.Helper()
+	first := p.HoldFirst(t, acquireScript.made().Hash(), false) // the reply has Redis's time only
+	start()
+	<-first.Held
+	second := p.HoldFirst(t, acquireScript.made().Hash(), false)
+	first.Deliver()
+	<-second.Held
+	p.Answers.Lock()
+	second.Deliver()
+	return p.Answers.Unlock
+}
+
+// A sidecar is stopped after its token is taken and before its app starts: before it
+// reads Redis's reply, before an await's request, or during it. Meanwhile the token is
+// reclaimed, and another pod gets one. The app does not start before the other pod gives
+// its token back.
+func TestStoppedSidecarStartsNoApp(t *testing.T) {
+	t.Parallel()
+	const (
+		beforeReply = iota
+		beforeRequest
+		duringRequest
+	)
+	for when, name := range []string{"before the reply", "before the request", "during the request"} {
+		for round := range 3 {
+			t.Run(fmt.Sprint(name, " ", round), func(t *testing.T) {
+				t.Parallel()
+				r, s, id := newSemaphore(t)
+				p := rig.StartProxy(t, r.Address)
+				giveBack(t, s, id, acquire(t, s, id, 1)) // loads the script
+				token := uuid.NewString()
+				podUID := rig.InPod(t, token)
+				var sidecar *rig.Process
+				start := func() { // with an interval of 1 s
+					sidecar = rig.StartWaitingSidecar(t, p.Address, id, token, 1)
+				}
+				if when == beforeReply {
+					deliver := holdReply(t, p, start)
+					wantInUse(t, r, id, token)
+					sidecar.Pause(t)
+					deliver()
+				} else {
+					start()
+					sidecar.WantLog(t, heldText)
+					sidecar.Pause(t)
+				}
+				stopped := time.Now()
+				r.MakeStale(t, id, token)
+				other := acquire(t, s, id, 1)
+				rig.Eventually(t, 10*time.Second, func() error { // the reply is valid for an interval
+					if since := time.Since(stopped); since < 1100*time.Millisecond {
+						return fmt.Errorf("stopped for %s only", since)
+					}
+					return nil
+				})
+				var await *rig.Process
+				if when == duringRequest {
+					await = rig.StartAwait(t)
+					wantConnected(t, podUID)
+				}
+				sidecar.Signal(t, syscall.SIGCONT)
+				if await == nil {
+					await = rig.StartAwait(t)
+				}
+				await.WantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, ")
+				await.WantNotEnded(t)
+				r.WantLine(t, id, token)
+				r.WantInflight(t, id, other)
+				giveBack(t, s, id, other)
+				await.WantExit(t, 0)
+				r.WantInflight(t, id, token)
+			})
+		}
+	}
+}
+
+// wantConnected waits until an await has connected to its sidecar, accepted or not. Under
+// the name of the listening socket, the kernel also lists one for each connection.
+func wantConnected(t *testing.T, podUID string) {
+	t.Helper()
+	rig.Eventually(t, 10*time.Second, func() error {
+		table, err := os.ReadFile("/proc/net/unix")
+		if n := strings.Count(string(table), awaitSocket(podUID).Name); err == nil && n < 2 {
+			err = fmt.Errorf("%d sockets, want 2", n)
+		}
+		return err
+	})
+}
+
+// No process is stopped, but Redis's reply is delayed until it is older than a quarter of
+// the threshold. The sidecar ignores it, as another pod may have the token.
+func TestLateReplyStartsNoApp(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	p := rig.StartProxy(t, r.Address)
+	giveBack(t, s, id, acquire(t, s, id, 1))
+	token := uuid.NewString()
+	rig.InPod(t, token)
+	await := rig.StartAwait(t)
+	deliver := holdReply(t, p, func() {
+		// with this threshold, an attempt times out after 1 s
+		rig.StartWaitingSidecar(t, p.Address, id, token, 1, "--stale-threshold-seconds=2")
+	})
+	sent := time.Now()
+	wantInUse(t, r, id, token)
+	r.MakeStale(t, id, token)
+	other := acquire(t, s, id, 1)
+	holder := rig.StartSidecar(t, r.Address, id, other)
+	rig.Eventually(t, 10*time.Second, func() error {
+		if since := time.Since(sent); since < 600*time.Millisecond {
+			return fmt.Errorf("the reply is only %s old", since)
+		}
+		return nil
+	})
+	deliver()
+	await.WantLogPrefix(t, "waiting for a token of "+id.String()+": 1 of 1 in use, 1st in line, ")
+	await.WantNotEnded(t)
+	r.WantInflight(t, id, other)
+	holder.Signal(t, syscall.SIGTERM)
+	await.WantExit(t, 0)
+	r.WantInflight(t, id, token)
+}
+
+// The age of a delayed reply counts from its request.
+func TestAgeOfAReply(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	p := rig.StartProxy(t, r.Address)
+	giveBack(t, s, id, acquire(t, s, id, 1))
+	waiting := semaphoresOf(t, testConfig(p.Address))
+	// sets the estimate of Redis's clock
+	rig.Must(t, errOf(waiting.heartbeat(context.Background(), freshID(), "x", "", 0)))
+	w := newWaiter(waiting, id, 1)
+	p.Answers.Lock()
+	done := make(chan time.Time, 1)
+	sent := time.Now()
+	go func() {
+		asked, _, err := w.wait(context.Background())
+		if err != nil {
+			t.Error(err)
+		}
+		done <- asked
+	}()
+	wantInUse(t, r, id, w.token)
+	r.MakeStale(t, id, w.token)
+	other := acquire(t, s, id, 1)
+	rig.Eventually(t, 10*time.Second, func() error {
+		if since := time.Since(sent); since < 1500*time.Millisecond {
+			return fmt.Errorf("the reply is only %s old", since)
+		}
+		return nil
+	})
+	p.Answers.Unlock()
+	asked := <-done
+	if late := asked.Sub(sent); late > 500*time.Millisecond {
+		t.Errorf("the reply counts as %s younger than it is", late)
+	}
+	r.WantInflight(t, id, other)
+}

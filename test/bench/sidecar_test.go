@@ -1,0 +1,342 @@
+package bench
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+)
+
+// "make bench-sidecar" measures a sidecar that holds its token, as a process of a
+// release. Then it measures the load of many sidecars on their Redis. It fails if a
+// sidecar exceeds these limits, which TestBenchSidecar explains.
+const (
+	sidecarMemory     = 2560 // KB, not shared
+	sidecarCPU        = 2 * time.Millisecond
+	sidecarStart      = 30 * time.Millisecond
+	sidecarConnection = 1
+)
+
+// benchTime is the time for which sidecars hold their tokens before the test measures
+// their memory: SIDECAR_TIME.
+func benchTime(t *testing.T) time.Duration {
+	t.Helper()
+	d, err := time.ParseDuration(cmp.Or(os.Getenv("SIDECAR_TIME"), "10m"))
+	rig.Must(t, err)
+	return d
+}
+
+// sidecarKind is a way in which the webhook injects a sidecar.
+type sidecarKind struct {
+	name  string
+	flags func(address string) []string
+	await bool // an init container waits for the token
+}
+
+var sidecarKinds = []sidecarKind{
+	{"native", func(address string) []string {
+		return []string{"--length=10000", "--redis-addresses=" + address}
+	}, true},
+	{"classic", func(string) []string { return nil }, false},
+}
+
+// podEnvironment returns the environment of the containers that the webhook injects.
+func podEnvironment() []string {
+	return append(os.Environ(), "GOMAXPROCS=1", "POD_UID="+uuid.NewString(),
+		"POD_NAME=web-5d8f7c9b6-x2x7k", "NODE_NAME=node-1")
+}
+
+// process returns a sidecar with the default settings, not started.
+func (k sidecarKind) process(program, address string, id rig.ID, token string) *rig.Process {
+	args := append([]string{"sidecar", "--queue-redis-address=" + address}, k.flags(address)...)
+	p := rig.NewProcess(program, append(args, id.String(), token)...)
+	p.Cmd.Env = podEnvironment()
+	return p
+}
+
+// start starts a sidecar as in a pod whose app runs.
+func (k sidecarKind) start(t *testing.T, program, address string, id rig.ID, token string) *rig.Process {
+	t.Helper()
+	p := k.process(program, address, id, token)
+	p.Start(t)
+	if k.await {
+		await := rig.NewProcess(program, "await")
+		await.Cmd.Env = p.Cmd.Env
+		await.Start(t)
+		await.WantExit(t, 0)
+		t.Cleanup(func() { os.Remove(rig.StartMark(token)) })
+	}
+	return p
+}
+
+// The memory of a sidecar is its anonymous memory (RssAnon): the pages that no other
+// process shares. The other resident pages belong to the binary's file, and all sidecars
+// of a node share them. The CPU time covers all threads, including the runtime's work
+// between heartbeats. A start ends with the first heartbeat in Redis. The first heartbeat
+// of a native sidecar takes the token.
+func TestBenchSidecar(t *testing.T) {
+	const each = 5
+	program := filepath.Join(t.TempDir(), "at-least-semaphore-pod-hook")
+	t.Setenv("CGO_ENABLED", "0")
+	rig.Must(t, rig.Build(rig.Root(), program, "-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w"))
+	r, over := startRedis(t), benchTime(t)
+	fmt.Printf("%d processors, %s, %d sidecars of each kind for %s\n\n%s\n%s\n",
+		runtime.NumCPU(), runtime.Version(), each, over,
+		"| sidecar | memory, its own, KB | with the binary's | CPU a heartbeat, ms "+
+			"| start to the first heartbeat, ms | worst | connections |",
+		"| --- | --- | --- | --- | --- | --- | --- |")
+	type measured struct {
+		kind       sidecarKind
+		starts     []time.Duration
+		processes  []*rig.Process
+		cpu        time.Duration // before the measurement
+		connection int
+	}
+	var all []*measured
+	for _, kind := range sidecarKinds {
+		m := &measured{kind: kind}
+		id := rig.FreshID()
+		r.MakeFree(t, id, 10000)
+		for range 4 * each { // the first start reads the binary from the disk
+			m.starts = append(m.starts, startTime(t, r, kind, program, id))
+		}
+		before := connectionsOf(t, r)
+		for range each {
+			m.processes = append(m.processes, kind.start(t, program, r.Address, id, uuid.NewString()))
+		}
+		r.WantInflightCount(t, id, each)
+		rig.Eventually(t, 10*time.Second, func() error { // sidecars soon close their connections to lock servers
+			m.connection = connectionsOf(t, r) - before
+			if m.connection > sidecarConnection*each {
+				return fmt.Errorf("%d sidecars have %d connections", each, m.connection)
+			}
+			return nil
+		})
+		all = append(all, m)
+	}
+	for _, m := range all {
+		m.cpu = threadsTime(t, m.processes)
+	}
+	beats := scriptsRun(t, r)
+	time.Sleep(over) // the test measures the cost of this time
+	beats = (scriptsRun(t, r) - beats) / (each * len(all))
+	if want := int(over / rig.DefaultTiming.Interval); beats < want-1 || beats > want+1 {
+		t.Errorf("%d heartbeats of each, want some %d", beats, want)
+	}
+	for _, m := range all {
+		perBeat := (threadsTime(t, m.processes) - m.cpu) / time.Duration(max(1, beats)*each)
+		var own, resident []int
+		for _, p := range m.processes {
+			own, resident = append(own, p.Memory(t, "RssAnon")), append(resident, p.Memory(t, "VmRSS"))
+		}
+		slices.Sort(m.starts)
+		start, worst := m.starts[len(m.starts)/2], m.starts[len(m.starts)-1]
+		fmt.Printf("| %s | %d | %d | %.2f | %.1f | %.1f | %.1f |\n", m.kind.name, slices.Max(own), slices.Max(resident),
+			milliseconds(perBeat), milliseconds(start), milliseconds(worst), float64(m.connection)/each)
+		if most := slices.Max(own); most > sidecarMemory {
+			t.Errorf("a %s sidecar has %d KB of its own, more than %d", m.kind.name, most, sidecarMemory)
+		}
+		if perBeat > sidecarCPU {
+			t.Errorf("a heartbeat of a %s sidecar takes %s, more than %s", m.kind.name, perBeat, sidecarCPU)
+		}
+		if start > sidecarStart {
+			t.Errorf("the first heartbeat of a %s sidecar comes after %s, later than %s",
+				m.kind.name, start, sidecarStart)
+		}
+	}
+}
+
+// startTime returns the time from the start of a process until its first heartbeat in
+// Redis.
+func startTime(t *testing.T, r *rig.Redis, kind sidecarKind, program string, id rig.ID) time.Duration {
+	t.Helper()
+	token := uuid.NewString()
+	p := kind.process(program, r.Address, id, token)
+	start := time.Now()
+	rig.Must(t, p.Launch())
+	for {
+		score := r.Do(t, "ZSCORE", id.InflightKey(), token)
+		took := time.Since(start)
+		if score != nil {
+			p.Signal(t, syscall.SIGTERM)
+			p.WantExit(t, 0)
+			return took
+		}
+		if took > 10*time.Second {
+			p.Kill()
+			t.Fatalf("no heartbeat:\n%s", p.Log.String())
+		}
+	}
+}
+
+// connectionsOf returns the number of connections of a Redis.
+func connectionsOf(t *testing.T, r *rig.Redis) int {
+	t.Helper()
+	return int(numberIn(t, r.Do(t, "INFO", "clients").([]byte), `connected_clients:(\d+)`))
+}
+
+// scriptsRun returns the number of scripts that a Redis has run.
+func scriptsRun(t *testing.T, r *rig.Redis) int {
+	t.Helper()
+	calls := r.CommandCalls(t)
+	return calls["evalsha"] + calls["eval"]
+}
+
+// threadsTime returns the CPU time of all threads of the processes, in nanoseconds.
+func threadsTime(t *testing.T, processes []*rig.Process) (all time.Duration) {
+	t.Helper()
+	for _, p := range processes {
+		files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", p.Pid()))
+		rig.Must(t, err)
+		if len(files) == 0 {
+			t.Fatalf("%v has ended:\n%s", p.Cmd.Args, p.Log.String())
+		}
+		for _, file := range files {
+			text, err := os.ReadFile(file)
+			rig.Must(t, err)
+			n, err := strconv.ParseInt(strings.Fields(string(text))[0], 10, 64)
+			rig.Must(t, err)
+			all += time.Duration(n)
+		}
+	}
+	return all
+}
+
+// simulation is many sidecars in one process. Each sends the commands of a sidecar that
+// holds its token, over its own connection.
+type simulation struct {
+	address  string
+	interval time.Duration
+
+	began      atomic.Int64 // sidecars that have sent a heartbeat
+	complaints atomic.Int64 // heartbeats after the first that failed or found the token lost
+	last       atomic.Value // complaint
+}
+
+// run simulates one sidecar until ctx is done.
+func (s *simulation) run(ctx context.Context, id rig.ID, pod string) {
+	token, held := uuid.NewString(), time.Now()
+	var conn redis.Conn
+	defer func() {
+		if conn != nil {
+			conn.Close()
+		}
+	}()
+	beat := func() (rejoined bool, err error) {
+		if conn == nil || conn.Err() != nil {
+			if conn, err = redis.Dial("tcp", s.address, redis.DialReadTimeout(s.interval)); err != nil {
+				return false, err
+			}
+		}
+		reply, err := runScript(conn, "heartbeat", id, token, pod, int(time.Since(held).Seconds()))
+		return reply.Status == rig.HeartbeatRejoined, err
+	}
+	next := time.NewTimer(rand.N(s.interval))
+	defer next.Stop()
+	for first := true; ; first = false {
+		select {
+		case <-next.C:
+		case <-ctx.Done():
+			return
+		}
+		next.Reset(s.interval)
+		rejoined, err := beat()
+		switch {
+		case err != nil:
+			s.complain(err.Error())
+		case rejoined && !first:
+			s.complain("the token was not in flight")
+		}
+		if first {
+			s.began.Add(1)
+		}
+	}
+}
+
+func (s *simulation) complain(text string) {
+	s.complaints.Add(1)
+	s.last.Store(text)
+}
+
+// Many sidecars, simulated in one process. A hundred share a semaphore.
+func TestBenchManySidecars(t *testing.T) {
+	const shared = 100
+	allowFiles(t, 12000)
+	interval := rig.DefaultTiming.Interval
+	fmt.Printf("%d processors, %s, a heartbeat each %s, %d sidecars to a semaphore, for two intervals\n\n%s\n%s\n",
+		runtime.NumCPU(), runtime.Version(), interval, shared,
+		"| sidecars | heartbeats/s | CPU of Redis, % of a core | us a heartbeat "+
+			"| memory of Redis, MB | KB a sidecar | resident, MB |",
+		"| --- | --- | --- | --- | --- | --- | --- |")
+	var idle, empty float64
+	for _, n := range []int{0, 100, 1000, 10000} {
+		r := rig.StartRedisWith(t, rig.RedisOptions{Args: func(port string) []string {
+			return append(rig.PlainPort(port), "--maxclients", "11000")
+		}})
+		r.Do(t, "CONFIG", "SET", "appendfsync", "everysec")
+		ctx, cancel := context.WithCancel(t.Context())
+		var sidecars sync.WaitGroup
+		s := &simulation{address: r.Address, interval: interval}
+		for i := range n {
+			id := rig.ID{Namespace: "shop", Key: fmt.Sprintf("web-%d", i/shared)}
+			sidecars.Go(func() { s.run(ctx, id, fmt.Sprintf("web-%d node-1", i)) })
+		}
+		rig.Eventually(t, interval+time.Minute, func() error {
+			if began := s.began.Load(); began < int64(n) {
+				return fmt.Errorf("%d of %d sidecars have sent a heartbeat", began, n)
+			}
+			return nil
+		})
+		if got := connectionsOf(t, r) - 1; got != n {
+			t.Errorf("%d sidecars have %d connections", n, got)
+		}
+		cpu, beats, start := redisCPU(t, r), scriptsRun(t, r), time.Now()
+		time.Sleep(2 * interval) // the test measures the cost of this time
+		elapsed := time.Since(start).Seconds()
+		cpu, beats = redisCPU(t, r)-cpu, scriptsRun(t, r)-beats
+		used := numberIn(t, r.Do(t, "INFO", "memory").([]byte), `used_memory:(\d+)`)
+		if n == 0 {
+			idle, empty = cpu/elapsed, used
+		}
+		perBeat, perSidecar := "", ""
+		if n > 0 {
+			perBeat = fmt.Sprintf("%.0f", 1e6*(cpu-idle*elapsed)/float64(max(1, beats)))
+			perSidecar = fmt.Sprintf("%.1f", (used-empty)/1024/float64(n))
+		}
+		fmt.Printf("| %d | %.1f | %.2f | %s | %.1f | %s | %.1f |\n", n, float64(beats)/elapsed, 100*cpu/elapsed,
+			perBeat, used/1e6, perSidecar, float64(r.Memory(t, "VmRSS"))/1e3)
+		if complaints := s.complaints.Load(); complaints > 0 || beats < 19*n/10 {
+			t.Errorf("of %d sidecars: %d heartbeats, %d complaints, such as %v", n, beats, complaints, s.last.Load())
+		}
+		cancel()
+		sidecars.Wait()
+		r.Stop()
+	}
+}
+
+// allowFiles raises the limit of open files to n, for this process and its children.
+func allowFiles(t *testing.T, n uint64) {
+	t.Helper()
+	var limit syscall.Rlimit
+	rig.Must(t, syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
+	limit.Max = max(limit.Max, n)
+	limit.Cur = limit.Max
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatalf("%d open files are needed: %v", limit.Max, err)
+	}
+}

@@ -1,0 +1,108 @@
+package chaos
+
+import (
+	"flag"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+)
+
+var findWithin = flag.Duration("chaos.find", 4*time.Minute, "the longest time until the checker finds a broken script")
+
+// broken is a program that the checker must find.
+type broken struct {
+	name  string
+	edits []rig.Edit
+	blow  string // the blow that exposes it; empty: none
+	every time.Duration
+	rush  bool
+	rules []string // the checker must report one of them
+}
+
+var programs = []broken{
+	{
+		name: "a length is taken for one more",
+		edits: []rig.Edit{
+			{File: "lua/acquire.lua", From: "length = tonumber(ARGV[5])", To: "length = tonumber(ARGV[5]) + 1"},
+			{File: "lua/maintain.lua", From: "length = tonumber(ARGV[5])", To: "length = tonumber(ARGV[5]) + 1"},
+		},
+		rules: []string{ruleCount, ruleLetIn},
+	}, {
+		name: "a pod that does not wait ignores the line",
+		edits: []rig.Edit{{File: "lua/acquire.lua",
+			From: "redis.call('ZRANK', KEYS[3], token) or redis.call('ZCARD', KEYS[3])",
+			To:   "redis.call('ZRANK', KEYS[3], token) or 0"}},
+		rush:  true,
+		rules: []string{ruleOrder},
+	}, {
+		name: "a gate is lifted without a token",
+		edits: []rig.Edit{{File: "gate_line.go",
+			From: "state != podHolds || gone || !p.isGated()",
+			To:   "state == podEnded || gone || !p.isGated()"}},
+		rules: []string{ruleLifted},
+	}, {
+		name: "a token is stale after a third of the threshold",
+		edits: []rig.Edit{{File: "lua/semaphore.lua",
+			From: "math.max(tonumber(ARGV[3]), 2 * quiet)",
+			To:   "tonumber(ARGV[3]) / 3"}},
+		blow: briefPause, every: time.Second,
+		rules: []string{ruleCount, ruleLetIn},
+	}, {
+		name: "a heartbeat does not put back a lost token",
+		edits: []rig.Edit{{File: "lua/heartbeat.lua",
+			From: "redis.call('ZADD', KEYS[2], now, ARGV[5])",
+			To:   "redis.call('ZADD', KEYS[2], 'XX', now, ARGV[5])"}},
+		blow: dataLoss, every: 20 * time.Second,
+		rules: []string{ruleCount, ruleLetIn},
+	}, {
+		name: "a repair does not reclaim",
+		edits: []rig.Edit{{File: "lua/maintain.lua",
+			From: "if settled() then\n  local stale",
+			To:   "if false then\n  local stale"}},
+		blow: death, every: time.Minute,
+		rules: []string{ruleUnused, ruleFree, ruleDecided},
+	}, {
+		name: "silences do not count",
+		edits: []rig.Edit{{File: "lua/semaphore.lua",
+			From: "return now - math.max(resumed, lost) > quiet",
+			To:   "return true"}},
+		blow: longOutage, every: 10 * time.Second,
+		rules: []string{ruleCount, ruleLetIn},
+	},
+}
+
+// TestChaosFindsBrokenScripts breaks the program in one way after another, and requires
+// the checker to find each. Each world gets only the blow that exposes the defect, which
+// saves time.
+func TestChaosFindsBrokenScripts(t *testing.T) {
+	for _, c := range programs {
+		t.Run(c.name, func(t *testing.T) {
+			w := startWorld(t, rig.BuildBroken(t, c.edits), "")
+			w.rush = c.rush
+			// Gated pods send fewer requests: it takes longer to find the other defects
+			// with them.
+			w.gating = slices.Contains(c.rules, ruleLifted)
+			w.populate(*seedFlag, *podCount)
+			defer w.finish()
+			n := newNemesis(w, *seedFlag)
+			last := ""
+			for next := 5 * time.Second; n.now() < *findWithin; time.Sleep(time.Second) {
+				if c.blow != "" && n.now() > next {
+					n.strikeNamed(c.blow)
+					next = n.now() + c.every
+				}
+				for _, v := range check(w.history()).found {
+					last = v.String()
+					if slices.Contains(c.rules, v.rule) {
+						t.Logf("found after %.1f s: %s", n.now().Seconds(), v)
+						return
+					}
+				}
+			}
+			t.Errorf("not found within %s; the checker found %q; the history is in %s",
+				*findWithin, last, w.keep(w.history(), *seedFlag))
+		})
+	}
+}

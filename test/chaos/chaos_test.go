@@ -1,0 +1,119 @@
+// Package chaos runs dozens of pods beside a nemesis. The pods are real processes, and so
+// are the webhooks, gates and servers. The nemesis kills, pauses and cuts off any of
+// them. A checker then reads the history of the pods at work and reports the broken
+// rules.
+//
+// "make chaos" runs it. pod.go has the life of a pod, nemesis.go the faults, rules.go and
+// liveness.go the rules.
+package chaos
+
+import (
+	"flag"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+)
+
+func TestMain(m *testing.M) { rig.Main(m, "make chaos", "TestChaosChecker") }
+
+var (
+	runTime    = flag.Duration("chaos.time", time.Minute, "how long the nemesis rages, with each queue")
+	seedFlag   = flag.Uint64("chaos.seed", 1, "seed of all chances")
+	queuesFlag = flag.String("chaos.queue", "sentinel,cluster", "queues")
+	podCount   = flag.Int("chaos.pods", 28, "the number of pods that live at a time")
+)
+
+func TestChaos(t *testing.T) {
+	for queue := range strings.SplitSeq(*queuesFlag, ",") {
+		t.Run(queue, func(t *testing.T) {
+			w := startWorld(t, rig.Program(t), queue)
+			n := newNemesis(w, *seedFlag)
+			w.populate(*seedFlag, *podCount)
+			// In the second third, blows may excuse more pods at work than the length
+			// allows. In the first and last third, they never do.
+			n.strikeUntil(*runTime/3, false)
+			n.strikeUntil(*runTime*2/3, true)
+			n.strikeUntil(*runTime, false)
+			w.mu.Lock()
+			for name := range w.lengths {
+				w.lengths[name] = 5 // earlier pods with a greater length keep their tokens for a while
+			}
+			w.mu.Unlock()
+			time.Sleep(staleThreshold + 5*time.Second) // pods that end by themselves end now
+			c := w.verdict(*seedFlag)
+			if !t.Failed() {
+				w.wantAddUp()
+				w.wantTurns()
+			}
+			w.finish()
+			if !t.Failed() {
+				w.wantNothingLeft()
+			}
+			worked, gated := 0, 0
+			for _, p := range c.pods {
+				if p.started != notYet {
+					worked++
+					if p.gated {
+						gated++
+					}
+				}
+			}
+			t.Logf("%d pods, %d worked, %d of them had been gated; more than the length worked for %.1f %% "+
+				"of the time, explained by %d losses and silences", len(c.pods), worked, gated,
+				100*c.over.Seconds()/c.total.Seconds(), len(c.named))
+			for _, name := range slices.Sorted(maps.Keys(n.counts)) {
+				t.Logf("%3d times: %s", n.counts[name], name)
+			}
+		})
+	}
+}
+
+// verdict checks the history up to now.
+func (w *world) verdict(seed uint64) *checker {
+	h := w.history()
+	c := check(h)
+	for _, text := range w.complaints {
+		w.t.Error(text)
+	}
+	if len(c.found) > 0 || w.t.Failed() {
+		file := w.keep(h, seed)
+		for i, v := range c.found {
+			if i < 3 {
+				around := h.around(v.semaphore, span{v.at - 15*time.Second, v.at + 5*time.Second})
+				w.t.Errorf("%s\nwith -chaos.seed=%d; around it:\n%s", v, seed, around)
+			}
+		}
+		w.t.Errorf("%d rules broken; the whole history is in %s", len(c.found), file)
+	}
+	return c
+}
+
+// keep writes the history and all logs to a file in the project's bin/.
+func (w *world) keep(h *history, seed uint64) string {
+	rig.Must(w.t, os.MkdirAll(rig.Path("bin"), 0o700))
+	name := fmt.Sprintf("chaos-%s-%d.txt", strings.ReplaceAll(w.t.Name(), "/", "-"), seed)
+	file := filepath.Join(rig.Path("bin"), name)
+	text := h.String()
+	for _, p := range w.pods {
+		p.mu.Lock()
+		text += fmt.Sprintf("\nlog of %s:\n%s", p.life.name, p.log.String())
+		p.mu.Unlock()
+	}
+	for i, h := range w.webhooks {
+		text += fmt.Sprintf("\nlog of webhook %d:\n%s", i, h.Log.String())
+	}
+	for i, g := range w.gates {
+		for n, p := range g.all {
+			text += fmt.Sprintf("\nlog of gate %d, process %d:\n%s", i, n, p.Log.String())
+		}
+	}
+	rig.Must(w.t, os.WriteFile(file, []byte(text), 0o600))
+	return file
+}

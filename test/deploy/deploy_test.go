@@ -1,0 +1,117 @@
+// Package deploy tests what deploy/ promises: the users of Redis and their rules, the
+// scripts of its containers, the users of namespaces, and the memory of the webhook.
+package deploy
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+	"k8s.io/apimachinery/pkg/api/resource"
+)
+
+// All tests except TestScriptsPassShellcheck are quick: they run without SUITE=1.
+func TestMain(m *testing.M) { os.Exit(rig.Run(m)) }
+
+const (
+	scriptsFile = "deploy/base/redis-scripts.yaml"
+	scriptsPath = "/etc/redis/" // of the scripts in their containers
+)
+
+// deployedScripts returns the scripts of deploy/base/redis-scripts.yaml, by name.
+func deployedScripts(t *testing.T) map[string]string {
+	t.Helper()
+	text := rig.ReadFile(t, scriptsFile)
+	heading := regexp.MustCompile(`(?m)^  ([a-z_]+): \|\n`)
+	scripts := map[string]string{}
+	for _, at := range heading.FindAllStringSubmatchIndex(text, -1) {
+		var script strings.Builder
+		for line := range strings.Lines(text[at[1]:]) {
+			if strings.TrimSpace(line) != "" && !strings.HasPrefix(line, "    ") {
+				break
+			}
+			script.WriteString(strings.TrimPrefix(line, "    "))
+		}
+		scripts[text[at[2]:at[3]]] = script.String()
+	}
+	return scripts
+}
+
+// writeScript writes a script of the containers into a folder. here replaces paths and
+// ports by those of this machine.
+func writeScript(t *testing.T, folder, name string, here *strings.Replacer) {
+	t.Helper()
+	script, ok := deployedScripts(t)[name]
+	if !ok {
+		t.Fatalf("%s has no script %s", scriptsFile, name)
+	}
+	rig.Must(t, os.WriteFile(filepath.Join(folder, name), []byte(here.Replace(script)), 0o600))
+}
+
+// The Redis servers of deploy/ restart when their scripts change.
+func TestScriptsAreDeployed(t *testing.T) {
+	digest := fmt.Sprintf("%x", sha256.Sum256([]byte(rig.ReadFile(t, scriptsFile))))
+	want := fmt.Sprintf("scripts: %q", digest[:12])
+	if !strings.Contains(rig.ReadFile(t, "deploy/base/redis.yaml"), want) {
+		t.Errorf("the annotation in deploy/base/redis.yaml must be %s", want)
+	}
+}
+
+// The Deployment gives Go half of the container's memory. Go rarely collects garbage
+// below that.
+func TestMemoryIsLimitedAsDeployed(t *testing.T) {
+	const manifest = "deploy/base/webhook.yaml"
+	text := rig.ReadFile(t, manifest)
+	value := func(pattern string) string {
+		found := regexp.MustCompile(pattern).FindAllStringSubmatch(text, -1)
+		if len(found) != 1 {
+			t.Fatalf("%d matches of %s in %s, want 1", len(found), pattern, manifest)
+		}
+		return found[0][1]
+	}
+	forGo, err := resource.ParseQuantity(strings.TrimSuffix(value(`name: GOMEMLIMIT\n +value: (\S+)\n`), "B"))
+	rig.Must(t, err)
+	whole, err := resource.ParseQuantity(value(`limits: \{.*memory: (\S+)\}`))
+	rig.Must(t, err)
+	if 2*forGo.Value() != whole.Value() {
+		t.Errorf("GOMEMLIMIT is %s: it must be half of the limit, %s", &forGo, &whole)
+	}
+	if percent := value(`name: GOGC\n +value: "(\d+)"\n`); percent != "400" {
+		t.Errorf("GOGC is %s: it must be 400, the value behind the figures in the documents", percent)
+	}
+}
+
+// shellcheck reports nothing about the scripts of deploy/. "make lint" installs it and
+// runs this test.
+func TestScriptsPassShellcheck(t *testing.T) {
+	rig.SkipSlow(t, "make lint")
+	var files []string
+	rig.Must(t, filepath.WalkDir(rig.Path("deploy"), func(path string, _ fs.DirEntry, err error) error {
+		if filepath.Ext(path) == ".sh" {
+			files = append(files, path)
+		}
+		return err
+	}))
+	folder := t.TempDir()
+	here := strings.NewReplacer(scriptsPath, folder+"/")
+	for name := range deployedScripts(t) {
+		writeScript(t, folder, name, here)
+		files = append(files, filepath.Join(folder, name))
+	}
+	if len(files) < 12 {
+		t.Errorf("only %d scripts were found: %q", len(files), files)
+	}
+	slices.Sort(files)
+	check := exec.Command("shellcheck", append([]string{"--shell=sh", "--external-sources"}, files...)...)
+	if out, err := check.CombinedOutput(); err != nil {
+		t.Errorf("shellcheck: %v\n%s", err, strings.ReplaceAll(string(out), folder+"/", scriptsFile+": "))
+	}
+}

@@ -1,0 +1,350 @@
+package deploy
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+)
+
+// deployedServers has a Redis for tokens and one for locks, like a pod of deploy/. folder
+// has the passwords of the namespaces.
+type deployedServers struct {
+	tokens, locks   *rig.Redis
+	scripts, folder string
+}
+
+func startDeployedServers(t *testing.T) *deployedServers {
+	t.Helper()
+	s := &deployedServers{
+		tokens: rig.StartRedis(t), locks: rig.StartRedis(t), scripts: t.TempDir(), folder: t.TempDir()}
+	here := strings.NewReplacer("/etc/redis-namespaces", s.folder, scriptsPath, s.scripts+"/",
+		"6379", rig.Port(s.tokens.Address), "6380", rig.Port(s.locks.Address))
+	writeScript(t, s.scripts, "namespaces", here)
+	writeScript(t, s.scripts, "namespace", here)
+	user := append([]string{"SETUSER", namespacesUser, "on", ">" + rig.Password}, strings.Fields(rig.NamespacesACL)...)
+	for _, server := range []*rig.Redis{s.tokens, s.locks} {
+		server.Do(t, "ACL", rig.Anys(user)...)
+	}
+	return s
+}
+
+// command returns a shell that runs a script in the folder of the scripts of deploy/.
+func (s *deployedServers) command(script string) *exec.Cmd {
+	cmd := exec.Command("sh", "-c", script)
+	cmd.Dir = s.scripts
+	cmd.Env = append(os.Environ(), "REPLICATION_PASSWORD="+rig.Password)
+	return cmd
+}
+
+func (s *deployedServers) run(t *testing.T, stdin, script string) string {
+	t.Helper()
+	cmd := s.command(script)
+	cmd.Stdin = strings.NewReader(stdin)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s: %v: %s", script, err, out)
+	}
+	return string(out)
+}
+
+// connect logs in as the sidecars of a namespace.
+func (s *deployedServers) connect(t *testing.T, server *rig.Redis, namespace, password string) redis.Conn {
+	t.Helper()
+	conn, err := redis.Dial("tcp", server.Address,
+		redis.DialUsername(namespaceUser(namespace)), redis.DialPassword(password))
+	rig.Must(t, err)
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// program returns the program as a user of Redis.
+func (s *deployedServers) program(t *testing.T, user, password string, args ...string) *rig.Process {
+	t.Helper()
+	p := rig.NewProcess(rig.Program(t), args...)
+	p.Cmd.Env = append(os.Environ(), "REDIS_USERNAME="+user, "REDIS_PASSWORD="+password)
+	p.Start(t)
+	return p
+}
+
+// sidecar is a sidecar that logs in as the user of a namespace.
+type sidecar struct {
+	*rig.Process
+	servers *deployedServers
+	id      rig.ID
+	token   string
+}
+
+// startSidecar starts a sidecar whose token is already taken. flags are added to its
+// flags.
+func (s *deployedServers) startSidecar(t *testing.T, namespace, password string, id rig.ID, flags ...string) *sidecar {
+	t.Helper()
+	c := &sidecar{servers: s, id: id, token: uuid.NewString()}
+	args := append([]string{"sidecar", "--queue-redis-address=" + s.tokens.Address,
+		"--heartbeat-interval-seconds=1", "--stale-threshold-seconds=120"}, flags...)
+	c.Process = s.program(t, namespaceUser(namespace), password, append(args, id.String(), c.token)...)
+	return c
+}
+
+// startWaiting starts a sidecar that acquires the only token itself.
+func (s *deployedServers) startWaiting(t *testing.T, namespace, password string, id rig.ID) *sidecar {
+	t.Helper()
+	return s.startSidecar(t, namespace, password, id, "--length=1", "--redis-addresses="+s.locks.Address)
+}
+
+// holds waits until the sidecar holds its token. If Redis refuses the sidecar, holds
+// returns why.
+func (c *sidecar) holds(t *testing.T) (refused error) {
+	t.Helper()
+	rig.Eventually(t, 30*time.Second, func() error {
+		log := c.Log.String()
+		switch {
+		case isRefusal(log):
+			refused = errors.New(log)
+		case len(c.Log.Lines(t, rig.HeldText)) == 0:
+			return errors.New("no token yet: " + log)
+		}
+		return nil
+	})
+	return refused
+}
+
+// wantBeat waits for a heartbeat that starts after this call.
+func (c *sidecar) wantBeat(t *testing.T) {
+	t.Helper()
+	r := c.servers.tokens
+	old := r.Now(t) - 60
+	r.Do(t, "ZADD", c.id.InflightKey(), "XX", old, c.token)
+	rig.Eventually(t, 20*time.Second, func() error {
+		if at := r.LastHeartbeat(t, c.id, c.token); at <= old {
+			return fmt.Errorf("no heartbeat of %s, the last is of %d: %s", c.token, at, c.Log.String())
+		}
+		return nil
+	})
+}
+
+// end ends the sidecar, which gives its token back.
+func (c *sidecar) end(t *testing.T) error {
+	t.Helper()
+	c.Signal(t, syscall.SIGTERM)
+	c.WantExit(t, 0)
+	c.WantLog(t, "token given back")
+	if log := c.Log.String(); isRefusal(log) {
+		return errors.New(log)
+	}
+	return nil
+}
+
+// live runs every command of a sidecar on a new semaphore of a namespace. If Redis
+// refuses one, live returns why.
+func (s *deployedServers) live(t *testing.T, namespace, password string) (refused error) {
+	t.Helper()
+	id := rig.ID{Namespace: namespace, Key: uuid.NewString()}
+	holder := s.startWaiting(t, namespace, password, id) // a new semaphore needs a repair
+	if err := holder.holds(t); err != nil {
+		return err
+	}
+	waiter := s.startWaiting(t, namespace, password, id)
+	s.tokens.WantLine(t, id, waiter.token)
+	holder.wantBeat(t)
+	if err := holder.end(t); err != nil {
+		return err
+	}
+	if err := waiter.holds(t); err != nil {
+		return err
+	}
+	return waiter.end(t)
+}
+
+// isDenied reports whether a text denies the user a command, directly or, since Redis
+// 7.0, in a script.
+func isDenied(text string) bool {
+	for _, denial := range []string{"NOPERM", "can't run this command",
+		"can't access at least one of the keys", "ACL failure in script"} {
+		if strings.Contains(text, denial) {
+			return true
+		}
+	}
+	return false
+}
+
+// isRefusal reports whether Redis refuses a password or denies a command in a text.
+func isRefusal(text string) bool { return strings.Contains(text, "WRONGPASS") || isDenied(text) }
+
+// The sidecars of a namespace can use its semaphores. They cannot touch another
+// namespace's: neither read, acquire, release, wait, call nor list.
+func TestNamespacesAreIsolated(t *testing.T) {
+	t.Parallel()
+	s := startDeployedServers(t)
+	s.run(t, "shop-password\n", "sh namespace shop")
+	s.run(t, "other-password\n", "sh namespace shop-2")
+	rig.Must(t, s.live(t, "shop", "shop-password"))
+	rig.Must(t, s.live(t, "shop-2", "other-password"))
+
+	id := rig.ID{Namespace: "shop-2", Key: "web"}
+	token := s.tokens.Acquire(t, id, 2)
+	rig.Must(t, s.tokens.Maintain(id, rig.DefaultTiming, 2, true))
+	before := s.tokens.Dump(t, id)
+	wantDenied := func(what string, err error) {
+		t.Helper()
+		if err == nil || !isDenied(err.Error()) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	ofTokens := s.connect(t, s.tokens, "shop", "shop-password")
+	deadline := (int64(s.tokens.Now(t)) + 3600) * 1e6
+	for _, script := range []struct {
+		what, name string
+		args       []any
+	}{
+		{"acquire", "acquire", []any{2, uuid.NewString(), "", ""}},
+		{"join the line", "acquire", []any{2, uuid.NewString(), "0", ""}},
+		{"heartbeat", "heartbeat", []any{uuid.NewString(), "", 0}},
+		{"release", "release", []any{token}},
+		{"maintain", "maintain", []any{2, "1"}},
+		{"hold", "hold", []any{token}},
+		{"keep", "keep", []any{0, 0, uuid.NewString(), 1, 2, ""}},
+	} {
+		_, err := rig.RunScript(ofTokens, rig.Script(script.name), id, deadline, rig.DefaultTiming, script.args...)
+		wantDenied(script.what, err)
+	}
+	for _, command := range [][]any{
+		{"SUBSCRIBE", id.Channel(token)}, {"PSUBSCRIBE", "*"}, {"PUBLISH", id.Channel(token), "your turn"},
+		{"SCAN", 0}, {"KEYS", "*"}, {"RANDOMKEY"}, {"ACL", "LIST"}, {"ACL", "USERS"}, {"ACL", "WHOAMI"},
+		{"CONFIG", "GET", "*"}, {"MONITOR"}, {"FLUSHALL"}, {"PUBSUB", "CHANNELS"}, {"OBJECT", "FREQ", id.QueueKey()},
+		{"ZRANGE", id.InflightKey(), 0, -1}, {"HMGET", id.NamesKey(), token}, {"LLEN", id.QueueKey()},
+		{"RPUSH", id.QueueKey(), "free"}, {"DEL", id.StateKey()},
+		{"EVAL", "return redis.call('LPOP', '" + id.QueueKey() + "')", 0},
+		{"EVAL", "return redis.call('DEL', KEYS[1])", 1, id.WaitersKey()},
+	} {
+		_, err := ofTokens.Do(command[0].(string), command[1:]...)
+		wantDenied(fmt.Sprint(command), err)
+	}
+	ofLocks := s.connect(t, s.locks, "shop", "shop-password")
+	for _, command := range [][]any{
+		{"SET", id.LockKey(), "x", "NX", "PX", 1000}, {"GET", id.LockKey()}, {"DEL", id.LockKey()},
+		{"EVAL", "return redis.call('DEL', KEYS[1])", 1, id.LockKey()},
+	} {
+		_, err := ofLocks.Do(command[0].(string), command[1:]...)
+		wantDenied(fmt.Sprint(command), err)
+	}
+
+	// The program is refused, too.
+	wantLoggedDenial := func(p *sidecar, message string) {
+		t.Helper()
+		if line := p.WantLog(t, message); !isDenied(fmt.Sprint(line["error"])) {
+			t.Errorf("%v", line)
+		}
+	}
+	waiter := s.startWaiting(t, "shop", "shop-password", id)
+	holder := s.startSidecar(t, "shop", "shop-password", id)
+	wantLoggedDenial(waiter, "no token yet, to be retried")
+	wantLoggedDenial(holder, "heartbeat failed, to be retried")
+	for _, shown := range []string{"shop-2", id.String()} {
+		p := s.program(t, namespaceUser("shop"), "shop-password",
+			"status", "--queue-redis-address="+s.tokens.Address, shown)
+		p.WantExit(t, 1)
+		wantDenied("status "+shown, errors.New(p.Log.String()))
+	}
+	s.tokens.WantCounts(t, id, 1, 1)
+	s.tokens.WantInflight(t, id, token)
+	if after := s.tokens.Dump(t, id); !slices.Equal(after, before) {
+		t.Error("the semaphore has changed")
+	}
+}
+
+// Passwords appear, change and go while the servers run. Connections stay. An old
+// password works until it is removed.
+func TestNamespaceUsersFollowTheirFiles(t *testing.T) {
+	t.Parallel()
+	s := startDeployedServers(t)
+	write := func(namespace, passwords string) {
+		t.Helper()
+		rig.Must(t, os.WriteFile(filepath.Join(s.folder, namespace), []byte(passwords), 0o600))
+	}
+	wantUsers := func(want ...string) {
+		t.Helper()
+		rig.Eventually(t, 30*time.Second, func() error {
+			for _, server := range []*rig.Redis{s.tokens, s.locks} {
+				users, err := redis.Strings(server.Control.Do("ACL", "USERS"))
+				users = slices.DeleteFunc(users, func(u string) bool {
+					return !strings.HasPrefix(u, namespaceUser(""))
+				})
+				slices.Sort(users)
+				if err != nil || !slices.Equal(users, want) {
+					return fmt.Errorf("%s has the users %q, want %q (%v)", server.Address, users, want, err)
+				}
+			}
+			return nil
+		})
+	}
+	follow := rig.NewProcessOf(s.command(". ./namespaces; follow"))
+	follow.Start(t)
+	write("shop", "first 2026-01-01T00:00:00Z\n")
+	wantUsers("sidecar/shop")
+	toShop := strings.NewReplacer("~lock/* ", "~lock/{shop/*} ", "&waiters/*", "&waiters/{shop/*", "/* ", "/{shop/*} ")
+	for server, rules := range map[*rig.Redis]string{s.tokens: withoutLock(rig.SidecarACL), s.locks: rig.LockACL} {
+		got := sorted(s.run(t, "", ". ./namespaces; users "+rig.Port(server.Address)))
+		if want := sorted("user sidecar/shop on >first " + toShop.Replace(rules)); got != want {
+			t.Errorf("in the configuration is\n%s, want\n%s", got, want)
+		}
+	}
+	old := s.startWaiting(t, "shop", "first", rig.ID{Namespace: "shop", Key: "held"})
+	rig.Must(t, old.holds(t))
+	rig.Must(t, s.live(t, "shop", "first"))
+	connected := s.connect(t, s.tokens, "shop", "first")
+	wantConnected := func() {
+		t.Helper()
+		_, err := connected.Do("TIME")
+		rig.Must(t, err)
+	}
+
+	write("shop", "second 2026-01-02T00:00:00Z\nfirst 2026-01-01T00:00:00Z\n")
+	write("blog", "blog\n")
+	wantUsers("sidecar/blog", "sidecar/shop")
+	wantConnected()
+	old.wantBeat(t)
+	rig.Must(t, s.live(t, "shop", "second"))
+	rig.Must(t, s.live(t, "shop", "first"))
+	rig.Must(t, old.end(t))
+
+	// deploy/namespace.sh sends Redis a password before the file has it.
+	s.run(t, "third\n", "sh namespace shop")
+	announced := s.startWaiting(t, "shop", "third", rig.ID{Namespace: "shop", Key: "announced"})
+	rig.Must(t, announced.holds(t))
+	wantConnected()
+	write("shop", "third 2026-01-03T00:00:00Z\n")
+	rig.Must(t, os.Remove(filepath.Join(s.folder, "blog"))) // by mistake
+	rig.Eventually(t, 30*time.Second, func() error {
+		conn, err := redis.Dial("tcp", s.locks.Address,
+			redis.DialUsername(namespaceUser("shop")), redis.DialPassword("second"))
+		if err == nil {
+			conn.Close()
+			return errors.New("a removed password still works")
+		}
+		return nil
+	})
+	wantUsers("sidecar/blog", "sidecar/shop")
+	rig.Must(t, s.live(t, "shop", "third"))
+	if err := s.live(t, "shop", "second"); err == nil || !strings.Contains(err.Error(), "WRONGPASS") {
+		t.Errorf("with a removed password: %v", err)
+	}
+	for _, namespace := range []string{"shop", "blog"} {
+		s.run(t, "", "sh namespace "+namespace)
+	}
+	wantUsers()
+	wrong := s.command("REPLICATION_PASSWORD=wrong sh namespace shop </dev/null")
+	if out, err := wrong.CombinedOutput(); err == nil || !strings.Contains(string(out), "WRONGPASS") {
+		t.Errorf("with a wrong password: %v: %s", err, out)
+	}
+}

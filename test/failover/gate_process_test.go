@@ -1,0 +1,107 @@
+package failover
+
+import (
+	"slices"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+	corev1 "k8s.io/api/core/v1"
+)
+
+// A gate is paused during a hand-over, while tokens and pods change. After it resumes
+// with an old view, it does no harm.
+func TestGatePaused(t *testing.T) {
+	t.Parallel()
+	r := newRelay(t, 2)
+	gates := r.beginWithTwoGates(8)
+	r.rest()
+	var paused, beside []time.Duration
+	for i := range 8 {
+		g := gates[i%2]
+		paused = append(paused, r.handOver(func() {
+			time.Sleep(time.Duration(i) * 2 * time.Millisecond) // a different moment each time
+			g.Signal(t, syscall.SIGSTOP)
+		}))
+		// In every second round, all pods that the gate has seen end.
+		beside = append(beside, r.handOvers(3+len(r.standing)*(i%2))...)
+		gone := r.standing[1]
+		r.api.DeletePod(t, gone.Namespace, gone.Name)
+		r.standing = slices.Delete(r.standing, 1, 2)
+		r.add(1)
+		g.Signal(t, syscall.SIGCONT)
+		beside = append(beside, r.handOvers(3)...)
+		r.wantWhole()
+	}
+	r.wantQuick("in which a gate was stopped", 2*time.Second, paused)
+	r.wantQuick("beside a gate that is or was stopped", 2*time.Second, beside)
+}
+
+// A gate with an old view puts a pod in line that has ended. It leaves the line when it
+// sees the end. If it never sees the end, the API server refuses to lift the pod's gate:
+// then it gives back the token.
+func TestGateOldView(t *testing.T) {
+	t.Parallel()
+	for view, see := range map[string]func(*rig.APIServer){
+		"late":     func(s *rig.APIServer) { s.Late.Unlock() },
+		"anew":     func(s *rig.APIServer) { s.DropWatches() },
+		"for ever": nil,
+	} {
+		for end, ends := range map[string]func(*relay, *corev1.Pod){"deleted": deletePod, "succeeded": completePod} {
+			t.Run(view+", "+end, func(t *testing.T) {
+				t.Parallel()
+				r := newRelay(t, 1)
+				r.ends = ends
+				good := r.startGate(t, r.api)
+				r.begin(4)
+				r.rest()
+				api, proxy := rig.StartAPIServerFor(t, r.api.Store), rig.StartProxy(t, r.redis.Address)
+				r.startGate(t, api, "--queue-redis-address="+rig.QueueAddress(proxy.Address),
+					"--redis-addresses="+proxy.Address)
+				api.WantWatches(t, 1)
+				proxy.Cut()
+				if view == "late" {
+					api.Late.Lock()
+				} else {
+					api.SilenceWatches()
+				}
+				took := r.handOvers(2)
+				r.wantForgotten(good)
+				proxy.Mend()
+				unseen := r.ended[len(r.ended)-1]
+				r.redis.WantLine(t, r.id, append([]string{string(unseen.UID)}, uidsOf(r.standing)...)...)
+				if see != nil {
+					see(api)
+					start := time.Now()
+					r.redis.WantLine(t, r.id, uidsOf(r.standing)...)
+					t.Logf("the gate stood in line for %s after it saw the end of the pod", time.Since(start))
+				}
+				took = append(took, r.handOvers(4)...)
+				r.wantWhole()
+				r.wantQuick("beside a gate with an old view", 2*time.Second, took)
+			})
+		}
+	}
+}
+
+// A gate is killed during a hand-over. The other gate completes it.
+func TestGateKilled(t *testing.T) {
+	t.Parallel()
+	r := newRelay(t, 2)
+	gates := r.beginWithTwoGates(8)
+	r.rest()
+	var killed, beside []time.Duration
+	for i := range 6 {
+		killed = append(killed, r.handOver(func() {
+			time.Sleep(time.Duration(i) * 2 * time.Millisecond) // a different moment each time
+			gates[i%2].Kill()
+		}))
+		beside = append(beside, r.handOvers(2)...)
+		gates[i%2] = r.startGate(t, r.api)
+		beside = append(beside, r.handOvers(2)...)
+		r.wantWhole()
+	}
+	r.wantQuick("in which a gate was killed", 2*time.Second, killed)
+	r.wantQuick("after the end and the start of a gate", 2*time.Second, beside)
+}

@@ -1,0 +1,136 @@
+package model
+
+import (
+	"strconv"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+	"pgregory.net/rapid"
+)
+
+// actor is the process of a pod that asks for a token or has one.
+type actor struct {
+	token     string
+	length    int
+	isWaiter  bool // it joins the line; else it is an admission
+	waiting   bool // it believes that it is in line
+	holding   bool // it believes that it has a token
+	kept      bool // another process refreshes its place and asks for it
+	silent    bool // paused or killed: it sends nothing, but may resume
+	reachable bool // it receives the calls of Redis
+	arrival   int  // as Redis replied (Unix microseconds); 0: no reply yet
+	pace      int  // seconds between two requests
+	due       int  // the time of its next request or heartbeat
+	since     int  // when it took its token
+	missed    bool // it has sent no command since Redis was away or its clock was set
+}
+
+// pod returns p's pod, as the scripts take it.
+func (p *actor) pod() string { return p.token + " node" }
+
+// alive reports whether p sends its commands in time.
+func (p *actor) alive() bool { return !p.silent && (p.waiting || p.holding) }
+
+// nextArrival returns the arrival of p's next request.
+func (p *actor) nextArrival() string {
+	switch {
+	case !p.isWaiter:
+		return ""
+	case p.arrival == 0 || p.kept:
+		return joinLine
+	}
+	return strconv.Itoa(p.arrival)
+}
+
+// drawLength draws the length that a pod asks for.
+func (w *world) drawLength() int {
+	if rapid.IntRange(0, 2).Draw(w.t, "another length") == 2 {
+		return rapid.IntRange(1, 4).Draw(w.t, "its length")
+	}
+	return w.length
+}
+
+// newPod adds a pod that has not asked yet.
+func (w *world) newPod() *actor {
+	p := &actor{token: "p" + strconv.Itoa(len(w.order)+1), length: w.drawLength()}
+	w.pods[p.token] = p
+	w.order = append(w.order, p)
+	return p
+}
+
+// pick draws a pod for which are returns true.
+func (w *world) pick(are func(*actor) bool) *actor {
+	var some []*actor
+	for _, p := range w.order {
+		if are(p) {
+			some = append(some, p)
+		}
+	}
+	if len(some) == 0 {
+		w.t.SkipNow()
+	}
+	return some[rapid.IntRange(0, len(some)-1).Draw(w.t, "which")]
+}
+
+// anyPod matches every pod; see pick.
+func anyPod(*actor) bool { return true }
+
+// act sends the command of p that is due.
+func (w *world) act(p *actor) {
+	p.missed = false
+	if p.holding {
+		w.beat(p)
+		p.due = w.now + w.interval
+		return
+	}
+	w.readAnswer(p, w.try(p))
+}
+
+// startHolding updates p, which has just got its token.
+func (w *world) startHolding(p *actor) {
+	p.waiting, p.holding, p.since, p.due = false, true, w.now, w.now+w.interval
+}
+
+// readAnswer updates the waiting p with a reply.
+func (w *world) readAnswer(p *actor, a rig.Acquired) {
+	if a.Status == rig.AcquireTaken {
+		w.startHolding(p)
+		return
+	}
+	p.waiting, p.due = true, w.now+p.pace
+	at, err := strconv.Atoi(a.Arrival)
+	rig.Must(w.test, err)
+	p.arrival = at
+}
+
+// live passes time. All live actors send their commands when they are due.
+func (w *world) live(seconds int) {
+	for end := w.now + seconds; ; {
+		var next *actor
+		for _, p := range w.order {
+			if p.alive() && p.due <= end && (next == nil || p.due < next.due) {
+				next = p
+			}
+		}
+		if next == nil {
+			w.pass(end - w.now)
+			return
+		}
+		w.pass(next.due - w.now)
+		w.act(next)
+	}
+}
+
+// liveUntilAllCame passes time until every live actor has sent a command since Redis was
+// last away.
+func (w *world) liveUntilAllCame() {
+	latest := w.now
+	for _, p := range w.order {
+		if p.alive() && p.missed {
+			latest = max(latest, p.due)
+		}
+	}
+	w.live(latest - w.now)
+	for _, p := range w.order {
+		p.missed = p.alive()
+	}
+}

@@ -1,0 +1,191 @@
+package model
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+	"pgregory.net/rapid"
+)
+
+// TestModelFindsBrokenScripts breaks the scripts in one way after another. Sequences like
+// those of TestModel must find each defect.
+func TestModelFindsBrokenScripts(t *testing.T) {
+	t.Parallel()
+	const most = 500 // sequences for each broken script
+	s := newStore(t, scripts{})
+	for _, c := range []struct{ name, from, to string }{
+		{"the length is one more",
+			"local length = tonumber(ARGV[5])\nlocal token",
+			"local length = tonumber(ARGV[5]) + 1\nlocal token"},
+		{"a pod may take a token beyond the length",
+			"return free > 0 and used < length\n",
+			"return free > 0\n"},
+		{"a pod that does not wait ignores the line",
+			"local before = ahead()",
+			"local before = waits and ahead() or 0"},
+		{"a pod ignores the waiters ahead",
+			"return waits and redis.call('ZRANK', KEYS[3], token) or redis.call('ZCARD', KEYS[3])",
+			"return 0"},
+		{"a waiter whose length is used up blocks the line",
+			"if used < (tonumber(lengths[i]) or math.huge) then",
+			"if true then"},
+		{"a waiter that comes back goes to the end of the line",
+			"if arrival == '0' then",
+			"if waits then"},
+		{"a second release gives back another token",
+			"if redis.call('ZREM', KEYS[2], ARGV[5]) == 1 then",
+			"redis.call('ZREM', KEYS[2], ARGV[5])\nif true then"},
+		{"a release loses the token",
+			"grown = redis.call('RPUSH', KEYS[1], 'free') == 1",
+			"grown = true"},
+		{"late commands run",
+			"if micros > tonumber(ARGV[1]) then",
+			"if false then"},
+		{"silences do not count",
+			"return now - math.max(resumed, lost) > quiet",
+			"return true"},
+		{"Redis does not notice that its clock was set back",
+			" or touched > now) or",
+			") or"},
+		{"a waiter does not report a loss of data",
+			"tonumber(arrival) < created * 1000000) then",
+			"false) then"},
+		{"a waiter does not report a loss if it joined after it by the clock",
+			"(not state[1] or tonumber(arrival) <",
+			"(tonumber(arrival) <"},
+		{"a holder does not report a loss of data",
+			"if since < created and",
+			"if false and"},
+		{"a loss of data is reported for ever",
+			"if lost < created then",
+			"if now - lost > quiet then"},
+		{"a report of a loss leaves the free tokens",
+			"    lost = now\n    redis.call('DEL', KEYS[1])\n",
+			"    lost = now\n"},
+		{"a pod that takes a token stays in line",
+			"    leaveLine(token)\n    callServed()\n",
+			"    callServed()\n"},
+		{"a holder that rejoins stays in line",
+			"  leaveLine(ARGV[5])",
+			"  -- "},
+		{"a holder that rejoins leaves a free token",
+			"  redis.call('LPOP', KEYS[1])\n  count",
+			"  count"},
+		{"a release does not trim",
+			"  trim()\n  status = 1",
+			"  status = 1"},
+		{"a release calls nobody",
+			"  status = 1\nend\ncallServed()",
+			"  status = 1\nend"},
+		{"scores in the future stay there",
+			"if newest and tonumber(newest) > now then",
+			"if false then"},
+		{"a repair does not reclaim",
+			"if settled() then\n  local stale",
+			"if false then\n  local stale"},
+		{"a repair does not refill",
+			"if mayRefill(ARGV[6] == '1') then",
+			"if false then"},
+		{"a repair counts stale tokens as in use",
+			"math.min(portion, length - redis.call('ZCARD', KEYS[2]))",
+			"math.min(portion, length - redis.call('ZCARD', KEYS[2]) - reclaimed)"},
+		{"dead waiters stay in line",
+			"if lineLength > 0 and now - resumed > linePatience then",
+			"if false then"},
+		{"waiters are dropped though Redis was away",
+			"if lineLength > 0 and now - resumed > linePatience then",
+			"if lineLength > 0 then"},
+		{"acquire does not note the pod",
+			"  notePod(token, pod, now)\n",
+			""},
+		{"a heartbeat does not note the pod",
+			"notePod(ARGV[5], ARGV[6], since)",
+			""},
+		{"acquire notes a holder as a waiter",
+			"  notePod(token, pod, now)\n",
+			"  notePod(token, pod, 0)\n"},
+		{"Redis keeps the pod of a waiter that leaves",
+			"redis.call('HDEL', KEYS[5], token, token .. '/pod')",
+			"redis.call('HDEL', KEYS[5], token)"},
+		{"Redis keeps the pod of a stale token",
+			"    redis.call('HDEL', KEYS[5], unpack(pods))\n",
+			""},
+		{"hold puts back a token that is not in use",
+			"if redis.call('ZSCORE', KEYS[2], ARGV[i]) then\n    redis.call('ZADD'",
+			"if true then\n    redis.call('ZADD'"},
+		{"hold keeps nothing",
+			"    redis.call('ZADD', KEYS[2], now, ARGV[i])\n",
+			""},
+		{"keep does not see holders",
+			"if redis.call('ZSCORE', KEYS[2], token) then\n    held",
+			"if false then\n    held"},
+		{"keep leaves pods in line that are gone",
+			"    leaveLine(ARGV[i])\n",
+			""},
+		{"keep takes the names of holders",
+			"if redis.call('ZSCORE', KEYS[3], ARGV[i]) then",
+			"if true then"},
+		{"keep moves places back",
+			"tonumber(place) > tonumber(arrival)",
+			"tonumber(place) ~= tonumber(arrival)"},
+		{"keep does not note that it saw the waiters",
+			"    redis.call('ZADD', KEYS[4], now, token)\n    if not place",
+			"    if not place"},
+		{"keep calls nobody",
+			"if first > 7 then\n  callServed()",
+			"if false then\n  callServed()"},
+		{"keep returns too few served tokens",
+			"end, 100)\nreturn finish({1, micros, created",
+			"end, 1)\nreturn finish({1, micros, created"},
+		{"keys do not expire",
+			"if grown or left < seconds / 2 or left > seconds then",
+			"if false then"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			broken := s
+			broken.scripts = breakScripts(t, c.from, c.to)
+			for seed := range most {
+				if rule := findBroken(broken, seed); rule != "" {
+					t.Logf("found by sequence %d: %s", seed+1, rule)
+					return
+				}
+			}
+			t.Errorf("not found in %d sequences", most)
+		})
+	}
+}
+
+// breakScripts replaces a text that occurs exactly once in the scripts.
+func breakScripts(t *testing.T, from, to string) scripts {
+	t.Helper()
+	places := 0
+	for _, name := range []string{"semaphore", "acquire", "maintain", "heartbeat", "release", "keep", "hold"} {
+		places += strings.Count(rig.ReadFile(t, "lua/"+name+".lua"), from)
+	}
+	if places != 1 {
+		t.Fatalf("%q is %d times in the scripts", from, places)
+	}
+	return scriptsOf(func(name string) *redis.Script {
+		return rig.NewScript(strings.Replace(rig.ScriptSource(name), from, to, 1))
+	})
+}
+
+// findBroken plays one sequence. It returns the rule that the scripts break, or "".
+func findBroken(s store, seed int) string {
+	type found string
+	return rapid.Custom(func(t *rapid.T) (rule string) {
+		defer func() {
+			switch r := recover().(type) {
+			case nil:
+			case found:
+				rule = string(r)
+			default:
+				panic(r)
+			}
+		}()
+		playModel(t, s, func(rule string) { panic(found(rule)) })
+		return ""
+	}).Example(seed)
+}

@@ -1,0 +1,280 @@
+package model
+
+import (
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+	"pgregory.net/rapid"
+)
+
+// TestModel plays random sequences of commands, failures and clock changes on a real
+// Redis, and checks the rules after each command. It reports the shortest sequence that
+// breaks a rule. RAPID_CHECKS=10000 plays more sequences, RAPID_STEPS=100 longer ones.
+func TestModel(t *testing.T) {
+	t.Parallel()
+	s := newStore(t, scriptsOf(rig.Script))
+	commands := 0
+	rapid.Check(t, func(t *rapid.T) {
+		commands += playModel(t, s, func(rule string) { t.Fatal(rule) })
+	})
+	t.Logf("%d commands", commands)
+}
+
+// newStore starts a new Redis that writes nothing to disk.
+func newStore(t *testing.T, scripts scripts) store {
+	t.Helper()
+	r := rig.StartRedis(t)
+	r.Do(t, "CONFIG", "SET", "appendonly", "no")
+	subscriber, err := redis.Dial("tcp", r.Address)
+	rig.Must(t, err)
+	t.Cleanup(func() { subscriber.Close() })
+	return store{
+		test: t, redis: r, clock: new(estimate), scripts: scripts, subscriber: redis.PubSubConn{Conn: subscriber},
+	}
+}
+
+// playModel plays one random sequence. broken receives the first broken rule.
+func playModel(t *rapid.T, s store, broken func(rule string)) (commands int) {
+	w := newWorld(t, s, broken)
+	defer func() {
+		s.redis.Do(s.test, "DEL", append(w.id.Keys(), w.replica()...)...)
+		if w.subscribed {
+			s.unsubscribe()
+		}
+	}()
+	actions := map[string]func(*rapid.T){}
+	for name, action := range map[string]struct {
+		often int
+		play  func()
+	}{
+		"admit":    {4, w.playAdmission},
+		"wait":     {4, w.playWaiter},
+		"act":      {3, w.playAct},
+		"release":  {4, w.playRelease},
+		"silence":  {2, w.playSilence},
+		"wake":     {2, w.playWake},
+		"late":     {2, w.playLate},
+		"repeat":   {2, w.playRepeat},
+		"unheard":  {1, w.playUnheard},
+		"maintain": {1, w.playMaintain},
+		"keep":     {3, w.playKeep},
+		"hold":     {1, w.playHold},
+		"live":     {6, w.playLive},
+		"outage":   {1, w.playOutage},
+		"clock":    {1, w.playClock},
+		"loss":     {1, w.playLoss},
+		"failover": {1, w.playFailover},
+	} {
+		for i := range action.often {
+			actions[name+string(rune('a'+i))] = func(t *rapid.T) {
+				w.t = t
+				action.play()
+			}
+		}
+	}
+	t.Repeat(actions)
+	return w.commands
+}
+
+func (w *world) playAdmission() {
+	p := w.newPod()
+	if w.try(p).Status == rig.AcquireTaken {
+		w.startHolding(p)
+	}
+}
+
+// playWaiter starts a pod that joins the line if no token is free for it.
+func (w *world) playWaiter() {
+	p := w.newPod()
+	p.pace = rapid.IntRange(2, pollMost).Draw(w.t, "seconds between two requests")
+	if w.try(p).Status == rig.AcquireTaken {
+		w.startHolding(p)
+		return
+	}
+	if p.reachable = rapid.Bool().Draw(w.t, "reachable"); p.reachable {
+		w.subscribe(p.token)
+		w.subscribed = true
+	}
+	p.isWaiter = true
+	w.readAnswer(p, w.try(p))
+}
+
+func (w *world) playAct() { w.act(w.pick((*actor).alive)) }
+
+// playRelease releases the token or the place of a pod, which may have neither.
+func (w *world) playRelease() {
+	p := w.pick(anyPod)
+	w.giveBack(p)
+	p.waiting, p.holding = false, false
+}
+
+// playTurn releases the token of a holder; then the first pod in line asks.
+func (w *world) playTurn() {
+	p := w.pick(func(p *actor) bool { return p.alive() && p.holding })
+	w.giveBack(p)
+	p.holding = false
+	for _, token := range w.expected.inLine() {
+		if first := w.pods[token]; first.alive() && first.waiting {
+			w.act(first)
+			return
+		}
+	}
+}
+
+// playSilence pauses or kills a live pod.
+func (w *world) playSilence() {
+	p := w.pick((*actor).alive)
+	p.silent = true
+	w.logf("%s falls silent", p.token)
+}
+
+// playWake resumes a pod that was paused.
+func (w *world) playWake() {
+	p := w.pick(func(p *actor) bool { return p.silent && (p.waiting || p.holding) })
+	p.silent = false
+	w.logf("%s wakes up", p.token)
+	w.act(p)
+}
+
+// playLate sends a command that arrives after its deadline.
+func (w *world) playLate() {
+	p := w.pick(anyPod)
+	c := w.drawCommand(p)
+	by := time.Duration(rapid.SampledFrom([]int{1, 1000, 600000}).Draw(w.t, "ms late")) * time.Millisecond
+	before := w.dump()
+	if status := w.runLate(c.script, by, c.args...); status != rig.StatusLate {
+		w.fail("a late %s was answered %d", c.name, status)
+	}
+	if !before.equal(w.dump()) {
+		w.fail("a late %s changed something", c.name)
+	}
+}
+
+// modelCommand is a command of a pod.
+type modelCommand struct {
+	name   string
+	script *redis.Script
+	args   []any
+}
+
+func (w *world) drawCommand(p *actor) modelCommand {
+	return rapid.SampledFrom([]modelCommand{
+		{"heartbeat", w.scripts.heartbeat, []any{p.token, p.pod(), 0}},
+		{"release", w.scripts.release, []any{p.token}},
+		{"request without waiting", w.scripts.acquire, []any{p.length, p.token, "", p.pod()}},
+		{"request", w.scripts.acquire, []any{p.length, p.token, p.nextArrival(), p.pod()}},
+		{"repair", w.scripts.maintain, []any{p.length, "1"}},
+	}).Draw(w.t, "command")
+}
+
+// playRepeat sends a command twice. The second one must change nothing.
+func (w *world) playRepeat() {
+	p := w.pick((*actor).alive)
+	what := rapid.IntRange(0, 2).Draw(w.t, "what")
+	once := func() { w.act(p) }
+	switch {
+	case what == 1:
+		once = func() {
+			w.giveBack(p)
+			p.waiting, p.holding = false, false
+		}
+	case what == 2:
+		once = func() {
+			w.maintain(w.length, true)
+		}
+	}
+	once()
+	second, waiting, before := w.second, p.waiting, w.last
+	if what == 0 && p.holding { // p asks for the token that it already has
+		w.try(p)
+		before = w.last
+	}
+	once()
+	if w.second == second && p.waiting == waiting && !before.equalButExpiry(w.last) {
+		w.fail("a repeated command of %s changed something", p.token)
+	}
+}
+
+// playUnheard sends a request whose reply is lost. It is that of a waiter or of an
+// admission. playRelease may give back the admission's token later.
+func (w *world) playUnheard() {
+	if rapid.Bool().Draw(w.t, "admission") {
+		p := w.newPod()
+		w.try(p)
+		w.startHolding(p)
+		p.silent = true
+		return
+	}
+	p := w.pick(func(p *actor) bool { return p.alive() && p.waiting })
+	p.missed = false
+	p.due = w.now + p.pace
+	w.try(p)
+}
+
+func (w *world) playMaintain() {
+	length, newcomer := w.drawLength(), rapid.Bool().Draw(w.t, "newcomer")
+	w.maintain(length, newcomer)
+}
+
+func (w *world) playLive() {
+	seconds := []int{1, 3, w.quiet, w.quiet + 1, w.threshold + 1, w.threshold + w.quiet + 6}
+	w.live(rapid.SampledFrom(seconds).Draw(w.t, "seconds"))
+}
+
+// playOutage takes Redis away. When Redis is back, commands come again within the time
+// that retries take.
+func (w *world) playOutage() {
+	w.liveUntilAllCame()
+	seconds := rapid.SampledFrom([]int{1, 5, w.quiet, w.quiet + 1, w.threshold + 1, 600}).Draw(w.t, "seconds")
+	w.pass(seconds)
+	w.logf("Redis was away for %d s", seconds)
+	for _, p := range w.order {
+		back := w.back
+		if p.waiting {
+			back = pollMost
+		}
+		if p.alive() && p.due < w.now {
+			p.due = w.now + rapid.IntRange(0, back).Draw(w.t, "back after")
+		}
+	}
+}
+
+// playClock sets the clock of Redis.
+func (w *world) playClock() {
+	w.liveUntilAllCame()
+	seconds := rapid.SampledFrom([]int{1, 5, 30, 600}).Draw(w.t, "seconds")
+	if rapid.Bool().Draw(w.t, "back") {
+		seconds = -seconds
+	}
+	w.step(seconds)
+	w.logf("Redis's clock is set by %d s", seconds)
+}
+
+func (w *world) playLoss() {
+	w.liveUntilAllCame()
+	w.loseAll()
+	w.expected = newKnowledge()
+	w.last = w.dump()
+	w.logf("Redis has lost its data")
+}
+
+// playFailover promotes a replica that lacks the last few commands.
+func (w *world) playFailover() {
+	w.liveUntilAllCame()
+	w.replicate()
+	w.replicated = w.expected.clone()
+	start := w.now
+	for range rapid.IntRange(1, 3).Draw(w.t, "commands") {
+		play := []func(){w.playAdmission, w.playWaiter, w.playAct, w.playRelease, w.playMaintain, w.playTurn}
+		rapid.SampledFrom(play).Draw(w.t, "command")()
+		if w.now > start {
+			break
+		}
+	}
+	w.failover()
+	w.expected, w.replicated = w.replicated, nil
+	w.last = w.dump()
+	w.logf("a replica took over that lacks all commands since %d s", start)
+}

@@ -1,0 +1,276 @@
+package model
+
+import (
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+)
+
+// modelShift moves all stored times of a semaphore and of its replica. The model uses it
+// to move time without waiting.
+//
+// A script cannot distinguish passing time from a clock change: in both cases the stored
+// times are further from now, or nearer. So the server's clock stands still, and every
+// time that came from it moves. modelShift moves the stored times. world.shift moves the
+// arrivals that waiters received and send again.
+//
+// The two cases differ outside of Redis. If time passes, heartbeats and requests become
+// due, and the client's estimate of the server's clock stays right. If the clock is set,
+// nothing becomes due, and the estimate is wrong until the next reply.
+var modelShift = redis.NewScript(2*keyCount, `
+local by = tonumber(ARGV[1])
+local function shiftScores(key, by)
+  local all = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
+  for i = 1, #all, 2 do
+    redis.call('ZADD', key, string.format('%.0f', all[i + 1] + by), all[i])
+  end
+end
+for base = 0, 6, 6 do
+  shiftScores(KEYS[base + 2], by)
+  shiftScores(KEYS[base + 3], by * 1000000)
+  shiftScores(KEYS[base + 4], by)
+  for _, field in ipairs({'created', 'touched', 'resumed', 'lost', 'asked'}) do
+    local at = redis.call('HGET', KEYS[base + 6], field)
+    if at and tonumber(at) ~= 0 then -- 0 is never
+      redis.call('HSET', KEYS[base + 6], field, string.format('%.0f', at + by))
+    end
+  end
+  local names = redis.call('HGETALL', KEYS[base + 5])
+  for i = 1, #names, 2 do
+    local since, pod = string.match(names[i + 1], '^(%d+) (.*)$')
+    if since and since ~= '0' then
+      redis.call('HSET', KEYS[base + 5], names[i], string.format('%.0f %s', since + by, pod))
+    end
+  end
+  for i = 1, 6 do
+    local left = redis.call('PTTL', KEYS[base + i])
+    if left >= 0 then
+      redis.call('PEXPIRE', KEYS[base + i], left + by * 1000) -- deletes an expired key
+    end
+  end
+end`)
+
+// keyCount is the number of keys of a semaphore.
+const keyCount = 6
+
+// modelDump returns everything that the keys of a semaphore hold.
+var modelDump = redis.NewScript(keyCount, `
+local expiry = {}
+for i, key in ipairs(KEYS) do
+  expiry[i] = redis.call('PEXPIRETIME', key)
+end
+return {
+  redis.call('LLEN', KEYS[1]),
+  redis.call('ZRANGE', KEYS[2], 0, -1, 'WITHSCORES'),
+  redis.call('ZRANGE', KEYS[3], 0, -1, 'WITHSCORES'),
+  redis.call('ZRANGE', KEYS[4], 0, -1, 'WITHSCORES'),
+  redis.call('HGETALL', KEYS[5]),
+  redis.call('HGETALL', KEYS[6]),
+  expiry,
+}`)
+
+// dump is everything that the keys of a semaphore hold.
+type dump struct {
+	free     int
+	inflight map[string]int
+	waiters  map[string]int
+	seen     map[string]int
+	lengths  map[string]int
+	since    map[string]int    // token -> when its pod took it; 0: a waiter
+	pods     map[string]string // token -> its pod
+	state    map[string]int
+	expiry   []int // Unix milliseconds; -1: never; -2: no such key
+}
+
+func (d dump) equal(other dump) bool {
+	return d.equalButExpiry(other) && slices.Equal(d.expiry, other.expiry)
+}
+
+func (d dump) equalButExpiry(other dump) bool {
+	return d.free == other.free && maps.Equal(d.inflight, other.inflight) &&
+		maps.Equal(d.waiters, other.waiters) && maps.Equal(d.seen, other.seen) &&
+		maps.Equal(d.lengths, other.lengths) && maps.Equal(d.since, other.since) &&
+		maps.Equal(d.pods, other.pods) && maps.Equal(d.state, other.state)
+}
+
+// scripts are the scripts under test.
+type scripts struct{ acquire, maintain, heartbeat, release, keep, hold *redis.Script }
+
+// scriptsOf loads the scripts by their names.
+func scriptsOf(script func(name string) *redis.Script) scripts {
+	return scripts{
+		acquire:   script("acquire"),
+		maintain:  script("maintain"),
+		heartbeat: script("heartbeat"),
+		release:   script("release"),
+		keep:      script("keep"),
+		hold:      script("hold"),
+	}
+}
+
+// estimate is a client's estimate of the server's clock.
+type estimate struct {
+	micros int64     // the time in the last reply (Unix microseconds); 0: no reply yet
+	readAt time.Time // when the client read it
+}
+
+// at returns the server's time at a moment of the client's clock. Without a reply it
+// returns 0, a deadline in the past.
+func (e *estimate) at(t time.Time) int64 {
+	if e.micros == 0 {
+		return 0
+	}
+	return e.micros + t.Sub(e.readAt).Microseconds()
+}
+
+// store is the Redis side of the model: one semaphore, a clock that the model moves, and
+// a replica that may be promoted.
+type store struct {
+	test       *testing.T
+	redis      *rig.Redis
+	clock      *estimate
+	timing     rig.Timing
+	scripts    scripts
+	subscriber redis.PubSubConn // receives the calls for waiters
+	id         rig.ID
+	second     int64 // the present second of the real clock
+}
+
+func (s *store) replica() []any {
+	var keys []any
+	for _, key := range s.id.Keys() {
+		keys = append(keys, "replica/"+key.(string))
+	}
+	return keys
+}
+
+// shift moves all stored times.
+func (s *store) shift(seconds int) {
+	keys := append(s.id.Keys(), s.replica()...)
+	_, err := modelShift.Do(s.redis.Control, append(keys, seconds)...)
+	rig.Must(s.test, err)
+}
+
+// ticks returns the seconds that the real clock has advanced since the last call. Near
+// the end of a second it waits for the next one.
+func (s *store) ticks() int {
+	const edge = 10 * time.Millisecond
+	now := time.Now()
+	if into := now.Sub(now.Truncate(time.Second)); into < edge || into > time.Second-edge {
+		time.Sleep((time.Second + edge - into) % time.Second)
+		now = time.Now()
+	}
+	ticks := now.Unix() - s.second
+	s.second = now.Unix()
+	return int(ticks)
+}
+
+// setClock moves the server's clock forward or back. The caller shifts the stored times.
+func (s *store) setClock(seconds int) { s.clock.micros -= int64(seconds) * 1e6 }
+
+// run runs a script as the program does, but with a deadline of a minute. elapsed is the
+// number of seconds that the clock has advanced meanwhile.
+func (s *store) run(script *redis.Script, args ...any) (status int, rest []any, elapsed int) {
+	status = rig.StatusLate
+	for try := 0; status == rig.StatusLate; try++ { // the first deadline may be wrong; the reply has the time
+		if try == 3 {
+			s.test.Fatal("Redis refused three deadlines as late")
+		}
+		deadline := s.clock.at(time.Now().Add(time.Minute))
+		reply, err := rig.RunScript(s.redis.Control, script, s.id, deadline, s.timing, args...)
+		rig.Must(s.test, err)
+		status, rest = reply.Status, reply.Rest
+		*s.clock = estimate{reply.Micros, time.Now()}
+	}
+	elapsed = int(s.clock.micros/1e6 - s.second)
+	s.second += int64(elapsed)
+	return status, rest, elapsed
+}
+
+// runLate runs a script after its deadline.
+func (s *store) runLate(script *redis.Script, by time.Duration, args ...any) (status int) {
+	deadline := time.Now().Add(-by).UnixMicro()
+	reply, err := rig.RunScript(s.redis.Control, script, s.id, deadline, s.timing, args...)
+	rig.Must(s.test, err)
+	return reply.Status
+}
+
+// subscribe subscribes to the channel of a waiter.
+func (s *store) subscribe(token string) { s.receiveCalls("SUBSCRIBE", s.id.Channel(token)) }
+
+// unsubscribe unsubscribes from all channels.
+func (s *store) unsubscribe() { s.receiveCalls("UNSUBSCRIBE") }
+
+// receiveCalls sends a command over the subscribed connection. It returns the channels of the
+// calls that came before the reply.
+func (s *store) receiveCalls(command string, args ...any) map[string]bool {
+	rig.Must(s.test, s.subscriber.Conn.Send(command, args...))
+	rig.Must(s.test, s.subscriber.Conn.Flush())
+	called := map[string]bool{}
+	for {
+		switch reply := s.subscriber.Receive().(type) {
+		case redis.Message:
+			if string(reply.Data) == rig.YourTurn {
+				called[reply.Channel] = true
+			}
+		case redis.Subscription:
+			if reply.Kind == "subscribe" || reply.Count == 0 {
+				return called
+			}
+		case redis.Pong:
+			return called
+		case error:
+			rig.Must(s.test, reply)
+		}
+	}
+}
+
+// replicate copies the data to the replica.
+func (s *store) replicate() { s.copy(s.id.Keys(), s.replica()) }
+
+// failover promotes the replica.
+func (s *store) failover() { s.copy(s.replica(), s.id.Keys()) }
+
+// loseAll deletes the data of the semaphore.
+func (s *store) loseAll() { s.redis.Do(s.test, "DEL", s.id.Keys()...) }
+
+func (s *store) copy(from, to []any) {
+	s.redis.Do(s.test, "DEL", to...)
+	for i := range from {
+		s.redis.Do(s.test, "COPY", from[i], to[i])
+	}
+}
+
+// dump reads everything that the keys of the semaphore hold.
+func (s *store) dump() (d dump) {
+	values, err := redis.Values(modelDump.Do(s.redis.Control, s.id.Keys()...))
+	rig.Must(s.test, err)
+	d.free = int(values[0].(int64))
+	for i, m := range map[int]*map[string]int{1: &d.inflight, 2: &d.waiters, 3: &d.seen, 5: &d.state} {
+		*m, err = redis.IntMap(values[i], nil)
+		rig.Must(s.test, err)
+	}
+	names, err := redis.StringMap(values[4], nil)
+	rig.Must(s.test, err)
+	d.lengths, d.since, d.pods = map[string]int{}, map[string]int{}, map[string]string{}
+	for field, text := range names {
+		var err error
+		if token, ok := strings.CutSuffix(field, "/pod"); ok {
+			since, pod, _ := strings.Cut(text, " ")
+			d.pods[token] = pod
+			d.since[token], err = strconv.Atoi(since)
+		} else {
+			d.lengths[field], err = strconv.Atoi(text)
+		}
+		rig.Must(s.test, err)
+	}
+	d.expiry, err = redis.Ints(values[6], nil)
+	rig.Must(s.test, err)
+	return d
+}

@@ -1,0 +1,325 @@
+package model
+
+import (
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+	"pgregory.net/rapid"
+)
+
+// world is a semaphore, its pods, and what the rules require of them. Times and durations
+// are in seconds.
+type world struct {
+	store
+	t          *rapid.T
+	broken     func(rule string) // receives the broken rule, and does not return
+	interval   int
+	threshold  int
+	back       int // live holders come back within this time after Redis answers
+	quiet      int
+	length     int // the length that most pods ask for
+	subscribed bool
+
+	now        int // the model's time
+	pods       map[string]*actor
+	order      []*actor // in order of creation
+	expected   *knowledge
+	replicated *knowledge // of a replica that may be promoted; nil: none
+	last       dump
+	commands   int
+}
+
+func (w *world) fail(format string, args ...any) { w.broken(fmt.Sprintf(format, args...)) }
+
+// logf logs an event. rapid prints the log of the shortest failure.
+func (w *world) logf(format string, args ...any) {
+	w.t.Logf("%5d s: %s", w.now, fmt.Sprintf(format, args...))
+}
+
+// shift moves all times that came from Redis's clock; see modelShift.
+func (w *world) shift(seconds int) {
+	w.store.shift(seconds)
+	for _, p := range w.order {
+		if p.arrival != 0 {
+			p.arrival += seconds * 1e6
+		}
+	}
+	for _, k := range []*knowledge{w.expected, w.replicated} {
+		if k == nil {
+			continue
+		}
+		for token := range k.line {
+			k.line[token] += seconds * 1e6
+		}
+		k.born += seconds
+		k.touched += seconds
+		k.resumed += seconds
+		for i := range k.greatest {
+			k.greatest[i].at += seconds
+		}
+	}
+	w.last = w.dump()
+}
+
+// pass passes time without a command.
+func (w *world) pass(seconds int) {
+	if seconds > 0 {
+		w.shift(-seconds)
+		w.now += seconds
+	}
+}
+
+// step sets Redis's clock.
+func (w *world) step(seconds int) {
+	w.shift(-seconds)
+	w.setClock(seconds)
+	w.expected.clockSet = true
+}
+
+// arrive prepares for a command that arrives now.
+func (w *world) arrive() {
+	if ticks := w.ticks(); ticks != 0 {
+		w.shift(ticks) // the model's time stands still
+	}
+	k := w.expected
+	if len(w.last.state) == 0 { // deleted, or expired
+		*k = *newKnowledge()
+		k.born = int(w.second)
+	}
+	k.born = min(k.born, int(w.second))
+	silence := w.quiet
+	if len(k.line) > 0 {
+		silence = lineQuiet
+	}
+	second := int(w.second)
+	if k.touched > 0 && (second-k.touched > silence || second < k.touched) {
+		k.disturbed, k.resumed = w.now, second
+	}
+	if (k.clockSet || second < k.touched) && k.lossReported != never {
+		k.lossReported = w.now // the report may lie in the repeated time
+	}
+	if k.clockSet || second-k.touched > max(w.interval, lineQuiet) {
+		k.disturbed = w.now // a second silence shortly after the first
+	}
+	k.touched = second
+}
+
+// command runs a script.
+func (w *world) command(script *redis.Script, args ...any) (status int, rest []any, d dump) {
+	w.commands++
+	status, rest, elapsed := w.run(script, args...)
+	w.now += elapsed
+	w.expected.touched += elapsed
+	return status, rest, w.dump()
+}
+
+// note records a request or a repair for a length.
+func (w *world) note(length int) {
+	w.expected.clockSet = false
+	w.expected.greatest = append(w.expected.greatest, asking{int(w.second), length})
+}
+
+// ask runs the acquire script for p.
+func (w *world) ask(p *actor, arrival string) rig.Acquired {
+	w.note(p.length)
+	status, rest, d := w.command(w.scripts.acquire, p.length, p.token, arrival, p.pod())
+	a, err := rig.ReadAcquired(rig.Reply{Status: status, Rest: rest})
+	rig.Must(w.test, err)
+	k := w.expected
+	_, held := k.holders[p.token]
+	switch {
+	case a.Status == rig.AcquireTaken:
+		if !held {
+			w.checkTake(p, arrival)
+			if d.free != w.last.free-1 {
+				w.fail("%s took a token, and then %d of %d are free", p.token, d.free, w.last.free)
+			}
+		} else if d.free != w.last.free {
+			w.fail("%s took a token twice", p.token)
+		}
+		k.holders[p.token] = w.now
+		delete(k.line, p.token)
+		delete(k.asked, p.token)
+	case held:
+		w.fail("holder %s asked and was answered %d", p.token, a.Status)
+	case d.free != w.last.free:
+		w.fail("%s took no token, and then %d of %d are free", p.token, d.free, w.last.free)
+	case arrival != "":
+		if _, ok := k.line[p.token]; !ok {
+			w.join(p, arrival, d)
+		}
+		k.asked[p.token] = w.now
+	}
+	w.check(d, false)
+	if a.Status == rig.AcquireTaken {
+		w.checkCalled(d)
+	}
+	w.last = d
+	return a
+}
+
+// join updates p, which has just joined the line.
+func (w *world) join(p *actor, arrival string, d dump) {
+	at := d.waiters[p.token]
+	if arrival == joinLine {
+		for token, other := range d.waiters {
+			if token != p.token && other >= at {
+				w.fail("%s joined the line, and is not the last in it", p.token)
+			}
+		}
+	} else if at != p.arrival {
+		w.fail("%s came back to the line, and has another place", p.token)
+	}
+	w.expected.line[p.token] = at
+}
+
+// noteLoss handles a waiter or holder that is older than the data in Redis. Callers that
+// did not know of the holders made the free tokens.
+func (w *world) noteLoss() {
+	k := w.expected
+	w.last.free = 0
+	k.born = 0 // one report is enough
+	k.lossReported, k.disturbed, k.resumed = w.now, w.now, int(w.second)
+}
+
+// try asks for a token for p. If Redis replies that a repair comes first, try repairs and
+// asks again.
+func (w *world) try(p *actor) rig.Acquired {
+	if p.kept { // the process that refreshes its place does so before it asks
+		w.arrive()
+		w.keep(nil, []*actor{p}, map[string]int{p.token: p.arrival})
+	}
+	empty := len(w.last.state) == 0 // p's arrival may be later than now, if the clock was set back
+	w.arrive()
+	k, arrival := w.expected, p.nextArrival()
+	if p.arrival != 0 && !p.kept && (empty || p.arrival < k.born*1e6) { // p is older than the data in Redis
+		w.noteLoss()
+	}
+	mustGet := w.mustGet(p, arrival)
+	a := w.ask(p, arrival)
+	if a.Status == rig.AcquireRepair {
+		w.maintain(p.length, arrival == "" || arrival == joinLine)
+		w.arrive()
+		arrival = p.nextArrival() // the same unless a new second has begun
+		mustGet = mustGet || w.mustGet(p, arrival)
+		a = w.ask(p, arrival)
+		if a.Status == rig.AcquireRepair {
+			w.fail("%s has repaired, and Redis still asks for a repair", p.token)
+		}
+	}
+	if mustGet && a.Status != rig.AcquireTaken {
+		w.fail("%s is entitled to a token, but does not get it", p.token)
+	}
+	if a.Status != rig.AcquireTaken {
+		w.checkReclaims(p)
+	}
+	w.logf("%s of length %d asks with arrival %s: %s; %d in flight, %d free, line %v", p.token, p.length,
+		map[bool]string{true: "that it was answered", false: strconv.Quote(arrival)}[len(arrival) > 1],
+		map[int]string{rig.AcquireTaken: "taken", rig.AcquireFull: "full"}[a.Status],
+		len(w.last.inflight), w.last.free, w.expected.inLine())
+	return a
+}
+
+// maintain repairs the semaphore.
+func (w *world) maintain(length int, newcomer bool) {
+	w.arrive()
+	w.note(length)
+	flag := "0"
+	if newcomer {
+		flag = "1"
+	}
+	_, _, d := w.command(w.scripts.maintain, length, flag)
+	w.check(d, true)
+	w.checkRoom(d)
+	w.checkCalled(d)
+	total, before := d.free+len(d.inflight), w.last.free+len(w.last.inflight)
+	if w.settled() && total < min(length, portion) {
+		w.fail("a repair left %d tokens of %d", total, length)
+	}
+	if int(w.second)-w.expected.resumed <= w.quiet && !newcomer && total > before {
+		w.fail("a repair replaced tokens, and their holders may come back")
+	}
+	w.last = d
+	w.logf("repaired: %d in flight, %d free", len(d.inflight), d.free)
+}
+
+// beat sends a heartbeat of p.
+func (w *world) beat(p *actor) {
+	w.arrive()
+	k := w.expected
+	_, held := k.holders[p.token]
+	seconds := w.now - p.since
+	status, _, d := w.command(w.scripts.heartbeat, p.token, p.pod(), seconds)
+	if !held && int(w.second)-seconds < k.born { // p is older than the data in Redis
+		w.noteLoss()
+	}
+	if (status == rig.HeartbeatRejoined) == held {
+		w.fail("a heartbeat of %s was answered %d", p.token, status)
+	}
+	free := w.last.free
+	if !held {
+		free = max(0, free-1) // a running pod counts
+	}
+	if d.free != free {
+		w.fail("after a heartbeat of %s, %d tokens are free, not %d", p.token, d.free, free)
+	}
+	k.holders[p.token] = w.now
+	delete(k.line, p.token)
+	delete(k.asked, p.token)
+	w.check(d, false)
+	w.last = d
+	w.logf("%s beats: %d in flight, %d free", p.token, len(d.inflight), d.free)
+}
+
+// giveBack releases p's token or its place in line.
+func (w *world) giveBack(p *actor) {
+	w.arrive()
+	k := w.expected
+	want, free := 0, w.last.free
+	if _, ok := k.holders[p.token]; ok {
+		want = rig.ReleaseDone
+		last := 0 // without a length, Redis keeps no free tokens
+		if n := len(k.greatest); n > 0 {
+			last = k.greatest[n-1].length
+		}
+		free = min(free+1, max(0, last-len(k.holders)+1))
+	} else if _, ok := k.line[p.token]; ok {
+		want = rig.ReleaseLeft
+	}
+	delete(k.holders, p.token)
+	delete(k.line, p.token)
+	delete(k.asked, p.token)
+	status, _, d := w.command(w.scripts.release, p.token)
+	if status != want {
+		w.fail("a release of %s was answered %d, not %d", p.token, status, want)
+	}
+	if d.free < free || d.free > w.last.free+1 || want != rig.ReleaseDone && d.free != free {
+		w.fail("a release of %s made %d free tokens %d", p.token, w.last.free, d.free)
+	}
+	w.check(d, false)
+	if want == rig.ReleaseDone {
+		w.checkRoom(d)
+	}
+	w.checkCalled(d)
+	w.last = d
+	w.logf("%s released: %d in flight, %d free, line %v", p.token, len(d.inflight), d.free, k.inLine())
+}
+
+func newWorld(t *rapid.T, s store, broken func(rule string)) *world {
+	w := &world{store: s, t: t, broken: broken, pods: map[string]*actor{}, expected: newKnowledge()}
+	w.second = time.Now().Unix()
+	pace := rapid.SampledFrom([][2]int{{5, 16}, {10, 40}, {2, 1}}).Draw(t, "interval and threshold")
+	w.interval, w.back = pace[0], min(beatTimeout, pace[0])
+	w.quiet = w.interval + w.back
+	w.threshold = max(pace[1], 2*w.quiet)
+	w.length = rapid.IntRange(1, 4).Draw(t, "length")
+	w.timing.Interval = time.Duration(pace[0]) * time.Second
+	w.timing.Threshold = time.Duration(pace[1]) * time.Second
+	w.id = rig.FreshID()
+	w.logf("interval %d s, threshold %d s, length %d", w.interval, w.threshold, w.length)
+	w.last = w.dump()
+	return w
+}

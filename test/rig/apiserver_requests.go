@@ -1,0 +1,199 @@
+package rig
+
+import (
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strconv"
+	"time"
+
+	jsonpatch "gopkg.in/evanphx/json-patch.v4"
+	corev1 "k8s.io/api/core/v1"
+	eventsv1 "k8s.io/api/events/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+)
+
+// Respond writes an object, or the Status unless it is nil.
+func Respond(w http.ResponseWriter, code int, object any, status *metav1.Status) {
+	if status != nil {
+		status.TypeMeta, status.Status = metav1.TypeMeta{APIVersion: "v1", Kind: "Status"}, metav1.StatusFailure
+		code, object = int(status.Code), status
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	_ = json.NewEncoder(w).Encode(object)
+}
+
+// Failure returns the Status of a failed request.
+func Failure(code int32, reason metav1.StatusReason, format string, args ...any) *metav1.Status {
+	return &metav1.Status{Code: code, Reason: reason, Message: fmt.Sprintf(format, args...)}
+}
+
+func (s *APIStore) servePods(w http.ResponseWriter, r *http.Request) {
+	query, namespace := r.URL.Query(), r.PathValue("namespace")
+	selector, err := labels.Parse(query.Get("labelSelector"))
+	if err != nil {
+		Respond(w, 0, nil, Failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "%v", err))
+		return
+	}
+	matches := func(p *corev1.Pod) bool {
+		return p != nil && (namespace == "" || p.Namespace == namespace) && selector.Matches(labels.Set(p.Labels))
+	}
+	if query.Get("watch") == "true" {
+		s.serveWatch(w, r, matches)
+		return
+	}
+	list, status := s.page(matches, query.Get("continue"), query.Get("limit"))
+	Respond(w, http.StatusOK, list, status)
+}
+
+// serveWatch sends the changes after a version.
+func (s *APIStore) serveWatch(w http.ResponseWriter, r *http.Request, matches func(*corev1.Pod) bool) {
+	query, flush := r.URL.Query(), http.NewResponseController(w).Flush
+	version, err := strconv.Atoi(query.Get("resourceVersion"))
+	if err != nil {
+		Respond(w, 0, nil, Failure(http.StatusBadRequest, metav1.StatusReasonBadRequest,
+			"a watch from no version is not served here"))
+		return
+	}
+	length, _ := strconv.Atoi(query.Get("timeoutSeconds"))
+	end, bookmark := time.After(time.Duration(length)*time.Second), time.NewTicker(s.BookmarkEvery)
+	defer bookmark.Stop()
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(http.StatusOK)
+	send := func(kind string, object any) bool {
+		return json.NewEncoder(w).Encode(map[string]any{"type": kind, "object": object}) == nil && flush() == nil
+	}
+	for flush() == nil {
+		changes, changed, upTo, ok := s.since(version)
+		if !ok {
+			send("ERROR", metav1.Status{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Status"},
+				Status: metav1.StatusFailure, Code: http.StatusGone, Reason: metav1.StatusReasonExpired,
+				Message: fmt.Sprintf("too old resource version: %d", version)})
+			return
+		}
+		for _, c := range changes {
+			if kind, p := c.event(matches(c.before), matches(c.after)); kind != "" && !send(kind, p) {
+				return
+			}
+		}
+		version = upTo
+		select {
+		case <-changed:
+		case <-bookmark.C:
+			mark := &corev1.Pod{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},
+				ObjectMeta: metav1.ObjectMeta{ResourceVersion: strconv.Itoa(version)}}
+			if query.Get("allowWatchBookmarks") == "true" && !send("BOOKMARK", mark) {
+				return
+			}
+			s.mu.Lock()
+			s.marked = version
+			s.mu.Unlock()
+		case <-end:
+			return
+		case <-r.Context().Done():
+			return
+		}
+	}
+}
+
+// event returns the watch event for a change. If the selector no longer matches after a
+// change, the event is a deletion: of the pod as it was before, with the new version.
+func (c podChange) event(matched, matches bool) (kind string, p *corev1.Pod) {
+	switch {
+	case matched && matches:
+		kind, p = "MODIFIED", c.after
+	case matches:
+		kind, p = "ADDED", c.after
+	case matched:
+		kind, p = "DELETED", c.before.DeepCopy()
+		p.ResourceVersion = strconv.Itoa(c.version)
+	default:
+		return "", nil
+	}
+	shown := *p
+	shown.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"}
+	return kind, &shown
+}
+
+func (s *APIStore) serveCreate(w http.ResponseWriter, r *http.Request) {
+	p := new(corev1.Pod)
+	if err := json.NewDecoder(r.Body).Decode(p); err != nil {
+		Respond(w, 0, nil, Failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "%v", err))
+		return
+	}
+	p.Namespace = r.PathValue("namespace")
+	created, status := s.Create(p)
+	Respond(w, http.StatusCreated, created, status)
+}
+
+// servePatch accepts JSON patches. Like a real API server, it allows a patch to remove
+// gates but not to add them, and responds with 422 if a test fails.
+func (s *APIStore) servePatch(w http.ResponseWriter, r *http.Request) {
+	body, err := io.ReadAll(r.Body)
+	steps, wrong := jsonpatch.DecodePatch(body)
+	if err != nil || wrong != nil || r.Header.Get("Content-Type") != "application/json-patch+json" {
+		Respond(w, 0, nil, Failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "not a JSON patch: %v", wrong))
+		return
+	}
+	var status *metav1.Status
+	after, missing := s.Change(r.PathValue("namespace"), r.PathValue("name"), func(p *corev1.Pod) {
+		var patched *corev1.Pod
+		if patched, status = applySteps(p, steps); status == nil {
+			*p = *patched
+		}
+	})
+	Respond(w, http.StatusOK, after, cmp.Or(missing, status))
+}
+
+func applySteps(p *corev1.Pod, steps jsonpatch.Patch) (*corev1.Pod, *metav1.Status) {
+	text, err := json.Marshal(p)
+	if err == nil {
+		text, err = steps.Apply(text)
+	}
+	if err != nil {
+		return nil, Failure(http.StatusUnprocessableEntity, "", "%v", err)
+	}
+	patched := new(corev1.Pod)
+	if err := json.Unmarshal(text, patched); err != nil {
+		return nil, Failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "%v", err)
+	}
+	for _, g := range patched.Spec.SchedulingGates {
+		if !slices.Contains(p.Spec.SchedulingGates, g) {
+			return nil, Failure(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid,
+				"spec.schedulingGates: only deletion is allowed")
+		}
+	}
+	if patched.Spec.NodeName != p.Spec.NodeName || patched.UID != p.UID {
+		return nil, Failure(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "field is immutable")
+	}
+	patched.Status = p.Status // the status is a subresource
+	return patched, nil
+}
+
+func (s *APIStore) serveEvent(w http.ResponseWriter, r *http.Request) {
+	var e eventsv1.Event
+	if err := json.NewDecoder(r.Body).Decode(&e); err != nil {
+		Respond(w, 0, nil, Failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "%v", err))
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var status *metav1.Status
+	switch same := func(other eventsv1.Event) bool { return other.Namespace == e.Namespace && other.Name == e.Name }; {
+	case e.EventTime.IsZero() || e.ReportingController == "" || e.ReportingInstance == "" ||
+		e.Action == "" || e.Reason == "" || e.Type != corev1.EventTypeNormal && e.Type != corev1.EventTypeWarning ||
+		len(e.Note) >= 1024 || e.Regarding.Namespace != e.Namespace:
+		status = Failure(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "Event %q is invalid", e.Name)
+	case slices.ContainsFunc(s.events, same):
+		status = Failure(http.StatusConflict, metav1.StatusReasonAlreadyExists,
+			"events.events.k8s.io %q already exists", e.Name)
+	default:
+		s.events = append(s.events, e)
+	}
+	Respond(w, http.StatusCreated, e, status)
+}

@@ -1,0 +1,383 @@
+package rig
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/gomodule/redigo/redis"
+)
+
+// RedisProgram is the server that the tests start: REDIS_SERVER, or redis-server.
+var RedisProgram = cmp.Or(os.Getenv("REDIS_SERVER"), "redis-server")
+
+// Redis is a real redis-server. Process is the running one: Start replaces it.
+type Redis struct {
+	Address string
+	Args    []string
+	*Process
+	Control redis.Conn // the test's own connection
+
+	dial     []redis.DialOption
+	env      func(address string) []string
+	allSlots bool // it is a Cluster of one node
+}
+
+// RedisOptions are the options of a redis-server.
+type RedisOptions struct {
+	// Args returns its arguments, except for the folder. Nil: it listens on the port
+	// without TLS.
+	Args func(port string) []string
+
+	Dial []redis.DialOption            // for the test's own connections
+	Env  func(address string) []string // added to the environment; nil: nothing
+	Kind string                        // SingleQueue or ClusterQueue; empty: as TEST_QUEUE selects
+}
+
+// PlainPort returns the arguments for a port without TLS.
+func PlainPort(port string) []string { return []string{"--port", port} }
+
+// StartRedis starts a new redis-server. It has an append-only file: Stop and Start
+// restart it with its data.
+func StartRedis(t testing.TB) *Redis {
+	t.Helper()
+	return StartRedisWith(t, RedisOptions{})
+}
+
+// StartRedisWith is StartRedis with options.
+func StartRedisWith(t testing.TB, o RedisOptions) *Redis {
+	t.Helper()
+	r, err := launchRedis(t.TempDir(), o)
+	Must(t, err)
+	t.Cleanup(r.Stop)
+	return r
+}
+
+func launchRedis(dir string, o RedisOptions) (*Redis, error) {
+	if o.Args == nil {
+		o.Args = PlainPort
+	}
+	var last error
+	for range 5 { // another process may take the port first
+		address, err := unusedAddress()
+		if err != nil {
+			return nil, err
+		}
+		r := &Redis{Address: address, dial: append(o.Dial, redis.DialReadTimeout(5*time.Second)), env: o.Env}
+		r.Args = append(o.Args(Port(address)), "--bind", "127.0.0.1", "--dir", dir, "--save", "",
+			"--appendonly", "yes", "--appendfsync", "always")
+		if cmp.Or(o.Kind, TestQueue) == ClusterQueue {
+			bus, err := unusedAddress()
+			if err != nil {
+				return nil, err
+			}
+			r.allSlots = true
+			r.Args = append(r.Args, "--cluster-enabled", "yes",
+				"--cluster-config-file", "nodes-"+Port(address)+".conf", "--cluster-port", Port(bus))
+		}
+		if last = r.Start(); last == nil {
+			return r, nil
+		}
+	}
+	return nil, last
+}
+
+// unusedAddress returns an address that the system has just chosen.
+func unusedAddress() (string, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	defer l.Close()
+	return l.Addr().String(), nil
+}
+
+// Start starts or restarts the server, and waits until it answers.
+func (r *Redis) Start() error {
+	r.Process = NewProcess(RedisProgram, r.Args...)
+	if r.env != nil {
+		r.Cmd.Env = append(os.Environ(), r.env(r.Address)...)
+	}
+	if err := r.Launch(); err != nil {
+		return fmt.Errorf("%s is needed (apt-get install redis-server): %w", RedisProgram, err)
+	}
+	err := poll(5*time.Second, func() error {
+		c, err := redis.Dial("tcp", r.Address, r.dial...)
+		if err != nil {
+			return err
+		}
+		if _, err = c.Do("PING"); err != nil {
+			c.Close()
+			return err
+		}
+		r.Control = c
+		return nil
+	})
+	if err != nil {
+		r.Stop()
+		output := r.Stdout.String() + r.Log.String()
+		return fmt.Errorf("%s did not answer at %s: %w: %s", RedisProgram, r.Address, err, output)
+	}
+	if r.allSlots {
+		return r.serveAllSlots()
+	}
+	return nil
+}
+
+// Stop shuts the server down in order. A replica that writes its first append-only file after
+// a resync refuses to end, so Stop asks again, and kills the server in the end.
+func (r *Redis) Stop() {
+	if r.Control != nil {
+		r.Control.Close()
+	}
+	_ = r.Cmd.Process.Signal(syscall.SIGCONT)
+	for range 30 {
+		_ = r.Cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-r.Done():
+			return
+		case <-time.After(time.Second):
+		}
+	}
+	r.Kill()
+}
+
+// Crash kills the server, like the loss of its machine.
+func (r *Redis) Crash(t testing.TB) {
+	t.Helper()
+	r.Signal(t, syscall.SIGKILL)
+	<-r.Done()
+}
+
+// Redial replaces the test's own connection, which a failover closes.
+func (r *Redis) Redial(t testing.TB) {
+	t.Helper()
+	r.Control.Close()
+	r.Control = r.Dial(t)
+}
+
+// Dial makes another connection. The caller closes it.
+func (r *Redis) Dial(t testing.TB) redis.Conn {
+	t.Helper()
+	c, err := redis.Dial("tcp", r.Address, r.dial...)
+	Must(t, err)
+	return c
+}
+
+// Do sends a command, which must succeed.
+func (r *Redis) Do(t testing.TB, command string, args ...any) any {
+	t.Helper()
+	reply, err := r.Control.Do(command, args...)
+	Must(t, err)
+	return reply
+}
+
+var (
+	sharedRedis     *Redis
+	sharedRedisErr  error
+	sharedRedisOnce sync.Once
+)
+
+// CommonRedis returns one server for all tests that do not disturb it. Each test has its
+// own connection.
+func CommonRedis(t testing.TB) *Redis {
+	t.Helper()
+	sharedRedisOnce.Do(func() { sharedRedis, sharedRedisErr = launchRedis(Folder(), RedisOptions{}) })
+	Must(t, sharedRedisErr)
+	r := &Redis{Address: sharedRedis.Address, Process: sharedRedis.Process}
+	r.Control = r.Dial(t)
+	t.Cleanup(func() { r.Control.Close() })
+	return r
+}
+
+// stopShared stops the servers that all tests share.
+func stopShared() {
+	for _, r := range []*Redis{sharedRedis, sharedSentinel} {
+		if r != nil {
+			r.Stop()
+		}
+	}
+}
+
+// Now returns the server's time, in Unix seconds.
+func (r *Redis) Now(t testing.TB) int {
+	t.Helper()
+	now, err := redis.Ints(r.Do(t, "TIME"), nil)
+	Must(t, err)
+	return now[0]
+}
+
+// Role returns the server's role: master, slave or sentinel. If the server does not
+// answer, it returns why.
+func (r *Redis) Role(t testing.TB) string {
+	t.Helper()
+	reply, err := redis.Values(r.Control.Do("ROLE"))
+	if err != nil {
+		return err.Error()
+	}
+	return string(reply[0].([]byte))
+}
+
+// Info returns a number in a section of INFO: the digits after a pattern, or 0.
+func (r *Redis) Info(t testing.TB, section, pattern string) int {
+	t.Helper()
+	text, err := redis.String(r.Do(t, "INFO", section), nil)
+	Must(t, err)
+	m := regexp.MustCompile(pattern + `(\d+)`).FindStringSubmatch(text)
+	if m == nil {
+		return 0
+	}
+	n, err := strconv.Atoi(m[1])
+	Must(t, err)
+	return n
+}
+
+// CommandCalls counts the commands so far, by name in lower case.
+func (r *Redis) CommandCalls(t testing.TB) map[string]int {
+	t.Helper()
+	info, err := redis.String(r.Do(t, "INFO", "commandstats"), nil)
+	Must(t, err)
+	calls := map[string]int{}
+	for _, m := range regexp.MustCompile(`cmdstat_([^:]+):calls=(\d+)`).FindAllStringSubmatch(info, -1) {
+		n, err := strconv.Atoi(m[2])
+		Must(t, err)
+		calls[m[1]] = n
+	}
+	return calls
+}
+
+// Fill uses up all memory, so that the server refuses writes. empty frees it.
+func (r *Redis) Fill(t testing.TB) (empty func()) {
+	t.Helper()
+	r.Do(t, "CONFIG", "SET", "maxmemory-policy", "noeviction")
+	r.Do(t, "CONFIG", "SET", "maxmemory", "1")
+	if _, err := r.Control.Do("SET", "x", "x"); err == nil || !strings.HasPrefix(err.Error(), "OOM") {
+		t.Fatalf("got %v, want OOM", err)
+	}
+	return func() { r.Do(t, "CONFIG", "SET", "maxmemory", "0") }
+}
+
+// WantReplicasInSync waits until all replicas have all data of the server, which must get
+// no more writes.
+func (r *Redis) WantReplicasInSync(t testing.TB) {
+	t.Helper()
+	Eventually(t, 10*time.Second, func() error {
+		info, err := redis.String(r.Control.Do("INFO", "replication"))
+		if err != nil {
+			return err
+		}
+		_, rest, _ := strings.Cut(info, "master_repl_offset:")
+		offset, _, _ := strings.Cut(rest, "\r")
+		if strings.Count(info, ",offset="+offset+",") != strings.Count(info, ",offset=") {
+			return fmt.Errorf("not in sync: %s", info)
+		}
+		return nil
+	})
+}
+
+// LockServers are the Redis servers of a Redlock.
+type LockServers []*Redis
+
+// StartLockServers starts n lock servers.
+func StartLockServers(t testing.TB, n int, o RedisOptions) (s LockServers) {
+	t.Helper()
+	for range n {
+		s = append(s, StartRedisWith(t, o))
+	}
+	return s
+}
+
+// Addresses returns the addresses of all servers.
+func (s LockServers) Addresses() (all []string) {
+	for _, r := range s {
+		all = append(all, r.Address)
+	}
+	return all
+}
+
+// LocksLeft returns an error if any server has a key.
+func (s LockServers) LocksLeft() error {
+	for _, r := range s {
+		if n, err := redis.Int(r.Control.Do("DBSIZE")); err != nil || n > 0 {
+			return fmt.Errorf("%d keys left, %v", n, err)
+		}
+	}
+	return nil
+}
+
+// ConnectionsLeft returns an error if any server has a connection besides the test's own.
+func (s LockServers) ConnectionsLeft() error {
+	for _, r := range s {
+		clients, err := redis.String(r.Control.Do("CLIENT", "LIST"))
+		if n := strings.Count(clients, "\n"); err != nil || n > 1 {
+			return fmt.Errorf("%d connections left, %v", n-1, err)
+		}
+	}
+	return nil
+}
+
+// UserLine splits a line of deploy/base/redis-scripts.yaml into words. The first word is
+// "user" if the line makes a user, with or without a password in the environment.
+func UserLine(line string) []string {
+	line = strings.TrimSpace(line)
+	if _, user, ok := strings.Cut(line, "_PASSWORD:+user "); ok && strings.HasPrefix(line, "${") {
+		line = "user " + strings.TrimSuffix(user, "}")
+	}
+	return strings.Fields(line)
+}
+
+// Anys converts texts to arguments of a command.
+func Anys(texts []string) (all []any) {
+	for _, text := range texts {
+		all = append(all, text)
+	}
+	return all
+}
+
+// launchSentinel starts a Sentinel that watches no primary yet.
+func launchSentinel(dir string, env func(address string) []string) (*Redis, error) {
+	var last error
+	for range 5 {
+		address, err := unusedAddress()
+		if err != nil {
+			return nil, err
+		}
+		s := &Redis{Address: address, dial: []redis.DialOption{redis.DialReadTimeout(5 * time.Second)}, env: env}
+		file := filepath.Join(dir, "sentinel-"+Port(s.Address)+".conf")
+		config := fmt.Sprintf("port %s\nbind 127.0.0.1\ndir %s\n", Port(s.Address), dir)
+		if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+			return nil, err
+		}
+		s.Args = []string{file, "--sentinel"}
+		if last = s.Start(); last == nil {
+			return s, nil
+		}
+	}
+	return nil, last
+}
+
+// serveAllSlots makes the server a Cluster of one node. A node does not serve for its
+// first two seconds.
+func (r *Redis) serveAllSlots() error {
+	_, err := r.Control.Do("CLUSTER", "ADDSLOTSRANGE", 0, ClusterSlots-1)
+	if err != nil && !strings.Contains(err.Error(), "busy") {
+		return err
+	}
+	return poll(10*time.Second, func() error {
+		info, err := redis.String(r.Control.Do("CLUSTER", "INFO"))
+		if err == nil && !strings.Contains(info, "cluster_state:ok") {
+			err = errors.New("the Cluster of one node does not serve")
+		}
+		return err
+	})
+}

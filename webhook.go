@@ -1,0 +1,303 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"strconv"
+	"time"
+
+	admissionv1 "k8s.io/api/admission/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+const (
+	// defaultTimeout and maxTimeout are the API server's for webhooks.
+	defaultTimeout = 10 * time.Second
+	maxTimeout     = 30 * time.Second
+
+	// admissionGrace is how long after SIGTERM running admissions may take. After that
+	// they get an error, and giveBackGrace begins. Kubernetes kills after 30 seconds.
+	admissionGrace = 20 * time.Second
+)
+
+// runWebhook serves until ctx is done, and then finishes running admissions.
+func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
+	cert, err := loadCertificate(c.certDir, log)
+	if err != nil {
+		return err
+	}
+	clients, err := newCallers(c, log)
+	if err != nil {
+		return err
+	}
+	webhookListener, err := listen("--host and --port", net.JoinHostPort(c.host, strconv.Itoa(c.port)))
+	if err != nil {
+		return err
+	}
+	defer webhookListener.Close()
+	healthListener, err := listen("--metrics-bind-address", c.metricsBindAddress)
+	if err != nil {
+		return err
+	}
+	defer healthListener.Close()
+
+	c.redis.counts = new(redisCounts)
+	s := newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, log)
+	s.metrics = newMetrics(c.redis.counts)
+	s.metrics.countVerdicts()
+	s.metrics.watchCertificate(cert)
+	s.metrics.watchSemaphores(s)
+	a, err := newAdmitter(c, s)
+	if err != nil {
+		return err
+	}
+	w := &webhook{
+		admitter: a,
+		callers:  clients,
+		bounds:   newBounds(),
+		limit:    logLimiter{most: badRequestsLogged},
+		log:      log,
+		stopping: ctx.Done(),
+	}
+	s.metrics.watchGate(w.pulse)
+	admissions, endAdmissions := context.WithCancelCause(context.Background())
+	defer endAdmissions(nil)
+	errorLog := newHTTPErrors(log)
+	webhookServer := newWebhookServer(w.routes(), clients.tls(cert), w.bounds)
+	webhookServer.BaseContext = func(net.Listener) context.Context { return admissions }
+	webhookServer.ErrorLog = errorLog
+	healthServer := newHealthServer(w.healthRoutes(), errorLog)
+
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	go cert.watch(ctx, fileInterval)
+	clients.watch(ctx)
+	go func() { fail(webhookServer.ServeTLS(countingListener{webhookListener}, "", "")) }()
+	go func() { fail(healthServer.Serve(healthListener)) }()
+	log.Info("serving", "address", webhookListener.Addr().String(), "healthAddress", healthListener.Addr().String(),
+		"version", version, "lockMode", c.lockMode, "queueRedis", c.queueRedisAddress.text)
+
+	<-ctx.Done()
+	cause := context.Cause(ctx)
+	log.Info("stopping", "reason", cause.Error())
+	time.AfterFunc(admissionGrace, func() { endAdmissions(errors.New("this webhook is stopping")) })
+	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), admissionGrace+giveBackGrace/2)
+	defer cancel()
+	if err = webhookServer.Shutdown(ending); err != nil {
+		err = fmt.Errorf("finish admissions: %w", err)
+	}
+	ending, cancel = context.WithTimeout(context.WithoutCancel(ctx), giveBackGrace)
+	defer cancel()
+	err = errors.Join(err, s.close(ending), healthServer.Close())
+	if !errors.Is(cause, context.Canceled) {
+		err = errors.Join(cause, err)
+	}
+	if err == nil {
+		log.Info("stopped")
+	}
+	return err
+}
+
+// newWebhookServer makes the server that the API server calls.
+func newWebhookServer(handler http.Handler, tls *tls.Config, b *bounds) *http.Server {
+	s := &http.Server{
+		Handler:           handler,
+		TLSConfig:         tls,
+		ReadHeaderTimeout: 5 * time.Second,
+		ReadTimeout:       10 * time.Second,
+		WriteTimeout:      maxTimeout + 5*time.Second,
+		IdleTimeout:       2 * time.Minute,
+	}
+	b.apply(s)
+	return s
+}
+
+// webhook is the HTTP side of the admitter.
+type webhook struct {
+	admitter
+	callers  *callers
+	bounds   *bounds
+	limit    logLimiter // of warnings about bad requests
+	log      *slog.Logger
+	stopping <-chan struct{}
+}
+
+func (w *webhook) routes() http.Handler {
+	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		if !w.callers.mayCall(r.URL.Path) {
+			refuseMore(r)
+			http.Error(rw, w.callers.refuse(r.RemoteAddr), http.StatusNotFound)
+			return
+		}
+		w.mutate(rw, r)
+	})
+}
+
+func (w *webhook) healthRoutes() http.Handler {
+	return newHealthRoutes(w.ready, w.semaphores.metrics.handler(w.log))
+}
+
+// ready returns why this webhook cannot decide: it is stopping, or the queue takes no
+// writes.
+func (w *webhook) ready(ctx context.Context) error {
+	select {
+	case <-w.stopping:
+		return errors.New("stopping")
+	default:
+		return w.semaphores.check(ctx)
+	}
+}
+
+// mutate speaks HTTP with the API server. It answers with status 200 and an
+// AdmissionReview that has a decision; or with another status and the reason as text, and
+// then the administrator's failurePolicy decides.
+func (w *webhook) mutate(rw http.ResponseWriter, r *http.Request) {
+	start := time.Now()
+	ctx, done := w.bounds.begin(rw, r)
+	defer done()
+	ctx, cancel := context.WithDeadline(ctx, start.Add(answerWithin(r.URL.Query().Get("timeout"))))
+	defer cancel()
+
+	var d decision
+	var request *admissionRequest
+	release, err := w.bounds.readJSON(ctx, rw, r, func(text []byte) (err error) {
+		request, err = decodeReview(text)
+		return err
+	})
+	defer release()
+	if err == nil {
+		d, err = w.decide(ctx, request)
+	}
+	if err == nil {
+		d.audit()
+		err = deliver(ctx, rw, d.response)
+		if err == nil && d.verdict != "" {
+			err = flush(rw)
+		}
+		if err != nil && d.verdict != "" {
+			d.verdict = verdictUndeliverable
+		}
+	} else {
+		refuse(rw, err)
+	}
+	if err != nil && d.token != "" {
+		w.semaphores.giveBackLater(d.semaphore, d.token)
+	}
+	if d.verdict == "" && err != nil {
+		d.verdict = verdictOf(err)
+	}
+	took := time.Since(start)
+	if d.verdict != "" {
+		w.semaphores.metrics.admission(d.verdict, took)
+	}
+	w.logAdmission(r, d, err, took)
+}
+
+// verdictOf returns the verdict on a request that was not read: a good request may have
+// found no room.
+func verdictOf(err error) string {
+	var wrong *badRequest
+	if errors.As(err, &wrong) && wrong.status == http.StatusServiceUnavailable {
+		return verdictFailed
+	}
+	return verdictBadRequest
+}
+
+// refuse answers a request without a decision.
+func refuse(rw http.ResponseWriter, err error) {
+	status := http.StatusInternalServerError
+	var wrong *badRequest
+	if errors.As(err, &wrong) {
+		status = wrong.status
+	}
+	switch status {
+	case http.StatusMethodNotAllowed:
+		rw.Header().Set("Allow", http.MethodPost)
+	case http.StatusServiceUnavailable:
+		rw.Header().Set("Retry-After", "1")
+	}
+	http.Error(rw, err.Error(), status)
+}
+
+// logAdmission writes the one line about an annotated pod or a bad request.
+func (w *webhook) logAdmission(r *http.Request, d decision, err error, took time.Duration) {
+	level := slog.LevelInfo
+	switch {
+	case err == nil:
+	case d.verdict == verdictUndeliverable: // its token is given back
+		level = slog.LevelWarn
+	default:
+		level = slog.LevelError
+	}
+	attrs := []slog.Attr{slog.Float64("durationMs", float64(took.Microseconds())/1000)}
+	switch d.verdict {
+	case "":
+		return
+	case verdictBadRequest:
+		dropped, ok := w.limit.allow()
+		if !ok {
+			return
+		}
+		level = slog.LevelWarn
+		attrs = append(attrs, slog.String("remote", r.RemoteAddr), slog.String("verdict", d.verdict),
+			slog.Int("notLoggedBefore", dropped))
+	default:
+		attrs = append(attrs, slog.String("namespace", d.semaphore.namespace), slog.String("key", d.semaphore.key),
+			slog.String("pod", d.pod), slog.String("verdict", d.verdict), slog.String("token", d.token))
+		if d.response != nil && d.response.Result != nil {
+			attrs = append(attrs, slog.String("message", d.response.Result.Message))
+		}
+	}
+	if err != nil {
+		attrs = append(attrs, slog.String("error", err.Error()))
+	}
+	w.log.LogAttrs(context.WithoutCancel(r.Context()), level, "admission", attrs...)
+}
+
+// answerWithin returns how long an answer may take. An API server gives up after its
+// ?timeout=; some of that is left for the way back.
+func answerWithin(timeout string) time.Duration {
+	d, err := time.ParseDuration(timeout)
+	if err != nil || d <= 0 {
+		d = defaultTimeout
+	}
+	d = min(d, maxTimeout)
+	return d - min(d/10, 500*time.Millisecond)
+}
+
+// deliver writes an answer. An error says that the API server does not get it.
+func deliver(ctx context.Context, rw http.ResponseWriter, response *admissionv1.AdmissionResponse) error {
+	body, err := json.Marshal(admissionv1.AdmissionReview{
+		TypeMeta: metav1.TypeMeta{APIVersion: admissionv1.SchemeGroupVersion.String(), Kind: "AdmissionReview"},
+		Response: response,
+	})
+	if err != nil {
+		http.Error(rw, err.Error(), http.StatusInternalServerError)
+		return fmt.Errorf("encode the answer: %w", err)
+	}
+	if err := ctx.Err(); err != nil {
+		http.Error(rw, "too late to answer", http.StatusInternalServerError)
+		return fmt.Errorf("deliver the answer: %w", err)
+	}
+	rw.Header().Set("Content-Type", "application/json")
+	rw.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	if _, err := rw.Write(body); err != nil {
+		return fmt.Errorf("deliver the answer: %w", err)
+	}
+	return nil
+}
+
+// flush sends what deliver has written. It costs a packet more than to leave that to the
+// server, but an error says that the API server does not get the answer.
+func flush(rw http.ResponseWriter) error {
+	if err := http.NewResponseController(rw).Flush(); err != nil {
+		return fmt.Errorf("deliver the answer: %w", err)
+	}
+	return nil
+}
