@@ -73,6 +73,23 @@ func testSentinelBusyForNothing(t *testing.T) {
 	}
 }
 
+// cutOff drops or rejects the packets that one pod of Redis sends to the server of another,
+// until the function that it returns is called, or the test ends.
+func cutOff(t *testing.T, from, to, how string) (end func()) {
+	t.Helper()
+	var addresses []any
+	for _, name := range []string{from, to} {
+		address, err := hook("get", "pod", name, "-o", "jsonpath={.status.podIP}")
+		must(t, err)
+		addresses = append(addresses, address)
+	}
+	rule := fmt.Sprintf("FORWARD -s %s -d %s -p tcp --dport 6379 -j ", addresses...) + how
+	must(t, onNode("iptables -I "+rule))
+	end = sync.OnceFunc(func() { must(t, onNode("iptables -D "+rule)) })
+	t.Cleanup(end)
+	return end
+}
+
 // A primary that hands over names the next primary to all its replicas. Here, the
 // Sentinels cannot reach the other replica, because packets get lost.
 func testHandOverIsToldToAll(t *testing.T) {
@@ -80,17 +97,8 @@ func testHandOverIsToldToAll(t *testing.T) {
 	t.Cleanup(func() { wantSettled(t) })
 	primary := primaryPod(t)
 	others := otherPods(primary)
-	var addresses []string
-	for _, name := range others {
-		address, err := hook("get", "pod", name, "-o", "jsonpath={.status.podIP}")
-		must(t, err)
-		addresses = append(addresses, address)
-	}
-	for i := range others {
-		rule := fmt.Sprintf("FORWARD -s %s -d %s -p tcp --dport 6379 -j DROP", addresses[i], addresses[1-i])
-		must(t, onNode("iptables -I "+rule))
-		t.Cleanup(func() { must(t, onNode("iptables -D "+rule)) })
-	}
+	cutOff(t, others[0], others[1], "DROP")
+	cutOff(t, others[1], others[0], "DROP")
 	for _, name := range others {
 		eventually(t, patience, func() error {
 			out, err := withFunctions(name, `sentinel "$me" SENTINEL REPLICAS tokens`)
@@ -112,15 +120,6 @@ func testHandOverWaitsForReplicas(t *testing.T) {
 	wantSettled(t)
 	t.Cleanup(func() { wantSettled(t) })
 	primary := primaryPod(t)
-	away := otherPods(primary)[1]
-	follow := func(address string) {
-		t.Helper()
-		out, err := withFunctions(away, "redis 127.0.0.1 REPLICAOF "+address+" 6379")
-		must(t, err)
-		if strings.TrimSpace(out) != "OK" {
-			t.Fatal(out)
-		}
-	}
 	stats := func() (online, pauses int) {
 		t.Helper()
 		out, err := withFunctions(primary, "redis 127.0.0.1 INFO replication commandstats")
@@ -131,9 +130,8 @@ func testHandOverWaitsForReplicas(t *testing.T) {
 		}
 		return strings.Count(out, "state=online"), pauses
 	}
-	address, err := withFunctions(primary, `echo "$me"`)
-	must(t, err)
-	follow("192.0.2.1") // no server has this address (RFC 5737)
+	restore := cutOff(t, otherPods(primary)[1], primary, "REJECT")
+	must(t, errOf(withFunctions(primary, "redis 127.0.0.1 CLIENT KILL TYPE replica")))
 	eventually(t, patience, func() error {
 		if online, _ := stats(); online != 1 {
 			return fmt.Errorf("%d replicas are online", online)
@@ -153,7 +151,7 @@ func testHandOverWaitsForReplicas(t *testing.T) {
 			t.Fatalf("it paused writes %d times", pauses-before)
 		}
 	}
-	follow(strings.TrimSpace(address))
+	restore()
 	must(t, <-done)
 	wantHandedOver(t, primary)
 }
