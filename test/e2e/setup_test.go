@@ -240,17 +240,50 @@ func rolledOut(workloads ...string) error {
 	return nil
 }
 
-// uninstall removes everything in the documented order.
+// uninstall removes everything in the documented order. It ends all pods before it waits
+// for namespaces: Kubernetes looks only every 20 seconds whether a namespace is empty.
 func uninstall() error {
-	for _, args := range [][]string{
-		{"delete", "mutatingwebhookconfiguration", hookNamespace, "--ignore-not-found"},
-		{"delete", "namespace", "-l", "e2e=at-least-semaphore-pod-hook", "--ignore-not-found"},
-		{"delete", "-k", filepath.Join(root, "deploy/gate"), "--ignore-not-found"},
-		{"delete", "namespace", hookNamespace, "--ignore-not-found"},
-		{"delete", "persistentvolume", "-l", "e2e=at-least-semaphore-pod-hook", "--ignore-not-found"},
-	} {
-		if _, err := kubectl("", append(args, "--timeout=5m")...); err != nil {
-			return err
+	const label = "e2e=at-least-semaphore-pod-hook"
+	remove := func(args ...string) error {
+		return errOf(kubectl("", append(append([]string{"delete"}, args...), "--ignore-not-found", "--timeout=5m")...))
+	}
+	if err := remove("mutatingwebhookconfiguration", hookNamespace); err != nil {
+		return err
+	}
+	if err := remove("namespace", "-l", label, "--wait=false"); err != nil {
+		return err
+	}
+	if err := poll(patience, func() error { return noPods("-l", label) }); err != nil {
+		return err
+	}
+	if err := remove("-k", filepath.Join(root, "deploy/gate")); err != nil {
+		return err
+	}
+	if err := remove("statefulset,deployment", "-n", hookNamespace, "--all"); err != nil {
+		return err
+	}
+	if err := poll(patience, func() error { return noPods(hookNamespace) }); err != nil {
+		return err
+	}
+	if err := remove("namespace", hookNamespace); err != nil {
+		return err
+	}
+	if err := remove("namespace", "-l", label); err != nil {
+		return err
+	}
+	return remove("persistentvolume", "-l", label)
+}
+
+// noPods returns an error if the namespaces have pods.
+func noPods(namespaces ...string) error {
+	out, err := kubectl("", append([]string{"get", "namespace", "--ignore-not-found", "-o", "name"}, namespaces...)...)
+	if err != nil {
+		return err
+	}
+	for _, name := range strings.Fields(out) {
+		pods, err := kubectl("", "-n", strings.TrimPrefix(name, "namespace/"), "get", "pods", "-o", "name")
+		if err != nil || pods != "" {
+			return fmt.Errorf("%s has %s, %v", name, pods, err)
 		}
 	}
 	return nil
