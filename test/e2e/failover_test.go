@@ -211,8 +211,8 @@ type fault struct {
 	lost   func() bool // whether the data may be lost; if nil, it may not
 }
 
-// failover causes a fault while pods are created, hold tokens and wait for them. It returns whether Redis still has all
-// data.
+// failover causes a fault while pods are created, hold tokens and wait for them. It
+// returns whether Redis still has all data.
 func (l *line) failover(f fault) (whole bool) {
 	l.Helper()
 	wantSettled(l.T)
@@ -356,11 +356,12 @@ func testAllRedisDeleted(l *line) {
 	n.wantCounts("passwords", 2, 0)
 }
 
-// All pods are gone at once, and redis-0, a replica, comes back without its volume. By default it starts as the first
-// primary, and it knows of no other. It must learn of the other from the other Sentinels.
+// All pods are gone at once, and redis-0, a replica, comes back without its volume. By
+// default it starts as the first primary, and it knows of no other. It must learn of the
+// other from the other Sentinels.
 //
-// On a slow node, the other primary comes back so late that the Sentinels replace it. They may take redis-0, which has no
-// data yet. Then the test tries again.
+// On a slow node, the other primary comes back so late that the Sentinels replace it.
+// They may take redis-0, which has no data yet. Then the test tries again.
 func testAllRedisDeletedByForce(l *line) {
 	const tries = 3
 	for range tries {

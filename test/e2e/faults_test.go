@@ -64,9 +64,9 @@ func (c *secretChange) count(pod string) (int, error) {
 	return strings.Count(log, c.text), err
 }
 
-// reach waits until one webhook after the other has read the change. The kubelet hands on a
-// Secret when it syncs the pod, at once after an annotation, or else within two minutes.
-// between runs after each webhook.
+// reach waits until one webhook after the other has read the change. The kubelet hands on
+// a Secret when it syncs the pod, at once after an annotation, or else within two
+// minutes. between runs after each webhook.
 func (c *secretChange) reach(between func()) {
 	c.Helper()
 	for pod, before := range c.logged {
@@ -86,8 +86,8 @@ func (c *secretChange) reach(between func()) {
 	}
 }
 
-// reachDuring runs a command that changes the Secret and waits for all webhooks. Between the
-// webhooks, pods of the stream are admitted.
+// reachDuring runs a command that changes the Secret and waits for all webhooks. Between
+// the webhooks, pods of the stream are admitted.
 func (c *secretChange) reachDuring(command string, s *stream) {
 	c.Helper()
 	done := make(chan error, 1)

@@ -66,9 +66,9 @@ func TestTwoDeployments(t *testing.T) {
 	}
 }
 
-// follow collects the log of a container, with times, until the container ends. It returns
-// once a line with the text first has come, so that the log of a pod that is deleted then
-// is not lost.
+// follow collects the log of a container, with times, until the container ends. It
+// returns once a line with the text first has come, so that the log of a pod that is
+// deleted then is not lost.
 func (n *namespace) follow(pod, container, first string) <-chan []string {
 	n.Helper()
 	cmd := exec.Command("kubectl", "-n", n.name, "logs", "-f", "--timestamps", pod, "-c", container)

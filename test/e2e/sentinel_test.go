@@ -73,8 +73,8 @@ func testSentinelBusyForNothing(t *testing.T) {
 	}
 }
 
-// cutOff drops or rejects the packets that one pod of Redis sends to the server of another,
-// until the function that it returns is called, or the test ends.
+// cutOff drops or rejects the packets that one pod of Redis sends to the server of
+// another, until the function that it returns is called, or the test ends.
 func cutOff(t *testing.T, from, to, how string) (end func()) {
 	t.Helper()
 	var addresses []any

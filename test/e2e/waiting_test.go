@@ -184,8 +184,8 @@ func TestJobsInLine(t *testing.T) {
 	n.wantJobsDone(12, 3, 1, 2*patience)
 }
 
-// When the holder has ended, the first pod in line starts. That takes at most twice as long
-// as the start of a new pod that finds a free token.
+// When the holder has ended, the first pod in line starts. That takes at most twice as
+// long as the start of a new pod that finds a free token.
 func TestHandOver(t *testing.T) {
 	const times = 5
 	n := newNamespace(t)

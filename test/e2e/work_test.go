@@ -33,7 +33,8 @@ func newDiary(n *namespace) *diary {
 	return d
 }
 
-// untilTold is work that goes on until SIGTERM. It notes each second that the app is alive.
+// untilTold is work that goes on until SIGTERM. It notes each second that the app is
+// alive.
 const untilTold = "while :; do sleep 1 & wait $!; note alive; done"
 
 // app returns the spec of a pod whose app notes its start, works, and notes its end, by
@@ -104,8 +105,8 @@ func (d *diary) read() ([]shift, error) {
 	return shifts, nil
 }
 
-// shifts is read that must succeed. The shift of an app that was killed, and noted no end,
-// ends with its last note.
+// shifts is read that must succeed. The shift of an app that was killed, and noted no
+// end, ends with its last note.
 func (d *diary) shifts() []shift {
 	d.Helper()
 	shifts, err := d.read()
