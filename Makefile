@@ -41,7 +41,7 @@ test: test-needs ## run all tests with the race detector; installs redis-server,
 
 .PHONY: test-timing
 test-timing: test-needs ## run the unit tests with their time limits; needs an idle machine
-	TIMING=1 go test -count=1 -parallel 1 .
+	TIMING=1 go test -count=1 -parallel 4 .
 
 .PHONY: test-queues
 test-queues: test-needs ## fail over Sentinel groups, Clusters, addresses and gates under load; run the unit tests on a Sentinel and a Cluster
