@@ -163,3 +163,23 @@ func TestKindsOfErrors(t *testing.T) {
 		t.Errorf("an unknown error: kind %s", kind)
 	}
 }
+
+// Only a webhook has verdicts of admissions: all of them, from the start.
+func TestOnlyWebhooksCountVerdicts(t *testing.T) {
+	m := newMetrics(new(redisCounts))
+	scrape := func() string {
+		rec := httptest.NewRecorder()
+		m.handler(slog.New(slog.DiscardHandler)).ServeHTTP(rec, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+		return rec.Body.String()
+	}
+	if text := scrape(); strings.Contains(text, "admission_duration_seconds") {
+		t.Error("a gate has metrics of admissions")
+	}
+	m.countVerdicts()
+	text := scrape()
+	for _, verdict := range verdicts {
+		if !strings.Contains(text, fmt.Sprintf("admission_duration_seconds_count{verdict=%q} 0\n", verdict)) {
+			t.Errorf("no count for the verdict %q", verdict)
+		}
+	}
+}
