@@ -12,19 +12,11 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"sync"
-	"time"
 )
 
 // mutatePath is where admission reviews are served. A slash and a secret follow it, if
 // there is one.
 const mutatePath = "/mutate"
-
-const (
-	// formerSecretFor is how long a replaced secret stays valid: in that time an
-	// administrator who changes it by hand also changes the webhook's configuration.
-	formerSecretFor = 10 * time.Minute
-)
 
 // pathSecret matches a secret that Kubernetes accepts in a path. It has leastPathSecret
 // to mostPathSecret characters.
@@ -71,16 +63,6 @@ type callers struct {
 	log         *slog.Logger
 
 	limit logLimiter // of warnings about unauthenticated clients
-
-	mu     sync.Mutex
-	last   []pathDigest // those of the file
-	former []formerPath
-}
-
-// formerPath is a path that was replaced.
-type formerPath struct {
-	path  pathDigest
-	until time.Time
 }
 
 // newCallers reads the files.
@@ -88,7 +70,10 @@ func newCallers(c webhookConfig, log *slog.Logger) (*callers, error) {
 	w := &callers{names: c.clientNames, limit: logLimiter{most: badRequestsLogged}, log: log}
 	var err error
 	if c.pathSecretFile != "" {
-		if w.secrets, err = newWatchedFile(log, parsePathSecrets, w.takeSecrets, c.pathSecretFile); err != nil {
+		taken := func(good pathDigests) { // deploy/path-secret.sh waits for the digest
+			log.Info("path secret taken", "digest", good.digest, "paths", len(good.paths))
+		}
+		if w.secrets, err = newWatchedFile(log, parsePathSecrets, taken, c.pathSecretFile); err != nil {
 			return nil, fmt.Errorf("--path-secret-file: %w", err)
 		}
 	}
@@ -112,20 +97,6 @@ func (w *callers) watch(ctx context.Context) {
 	}
 }
 
-// takeSecrets takes new secrets, and keeps those that they replace for a while. It logs
-// the digest of the file, by which deploy/path-secret.sh knows that they are in use.
-func (w *callers) takeSecrets(good pathDigests) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for _, path := range w.last {
-		if !slices.Contains(good.paths, path) {
-			w.former = append(w.former, formerPath{path, time.Now().Add(formerSecretFor)})
-		}
-	}
-	w.last = good.paths
-	w.log.Info("path secret taken", "digest", good.digest, "paths", len(good.paths))
-}
-
 // mayCall reports whether admission reviews are served at a path. It takes the same time
 // for each path.
 func (w *callers) mayCall(path string) bool {
@@ -136,12 +107,6 @@ func (w *callers) mayCall(path string) bool {
 	found := 0
 	for _, good := range w.secrets.current.Load().paths {
 		found |= subtle.ConstantTimeCompare(asked[:], good[:])
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.former = slices.DeleteFunc(w.former, func(f formerPath) bool { return time.Now().After(f.until) })
-	for _, f := range w.former {
-		found |= subtle.ConstantTimeCompare(asked[:], f.path[:])
 	}
 	return found == 1
 }

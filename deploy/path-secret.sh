@@ -53,7 +53,6 @@ fi
 step() { printf '{"op":"add","path":"/webhooks/%d/clientConfig/service/path","value":"/mutate/%s"}' "$1" "$(cat new)"; }
 printf '[%s,%s]' "$(step 0)" "$(step 1)" >patch.json
 kubectl patch "$configuration" --type=json --patch-file=patch.json
-# Running webhooks accept the old secret for ten more minutes. New webhooks learn it from
-# the Secret until all API servers know the new path.
-[ ! -s old ] || sleep 10
+# The old secret stays valid until all API servers know the new path.
+[ ! -s old ] || sleep 30
 accept new
