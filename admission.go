@@ -43,18 +43,20 @@ var verdicts = []string{verdictAdmitted, verdictWait, verdictGate, verdictFull, 
 const deniedWindows = "this is a Windows pod (by spec.os.name, or its nodeSelector " + corev1.LabelOSStable + "): " +
 	"the sidecar of a semaphore runs on Linux only"
 
-// Warnings to users. Kubernetes cuts them at 120 characters.
+// mostWarning bounds a warning. Kubernetes asks for 120 characters, if possible, and may
+// cut warnings of more than 256.
+const mostWarning = 256
+
+// Warnings to users.
 const (
 	warningWaits = "this pod may wait in Init:1/2 for a token of its semaphore; " +
 		"its sidecar's log says where it stands in line"
-	warningGated = "this pod stays SchedulingGated until it has a token of its semaphore; " +
-		"its events say where it stands in line"
-	warningJobGated = "the pods of this Job stay SchedulingGated until they have a token of their semaphore; " +
-		"see their events"
+	warningGated = "this pod stays SchedulingGated until it has a token; its events say its place in line; " +
+		"without any event, no gate runs"
+	warningJobGated = "the pods of this Job stay SchedulingGated until they have a token; see their events; " +
+		"without any, no gate runs"
 	warningNotGated = "a pod with a nodeName cannot be gated: " +
 		"this one may wait in Init:1/2 for a token of its semaphore"
-	warningNoGate = "no gate is at work, so pods stay SchedulingGated: " +
-		"ask an operator to check deployment/gate"
 	warningJobWaits = "the pods of this Job may wait in Init:1/2 for a token of their semaphore; " +
 		"their sidecars' logs say where they stand"
 	warningNotCompleting = "this pod will not complete: " +
@@ -68,6 +70,8 @@ const (
 	warningStatic = "a static pod gets no semaphore sidecar and no token: its semaphore does not count it"
 	warningJob    = "this Job will not complete: " +
 		"its pods' semaphore sidecar is a classic container, which runs until they are deleted"
+	warningMisplaced = annotationPrefix + "* does nothing on a %s: move it to %s.metadata"
+	warningRefused   = "the pods of this %s will be refused: %s"
 )
 
 // decision is the answer to a request, with what to log and to undo.
@@ -85,21 +89,23 @@ type admitter struct {
 	injector   *injector
 	semaphores *semaphores
 	users      *namespaceUsers
-	pulse      *gatePulse
 }
 
 func newAdmitter(c webhookConfig, s *semaphores) (admitter, error) {
 	i, err := newInjector(c)
-	users := newNamespaceUsers(s.queue, c.redis.username != "" && c.sidecarRedisSecret != "")
-	return admitter{c, i, s, users, newGatePulse(s.queue)}, err
+	a := admitter{config: c, injector: i, semaphores: s}
+	if c.redis.username != "" && c.sidecarRedisSecret != "" {
+		a.users = &namespaceUsers{queue: s.queue}
+	}
+	return a, err
 }
 
 // decide answers one request. Its error is *badRequest, or says why no decision was
 // possible. The decision then has what to log, and a token to give back.
 func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, error) {
 	d := decision{response: &admissionv1.AdmissionResponse{UID: r.UID, Allowed: true}}
-	if r.Operation == admissionv1.Create && r.Kind.Group == "batch" && r.Kind.Kind == "Job" && r.SubResource == "" {
-		return d, a.warnJob(ctx, &d, r)
+	if template := templateOf(r); template != "" {
+		return d, a.warnWorkload(ctx, &d, r, template)
 	}
 	if r.Operation != admissionv1.Create || r.Kind.Group != "" || r.Kind.Kind != "Pod" || r.SubResource != "" {
 		return d, nil
@@ -108,6 +114,7 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 	if err != nil {
 		return d, err
 	}
+	d.warnAll(doubtfulAnnotations(p.Metadata.Annotations))
 	if p.Metadata.Annotations[annotationEnabled] != "true" {
 		return d, nil
 	}
@@ -122,12 +129,7 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 		d.deny(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, deniedWindows)
 		return d, nil
 	}
-	spec, problems := parseAnnotations(p.Metadata.Annotations, a.config.whenFull)
-	if (spec.whenFull == whenFullWait || spec.whenFull == whenFullGate) && !a.config.enableSidecarContainers {
-		problems = append(problems, fmt.Sprintf("%s is %q: this needs native sidecars, "+
-			"and the webhook injects classic ones (--enable-sidecar-containers=false)",
-			annotationWhenFull, spec.whenFull))
-	}
+	spec, problems := a.parse(p.Metadata.Annotations)
 	d.semaphore = semaphoreID{r.Namespace, truncate(spec.key, maxKey)}
 	if len(problems) > 0 {
 		d.verdict = verdictInvalid
@@ -142,8 +144,7 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 		spec.whenFull = whenFullWait
 		d.warn(warningNotGated)
 	} else {
-		d.response.Warnings = append(d.response.Warnings,
-			a.waitWarnings(ctx, spec.whenFull, warningWaits, warningGated)...)
+		d.warnOfWait(spec.whenFull, warningWaits, warningGated)
 	}
 	if spec.whenFull == whenFullWait || spec.whenFull == whenFullGate { // takes no token here, dry run or not
 		switch d.verdict = verdictWait; {
@@ -181,6 +182,18 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 	return d, nil
 }
 
+// parse reads the annotations of a pod, and returns all problems for which this webhook
+// refuses it.
+func (a *admitter) parse(annotations map[string]string) (spec semaphoreSpec, problems []string) {
+	spec, problems = parseAnnotations(annotations, a.config.whenFull)
+	if (spec.whenFull == whenFullWait || spec.whenFull == whenFullGate) && !a.config.enableSidecarContainers {
+		problems = append(problems, fmt.Sprintf("%s is %q: this needs native sidecars, "+
+			"and the webhook injects classic ones (--enable-sidecar-containers=false)",
+			annotationWhenFull, spec.whenFull))
+	}
+	return spec, problems
+}
+
 // refusal is the denial of a pod that gets no token.
 func refusal(e *fullError) string {
 	text := fmt.Sprintf("no semaphore available: %s has %d of %d tokens in use", e.id, e.inUse, e.length)
@@ -213,46 +226,53 @@ func (d *decision) admit(i *injector, p *pod, spec semaphoreSpec, token string) 
 	}
 }
 
-// warnJob allows a Job. It warns if the Job's pods will not complete, or may wait.
-// Warnings about pods go to the Job controller; the user sees only those about the Job.
-func (a *admitter) warnJob(ctx context.Context, d *decision, r *admissionRequest) error {
-	var job struct {
-		Spec struct {
-			Template pod `json:"template"`
-		} `json:"spec"`
-	}
-	if err := json.Unmarshal(r.Object, &job); err != nil {
+// warnWorkload allows an object with a pod template. Warnings about its pods go to a
+// controller; the user sees only those about this object.
+func (a *admitter) warnWorkload(ctx context.Context, d *decision, r *admissionRequest, template string) error {
+	var w workload
+	if err := json.Unmarshal(r.Object, &w); err != nil {
 		return badRequestf("decode request.object: %v", err)
 	}
-	annotations := job.Spec.Template.Metadata.Annotations
+	p := w.pod()
+	annotations, kind := p.Metadata.Annotations, r.Kind.Kind
+	if w.misplaces(annotations) {
+		d.warn(warningMisplaced, kind, template)
+	}
+	d.warnAll(doubtfulAnnotations(annotations))
 	if annotations[annotationEnabled] != "true" {
+		return nil
+	}
+	spec, problems := a.parse(annotations)
+	if p.isWindows() {
+		problems = []string{deniedWindows}
+	}
+	for _, text := range problems {
+		d.warn(warningRefused, kind, text)
+	}
+	if len(problems) > 0 {
 		return nil
 	}
 	if a.users.forgotten(ctx, r.Namespace) {
 		d.warn(warningForgotten, r.Namespace)
 	}
-	if !a.config.enableSidecarContainers {
+	switch {
+	case kind != "Job":
+	case !a.config.enableSidecarContainers:
 		d.warn(warningJob)
-		return nil
+	default:
+		d.warnOfWait(spec.whenFull, warningJobWaits, warningJobGated)
 	}
-	whenFull := whenFullOf(annotations, a.config.whenFull)
-	d.response.Warnings = append(d.response.Warnings,
-		a.waitWarnings(ctx, whenFull, warningJobWaits, warningJobGated)...)
 	return nil
 }
 
-// waitWarnings returns the warnings to users whose pods may wait.
-func (a *admitter) waitWarnings(ctx context.Context, whenFull, waits, gated string) (warnings []string) {
+// warnOfWait warns a user whose pods may wait.
+func (d *decision) warnOfWait(whenFull, waits, gated string) {
 	switch whenFull {
 	case whenFullWait:
-		warnings = append(warnings, waits)
+		d.warn("%s", waits)
 	case whenFullGate:
-		warnings = append(warnings, gated)
-		if a.pulse.missing(ctx) {
-			warnings = append(warnings, warningNoGate)
-		}
+		d.warn("%s", gated)
 	}
-	return warnings
 }
 
 // audit adds the decision for the API server's audit log. Kubernetes prefixes these names
@@ -272,14 +292,21 @@ func (d *decision) audit() {
 
 // warn adds a warning to the user, whatever the decision.
 func (d *decision) warn(format string, args ...any) {
-	d.response.Warnings = append(d.response.Warnings, fmt.Sprintf(format, args...))
+	d.response.Warnings = append(d.response.Warnings, truncate(fmt.Sprintf(format, args...), mostWarning))
+}
+
+func (d *decision) warnAll(texts []string) {
+	for _, text := range texts {
+		d.warn("%s", text)
+	}
 }
 
 // deny turns the response into a denial.
 func (d *decision) deny(code int32, reason metav1.StatusReason, message string) {
 	d.response = &admissionv1.AdmissionResponse{
-		UID:    d.response.UID,
-		Result: &metav1.Status{Status: metav1.StatusFailure, Code: code, Reason: reason, Message: message},
+		UID:      d.response.UID,
+		Warnings: d.response.Warnings,
+		Result:   &metav1.Status{Status: metav1.StatusFailure, Code: code, Reason: reason, Message: message},
 	}
 }
 
@@ -290,48 +317,6 @@ const (
 	pulseEvery = 5 * time.Second
 	pulseTime  = 30 * time.Second // after which pulseKey expires: no gate is at work
 )
-
-// cachedQuery caches the answer to a query of the queue that an admission can do without.
-// One caller at a time runs the query. Meanwhile the others get no answer, and neither
-// does any caller while the query fails.
-type cachedQuery[A any] struct {
-	run func(context.Context) (A, error) // within auxiliaryTimeout
-
-	mu     sync.Mutex
-	ran    time.Time
-	answer A
-	known  bool
-}
-
-// get returns the answer, and whether it is known. It runs the query again once isOld
-// reports that the answer is too old.
-func (q *cachedQuery[A]) get(ctx context.Context, isOld func(answer A, age time.Duration) bool) (answer A, known bool) {
-	if !q.mu.TryLock() {
-		return answer, false
-	}
-	defer q.mu.Unlock()
-	if isOld(q.answer, time.Since(q.ran)) {
-		var err error
-		q.answer, err = q.run(ctx)
-		q.ran, q.known = time.Now(), err == nil
-	}
-	return q.answer, q.known
-}
-
-// gatePulse knows whether a gate is at work, by pulseKey.
-type gatePulse struct{ cachedQuery[bool] }
-
-func newGatePulse(q tokenServers) *gatePulse {
-	g := new(gatePulse)
-	g.run = func(ctx context.Context) (bool, error) { return redis.Bool(runCommand(ctx, q, "EXISTS", pulseKey)) }
-	return g
-}
-
-// missing reports whether no gate is at work; false while that is unknown.
-func (g *gatePulse) missing(ctx context.Context) bool {
-	exists, known := g.get(ctx, func(_ bool, age time.Duration) bool { return age > pulseEvery })
-	return known && !exists
-}
 
 // countVerdicts registers the metric of admissions, with each verdict at zero.
 func (m *metrics) countVerdicts() {
@@ -354,17 +339,14 @@ func (m *metrics) admission(verdict string, took time.Duration) {
 
 // watchGate registers a metric that says whether a gate is at work; NaN while the queue
 // does not answer.
-func (m *metrics) watchGate(g *gatePulse) {
+func (m *metrics) watchGate(q tokenServers) {
 	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "gate_at_work",
 		Help: "1 if a gate is at work, which lifts the gates of pods, and 0 if none is."}, func() float64 {
-		exists, err := g.run(context.Background())
-		switch {
-		case err != nil:
+		gates, err := redis.Int(runCommand(context.Background(), q, "EXISTS", pulseKey))
+		if err != nil {
 			return math.NaN()
-		case exists:
-			return 1
 		}
-		return 0
+		return float64(gates)
 	}))
 }
 
@@ -375,19 +357,14 @@ const namespacesUser = "namespaces"
 // namespaceUser is the Redis user of the sidecars of a namespace.
 func namespaceUser(namespace string) string { return "sidecar/" + namespace }
 
-// namespaceUsers knows which namespaces have a Redis user, to warn if one is missing.
-type namespaceUsers struct{ cachedQuery[map[string]bool] }
+// namespaceUsers caches the names of the users of Redis, to warn if a namespace has none.
+// It is nil if Redis has no users.
+type namespaceUsers struct {
+	queue tokenServers
 
-// newNamespaceUsers queries the queue, or nothing if the queue has no users.
-func newNamespaceUsers(q tokenServers, hasUsers bool) *namespaceUsers {
-	n := new(namespaceUsers)
-	n.run = func(ctx context.Context) (map[string]bool, error) {
-		if !hasUsers {
-			return nil, nil
-		}
-		return readUsers(runCommand(ctx, q, "ACL", "USERS")) // the webhook's user has +acl|users
-	}
-	return n
+	mu    sync.Mutex
+	read  time.Time
+	names []string
 }
 
 // A list of users is valid for usersTime. If it lacks a namespace, it is read again, but
@@ -399,23 +376,17 @@ const (
 
 // forgotten reports whether the sidecars of a namespace cannot log in to Redis, because
 // deploy/namespace.sh was not run for it. It is false if that is unknown, or if users are
-// made by other means.
+// made by other means. One caller at a time asks Redis, for at most auxiliaryTimeout; no
+// other waits for it.
 func (n *namespaceUsers) forgotten(ctx context.Context, namespace string) bool {
-	user := namespaceUser(namespace)
-	users, _ := n.get(ctx, func(users map[string]bool, age time.Duration) bool {
-		return age > usersTime || age > usersPause && !users[user]
-	})
-	return users[namespacesUser] && !users[user]
-}
-
-// readUsers parses the names of users that deploy/namespace.sh makes.
-func readUsers(reply any, err error) (map[string]bool, error) {
-	names, err := redis.Strings(reply, err)
-	users := map[string]bool{}
-	for _, name := range names {
-		if name == namespacesUser || strings.HasPrefix(name, namespaceUser("")) {
-			users[name] = true
-		}
+	if n == nil || !n.mu.TryLock() {
+		return false
 	}
-	return users, err
+	defer n.mu.Unlock()
+	has := func(user string) bool { return slices.Contains(n.names, user) }
+	if age := time.Since(n.read); age > usersTime || age > usersPause && !has(namespaceUser(namespace)) {
+		n.names, _ = redis.Strings(runCommand(ctx, n.queue, "ACL", "USERS")) // the webhook has +acl|users
+		n.read = time.Now()
+	}
+	return has(namespacesUser) && !has(namespaceUser(namespace))
 }

@@ -57,6 +57,63 @@ type pod struct {
 	} `json:"spec"`
 }
 
+// workload is an object with a pod template.
+type workload struct {
+	metadata
+	Spec struct {
+		Template    pod `json:"template"`
+		JobTemplate struct {
+			metadata
+			Spec struct {
+				Template pod `json:"template"`
+			} `json:"spec"`
+		} `json:"jobTemplate"` // of a CronJob
+	} `json:"spec"`
+}
+
+type metadata struct {
+	Metadata struct {
+		Annotations map[string]string `json:"annotations"`
+	} `json:"metadata"`
+}
+
+// templateOf returns where an object that is created or updated has its pod template, or
+// "" if it has none.
+func templateOf(r *admissionRequest) string {
+	if r.SubResource != "" || r.Operation != admissionv1.Create && r.Operation != admissionv1.Update {
+		return ""
+	}
+	switch r.Kind.Group + "/" + r.Kind.Kind {
+	case "apps/Deployment", "apps/StatefulSet", "apps/DaemonSet", "apps/ReplicaSet", "/ReplicationController",
+		"batch/Job":
+		return "spec.template"
+	case "batch/CronJob":
+		return "spec.jobTemplate.spec.template"
+	}
+	return ""
+}
+
+// pod returns the template. At most one of the two is there.
+func (w *workload) pod() *pod {
+	if t := &w.Spec.JobTemplate.Spec.Template; t.Metadata.Annotations != nil {
+		return t
+	}
+	return &w.Spec.Template
+}
+
+// misplaces reports whether an annotation under our prefix stands on the object and not
+// on its template.
+func (w *workload) misplaces(template map[string]string) bool {
+	for _, m := range []metadata{w.metadata, w.Spec.JobTemplate.metadata} {
+		for name := range m.Metadata.Annotations {
+			if _, ok := template[name]; !ok && strings.HasPrefix(name, annotationPrefix) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
 type podContainer struct {
 	named
 	Resources corev1.ResourceRequirements `json:"resources"`

@@ -3,7 +3,10 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
+	"maps"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -106,4 +109,178 @@ func FuzzScan(f *testing.F) {
 		f.Add([]byte(d))
 	}
 	f.Fuzz(func(t *testing.T, body []byte) { scannedRight(t, body) })
+}
+
+// shortWarnings returns the warnings without our prefix.
+func shortWarnings(a rig.Admission) []string {
+	var short []string
+	for _, w := range a.Warnings {
+		short = append(short, strings.ReplaceAll(w, annotationPrefix, ""))
+	}
+	return short
+}
+
+// wantWarned checks that an object is allowed unpatched, with these warnings, and without
+// Redis.
+func wantWarned(t *testing.T, w *testWebhook, what string, body []byte, want ...string) {
+	t.Helper()
+	a := w.admit(t, body)
+	if got := shortWarnings(a); !a.Allowed || a.Patch != nil || !slices.Equal(got, want) {
+		t.Errorf("%s: got %+v, warnings %q, want %q", what, a, got, want)
+	}
+	for _, text := range a.Warnings {
+		if len(text) > 256 {
+			t.Errorf("%s: a warning has %d characters: %s", what, len(text), text)
+		}
+	}
+}
+
+// setAnnotations sets annotations under our prefix; of a value "-", it removes the annotation.
+func setAnnotations(change map[string]string) func(map[string]any) {
+	return func(request map[string]any) {
+		for name, value := range change {
+			rig.AnnotationsOf(request)[annotationPrefix+name] = value
+			if value == "-" {
+				delete(rig.AnnotationsOf(request), annotationPrefix+name)
+			}
+		}
+	}
+}
+
+// The creator of a pod gets a warning if its annotations do not count. Such a pod runs
+// uncounted.
+func TestWarningOfAnUncountedPod(t *testing.T) {
+	t.Parallel()
+	w := startWebhook(t, testConfig(rig.FreeAddress(t))) // no Redis
+	const enabled = "at-least-semaphore-pod"
+	for value, want := range map[string]string{
+		"True": `is "True"`, "yes": `is "yes"`, "1": `is "1"`, "": `is ""`, "true ": `is "true "`,
+		strings.Repeat("\x00", 300): `is "` + strings.Repeat(`\x00`, 40),
+	} {
+		body := rig.Review(t, freshID(), 1, setAnnotations(map[string]string{enabled: value}))
+		if len(value) > 9 { // the warning is cut
+			if got := shortWarnings(w.admit(t, body)); len(got) != 1 || !strings.HasPrefix(got[0], enabled+" "+want) ||
+				len(got[0])+len(annotationPrefix) != 256 {
+				t.Errorf("%q: got %q", value, got)
+			}
+			continue
+		}
+		wantWarned(t, w, value, body, enabled+" "+want+`: the pod runs uncounted; write "true"`)
+	}
+	wantWarned(t, w, "missing", rig.Review(t, freshID(), 1, setAnnotations(map[string]string{enabled: "-"})),
+		enabled+` is missing: the pod runs uncounted; add it as "true"`)
+	wantWarned(t, w, "misspelt", rig.Review(t, freshID(), 1, setAnnotations(map[string]string{
+		enabled: "-", "At-Least-Semaphore-Pods": "true"})),
+		"At-Least-Semaphore-Pods is unknown: did you mean at-least-semaphore-pod?",
+		enabled+` is missing: the pod runs uncounted; add it as "true"`)
+	wantWarned(t, w, "false", rig.Review(t, freshID(), 0, setAnnotations(map[string]string{enabled: "false"})))
+	if log := w.log.String(); log != "" {
+		t.Errorf("logged %s", log)
+	}
+}
+
+// The creator of a pod gets a warning of an unknown annotation, whether the webhook admits
+// or refuses the pod. A near name is proposed.
+func TestWarningOfUnknownAnnotations(t *testing.T) {
+	t.Parallel()
+	w := startWebhook(t, testConfig(rig.CommonRedis(t).Address))
+	for name, want := range map[string]string{
+		"lenght": ": did you mean length?", "Length": ": did you mean length?", "kye": ": did you mean key?",
+		"whenFull": ": did you mean when-full?", "when_full": ": did you mean when-full?",
+		"expirations": ": did you mean expiration?", "priority": "", "keeys": "", "": "",
+	} {
+		for allowed, change := range map[bool]map[string]string{true: {name: "1"}, false: {name: "1", "length": "-"}} {
+			a := w.admit(t, rig.Review(t, freshID(), 1, setAnnotations(change)))
+			if got := shortWarnings(a); a.Allowed != allowed || !slices.Equal(got, []string{name + " is unknown" + want}) {
+				t.Errorf("%q: allowed %v, warnings %q", name, a.Allowed, got)
+			}
+		}
+	}
+	many := map[string]string{}
+	for n := range 100 {
+		many[fmt.Sprintf("%03d%s", n, strings.Repeat("x", 300))] = "1"
+	}
+	a := w.admit(t, rig.Review(t, freshID(), 1, setAnnotations(many)))
+	if got := shortWarnings(a); !a.Allowed || len(got) != 5 || got[4] != "004"+strings.Repeat("x", 60)+" is unknown" {
+		t.Errorf("of many: got %q", got)
+	}
+}
+
+// asWorkload turns a request to create a pod into one to create or update an object with
+// the pod as its template. own are the annotations of the object itself.
+func asWorkload(operation, group, kind string, own map[string]string) func(map[string]any) {
+	return func(request map[string]any) {
+		request["operation"] = operation
+		request["kind"] = map[string]any{"group": group, "version": "v1", "kind": kind}
+		spec := map[string]any{"template": request["object"], "replicas": 3}
+		if kind == "CronJob" {
+			spec = map[string]any{"jobTemplate": map[string]any{"spec": spec}, "schedule": "* * * * *"}
+		}
+		annotations := map[string]string{}
+		for name, value := range own {
+			annotations[annotationPrefix+name] = value
+		}
+		request["object"] = map[string]any{"spec": spec,
+			"metadata": map[string]any{"name": "web", "annotations": annotations}}
+	}
+}
+
+// workloadKinds are the kinds with a pod template, and where it is.
+var workloadKinds = map[[2]string]string{
+	{"apps", "Deployment"}: "spec.template", {"apps", "StatefulSet"}: "spec.template",
+	{"apps", "DaemonSet"}: "spec.template", {"apps", "ReplicaSet"}: "spec.template",
+	{"", "ReplicationController"}: "spec.template", {"batch", "Job"}: "spec.template",
+	{"batch", "CronJob"}: "spec.jobTemplate.spec.template",
+}
+
+// The creator of a Deployment, or of another object with a pod template, gets warnings if
+// its annotations are in the wrong place, are misspelt, or have wrong values.
+func TestWarningsOfWorkloads(t *testing.T) {
+	t.Parallel()
+	w := startWebhook(t, testConfig(rig.FreeAddress(t))) // no Redis
+	all := map[string]string{"at-least-semaphore-pod": "true", "key": "web", "length": "3", "expiration": "10"}
+	none := maps.Clone(all)
+	for name := range none {
+		none[name] = "-"
+	}
+	for kind, template := range workloadKinds {
+		for _, operation := range []string{"CREATE", "UPDATE"} {
+			what := operation + " " + kind[1]
+			refused := "the pods of this " + kind[1] + " will be refused: "
+			workload := func(own, pod map[string]string) []byte {
+				return rig.Review(t, freshID(), 1, setAnnotations(pod), asWorkload(operation, kind[0], kind[1], own))
+			}
+			misplaced := fmt.Sprintf("* does nothing on a %s: move it to %s.metadata", kind[1], template)
+			wantWarned(t, w, what+" that is right", workload(nil, nil))
+			wantWarned(t, w, what+" without annotations", workload(nil, none))
+			wantWarned(t, w, what+" with its own", workload(all, none), misplaced)
+			wantWarned(t, w, what+" with all twice", workload(all, nil))
+			wantWarned(t, w, what+" with one misplaced", workload(all, map[string]string{"length": "-"}), misplaced,
+				refused+"length is missing: it must be a whole number from 1 to 10000")
+			wantWarned(t, w, what+" that is disabled", workload(nil, map[string]string{
+				"at-least-semaphore-pod": "false", "length": "0"}))
+			wantWarned(t, w, what+" with a wrong template", workload(nil, map[string]string{
+				"at-least-semaphore-pod": "True", "lenght": "3"}), "lenght is unknown: did you mean length?",
+				`at-least-semaphore-pod is "True": the pod runs uncounted; write "true"`)
+			wantWarned(t, w, what+" with wrong values", workload(nil, map[string]string{
+				"length": "many", "when-full": "queue"}),
+				refused+`length is "many": it must be a whole number from 1 to 10000`,
+				refused+`when-full is "queue": it must be deny, wait or gate`)
+		}
+	}
+	wantWarned(t, w, "deletion", rig.Review(t, freshID(), 0, asWorkload("DELETE", "apps", "Deployment", all)))
+	wantWarned(t, w, "another kind", rig.Review(t, freshID(), 0, asWorkload("CREATE", "apps", "Other", all)))
+	wantWarned(t, w, "Windows", rig.Review(t, freshID(), 1, func(request map[string]any) {
+		request["object"].(map[string]any)["spec"].(map[string]any)["os"] = map[string]any{"name": "windows"}
+	}, asWorkload("CREATE", "apps", "Deployment", nil)),
+		"the pods of this Deployment will be refused: "+deniedWindows)
+	wantWarned(t, w, "CronJob with annotations of its Jobs", rig.Review(t, freshID(), 1, setAnnotations(none),
+		asWorkload("CREATE", "batch", "CronJob", nil), func(request map[string]any) {
+			spec := request["object"].(map[string]any)["spec"].(map[string]any)
+			spec["jobTemplate"].(map[string]any)["metadata"] = map[string]any{
+				"annotations": map[string]string{annotationKey: "web"}}
+		}), "* does nothing on a CronJob: move it to spec.jobTemplate.spec.template.metadata")
+	if log := w.log.String(); log != "" {
+		t.Errorf("logged %s", log)
+	}
 }

@@ -169,7 +169,7 @@ func TestAllowedUntouched(t *testing.T) {
 		},
 		"update":        func(r map[string]any) { r["operation"] = "UPDATE" },
 		"delete":        func(r map[string]any) { r["operation"], r["object"] = "DELETE", nil },
-		"another kind":  func(r map[string]any) { r["kind"].(map[string]any)["kind"] = "Deployment" },
+		"another kind":  func(r map[string]any) { r["kind"].(map[string]any)["kind"] = "Service" },
 		"another group": func(r map[string]any) { r["kind"].(map[string]any)["group"] = "example.org" },
 		"a subresource": func(r map[string]any) { r["subResource"] = "eviction" },
 	} {
@@ -288,24 +288,16 @@ func TestWarningNotCompleting(t *testing.T) {
 // The same for a Job, which the webhook never patches.
 func TestWarningForJob(t *testing.T) {
 	for _, native := range []bool{true, false} {
-		for annotated, value := range map[bool]string{true: "true", false: "no"} {
-			c := testConfig(rig.FreeAddress(t))
-			c.enableSidecarContainers = native
-			w := startWebhook(t, c)
-			a := w.admit(t, rig.Review(t, freshID(), 1, func(request map[string]any) {
-				request["kind"] = map[string]any{"group": "batch", "version": "v1", "kind": "Job"}
-				request["object"] = map[string]any{"spec": map[string]any{"template": map[string]any{
-					"metadata": map[string]any{"annotations": map[string]any{annotationEnabled: value}},
-				}}}
-			}))
-			for _, warning := range a.Warnings {
-				if len(warning) > 120 {
-					t.Errorf("the warning has %d characters: %s", len(warning), warning)
-				}
+		c := testConfig(rig.FreeAddress(t))
+		c.enableSidecarContainers = native
+		w := startWebhook(t, c)
+		for enabled, want := range map[string][]string{"true": {warningJob}, "false": nil} {
+			if native {
+				want = nil
 			}
-			if want := !native && annotated; !a.Allowed || a.Patch != nil || (len(a.Warnings) > 0) != want {
-				t.Errorf("native %t, annotated %t: got %+v", native, annotated, a)
-			}
+			wantWarned(t, w, fmt.Sprintf("native %t, enabled %s", native, enabled), rig.Review(t, freshID(), 1,
+				setAnnotations(map[string]string{"at-least-semaphore-pod": enabled}), asWorkload("CREATE", "batch", "Job", nil)),
+				want...)
 		}
 	}
 }
@@ -418,14 +410,8 @@ func TestWaitingWithClassicSidecarIsDenied(t *testing.T) {
 	}
 }
 
-// asJob turns a request to create a pod into one to create a Job of it.
-func asJob(request map[string]any) {
-	request["kind"] = map[string]any{"group": "batch", "version": "v1", "kind": "Job"}
-	request["object"] = map[string]any{"spec": map[string]any{"template": request["object"]}}
-}
-
-// The creator of a Job gets a warning that its pods may wait. Kubernetes cuts warnings at
-// 120 characters.
+// The creator of a Job gets a warning that its pods may wait. Kubernetes asks for warnings
+// of at most 120 characters.
 func TestWarningsOfWaiting(t *testing.T) {
 	for value, want := range map[string][]string{
 		whenFullWait: {warningJobWaits}, whenFullGate: {warningJobGated}, whenFullDeny: nil,
@@ -433,7 +419,7 @@ func TestWarningsOfWaiting(t *testing.T) {
 		w := startWebhook(t, testConfig(rig.FreeAddress(t)))
 		body := rig.Review(t, freshID(), 1, func(r map[string]any) {
 			whenFull(value)(r)
-			asJob(r)
+			asWorkload("CREATE", "batch", "Job", nil)(r)
 		})
 		if a := w.admit(t, body); !a.Allowed || a.Patch != nil || !slices.Equal(a.Warnings, want) {
 			t.Errorf("%s: got %+v", value, a)
@@ -441,7 +427,7 @@ func TestWarningsOfWaiting(t *testing.T) {
 	}
 	for _, w := range []string{
 		warningWaits, warningJobWaits, warningJob, warningNotCompleting, warningStatic,
-		warningGated, warningJobGated, warningNotGated, warningNoGate,
+		warningGated, warningJobGated, warningNotGated,
 		fmt.Sprintf(warningGrace, 9, giveBackSeconds),
 		fmt.Sprintf(warningForgotten, "shop-of-many-kinds-of-things"),
 	} {
@@ -597,7 +583,7 @@ func TestNamespaceWithoutRedisUser(t *testing.T) {
 		c.whenFull = whenFull
 		if w, got := warned(c); !strings.HasPrefix(got, want) {
 			t.Errorf("%s: got warnings %q", whenFull, got)
-		} else if a := w.admit(t, rig.Review(t, semaphoreID{"shop", "job"}, 1, asJob)); len(a.Warnings) == 0 ||
+		} else if a := w.admit(t, rig.Review(t, semaphoreID{"shop", "job"}, 1, asWorkload("CREATE", "batch", "Job", nil))); len(a.Warnings) == 0 ||
 			a.Warnings[0] != want {
 			t.Errorf("a Job got warnings %q, want %q first", a.Warnings, want)
 		}

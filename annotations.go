@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"maps"
 	"regexp"
 	"slices"
 	"strconv"
@@ -19,6 +20,10 @@ const (
 	annotationWhenFull   = annotationPrefix + "when-full"              // deny, wait or gate; else --when-full
 	annotationToken      = annotationPrefix + "token"                  // set by the patch: the token that the webhook took
 )
+
+// annotationNames are all of them.
+var annotationNames = []string{annotationEnabled, annotationKey, annotationLength, annotationExpiration,
+	annotationWhenFull, annotationToken}
 
 // Bounds of the annotations. Without them, one large number in a pod could make the
 // webhook allocate or loop for long.
@@ -78,6 +83,54 @@ func whenFullOf(annotations map[string]string, whenFull string) string {
 		return own
 	}
 	return whenFull
+}
+
+// Bounds of the warnings about unknown annotations: of their number, and of a name, which
+// Kubernetes checks only later.
+const (
+	mostUnknown = 5
+	mostName    = 63
+)
+
+// doubtfulAnnotations returns what a user probably did not mean: annotations under our
+// prefix that are unknown, or that do not count because a pod is not enabled.
+func doubtfulAnnotations(annotations map[string]string) (doubts []string) {
+	ours := false
+	for _, name := range slices.Sorted(maps.Keys(annotations)) {
+		own, found := strings.CutPrefix(name, annotationPrefix)
+		ours = ours || found
+		if !found || slices.Contains(annotationNames, name) || len(doubts) == mostUnknown {
+			continue
+		}
+		doubt := truncate(name, len(annotationPrefix)+mostName) + " is unknown"
+		for _, known := range annotationNames {
+			if known = known[len(annotationPrefix):]; isTypo(strings.ToLower(own), known) {
+				doubt += ": did you mean " + known + "?"
+			}
+		}
+		doubts = append(doubts, doubt)
+	}
+	switch enabled, ok := annotations[annotationEnabled]; {
+	case !ours, enabled == "true", enabled == "false":
+	case ok:
+		doubts = append(doubts, fmt.Sprintf(`%s is %s: the pod runs uncounted; write "true"`,
+			annotationEnabled, quoteShort(enabled)))
+	default:
+		doubts = append(doubts, annotationEnabled+` is missing: the pod runs uncounted; add it as "true"`)
+	}
+	return doubts
+}
+
+// isTypo reports whether two names differ in one letter: it is missing, surplus, wrong, or
+// has changed places with the next.
+func isTypo(a, b string) bool {
+	for a != "" && b != "" && a[0] == b[0] {
+		a, b = a[1:], b[1:]
+	}
+	for a != "" && b != "" && a[len(a)-1] == b[len(b)-1] {
+		a, b = a[:len(a)-1], b[:len(b)-1]
+	}
+	return len(a) <= 1 && len(b) <= 1 || len(a) == 2 && len(b) == 2 && a[0] == b[1] && a[1] == b[0]
 }
 
 // checkKey returns what is wrong with a key, or "" if it is valid.

@@ -112,7 +112,7 @@ func startWebhook(t testing.TB, c webhookConfig) *testWebhook {
 	w.semaphores.metrics = newMetrics(c.redis.counts)
 	w.semaphores.metrics.countVerdicts()
 	w.semaphores.metrics.watchSemaphores(w.semaphores)
-	w.semaphores.metrics.watchGate(w.pulse)
+	w.semaphores.metrics.watchGate(w.semaphores.queue)
 	server := httptest.NewUnstartedServer(w.routes())
 	server.EnableHTTP2 = true
 	w.bounds.apply(server.Config)

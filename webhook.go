@@ -53,6 +53,7 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	s.metrics.countVerdicts()
 	s.metrics.watchCertificate(cert)
 	s.metrics.watchSemaphores(s)
+	s.metrics.watchGate(s.queue)
 	a, err := newAdmitter(c, s)
 	if err != nil {
 		return err
@@ -65,7 +66,6 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 		log:      log,
 		stopping: ctx.Done(),
 	}
-	s.metrics.watchGate(w.pulse)
 	admissions, endAdmissions := context.WithCancelCause(context.Background())
 	defer endAdmissions(nil)
 	errorLog := newHTTPErrors(log)

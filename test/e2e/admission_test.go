@@ -211,6 +211,57 @@ func TestOtherPodsAreLeftAlone(t *testing.T) {
 	}
 }
 
+// The creator of an object whose annotations have no effect gets a warning. The API server
+// asks for one neither for other objects, nor for those of a controller.
+func TestWarnings(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	annotate := func(o object, name, value string) object {
+		o["metadata"].(object)["annotations"].(object)[annotationPrefix+name] = value
+		return o
+	}
+	onItself := deployment("itself", "warned", 1, 0, rollingUpdate(1, 1), object{})
+	template := onItself["spec"].(object)["template"].(object)["metadata"].(object)
+	onItself["metadata"].(object)["annotations"] = template["annotations"]
+	delete(template, "annotations")
+	wrong := deployment("wrong", "warned", 0, 0, rollingUpdate(1, 1), object{})
+	periodic := object{"apiVersion": "batch/v1", "kind": "CronJob", "metadata": object{"name": "periodic"},
+		"spec": object{"schedule": "0 0 1 1 *", "jobTemplate": object{"spec": job("", "warned", 0, "true")["spec"]}}}
+	owned := annotate(pod("owned", "warned", 1), "at-least-semaphore-pod", "True")
+	owned["metadata"].(object)["ownerReferences"] = []object{
+		{"apiVersion": "v1", "kind": "ConfigMap", "name": "owner", "uid": "0123"}}
+	plain := pod("plain", "warned", 1)
+	delete(plain["metadata"].(object), "annotations")
+	for name, c := range map[string]struct {
+		o    object
+		want string
+	}{
+		"value": {annotate(pod("value", "warned", 1), "at-least-semaphore-pod", "True"),
+			`at-least-semaphore-pod is "True": the pod runs uncounted; write "true"`},
+		"misspelt": {annotate(pod("misspelt", "warned", 1), "lenght", "1"), "lenght is unknown: did you mean length?"},
+		"misspelt, uncounted": {annotate(annotate(pod("other", "warned", 1), "lenght", "1"),
+			"at-least-semaphore-pod", "1"), "lenght is unknown: did you mean length?"},
+		"Deployment":          {onItself, "* does nothing on a Deployment: move it to spec.template.metadata"},
+		"wrong Deployment":    {wrong, `the pods of this Deployment will be refused: ` + annotationPrefix + `length is "0"`},
+		"wrong CronJob":       {periodic, `the pods of this CronJob will be refused: ` + annotationPrefix + `length is "0"`},
+		"right Deployment":    {deployment("right", "warned", 1, 0, rollingUpdate(1, 1), object{}), ""},
+		"of a controller":     {owned, ""},
+		"disabled":            {annotate(pod("off", "warned", 0), "at-least-semaphore-pod", "false"), ""},
+		"without annotations": {plain, ""},
+	} {
+		warnings, err := n.createWarned(c.o, "--dry-run=server")
+		if err != nil || !strings.Contains(warnings, c.want) || c.want == "" && warnings != "" {
+			t.Errorf("%s: warned of %q, %v, want %q", name, warnings, err, c.want)
+		}
+	}
+	must(t, n.tryCreate(onItself))
+	onItself["metadata"].(object)["labels"] = object{"changed": "yes"}
+	if _, warnings, err := kubectlWarned(encode(onItself), "-n", n.name, "apply", "-f", "-"); err != nil ||
+		!strings.Contains(warnings, "does nothing on a Deployment") {
+		t.Errorf("of an update: warned of %q, %v", warnings, err)
+	}
+}
+
 // The API server accepts the examples of deploy/ unchanged.
 func TestExamples(t *testing.T) {
 	t.Parallel()

@@ -73,7 +73,7 @@ func TestGate(t *testing.T) {
 	t.Parallel()
 	n := newNamespace(t)
 	warnings, err := n.createWarned(gated(pod("nobody", "none", 1)), "--dry-run=server")
-	if err != nil || !strings.Contains(warnings, "no gate is at work") {
+	if err != nil || !strings.Contains(warnings, "without any event, no gate runs") {
 		t.Errorf("without a gate: warned of %q, %v", warnings, err)
 	}
 	installGate(t)
