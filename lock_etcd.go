@@ -1,12 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"net"
 	"sync"
 	"time"
 
@@ -30,8 +32,9 @@ const etcdWriteTimeout = time.Second
 
 // etcdSettings are the settings that all etcd servers share.
 type etcdSettings struct {
-	username, password        string // empty for none
-	caFile, certFile, keyFile string // PEM; empty for none
+	username, password        string    // empty for none
+	caFile, certFile, keyFile string    // PEM; empty for none
+	resolver                  *resolver // nil: processResolver
 }
 
 // etcdLock is a lock in an etcd cluster: a key with a lease that expires after the lock's
@@ -202,16 +205,20 @@ func (s *etcdServer) connect(ctx context.Context) (*clientv3.Client, error) {
 		Backoff:           grpcbackoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 2, Jitter: 0.2, MaxDelay: time.Second},
 		MinConnectTimeout: etcdTimeout,
 	}
+	dial := func(ctx context.Context, address string) (net.Conn, error) {
+		return cmp.Or(s.settings.resolver, processResolver).dial(ctx, "tcp", address)
+	}
 	config := clientv3.Config{
 		Endpoints:            []string{s.address},
 		DialTimeout:          etcdTimeout,
 		DialKeepAliveTime:    10 * time.Second,
 		DialKeepAliveTimeout: 3 * time.Second,
-		DialOptions:          []grpc.DialOption{grpc.WithChainUnaryInterceptor(failFast), grpc.WithConnectParams(reconnect)},
-		MaxUnaryRetries:      2, // the second follows a new log-in if the token has expired
-		Username:             s.settings.username,
-		Password:             s.settings.password,
-		Logger:               zap.NewNop(), // we report all errors
+		DialOptions: []grpc.DialOption{grpc.WithChainUnaryInterceptor(failFast), grpc.WithConnectParams(reconnect),
+			grpc.WithContextDialer(dial)},
+		MaxUnaryRetries: 2, // the second follows a new log-in if the token has expired
+		Username:        s.settings.username,
+		Password:        s.settings.password,
+		Logger:          zap.NewNop(), // we report all errors
 	}
 	var err error
 	if config.TLS, err = s.settings.tls(); err != nil {

@@ -22,6 +22,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"golang.org/x/net/dns/dnsmessage"
 )
 
 func TestLock(t *testing.T) {
@@ -383,6 +384,34 @@ func startLockedWebhook(t *testing.T, s lockServers) (*testWebhook, *rig.Redis) 
 	c := testConfig(queue.Address)
 	s.configure(&c)
 	return startWebhook(t, c), queue
+}
+
+// Lock servers by name: DNS takes longer to answer than an attempt to lock may take. Its
+// answer serves later attempts, also when DNS is gone.
+func TestLockServersBehindSlowDNS(t *testing.T) {
+	t.Parallel()
+	forEachLock(t, 3, func(t *testing.T, s lockServers) {
+		d := rig.StartDNS(t, "127.0.0.1:0")
+		var names []string
+		for i, address := range s.addresses() {
+			d.Set(fmt.Sprintf("lock-%d.test", i), "127.0.0.1")
+			names = append(names, fmt.Sprintf("lock-%d.test.:%s", i, rig.Port(address)))
+		}
+		resolver := resolverOf(d)
+		newLocker := func() locker {
+			if _, ok := s.(etcdServers); ok {
+				return newEtcdLock(names, etcdSettings{resolver: resolver})
+			}
+			return newRedlock(names, redisSettings{resolver: resolver}, 1)
+		}
+		d.Delay.Store(int64(etcdTimeout + time.Second))
+		for range 2 {
+			l := newLocker()
+			t.Cleanup(func() { rig.Must(t, l.close()) })
+			rig.Must(t, lockWithin(t, l, "lock/{slow}", time.Minute)(context.Background()))
+			d.SetFault(func(dnsmessage.Question, int) (dnsmessage.RCode, bool) { return 0, true })
+		}
+	})
 }
 
 // One of three lock servers, whichever, is killed or hangs. Admissions that need the lock

@@ -99,10 +99,6 @@ type tokenServers interface {
 // to each server. If maxIdle is more than one, it asks Sentinels every second for a new
 // primary.
 func newTokenServers(address queueAddress, settings redisSettings, maxIdle int, log *slog.Logger) tokenServers {
-	// A provider may move the name of a single server at any time, so it has no cache.
-	if address.kind != queueServerAlone {
-		settings.resolver = newResolver()
-	}
 	switch address.kind {
 	case queueSentinel:
 		return newSentinelQueue(address, settings, maxIdle, log)

@@ -53,6 +53,7 @@ var sameOnAllQueues = map[string][]string{
 	"groups and Clusters of their own": {
 		"TestClusterSlotHalfMoved",
 		"TestClusterSlotMoving",
+		"TestProviderMovesItsName",
 		"TestSentinelLook",
 		"TestSentinelsBehindSlowDNS",
 	},

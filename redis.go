@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -15,9 +16,9 @@ import (
 )
 
 const (
-	redisReadTimeout    = 30 * time.Second // for an answer; a context may give less
-	redisConnectTimeout = 2 * time.Second
-	redisWriteTimeout   = 2 * time.Second // for sending a command
+	redisReadTimeout  = 30 * time.Second // for an answer; a context may give less
+	connectTimeout    = 2 * time.Second  // for the look-up of a name and the connection
+	redisWriteTimeout = 2 * time.Second  // for sending a command
 )
 
 // redisSettings are the settings that all Redis servers share.
@@ -26,7 +27,7 @@ type redisSettings struct {
 	sentinelUsername, sentinelPassword string // those of the Sentinels; empty for none
 	caFile                             string // PEM certificates to trust for rediss://; empty for the system's
 	counts                             *redisCounts
-	resolver                           *resolver // nil: each dial asks DNS
+	resolver                           *resolver // nil: processResolver
 }
 
 // ofSentinels returns the settings for connections to Sentinels.
@@ -78,11 +79,16 @@ type redisConn struct {
 	tcp     syscall.Conn
 	pool    *redisPool // nil for a connection outside of a pool
 	refusal error      // the answer after which this connection is not used again
+	expire  func()     // expires the answer of DNS that led to this server
 	closed  func()     // counts the closing, once
 }
 
-// Close implements redis.Conn.
+// Close implements redis.Conn. After an error, the server's name may lead to another
+// server: a provider moves it.
 func (c *redisConn) Close() error {
+	if c.Err() != nil {
+		c.expire()
+	}
 	c.closed()
 	return c.contextConn.Close()
 }
@@ -103,14 +109,16 @@ type contextConn interface {
 
 func dialRedis(ctx context.Context, address string, settings redisSettings,
 	readTimeout time.Duration) (*redisConn, error) {
+	resolver := cmp.Or(settings.resolver, processResolver)
+	hostPort, secure := strings.CutPrefix(address, "rediss://")
+	hostPort = strings.TrimPrefix(hostPort, "redis://")
+	host, _, err := net.SplitHostPort(hostPort)
+	if err != nil {
+		return nil, err
+	}
 	var tcp syscall.Conn
 	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
-		dialer := &net.Dialer{
-			Timeout: redisConnectTimeout,
-			KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second,
-				Count: 3},
-		}
-		c, err := settings.resolver.dial(ctx, dialer, network, address)
+		c, err := resolver.dial(ctx, network, address)
 		if err != nil {
 			return nil, err
 		}
@@ -118,8 +126,6 @@ func dialRedis(ctx context.Context, address string, settings redisSettings,
 		tcp = resetting
 		return resetting, nil
 	}
-	hostPort, secure := strings.CutPrefix(address, "rediss://")
-	hostPort = strings.TrimPrefix(hostPort, "redis://")
 	options := []redis.DialOption{
 		redis.DialContextFunc(dial),
 		redis.DialReadTimeout(readTimeout),
@@ -128,25 +134,23 @@ func dialRedis(ctx context.Context, address string, settings redisSettings,
 		redis.DialPassword(settings.password),
 	}
 	if secure {
-		host, _, err := net.SplitHostPort(hostPort)
-		if err != nil {
-			return nil, err
-		}
 		roots, err := readCA(settings.caFile) // at each dial, so that a new CA needs no restart
 		if err != nil {
 			return nil, err
 		}
 		options = append(options, redis.DialUseTLS(true),
-			redis.DialTLSHandshakeTimeout(min(redisConnectTimeout, readTimeout)),
+			redis.DialTLSHandshakeTimeout(min(connectTimeout, readTimeout)),
 			redis.DialTLSConfig(&tls.Config{MinVersion: tls.VersionTLS12, ServerName: host, RootCAs: roots}))
 	}
+	expire := func() { resolver.expire(host) }
 	c, err := redis.DialContext(ctx, "tcp", hostPort, options...)
 	if err != nil {
+		expire() // also after a refused password or certificate: it may be another's server by now
 		return nil, err
 	}
 	settings.counts.opened(1)
 	closed := sync.OnceFunc(func() { settings.counts.opened(-1) })
-	return &redisConn{contextConn: c.(contextConn), tcp: tcp, closed: closed}, nil
+	return &redisConn{contextConn: c.(contextConn), tcp: tcp, expire: expire, closed: closed}, nil
 }
 
 // Do implements redis.Conn.
@@ -248,14 +252,21 @@ const (
 	// resolveGrace is the time that a dial waits for a new answer if it has an old one.
 	resolveGrace = 200 * time.Millisecond
 
-	// resolveTimeout bounds a query to DNS. The system's resolver retries after five
-	// seconds.
-	resolveTimeout = 15 * time.Second
+	// resolveRescue is the time after which a query is repeated for IPv4 addresses only.
+	resolveRescue = time.Second
+
+	// resolveTimeout bounds a query to DNS. Go's resolver sends a question again after five
+	// seconds. A name of Kubernetes takes three or four questions, one after the other.
+	resolveTimeout = time.Minute
 )
 
-// resolver queries DNS in the background of the dials, and caches the answers. When a
-// node is lost, DNS is often slower than a dial can wait, and its last answer is mostly
-// still right.
+// resolver queries DNS in the background of the dials, and caches the answers. DNS may
+// take longer than an attempt to connect can wait: then a later attempt uses the answer.
+// When a node is lost, DNS is often slow, and its last answer is mostly still right.
+//
+// A name may lead to another server at any time: that of a provider, or of a pod that was
+// created again. So a failed connection expires the answer, and so does a server that
+// refuses commands.
 type resolver struct {
 	lookUp func(ctx context.Context, host string) ([]string, error) // queries DNS
 
@@ -271,16 +282,68 @@ type resolvedHost struct {
 	at        time.Time // zero: expired
 }
 
-func newResolver() *resolver {
-	return &resolver{lookUp: net.DefaultResolver.LookupHost, hosts: map[string]resolvedHost{}}
+// processResolver is the resolver of all connections of this process.
+var processResolver = newResolver(net.DefaultResolver)
+
+func newResolver(dns *net.Resolver) *resolver {
+	lookUp := func(ctx context.Context, host string) ([]string, error) { return queryDNS(ctx, dns, host) }
+	return &resolver{lookUp: lookUp, hosts: map[string]resolvedHost{}}
+}
+
+// queryDNS returns the addresses of a host. Go's resolver asks for IPv6 and IPv4 addresses
+// and waits for both answers. Some networks drop questions for IPv6 addresses, and all
+// lose packets. So queryDNS then asks for IPv4 addresses alone, too. The first success
+// counts.
+func queryDNS(ctx context.Context, dns *net.Resolver, host string) ([]string, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	type answer struct {
+		ips []net.IP
+		err error
+	}
+	answers := make(chan answer, 2)
+	ask := func(network string) {
+		ips, err := dns.LookupIP(ctx, network, host)
+		answers <- answer{ips, err}
+	}
+	go ask("ip")
+	rescue := time.After(resolveRescue)
+	var failed error
+	for pending := 1; pending > 0; {
+		select {
+		case <-rescue:
+			pending++
+			go ask("ip4")
+		case a := <-answers:
+			if a.err == nil {
+				var addresses []string
+				for _, ip := range a.ips {
+					addresses = append(addresses, ip.String())
+				}
+				return addresses, nil
+			}
+			pending--
+			failed = a.err
+		}
+	}
+	return nil, failed
+}
+
+// prepare looks up the hosts of addresses in the background.
+func (r *resolver) prepare(addresses ...string) {
+	for _, a := range addresses {
+		if _, hostPort, ok := strings.Cut(a, "://"); ok {
+			a = hostPort
+		}
+		if host, _, err := net.SplitHostPort(a); err == nil {
+			r.start(host)
+		}
+	}
 }
 
 // resolve returns the addresses of a host. Its error says why it has none when ctx is
 // done.
 func (r *resolver) resolve(ctx context.Context, host string) ([]string, error) {
-	if net.ParseIP(host) != nil {
-		return []string{host}, nil
-	}
 	cached, lookup := r.start(host)
 	if lookup == nil {
 		return cached, nil
@@ -306,6 +369,9 @@ func (r *resolver) resolve(ctx context.Context, host string) ([]string, error) {
 // start returns the cached addresses of a host, and the running look-up unless they are
 // fresh.
 func (r *resolver) start(host string) (cached []string, lookup *flight[*resolvedHost]) {
+	if net.ParseIP(host) != nil {
+		return []string{host}, nil
+	}
 	r.mu.Lock()
 	h := r.hosts[host]
 	r.mu.Unlock()
@@ -326,19 +392,19 @@ func (r *resolver) start(host string) (cached []string, lookup *flight[*resolved
 	})
 }
 
-// expire expires the cached answer: no server answers at its addresses.
+// expire expires the cached answer: the next dial asks DNS again.
 func (r *resolver) expire(host string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.hosts[host] = resolvedHost{addresses: r.hosts[host].addresses}
+	if h, ok := r.hosts[host]; ok {
+		r.hosts[host] = resolvedHost{addresses: h.addresses}
+	}
 }
 
-// dial connects to the first of a host's addresses that answers. If r is nil, the dialer
-// queries DNS.
-func (r *resolver) dial(ctx context.Context, dialer *net.Dialer, network, address string) (net.Conn, error) {
-	if r == nil {
-		return dialer.DialContext(ctx, network, address)
-	}
+// dial connects to the first of a host's addresses that answers, within connectTimeout.
+func (r *resolver) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
 	host, port, err := net.SplitHostPort(address)
 	if err != nil {
 		return nil, err
@@ -349,7 +415,7 @@ func (r *resolver) dial(ctx context.Context, dialer *net.Dialer, network, addres
 	}
 	var failed []error
 	for i, a := range addresses {
-		c, err := dialWithin(ctx, dialer, network, net.JoinHostPort(a, port), len(addresses)-i)
+		c, err := dialWithin(ctx, network, net.JoinHostPort(a, port), len(addresses)-i)
 		if err == nil {
 			return c, nil
 		}
@@ -360,11 +426,11 @@ func (r *resolver) dial(ctx context.Context, dialer *net.Dialer, network, addres
 }
 
 // dialWithin dials within its share of the time that ctx leaves for several dials.
-func dialWithin(ctx context.Context, dialer *net.Dialer, network, address string, dials int) (net.Conn, error) {
-	if end, ok := ctx.Deadline(); ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, time.Until(end)/time.Duration(dials))
-		defer cancel()
+func dialWithin(ctx context.Context, network, address string, dials int) (net.Conn, error) {
+	end, _ := ctx.Deadline()
+	dialer := &net.Dialer{
+		Timeout:         time.Until(end) / time.Duration(dials),
+		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 15 * time.Second, Interval: 5 * time.Second, Count: 3},
 	}
 	return dialer.DialContext(ctx, network, address)
 }

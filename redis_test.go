@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"path/filepath"
@@ -17,6 +18,7 @@ import (
 	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+	"golang.org/x/net/dns/dnsmessage"
 )
 
 // dnsReply is the reply of a test's DNS to one lookup.
@@ -30,7 +32,7 @@ type dnsReply struct {
 func testResolver(t *testing.T) (r *resolver, lookups chan string, replies chan dnsReply) {
 	t.Helper()
 	lookups, replies = make(chan string, 100), make(chan dnsReply)
-	r = newResolver()
+	r = newResolver(net.DefaultResolver)
 	r.lookUp = func(ctx context.Context, host string) ([]string, error) {
 		lookups <- host
 		select {
@@ -61,6 +63,13 @@ func (r *resolver) wantCachedSoon(t *testing.T, host string, want ...string) {
 		}
 		return nil
 	})
+}
+
+// keepFresh makes a cached reply fresh for a while.
+func (r *resolver) keepFresh(host string, d time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.hosts[host] = resolvedHost{r.hosts[host].addresses, time.Now().Add(d)}
 }
 
 // A lookup slower than a dial's deadline goes on in the background. The dials meanwhile
@@ -106,7 +115,7 @@ func TestResolveUnknownHost(t *testing.T) {
 	t.Parallel()
 	r, _, replies := testResolver(t)
 	go func() { replies <- dnsReply{err: &net.DNSError{Err: "no such host", Name: "a.test"}} }()
-	_, err := r.dial(t.Context(), new(net.Dialer), "tcp", "a.test:1")
+	_, err := r.dial(t.Context(), "tcp", "a.test:1")
 	if err == nil || !strings.Contains(err.Error(), "lookup a.test: no such host") || !isUnreachable(err) {
 		t.Errorf("got %v, want no such host", err)
 	}
@@ -121,7 +130,7 @@ func TestDialResolved(t *testing.T) {
 	dial := func() error {
 		ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
 		defer cancel()
-		c, err := r.dial(ctx, new(net.Dialer), "tcp", "a.test:"+port)
+		c, err := r.dial(ctx, "tcp", "a.test:"+port)
 		if err == nil {
 			c.Close()
 		}
@@ -137,6 +146,113 @@ func TestDialResolved(t *testing.T) {
 	if len(lookups) != 2 {
 		t.Errorf("%d lookups, want 2", len(lookups))
 	}
+}
+
+// resolverOf returns a resolver that asks a test's DNS.
+func resolverOf(d *rig.DNS) *resolver {
+	return newResolver(&net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "udp", d.Address())
+	}})
+}
+
+// A DNS that loses some of the questions costs a second. The names have a last dot, so that
+// the search domains of this machine do not matter.
+func TestResolveWithAFaultyDNS(t *testing.T) {
+	t.Parallel()
+	lost := func(q dnsmessage.Question, _ int) (dnsmessage.RCode, bool) { return 0, q.Type == dnsmessage.TypeAAAA }
+	for name, c := range map[string]struct {
+		fault   rig.DNSFault
+		has     []string // the addresses in DNS
+		want    []string // those that the resolver returns
+		queries int      // for IPv4 addresses
+	}{
+		"sound":                 {nil, []string{"127.0.0.1"}, []string{"127.0.0.1"}, 1},
+		"IPv6 only":             {nil, []string{"::1"}, []string{"::1"}, 1},
+		"no answers about IPv6": {lost, []string{"127.0.0.1"}, []string{"127.0.0.1"}, 2},
+		"no answers about IPv6, of a host with both": {lost, []string{"127.0.0.1", "::1"}, []string{"127.0.0.1"}, 2},
+		"errors about IPv6": {func(q dnsmessage.Question, _ int) (dnsmessage.RCode, bool) {
+			if q.Type == dnsmessage.TypeAAAA {
+				return dnsmessage.RCodeServerFailure, false
+			}
+			return 0, false
+		}, []string{"127.0.0.1"}, []string{"127.0.0.1"}, 1},
+		"the first question lost": {func(q dnsmessage.Question, n int) (dnsmessage.RCode, bool) {
+			return 0, q.Type == dnsmessage.TypeA && n == 1
+		}, []string{"127.0.0.1"}, []string{"127.0.0.1"}, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			d := rig.StartDNS(t, "127.0.0.1:0")
+			d.SetFault(c.fault)
+			d.Set("a.test", c.has...)
+			start := time.Now()
+			resolverOf(d).wantResolved(t, "a.test.", c.want...)
+			rig.WantWithin(t, time.Since(start), 2*time.Second, "a look-up")
+			if n := d.Asked("a.test"); n < c.queries {
+				t.Errorf("%d questions, want %d", n, c.queries)
+			}
+		})
+	}
+}
+
+// A provider moves its name to another server. The old one still accepts connections, but
+// refuses writes, or hangs. The answer of DNS would be fresh for an hour.
+func TestProviderMovesItsName(t *testing.T) {
+	t.Parallel()
+	for name, fail := range map[string]func(t *testing.T, old *rig.Redis){
+		"refuses": func(t *testing.T, old *rig.Redis) { old.Do(t, "REPLICAOF", "127.0.0.1", "1") },
+		"hangs":   func(t *testing.T, old *rig.Redis) { old.Pause(t) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			single := rig.RedisOptions{Kind: rig.SingleQueue}
+			old, successor := rig.StartRedisWith(t, single), rig.StartRedisWith(t, single)
+			forward(t, "127.0.0.2:"+rig.Port(old.Address), successor.Address)
+			d := rig.StartDNS(t, "127.0.0.1:0")
+			d.Set("redis.test", "127.0.0.1")
+			c := testConfig(old.Address)
+			c.queueRedisAddress = mustAddress("redis.test.:" + rig.Port(old.Address))
+			c.redis.resolver = resolverOf(d)
+			s, id := semaphoresOf(t, c), freshID()
+			locks := newRedlock([]string{successor.Address}, redisSettings{}, 1)
+			t.Cleanup(func() { rig.Must(t, locks.close()) })
+			s.locks = locks
+			acquire(t, s, id, 9)
+			fail(t, old)
+			d.Set("redis.test", "127.0.0.2")
+			c.redis.resolver.keepFresh("redis.test.", time.Hour)
+			start := time.Now()
+			token := acquire(t, s, id, 9)
+			rig.WantWithin(t, time.Since(start), 3*time.Second, "the acquire")
+			successor.WantInflight(t, id, token)
+		})
+	}
+}
+
+// forward forwards the connections to an address to a server.
+func forward(t *testing.T, address, server string) {
+	t.Helper()
+	l, err := net.Listen("tcp", address)
+	rig.Must(t, err)
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			from, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer from.Close()
+				to, err := net.Dial("tcp", server)
+				if err != nil {
+					return
+				}
+				defer to.Close()
+				go func() { _, _ = io.Copy(to, from) }()
+				_, _ = io.Copy(from, to)
+			}()
+		}
+	}()
 }
 
 // The ACL rules of the Redis users.

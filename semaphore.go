@@ -29,8 +29,16 @@ type settings struct {
 }
 
 // newLocker makes the lock of the chosen mode. It keeps up to maxIdle connections to each
-// Redis server.
+// Redis server. If maxIdle is more than one, it looks up the servers' names now: the first
+// repair does not wait for DNS.
 func newLocker(c settings, maxIdle int) locker {
+	addresses := c.redisAddresses
+	if c.lockMode == lockModeEtcd {
+		addresses = c.etcdAddresses
+	}
+	if maxIdle > 1 {
+		processResolver.prepare(addresses...)
+	}
 	if c.lockMode == lockModeEtcd {
 		return newEtcdLock(c.etcdAddresses, c.etcd)
 	}

@@ -23,7 +23,8 @@
 //	                              WantExit, WantLog, Memory, CPU
 //	Webhook, Gate                 URL, Post, WantReady, Metrics, Metric
 //
-// Servers (redis.go, group.go, queue.go, etcd.go, proxy.go, apiserver*.go):
+// Servers (redis.go, group.go, queue.go, etcd.go, dns.go, proxy.go,
+// apiserver*.go):
 //
 //	StartRedis, StartRedisWith, CommonRedis
 //	Redis                         Do, Control, Start, Stop, Crash, Pause, Resume, Redial
@@ -31,6 +32,7 @@
 //	Group                         Address, Holder, Serves, WantReady
 //	LockServers                   the servers of a Redlock: Addresses, LocksLeft
 //	StartEtcd, LeaderFirst
+//	StartDNS, ProgramInPod        a DNS server with faults
 //	StartProxy
 //	Proxy                         Silence, Cut, Mend, HoldFirst, Answers, Delay, Rewrite,
 //	                              Made
