@@ -24,6 +24,9 @@ const (
 	// admissionGrace is how long after SIGTERM running admissions may take. After that
 	// they get an error, and giveBackGrace begins. Kubernetes kills after 30 seconds.
 	admissionGrace = 20 * time.Second
+
+	// drainTime is how long after SIGTERM a connection may stay idle before it is closed.
+	drainTime = 3 * time.Second
 )
 
 // runWebhook serves until ctx is done, and then finishes running admissions.
@@ -89,6 +92,7 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	time.AfterFunc(admissionGrace, func() { endAdmissions(errors.New("this webhook is stopping")) })
 	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), admissionGrace+giveBackGrace/2)
 	defer cancel()
+	drain(w.bounds)
 	if err = webhookServer.Shutdown(ending); err != nil {
 		err = fmt.Errorf("finish admissions: %w", err)
 	}
@@ -102,6 +106,16 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 		log.Info("stopped")
 	}
 	return err
+}
+
+// drain lets the clients leave: each answer of a stopping webhook ends its connection. An
+// idle connection gets no answer, and Shutdown closes it, maybe just when the API server
+// uses it. The API server cannot repeat that admission. But it prefers connections that
+// it used last, and these have got an answer by the end of drainTime.
+func drain(b *bounds) {
+	for end := time.Now().Add(drainTime); b.open() > 0 && time.Now().Before(end); {
+		time.Sleep(10 * time.Millisecond)
+	}
 }
 
 // newWebhookServer makes the server that the API server calls.
@@ -130,6 +144,9 @@ type webhook struct {
 
 func (w *webhook) routes() http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		if w.isStopping() {
+			rw.Header().Set("Connection", "close")
+		}
 		if !w.callers.mayCall(r.URL.Path) {
 			rw.Header().Set("Connection", "close") // a client that does not know the path has no business here
 			http.Error(rw, w.callers.refuse(r.RemoteAddr), http.StatusNotFound)
@@ -146,11 +163,18 @@ func (w *webhook) healthRoutes() http.Handler {
 // ready returns why this webhook cannot decide: it is stopping, or the queue takes no
 // writes.
 func (w *webhook) ready(ctx context.Context) error {
+	if w.isStopping() {
+		return errors.New("stopping")
+	}
+	return w.semaphores.check(ctx)
+}
+
+func (w *webhook) isStopping() bool {
 	select {
 	case <-w.stopping:
-		return errors.New("stopping")
+		return true
 	default:
-		return w.semaphores.check(ctx)
+		return false
 	}
 }
 
