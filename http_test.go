@@ -2,12 +2,13 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"strings"
 	"sync"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
@@ -22,7 +23,7 @@ func largeReview(t *testing.T, id semaphoreID) []byte {
 }
 
 // While Redis hangs, large requests wait up to a cap; further ones get 503 and "try
-// again". Small requests are served meanwhile. All use one connection.
+// again". Small requests are served meanwhile.
 func TestLargeRequestsWait(t *testing.T) {
 	r := rig.StartRedis(t)
 	w := startWebhook(t, testConfig(r.Address))
@@ -82,105 +83,81 @@ func TestLargeRequestsWait(t *testing.T) {
 	})
 }
 
-// A full set evicts only its oldest entry. An entry that has left is not evicted.
-func TestEvictingSet(t *testing.T) {
-	c := evictingSet{most: 2}
-	evicted := make(chan int, 10)
-	join := func(i int) func() { return c.add(0, func() { evicted <- i }) }
-	join(1)
-	leave := join(2)
-	leave()
-	leave()
-	join(3)
-	join(4)
-	if i := <-evicted; i != 1 {
-		t.Errorf("entry %d was evicted, want 1", i)
-	}
-	join(5)
-	if i := <-evicted; i != 3 {
-		t.Errorf("entry %d was evicted, want 3", i)
-	}
-	if len(evicted) != 0 || c.all.Len() != 2 {
-		t.Errorf("%d entries are left, and %d more were evicted", c.all.Len(), len(evicted))
-	}
+// fakeConn is a connection that tells of its end.
+type fakeConn struct {
+	net.Conn
+	closed chan struct{}
 }
 
-// A set evicts its oldest entries until the bytes of a new one fit. Entries that left or
-// were evicted count no bytes.
-func TestEvictingSetOfBytes(t *testing.T) {
-	c := evictingSet{most: 10, mostBytes: 100}
-	evicted := make(chan int, 10)
-	join := func(i, bytes int) func() { return c.add(bytes, func() { evicted <- i }) }
-	leave := join(1, 60)
-	join(2, 40)
-	leave()
-	leave()
-	join(3, 60)
-	if len(evicted) != 0 || c.bytes != 100 {
-		t.Errorf("%d entries were evicted, and the set has %d bytes", len(evicted), c.bytes)
+func (c *fakeConn) Close() error { close(c.closed); return nil }
+
+// opened opens connections of clients without a request.
+func (b *bounds) opened(n int) (all []*fakeConn) {
+	for range n {
+		c := &fakeConn{closed: make(chan struct{})}
+		b.note(c, http.StateNew)
+		all = append(all, c)
 	}
-	join(4, 70)
-	if a, b := <-evicted, <-evicted; a+b != 5 || c.bytes != 70 || c.all.Len() != 1 {
-		t.Errorf("entries %d and %d were evicted, and the set has %d bytes of %d entries", a, b, c.bytes, c.all.Len())
-	}
+	return all
 }
 
-// A new entry waits for a full set until the oldest entry has rested or left, or the time
-// is up.
-func TestEvictingSetWaitsForRoom(t *testing.T) {
-	for name, test := range map[string]struct {
-		meanwhile func(rejoin func())
-		want      time.Duration
-	}{
-		"rests":        {func(func()) {}, restTime - 300*time.Millisecond},
-		"used again":   {func(rejoin func()) { time.Sleep(200 * time.Millisecond); rejoin() }, restTime},
-		"already idle": {nil, 0},
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				c := evictingSet{most: 1}
-				leave := c.add(0, func() {})
-				if test.meanwhile == nil {
-					time.Sleep(restTime)
-				} else {
-					time.Sleep(300 * time.Millisecond)
-					go test.meanwhile(func() { leave(); leave = c.add(0, func() {}) })
-				}
-				start := time.Now()
-				c.waitForRoom(t.Context())
-				if took := time.Since(start); took != test.want {
-					t.Errorf("waited for %s, want %s", took, test.want)
-				}
-			})
-		})
-	}
-	synctest.Test(t, func(t *testing.T) {
-		c := evictingSet{most: 1}
-		leave := c.add(0, func() {})
-		leave()
-		start := time.Now()
-		c.waitForRoom(t.Context())
-		c.add(0, func() {})
-		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
-		defer cancel()
-		c.waitForRoom(ctx)
-		if took := time.Since(start); took != 10*time.Millisecond {
-			t.Errorf("waited for %s in total, want 0 with room and 10ms without", took)
+// call begins an authenticated request.
+func (b *bounds) call(c *fakeConn) error {
+	b.note(c, http.StateActive)
+	r := new(http.Request)
+	return b.authenticated(r.WithContext(context.WithValue(context.Background(), connectionKey{}, net.Conn(c))))
+}
+
+// wantEnded checks which connection was closed for a newer one: the only one of all.
+func wantEnded(t *testing.T, all []*fakeConn, want int) {
+	t.Helper()
+	<-all[want].closed
+	for i, c := range all {
+		select {
+		case <-c.closed:
+			if i != want {
+				t.Errorf("connection %d was closed, want only %d", i, want)
+			}
+		default:
 		}
-	})
+	}
 }
 
-// An admission that waited for its connection is still answered in time.
-func TestAnswerInTimeAfterWaiting(t *testing.T) {
-	t.Parallel()
-	w := startWebhook(t, testConfig(rig.FreeAddress(t))) // no Redis: the webhook retries until the deadline
-	w.bounds.authenticated.most = 1
-	defer w.bounds.authenticated.add(0, func() {})()
-	start := time.Now()
-	status, text, err := w.post(context.Background(), rig.Review(t, freshID(), 1), "3s")
-	took := time.Since(start)
-	if err != nil || status != http.StatusInternalServerError || took < restTime/2 {
-		t.Errorf("got %d %q, %v, after %s", status, text, err, took)
+// Beyond the cap, the oldest stranger is closed, and no caller.
+func TestTooManyStrangers(t *testing.T) {
+	b := newBounds()
+	caller := b.opened(1)
+	rig.Must(t, b.call(caller[0]))
+	b.note(caller[0], http.StateIdle)
+	strangers := b.opened(maxStrangers)
+	b.note(strangers[0], http.StateClosed)
+	all := append(append(caller, strangers[1:]...), b.opened(2)...)
+	wantEnded(t, all, 1)
+	b.note(all[1], http.StateClosed)
+	if n := b.open(); n != maxStrangers+1 {
+		t.Errorf("%d connections are open, want %d", n, maxStrangers+1)
 	}
-	rig.WantWithin(t, took, 3*time.Second, "the answer to an API server that waits for 3 s")
+}
+
+// Beyond the cap, the caller that was idle longest is closed. If all are busy, the new
+// one is refused.
+func TestTooManyCallers(t *testing.T) {
+	b := newBounds()
+	var all []*fakeConn
+	for range maxCallers {
+		c := b.opened(1)[0]
+		rig.Must(t, b.call(c))
+		all = append(all, c)
+	}
+	late := b.opened(1)[0]
+	var wrong *badRequest
+	if err := b.call(late); !errors.As(err, &wrong) || wrong.status != http.StatusServiceUnavailable {
+		t.Errorf("all are busy: got %v, want 503", err)
+	}
+	for _, i := range []int{5, 3, 4} {
+		b.note(all[i], http.StateIdle)
+	}
+	rig.Must(t, b.call(all[5])) // used again
+	rig.Must(t, b.call(late))
+	wantEnded(t, append(all, late), 3)
 }

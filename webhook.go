@@ -24,6 +24,9 @@ const (
 	// admissionGrace is how long after SIGTERM running admissions may take. After that
 	// they get an error, and giveBackGrace begins. Kubernetes kills after 30 seconds.
 	admissionGrace = 20 * time.Second
+
+	// drainTime is how long after SIGTERM a connection may stay idle before it is closed.
+	drainTime = 3 * time.Second
 )
 
 // runWebhook serves until ctx is done, and then finishes running admissions.
@@ -78,7 +81,7 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	defer fail(nil)
 	go cert.watch(ctx, fileInterval)
 	clients.watch(ctx)
-	go func() { fail(webhookServer.ServeTLS(countingListener{webhookListener}, "", "")) }()
+	go func() { fail(webhookServer.ServeTLS(webhookListener, "", "")) }()
 	go func() { fail(healthServer.Serve(healthListener)) }()
 	log.Info("serving", "address", webhookListener.Addr().String(), "healthAddress", healthListener.Addr().String(),
 		"version", version, "lockMode", c.lockMode, "queueRedis", c.queueRedisAddress.text)
@@ -89,6 +92,7 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	time.AfterFunc(admissionGrace, func() { endAdmissions(errors.New("this webhook is stopping")) })
 	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), admissionGrace+giveBackGrace/2)
 	defer cancel()
+	drain(w.bounds)
 	if err = webhookServer.Shutdown(ending); err != nil {
 		err = fmt.Errorf("finish admissions: %w", err)
 	}
@@ -104,6 +108,16 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	return err
 }
 
+// drain lets the clients leave: each answer of a stopping webhook ends its connection. An
+// idle connection gets no answer, and Shutdown closes it, maybe just when the API server
+// uses it. The API server cannot repeat that admission. But it prefers connections that
+// it used last, and these have got an answer by the end of drainTime.
+func drain(b *bounds) {
+	for end := time.Now().Add(drainTime); b.open() > 0 && time.Now().Before(end); {
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
 // newWebhookServer makes the server that the API server calls.
 func newWebhookServer(handler http.Handler, tls *tls.Config, b *bounds) *http.Server {
 	s := &http.Server{
@@ -112,7 +126,7 @@ func newWebhookServer(handler http.Handler, tls *tls.Config, b *bounds) *http.Se
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,
 		WriteTimeout:      maxTimeout + 5*time.Second,
-		IdleTimeout:       2 * time.Minute,
+		IdleTimeout:       2 * time.Minute, // an API server closes its idle connections after 90 s
 	}
 	b.apply(s)
 	return s
@@ -130,8 +144,11 @@ type webhook struct {
 
 func (w *webhook) routes() http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		if w.isStopping() {
+			rw.Header().Set("Connection", "close")
+		}
 		if !w.callers.mayCall(r.URL.Path) {
-			refuseMore(r)
+			rw.Header().Set("Connection", "close") // a client that does not know the path has no business here
 			http.Error(rw, w.callers.refuse(r.RemoteAddr), http.StatusNotFound)
 			return
 		}
@@ -146,11 +163,18 @@ func (w *webhook) healthRoutes() http.Handler {
 // ready returns why this webhook cannot decide: it is stopping, or the queue takes no
 // writes.
 func (w *webhook) ready(ctx context.Context) error {
+	if w.isStopping() {
+		return errors.New("stopping")
+	}
+	return w.semaphores.check(ctx)
+}
+
+func (w *webhook) isStopping() bool {
 	select {
 	case <-w.stopping:
-		return errors.New("stopping")
+		return true
 	default:
-		return w.semaphores.check(ctx)
+		return false
 	}
 }
 
@@ -159,9 +183,7 @@ func (w *webhook) ready(ctx context.Context) error {
 // then the administrator's failurePolicy decides.
 func (w *webhook) mutate(rw http.ResponseWriter, r *http.Request) {
 	start := time.Now()
-	ctx, done := w.bounds.begin(rw, r)
-	defer done()
-	ctx, cancel := context.WithDeadline(ctx, start.Add(answerWithin(r.URL.Query().Get("timeout"))))
+	ctx, cancel := context.WithDeadline(r.Context(), start.Add(answerWithin(r.URL.Query().Get("timeout"))))
 	defer cancel()
 
 	var d decision

@@ -126,7 +126,7 @@ func (w *callers) refuse(remote string) string {
 
 // tls returns the TLS settings of the server.
 func (w *callers) tls(cert *certificate) *tls.Config {
-	c := &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: cert.get, NextProtos: []string{"h2", "http/1.1"}}
+	c := &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: cert.get, NextProtos: []string{"http/1.1"}}
 	if w.authorities == nil {
 		return c
 	}

@@ -203,8 +203,8 @@ func TestClientCertificates(t *testing.T) {
 			return err
 		}
 		response.Body.Close()
-		if response.StatusCode != http.StatusOK || response.ProtoMajor != 2 {
-			t.Errorf("got %s by %s, want 200 by HTTP/2", response.Status, response.Proto)
+		if response.StatusCode != http.StatusOK || response.ProtoMajor != 1 {
+			t.Errorf("got %s by %s, want 200 by HTTP/1.1", response.Status, response.Proto)
 		}
 		return nil
 	}

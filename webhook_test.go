@@ -1,9 +1,13 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -374,6 +378,72 @@ func TestShutdownFinishesAdmissions(t *testing.T) {
 	w.WantExit(t, 0)
 	w.WantLog(t, "stopped")
 	r.WantCounts(t, id, 0, 2)
+}
+
+// A webhook stops while an API server uses its connections, which go to another webhook
+// from then on. No admission fails. Like an API server, the client speaks HTTP/1.1: it
+// cannot repeat a request on a connection that the webhook closes under its hands.
+func TestShutdownFailsNoAdmission(t *testing.T) {
+	t.Parallel()
+	r := rig.CommonRedis(t)
+	next := rig.StartWebhook(t, r.Address)
+	for range 5 {
+		stopped := next
+		next = rig.StartWebhook(t, r.Address)
+		var service atomic.Pointer[string] // where new connections go
+		address := strings.TrimPrefix(stopped.URL, "https://")
+		service.Store(&address)
+		transport := &http.Transport{
+			MaxIdleConnsPerHost: 25,
+			TLSClientConfig:     &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"http/1.1"}},
+			DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+				return new(net.Dialer).DialContext(ctx, network, *service.Load())
+			},
+		}
+		client := &http.Client{Transport: transport}
+		body := rig.Review(t, freshID(), 0) // is refused without Redis
+		var asked, failed atomic.Int64
+		ctx, cancel := context.WithCancel(context.Background())
+		var wg sync.WaitGroup
+		for range 8 {
+			wg.Go(func() {
+				for ctx.Err() == nil {
+					asked.Add(1)
+					response, err := client.Post(stopped.URL+"/mutate", "application/json", bytes.NewReader(body))
+					if err == nil {
+						_, err = io.Copy(io.Discard, response.Body)
+						response.Body.Close()
+					}
+					if err != nil {
+						failed.Add(1)
+						t.Log(err)
+					}
+					_ = sleep(ctx, rand.N(10*time.Millisecond))
+				}
+			})
+		}
+		ask := func(more int64) {
+			want := asked.Load() + more
+			rig.Eventually(t, time.Minute, func() error {
+				if n := asked.Load(); n < want {
+					return fmt.Errorf("%d admissions, want %d", n, want)
+				}
+				return nil
+			})
+		}
+		ask(200)
+		successor := strings.TrimPrefix(next.URL, "https://")
+		service.Store(&successor)
+		stopped.Signal(t, syscall.SIGTERM)
+		stopped.WantExit(t, 0)
+		ask(100)
+		cancel()
+		wg.Wait()
+		transport.CloseIdleConnections()
+		if failed.Load() > 0 {
+			t.Errorf("%d of %d admissions failed", failed.Load(), asked.Load())
+		}
+	}
 }
 
 func TestWebhookDoesNotStart(t *testing.T) {

@@ -78,7 +78,7 @@ func (s *setup) create(pod, whenFull string) (*answer, error) {
 	if response.StatusCode == http.StatusInternalServerError {
 		return nil, fmt.Errorf("%w: %s", errUndecided, text)
 	}
-	if response.StatusCode != http.StatusOK || response.ProtoMajor != 2 {
+	if response.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("the webhook answered %s %s: %s", response.Proto, response.Status, text)
 	}
 	var review struct {

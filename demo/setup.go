@@ -106,7 +106,7 @@ func (s *setup) startWebhook(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.client.Transport = &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{RootCAs: ca}}
+	s.client.Transport = &http.Transport{TLSClientConfig: &tls.Config{RootCAs: ca}}
 	s.lock = []string{"--redis-addresses=" + s.queue.lockServer()}
 	if s.options.etcd != "" {
 		etcd, err := s.startEtcd(ctx)

@@ -4,7 +4,6 @@
 package abuse
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/tls"
@@ -19,8 +18,6 @@ import (
 	"time"
 
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
-	"golang.org/x/net/http2"
-	"golang.org/x/net/http2/hpack"
 )
 
 // The webhook limits bodies of more than smallBody bytes separately.
@@ -28,7 +25,7 @@ const smallBody = 32 << 10
 
 // large posts a body over a new connection, and reads the answer.
 func (a *abused) large(ctx context.Context, path string, body []byte) {
-	transport := &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
+	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
 	defer transport.CloseIdleConnections()
 	request, err := http.NewRequestWithContext(ctx, http.MethodPost, a.URL+path+"?timeout=5s", bytes.NewReader(body))
 	if err != nil {
@@ -77,7 +74,7 @@ func TestAbuseByIdleConnections(t *testing.T) {
 	a := startAbused(t)
 	a.misuse(t, 15*time.Second, 2000, func(ctx context.Context, i int) {
 		_ = sleep(ctx, time.Duration(i)*3*time.Millisecond)
-		conn, err := a.dial(ctx, "h2", "http/1.1")
+		conn, err := a.dial(ctx)
 		if err != nil {
 			return
 		}
@@ -102,7 +99,7 @@ func TestAbuseBySlowness(t *testing.T) {
 	}
 	connected := func(a *abused, do func(ctx context.Context, conn net.Conn)) func(context.Context, int) {
 		return func(ctx context.Context, _ int) {
-			conn, err := a.dial(ctx, "http/1.1")
+			conn, err := a.dial(ctx)
 			if err != nil {
 				_ = sleep(ctx, 100*time.Millisecond)
 				return
@@ -156,101 +153,51 @@ func (a *abused) requestHeaders(n int) string {
 		a.path, n)
 }
 
-// frames opens an HTTP/2 connection. write sends frames on it until ctx is done or the
-// webhook closes it.
-func (a *abused) frames(ctx context.Context, write func(f *http2.Framer, stream uint32) error) {
-	conn, err := a.dial(ctx, "h2")
-	if err != nil {
-		_ = sleep(ctx, 100*time.Millisecond)
-		return
-	}
-	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { conn.Close() })()
-	go func() { _, _ = io.Copy(io.Discard, conn) }()
-	if _, err := io.WriteString(conn, http2.ClientPreface); err != nil {
-		return
-	}
-	out := bufio.NewWriterSize(conn, 64<<10)
-	f := http2.NewFramer(out, nil)
-	if f.WriteSettings() != nil {
-		return
-	}
-	for stream := uint32(1); ctx.Err() == nil && stream < 1<<30; stream += 2 {
-		if write(f, stream) != nil {
-			return
+// Clients flood the webhook with requests.
+func TestAbuseByFloods(t *testing.T) {
+	for name, flood := range map[string]struct {
+		clients      int
+		first, again string // PATH stands for the path
+	}{
+		"requests":            {8, "", "POST PATH HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"},
+		"headers without end": {8, "POST PATH HTTP/1.1\r\nHost: x\r\n", "X: y\r\n"},
+		"chunks": {8, "POST PATH HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" +
+			"Transfer-Encoding: chunked\r\n\r\n", "1\r\n \r\n"},
+		"bodies that lack a byte": {1500, "POST PATH HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" +
+			fmt.Sprintf("Content-Length: %d\r\n\r\n", smallBody) + strings.Repeat(" ", smallBody-1), ""},
+	} {
+		flood.again = strings.Repeat(flood.again, 1000)
+		for kind, path := range map[string]string{"known": "/mutate/" + secret, "unknown": "/mutate"} {
+			t.Run(name+", path "+kind, func(t *testing.T) {
+				a := startAbused(t)
+				withPath := strings.NewReplacer("PATH", path)
+				first, again := withPath.Replace(flood.first), withPath.Replace(flood.again)
+				abuse := func(ctx context.Context, _ int) {
+					conn, err := a.dial(ctx)
+					if err != nil {
+						return
+					}
+					defer conn.Close()
+					defer context.AfterFunc(ctx, func() { conn.Close() })()
+					_, err = io.WriteString(conn, first)
+					for err == nil && again != "" {
+						_, err = io.WriteString(conn, again)
+					}
+					_, _ = io.Copy(io.Discard, conn)
+				}
+				if kind == "unknown" {
+					a.misuse(t, 8*time.Second, flood.clients, abuse)
+					return
+				}
+				// A caller with the secret may use all CPU, but no more memory.
+				ctx, cancel := context.WithTimeout(context.Background(), 8*time.Second)
+				defer cancel()
+				var wg sync.WaitGroup
+				a.overrun(ctx, &wg, flood.clients, abuse)
+				wg.Wait()
+				a.wantBounded(t)
+			})
 		}
-	}
-}
-
-// headersOf returns the headers of an HTTP/2 request.
-func headersOf(path string) []byte {
-	var b bytes.Buffer
-	e := hpack.NewEncoder(&b)
-	for _, h := range [][2]string{{":method", "POST"}, {":scheme", "https"}, {":path", path}, {":authority", "webhook"},
-		{"content-type", "application/json"}} {
-		_ = e.WriteField(hpack.HeaderField{Name: h[0], Value: h[1]})
-	}
-	return b.Bytes()
-}
-
-// Clients flood the webhook with HTTP/2 frames.
-func TestAbuseByHTTP2(t *testing.T) {
-	headers := map[string][]byte{"known": headersOf("/mutate/" + secret), "unknown": headersOf("/mutate")}
-	floods := map[string]func(f *http2.Framer, stream uint32) error{
-		"settings": func(f *http2.Framer, _ uint32) error {
-			return f.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: uint32(rand.N(1 << 20))})
-		},
-		"pings": func(f *http2.Framer, _ uint32) error { return f.WritePing(false, [8]byte{}) },
-		"CONTINUATION frames": func(f *http2.Framer, stream uint32) error {
-			if stream == 1 {
-				return f.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: headers["known"]})
-			}
-			return f.WriteContinuation(1, false, bytes.Repeat([]byte{0x40, 1, 'x', 1, 'y'}, 1000))
-		},
-	}
-	for path, h := range headers {
-		begin := func(f *http2.Framer, stream uint32) error {
-			return f.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: h, EndHeaders: true})
-		}
-		floods["streams, path "+path] = begin // bodies never arrive
-		floods["resets, path "+path] = func(f *http2.Framer, stream uint32) error {
-			if err := begin(f, stream); err != nil {
-				return err
-			}
-			return f.WriteRSTStream(stream, http2.ErrCodeCancel)
-		}
-		floods["data without an end, path "+path] = func(f *http2.Framer, stream uint32) error {
-			if err := begin(f, stream); err != nil {
-				return err
-			}
-			return f.WriteData(stream, false, bytes.Repeat([]byte(" "), 600))
-		}
-		floods["bodies that lack a byte, path "+path] = func(f *http2.Framer, stream uint32) error {
-			if err := begin(f, stream); err != nil {
-				return err
-			}
-			if err := f.WriteData(stream, false, bytes.Repeat([]byte(" "), smallBody/2)); err != nil {
-				return err
-			}
-			return f.WriteData(stream, false, bytes.Repeat([]byte(" "), smallBody/2-1))
-		}
-	}
-	for name, flood := range floods {
-		t.Run(name, func(t *testing.T) {
-			a := startAbused(t)
-			abuse := func(ctx context.Context, _ int) { a.frames(ctx, flood) }
-			if !strings.HasSuffix(name, "path known") {
-				a.misuse(t, 8*time.Second, 8, abuse)
-				return
-			}
-			// A caller with the secret may use all CPU, but no more memory.
-			ctx, cancel := context.WithTimeout(context.Background(), 8*time.Second)
-			defer cancel()
-			var wg sync.WaitGroup
-			a.overrun(ctx, &wg, 8, abuse)
-			wg.Wait()
-			a.wantBounded(t)
-		})
 	}
 }
 
@@ -277,7 +224,7 @@ func TestAbuseByTLS(t *testing.T) {
 		a := startAbused(t)
 		a.misuse(t, time.Minute, 50, func(ctx context.Context, _ int) {
 			next := time.Now().Add(time.Second)
-			if conn, err := a.dial(ctx, "h2"); err == nil {
+			if conn, err := a.dial(ctx); err == nil {
 				defer conn.Close()
 			}
 			_ = sleep(ctx, time.Until(next))

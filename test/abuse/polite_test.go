@@ -70,7 +70,7 @@ func askPolitely(url, until string) error {
 		return err
 	}
 	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{
-		ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
+		TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
 	ask := func() error {
 		response, err := client.Post(url, "application/json", bytes.NewReader(body))
 		if err != nil {
@@ -118,9 +118,9 @@ func startAbused(t *testing.T) *abused {
 }
 
 // dial connects to the webhook over TLS.
-func (a *abused) dial(ctx context.Context, protocols ...string) (net.Conn, error) {
+func (a *abused) dial(ctx context.Context) (net.Conn, error) {
 	d := tls.Dialer{NetDialer: &net.Dialer{Timeout: 5 * time.Second},
-		Config: &tls.Config{InsecureSkipVerify: true, NextProtos: protocols}}
+		Config: &tls.Config{InsecureSkipVerify: true}}
 	return d.DialContext(ctx, "tcp", a.address)
 }
 

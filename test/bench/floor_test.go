@@ -70,24 +70,20 @@ func serveFloor(address, folder, redisAddress string) error {
 		}
 	})
 	// The settings are those of the webhook's server: newWebhookServer and bounds.apply.
+	var protocols http.Protocols
+	protocols.SetHTTP1(true)
 	server := &http.Server{
 		Addr:              address,
+		Protocols:         &protocols,
 		Handler:           handler,
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,
 		WriteTimeout:      35 * time.Second,
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
-		HTTP2: &http.HTTP2Config{
-			MaxConcurrentStreams:          100,
-			MaxReadFrameSize:              16 << 10,
-			MaxReceiveBufferPerConnection: 128 << 10,
-			MaxReceiveBufferPerStream:     16 << 10,
-		},
 		TLSConfig: &tls.Config{
 			MinVersion:   tls.VersionTLS12,
 			Certificates: []tls.Certificate{pair},
-			NextProtos:   []string{"h2", "http/1.1"},
 		},
 	}
 	return server.ListenAndServeTLS("", "")

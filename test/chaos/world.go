@@ -198,7 +198,7 @@ func (w *world) newWebhook(on *node) *webhook {
 	rig.WriteCertificate(w.t, dir, 1)
 	address := rig.FreeAddress(w.t)
 	args := []string{"webhook", "--host=127.0.0.1", "--port=" + rig.Port(address), "--certDir=" + dir}
-	transport := &http.Transport{ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
+	transport := &http.Transport{MaxIdleConnsPerHost: 25, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
 	h := &webhook{restarted: restarted{binary: w.binary, args: append(args, w.flags(on)...)}, address: address,
 		client: &http.Client{Timeout: 4 * time.Second, Transport: transport}}
 	h.launch(w.t)

@@ -5,7 +5,6 @@ package e2e
 import (
 	"errors"
 	"fmt"
-	"strings"
 	"sync"
 	"time"
 )
@@ -121,22 +120,6 @@ func (s *stream) wantAllAdmitted() {
 	s.Helper()
 	never := time.Time{}
 	s.wantAdmitted(never, never)
-}
-
-// failedBy returns whether an admission failed, and all failures end with that text.
-func (s *stream) failedBy(text string) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	failed := false
-	for _, a := range s.all {
-		if a.err != nil {
-			if !strings.HasSuffix(a.err.Error(), text) {
-				return false
-			}
-			failed = true
-		}
-	}
-	return failed
 }
 
 // wantMore waits until that many more pods are admitted.

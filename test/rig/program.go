@@ -175,7 +175,7 @@ func NewWebhook(t testing.TB, program, address string, flags ...string) *Webhook
 		"--metrics-bind-address=" + health, "--certDir=" + w.CertDir, "--queue-redis-address=" + address,
 		"--redis-addresses=" + address}, flags...)...)
 	w.Client = &http.Client{Transport: &http.Transport{
-		ForceAttemptHTTP2: true,
+		MaxIdleConnsPerHost: 25, // as the API server's
 		// The certificate changes. Tests check its serial number.
 		TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
 	}}
