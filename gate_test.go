@@ -84,6 +84,13 @@ func TestGate(t *testing.T) {
 		}
 		return nil
 	})
+	families, err := gate.semaphores.metrics.registry.Gather()
+	rig.Must(t, err)
+	for _, f := range families {
+		if n := f.GetMetric()[0].GetHistogram().GetSampleCount(); strings.Contains(f.GetName(), "gate_lift_") && n != 4 {
+			t.Errorf("%s has %d lifts, want 4", f.GetName(), n)
+		}
+	}
 	if !slices.Contains(reasons, "WaitingForToken d") {
 		t.Errorf("events %q, want WaitingForToken d among them", reasons)
 	}
