@@ -58,7 +58,7 @@ type sidecarConfig struct {
 type gateConfig struct {
 	settings
 	kubernetes         kubernetesSettings
-	unschedulable      time.Duration // for this long, a pod keeps its token after the lift without starting
+	unschedulable      time.Duration // for this long, a pod keeps its token without the lift, and then without starting
 	metricsBindAddress string
 }
 
@@ -348,7 +348,7 @@ func (c *gateConfig) declareFlags(f *flags, getenv func(string) string) {
 	c.settings.declareFlags(f, getenv)
 	c.kubernetes.declareFlags(f, getenv)
 	declare(f, &c.unschedulable, readSeconds(1, 86400), "unschedulable-seconds", "300",
-		"`SECONDS` after the lift of its gate until a pod that has not started loses its token")
+		"`SECONDS` until a pod loses its token if its gate cannot be lifted, or if it has not started since the lift")
 	declare(f, &c.metricsBindAddress, readAddress(), "metrics-bind-address", "0.0.0.0:8080",
 		"`HOST:PORT` to serve /metrics, /healthz and /readyz on, over plain HTTP")
 }

@@ -19,6 +19,7 @@ import (
 // The reasons of events.
 const (
 	reasonWaiting = "WaitingForToken"
+	reasonBlocked = "WaitingForGates"
 	reasonTaken   = "TokenTaken"
 	reasonLate    = "TokenLetGo"
 	reasonInvalid = "InvalidAnnotations"
@@ -27,6 +28,10 @@ const (
 // watchPatience is how long the gate leaves a pod alone that it has changed: by then, the
 // watch shows the change.
 const watchPatience = 200 * time.Millisecond
+
+// labelRetry is the pause before the gate removes a label again that the API server has
+// refused to remove.
+const labelRetry = 30 * time.Second
 
 // gate waits in line for the pods that have our scheduling gate. It lifts the gate of a
 // pod that has a token, and keeps the token until the pod's sidecar does. All its work is
@@ -206,48 +211,47 @@ func (g *gate) event(p *watchedPod, warning bool, reason, action, id, note strin
 	g.kubernetes.createEvent(podEvent{pod: p, warning: warning, reason: reason, action: action, note: note, id: id})
 }
 
-// lift lifts the gate of a pod that has held a token since taken. again is the pause
-// before the next change of the pod; refused says that the pod has changed since we saw
-// it.
-func (g *gate) lift(ctx context.Context, id semaphoreID, p *watchedPod,
-	taken time.Time) (again time.Duration, refused bool) {
+// lift lifts the gate of a pod that has held a token since taken.
+func (g *gate) lift(ctx context.Context, id semaphoreID, p *watchedPod, taken time.Time) error {
 	index := slices.Index(p.gates, gateName)
 	var steps patch
 	steps.test(jsonText(p.uid), "metadata", "uid")
 	steps.test(jsonText(gateName), "spec", "schedulingGates", strconv.Itoa(index), "name")
 	steps.remove("spec", "schedulingGates", strconv.Itoa(index))
 	steps.add(jsonText(strconv.FormatInt(time.Now().Unix(), 10)), "metadata", "labels", labelGated)
-	err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps.json())
-	switch {
-	case err == nil:
-		waited := time.Since(p.created)
-		g.metrics.lifted(waited, taken)
-		g.log.Info("gate lifted", "namespace", id.namespace, "key", id.key, "pod", p.name, "token", p.uid,
-			"waitedSeconds", seconds(waited))
-		g.event(p, false, reasonTaken, "LiftingGate", "1",
-			fmt.Sprintf("token of %s taken after %s in line", id, roughly(max(0, waited))))
-		return watchPatience, false
-	case errors.Is(err, errPodChanged) || errors.Is(err, errNoPod): // another process has changed it
-		return watchPatience, true
-	case ctx.Err() == nil:
-		g.log.Warn("gate not lifted, to be retried", "namespace", id.namespace, "key", id.key, "pod", p.name,
-			"error", err.Error())
+	if err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps.json()); err != nil {
+		return err
 	}
-	return time.Second, false
+	waited := time.Since(p.created)
+	g.metrics.lifted(waited, taken)
+	g.log.Info("gate lifted", "namespace", id.namespace, "key", id.key, "pod", p.name, "token", p.uid,
+		"waitedSeconds", seconds(waited))
+	g.event(p, false, reasonTaken, "LiftingGate", "1",
+		fmt.Sprintf("token of %s taken after %s in line", id, roughly(max(0, waited))))
+	return nil
 }
 
-// removeLabel removes our label from a pod that no longer needs the gate.
+// removeLabel removes our label from a pod that no longer needs the gate. Nothing waits for
+// that, so a refused removal is retried seldom.
 func (g *gate) removeLabel(ctx context.Context, p *watchedPod) (again time.Duration) {
 	var steps patch
 	steps.test(jsonText(p.uid), "metadata", "uid")
 	steps.remove("metadata", "labels", labelGated)
 	err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps.json())
-	if err != nil && !errors.Is(err, errPodChanged) && !errors.Is(err, errNoPod) && ctx.Err() == nil {
-		g.log.Warn("label not removed, to be retried", "namespace", p.namespace, "pod", p.name,
-			"error", err.Error())
+	if errors.Is(err, errPodChanged) { // another gate has removed it, or the API server refuses
+		now, gone := g.kubernetes.getPod(ctx, p.namespace, p.name, p.uid)
+		if gone != nil || now.labels[labelGated] == "" {
+			return watchPatience
+		}
+	}
+	if err == nil || errors.Is(err, errNoPod) || ctx.Err() != nil {
+		return watchPatience
+	}
+	g.log.Warn("label not removed, to be retried", "namespace", p.namespace, "pod", p.name, "error", err.Error())
+	if errors.Is(err, errTryAgain) {
 		return time.Second
 	}
-	return watchPatience
+	return labelRetry
 }
 
 // isReady reports whether all pods are listed.
@@ -299,9 +303,9 @@ func newGateMetrics(g *gate) *gateMetrics {
 	}
 	r := g.semaphores.metrics.registry
 	r.MustRegister(m.waits, m.lifts)
-	for state, name := range map[lineState]string{podWaits: "waiting", podHolds: "starting"} {
+	for state, name := range map[lineState]string{podWaits: "waiting", podBlocked: "blocked", podHolds: "starting"} {
 		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "gated_pods",
-			Help:        "Pods in the care of this process: waiting in line, or starting with a token.",
+			Help:        "Pods in the care of this process: waiting in line, blocked by other gates, or starting with a token.",
 			ConstLabels: prometheus.Labels{"state": name}}, func() float64 { return float64(g.count(state)) }))
 	}
 	return m

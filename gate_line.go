@@ -9,6 +9,7 @@ import (
 	"maps"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 )
@@ -17,10 +18,11 @@ import (
 type lineState int
 
 const (
-	podWaits lineState = iota // in line for a token
-	podHolds                  // its token is in flight, its gate is or will be lifted, its sidecar has not taken over
-	podEnded                  // failed, completed or deleted: the gate gives back its token or place
-	podDone                   // it needs the gate no longer: its sidecar has taken over, or its time is up
+	podWaits   lineState = iota // in line for a token
+	podBlocked                  // has other scheduling gates, could not use a token, and stands in no line
+	podHolds                    // its token is in flight, its gate is or will be lifted, its sidecar has not taken over
+	podEnded                    // failed, completed or deleted: the gate gives back its token or place
+	podDone                     // it needs the gate no longer: its sidecar has taken over, or its time is up
 )
 
 // gatedPod is a pod of a gateLine.
@@ -32,9 +34,9 @@ type gatedPod struct {
 	gone      bool      // the watch has lost it: it was deleted, or has lost the label
 	placed    bool      // Redis has its place, and it has no token yet
 	announced bool      // an event has said where it stands
-	taken     time.Time // when it got its token
+	taken     time.Time // when it got its token, or later its gate was lifted; see isLate
+	refusal   error     // why its gate could not be lifted since then
 	busy      bool      // a change of it is under way
-	refused   bool      // its gate could not be lifted, because it has changed: the watch may be behind
 	wake      time.Time // when it may be changed again
 }
 
@@ -46,6 +48,12 @@ type podSnapshot struct {
 
 // isGated reports whether the pod still has our gate.
 func (p *gatedPod) isGated() bool { return slices.Contains(p.gates, gateName) }
+
+// otherGates returns the names of the pod's other scheduling gates. Kubernetes allows no
+// new ones.
+func (p *gatedPod) otherGates() []string {
+	return slices.DeleteFunc(slices.Clone(p.gates), func(name string) bool { return name == gateName })
+}
 
 // lifted returns when the gate was lifted, by the pod's label; zero if it was not.
 func (p *gatedPod) lifted() time.Time {
@@ -150,18 +158,30 @@ func (l *gateLine) set(w *watchedPod, spec semaphoreSpec) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	p, ok := l.pods[w.uid]
+	wasGated := !ok || p.isGated()
 	if !ok {
 		p = &gatedPod{spec: spec}
 		l.pods[w.uid] = p
 	}
-	p.watchedPod, p.gone, p.refused = w, false, false
+	p.watchedPod, p.gone = w, false
+	lifted, others := p.lifted(), p.otherGates()
+	if wasGated && !lifted.IsZero() {
+		p.taken = time.Unix(min(lifted.Unix(), time.Now().Unix()), 0) // a user may set a later time
+	}
 	switch {
 	case p.hasEnded() || p.deleted && p.isGated():
-		p.state = podEnded
+		p.state, p.wake = podEnded, time.Time{}
 	case p.hasStarted():
 		p.state = podDone
-	case !ok && p.lifted() != (time.Time{}):
+	case !ok && !lifted.IsZero():
 		p.state = podHolds // by its label; Redis decides
+	case p.state == podWaits && len(others) > 0:
+		p.state = podBlocked
+		l.gate.event(w, false, reasonBlocked, "Waiting", "1", fmt.Sprintf(
+			"waiting for its other scheduling gates, %s; then it takes its place in the line of %s, by its creation time",
+			strings.Join(others, ", "), l.id))
+	case p.state == podBlocked && len(others) == 0:
+		p.state = podWaits
 	}
 	l.wake()
 }
@@ -170,7 +190,7 @@ func (l *gateLine) drop(uid string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if p, ok := l.pods[uid]; ok {
-		p.gone = true
+		p.gone, p.wake = true, time.Time{}
 	}
 	l.wake()
 }
@@ -269,12 +289,29 @@ func (l *gateLine) stateOf(p *podSnapshot) (state lineState, gone bool) {
 func (l *gateLine) setState(seen *podSnapshot, from, to lineState) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if p := seen.live; p.state == from {
-		p.state = to
-		if to == podHolds {
-			p.taken, p.placed = time.Now(), false
-		}
+	p := seen.live
+	if p.state != from {
+		return
 	}
+	p.state = to
+	switch {
+	case to == podHolds:
+		p.placed, p.refusal = false, nil
+		if p.isGated() || p.taken.IsZero() {
+			p.taken = time.Now()
+		}
+		seen.taken = p.taken
+	case to == podWaits && errors.As(p.refusal, new(*apiError)): // behind those that it has kept waiting
+		p.arrival = time.Now().UnixMicro()
+	}
+}
+
+// isLate reports whether the pod has held its token for long enough: the gate keeps no
+// token without a bound.
+func (l *gateLine) isLate(p *podSnapshot) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return !p.live.taken.IsZero() && time.Since(p.live.taken) > l.gate.unschedulable
 }
 
 // refreshTokens keeps the tokens of starting pods in flight. A pod that has lost its
@@ -287,7 +324,7 @@ func (l *gateLine) refreshTokens(ctx context.Context, pods []*podSnapshot) (paus
 	byToken := map[string]*podSnapshot{}
 	var tokens []string
 	for _, p := range pods {
-		if state, gone := l.stateOf(p); state == podHolds && !gone {
+		if state, gone := l.stateOf(p); state == podHolds && !gone && !l.isLate(p) {
 			byToken[p.uid], tokens = p, append(tokens, p.uid)
 		}
 	}
@@ -323,10 +360,6 @@ func (l *gateLine) refreshTokens(ctx context.Context, pods []*podSnapshot) (paus
 func (l *gateLine) finish(ctx context.Context, pods []*podSnapshot) {
 	for _, p := range pods {
 		state, gone := l.stateOf(p)
-		lifted := p.lifted()
-		if lifted.IsZero() && !p.isGated() { // by another program, without our label
-			lifted = p.taken
-		}
 		switch {
 		case gone:
 			l.change(p, func() time.Duration { return l.resolveMissing(ctx, p.watchedPod) })
@@ -339,10 +372,12 @@ func (l *gateLine) finish(ctx context.Context, pods []*podSnapshot) {
 			})
 		case state == podDone:
 			l.change(p, func() time.Duration { return l.gate.removeLabel(ctx, p.watchedPod) })
-		case !lifted.IsZero() && time.Since(lifted) > l.gate.unschedulable && !p.sidecarRan():
+		case state == podHolds && p.isGated() && l.isLate(p):
+			l.change(p, func() time.Duration { return l.standAgain(ctx, p) })
+		case !p.isGated() && l.isLate(p):
 			l.log.Warn("the pod has not started in time: its token goes stale", "pod", p.name, "token", p.uid,
 				"reason", p.unscheduledReason)
-			l.gate.event(p.watchedPod, true, reasonLate, "LettingGo", strconv.FormatInt(lifted.Unix(), 10), fmt.Sprintf(
+			l.gate.event(p.watchedPod, true, reasonLate, "LettingGo", p.labels[labelGated], fmt.Sprintf(
 				"not started %s after its gate was lifted: its token of %s goes to another pod; "+
 					"should it start after all, it waits in Init:1/2", roughly(l.gate.unschedulable), l.id))
 			l.setState(p, state, podDone)
@@ -393,37 +428,68 @@ func (l *gateLine) lift(ctx context.Context, pods []*podSnapshot) {
 			continue
 		}
 		l.change(p, func() time.Duration {
-			if p.refused {
-				return l.refetch(ctx, p)
+			err := l.gate.lift(ctx, l.id, p.watchedPod, p.taken)
+			if err == nil {
+				return watchPatience
 			}
-			again, refused := l.gate.lift(ctx, l.id, p.watchedPod, p.taken)
-			if refused {
-				l.setRefused(p)
-			}
-			return again
+			return l.noteRefusal(ctx, p, err)
 		})
 	}
 }
 
-func (l *gateLine) setRefused(p *podSnapshot) {
+// noteRefusal notes that the gate of a pod could not be lifted. It returns the pause
+// before the next attempt, which grows.
+func (l *gateLine) noteRefusal(ctx context.Context, p *podSnapshot, refusal error) (again time.Duration) {
+	if errors.Is(refusal, errNoPod) || errors.Is(refusal, errPodChanged) {
+		if same, again := l.isUnchanged(ctx, p); !same {
+			return again
+		}
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	p.live.refused = true
+	if before := p.live.refusal; ctx.Err() == nil && (before == nil || before.Error() != refusal.Error()) {
+		l.log.Warn("gate not lifted, to be retried", "pod", p.name, "token", p.uid, "error", refusal.Error())
+	}
+	p.live.refusal = refusal
+	held := time.Since(p.live.taken)
+	return max(time.Second, min(held/4, l.gate.unschedulable-held))
 }
 
-// refetch reads a pod whose gate could not be lifted and of which the watch reports no
-// change. It may have ended long ago.
-func (l *gateLine) refetch(ctx context.Context, p *podSnapshot) (again time.Duration) {
+// isUnchanged reads a pod and reports whether it still has the gates that the watch has
+// shown. If not, it tells the line.
+func (l *gateLine) isUnchanged(ctx context.Context, p *podSnapshot) (same bool, again time.Duration) {
 	now, err := l.gate.kubernetes.getPod(ctx, p.namespace, p.name, p.uid)
 	switch {
+	case err == nil && slices.Equal(now.gates, p.gates) && now.deleted == p.deleted && now.phase == p.phase &&
+		now.labels[labelGated] != "":
+		return true, 0
 	case err == nil:
 		l.set(now, p.spec)
 	case !errors.Is(err, errNoPod):
-		return time.Second
+		return false, time.Second
 	}
 	if err != nil || now.labels[labelGated] == "" {
 		l.drop(p.uid)
 	}
+	return false, watchPatience
+}
+
+// standAgain gives back the token of a pod whose gate could not be lifted. The pod stands
+// in line again, behind the others if the API server has refused. So it keeps them waiting
+// once. A gate that was started since then gives the pod its old place.
+func (l *gateLine) standAgain(ctx context.Context, p *podSnapshot) (again time.Duration) {
+	if same, again := l.isUnchanged(ctx, p); !same {
+		return again
+	}
+	if again := l.giveBack(ctx, p.uid); again > 0 {
+		return again
+	}
+	why := cmp.Or(p.refusal, errTryAgain).Error()
+	l.log.Warn("a gate could not be lifted: its token goes to the next pod", "pod", p.name, "token", p.uid, "error", why)
+	l.gate.event(p.watchedPod, true, reasonLate, "LettingGo", "refused", fmt.Sprintf(
+		"its scheduling gate could not be lifted for %s (%s): its token of %s goes to another pod; it stands in line again",
+		roughly(l.gate.unschedulable), why, l.id))
+	l.setState(p, podHolds, podWaits)
 	return 0
 }
 
@@ -443,12 +509,12 @@ func (l *gateLine) waitInLine(ctx context.Context, pods []*podSnapshot) (pause t
 		if p.placed && (gone || state != podWaits) {
 			leaving = append(leaving, p)
 		}
-		if state != podWaits || gone {
-			continue
-		}
-		if p.arrival == 0 {
+		if p.arrival == 0 { // blocked pods reserve their place among those of their second
 			p.arrival = l.place(p.created)
 			l.setArrival(p)
+		}
+		if state != podWaits || p.state != podWaits || gone { // one that waits again has a new arrival
+			continue
 		}
 		waiting = append(waiting, p)
 	}
@@ -543,7 +609,8 @@ func (l *gateLine) forgetSeconds(waiting []*podSnapshot) {
 func (l *gateLine) acquireServed(ctx context.Context, waiting []*podSnapshot,
 	served map[string]bool) (pause time.Duration, err error) {
 	pause = pollMost
-	asked := 0 // acquires since the last success
+	asked := 0       // acquires since the last success
+	var failed error // of a repair
 	for _, p := range waiting {
 		if state, gone := l.stateOf(p); state != podWaits || gone || asked > 0 && !served[p.uid] {
 			continue
@@ -554,11 +621,14 @@ func (l *gateLine) acquireServed(ctx context.Context, waiting []*podSnapshot,
 		asked++
 		w := &waiter{semaphores: l.gate.semaphores, id: l.id, token: p.uid, pod: newPodName(p.name, ""),
 			length: p.spec.length, expiration: p.spec.expiration, report: func(string) {}, log: l.log}
-		a, err := l.acquire(ctx, w, p)
-		if err != nil {
+		a, err := l.acquire(ctx, w, p, failed == nil)
+		switch {
+		case err != nil && a.status != acquireRepair: // Redis has not answered
 			return 0, err
-		}
-		if a.status == acquireTaken {
+		case a.status == acquireRepair: // the other pods may need no repair
+			failed = cmp.Or(failed, err)
+			continue
+		case a.status == acquireTaken:
 			l.setState(p, podWaits, podHolds)
 			asked = 0 // the next one may be served, too
 			continue
@@ -568,22 +638,23 @@ func (l *gateLine) acquireServed(ctx context.Context, waiting []*podSnapshot,
 		}
 		pause = min(pause, w.untilPoll(a))
 	}
-	return pause, nil
+	return pause, failed
 }
 
 // acquire acquires the token of a pod, within acquireTimeout. If the semaphore needs a
-// repair, Redis may have lost its data since the last refresh. So the place of the pod is
-// refreshed again before the repair makes new tokens.
-func (l *gateLine) acquire(ctx context.Context, w *waiter, p *podSnapshot) (acquireReply, error) {
+// repair, acquire repairs it unless told not to. Redis may have lost its data since the
+// last refresh. So the place of the pod is refreshed again before the repair makes new
+// tokens.
+func (l *gateLine) acquire(ctx context.Context, w *waiter, p *podSnapshot, repair bool) (acquireReply, error) {
 	ctx, cancel := context.WithTimeout(ctx, acquireTimeout)
 	defer cancel()
 	a, err := l.gate.semaphores.runAcquire(ctx, l.id, acquireRequest{w.token, w.length, joinLine, w.pod})
-	if err != nil || a.status != acquireRepair {
+	if err != nil || a.status != acquireRepair || !repair {
 		return a, err
 	}
 	places := []placeRequest{{p.uid, p.arrival, p.spec.length, w.pod}}
 	if _, err := l.gate.semaphores.refreshPlaces(ctx, l.id, l.created, nil, places); err != nil {
-		return a, err
+		return acquireReply{}, err
 	}
 	_, a, err = w.acquireOnce(ctx, joinLine)
 	return a, err

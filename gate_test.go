@@ -84,6 +84,13 @@ func TestGate(t *testing.T) {
 		}
 		return nil
 	})
+	families, err := gate.semaphores.metrics.registry.Gather()
+	rig.Must(t, err)
+	for _, f := range families {
+		if n := f.GetMetric()[0].GetHistogram().GetSampleCount(); strings.Contains(f.GetName(), "gate_lift_") && n != 4 {
+			t.Errorf("%s has %d lifts, want 4", f.GetName(), n)
+		}
+	}
 	if !slices.Contains(reasons, "WaitingForToken d") {
 		t.Errorf("events %q, want WaitingForToken d among them", reasons)
 	}
@@ -169,39 +176,196 @@ func TestGateOrder(t *testing.T) {
 	g.redis.WantLine(t, g.id, want...)
 }
 
+// A pod that has other scheduling gates takes no token and stands in no line. When ours is
+// its last one, it takes its place by its creation time.
+func TestGateOtherGates(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	create := func(name string, ago time.Duration, do func(*corev1.Pod) string) (token string) {
+		p := rig.GatedPod(name)
+		p.CreationTimestamp.Time = time.Now().Add(-ago).Truncate(time.Second)
+		return do(p)
+	}
+	unblock := func(name string) {
+		g.change(name, func(p *corev1.Pod) { p.Spec.SchedulingGates = p.Spec.SchedulingGates[1:] })
+	}
+	tokens := map[string]string{}
+	for i, name := range []string{"b1", "b2", "b3"} {
+		tokens[name] = create(name, time.Minute-time.Duration(i)*time.Second, g.createBlocked)
+	}
+	gate, _, stop := g.start()
+	tokens["a"] = create("a", 50*time.Second, g.createAs)
+	g.wantLifted([]string{"a"})
+	tokens["c"] = create("c", 40*time.Second, g.createAs)
+	g.redis.WantLine(t, g.id, tokens["c"])
+	g.wantEvent("b1", "WaitingForGates", "example.org/other")
+	if n := gate.count(podBlocked); n != 3 {
+		t.Errorf("%d pods are blocked, want 3", n)
+	}
+	unblock("b2")
+	g.redis.WantLine(t, g.id, tokens["b2"], tokens["c"])
+	stop()
+	g.start()
+	unblock("b1")
+	g.redis.WantLine(t, g.id, tokens["b1"], tokens["b2"], tokens["c"])
+	g.wantHolders(tokens["a"])
+	g.api.DeletePod(t, g.id.namespace, "a")
+	g.wantLifted([]string{"b1"})
+	g.api.DeletePod(t, g.id.namespace, "b3")
+	g.wantHolders(tokens["b1"])
+
+	// Another program removes our gate first. The pod cannot run, and takes no token.
+	d := create("d", 70*time.Second, g.createBlocked)
+	g.wantEvent("d", "WaitingForGates", "example.org/other")
+	g.change("d", func(p *corev1.Pod) { p.Spec.SchedulingGates = p.Spec.SchedulingGates[:1] })
+	g.api.DeletePod(t, g.id.namespace, "b1")
+	g.wantLifted([]string{"b2"})
+	g.redis.WantLine(t, g.id, tokens["c"])
+	unblock("d")
+	g.redis.WantLine(t, g.id, d, tokens["c"])
+}
+
 // If a pod does not start in time, the gate stops its heartbeats, and the next pod gets
 // the stale token. The pod gets an event.
 func TestGateUnschedulable(t *testing.T) {
 	t.Parallel()
-	g := newGateTest(t, 1)
-	_, log, _ := g.start(func(c *gateConfig) { c.unschedulable = 2 * time.Second })
-	token := g.create("late")
-	g.wantLifted([]string{"late"})
-	next := g.create("next")
-	rig.Eventually(t, 15*time.Second, func() error {
-		if label, ok := g.pod("late").Labels[labelGated]; ok {
-			return fmt.Errorf("the pod still has the label %q", label)
-		}
-		return nil
-	})
-	g.wantHolders(token) // until it is stale
-	g.redis.MakeStale(t, g.id, token)
-	g.wantLifted([]string{"next"})
-	g.wantHolders(next)
-	rig.Eventually(t, 10*time.Second, func() error {
-		for _, e := range g.api.Store.EventsOf(g.id.namespace) {
-			if e.Reason == reasonLate && e.Type == "Warning" && e.Regarding.Name == "late" {
+	for name, late := range map[string]func(*gateTest){
+		"no node": func(g *gateTest) {
+			g.create("late")
+			g.wantLifted([]string{"late"})
+		},
+		"the sidecar runs and does not reach Redis": func(g *gateTest) {
+			g.create("late")
+			g.wantLifted([]string{"late"})
+			g.change("late", rig.MarkScheduled)
+		},
+		"the label has a time in the future": func(g *gateTest) {
+			p := rig.GatedPod("late")
+			p.Spec.SchedulingGates = p.Spec.SchedulingGates[1:1]
+			p.Labels[labelGated] = strconv.FormatInt(time.Now().Add(time.Hour).Unix(), 10)
+			g.createBlocked(p)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			g := newGateTest(t, 1)
+			_, log, _ := g.start(func(c *gateConfig) { c.unschedulable = 8 * time.Second })
+			late(g)
+			token := string(g.pod("late").UID)
+			g.wantHolders(token)
+			next := g.create("next")
+			rig.Eventually(t, 20*time.Second, func() error {
+				if label, ok := g.pod("late").Labels[labelGated]; ok {
+					return fmt.Errorf("the pod still has the label %q", label)
+				}
 				return nil
+			})
+			g.wantHolders(token) // until it is stale
+			g.redis.MakeStale(t, g.id, token)
+			g.wantLifted([]string{"next"})
+			g.wantHolders(next)
+			g.wantEvent("late", reasonLate, "its token of "+g.id.String()+" goes to another pod")
+			if len(log.Lines(t, "the pod has not started in time: its token goes stale")) != 1 {
+				t.Error("the late start was not logged exactly once")
 			}
-		}
-		return errors.New("no warning event yet")
-	})
-	if len(log.Lines(t, "the pod has not started in time: its token goes stale")) != 1 {
-		t.Error("the late start was not logged exactly once")
+		})
 	}
 }
 
-// While the API server refuses to lift a gate, the token is kept. While Redis is down,
+// If the API server refuses to lift the gate of a pod, the next pod gets its token after a
+// time. The pod stands in line again, behind those that waited meanwhile.
+func TestGateRefused(t *testing.T) {
+	t.Parallel()
+	for name, refuse := range map[string]func(*gateTest){
+		"422": func(g *gateTest) {
+			g.api.Store.SetPolicy(func(before, _ *corev1.Pod) string {
+				if before.Name == "refused" {
+					return "on purpose"
+				}
+				return ""
+			})
+		},
+		"403": func(g *gateTest) {
+			g.api.Fail(func(w http.ResponseWriter, r *http.Request) bool {
+				if r.Method != http.MethodPatch || !strings.HasSuffix(r.URL.Path, "/refused") {
+					return false
+				}
+				rig.Respond(w, 0, nil, rig.Failure(http.StatusForbidden, "Forbidden", "on purpose"))
+				return true
+			})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			g := newGateTest(t, 1)
+			create := func(name string, ago time.Duration) (token string) {
+				p := rig.GatedPod(name)
+				p.CreationTimestamp.Time = time.Now().Add(-ago).Truncate(time.Second)
+				return g.createAs(p)
+			}
+			refuse(g)
+			bound := func(c *gateConfig) { c.unschedulable = 8 * time.Second }
+			_, log, _ := g.start(bound)
+			_, another, _ := g.start(bound) // both agree on the place
+			refused := create("refused", time.Minute)
+			g.wantHolders(refused)
+			create("b", 50*time.Second)
+			c := create("c", 40*time.Second)
+			g.wantLifted([]string{"b"}, "refused")
+			g.redis.WantLine(t, g.id, c, refused)
+			g.wantEvent("refused", reasonLate, "on purpose")
+			text := "a gate could not be lifted: its token goes to the next pod"
+			if len(log.Lines(t, text))+len(another.Lines(t, text)) == 0 {
+				t.Error("neither gate has logged the refusal")
+			}
+			g.run("b")
+			g.api.DeletePod(t, g.id.namespace, "b")
+			g.wantLifted([]string{"c"}, "refused")
+			g.run("c")
+			g.api.Store.SetPolicy(nil)
+			g.api.Fail(nil)
+			g.api.DeletePod(t, g.id.namespace, "c")
+			g.wantLifted([]string{"refused"})
+			g.wantHolders(refused)
+		})
+	}
+}
+
+// If the API server refuses to remove the label, the gate logs that.
+func TestGateLabelRefused(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	_, log, _ := g.start()
+	g.create("a")
+	g.wantLifted([]string{"a"})
+	g.api.Store.SetPolicy(func(_, _ *corev1.Pod) string { return "on purpose" })
+	g.change("a", rig.MarkRunning)
+	rig.Eventually(t, 20*time.Second, func() error {
+		if len(log.Lines(t, "label not removed, to be retried")) == 0 {
+			return errors.New("the refusal is not logged")
+		}
+		return nil
+	})
+}
+
+// A pod that a token is free for gets it, also if the first in line needs a repair and the
+// lock servers are down.
+func TestGateServesWithoutLocks(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	maintain(t, g.owner, g.id, 3)
+	dead := acquire(t, g.owner, g.id, 3)
+	g.redis.MakeStale(t, g.id, dead)
+	first := g.create("a")
+	g.length = 3
+	second := g.create("b")
+	g.start(func(c *gateConfig) { c.redisAddresses = []string{rig.FreeAddress(t)} })
+	g.wantLifted([]string{"b"}, "a")
+	g.wantHolders(dead, second)
+	g.redis.WantLine(t, g.id, first)
+}
+
+// While the API server is away for a while, the token is kept. While Redis is down,
 // gates stay.
 func TestGateThroughOutages(t *testing.T) {
 	t.Parallel()

@@ -246,6 +246,12 @@ func (g *gateTest) create(name string) (token string) {
 func (g *gateTest) createAs(p *corev1.Pod) (token string) {
 	g.Helper()
 	p.Spec.SchedulingGates = p.Spec.SchedulingGates[1:]
+	return g.createBlocked(p)
+}
+
+// createBlocked is createAs, and the pod keeps its other scheduling gates.
+func (g *gateTest) createBlocked(p *corev1.Pod) (token string) {
+	g.Helper()
 	p.Annotations = map[string]string{annotationEnabled: "true", annotationKey: g.id.key,
 		annotationLength: strconv.Itoa(g.length), annotationExpiration: "10"}
 	return string(g.api.CreatePod(g.T, g.id.namespace, p).UID)
@@ -266,6 +272,31 @@ func (g *gateTest) pod(name string) *corev1.Pod {
 		g.Fatalf("pod %s: %s", name, status.Message)
 	}
 	return p
+}
+
+// change changes a pod, as other controllers and the kubelet do.
+func (g *gateTest) change(name string, change func(*corev1.Pod)) {
+	g.Helper()
+	if _, status := g.api.Store.Change(g.id.namespace, name, change); status != nil {
+		g.Fatal(status.Message)
+	}
+}
+
+// wantEvent waits until a pod has one event of this reason, with this text.
+func (g *gateTest) wantEvent(name, reason, text string) {
+	g.Helper()
+	rig.Eventually(g.T, 20*time.Second, func() error {
+		var notes []string
+		for _, e := range g.api.Store.EventsOf(g.id.namespace) {
+			if e.Reason == reason && e.Regarding.Name == name {
+				notes = append(notes, e.Note)
+			}
+		}
+		if len(notes) != 1 || !strings.Contains(notes[0], text) {
+			return fmt.Errorf("the events %s of %s are %q, want one with %q", reason, name, notes, text)
+		}
+		return nil
+	})
 }
 
 // lifted reports whether the pod's scheduling gate is lifted.
@@ -307,10 +338,7 @@ func (g *gateTest) wantHolders(want ...string) {
 // run marks a pod as running, as a kubelet does, and waits until its label is gone.
 func (g *gateTest) run(name string) {
 	g.Helper()
-	_, status := g.api.Store.Change(g.id.namespace, name, rig.MarkRunning)
-	if status != nil {
-		g.Fatal(status.Message)
-	}
+	g.change(name, rig.MarkRunning)
 	rig.Eventually(g.T, 10*time.Second, func() error {
 		if label, ok := g.pod(name).Labels[labelGated]; ok {
 			return fmt.Errorf("%s still has the label %q", name, label)

@@ -80,6 +80,7 @@ func TestGate(t *testing.T) {
 	for name, test := range map[string]func(*testing.T){
 		"Line":          testGateLine,
 		"Unschedulable": testGateUnschedulable,
+		"Refused":       testGateRefused,
 		"LeavesRoom":    func(t *testing.T) { roomBesideGated(t, "250m", "260m") },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -147,6 +148,60 @@ func testGateUnschedulable(t *testing.T) {
 	n.wantGated("next")
 	n.wantEvent("nowhere", "TokenLetGo", "its token of "+n.name+"/node goes to another pod")
 	n.wantRunning("next")
+}
+
+// refusing is a policy that keeps the last scheduling gate of a pod.
+const refusing = `
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicy
+metadata: {name: NAME}
+spec:
+  matchConstraints:
+    namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: NAME}}
+    resourceRules: [{apiGroups: [""], apiVersions: [v1], operations: [UPDATE], resources: [pods]}]
+  validations:
+    - expression: object.metadata.name != "stuck" || has(object.spec.schedulingGates)
+      message: on purpose
+---
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicyBinding
+metadata: {name: NAME}
+spec: {policyName: NAME, validationActions: [Deny]}
+`
+
+// A pod with the scheduling gate of another controller takes no token. Then a policy
+// refuses to lift our gate, too, and the next pod gets the token.
+func testGateRefused(t *testing.T) {
+	n := newNamespace(t)
+	policy := strings.ReplaceAll(refusing, "NAME", n.name)
+	stuck := gated(pod("stuck", "refused", 1))
+	stuck["spec"].(object)["schedulingGates"] = []object{{"name": "example.org/other"}}
+	n.create(stuck)
+	n.wantEvent("stuck", "WaitingForGates", "example.org/other")
+	n.create(gated(pod("first", "refused", 1)))
+	n.wantRunning("first")
+
+	_, err := kubectl(policy, "apply", "-f", "-")
+	must(t, err)
+	t.Cleanup(func() { must(t, errOf(kubectl(policy, "delete", "--ignore-not-found", "-f", "-"))) })
+	eventually(t, patience, func() error {
+		_, err := n.try("patch", "pod", "stuck", "--dry-run=server", "--type=json",
+			"-p", `[{"op": "remove", "path": "/spec/schedulingGates"}]`)
+		if err == nil || !strings.Contains(err.Error(), "on purpose") {
+			return fmt.Errorf("the policy does not refuse yet: %v", err)
+		}
+		return nil
+	})
+	n.kubectl("patch", "pod", "stuck", "--type=json", "-p", `[{"op": "remove", "path": "/spec/schedulingGates/0"}]`)
+	n.create(gated(pod("next", "refused", 1)))
+	n.wantEvent("next", "WaitingForToken", "2nd in line")
+	n.delete("first")
+	n.wantEvent("stuck", "TokenLetGo", "on purpose")
+	n.wantRunning("next")
+	n.wantGated("stuck")
+	must(t, errOf(kubectl(policy, "delete", "-f", "-")))
+	n.end("next")
+	n.wantRunning("stuck")
 }
 
 // roomBesideGated runs a Job of eight gated pods, and an unrelated pod beside them, with

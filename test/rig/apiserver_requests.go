@@ -132,7 +132,7 @@ func (s *APIStore) serveCreate(w http.ResponseWriter, r *http.Request) {
 }
 
 // servePatch accepts JSON patches. Like a real API server, it allows a patch to remove
-// gates but not to add them, and responds with 422 if a test fails.
+// gates but not to add them, and responds with 422 if a test fails or the policy refuses.
 func (s *APIStore) servePatch(w http.ResponseWriter, r *http.Request) {
 	body, err := io.ReadAll(r.Body)
 	steps, wrong := jsonpatch.DecodePatch(body)
@@ -143,7 +143,13 @@ func (s *APIStore) servePatch(w http.ResponseWriter, r *http.Request) {
 	var status *metav1.Status
 	after, missing := s.Change(r.PathValue("namespace"), r.PathValue("name"), func(p *corev1.Pod) {
 		var patched *corev1.Pod
-		if patched, status = applySteps(p, steps); status == nil {
+		if patched, status = applySteps(p, steps); status == nil && s.policy != nil {
+			if refusal := s.policy(p, patched); refusal != "" {
+				status = Failure(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "pods %q is forbidden: "+
+					"ValidatingAdmissionPolicy 'test' with binding 'test' denied request: %s", p.Name, refusal)
+			}
+		}
+		if status == nil {
 			*p = *patched
 		}
 	})

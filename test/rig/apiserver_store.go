@@ -37,6 +37,19 @@ type APIStore struct {
 	changed   chan struct{}            // each change closes and replaces it
 	marked    int                      // the version of the last bookmark
 	events    []eventsv1.Event
+	policy    PodPolicy // nil: accepts all patches
+}
+
+// PodPolicy judges a patch that has been applied, as a ValidatingAdmissionPolicy does. It
+// returns why it refuses the patch; empty if it accepts.
+type PodPolicy func(before, after *corev1.Pod) (refusal string)
+
+// SetPolicy sets the policy; nil accepts all patches. Without another reason in its
+// manifest, a policy answers "Invalid", with the code 422.
+func (s *APIStore) SetPolicy(p PodPolicy) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.policy = p
 }
 
 // podChange is one version. before is nil for a new pod, and after for a deleted pod.
