@@ -91,7 +91,7 @@ func TestAwaitEndsOnSignal(t *testing.T) {
 	a := rig.StartAwait(t)
 	a.WantLogPrefix(t, "waiting for a token of ")
 	a.Signal(t, syscall.SIGTERM)
-	a.WantExit(t, 1)
+	a.WantExit(t, 143)
 }
 
 // fakeSidecar serves the awaits of a pod. The function answer writes the reply to the
