@@ -82,16 +82,14 @@ type decision struct {
 // admitter decides admission requests.
 type admitter struct {
 	config     webhookConfig
-	injector   *injector
 	semaphores *semaphores
 	users      *namespaceUsers
 	pulse      *gatePulse
 }
 
-func newAdmitter(c webhookConfig, s *semaphores) (admitter, error) {
-	i, err := newInjector(c)
+func newAdmitter(c webhookConfig, s *semaphores) admitter {
 	users := newNamespaceUsers(s.queue, c.redis.username != "" && c.sidecarRedisSecret != "")
-	return admitter{c, i, s, users, newGatePulse(s.queue)}, err
+	return admitter{c, s, users, newGatePulse(s.queue)}
 }
 
 // decide answers one request. Its error is *badRequest, or says why no decision was
@@ -152,12 +150,12 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 		case spec.whenFull == whenFullGate:
 			d.verdict = verdictGate
 		}
-		d.admit(a.injector, p, spec, "")
+		d.admit(a.config, p, spec, "")
 		return d, nil
 	}
 	if r.DryRun {
 		d.verdict = verdictDryRun
-		d.admit(a.injector, p, spec, uuid.Nil.String())
+		d.admit(a.config, p, spec, uuid.Nil.String())
 		return d, nil
 	}
 	var agreed int
@@ -177,7 +175,7 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 	if agreed != 0 && agreed != spec.length {
 		d.warn(warningLength, spec.length, agreed)
 	}
-	d.admit(a.injector, p, spec, d.token)
+	d.admit(a.config, p, spec, d.token)
 	return d, nil
 }
 
@@ -195,9 +193,8 @@ func refusal(e *fullError) string {
 
 // admit adds the patch to the response: with a token, or without one for a pod that
 // waits.
-func (d *decision) admit(i *injector, p *pod, spec semaphoreSpec, token string) {
-	c := i.config
-	d.response.Patch = i.patch(p, d.semaphore, spec, token)
+func (d *decision) admit(c webhookConfig, p *pod, spec semaphoreSpec, token string) {
+	d.response.Patch = sidecarPatch(c, p, d.semaphore, spec, token)
 	d.response.PatchType = new(admissionv1.PatchTypeJSONPatch)
 	if !c.enableSidecarContainers && (p.Spec.RestartPolicy == "Never" || p.Spec.RestartPolicy == "OnFailure") {
 		d.warn(warningNotCompleting)

@@ -213,10 +213,10 @@ func (g *gate) lift(ctx context.Context, id semaphoreID, p *watchedPod,
 	taken time.Time) (again time.Duration, refused bool) {
 	index := slices.Index(p.gates, gateName)
 	var steps patch
-	steps.test(jsonText(p.uid), "metadata", "uid")
-	steps.test(jsonText(gateName), "spec", "schedulingGates", strconv.Itoa(index), "name")
+	steps.test(p.uid, "metadata", "uid")
+	steps.test(gateName, "spec", "schedulingGates", strconv.Itoa(index), "name")
 	steps.remove("spec", "schedulingGates", strconv.Itoa(index))
-	steps.add(jsonText(strconv.FormatInt(time.Now().Unix(), 10)), "metadata", "labels", labelGated)
+	steps.add(strconv.FormatInt(time.Now().Unix(), 10), "metadata", "labels", labelGated)
 	err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps.json())
 	switch {
 	case err == nil:
@@ -239,7 +239,7 @@ func (g *gate) lift(ctx context.Context, id semaphoreID, p *watchedPod,
 // removeLabel removes our label from a pod that no longer needs the gate.
 func (g *gate) removeLabel(ctx context.Context, p *watchedPod) (again time.Duration) {
 	var steps patch
-	steps.test(jsonText(p.uid), "metadata", "uid")
+	steps.test(p.uid, "metadata", "uid")
 	steps.remove("metadata", "labels", labelGated)
 	err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps.json())
 	if err != nil && !errors.Is(err, errPodChanged) && !errors.Is(err, errNoPod) && ctx.Err() == nil {

@@ -21,19 +21,12 @@ var (
 
 const testToken = "b7a1f0de-8a0e-4b0c-9d52-0a3c1a7de001"
 
-func mustInject(t testing.TB, c webhookConfig) *injector {
-	t.Helper()
-	i, err := newInjector(c)
-	rig.Must(t, err)
-	return i
-}
-
 // patched applies the patch for a token to the JSON of a pod.
 func patched(t *testing.T, c webhookConfig, object []byte, token string) map[string]any {
 	t.Helper()
 	p := new(pod)
 	rig.Must(t, json.Unmarshal(object, p))
-	patch, err := jsonpatch.DecodePatch(mustInject(t, c).patch(p, testID, testSpec, token))
+	patch, err := jsonpatch.DecodePatch(sidecarPatch(c, p, testID, testSpec, token))
 	rig.Must(t, err)
 	result, err := patch.Apply(object)
 	rig.Must(t, err)

@@ -53,12 +53,8 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	s.metrics.countVerdicts()
 	s.metrics.watchCertificate(cert)
 	s.metrics.watchSemaphores(s)
-	a, err := newAdmitter(c, s)
-	if err != nil {
-		return err
-	}
 	w := &webhook{
-		admitter: a,
+		admitter: newAdmitter(c, s),
 		callers:  clients,
 		bounds:   newBounds(),
 		limit:    logLimiter{most: badRequestsLogged},
