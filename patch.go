@@ -146,10 +146,6 @@ const (
 	caFileName     = "ca.crt"
 )
 
-// nobody is the user and group "nonroot" of the distroless image. The containers set
-// them, so that they run even if the pod's security context sets root.
-const nobody int64 = 65532
-
 // What a container knows of its pod: the UID, by which await and sidecar find each other,
 // and the names that people know.
 var (
@@ -174,9 +170,20 @@ func fieldVariable(name, path string) corev1.EnvVar {
 }
 
 // injectedContainer is a container that runs this program. It passes PodSecurity
-// "restricted".
+// "restricted". It names its user, so that it runs even if the pod's security context
+// names root; with sidecarUserNone, the kubelet refuses that.
 func injectedContainer(c webhookConfig, name string, resources corev1.ResourceRequirements,
 	args ...string) corev1.Container {
+	security := &corev1.SecurityContext{
+		AllowPrivilegeEscalation: new(false),
+		Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
+		ReadOnlyRootFilesystem:   new(true),
+		RunAsNonRoot:             new(true),
+		SeccompProfile:           &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+	}
+	if c.sidecarUser != sidecarUserNone {
+		security.RunAsUser, security.RunAsGroup = new(nobody), new(nobody)
+	}
 	return corev1.Container{
 		Name:                     name,
 		Image:                    c.sidecarImage,
@@ -185,15 +192,7 @@ func injectedContainer(c webhookConfig, name string, resources corev1.ResourceRe
 		Env:                      []corev1.EnvVar{oneProcessor},
 		Resources:                resources,
 		TerminationMessagePolicy: corev1.TerminationMessageFallbackToLogsOnError,
-		SecurityContext: &corev1.SecurityContext{
-			AllowPrivilegeEscalation: new(false),
-			Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
-			ReadOnlyRootFilesystem:   new(true),
-			RunAsGroup:               new(nobody),
-			RunAsNonRoot:             new(true),
-			RunAsUser:                new(nobody),
-			SeccompProfile:           &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
-		},
+		SecurityContext:          security,
 	}
 }
 

@@ -381,6 +381,28 @@ func TestAwaitRestart(t *testing.T) {
 	}
 }
 
+// With --sidecar-run-as-user=none, the injected containers have no user and no group, but
+// all else that PodSecurity "restricted" and the SCC "restricted-v2" of OpenShift want.
+func TestPatchWithoutAUser(t *testing.T) {
+	for _, native := range []string{"true", "false"} {
+		c, err := parseWebhookConfig([]string{"--sidecar-run-as-user=none", "--enable-sidecar-containers=" + native},
+			func(string) string { return "" })
+		rig.Must(t, err)
+		p := patchedPod(t, c, `{"containers":[{"name":"app"}]}`)
+		injected := slices.Concat(p.Spec.InitContainers, p.Spec.Containers[1:])
+		if want := map[string]int{"true": 2, "false": 1}[native]; len(injected) != want {
+			t.Errorf("native %s: %d containers injected", native, len(injected))
+		}
+		for _, container := range injected {
+			want := `{"capabilities":{"drop":["ALL"]},"runAsNonRoot":true,"readOnlyRootFilesystem":true,` +
+				`"allowPrivilegeEscalation":false,"seccompProfile":{"type":"RuntimeDefault"}}`
+			if got := string(mustJSON(t, container.SecurityContext)); got != want {
+				t.Errorf("native %s: %s has %s, want %s", native, container.Name, got, want)
+			}
+		}
+	}
+}
+
 // The sidecar gets its credentials by reference, and its CA in a volume.
 func TestPatchForSecureRedis(t *testing.T) {
 	for _, kind := range []string{"secret", "configmap"} {
