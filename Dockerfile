@@ -21,7 +21,10 @@ RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
     go build -trimpath -buildvcs=false -tags grpcnotrace -ldflags "-s -w -X main.version=$VERSION" -o /at-least-semaphore-pod-hook .
 
 # No shell, no package manager. It has the certificates of public authorities, for
-# rediss:// and https://. User and group 65532.
+# rediss:// and https://.
 FROM gcr.io/distroless/static:nonroot
+# By number: the kubelet checks runAsNonRoot by it. Any other user can run the program,
+# too.
+USER 65532:65532
 COPY --from=build /at-least-semaphore-pod-hook /at-least-semaphore-pod-hook
 ENTRYPOINT ["/at-least-semaphore-pod-hook"]

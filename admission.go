@@ -86,18 +86,16 @@ type decision struct {
 // admitter decides admission requests.
 type admitter struct {
 	config     webhookConfig
-	injector   *injector
 	semaphores *semaphores
 	users      *namespaceUsers
 }
 
-func newAdmitter(c webhookConfig, s *semaphores) (admitter, error) {
-	i, err := newInjector(c)
-	a := admitter{config: c, injector: i, semaphores: s}
+func newAdmitter(c webhookConfig, s *semaphores) admitter {
+	a := admitter{config: c, semaphores: s}
 	if c.redis.username != "" && c.sidecarRedisSecret != "" {
 		a.users = &namespaceUsers{queue: s.queue}
 	}
-	return a, err
+	return a
 }
 
 // decide answers one request. Its error is *badRequest, or says why no decision was
@@ -153,12 +151,12 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 		case spec.whenFull == whenFullGate:
 			d.verdict = verdictGate
 		}
-		d.admit(a.injector, p, spec, "")
+		d.admit(a.config, p, spec, "")
 		return d, nil
 	}
 	if r.DryRun {
 		d.verdict = verdictDryRun
-		d.admit(a.injector, p, spec, uuid.Nil.String())
+		d.admit(a.config, p, spec, uuid.Nil.String())
 		return d, nil
 	}
 	var agreed int
@@ -178,7 +176,7 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 	if agreed != 0 && agreed != spec.length {
 		d.warn(warningLength, spec.length, agreed)
 	}
-	d.admit(a.injector, p, spec, d.token)
+	d.admit(a.config, p, spec, d.token)
 	return d, nil
 }
 
@@ -208,9 +206,8 @@ func refusal(e *fullError) string {
 
 // admit adds the patch to the response: with a token, or without one for a pod that
 // waits.
-func (d *decision) admit(i *injector, p *pod, spec semaphoreSpec, token string) {
-	c := i.config
-	d.response.Patch = i.patch(p, d.semaphore, spec, token)
+func (d *decision) admit(c webhookConfig, p *pod, spec semaphoreSpec, token string) {
+	d.response.Patch = sidecarPatch(c, p, d.semaphore, spec, token)
 	d.response.PatchType = new(admissionv1.PatchTypeJSONPatch)
 	if !c.enableSidecarContainers && (p.Spec.RestartPolicy == "Never" || p.Spec.RestartPolicy == "OnFailure") {
 		d.warn(warningNotCompleting)

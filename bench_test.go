@@ -41,8 +41,7 @@ func BenchmarkDecide(b *testing.B) {
 	c := testConfig("127.0.0.1:6379") // never contacted
 	s := newSemaphores(c.settings, nil, 1, slog.New(slog.DiscardHandler))
 	defer s.queue.close()
-	a, err := newAdmitter(c, s)
-	rig.Must(b, err)
+	a := newAdmitter(c, s)
 	r := benchmarkRequest(b, func(request map[string]any) { request["dryRun"] = true })
 	b.ReportAllocs()
 	for b.Loop() {
@@ -54,12 +53,12 @@ func BenchmarkDecide(b *testing.B) {
 }
 
 func BenchmarkPatch(b *testing.B) {
-	i := mustInject(b, testConfig("127.0.0.1:6379"))
+	c := testConfig("127.0.0.1:6379")
 	p, err := decodePod(benchmarkRequest(b))
 	rig.Must(b, err)
 	b.ReportAllocs()
 	for b.Loop() {
-		i.patch(p, testID, testSpec, testToken)
+		sidecarPatch(c, p, testID, testSpec, testToken)
 	}
 }
 

@@ -17,6 +17,13 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
+// The users of the injected containers: nobody is the user and group "nonroot" of the
+// distroless image. With sidecarUserNone, the containers name no user.
+const (
+	nobody          int64 = 65532
+	sidecarUserNone       = "none"
+)
+
 const imageRepository = "ghcr.io/kaidotio/at-least-semaphore-pod-hook"
 
 // webhookConfig is the settings of the mode webhook.
@@ -30,6 +37,7 @@ type webhookConfig struct {
 	clientNames             []string
 	sidecarImage            string
 	sidecarImagePullSecret  string
+	sidecarUser             string // sidecarUserNone for none
 	sidecarLimits           corev1.ResourceList
 	sidecarRequests         corev1.ResourceList
 	podAnnotations          map[string]string
@@ -213,6 +221,10 @@ func (c *webhookConfig) declareFlags(f *flags, getenv func(string) string) {
 		"`IMAGE` of the injected containers")
 	declare(f, &c.sidecarImagePullSecret, readObjectName, "sidecar-image-pull-secret", "",
 		"`NAME` of a Secret in the pod's namespace, which the webhook adds to the pod's imagePullSecrets")
+	declare(f, &c.sidecarUser, readChoice(strconv.FormatInt(nobody, 10), sidecarUserNone), "sidecar-run-as-user",
+		strconv.FormatInt(nobody, 10),
+		"`65532|none`: user and group of the injected containers, for their securityContext; "+
+			"none leaves the choice to the cluster, the pod and the image, for OpenShift")
 	declare(f, &c.sidecarLimits, readResources, "sidecar-resources", "cpu=100m,memory=64Mi",
 		"limits, as `RESOURCE=QUANTITY,...`, of each injected container; "+
 			"in a pod of the QoS class Guaranteed, also its requests")

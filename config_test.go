@@ -413,7 +413,7 @@ func TestSidecarsOfASentinelGroup(t *testing.T) {
 	}
 	c, err := parseWebhookConfig([]string{"--queue-redis-address=" + address, "--sidecar-redis-secret=s"}, getenv)
 	rig.Must(t, err)
-	sidecar, _ := sidecarContainer(c, resourcesBurstable.resources(c), testID, testSpec, testToken)
+	sidecar, _ := sidecarContainer(c, injectedResources(c, new(pod)), testID, testSpec, testToken)
 	if !slices.Contains(sidecar.Args, "--queue-redis-address="+address) {
 		t.Errorf("args %v", sidecar.Args)
 	}

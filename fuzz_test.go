@@ -59,9 +59,7 @@ func fuzzedWebhook(f *testing.F) *webhook {
 	s := newSemaphores(c.settings, nil, 1, log)
 	// after a long outage, the webhook does not wait for Redis
 	s.outages.parts[0] = outage{began: time.Now().Add(-time.Hour), last: time.Now()}
-	a, err := newAdmitter(c, s)
-	rig.Must(f, err)
-	return &webhook{admitter: a, callers: who, bounds: newBounds(), log: log}
+	return &webhook{admitter: newAdmitter(c, s), callers: who, bounds: newBounds(), log: log}
 }
 
 // For any body, the reply is an AdmissionReview of the same UID, or names the problem of
@@ -126,7 +124,7 @@ func FuzzPod(f *testing.F) {
 		c := testConfig("redis:6379")
 		c.enableSidecarContainers = native
 		c.sidecarImagePullSecret, c.sidecarRedisCA = "pull", objectReference{"secret", "ca"}
-		wantApplies(t, object, mustInject(t, c).patch(p, testID, testSpec, testToken))
+		wantApplies(t, object, sidecarPatch(c, p, testID, testSpec, testToken))
 	})
 }
 

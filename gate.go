@@ -215,10 +215,10 @@ func (g *gate) event(p *watchedPod, warning bool, reason, action, id, note strin
 func (g *gate) lift(ctx context.Context, id semaphoreID, p *watchedPod, taken time.Time) error {
 	index := slices.Index(p.gates, gateName)
 	var steps patch
-	steps.test(jsonText(p.uid), "metadata", "uid")
-	steps.test(jsonText(gateName), "spec", "schedulingGates", strconv.Itoa(index), "name")
+	steps.test(p.uid, "metadata", "uid")
+	steps.test(gateName, "spec", "schedulingGates", strconv.Itoa(index), "name")
 	steps.remove("spec", "schedulingGates", strconv.Itoa(index))
-	steps.add(jsonText(strconv.FormatInt(time.Now().Unix(), 10)), "metadata", "labels", labelGated)
+	steps.add(strconv.FormatInt(time.Now().Unix(), 10), "metadata", "labels", labelGated)
 	if err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps.json()); err != nil {
 		return err
 	}
@@ -235,7 +235,7 @@ func (g *gate) lift(ctx context.Context, id semaphoreID, p *watchedPod, taken ti
 // that, so a refused removal is retried seldom.
 func (g *gate) removeLabel(ctx context.Context, p *watchedPod) (again time.Duration) {
 	var steps patch
-	steps.test(jsonText(p.uid), "metadata", "uid")
+	steps.test(p.uid, "metadata", "uid")
 	steps.remove("metadata", "labels", labelGated)
 	err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps.json())
 	if errors.Is(err, errPodChanged) { // another gate has removed it, or the API server refuses

@@ -43,9 +43,6 @@ func clientSettings(s *rig.APIServer) kubernetesSettings {
 	return kubernetesSettings{address: s.Address, caFile: s.CAFile, tokenFile: s.TokenFile}
 }
 
-// MarshalJSON implements json.Marshaler.
-func (p patch) MarshalJSON() ([]byte, error) { return p.json(), nil }
-
 func testConfig(address string) webhookConfig {
 	return webhookConfig{
 		settings: settings{
@@ -106,8 +103,7 @@ func startWebhook(t testing.TB, c webhookConfig) *testWebhook {
 	c.redis.counts = new(redisCounts)
 	who, err := newCallers(c, log)
 	rig.Must(t, err)
-	a, err := newAdmitter(c, newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, log))
-	rig.Must(t, err)
+	a := newAdmitter(c, newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, log))
 	w := &webhook{admitter: a, callers: who, bounds: newBounds(), limit: logLimiter{most: badRequestsLogged}, log: log}
 	w.semaphores.metrics = newMetrics(c.redis.counts)
 	w.semaphores.metrics.countVerdicts()

@@ -146,36 +146,36 @@ func TestKubernetesRights(t *testing.T) {
 	label := []string{"metadata", "labels", rig.LabelGated}
 	refused := map[string]func(*patch){
 		"image": func(p *patch) {
-			p.add(jsonText("example.org/evil:v1"), "spec", "containers", "0", "image")
+			p.add("example.org/evil:v1", "spec", "containers", "0", "image")
 		},
 		"image of an init": func(p *patch) {
-			p.add(jsonText("example.org/evil:v1"), "spec", "initContainers", "0", "image")
+			p.add("example.org/evil:v1", "spec", "initContainers", "0", "image")
 		},
-		"deadline": func(p *patch) { p.add([]byte("1"), "spec", "activeDeadlineSeconds") },
+		"deadline": func(p *patch) { p.add(1, "spec", "activeDeadlineSeconds") },
 		"toleration": func(p *patch) {
-			p.add([]byte(`{"key": "x", "operator": "Exists"}`), "spec", "tolerations", "-")
+			p.add(corev1.Toleration{Key: "x", Operator: corev1.TolerationOpExists}, "spec", "tolerations", "-")
 		},
 		"node selector": func(p *patch) { // Kubernetes allows it for gated pods
-			p.add([]byte(`{"x": "y"}`), "spec", "nodeSelector")
+			p.add(map[string]string{"x": "y"}, "spec", "nodeSelector")
 		},
-		"new annotation":      func(p *patch) { p.add(jsonText("x"), "metadata", "annotations", "example.org/new") },
-		"our annotation":      func(p *patch) { p.add(jsonText("x"), "metadata", "annotations", annotationKey) },
+		"new annotation":      func(p *patch) { p.add("x", "metadata", "annotations", "example.org/new") },
+		"our annotation":      func(p *patch) { p.add("x", "metadata", "annotations", annotationKey) },
 		"annotation removed":  func(p *patch) { p.remove("metadata", "annotations", "example.org/second") },
 		"annotations removed": func(p *patch) { p.remove("metadata", "annotations") },
-		"new label":           func(p *patch) { p.add(jsonText("x"), "metadata", "labels", "example.org/new") },
-		"label of another":    func(p *patch) { p.add(jsonText("x"), "metadata", "labels", "app") },
+		"new label":           func(p *patch) { p.add("x", "metadata", "labels", "example.org/new") },
+		"label of another":    func(p *patch) { p.add("x", "metadata", "labels", "app") },
 		"label removed":       func(p *patch) { p.remove("metadata", "labels", "app") },
 		"labels removed":      func(p *patch) { p.remove("metadata", "labels") },
-		"finalizer":           func(p *patch) { p.add([]byte(`["example.org/x"]`), "metadata", "finalizers") },
+		"finalizer":           func(p *patch) { p.add([]string{"example.org/x"}, "metadata", "finalizers") },
 		"owner": func(p *patch) {
 			owners := `[{"apiVersion": "v1", "kind": "Pod", "name": "x", "uid": "` + uid + `"}]`
-			p.add([]byte(owners), "metadata", "ownerReferences")
+			p.add(json.RawMessage(owners), "metadata", "ownerReferences")
 		},
 		"gate of another": func(p *patch) { p.remove("spec", "schedulingGates", "0") },
 		"all gates":       func(p *patch) { p.remove("spec", "schedulingGates") },
 		"gate and image": func(p *patch) {
 			p.remove("spec", "schedulingGates", "1")
-			p.add(jsonText("example.org/evil:v1"), "spec", "containers", "0", "image")
+			p.add("example.org/evil:v1", "spec", "containers", "0", "image")
 		},
 	}
 	// A new policy takes effect after some seconds.
@@ -205,9 +205,9 @@ func TestKubernetesRights(t *testing.T) {
 		}
 	}
 	for _, steps := range []func(*patch){
-		func(p *patch) { p.add(jsonText("false"), label...) },
+		func(p *patch) { p.add("false", label...) },
 		func(p *patch) { p.remove(label...) },
-		func(p *patch) { p.add(jsonText("true"), label...) },
+		func(p *patch) { p.add("true", label...) },
 		func(p *patch) {
 			*p = liftGate(uid)
 			p.remove(label...)

@@ -19,8 +19,8 @@ import (
 
 // liftGate returns the patch that removes our gate of a testGatedPod.
 func liftGate(uid string) (steps patch) {
-	steps.test(jsonText(uid), "metadata", "uid")
-	steps.test(jsonText(rig.GateName), "spec", "schedulingGates", "1", "name")
+	steps.test(uid, "metadata", "uid")
+	steps.test(rig.GateName, "spec", "schedulingGates", "1", "name")
 	steps.remove("spec", "schedulingGates", "1")
 	return steps
 }
@@ -56,8 +56,8 @@ func TestKubernetesPatch(t *testing.T) {
 	}
 	wantGates("example.org/other")
 	var old patch
-	old.test(jsonText("1"), "metadata", "resourceVersion")
-	old.add(jsonText("false"), "metadata", "labels", rig.LabelGated)
+	old.test("1", "metadata", "resourceVersion")
+	old.add("false", "metadata", "labels", rig.LabelGated)
 	if err := k.patchPod(t.Context(), n, "p", old.json()); !errors.Is(err, errPodChanged) {
 		t.Errorf("with another version: got %v", err)
 	}
@@ -208,7 +208,7 @@ func TestKubernetesLimitsRequests(t *testing.T) {
 	for i := range patches {
 		wg.Go(func() {
 			var steps patch
-			steps.add(jsonText("yes"), "metadata", "labels", annotationPrefix+"changed")
+			steps.add("yes", "metadata", "labels", annotationPrefix+"changed")
 			if err := k.patchPod(t.Context(), n, fmt.Sprintf("p%d", i), steps.json()); errors.Is(err, errTryAgain) {
 				refused.Add(1)
 			} else if err != nil {

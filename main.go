@@ -29,7 +29,9 @@
 //	KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT
 //	                                  of gate: default of --kubernetes-address
 //
-// Exit codes: 0 done, 1 failed, 2 wrong mode, flag or value.
+// Exit codes: 0 done, 1 failed, 2 wrong mode, flag or value, 143 an await that was
+// stopped before the token was held. A sidecar that was stopped ends with 0, whatever it
+// left to go stale.
 package main
 
 import (
@@ -130,6 +132,10 @@ func printHelp(err error, stdout io.Writer) error {
 	return err
 }
 
+// exitStopped is the exit code of an await that was stopped: that of a process that
+// SIGTERM ended. It must not be 0, or the kubelet may start the app.
+const exitStopped = 128 + int(syscall.SIGTERM)
+
 // exitCode writes err to stderr and returns the exit code for it.
 func exitCode(err error, stderr io.Writer) int {
 	if err == nil {
@@ -144,6 +150,9 @@ func exitCode(err error, stderr io.Writer) int {
 		return 2
 	}
 	slog.New(slog.NewJSONHandler(stderr, nil)).Error("failed", "error", err.Error())
+	if errors.Is(err, errNotHeld) {
+		return exitStopped
+	}
 	return 1
 }
 

@@ -2,49 +2,34 @@ package main
 
 import (
 	"encoding/json"
-	"fmt"
 	"maps"
 	"path"
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 )
 
-// patch is an unfinished JSON patch (RFC 6902): the text of its steps, without the
-// brackets around them.
-type patch struct{ text []byte }
+// patch is a JSON patch (RFC 6902).
+type patch []patchStep
 
-// step begins a step. The caller appends what follows the path, and the closing brace.
-func (p *patch) step(op string, path []string) {
-	if len(p.text) > 0 {
-		p.text = append(p.text, ',')
-	}
-	p.text = append(p.text, `{"op":"`...)
-	p.text = append(p.text, op...)
-	p.text = append(p.text, `","path":`...)
-	p.text = append(p.text, jsonText(jsonPointer(path...))...)
+type patchStep struct {
+	Op    string `json:"op"`
+	Path  string `json:"path"`
+	Value any    `json:"value,omitempty"`
 }
 
-// add adds a value, which is JSON.
-func (p *patch) add(value []byte, path ...string) { p.valued("add", value, path) }
-
-func (p *patch) remove(path ...string) {
-	p.step("remove", path)
-	p.text = append(p.text, '}')
+func (p *patch) step(op string, value any, path []string) {
+	*p = append(*p, patchStep{op, jsonPointer(path...), value})
 }
 
-// test makes the patch fail unless the value at path equals value, which is JSON.
-func (p *patch) test(value []byte, path ...string) { p.valued("test", value, path) }
+func (p *patch) add(value any, path ...string) { p.step("add", value, path) }
 
-// valued adds a step that has a value.
-func (p *patch) valued(op string, value []byte, path []string) {
-	p.step(op, path)
-	p.text = append(p.text, `,"value":`...)
-	p.text = append(append(p.text, value...), '}')
-}
+func (p *patch) remove(path ...string) { p.step("remove", nil, path) }
+
+// test makes the patch fail unless the value at path equals value.
+func (p *patch) test(value any, path ...string) { p.step("test", value, path) }
 
 // removeNamed removes the items of a list in the pod's spec that have one of the names.
 func (p *patch) removeNamed(list string, items []string, names ...string) {
@@ -55,39 +40,21 @@ func (p *patch) removeNamed(list string, items []string, names ...string) {
 	}
 }
 
-// appendTo appends an item to a list in the pod's spec. It makes the list if it is not
-// there, and then sets there.
-func (p *patch) appendTo(list string, there *bool, item []byte) {
-	if !*there {
-		p.add(jsonList(item), "spec", list)
-	} else {
+// appendTo appends items to a list in the pod's spec, and makes the list if it is not
+// there.
+func appendTo[T any](p *patch, list string, there bool, items ...T) {
+	if !there && len(items) > 0 {
+		p.add(items, "spec", list)
+		return
+	}
+	for _, item := range items {
 		p.add(item, "spec", list, "-")
 	}
-	*there = true
 }
 
-func (p patch) json() []byte { return jsonList(p.text) }
-
-// jsonList is a list of items.
-func jsonList(items ...[]byte) []byte {
-	size := 2
-	for _, i := range items {
-		size += len(i) + 1
-	}
-	list := append(make([]byte, 0, size), '[')
-	for n, i := range items {
-		if n > 0 {
-			list = append(list, ',')
-		}
-		list = append(list, i...)
-	}
-	return append(list, ']')
-}
-
-// jsonText encodes a text as JSON.
-func jsonText(text string) []byte {
-	encoded, _ := json.Marshal(text) // cannot fail for a string
-	return encoded
+func (p patch) json() []byte {
+	text, _ := json.Marshal(p) // cannot fail: the values are texts and objects of Kubernetes
+	return text
 }
 
 // jsonPointer joins the steps of a path (RFC 6901).
@@ -102,90 +69,7 @@ func jsonPointer(steps ...string) string {
 
 var pointerEscapes = strings.NewReplacer("~", "~0", "/", "~1")
 
-// injector makes the patches that give pods their sidecars. It encodes what it injects
-// once, with holes for the few values that differ from pod to pod.
-type injector struct {
-	config   webhookConfig
-	sidecars [resourceKinds]template
-	awaits   [resourceKinds][]byte
-	volumes  [][]byte
-	secret   []byte // of imagePullSecrets
-}
-
-func newInjector(c webhookConfig) (*injector, error) {
-	i := &injector{config: c}
-	for kind := range resourceKinds {
-		resources := kind.resources(c)
-		sidecar, volumes := sidecarContainer(c, resources, holes.id, holes.spec, holes.token)
-		text, err := json.Marshal(sidecar)
-		if err != nil {
-			return nil, fmt.Errorf("encode the sidecar: %w", err)
-		}
-		i.sidecars[kind] = newTemplate(string(text))
-		if i.awaits[kind], err = json.Marshal(awaitContainer(c, resources)); err != nil {
-			return nil, fmt.Errorf("encode the await: %w", err)
-		}
-		i.volumes = nil
-		for _, v := range volumes {
-			text, err := json.Marshal(v)
-			if err != nil {
-				return nil, fmt.Errorf("encode a volume: %w", err)
-			}
-			i.volumes = append(i.volumes, text)
-		}
-	}
-	var err error
-	i.secret, err = json.Marshal(corev1.LocalObjectReference{Name: c.sidecarImagePullSecret})
-	return i, err
-}
-
-// holes has values that no pod can have. Each is one argument of the sidecar, which
-// newTemplate finds.
-var holes = struct {
-	id    semaphoreID
-	spec  semaphoreSpec
-	token string
-}{semaphoreID{"{namespace}", "{key}"}, semaphoreSpec{length: 123456789, expiration: 987654321 * time.Second}, "{token}"}
-
-// template is the text of a sidecar in pieces; hole n follows piece n.
-type template struct {
-	pieces []string
-	holes  []int // indexes into the arguments of fill
-}
-
-func newTemplate(text string) (t template) {
-	arguments := []string{lengthFlag(holes.spec.length), expirationFlag(holes.spec.expiration),
-		holes.id.String(), holes.token}
-	for {
-		at, hole := len(text), -1
-		for n, argument := range arguments {
-			if i := strings.Index(text, string(jsonText(argument))); i >= 0 && i < at {
-				at, hole = i, n
-			}
-		}
-		t.pieces = append(t.pieces, text[:at])
-		if hole < 0 {
-			return t
-		}
-		t.holes = append(t.holes, hole)
-		text = text[at+len(jsonText(arguments[hole])):]
-	}
-}
-
-// fill returns the text for one pod.
-func (t template) fill(id semaphoreID, spec semaphoreSpec, token string) []byte {
-	arguments := [...]string{lengthFlag(spec.length), expirationFlag(spec.expiration), id.String(), token}
-	text := make([]byte, 0, 2048)
-	for n, piece := range t.pieces {
-		text = append(text, piece...)
-		if n < len(t.holes) {
-			text = append(text, jsonText(arguments[t.holes[n]])...)
-		}
-	}
-	return text
-}
-
-// patch returns the JSON patch that gives a pod its sidecar: with the token that the
+// sidecarPatch returns the JSON patch that gives a pod its sidecar: with the token that the
 // webhook has taken, or without one for a pod that waits. It only adds to the pod, with
 // one exception. A pod made from the YAML of another may have what a former patch added:
 // that is removed.
@@ -196,43 +80,35 @@ func (t template) fill(id semaphoreID, spec semaphoreSpec, token string) []byte 
 // runs without a token. It stops sidecars after the app, in reverse order. A classic
 // sidecar goes last in containers, so that the app stays the default container of
 // kubectl.
-func (i *injector) patch(p *pod, id semaphoreID, spec semaphoreSpec, token string) []byte {
-	steps := patch{make([]byte, 0, 4096)}
+func sidecarPatch(c webhookConfig, p *pod, id semaphoreID, spec semaphoreSpec, token string) []byte {
+	var steps patch
 	steps.removeNamed("initContainers", namesOf(p.Spec.InitContainers), sidecarName, awaitName)
 	steps.removeNamed("containers", namesOf(p.Spec.Containers), sidecarName, awaitName)
 	steps.removeNamed("volumes", namesOf(p.Spec.Volumes), caVolumeName, etcdVolumeName)
-	kind := resourceKindOf(p)
-	argument := token
-	if token == "" && i.config.enableSidecarContainers {
-		argument = podUIDReference
-	}
-	sidecar := i.sidecars[kind].fill(id, spec, argument)
-	switch {
-	case !i.config.enableSidecarContainers:
+	resources := injectedResources(c, p)
+	sidecar, volumes := sidecarContainer(c, resources, id, spec, token)
+	switch await := awaitContainer(c, resources); {
+	case !c.enableSidecarContainers:
 		steps.add(sidecar, "spec", "containers", "-")
 	case p.Spec.InitContainers == nil:
-		steps.add(jsonList(sidecar, i.awaits[kind]), "spec", "initContainers")
+		steps.add([]corev1.Container{sidecar, await}, "spec", "initContainers")
 	default:
 		steps.add(sidecar, "spec", "initContainers", "0")
-		steps.add(i.awaits[kind], "spec", "initContainers", "1")
+		steps.add(await, "spec", "initContainers", "1")
 	}
-	there := p.Spec.Volumes != nil
-	for _, v := range i.volumes {
-		steps.appendTo("volumes", &there, v)
-	}
-	if name := i.config.sidecarImagePullSecret; name != "" && !slices.Contains(namesOf(p.Spec.ImagePullSecrets), name) {
-		there := p.Spec.ImagePullSecrets != nil
-		steps.appendTo("imagePullSecrets", &there, i.secret)
+	appendTo(&steps, "volumes", p.Spec.Volumes != nil, volumes...)
+	if name := c.sidecarImagePullSecret; name != "" && !slices.Contains(namesOf(p.Spec.ImagePullSecrets), name) {
+		appendTo(&steps, "imagePullSecrets", p.Spec.ImagePullSecrets != nil, corev1.LocalObjectReference{Name: name})
 	}
 	setGate(&steps, p, spec.whenFull == whenFullGate)
 	if _, ok := p.Metadata.Annotations[annotationToken]; token != "" {
-		steps.add(jsonText(token), "metadata", "annotations", annotationToken)
+		steps.add(token, "metadata", "annotations", annotationToken)
 	} else if ok {
 		steps.remove("metadata", "annotations", annotationToken)
 	}
-	for _, name := range slices.Sorted(maps.Keys(i.config.podAnnotations)) {
+	for _, name := range slices.Sorted(maps.Keys(c.podAnnotations)) {
 		if _, ok := p.Metadata.Annotations[name]; !ok {
-			steps.add(jsonText(i.config.podAnnotations[name]), "metadata", "annotations", name)
+			steps.add(c.podAnnotations[name], "metadata", "annotations", name)
 		}
 	}
 	return steps.json()
@@ -250,13 +126,12 @@ func setGate(steps *patch, p *pod, gated bool) {
 		return
 	}
 	if !slices.Contains(namesOf(p.Spec.SchedulingGates), gateName) {
-		there := p.Spec.SchedulingGates != nil
-		steps.appendTo("schedulingGates", &there, []byte(`{"name":"`+gateName+`"}`))
+		appendTo(steps, "schedulingGates", p.Spec.SchedulingGates != nil, corev1.PodSchedulingGate{Name: gateName})
 	}
 	if p.Metadata.Labels == nil {
-		steps.add([]byte(`{"`+labelGated+`":"true"}`), "metadata", "labels")
+		steps.add(map[string]string{labelGated: "true"}, "metadata", "labels")
 	} else {
-		steps.add(jsonText("true"), "metadata", "labels", labelGated)
+		steps.add("true", "metadata", "labels", labelGated)
 	}
 }
 
@@ -270,10 +145,6 @@ const (
 	etcdMountPath  = mountPath + "etcd-tls"
 	caFileName     = "ca.crt"
 )
-
-// nobody is the user and group "nonroot" of the distroless image. The containers set
-// them, so that they run even if the pod's security context sets root.
-const nobody int64 = 65532
 
 // What a container knows of its pod: the UID, by which await and sidecar find each other,
 // and the names that people know.
@@ -299,9 +170,20 @@ func fieldVariable(name, path string) corev1.EnvVar {
 }
 
 // injectedContainer is a container that runs this program. It passes PodSecurity
-// "restricted".
+// "restricted". It names its user, so that it runs even if the pod's security context
+// names root; with sidecarUserNone, the kubelet refuses that.
 func injectedContainer(c webhookConfig, name string, resources corev1.ResourceRequirements,
 	args ...string) corev1.Container {
+	security := &corev1.SecurityContext{
+		AllowPrivilegeEscalation: new(false),
+		Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
+		ReadOnlyRootFilesystem:   new(true),
+		RunAsNonRoot:             new(true),
+		SeccompProfile:           &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+	}
+	if c.sidecarUser != sidecarUserNone {
+		security.RunAsUser, security.RunAsGroup = new(nobody), new(nobody)
+	}
 	return corev1.Container{
 		Name:                     name,
 		Image:                    c.sidecarImage,
@@ -310,15 +192,7 @@ func injectedContainer(c webhookConfig, name string, resources corev1.ResourceRe
 		Env:                      []corev1.EnvVar{oneProcessor},
 		Resources:                resources,
 		TerminationMessagePolicy: corev1.TerminationMessageFallbackToLogsOnError,
-		SecurityContext: &corev1.SecurityContext{
-			AllowPrivilegeEscalation: new(false),
-			Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
-			ReadOnlyRootFilesystem:   new(true),
-			RunAsGroup:               new(nobody),
-			RunAsNonRoot:             new(true),
-			RunAsUser:                new(nobody),
-			SeccompProfile:           &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
-		},
+		SecurityContext:          security,
 	}
 }
 
@@ -351,14 +225,12 @@ func sidecarContainer(c webhookConfig, resources corev1.ResourceRequirements, id
 	}
 	if c.enableSidecarContainers {
 		volumes = append(volumes, addNative(&sidecar, c, spec)...)
+		if token == "" {
+			token = podUIDReference
+		}
 	}
 	sidecar.Args = append(sidecar.Args, id.String(), token)
 	return sidecar, volumes
-}
-
-func lengthFlag(length int) string { return "--length=" + strconv.Itoa(length) }
-func expirationFlag(expiration time.Duration) string {
-	return "--expiration-seconds=" + strconv.Itoa(seconds(expiration))
 }
 
 // addNative makes it a native sidecar that acquires its token, in line if needed. It
@@ -367,8 +239,8 @@ func addNative(sidecar *corev1.Container, c webhookConfig, spec semaphoreSpec) (
 	sidecar.RestartPolicy = new(corev1.ContainerRestartPolicyAlways)
 	sidecar.Env = append(sidecar.Env, podUIDVariable)
 	sidecar.Args = append(sidecar.Args,
-		lengthFlag(spec.length),
-		expirationFlag(spec.expiration),
+		"--length="+strconv.Itoa(spec.length),
+		"--expiration-seconds="+strconv.Itoa(seconds(spec.expiration)),
 		"--lock-mode="+c.lockMode)
 	if c.lockMode != lockModeEtcd {
 		sidecar.Args = append(sidecar.Args, "--redis-addresses="+strings.Join(c.redisAddresses, ","))
@@ -431,31 +303,14 @@ func caVolume(from objectReference) corev1.Volume {
 	return volume
 }
 
-// resourceKind selects the requests and limits of each injected container.
-type resourceKind int
-
-const (
-	resourcesBurstable  resourceKind = iota
-	resourcesGuaranteed              // a pod of this QoS class keeps it
-	resourcesOfPod                   // none: requests above the resources of the pod as a whole may get it refused
-	resourceKinds
-)
-
-func resourceKindOf(p *pod) resourceKind {
+// injectedResources returns the requests and limits of each injected container. A pod of
+// the QoS class Guaranteed keeps its class. A pod with resources as a whole may get
+// refused if its containers request more, so the injected ones request nothing.
+func injectedResources(c webhookConfig, p *pod) corev1.ResourceRequirements {
 	switch {
 	case len(p.Spec.Resources.Limits)+len(p.Spec.Resources.Requests) > 0:
-		return resourcesOfPod
-	case p.isGuaranteed():
-		return resourcesGuaranteed
-	}
-	return resourcesBurstable
-}
-
-func (k resourceKind) resources(c webhookConfig) corev1.ResourceRequirements {
-	switch k {
-	case resourcesOfPod:
 		return corev1.ResourceRequirements{}
-	case resourcesGuaranteed:
+	case p.isGuaranteed():
 		return corev1.ResourceRequirements{Requests: c.sidecarLimits, Limits: c.sidecarLimits}
 	}
 	return corev1.ResourceRequirements{Requests: c.sidecarRequests, Limits: c.sidecarLimits}

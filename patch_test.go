@@ -21,19 +21,12 @@ var (
 
 const testToken = "b7a1f0de-8a0e-4b0c-9d52-0a3c1a7de001"
 
-func mustInject(t testing.TB, c webhookConfig) *injector {
-	t.Helper()
-	i, err := newInjector(c)
-	rig.Must(t, err)
-	return i
-}
-
 // patched applies the patch for a token to the JSON of a pod.
 func patched(t *testing.T, c webhookConfig, object []byte, token string) map[string]any {
 	t.Helper()
 	p := new(pod)
 	rig.Must(t, json.Unmarshal(object, p))
-	patch, err := jsonpatch.DecodePatch(mustInject(t, c).patch(p, testID, testSpec, token))
+	patch, err := jsonpatch.DecodePatch(sidecarPatch(c, p, testID, testSpec, token))
 	rig.Must(t, err)
 	result, err := patch.Apply(object)
 	rig.Must(t, err)
@@ -384,6 +377,28 @@ func TestAwaitRestart(t *testing.T) {
 		restarts := await.RestartPolicy != nil && *await.RestartPolicy == "OnFailure"
 		if restarts != c.restartAwait || !restarts && await.RestartPolicy != nil {
 			t.Errorf("with --await-restart=%t: the restart policy is %v", c.restartAwait, await.RestartPolicy)
+		}
+	}
+}
+
+// With --sidecar-run-as-user=none, the injected containers have no user and no group, but
+// all else that PodSecurity "restricted" and the SCC "restricted-v2" of OpenShift want.
+func TestPatchWithoutAUser(t *testing.T) {
+	for _, native := range []string{"true", "false"} {
+		c, err := parseWebhookConfig([]string{"--sidecar-run-as-user=none", "--enable-sidecar-containers=" + native},
+			func(string) string { return "" })
+		rig.Must(t, err)
+		p := patchedPod(t, c, `{"containers":[{"name":"app"}]}`)
+		injected := slices.Concat(p.Spec.InitContainers, p.Spec.Containers[1:])
+		if want := map[string]int{"true": 2, "false": 1}[native]; len(injected) != want {
+			t.Errorf("native %s: %d containers injected", native, len(injected))
+		}
+		for _, container := range injected {
+			want := `{"capabilities":{"drop":["ALL"]},"runAsNonRoot":true,"readOnlyRootFilesystem":true,` +
+				`"allowPrivilegeEscalation":false,"seccompProfile":{"type":"RuntimeDefault"}}`
+			if got := string(mustJSON(t, container.SecurityContext)); got != want {
+				t.Errorf("native %s: %s has %s, want %s", native, container.Name, got, want)
+			}
 		}
 	}
 }

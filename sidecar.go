@@ -33,8 +33,9 @@ type sidecar struct {
 }
 
 // runSidecar acquires the token, keeps it alive by heartbeats until ctx is done, and then
-// gives it back. It fails if it cannot give the token back, or cannot listen for the
-// pod's init container.
+// gives it back. It fails only if it cannot listen for the pod's init container. A token
+// that it cannot give back is no failure: a podFailurePolicy would take the exit code for
+// one of the app, and may fail the Job.
 func runSidecar(ctx context.Context, c sidecarConfig, log *slog.Logger) error {
 	semaphores := newSemaphores(c.settings, nil, 1, log)
 	defer semaphores.queue.close()
@@ -71,7 +72,8 @@ func runSidecar(ctx context.Context, c sidecarConfig, log *slog.Logger) error {
 	case <-s.locksClosed:
 	case <-time.After(locksPatience):
 	}
-	return s.giveBack(held)
+	s.giveBack(held)
+	return nil
 }
 
 // guard holds the app back until the token is held, and then keeps the token alive until
@@ -201,24 +203,17 @@ func (s *sidecar) beat(ctx context.Context) error {
 
 // giveBack releases the token, or leaves the line. It retries until the grace period is
 // over.
-func (s *sidecar) giveBack(held bool) error {
-	status, err := s.semaphores.releaseWithin(s.grace, s.id, s.token)
-	if err != nil && !held {
-		return fmt.Errorf("the line of %s not left within the grace period, it forgets this pod within seconds; "+
-			"a token that was already taken for it (%s) will be reclaimed: %w", s.id, s.token, err)
-	}
-	if err != nil {
-		return fmt.Errorf("token %s of %s not given back within the grace period, "+
-			"it will be reclaimed %s after its last heartbeat: %w",
-			s.token, s.id, s.semaphores.staleThreshold, err)
-	}
-	switch status {
-	case releaseDone:
+func (s *sidecar) giveBack(held bool) {
+	switch status, err := s.semaphores.releaseWithin(s.grace, s.id, s.token); {
+	case err != nil && held:
+		s.log.Warn("token left to go stale", "staleAfter", s.semaphores.staleThreshold.String(), "error", err.Error())
+	case err != nil: // a token may already be taken for it
+		s.log.Warn("place in line left to go stale", "error", err.Error())
+	case status == releaseDone:
 		s.log.Info("token given back")
-	case releaseLeft:
+	case status == releaseLeft:
 		s.log.Info("left the line")
 	default:
 		s.log.Info("nothing to give back: the token had been reclaimed, lost or given back before")
 	}
-	return nil
 }

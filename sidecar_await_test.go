@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -62,6 +63,46 @@ func TestAwaitOutlivesItsSidecar(t *testing.T) {
 	r.WantInflight(t, id, token)
 }
 
+// On OpenShift, the containers of a pod run as a user that no image knows, in the group
+// root. There, too, await and sidecar find each other, and a sidecar that was killed finds
+// its mark. If the tests do not run as root, that user is theirs.
+func TestAwaitAsAnyUser(t *testing.T) {
+	t.Parallel()
+	r, _, id := newSemaphore(t)
+	token := uuid.NewString()
+	podUID := rig.InPod(t, token)
+	folder, err := os.MkdirTemp("", "any-user")
+	rig.Must(t, err)
+	t.Cleanup(func() { os.RemoveAll(folder) })
+	rig.Must(t, os.Chmod(folder, 0o755))
+	program := filepath.Join(folder, "program")
+	rig.Must(t, os.Link(rig.Program(t), program)) // its own folder is closed to others
+	user := &syscall.SysProcAttr{}
+	if os.Geteuid() == 0 {
+		user.Credential = &syscall.Credential{Uid: 1000680000, Gid: 0}
+	}
+	start := func(args ...string) *rig.Process {
+		p := rig.NewProcess(program, args...)
+		p.Cmd.Env = []string{"POD_UID=" + podUID}
+		p.Cmd.SysProcAttr = user
+		p.Start(t)
+		return p
+	}
+	sidecar := []string{"sidecar", "--queue-redis-address=" + rig.QueueAddress(r.Address), "--length=1",
+		"--redis-addresses=" + r.Address, id.String(), token}
+	p := start(sidecar...)
+	start("await").WantExit(t, 0)
+	p.Signal(t, syscall.SIGKILL)
+	<-p.Done()
+	p = start(sidecar...)
+	p.WantLog(t, "started again in a running pod")
+	p.Signal(t, syscall.SIGTERM)
+	p.WantExit(t, 0)
+	if text := p.Log.String(); strings.Contains(text, "WARN") {
+		t.Errorf("the sidecar warns: %s", text)
+	}
+}
+
 // A terminated await exits at once and with an error, with and without a sidecar: the app
 // must not start.
 func TestAwaitEndsOnSignal(t *testing.T) {
@@ -91,7 +132,7 @@ func TestAwaitEndsOnSignal(t *testing.T) {
 	a := rig.StartAwait(t)
 	a.WantLogPrefix(t, "waiting for a token of ")
 	a.Signal(t, syscall.SIGTERM)
-	a.WantExit(t, 1)
+	a.WantExit(t, 143)
 }
 
 // fakeSidecar serves the awaits of a pod. The function answer writes the reply to the

@@ -125,6 +125,8 @@ func TestSidecarOutlivesRedis(t *testing.T) {
 	r.WantCounts(t, id, 1, 0)
 }
 
+// A sidecar that cannot give its token back ends with 0, too: with another code, a
+// podFailurePolicy could fail the Job of an app that Kubernetes was to run again.
 func TestSidecarThatCannotGiveBack(t *testing.T) {
 	t.Parallel()
 	address := rig.FreeAddress(t)
@@ -132,12 +134,14 @@ func TestSidecarThatCannotGiveBack(t *testing.T) {
 	p := rig.StartSidecar(t, address, semaphoreID{"shop", "web"}, token, "--termination-grace-period-seconds=1")
 	p.WantLog(t, "heartbeat failed, to be retried")
 	p.Signal(t, syscall.SIGTERM)
-	p.WantExit(t, 1)
-	line := p.WantLog(t, "failed")
-	want := "token " + token + " of shop/web not given back within the grace period, " +
-		"it will be reclaimed 2m0s after its last heartbeat: release shop/web: " + rig.UnreachedText(address)
+	p.WantExit(t, 0)
+	line := p.WantLog(t, "token left to go stale")
+	want := "release shop/web: " + rig.UnreachedText(address)
 	if got := line["error"].(string); !strings.HasPrefix(got, want) {
 		t.Errorf("logged %q, want %q", got, want)
+	}
+	if line["token"] != token || line["staleAfter"] != "2m0s" {
+		t.Errorf("logged %v", line)
 	}
 }
 
@@ -178,7 +182,7 @@ func TestSidecarUsesOneConnection(t *testing.T) {
 	for range 10 {
 		rig.Must(t, s.beat(context.Background()))
 	}
-	rig.Must(t, s.giveBack(true))
+	s.giveBack(true)
 	clients := string(r.Do(t, "CLIENT", "LIST").([]byte))
 	if n := strings.Count(clients, "\n") - strings.Count(clients, " name=sentinel-"); n != 2 { // the test has one
 		t.Errorf("got these connections, want one of the sidecar:\n%s", clients)

@@ -57,12 +57,8 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	s.metrics.watchCertificate(cert)
 	s.metrics.watchSemaphores(s)
 	s.metrics.watchGate(s.queue)
-	a, err := newAdmitter(c, s)
-	if err != nil {
-		return err
-	}
 	w := &webhook{
-		admitter: a,
+		admitter: newAdmitter(c, s),
 		callers:  clients,
 		bounds:   newBounds(),
 		limit:    logLimiter{most: badRequestsLogged},

@@ -262,9 +262,9 @@ func (p *pod) end() {
 	defer p.mu.Unlock()
 	switch {
 	case died || p.life.died != notYet:
-	case sidecar.ExitCode() == 0:
+	case sidecar.ExitCode() == 0 && !strings.Contains(sidecar.Log.String(), "left to go stale"):
 		p.life.released = p.w.now()
-	default: // killed, or it failed to give the token back
+	default: // killed, or it could not give the token back
 		p.life.died = p.life.ended
 	}
 }
