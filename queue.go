@@ -194,18 +194,19 @@ func isUnreachable(err error) bool {
 }
 
 // isTransient reports whether a server answers that it cannot serve the command now: it,
-// or another server, may do so soon.
+// or another server, may do so soon. That holds while it runs a long script (BUSY), and
+// while it has too many connections. It does not hold for OOM and MISCONF, which last
+// until an administrator makes room in memory or on the disk.
 func isTransient(err error) bool {
 	var answered redis.Error
 	if !errors.As(err, &answered) {
 		return false
 	}
-	code, _, _ := strings.Cut(answered.Error(), " ")
-	switch code {
-	case "READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN", "MOVED", "ASK":
+	switch errorCode(answered) {
+	case "BUSY", "TRYAGAIN", "MOVED", "ASK":
 		return true
 	}
-	return isPartlyRun(answered)
+	return isOffDuty(answered) || isPartlyRun(answered)
 }
 
 // isPartlyRun reports whether a script ended half-way: it emptied a key, and Redis then
