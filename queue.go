@@ -119,7 +119,7 @@ type queueServer struct {
 	clock   serverClock
 	closed  atomic.Bool // the pool is closed: another server has replaced this one, or the queue is closed
 
-	acquires, repairs slots // acquires and repairs of this process; see maxAcquires
+	acquires, releases, repairs slots // of this process; see maxAcquires
 }
 
 func newQueueServer(address string, settings redisSettings, maxIdle int) *queueServer {
@@ -127,6 +127,7 @@ func newQueueServer(address string, settings redisSettings, maxIdle int) *queueS
 		address:  address,
 		pool:     newRedisPool(address, settings, maxIdle, redisReadTimeout),
 		acquires: make(slots, maxAcquires),
+		releases: make(slots, maxReleases),
 		repairs:  make(slots, maxRepairing),
 	}
 }
@@ -435,6 +436,7 @@ func query(ctx context.Context, address string, settings redisSettings, command 
 // of connections at once would take longer than the operations do.
 const (
 	maxAcquires  = 128             // concurrent acquires, each over its own connection
+	maxReleases  = 4               // concurrent releases: a slow Redis does not get hundreds
 	maxRepairing = lockConnections // concurrent repairs
 )
 
