@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/gomodule/redigo/redis"
-	"github.com/google/uuid"
 )
 
 // failoverPatience is how long commands are retried while a part of the queue fails; a
@@ -270,10 +269,11 @@ func (s *semaphores) send(ctx context.Context, server *queueServer, deadline tim
 	return status, values, nil
 }
 
-// check returns an error unless the queue takes writes.
+// check returns an error unless the queue takes writes. It repairs a semaphore of no
+// tokens: a full Redis refuses that, as it refuses admissions.
 func (s *semaphores) check(ctx context.Context) error {
 	return fanOut(ctx, s.queue.checks(), func(ctx context.Context, id semaphoreID) (int, error) {
-		status, _, err := s.run(ctx, releaseScript, id, uuid.Nil.String())
+		status, _, err := s.run(ctx, maintainScript, id, 0, yesNo(false))
 		return status, err
 	}, func(int) (enough bool) { return true })
 }

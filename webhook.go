@@ -24,6 +24,11 @@ const (
 	// admissionGrace is how long after SIGTERM running admissions may take. After that
 	// they get an error, and giveBackGrace begins. Kubernetes kills after 30 seconds.
 	admissionGrace = 20 * time.Second
+
+	// readyTimeout bounds a check of readiness: the kubelet's probes time out after a second.
+	// readyFor is how long callers share its result, so that they do not load Redis.
+	readyTimeout = 800 * time.Millisecond
+	readyFor     = time.Second
 )
 
 // runWebhook serves until ctx is done, and then finishes running admissions.
@@ -65,6 +70,7 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 		log:      log,
 		stopping: ctx.Done(),
 	}
+	w.readiness.keep = readyFor
 	s.metrics.watchGate(w.pulse)
 	admissions, endAdmissions := context.WithCancelCause(context.Background())
 	defer endAdmissions(nil)
@@ -126,6 +132,8 @@ type webhook struct {
 	limit    logLimiter // of warnings about bad requests
 	log      *slog.Logger
 	stopping <-chan struct{}
+
+	readiness flights[struct{}, struct{}]
 }
 
 func (w *webhook) routes() http.Handler {
@@ -150,7 +158,17 @@ func (w *webhook) ready(ctx context.Context) error {
 	case <-w.stopping:
 		return errors.New("stopping")
 	default:
+	}
+	check := w.readiness.join(struct{}{}, struct{}{}, func(struct{}) error {
+		ctx, cancel := context.WithTimeout(context.Background(), readyTimeout)
+		defer cancel()
 		return w.semaphores.check(ctx)
+	})
+	select {
+	case <-check.done:
+		return check.err
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
 }
 
