@@ -136,10 +136,12 @@ var scriptNames = []string{"acquire", "maintain", "release"}
 // errorKinds are the kinds of errors of the queue: first words of error replies of Redis,
 // and kinds of our own.
 var errorKinds = []string{"READONLY", "LOADING", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "MOVED", "ASK", "TRYAGAIN",
-	"OOM", "BUSY", "MISCONF", "NOAUTH", "WRONGPASS", "NOPERM", kindUnreached, kindUnanswered, kindCanceled, kindOther}
+	"OOM", "BUSY", "MISCONF", "NOAUTH", "WRONGPASS", "NOPERM", kindUnreached, kindMaxClients,
+	kindUnanswered, kindCanceled, kindOther}
 
 const (
 	kindUnreached  = "unreached"  // no connection, or no known server
+	kindMaxClients = "maxclients" // Redis has as many connections as it accepts
 	kindUnanswered = "unanswered" // no answer in time, or the connection broke
 	kindCanceled   = "canceled"   // the caller gave up
 	kindOther      = "other"
@@ -154,6 +156,9 @@ func kindOfError(err error) string {
 			if strings.HasPrefix(text, kind+" ") {
 				return kind
 			}
+		}
+		if isMaxClients(answered) {
+			return kindMaxClients
 		}
 		if strings.Contains(text, "unauthenticated") {
 			return "NOAUTH"

@@ -115,7 +115,7 @@ type queueServer struct {
 	clock   serverClock
 	closed  atomic.Bool // the pool is closed: another server has replaced this one, or the queue is closed
 
-	acquires, repairs slots // acquires and repairs of this process; see maxAcquires
+	acquires, releases, repairs slots // of this process; see maxAcquires
 }
 
 func newQueueServer(address string, settings redisSettings, maxIdle int) *queueServer {
@@ -123,6 +123,7 @@ func newQueueServer(address string, settings redisSettings, maxIdle int) *queueS
 		address:  address,
 		pool:     newRedisPool(address, settings, maxIdle, redisReadTimeout),
 		acquires: make(slots, maxAcquires),
+		releases: make(slots, maxReleases),
 		repairs:  make(slots, maxRepairing),
 	}
 }
@@ -190,18 +191,19 @@ func isUnreachable(err error) bool {
 }
 
 // isTransient reports whether a server answers that it cannot serve the command now: it,
-// or another server, may do so soon.
+// or another server, may do so soon. That holds while it runs a long script (BUSY), and
+// while it has too many connections. It does not hold for OOM and MISCONF, which last
+// until an administrator makes room in memory or on the disk.
 func isTransient(err error) bool {
 	var answered redis.Error
 	if !errors.As(err, &answered) {
 		return false
 	}
-	code, _, _ := strings.Cut(answered.Error(), " ")
-	switch code {
-	case "READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "TRYAGAIN", "MOVED", "ASK":
+	switch errorCode(answered) {
+	case "BUSY", "TRYAGAIN", "MOVED", "ASK":
 		return true
 	}
-	return isPartlyRun(answered)
+	return isOffDuty(answered) || isPartlyRun(answered)
 }
 
 // isPartlyRun reports whether a script ended half-way: it emptied a key, and Redis then
@@ -430,6 +432,7 @@ func query(ctx context.Context, address string, settings redisSettings, command 
 // of connections at once would take longer than the operations do.
 const (
 	maxAcquires  = 128             // concurrent acquires, each over its own connection
+	maxReleases  = 4               // concurrent releases: a slow Redis does not get hundreds
 	maxRepairing = lockConnections // concurrent repairs
 )
 

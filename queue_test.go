@@ -335,3 +335,103 @@ func TestSentinelsBehindSlowDNS(t *testing.T) {
 	g.Servers[0].Crash(t)
 	acquire(t, s, id, maxLength)
 }
+
+// connectionsMade counts the connections that Redis has accepted so far.
+func connectionsMade(t *testing.T, r *rig.Redis) int {
+	t.Helper()
+	return r.Info(t, "stats", "total_connections_received:")
+}
+
+// While Redis runs a long script of another client, or accepts no more connections, an
+// admission waits, as for a Redis that is away. The metric names the reason.
+func TestRedisServesNobodyForAMoment(t *testing.T) {
+	t.Parallel()
+	for kind, begin := range map[string]func(t *testing.T, r *rig.Redis) (end func()){
+		"BUSY": func(t *testing.T, r *rig.Redis) func() {
+			r.Do(t, "CONFIG", "SET", "busy-reply-threshold", "10")
+			other := r.Dial(t)
+			t.Cleanup(func() { other.Close() })
+			rig.Must(t, other.Send("EVAL", "while true do end", 0))
+			rig.Must(t, other.Flush())
+			return func() { rig.Must(t, errOf(r.Control.Do("SCRIPT", "KILL"))) }
+		},
+		kindMaxClients: func(t *testing.T, r *rig.Redis) func() {
+			before, err := redis.Strings(r.Do(t, "CONFIG", "GET", "maxclients"), nil)
+			rig.Must(t, err)
+			r.Do(t, "CONFIG", "SET", "maxclients", r.Info(t, "clients", "connected_clients:"))
+			return func() { r.Do(t, "CONFIG", "SET", "maxclients", before[1]) }
+		},
+	} {
+		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
+			r := rig.StartRedis(t)
+			w, id := startWebhook(t, testConfig(r.Address)), freshID()
+			end := begin(t, r)
+			type result struct {
+				admission rig.Admission
+				err       error
+			}
+			done := make(chan result, 1)
+			body := rig.Review(t, id, 1)
+			go func() {
+				status, text, err := w.post(context.Background(), body, "30s")
+				if err != nil {
+					done <- result{err: err}
+					return
+				}
+				a, err := rig.ReadAdmission(status, text)
+				done <- result{a, err}
+			}()
+			name := fmt.Sprintf("%sredis_errors_total{kind=%q}", metricsPrefix, kind)
+			rig.Eventually(t, 10*time.Second, func() error {
+				if n := w.scrape(t)[name]; n < 2 {
+					return fmt.Errorf("%v errors are counted", n)
+				}
+				return nil
+			})
+			end()
+			if got := <-done; got.err != nil || !got.admission.Allowed {
+				t.Errorf("got %+v, want the pod to be admitted", got)
+			}
+		})
+	}
+}
+
+// A Redis that refuses commands and serves on keeps its connections.
+func TestRefusedCommandsKeepTheirConnection(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
+	giveBack(t, s, id, acquire(t, s, id, 1))
+	r.Fill(t)
+	before := connectionsMade(t, r)
+	for range 50 {
+		if _, _, err := s.acquire(t.Context(), id, "", 1, time.Second); err == nil || !strings.Contains(err.Error(), "OOM") {
+			t.Fatalf("got %v, want OOM", err)
+		}
+	}
+	if n := connectionsMade(t, r) - before; n > 5 {
+		t.Errorf("50 refused admissions made %d connections", n)
+	}
+}
+
+// A side question that got no answer in its short time says nothing of the other
+// connections.
+func TestSideQuestionKeepsConnections(t *testing.T) {
+	t.Parallel()
+	r := rig.StartRedis(t)
+	p := rig.StartProxy(t, r.Address)
+	w, id := startWebhook(t, testConfig(p.Address)), freshID()
+	w.wantAdmitted(t, id, 5)
+	connectAll(t, w, p, 8)
+	made := p.Made.Load()
+	p.Answers.Lock()
+	_, err := runCommand(t.Context(), w.semaphores.queue, "EXISTS", pulseKey)
+	p.Answers.Unlock()
+	if err == nil {
+		t.Fatal("a side question was answered by a proxy that holds all answers")
+	}
+	w.wantAdmitted(t, id, 5)
+	if now := p.Made.Load(); now != made {
+		t.Errorf("%d connections were made, want none", now-made)
+	}
+}

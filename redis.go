@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -19,6 +20,10 @@ const (
 	redisReadTimeout  = 30 * time.Second // for an answer; a context may give less
 	connectTimeout    = 2 * time.Second  // for the look-up of a name and the connection
 	redisWriteTimeout = 2 * time.Second  // for sending a command
+
+	// silentAfter is how long a connection may leave a command unanswered before it counts as
+	// broken. A caller that gave up sooner says nothing of the server.
+	silentAfter = 500 * time.Millisecond
 )
 
 // redisSettings are the settings that all Redis servers share.
@@ -155,38 +160,68 @@ func dialRedis(ctx context.Context, address string, settings redisSettings,
 
 // Do implements redis.Conn.
 func (c *redisConn) Do(command string, args ...any) (any, error) {
+	sent := time.Now()
 	reply, err := c.contextConn.Do(command, args...)
-	return reply, c.noteError(err)
+	return reply, c.noteError(err, sent)
 }
 
 // DoWithTimeout implements redis.ConnWithTimeout.
 func (c *redisConn) DoWithTimeout(timeout time.Duration, command string, args ...any) (any, error) {
+	sent := time.Now()
 	reply, err := c.contextConn.DoWithTimeout(timeout, command, args...)
-	return reply, c.noteError(err)
+	return reply, c.noteError(err, sent)
 }
 
 // DoContext implements redis.ConnWithContext.
 func (c *redisConn) DoContext(ctx context.Context, command string, args ...any) (any, error) {
+	sent := time.Now()
 	reply, err := c.contextConn.DoContext(ctx, command, args...)
-	return reply, c.noteError(err)
+	return reply, c.noteError(err, sent)
 }
 
-// noteError notes an error and returns it. An answer such as READONLY or LOADING means
-// that this server cannot serve us now. The address may lead to another server by now, so
-// the connection is not used again. If a connection breaks or times out, the pool's idle
-// ones are probably broken, too.
-func (c *redisConn) noteError(err error) error {
+// noteError notes the error of a command and returns it. After an answer such as
+// READONLY, the connection is not used again. If a connection breaks or falls silent, the
+// pool's idle ones are probably broken, too.
+func (c *redisConn) noteError(err error, sent time.Time) error {
 	var answered redis.Error
 	switch {
 	case err == nil:
-	case !errors.As(err, &answered):
-		if c.pool != nil {
-			c.pool.brokeAt.Store(time.Now().UnixNano())
+	case errors.As(err, &answered):
+		if isOffDuty(answered) {
+			c.refusal = err
 		}
-	case !strings.HasPrefix(answered.Error(), "NOSCRIPT "):
-		c.refusal = err
+	case c.pool != nil && !(isTimeout(err) && time.Since(sent) < silentAfter):
+		c.pool.brokeAt.Store(time.Now().UnixNano())
 	}
 	return err
+}
+
+// isTimeout reports whether the caller gave a command up.
+func isTimeout(err error) bool {
+	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) ||
+		errors.Is(err, os.ErrDeadlineExceeded)
+}
+
+// isOffDuty reports whether a server answers that it serves no client now. By now, the
+// address may lead to another server.
+func isOffDuty(answered redis.Error) bool {
+	switch errorCode(answered) {
+	case "READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN":
+		return true
+	}
+	return isMaxClients(answered)
+}
+
+// isMaxClients reports whether a server accepts no more connections. It closes the
+// connection after this answer.
+func isMaxClients(answered redis.Error) bool {
+	return strings.HasPrefix(answered.Error(), "ERR max number of clients")
+}
+
+// errorCode returns the first word of an error reply.
+func errorCode(answered redis.Error) string {
+	code, _, _ := strings.Cut(answered.Error(), " ")
+	return code
 }
 
 // Err implements redis.Conn: the pool drops a connection that has one.

@@ -70,23 +70,26 @@ var holdSource string
 const scriptKeys = 6
 
 var (
-	acquireScript   = newScript("acquire", commonSource, acquireSource)
-	maintainScript  = newScript("maintain", commonSource, maintainSource)
-	heartbeatScript = newScript("heartbeat", commonSource, heartbeatSource)
-	releaseScript   = newScript("release", commonSource, releaseSource)
-	keepScript      = newScript("keep", commonSource, keepSource)
-	holdScript      = newScript("hold", commonSource, holdSource)
+	acquireScript   = newScript("acquire", 1, commonSource, acquireSource)
+	maintainScript  = newScript("maintain", noToken, commonSource, maintainSource)
+	heartbeatScript = newScript("heartbeat", 0, commonSource, heartbeatSource)
+	releaseScript   = newScript("release", noToken, commonSource, releaseSource)
+	keepScript      = newScript("keep", noToken, commonSource, keepSource)
+	holdScript      = newScript("hold", noToken, commonSource, holdSource)
 )
 
 // script is a Redis script. Its text is built on first use: it takes 25 KB of memory, and
 // a sidecar sends two or three scripts.
 type script struct {
-	name string
-	made func() *redis.Script
+	name  string
+	token int // index of the argument that is a token which the script may put in flight; or noToken
+	made  func() *redis.Script
 }
 
-func newScript(name string, sources ...string) *script {
-	return &script{name, sync.OnceValue(func() *redis.Script {
+const noToken = -1
+
+func newScript(name string, token int, sources ...string) *script {
+	return &script{name, token, sync.OnceValue(func() *redis.Script {
 		return redis.NewScript(scriptKeys, strings.Join(sources, ""))
 	})}
 }
@@ -134,14 +137,13 @@ type semaphores struct {
 
 	repairs flights[semaphoreID, *repairStage] // by this process
 
-	mu               sync.Mutex
-	afterDoubt       map[semaphoreID]struct{} // semaphores that repairAfterDoubt works on
-	unconfirmedUntil time.Time                // see unconfirmedFor
+	mu         sync.Mutex
+	afterDoubt map[semaphoreID]struct{} // semaphores that repairAfterDoubt works on
+	strays     map[string]time.Time     // by token; see noteStray
 
 	background sync.WaitGroup // repairs, unlocks and releases
 	closing    context.Context
 	stop       func() // ends closing
-	releasing  slots  // caps concurrent releases of unused tokens: a slow Redis does not get hundreds
 }
 
 func newSemaphores(c settings, locks locker, maxIdle int, log *slog.Logger) *semaphores {
@@ -157,7 +159,7 @@ func newSemaphores(c settings, locks locker, maxIdle int, log *slog.Logger) *sem
 		closing:           closing,
 		outages:           outages{parts: map[int]outage{}},
 		stop:              stop,
-		releasing:         make(slots, 4),
+		strays:            map[string]time.Time{},
 	}
 	s.repairs.group = &s.background
 	return s
@@ -214,12 +216,12 @@ func (s *semaphores) release(ctx context.Context, id semaphoreID, token string) 
 }
 
 // releaseWithin releases a token. It retries until that succeeds or ctx is done, and then
-// returns the error of the last attempt. An earlier command whose connection broke may
-// still arrive and count the token again: after its deadline, releaseWithin releases once
-// more.
+// returns the error of the last attempt. A stray command of the token may still count it
+// again: after its deadline, releaseWithin releases once more.
 func (s *semaphores) releaseWithin(ctx context.Context, id semaphoreID, token string) (status int, err error) {
 	status, err = s.releaseRetrying(ctx, id, token)
-	if wait := s.unconfirmedFor(); err == nil && wait > 0 && sleep(ctx, wait) == nil {
+	deadline, _ := s.stray(token)
+	if wait := time.Until(deadline); err == nil && wait > 0 && sleep(ctx, wait) == nil {
 		_, err = s.releaseRetrying(ctx, id, token)
 	}
 	return status, err
@@ -236,8 +238,10 @@ func (s *semaphores) releaseRetrying(ctx context.Context, id semaphoreID, token 
 		if sleep(ctx, retry.next()) != nil {
 			return 0, err
 		}
-		s.log.Warn("release failed, to be retried", "namespace", id.namespace, "key", id.key, "token", token,
-			"error", err.Error())
+		if !errors.Is(err, errTooMany) { // those before it log why they take so long
+			s.log.Warn("release failed, to be retried", "namespace", id.namespace, "key", id.key, "token", token,
+				"error", err.Error())
+		}
 	}
 }
 
@@ -246,12 +250,7 @@ func (s *semaphores) releaseRetrying(ctx context.Context, id semaphoreID, token 
 func (s *semaphores) giveBack(id semaphoreID, token string) {
 	ctx, cancel := context.WithTimeout(context.Background(), s.staleThreshold)
 	defer cancel()
-	var status int
-	free, err := s.releasing.take(ctx)
-	if err == nil {
-		status, err = s.releaseWithin(ctx, id, token)
-		free()
-	}
+	status, err := s.releaseWithin(ctx, id, token)
 	log := s.log.With("namespace", id.namespace, "key", id.key, "token", token)
 	switch {
 	case err != nil:

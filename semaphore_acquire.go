@@ -133,16 +133,22 @@ func (e *fullError) Error() string {
 func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, length int,
 	expiration time.Duration) (token string, agreed int, err error) {
 	q := acquireRequest{token: uuid.NewString(), length: length, pod: pod}
+	unsettled := false // an attempt may have taken a token, or may yet take it
+	defer func() {
+		if err != nil && unsettled {
+			s.giveBackLater(id, q.token)
+		}
+	}()
 	var lockFailing time.Time // since when the lock servers fail
 	var last error            // why the repair is not done yet
 	retry := newBackoff(50*time.Millisecond, 500*time.Millisecond)
 	for {
 		a, err := s.runAcquire(ctx, id, q)
+		if _, stray := s.stray(q.token); stray || errors.Is(err, errUnanswered) {
+			unsettled = true
+		}
 		switch {
 		case err != nil:
-			if errors.Is(err, errUnanswered) {
-				s.giveBackLater(id, q.token)
-			}
 			if last != nil && !hasTime(ctx) { // says more than err
 				err = fmt.Errorf("%w (%w)", last, cmp.Or(context.Cause(ctx), context.DeadlineExceeded))
 			}
@@ -152,9 +158,6 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, l
 		case a.status == acquireFull:
 			if a.doubt > 0 {
 				s.repairAfterDoubt(id, length, expiration, a.doubt)
-			}
-			if s.unconfirmedFor() > 0 { // an earlier attempt may still take a token
-				s.giveBackLater(id, q.token)
 			}
 			return "", 0, &fullError{id, a.inUse, length, a.waiters, a.holders, a.doubt}
 		}

@@ -4,13 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
-	"github.com/google/uuid"
 )
 
 // failoverPatience is how long commands are retried while a part of the queue fails; a
@@ -32,9 +32,9 @@ func (s *semaphores) attemptTimeout() time.Duration {
 // follows after a pause.
 //
 // Redis refuses an attempt that arrives after its deadline. So no attempt is under way
-// when run returns, except one whose connection broke; see unconfirmedFor. An attempt
-// outlasts the end of ctx, so run may return that much later. An acquire waits for a slot
-// first; if ctx is done before, the error is errTooMany.
+// when run returns, except one whose connection broke; see noteStray. An attempt outlasts
+// the end of ctx, so run may return that much later. An acquire or a release waits for a
+// slot first; if ctx is done before, the error is errTooMany.
 func (s *semaphores) run(ctx context.Context, script *script, id semaphoreID,
 	args ...any) (status int, rest []any, err error) {
 	late, sent := 0, false
@@ -93,23 +93,26 @@ func canRetry(err error) bool {
 	return errors.Is(err, errUnanswered) || errors.Is(err, errUnreached) || isTransient(err)
 }
 
-// noteUnconfirmed notes a command whose connection broke: Redis may still receive it
-// before its deadline.
-func (s *semaphores) noteUnconfirmed(deadline time.Time) {
+// noteStray notes a stray command: its connection broke, and it may put the token in
+// flight. Redis may still receive it before its deadline. A proxy may close its
+// connection to us and still deliver on its connection to Redis. Strays are forgotten
+// some seconds after their deadline.
+func (s *semaphores) noteStray(token string, deadline time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if deadline.After(s.unconfirmedUntil) {
-		s.unconfirmedUntil = deadline
+	forgotten := time.Now().Add(-failoverPatience)
+	maps.DeleteFunc(s.strays, func(_ string, deadline time.Time) bool { return deadline.Before(forgotten) })
+	if deadline.After(s.strays[token]) {
+		s.strays[token] = deadline
 	}
 }
 
-// unconfirmedFor returns how long Redis may still receive a command whose connection
-// broke. A proxy may close its connection to us and still deliver on its connection to
-// Redis.
-func (s *semaphores) unconfirmedFor() time.Duration {
+// stray reports whether a token had a stray command lately, and its deadline.
+func (s *semaphores) stray(token string) (deadline time.Time, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return time.Until(s.unconfirmedUntil)
+	deadline, ok = s.strays[token]
+	return deadline, ok
 }
 
 // hasTime reports whether ctx leaves time for another attempt.
@@ -118,7 +121,8 @@ func hasTime(ctx context.Context) bool {
 	return ctx.Err() == nil && (!ok || time.Until(deadline) > 10*time.Millisecond)
 }
 
-// takeServer finds the server of a semaphore and, for an acquire, waits for a slot there.
+// takeServer finds the server of a semaphore and waits for a slot there if the script
+// needs one.
 // The caller must call free after the reply. Its errors are those of find; errUnreached
 // if no slot is free and the queue has failed for failoverPatience; and errTooMany, which
 // is no failure of Redis.
@@ -131,14 +135,20 @@ func (s *semaphores) takeServer(ctx context.Context, script *script,
 	}()
 	server, err = s.queue.find(ctx, id)
 	for err == nil {
-		if script != acquireScript {
+		var places slots
+		switch script {
+		case acquireScript:
+			places = server.acquires
+		case releaseScript:
+			places = server.releases
+		default:
 			return server, func() {}, nil
 		}
-		if failing := s.outages.failingFor(s.queue.part(id)); failing > failoverPatience && server.acquires.full() {
+		if failing := s.outages.failingFor(s.queue.part(id)); failing > failoverPatience && places.full() {
 			return nil, nil, fmt.Errorf("%w: %s has not answered for %s, and enough requests wait for it",
 				errUnreached, server, failing.Round(time.Second))
 		}
-		free, err = server.acquires.take(ctx)
+		free, err = places.take(ctx)
 		if err != nil {
 			return nil, nil, fmt.Errorf("requests to %s: %w", server, err)
 		}
@@ -245,8 +255,8 @@ func (s *semaphores) send(ctx context.Context, server *queueServer, deadline tim
 	case errors.As(err, &answered):
 		return 0, nil, fmt.Errorf("%s: %w", server, err)
 	case err != nil:
-		if script != releaseScript {
-			s.noteUnconfirmed(deadline)
+		if script.token != noToken {
+			s.noteStray(args[script.token].(string), deadline)
 		}
 		return 0, nil, fmt.Errorf("%w of %s: %w", errUnanswered, server, err)
 	}
@@ -259,10 +269,11 @@ func (s *semaphores) send(ctx context.Context, server *queueServer, deadline tim
 	return status, values, nil
 }
 
-// check returns an error unless the queue takes writes.
+// check returns an error unless the queue takes writes. It repairs a semaphore of no
+// tokens: a full Redis refuses that, as it refuses admissions.
 func (s *semaphores) check(ctx context.Context) error {
 	return fanOut(ctx, s.queue.checks(), func(ctx context.Context, id semaphoreID) (int, error) {
-		status, _, err := s.run(ctx, releaseScript, id, uuid.Nil.String())
+		status, _, err := s.run(ctx, maintainScript, id, 0, yesNo(false))
 		return status, err
 	}, func(int) (enough bool) { return true })
 }

@@ -601,3 +601,86 @@ func TestRefusedForTheLine(t *testing.T) {
 		t.Errorf("got %v, want the refusal %q", err, want)
 	}
 }
+
+// releasesSoFar counts the releases that Redis has run for the webhook.
+func (w *testWebhook) releasesSoFar(t *testing.T) int {
+	t.Helper()
+	return int(w.scrape(t)[metricsPrefix+`script_duration_seconds_count{script="release"}`])
+}
+
+// An acquire whose own commands were all answered has nothing to give back, whatever
+// happened to another. So its refusal delays no token that is really given back.
+func TestRefusalsGiveNothingBack(t *testing.T) {
+	t.Parallel()
+	r := rig.StartRedis(t)
+	p := rig.StartProxy(t, r.Address)
+	w := startWebhook(t, testConfig(p.Address))
+	s, full, id := w.semaphores, freshID(), freshID()
+	w.wantAdmitted(t, full, 1)
+	h := p.HoldFirst(t, acquireScript.made().Hash(), true)
+	token := w.wantAdmitted(t, id, 1)
+	<-h.Held
+	for range 100 {
+		wantFullError(t, s, full, 1, 1)
+	}
+	before := w.releasesSoFar(t)
+	s.giveBack(id, token)
+	if n := w.releasesSoFar(t) - before; n < 1 || n > 2 {
+		t.Errorf("%d releases, want one or two of the token that was given back", n)
+	}
+	r.WantCounts(t, full, 0, 1)
+}
+
+// Releases that wait for the deadlines of stray commands delay no other.
+func TestStrayCommandsDelayNoOtherRelease(t *testing.T) {
+	t.Parallel()
+	_, s, id := newSemaphore(t)
+	token := acquire(t, s, id, 1)
+	const strays = maxReleases + 4
+	var last string
+	for range strays {
+		last = uuid.NewString()
+		s.noteStray(last, time.Now().Add(15*time.Second))
+		s.giveBackLater(id, last)
+	}
+	s.giveBack(id, token)
+	if deadline, _ := s.stray(last); !time.Now().Before(deadline) {
+		t.Error("the release has waited for the deadline of another token's command")
+	}
+}
+
+// unlucky is a locker during whose first lock something happens.
+type unlucky struct {
+	locker
+	event func()
+}
+
+func (l unlucky) tryLock(context.Context, string, time.Duration) (unlockFunc, error) {
+	l.event()
+	return nil, errors.New("no answer")
+}
+
+// The connection of an acquire breaks while its command is on its way. The retry finds
+// that a repair is needed. While this process repairs, another one does, and the first
+// command takes the new token. The caller gives up: the token is given back.
+func TestStrayAcquireDuringARepair(t *testing.T) {
+	t.Parallel()
+	r := rig.StartRedis(t)
+	p := rig.StartProxy(t, r.Address)
+	s, other, id := testSemaphores(t, p.Address), testSemaphores(t, r.Address), freshID()
+	rig.Must(t, s.check(t.Context())) // it knows Redis's clock
+	ctx, giveUp := context.WithCancel(t.Context())
+	h := p.HoldFirst(t, acquireScript.made().Hash(), true)
+	rig.Must(t, s.locks.close())
+	s.locks = unlucky{other.locks, func() {
+		maintain(t, other, id, 1)
+		deliverHeld(t, r, h)
+		r.WantCounts(t, id, 0, 1)
+		giveUp()
+		<-ctx.Done()
+	}}
+	if _, _, err := s.acquire(ctx, id, "", 1, time.Second); err == nil {
+		t.Fatal("the acquire has not given up")
+	}
+	r.WantCounts(t, id, 1, 0)
+}

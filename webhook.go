@@ -27,6 +27,11 @@ const (
 
 	// drainTime is how long after SIGTERM a connection may stay idle before it is closed.
 	drainTime = 3 * time.Second
+
+	// readyTimeout bounds a check of readiness: the kubelet's probes time out after a second.
+	// readyFor is how long callers share its result, so that they do not load Redis.
+	readyTimeout = 800 * time.Millisecond
+	readyFor     = time.Second
 )
 
 // runWebhook serves until ctx is done, and then finishes running admissions.
@@ -65,6 +70,7 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 		log:      log,
 		stopping: ctx.Done(),
 	}
+	w.readiness.keep = readyFor
 	admissions, endAdmissions := context.WithCancelCause(context.Background())
 	defer endAdmissions(nil)
 	errorLog := newHTTPErrors(log)
@@ -136,6 +142,8 @@ type webhook struct {
 	limit    logLimiter // of warnings about bad requests
 	log      *slog.Logger
 	stopping <-chan struct{}
+
+	readiness flights[struct{}, struct{}]
 }
 
 func (w *webhook) routes() http.Handler {
@@ -162,7 +170,17 @@ func (w *webhook) ready(ctx context.Context) error {
 	if w.isStopping() {
 		return errors.New("stopping")
 	}
-	return w.semaphores.check(ctx)
+	check := w.readiness.join(struct{}{}, struct{}{}, func(struct{}) error {
+		ctx, cancel := context.WithTimeout(context.Background(), readyTimeout)
+		defer cancel()
+		return w.semaphores.check(ctx)
+	})
+	select {
+	case <-check.done:
+		return check.err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 func (w *webhook) isStopping() bool {

@@ -489,6 +489,10 @@ func TestReadiness(t *testing.T) {
 	want("/readyz", 503, "NOREPLICAS")
 	r.Do(t, "CONFIG", "SET", "min-replicas-to-write", "0")
 	want("/readyz", 200, "ok")
+	empty := r.Fill(t)
+	want("/readyz", 503, "OOM")
+	empty()
+	want("/readyz", 200, "ok")
 	r.Pause(t)
 	want("/readyz", 503, "queue Redis "+r.Address)
 	want("/healthz", 200, "ok")
@@ -502,4 +506,24 @@ func TestReadiness(t *testing.T) {
 	close(stopping)
 	want("/readyz", 503, "stopping")
 	want("/healthz", 200, "ok")
+}
+
+// However often /readyz is called, Redis gets about one command a second.
+func TestReadinessIsShared(t *testing.T) {
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
+	w.readiness.keep = readyFor
+	rig.Must(t, w.ready(t.Context()))
+	const calls = 1000
+	before := r.CommandCalls(t)["evalsha"]
+	concurrently(calls, func(int) {
+		rec := httptest.NewRecorder()
+		w.healthRoutes().ServeHTTP(rec, httptest.NewRequest(http.MethodGet, "/readyz", nil))
+		if rec.Code != http.StatusOK {
+			t.Errorf("got %d %s", rec.Code, rec.Body)
+		}
+	})
+	if n := r.CommandCalls(t)["evalsha"] - before; n > calls/10 {
+		t.Errorf("%d calls ran %d scripts", calls, n)
+	}
 }
