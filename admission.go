@@ -64,7 +64,7 @@ const (
 	warningGrace = "terminationGracePeriodSeconds is %d: " +
 		"a sidecar that does not reach Redis at once needs %d s to give the token back"
 	warningLength = "this pod sets the length of its semaphore to %d, others set %d lately: " +
-		"each gets tokens by its own"
+		"a greater one also helps pods ahead in line"
 	warningForgotten = "no sidecar starts here: Redis knows no user of this namespace; " +
 		"run deploy/namespace.sh %s"
 	warningStatic = "a static pod gets no semaphore sidecar and no token: its semaphore does not count it"

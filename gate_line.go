@@ -533,7 +533,8 @@ func (l *gateLine) waitInLine(ctx context.Context, pods []*podSnapshot) (pause t
 	for _, token := range all.served {
 		served[token] = true
 	}
-	return l.acquireServed(ctx, waiting, served)
+	pause, err = l.acquireServed(ctx, waiting, served)
+	return min(pause, placesEvery-time.Since(l.placesAt)), err
 }
 
 // refreshPlaces refreshes the places of all waiting pods; between two such times, those
@@ -636,7 +637,7 @@ func (l *gateLine) acquireServed(ctx context.Context, waiting []*podSnapshot,
 		if !a.place.reachable {
 			l.gate.subscription.redial(l.id, p.uid)
 		}
-		pause = min(pause, w.untilPoll(a))
+		pause = min(pause, untilPoll(a))
 	}
 	return pause, failed
 }

@@ -595,3 +595,18 @@ func TestGateUser(t *testing.T) {
 		t.Errorf("the user lacks a permission:\n%s", text)
 	}
 }
+
+// A gated pod gets the token that the greater length of a pod behind it allows. Then the
+// pod behind it gets its own.
+func TestGatedPodsOfTwoLengths(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	holder := acquire(t, g.owner, g.id, 1)
+	b := g.create("b")
+	g.start()
+	g.redis.WantLine(t, g.id, b)
+	g.length = 3
+	c := g.create("c")
+	g.wantLifted([]string{"b", "c"})
+	g.wantHolders(holder, b, c)
+}

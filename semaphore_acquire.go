@@ -70,7 +70,7 @@ type place struct {
 	position  int           // 1 for the first
 	arrival   string        // when it joined; goes into its next request
 	waited    time.Duration // since then
-	staleIn   time.Duration // until the token with the oldest heartbeat may be stale
+	freeIn    time.Duration // until a token may come free for it: one goes stale, or others are passed
 	reachable bool          // Redis delivered a message to its subscription
 }
 
@@ -95,17 +95,18 @@ func parseReply(status int, rest []any) (a acquireReply, err error) {
 	case acquireRepair:
 		_, err = redis.Scan(rest, &a.stale)
 	case acquireFull:
-		var doubt, waited, staleIn, reachable int
+		var doubt, waited, freeIn, reachable int
 		var holders []any
 		rest, err = redis.Scan(rest, &a.inUse, &a.waiters, &doubt, &holders)
 		if err == nil {
 			a.holders, err = parseHolders(holders)
 		}
 		if err == nil && len(rest) > 0 {
-			_, err = redis.Scan(rest, &a.place.position, &a.place.arrival, &waited, &staleIn, &reachable)
+			_, err = redis.Scan(rest, &a.place.position, &a.place.arrival, &waited, &freeIn, &reachable)
 		}
 		a.doubt = time.Duration(doubt) * time.Second
-		a.place.waited, a.place.staleIn = time.Duration(waited)*time.Second, time.Duration(staleIn)*time.Second
+		a.place.waited = time.Duration(waited) * time.Second
+		a.place.freeIn = time.Duration(freeIn) * time.Millisecond
 		a.place.reachable = reachable == 1
 	default:
 		err = fmt.Errorf("unknown status %d", status)

@@ -18,7 +18,7 @@ import (
 // process acquires, it still reclaims stale tokens.
 const (
 	pollLeast = 2 * time.Second
-	pollMost  = 4 * time.Second
+	pollMost  = 3 * time.Second
 
 	// lineQuiet is the longest time without a command while live waiters are in line. Redis
 	// takes a longer silence for a failure of its own.
@@ -29,13 +29,15 @@ const (
 	// waiter asks again within pollMost. One more second is for fractions of seconds.
 	linePatience = pollMost + lineQuiet + pollMost + time.Second
 
+	// linePass is the silence after which others pass a waiter, which keeps its place. A
+	// live one asks within pollMost, and stall is an outage too short to notice.
+	linePass = pollMost + stall
+	stall    = 1500 * time.Millisecond
+
 	// pollFirst is the longest wait of the first in line. If its connections fall silent,
 	// it gets no notification, and its next acquire takes an attemptTimeout more:
 	// together at most four seconds.
 	pollFirst = 1800 * time.Millisecond
-
-	// pollAhead is the wait while a token is free but reserved for waiters ahead.
-	pollAhead = time.Second
 
 	// acquireTimeout bounds an acquire of a waiter, with its repair. The waiter does not
 	// wait for a repair longer than pollMost after its request: it must keep asking,
@@ -45,8 +47,8 @@ const (
 	// subscribePatience is how long a waiter tries to subscribe before it joins the line.
 	subscribePatience = 2 * time.Second
 
-	// staleJitter spreads the acquires of waiters when a token goes stale.
-	staleJitter = 500 * time.Millisecond
+	// freeJitter spreads the acquires of waiters when a token may come free.
+	freeJitter = 200 * time.Millisecond
 
 	// logMoved is how often a waiter logs its place if that has changed; if not, see
 	// logEvery.
@@ -102,7 +104,7 @@ func (w *waiter) waitInLine(ctx context.Context, sub *subscription, wakeup wakeu
 	arrival := joinLine
 	for retry := w.newBackoff(); ; {
 		asked, a, err := w.acquireOnce(ctx, arrival)
-		pause := w.untilPoll(a)
+		pause := untilPoll(a)
 		switch {
 		case ctx.Err() != nil:
 			return asked, ctx.Err()
@@ -167,19 +169,13 @@ func (w *waiter) reportError(err error) {
 }
 
 // untilPoll returns how long a waiter waits for a notification. Waiters at the front wake
-// when a token goes stale.
-func (w *waiter) untilPoll(a acquireReply) time.Duration {
+// when a token may come free.
+func untilPoll(a acquireReply) time.Duration {
 	poll := pollLeast + rand.N(pollMost-pollLeast)
-	if a.place.position > w.length {
-		return poll
-	}
 	if a.place.position == 1 {
 		poll = pollFirst/2 + rand.N(pollFirst/2)
 	}
-	if a.inUse < w.length { // reserved for waiters ahead, unless these are gone
-		poll = min(poll, pollAhead)
-	}
-	return max(min(poll, a.place.staleIn+rand.N(staleJitter)), 50*time.Millisecond)
+	return max(min(poll, a.place.freeIn+rand.N(freeJitter)), 50*time.Millisecond)
 }
 
 // reportPlace reports the waiter's place. It logs a new place every logMoved, and the

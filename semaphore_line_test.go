@@ -100,6 +100,86 @@ func TestSilentWaiterIsDropped(t *testing.T) {
 	}
 }
 
+// wantPassed gives a token back while first, which does not ask, is the first in line. The
+// second must get it. first keeps its place, and is the first again when it asks.
+func wantPassed(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, holder, first string) {
+	t.Helper()
+	second, done := queueUp(t, t.Context(), s, id, 1, r)
+	third, _ := queueUp(t, t.Context(), s, id, 1, r)
+	start := time.Now()
+	giveBack(t, s, id, holder)
+	wantDone(t, done)
+	rig.WantWithin(t, time.Since(start), 5*time.Second, "a token for the second in line")
+	r.WantLine(t, id, first, third)
+	if a, err := s.runAcquire(t.Context(), id, acquireRequest{first, 1, joinLine, ""}); err != nil ||
+		a.status != acquireFull || a.place.position != 1 {
+		t.Errorf("got %+v, %v, want the first place", a, err)
+	}
+	giveBack(t, s, id, second)
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{first, 1, joinLine, ""})
+	if err != nil || a.status != acquireTaken {
+		t.Errorf("got %+v, %v, want a token for the pod that was passed", a, err)
+	}
+}
+
+// Others pass a waiter that has not asked for some seconds, even if its connection is
+// open.
+func TestSilentWaiterIsPassed(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	holder := acquire(t, s, id, 1)
+	first, _ := standInLine(t, r, s, id, true)
+	r.Unseen(t, id, first, linePass+time.Second)
+	wantPassed(t, r, s, id, holder, first)
+}
+
+// Others pass a waiter whose connections are closed as soon as it misses its call.
+func TestUnheardWaiterIsPassed(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	holder := acquire(t, s, id, 1)
+	first, leave := standInLine(t, r, s, id, true)
+	leave()
+	start := time.Now()
+	wantPassed(t, r, s, id, holder, first)
+	rig.WantWithin(t, time.Since(start), time.Second, "the turn of the second in line")
+}
+
+// More waiters than Redis looks at once have died. The next gets its token all the same.
+func TestManyUnheardWaitersArePassed(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	seedLine(t, r, s, id, 1, 250, 0)
+	first, _ := standInLine(t, r, s, id, false) // notes the reign
+	r.Do(t, "EVAL", `local time = redis.call('TIME')
+	for _, token in ipairs(redis.call('ZRANGE', KEYS[1], 0, 249)) do
+		redis.call('HSET', KEYS[2], token, '+1')
+		redis.call('ZADD', KEYS[3], time[1] + time[2] / 1000000, token)
+	end`, 3, id.waitersKey(), id.namesKey(), id.seenKey())
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{first, 1, joinLine, ""})
+	if err != nil || a.status != acquireTaken {
+		t.Errorf("got %+v, %v, want a token", a, err)
+	}
+}
+
+// After a restart of Redis, waiters have yet to subscribe. None is passed for that.
+func TestNoWaiterIsPassedAfterARestart(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
+	holder := acquire(t, s, id, 1)
+	first, _ := standInLine(t, r, s, id, true)
+	second, _ := standInLine(t, r, s, id, true)
+	r.Stop()
+	rig.Must(t, r.Start())
+	giveBack(t, s, id, holder)
+	for i, token := range []string{second, first} {
+		a, err := s.runAcquire(t.Context(), id, acquireRequest{token, 1, joinLine, ""})
+		if want := []int{acquireFull, acquireTaken}[i]; err != nil || a.status != want {
+			t.Errorf("got %+v, %v, want status %d", a, err, want)
+		}
+	}
+}
+
 // A waiter that was dropped by mistake, or lost with the data of Redis, returns to its
 // place.
 func TestPlaceInLineIsKept(t *testing.T) {
@@ -136,15 +216,50 @@ func TestWaitersReclaim(t *testing.T) {
 }
 
 // Waiters at the front of the line poll when a token goes stale, not some seconds later.
+// While more are in use than the length, so many have to go stale.
 func TestPollsWhenATokenGoesStale(t *testing.T) {
-	w := &waiter{length: 2}
+	r, s, id := newSemaphore(t)
+	var holders []string
+	for range 5 {
+		holders = append(holders, acquire(t, s, id, 5))
+	}
+	ask := func(token string) time.Duration {
+		t.Helper()
+		a, err := s.runAcquire(t.Context(), id, acquireRequest{token, 3, joinLine, ""})
+		rig.Must(t, err)
+		if a.status != acquireFull {
+			t.Fatalf("got %+v, want a place in line", a)
+		}
+		return a.place.freeIn
+	}
+	line := []string{uuid.NewString(), uuid.NewString(), uuid.NewString(), uuid.NewString()}
+	for _, token := range line {
+		ask(token)
+	}
+	for stale, holder := range holders[:3] {
+		r.Do(t, "ZADD", id.inflightKey(), r.Now(t)-seconds(s.staleThreshold)+10, holder)
+		want := s.staleThreshold
+		if stale == 2 {
+			want = 11 * time.Second
+		}
+		if d := ask(line[2]); d < want-5*time.Second || d > want+time.Second {
+			t.Errorf("with %d that go stale in 10 s, the third in line may have a token in %s", stale+1, d)
+		}
+		if stale < 2 {
+			r.MakeStale(t, id, holder)
+			ask(line[2]) // nothing to repair: as many as the length are left
+		}
+	}
+	if d := ask(line[3]); d != pollMost {
+		t.Errorf("the fourth in line asks again in %s", d)
+	}
 	for range 100 {
-		at := place{position: 2, staleIn: time.Second}
-		if d := w.untilPoll(acquireReply{inUse: 2, place: at}); d < time.Second || d > time.Second+staleJitter {
+		at := place{position: 2, freeIn: time.Second}
+		if d := untilPoll(acquireReply{place: at}); d < time.Second || d > time.Second+freeJitter {
 			t.Errorf("the second in line polls after %s", d)
 		}
-		at.position = 3
-		if d := w.untilPoll(acquireReply{place: at}); d < pollLeast || d > pollMost {
+		at.freeIn = pollMost
+		if d := untilPoll(acquireReply{place: at}); d < pollLeast || d > pollMost {
 			t.Errorf("the third in line polls after %s", d)
 		}
 	}
@@ -810,23 +925,6 @@ func TestMisdirectedWaiterSubscribesAgain(t *testing.T) {
 		}
 		return err
 	})
-}
-
-// With different lengths in one line, a waiter whose own length is used up does not block
-// the others.
-func TestLineOfDifferentLengths(t *testing.T) {
-	t.Parallel()
-	r, s, id := newSemaphore(t)
-	acquire(t, s, id, 1)
-	short, _ := queueUp(t, t.Context(), s, id, 1, r)
-	for range 2 {
-		done := make(chan error, 1)
-		w := newWaiter(s, id, 3)
-		go func() { done <- w.waitOnly(context.Background()) }()
-		wantDone(t, done)
-	}
-	r.WantCounts(t, id, 0, 3)
-	r.WantLine(t, id, short)
 }
 
 // A process that is gone still has the lock. A waiter logs that once, and does not flood

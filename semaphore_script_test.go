@@ -668,6 +668,8 @@ func TestScriptsAndProgramAgree(t *testing.T) {
 		"pollMost":     {pollMost, rig.PollMost},
 		"lineQuiet":    {lineQuiet, rig.LineQuiet},
 		"linePatience": {linePatience, rig.LinePatience},
+		"stall":        {stall, rig.Stall},
+		"linePass":     {linePass, rig.LinePass},
 	} {
 		wantSeconds(name, c.program)
 		if c.suites != c.program {

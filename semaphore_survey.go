@@ -358,7 +358,7 @@ func readLine(ctx context.Context, conn redis.Conn, id semaphoreID, now float64,
 	for i := range line {
 		w := &line[i]
 		w.pod, w.node, _ = parseName(texts[i])
-		w.length, _ = strconv.Atoi(lengths[i]) // empty if it has left meanwhile
+		w.length, _ = strconv.Atoi(strings.TrimLeft(lengths[i], "+-")) // empty if it has left meanwhile
 		err = errors.Join(err, conn.Send("ZSCORE", id.seenKey(), w.token))
 	}
 	if err != nil {

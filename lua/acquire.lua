@@ -16,7 +16,7 @@
 --         {2, time, stale}   the caller has to repair first: this number of tokens is
 --                            stale; if 0, tokens are missing
 --         {0, time, tokens in use, waiters, doubt, holders, position, arrival,
---          seconds waited, seconds until a token may be stale, reachable}
+--          seconds waited, milliseconds until a token may come free, reachable}
 --                            full. doubt: 0, or the seconds until Redis knows if some
 --                            holders or waiters are gone. holders: of some tokens in use,
 --                            the seconds that the pod has had the token, and the pod; or
@@ -60,6 +60,9 @@ end
 
 dropGone()
 if waits then
+  if lineLength == 0 then
+    readLine()
+  end
   if not redis.call('ZSCORE', KEYS[3], token) then
     local joined = arrival
     if arrival == '0' then
@@ -71,43 +74,51 @@ if waits then
     redis.call('ZADD', KEYS[3], joined, token)
     redis.call('HSET', KEYS[5], token, length)
     notePod(token, pod, 0)
+    sameReign()
   end
-  redis.call('ZADD', KEYS[4], now, token)
+  redis.call('ZADD', KEYS[4], exact, token)
   lineLength = redis.call('ZCARD', KEYS[3])
 end
 
--- ahead returns the number of waiters in line before the caller.
-local function ahead()
-  return waits and redis.call('ZRANK', KEYS[3], token) or redis.call('ZCARD', KEYS[3])
+-- limit is the length that counts for the caller. See limitsOf.
+local limit, rank = length, 0
+if waits then
+  rank = redis.call('ZRANK', KEYS[3], token)
+  if length < greatest then
+    local behind = redis.call('ZRANGE', KEYS[3], rank, rank - rank % 100 + 99)
+    limit = limitsOf(redis.call('HMGET', KEYS[5], unpack(behind)), rank, length)[1]
+  end
 end
 
--- isMine reports whether the waiters ahead leave a free token to the caller.
+-- isMine reports whether the waiters ahead leave a free token to the caller. If not, it
+-- calls them again.
 local function isMine()
   if lineLength == 0 then
     return true
   end
-  local before = ahead()
-  if before > 100 then
-    return false
-  end
-  local free, used = eachServed(function() end, before)
-  return free > 0 and used < length
+  local free, used, most = eachServed(call, token, waits and 0 or length)
+  return free > 0 and used < most
 end
 
-if inflight < length and redis.call('LLEN', KEYS[1]) > 0 then
-  if isMine() then
+local kept = false -- a token is free, and kept for the waiters ahead
+if inflight < limit and redis.call('LLEN', KEYS[1]) > 0 then
+  local mine = isMine()
+  if lineLength > 0 and not waits then
+    lend(length)
+  end
+  if mine then
     redis.call('LPOP', KEYS[1])
     return take()
   end
-  callServed(token) -- the waiters ahead have not come for the free tokens: call them again
+  kept = true
 end
 
 -- Holders that are about to come back may hold the missing tokens. A newcomer cannot tell
 -- a semaphore that has lost its data from a new one.
 local old = redis.call('ZCOUNT', KEYS[2], '-inf', '(' .. (now - threshold))
 local newcomer = arrival == '' or arrival == '0'
-local missing = inflight < length and redis.call('LLEN', KEYS[1]) == 0
-local reclaimable = old > 0 and inflight - old < length
+local missing = inflight < limit and redis.call('LLEN', KEYS[1]) == 0
+local reclaimable = old > 0 and inflight - old < limit
 if missing and mayRefill(newcomer) or reclaimable and settled() then
   return finish({2, micros, old})
 end
@@ -135,14 +146,38 @@ local function holders()
   return list
 end
 
+-- untilFree returns the seconds until a token may come free for the waiter: one goes
+-- stale, or others ahead are passed. While a token is kept for those, it is short: a longer
+-- pause between two commands could hide an outage.
+local function untilFree()
+  if kept then
+    local oldest = redis.call('ZRANGEBYSCORE', KEYS[4], exact - linePass, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]
+    return math.max(0.05, math.min(0.8,
+      math.max((oldest or 0) + linePass - exact, paused / 1000000 + stall - exact)))
+  elseif rank >= limit then
+    return pollMost
+  end
+  -- So many have to go first, for the length.
+  local over = math.max(0, inflight - limit)
+  local oldest = tonumber(redis.call('ZRANGE', KEYS[2], over, over, 'WITHSCORES')[2]) or now
+  return math.max(0, oldest + threshold + 1 - now, math.max(resumed, lost) + quiet + 1 - now)
+end
+
 local full = {0, micros, inflight, redis.call('ZCARD', KEYS[3]), doubt, holders()}
 if waits then
   local at = redis.call('ZSCORE', KEYS[3], token)
-  local oldest = tonumber(redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')[2]) or now
-  full[7] = ahead() + 1
+  full[7] = rank + 1
   full[8] = at
   full[9] = math.max(0, now - math.floor(tonumber(at) / 1000000))
-  full[10] = math.max(0, oldest + threshold + 1 - now, math.max(resumed, lost) + quiet + 1 - now)
-  full[11] = publish(token, 'can you hear me') and 1 or 0
+  full[10] = math.ceil(untilFree() * 1000)
+  local hears = publish(token, 'can you hear me')
+  full[11] = hears and 1 or 0
+  local known, text = redis.call('HMGET', KEYS[5], token)[1], (hears and '+' or '') .. length
+  if known ~= text then
+    redis.call('HSET', KEYS[5], token, text)
+    if not hears then
+      sameReign() -- a restart is a reason
+    end
+  end
 end
 return finish(full)

@@ -15,21 +15,34 @@
 --   held    list of the given tokens that are in use already
 --   joined  list of the given tokens that were not in line, each followed by its position
 local known = tonumber(ARGV[5])
+local first = 7 + tonumber(ARGV[6])
 if known > 0 and (not state[1] or created > known) then
   noteLoss()
+end
+local tokens, texts, most = {}, {}, 0
+for i = first, #ARGV, 4 do
+  tokens[#tokens + 1] = ARGV[i]
+  most = math.max(most, tonumber(ARGV[i + 2]))
+end
+if most > 0 then
+  if lineLength == 0 then
+    readLine()
+  end
+  noteLength(most)
+  texts = redis.call('HMGET', KEYS[5], unpack(tokens))
 end
 touch()
 clampFuture(KEYS[2])
 clampFuture(KEYS[4])
 local held, new = {}, {}
-local first = 7 + tonumber(ARGV[6])
 for i = 7, first - 1 do
   if redis.call('ZSCORE', KEYS[3], ARGV[i]) then -- a token in use keeps the name of its pod
     leaveLine(ARGV[i])
   end
 end
-for i = first, #ARGV, 4 do
-  local token, arrival = ARGV[i], ARGV[i + 1]
+for n, token in ipairs(tokens) do
+  local i = first + 4 * (n - 1)
+  local arrival, length = ARGV[i + 1], ARGV[i + 2]
   if redis.call('ZSCORE', KEYS[2], token) then
     held[#held + 1] = token
   else
@@ -37,10 +50,12 @@ for i = first, #ARGV, 4 do
     if not place or tonumber(place) > tonumber(arrival) then
       grown = true
       redis.call('ZADD', KEYS[3], arrival, token)
-      redis.call('HSET', KEYS[5], token, ARGV[i + 2])
       notePod(token, ARGV[i + 3], 0)
     end
-    redis.call('ZADD', KEYS[4], now, token)
+    if not place or texts[n] ~= length then -- with a sign: it may hear nothing any more
+      redis.call('HSET', KEYS[5], token, length)
+    end
+    redis.call('ZADD', KEYS[4], exact, token)
     if not place then
       new[#new + 1] = token
     end
@@ -58,5 +73,6 @@ for _, token in ipairs(new) do
 end
 eachServed(function(token)
   served[#served + 1] = token
-end, 100)
+  return true
+end, '', 0)
 return finish({1, micros, created, redis.call('ZCARD', KEYS[2]), redis.call('ZCARD', KEYS[3]), served, held, joined})

@@ -7,17 +7,16 @@
 -- state is whole.
 --
 -- KEYS, ARGV[1..4], and what every script returns: see semaphore.lua
--- ARGV[5] length    number of tokens of the semaphore
+-- ARGV[5] length    the caller's
 -- ARGV[6] newcomer  "1": the caller was not in line before, and does not wait for tokens
 --                   that Redis may have lost
 --
 -- Returns {0, time, reclaimed, refilled, trimmed, left}  left: number of tokens that are
 --                                                        still stale
-local length = tonumber(ARGV[5])
 local portion = 256 -- most free tokens to have in the queue for callers to come
 local most = 500 -- most stale tokens to reclaim at once
 
-noteLength(length)
+noteLength(tonumber(ARGV[5]))
 touch()
 clampFuture(KEYS[2])
 clampFuture(KEYS[4])
@@ -42,7 +41,8 @@ if settled() then
   end
 end
 if mayRefill(ARGV[6] == '1') then
-  local wanted = math.min(portion, length - redis.call('ZCARD', KEYS[2]))
+  -- Others ask for the greatest length, and it counts for the caller if they are behind it.
+  local wanted = math.min(portion, greatest - redis.call('ZCARD', KEYS[2]))
   local free = {}
   for i = 1, wanted - redis.call('LLEN', KEYS[1]) do
     free[i] = 'free'

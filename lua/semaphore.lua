@@ -4,11 +4,13 @@
 --                   token gets its name when a pod takes it
 -- KEYS[2] inflight  Sorted Set, token in use -> its last heartbeat (Unix seconds)
 -- KEYS[3] waiters   Sorted Set, token of a waiter -> its arrival (Unix microseconds)
--- KEYS[4] seen      Sorted Set, token of a waiter -> its last request (Unix seconds)
--- KEYS[5] names     Hash, token of a waiter -> the length that it asks for; and TOKEN/pod
---                   of each token in use or waited for -> "SINCE NAME NODE": when its pod
---                   took it (Unix seconds; 0 of a waiter), the pod's name, and its node
---                   if that is known
+-- KEYS[4] seen      Sorted Set, token of a waiter -> its last request (Unix seconds, with
+--                   fractions)
+-- KEYS[5] names     Hash, token of a waiter -> the length that it asks for, with a sign:
+--                   "+" if it received a message at its last request, "-" if it then
+--                   missed a call; and TOKEN/pod of each token in use or waited for ->
+--                   "SINCE NAME NODE": when its pod took it (Unix seconds; 0 of a
+--                   waiter), the pod's name, and its node if that is known
 -- KEYS[6] state     Hash, times in Unix seconds:
 --                     created    when Redis began to know the semaphore
 --                     touched    the last command
@@ -18,6 +20,14 @@
 --                     asked      when a caller asked for that length
 --                     reclaimed  number of stale tokens taken back so far, for people
 --                     rejoined   number of tokens put back by holders so far, for people
+--                     lent       the length that a caller outside of the line asked for
+--                     lentAt     when it asked
+--                     lentTo     the arrival of the last waiter at that time
+--                   and, in Unix microseconds, while there is a line:
+--                     heard      the last command
+--                     paused     the end of the last pause between two commands
+--                     reign      a part of the server's replication ID
+--                     reigned    when Redis noted that
 -- ARGV[1] deadline      Unix microseconds; the script refuses a command that comes later
 -- ARGV[2] interval      seconds between two heartbeats of a holder
 -- ARGV[3] threshold     seconds without a heartbeat after which a token is stale
@@ -33,6 +43,7 @@
 local time = redis.call('TIME')
 local now = tonumber(time[1])
 local micros = now * 1000000 + tonumber(time[2])
+local exact = micros / 1000000 -- now, with its fraction
 
 -- The caller has given this command up, and may rely on it having no effect.
 if micros > tonumber(ARGV[1]) then
@@ -42,7 +53,7 @@ end
 -- These values have to agree with the program, where they have the same names. The test
 -- TestScriptsAndProgramAgree compares them.
 local beatTimeout = 3 -- seconds; when Redis answers again, live holders beat within this time
-local pollMost = 4 -- seconds; the longest time between two requests of a live waiter
+local pollMost = 3 -- seconds; the longest time between two requests of a live waiter
 local lineQuiet = 5 -- seconds; with live waiters in line, commands come more often
 local yourTurn = 'your turn' -- the message to a waiter that may take a free token
 
@@ -59,6 +70,13 @@ local threshold = math.max(tonumber(ARGV[3]), 2 * quiet)
 -- pollMost. One more second is for fractions of seconds.
 local linePatience = pollMost + lineQuiet + pollMost + 1
 
+-- Redis cannot notice an outage of this time, in seconds. Live waiters ask again within
+-- the same time after a longer one.
+local stall = 1.5
+
+-- Without a request for this time, others pass a waiter. A live one asks within pollMost.
+local linePass = pollMost + stall
+
 local lengthMemory = 300 -- seconds; the scripts forget an older greatest length
 local idleLife = 300 -- seconds; the time to live without holders and waiters
 
@@ -66,8 +84,27 @@ local state = redis.call('HMGET', KEYS[6], 'created', 'touched', 'resumed', 'los
 -- A time in the future is from before the clock was set back.
 local created, touched = math.min(tonumber(state[1]) or now, now), tonumber(state[2])
 local resumed, lost = math.min(tonumber(state[3]) or 0, now), math.min(tonumber(state[4]) or 0, now)
-local greatest, asked = tonumber(state[5]) or 0, tonumber(state[6]) or 0
+local greatest, asked = tonumber(state[5]) or 0, math.min(tonumber(state[6]) or 0, now)
 local lineLength = redis.call('ZCARD', KEYS[3])
+local paused, lent, lentTo, reign, reigned
+
+-- readLine reads the part of state that matters only while there is a line.
+local function readLine()
+  local line = redis.call('HMGET', KEYS[6], 'heard', 'paused', 'lent', 'lentAt', 'lentTo', 'reign', 'reigned')
+  local heard = tonumber(line[1]) or 0
+  paused = tonumber(line[2]) or 0
+  if heard > micros or paused > micros or micros - heard > stall * 1000000 then
+    paused = micros
+  end
+  lent, lentTo = tonumber(line[3]) or 0, tonumber(line[5]) or 0
+  if math.abs(now - (tonumber(line[4]) or 0)) > linePatience then
+    lent = 0
+  end
+  reign, reigned = tonumber(line[6]) or 0, tonumber(line[7]) or 0
+end
+if lineLength > 0 then
+  readLine()
+end
 
 -- touch notes a command. After a silence that live holders or waiters would have ended,
 -- Redis was away, or its clock was set. Then no holder is stale, and no waiter gone,
@@ -87,6 +124,9 @@ local function touch(write)
   write = write or redis.call
   write('HSET', KEYS[6], 'created', created, 'touched', now, 'resumed', resumed, 'lost', lost,
     'length', greatest, 'asked', asked)
+  if lineLength > 0 then
+    write('HSET', KEYS[6], 'heard', micros, 'paused', paused)
+  end
 end
 
 -- noteLoss is for a caller that is older than the data in Redis. Callers that could not
@@ -101,7 +141,7 @@ end
 
 -- noteLength notes the length that a caller asks for; touch writes it.
 local function noteLength(length)
-  if length >= greatest or now - asked > lengthMemory or asked > now then
+  if length >= greatest or now - asked > lengthMemory then
     greatest, asked = length, now
   end
 end
@@ -123,7 +163,7 @@ end
 -- most 300 of them.
 local function clampFuture(key)
   local newest = redis.call('ZRANGE', key, -1, -1, 'WITHSCORES')[2]
-  if newest and tonumber(newest) > now then
+  if newest and tonumber(newest) > exact then
     for _, token in ipairs(redis.call('ZRANGEBYSCORE', key, '(' .. now, '+inf', 'LIMIT', 0, 300)) do
       redis.call('ZADD', key, now, token)
     end
@@ -172,47 +212,136 @@ local function publish(token, message)
   return type(listeners) == 'number' and listeners > 0
 end
 
--- eachServed goes along the line, up to 100 waiters, and gives each its free token. A
--- waiter whose length is used up does not block those behind it. eachServed calls visit
--- for each waiter that gets a token. It returns the number of free tokens left, and the
--- number that is in use then.
-local function eachServed(visit, most)
-  local free, used = redis.call('LLEN', KEYS[1]), redis.call('ZCARD', KEYS[2])
-  if free == 0 or most == 0 then
-    return free, used
+-- limitsOf returns the length that counts for each of some consecutive waiters, the first
+-- of which has the index from: the greatest of its own, of those behind it, of floor, and
+-- of one that it was lent. So no waiter is overtaken for its smaller length.
+local function limitsOf(texts, from, floor)
+  local covered = lent > 0 and redis.call('ZCOUNT', KEYS[3], '-inf', lentTo) - from or 0
+  local limits, behind = {}, floor
+  for i = #texts, 1, -1 do
+    behind = math.max(behind, math.abs(tonumber(texts[i]) or greatest))
+    limits[i] = math.min(greatest, i <= covered and math.max(behind, lent) or behind)
   end
-  local tokens = redis.call('ZRANGE', KEYS[3], 0, math.min(most, 100) - 1)
-  if #tokens == 0 then
-    return free, used
-  end
-  local lengths = redis.call('HMGET', KEYS[5], unpack(tokens))
-  for i, token in ipairs(tokens) do
-    if used < (tonumber(lengths[i]) or math.huge) then
-      visit(token)
-      free, used = free - 1, used + 1
-      if free == 0 then
-        break
-      end
-    end
-  end
-  return free, used
+  return limits
 end
 
--- callServed wakes the waiters that may take a free token, at most 16: each of them calls
--- the next when it takes its token. asking is the caller's own token, which needs no
--- call.
-local function callServed(asking)
-  if lineLength == 0 then
-    return
+-- lend is for a caller that is not in line: the line comes first, so the present waiters
+-- may use the caller's length for a while.
+local function lend(length)
+  local last = tonumber(redis.call('ZRANGE', KEYS[3], -1, -1, 'WITHSCORES')[2]) or 0
+  if length >= lent or last > lentTo then
+    redis.call('HSET', KEYS[6], 'lent', length, 'lentAt', now, 'lentTo', string.format('%.0f', last))
   end
-  dropGone()
-  local calls = 0
-  eachServed(function(token)
-    calls = calls + 1
-    if token ~= asking and calls <= 16 then
-      publish(token, yourTurn)
+end
+
+-- silentBefore returns the time before which live waiters have asked, or false if Redis
+-- cannot know: it was away shortly before.
+local silentSince
+local function silentBefore()
+  if silentSince == nil then
+    silentSince = false
+    if micros - paused > stall * 1000000 and now - resumed > linePatience then
+      local oldest = tonumber(redis.call('ZRANGE', KEYS[4], 0, 0, 'WITHSCORES')[2])
+      silentSince = oldest and oldest < exact - linePass and exact - linePass
     end
-  end, 100)
+  end
+  return silentSince
+end
+
+-- isPassed reports whether a waiter keeps its place, but no other from a free token: it
+-- missed a call, or has not asked for too long. text is what names has about it.
+local function isPassed(token, text)
+  if string.sub(text or '', 1, 1) == '-' then
+    return true
+  end
+  local before = silentBefore()
+  return before and (tonumber(redis.call('ZSCORE', KEYS[4], token)) or 0) < before
+end
+
+-- sameReign reports whether this server is the primary that the semaphore knows, without
+-- a restart. If not, it notes the new one: there, waiters have yet to subscribe. It
+-- returns false if the ACL forbids INFO.
+local present
+local function sameReign()
+  if not present then
+    local text = redis.pcall('INFO', 'replication')
+    local id = type(text) == 'string' and string.match(text, 'master_replid:(' .. string.rep('%x', 12) .. ')')
+    present = id and tonumber(id, 16) or -1
+  end
+  if present < 0 or present == reign then
+    return present == reign
+  end
+  reign, reigned = present, micros
+  redis.pcall('HSET', KEYS[6], 'reign', string.format('%.0f', reign), 'reigned', string.format('%.0f', reigned))
+  return false
+end
+
+-- call tells a waiter that a token is free for it. It returns false if nobody receives
+-- that, although the waiter received a message at its last request: then it has gone, or
+-- has lost its connection, and is passed until it asks again. call sends at most 16
+-- messages that are received: each waiter calls the next when it takes its token.
+local calls, called = 0, {}
+local function call(token, text)
+  if called[token] or calls >= 16 then
+    return true
+  end
+  if not publish(token, yourTurn) and string.sub(text or '', 1, 1) == '+' and sameReign()
+    and (tonumber(redis.call('ZSCORE', KEYS[4], token)) or 0) * 1000000 > reigned - 1 then
+    redis.pcall('HSET', KEYS[5], token, '-' .. string.sub(text, 2))
+    return false
+  end
+  calls, called[token] = calls + 1, true
+  return true
+end
+
+-- eachServed goes along the line and gives each waiter its free token, up to the caller's
+-- place. It looks at a hundred waiters at once, and at the next hundred only if all of
+-- these are passed. visit receives each waiter that gets a token; it returns false if the
+-- waiter is passed. asking is the caller's token; floor is the length of a caller outside
+-- of the line, or 0.
+--
+-- eachServed returns the number of free tokens left, the number that is in use then, and
+-- the length that counts for the caller: 0 if others come first.
+local function eachServed(visit, asking, floor)
+  local free, used = redis.call('LLEN', KEYS[1]), redis.call('ZCARD', KEYS[2])
+  for from = 0, 400, 100 do
+    if free == 0 or used >= greatest then
+      return free, used, 0
+    end
+    local tokens = redis.call('ZRANGE', KEYS[3], from, from + 99)
+    if #tokens == 0 then
+      return free, used, floor
+    end
+    local texts = redis.call('HMGET', KEYS[5], unpack(tokens))
+    local limits, served = limitsOf(texts, from, floor), 0
+    for i, token in ipairs(tokens) do
+      if token == asking then
+        return free, used, limits[i]
+      end
+      if not isPassed(token, texts[i]) then
+        if free == 0 or used >= limits[i] then
+          return free, used, 0
+        end
+        if visit(token, texts[i]) then
+          free, used, served = free - 1, used + 1, served + 1
+        end
+      end
+    end
+    if #tokens < 100 then
+      return free, used, floor
+    elseif served > 0 then
+      break
+    end
+  end
+  return free, used, 0
+end
+
+-- callServed calls the waiters that may take a free token.
+local function callServed()
+  if lineLength > 0 then
+    dropGone()
+    eachServed(call, '', 0)
+  end
 end
 
 -- trim takes free tokens beyond the greatest length out of the queue. After a loss of

@@ -29,7 +29,7 @@ func TestWaitingSidecarKilled(t *testing.T) {
 // killSidecars returns false if the node restarted a sidecar too late.
 func killSidecars(t *testing.T) bool {
 	t.Helper()
-	const silent = 9 * time.Second // Redis drops a waiter after 14 s
+	const silent = 9 * time.Second // Redis drops a waiter after 12 s
 	n := newNamespace(t)
 	d := newDiary(n)
 	create := func(name string) { n.create(waiting(pod(name, "killed", 1, d.app(untilTold)))) }

@@ -93,7 +93,7 @@ func TestLeavingTheLine(t *testing.T) {
 	n.wantWaiters("leaving", line[1:]...)
 	timeOf(t, <-log, "left the line")
 	n.kubectl("delete", "pod", "forced", "--grace-period=0", "--force")
-	n.wantWaiters("leaving", line[2]) // Redis drops a silent waiter after 14 s
+	n.wantWaiters("leaving", line[2]) // Redis drops a silent waiter after 12 s
 	n.delete("holder")
 	n.wantRunning("last")
 	n.wantHolders("leaving", line[2])

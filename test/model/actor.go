@@ -1,6 +1,7 @@
 package model
 
 import (
+	"slices"
 	"strconv"
 
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
@@ -16,6 +17,7 @@ type actor struct {
 	holding   bool // it believes that it has a token
 	kept      bool // another process refreshes its place and asks for it
 	silent    bool // paused or killed: it sends nothing, but may resume
+	listens   bool // it subscribes whenever it can
 	reachable bool // it receives the calls of Redis
 	arrival   int  // as Redis replied (Unix microseconds); 0: no reply yet
 	pace      int  // seconds between two requests
@@ -82,7 +84,31 @@ func (w *world) act(p *actor) {
 		p.due = w.now + w.interval
 		return
 	}
+	if p.listens && !p.reachable && rapid.Bool().Draw(w.t, "subscribes again") {
+		w.connect(p)
+	}
 	w.readAnswer(p, w.try(p))
+}
+
+// connect subscribes p to the calls of Redis.
+func (w *world) connect(p *actor) {
+	w.subscribe(p.token)
+	p.reachable = true
+}
+
+// subscribed reports whether a pod is subscribed to the calls of Redis.
+func (w *world) subscribed() bool {
+	return slices.ContainsFunc(w.order, func(p *actor) bool { return p.reachable })
+}
+
+// disconnect closes the connections of all pods, as a restart of Redis does.
+func (w *world) disconnect() {
+	if w.subscribed() {
+		w.unsubscribe()
+	}
+	for _, p := range w.order {
+		p.reachable = false
+	}
 }
 
 // startHolding updates p, which has just got its token.

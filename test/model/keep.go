@@ -86,13 +86,20 @@ func (w *world) keep(gone, stay []*actor, places map[string]int) {
 		args = append(args, p.token, places[p.token], p.length, p.pod())
 	}
 	k := w.expected
+	if len(stay) > 0 {
+		clockSet, most := k.clockSet, 0
+		for _, p := range stay {
+			most = max(most, p.length)
+		}
+		w.note(most)
+		k.clockSet = clockSet
+	}
 	_, rest, d := w.command(w.scripts.keep, args...)
 	for _, p := range gone {
 		if _, ok := k.line[p.token]; ok {
 			p.waiting = false
 		}
-		delete(k.line, p.token)
-		delete(k.asked, p.token)
+		k.leave(p.token)
 	}
 	var held []string
 	for _, p := range stay {
@@ -103,7 +110,8 @@ func (w *world) keep(gone, stay []*actor, places map[string]int) {
 		if at, ok := k.line[p.token]; !ok || places[p.token] < at {
 			k.line[p.token] = places[p.token]
 		}
-		k.asked[p.token] = w.now
+		k.asked[p.token], k.askedAt[p.token] = w.now, w.micros()
+		delete(k.heardIn, p.token)
 	}
 	w.check(d, false)
 	w.checkKept(rest, d, held)
@@ -129,15 +137,7 @@ func (w *world) checkKept(rest []any, d dump, wantHeld []string) {
 		w.fail("keep answered created %d, %d in use, %d waiters, held %v; want %d, %d, %d, %v",
 			created, inUse, waiters, held, d.state["created"], len(d.inflight), len(d.waiters), wantHeld)
 	}
-	var want []string
-	free, used := d.free, len(d.inflight)
-	for _, token := range w.expected.inLine() {
-		if free > 0 && used < w.pods[token].length {
-			want = append(want, token)
-			free, used = free-1, used+1
-		}
-	}
-	if !slices.Equal(served, want) {
+	if want := w.served(d); !slices.Equal(served, want) {
 		w.fail("keep answered that a token is free for %v, want %v", served, want)
 	}
 }

@@ -40,7 +40,7 @@ func playModel(t *rapid.T, s store, broken func(rule string)) (commands int) {
 	w := newWorld(t, s, broken)
 	defer func() {
 		s.redis.Do(s.test, "DEL", append(w.id.Keys(), w.replica()...)...)
-		if w.subscribed {
+		if w.subscribed() {
 			s.unsubscribe()
 		}
 	}()
@@ -66,6 +66,7 @@ func playModel(t *rapid.T, s store, broken func(rule string)) (commands int) {
 		"clock":    {1, w.playClock},
 		"loss":     {1, w.playLoss},
 		"failover": {1, w.playFailover},
+		"restart":  {1, w.playRestart},
 	} {
 		for i := range action.often {
 			actions[name+string(rune('a'+i))] = func(t *rapid.T) {
@@ -93,9 +94,8 @@ func (w *world) playWaiter() {
 		w.startHolding(p)
 		return
 	}
-	if p.reachable = rapid.Bool().Draw(w.t, "reachable"); p.reachable {
-		w.subscribe(p.token)
-		w.subscribed = true
+	if p.listens = rapid.Bool().Draw(w.t, "reachable"); p.listens {
+		w.connect(p)
 	}
 	p.isWaiter = true
 	w.readAnswer(p, w.try(p))
@@ -127,7 +127,11 @@ func (w *world) playTurn() {
 func (w *world) playSilence() {
 	p := w.pick((*actor).alive)
 	p.silent = true
-	w.logf("%s falls silent", p.token)
+	if p.reachable && rapid.Bool().Draw(w.t, "its connections end") {
+		w.leave(p.token)
+		p.reachable = false
+	}
+	w.logf("%s falls silent; it has connections: %t", p.token, p.reachable)
 }
 
 // playWake resumes a pod that was paused.
@@ -186,13 +190,14 @@ func (w *world) playRepeat() {
 		}
 	}
 	once()
-	second, waiting, before := w.second, p.waiting, w.last
+	second, waiting, reachable, before := w.second, p.waiting, p.reachable, w.last
 	if what == 0 && p.holding { // p asks for the token that it already has
 		w.try(p)
 		before = w.last
 	}
 	once()
-	if w.second == second && p.waiting == waiting && !before.equalButExpiry(w.last) {
+	if w.second == second && p.waiting == waiting && p.reachable == reachable &&
+		!before.inSeconds().equalButExpiry(w.last.inSeconds()) {
 		w.fail("a repeated command of %s changed something", p.token)
 	}
 }
@@ -274,7 +279,19 @@ func (w *world) playFailover() {
 		}
 	}
 	w.failover()
+	w.reign()
+	w.disconnect()
+	w.reigns++
 	w.expected, w.replicated = w.replicated, nil
 	w.last = w.dump()
 	w.logf("a replica took over that lacks all commands since %d s", start)
+}
+
+// playRestart restarts Redis, which loses nothing but its connections.
+func (w *world) playRestart() {
+	w.liveUntilAllCame()
+	w.reign()
+	w.disconnect()
+	w.reigns++
+	w.logf("Redis was restarted")
 }

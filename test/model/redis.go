@@ -2,6 +2,7 @@ package model
 
 import (
 	"maps"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -28,17 +29,18 @@ local by = tonumber(ARGV[1])
 local function shiftScores(key, by)
   local all = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
   for i = 1, #all, 2 do
-    redis.call('ZADD', key, string.format('%.0f', all[i + 1] + by), all[i])
+    redis.call('ZADD', key, string.format('%.6f', all[i + 1] + by), all[i])
   end
 end
 for base = 0, 6, 6 do
   shiftScores(KEYS[base + 2], by)
   shiftScores(KEYS[base + 3], by * 1000000)
   shiftScores(KEYS[base + 4], by)
-  for _, field in ipairs({'created', 'touched', 'resumed', 'lost', 'asked'}) do
+  for field, unit in pairs({created = 1, touched = 1, resumed = 1, lost = 1, asked = 1, lentAt = 1, lentTo = 1e6,
+      heard = 1e6, paused = 1e6, reigned = 1e6}) do
     local at = redis.call('HGET', KEYS[base + 6], field)
     if at and tonumber(at) ~= 0 then -- 0 is never
-      redis.call('HSET', KEYS[base + 6], field, string.format('%.0f', at + by))
+      redis.call('HSET', KEYS[base + 6], field, string.format('%.0f', at + by * unit))
     end
   end
   local names = redis.call('HGETALL', KEYS[base + 5])
@@ -80,8 +82,10 @@ type dump struct {
 	free     int
 	inflight map[string]int
 	waiters  map[string]int
-	seen     map[string]int
+	seen     map[string]int // microseconds
 	lengths  map[string]int
+	hears    map[string]bool   // waiters that received a message at their last request
+	passed   map[string]bool   // waiters that missed a call since then
 	since    map[string]int    // token -> when its pod took it; 0: a waiter
 	pods     map[string]string // token -> its pod
 	state    map[string]int
@@ -96,7 +100,20 @@ func (d dump) equalButExpiry(other dump) bool {
 	return d.free == other.free && maps.Equal(d.inflight, other.inflight) &&
 		maps.Equal(d.waiters, other.waiters) && maps.Equal(d.seen, other.seen) &&
 		maps.Equal(d.lengths, other.lengths) && maps.Equal(d.since, other.since) &&
+		maps.Equal(d.hears, other.hears) && maps.Equal(d.passed, other.passed) &&
 		maps.Equal(d.pods, other.pods) && maps.Equal(d.state, other.state)
+}
+
+// inSeconds returns d without the fractions of seconds: a repeated command changes these.
+func (d dump) inSeconds() dump {
+	d.seen, d.state = maps.Clone(d.seen), maps.Clone(d.state)
+	for token := range d.seen {
+		d.seen[token] /= 1e6
+	}
+	for _, field := range []string{"heard", "paused", "reigned"} {
+		delete(d.state, field)
+	}
+	return d
 }
 
 // scripts are the scripts under test.
@@ -140,6 +157,15 @@ type store struct {
 	subscriber redis.PubSubConn // receives the calls for waiters
 	id         rig.ID
 	second     int64 // the present second of the real clock
+}
+
+// micros returns the time of the last script, by the server's clock.
+func (s *store) micros() int { return int(s.clock.micros) }
+
+// reign gives the server another replication ID, as a restart and a promotion do.
+func (s *store) reign() {
+	s.redis.Do(s.test, "REPLICAOF", "127.0.0.1", "1")
+	s.redis.Do(s.test, "REPLICAOF", "NO", "ONE")
 }
 
 func (s *store) replica() []any {
@@ -201,6 +227,9 @@ func (s *store) runLate(script *redis.Script, by time.Duration, args ...any) (st
 	return reply.Status
 }
 
+// leave unsubscribes from the channel of a waiter.
+func (s *store) leave(token string) { s.receiveCalls("UNSUBSCRIBE", s.id.Channel(token)) }
+
 // subscribe subscribes to the channel of a waiter.
 func (s *store) subscribe(token string) { s.receiveCalls("SUBSCRIBE", s.id.Channel(token)) }
 
@@ -220,7 +249,7 @@ func (s *store) receiveCalls(command string, args ...any) map[string]bool {
 				called[reply.Channel] = true
 			}
 		case redis.Subscription:
-			if reply.Kind == "subscribe" || reply.Count == 0 {
+			if reply.Kind == "subscribe" || reply.Count == 0 || len(args) > 0 {
 				return called
 			}
 		case redis.Pong:
@@ -252,9 +281,15 @@ func (s *store) dump() (d dump) {
 	values, err := redis.Values(modelDump.Do(s.redis.Control, s.id.Keys()...))
 	rig.Must(s.test, err)
 	d.free = int(values[0].(int64))
-	for i, m := range map[int]*map[string]int{1: &d.inflight, 2: &d.waiters, 3: &d.seen, 5: &d.state} {
+	for i, m := range map[int]*map[string]int{1: &d.inflight, 2: &d.waiters, 5: &d.state} {
 		*m, err = redis.IntMap(values[i], nil)
 		rig.Must(s.test, err)
+	}
+	seen, err := redis.Float64Map(values[3], nil)
+	rig.Must(s.test, err)
+	d.seen, d.hears, d.passed = map[string]int{}, map[string]bool{}, map[string]bool{}
+	for token, at := range seen {
+		d.seen[token] = int(math.Round(at * 1e6))
 	}
 	names, err := redis.StringMap(values[4], nil)
 	rig.Must(s.test, err)
@@ -266,7 +301,12 @@ func (s *store) dump() (d dump) {
 			d.pods[token] = pod
 			d.since[token], err = strconv.Atoi(since)
 		} else {
-			d.lengths[field], err = strconv.Atoi(text)
+			d.lengths[field], err = strconv.Atoi(strings.TrimLeft(text, "+-"))
+			if strings.HasPrefix(text, "+") {
+				d.hears[field] = true
+			} else if strings.HasPrefix(text, "-") {
+				d.passed[field] = true
+			}
 		}
 		rig.Must(s.test, err)
 	}

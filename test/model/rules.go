@@ -16,6 +16,8 @@ type knowledge struct {
 	holders      map[string]int // token that counts as in use -> its last heartbeat
 	line         map[string]int // token in line -> its arrival
 	asked        map[string]int // token in line -> its last request
+	askedAt      map[string]int // the same, by Redis's clock (microseconds)
+	heardIn      map[string]int // token in line -> the reign in which it last received a message at a request
 	born         int            // when the data began, by Redis's clock; 0: Redis knows that it has lost data
 	touched      int            // the last command, by Redis's clock
 	resumed      int            // the end of the last silence that Redis notices, by its clock
@@ -23,6 +25,13 @@ type knowledge struct {
 	lossReported int            // when a caller reported a loss of data
 	clockSet     bool           // since the last request or repair
 	greatest     []asking       // the lengths that callers asked for
+	length       asking         // the greatest of them that Redis remembers
+	lent         asking         // the length that a caller outside of the line asked for
+	lentTo       int            // the arrival of the last waiter at that time
+	heard        int            // the last command while there was a line, by Redis's clock (microseconds)
+	paused       int            // the end of the last pause between two, likewise
+	reign        int            // the reign that Redis knows
+	reigned      int            // since when, by its clock (microseconds)
 }
 
 // asking is a request for a length, and its time by Redis's clock.
@@ -33,6 +42,7 @@ const never = -1 << 30
 func newKnowledge() *knowledge {
 	return &knowledge{
 		holders: map[string]int{}, line: map[string]int{}, asked: map[string]int{},
+		askedAt: map[string]int{}, heardIn: map[string]int{},
 		touched: never, resumed: never, disturbed: never, lossReported: never,
 	}
 }
@@ -40,6 +50,7 @@ func newKnowledge() *knowledge {
 func (k *knowledge) clone() *knowledge {
 	c := *k
 	c.holders, c.line, c.asked = maps.Clone(k.holders), maps.Clone(k.line), maps.Clone(k.asked)
+	c.askedAt, c.heardIn = maps.Clone(k.askedAt), maps.Clone(k.heardIn)
 	c.greatest = slices.Clone(k.greatest)
 	return &c
 }
@@ -49,6 +60,14 @@ func (k *knowledge) inLine() []string {
 	return slices.SortedFunc(maps.Keys(k.line), func(a, b string) int {
 		return cmp.Or(cmp.Compare(k.line[a], k.line[b]), cmp.Compare(a, b))
 	})
+}
+
+// leave takes a token out of the line.
+func (k *knowledge) leave(token string) {
+	delete(k.line, token)
+	delete(k.asked, token)
+	delete(k.askedAt, token)
+	delete(k.heardIn, token)
 }
 
 // greatestLength returns the greatest length that callers have asked for recently.
@@ -70,6 +89,8 @@ const (
 	pollMost     = int(rig.PollMost / time.Second)
 	lineQuiet    = int(rig.LineQuiet / time.Second)
 	linePatience = int(rig.LinePatience / time.Second)
+	linePass     = int(rig.LinePass / time.Microsecond)
+	stall        = int(rig.Stall / time.Microsecond)
 	lengthMemory = 300 // Redis remembers the greatest length for this time
 )
 
@@ -125,28 +146,84 @@ func (w *world) ahead(p *actor, arrival string) []string {
 	return line
 }
 
-// entitled returns how many of the given waiters may take a free token, if used tokens
-// are in use.
-func (w *world) entitled(tokens []string, used int, counts func(string) bool) (n int) {
-	for _, token := range tokens {
-		if counts(token) && w.pods[token].length > used+n {
-			n++
+// limits returns the length that counts for each waiter of a line: the greatest of its
+// own, of those behind it, of floor, and of one that a caller lent it. Redis remembers no
+// greater one.
+func (w *world) limits(line []string, floor int) map[string]int {
+	k, limits := w.expected, map[string]int{}
+	for _, token := range slices.Backward(line) {
+		floor = max(floor, w.pods[token].length)
+		limit := floor
+		at, ok := k.line[token]
+		if !ok { // it comes back
+			at = w.pods[token].arrival
 		}
+		if at > 0 && at <= k.lentTo && w.lends() {
+			limit = max(limit, k.lent.length)
+		}
+		limits[token] = min(limit, k.length.length)
 	}
-	return n
+	return limits
 }
 
-// mustGet reports whether p's request must get a token at once, or after one repair.
+// lends reports whether a length is lent to the line.
+func (w *world) lends() bool {
+	lent := w.expected.lent
+	return lent.length > 0 && max(w.micros()/1e6-lent.at, lent.at-w.micros()/1e6) <= linePatience
+}
+
+// isPassed reports whether Redis gives a free token to those behind a waiter, at the time
+// of the last script: the waiter missed a call, or has not asked for too long. d is what
+// Redis has then.
+func (w *world) isPassed(token string, d dump) bool {
+	k, now := w.expected, w.micros()
+	return d.passed[token] || now-k.askedAt[token] > linePass && now-w.paused > stall && now/1e6-k.resumed > linePatience
+}
+
+// mustMiss reports whether a call for a waiter that nobody receives must pass it: Redis
+// knows that it has not changed since the waiter last received a message.
+func (w *world) mustMiss(token string, d dump) bool {
+	k := w.expected
+	return d.hears[token] && !w.pods[token].reachable && k.heardIn[token] == w.reigns && k.reign == w.reigns &&
+		k.askedAt[token] >= k.reigned
+}
+
+// checkMissed checks the waiters that Redis has passed because nobody received its call.
+func (w *world) checkMissed(d dump) {
+	for token := range d.passed {
+		if w.last.passed[token] {
+			continue
+		}
+		if p := w.pods[token]; p.reachable || w.expected.heardIn[token] != w.reigns {
+			w.fail("%s is passed; it is reachable: %t, it received a message in reign %d, and now is reign %d",
+				token, p.reachable, w.expected.heardIn[token], w.reigns)
+		}
+	}
+}
+
+// mustGet reports whether p's request had to get a token at once, or after one repair. It
+// follows the request, before the rest of what Redis knows is brought up to date.
 func (w *world) mustGet(p *actor, arrival string) bool {
 	used, free := len(w.expected.holders), w.last.free
-	ahead := w.ahead(p, arrival)
-	present := func(token string) bool { return !w.gone(token) }
-	first := w.entitled(ahead, used, present)
-	if free > first && used+first < p.length {
+	ahead, limit := w.ahead(p, arrival), p.length
+	if arrival != "" {
+		line := w.expected.inLine()
+		if !slices.Contains(line, p.token) {
+			line = slices.Insert(line, len(ahead), p.token)
+		}
+		limit = w.limits(line, 0)[p.token]
+	}
+	first := 0
+	for _, token := range ahead {
+		if !w.gone(token) && !w.isPassed(token, w.last) && !(free > 0 && used < limit && w.mustMiss(token, w.last)) {
+			first++
+		}
+	}
+	if free > first && used+first < limit {
 		return true
 	}
 	newcomer := arrival == "" || arrival == joinLine
-	if newcomer && free == 0 && first == 0 && used < p.length && w.now-w.expected.lossReported > w.quiet {
+	if newcomer && free == 0 && first == 0 && used < limit && w.now-w.expected.lossReported > w.quiet {
 		return true // a newcomer cannot know that holders may come back
 	}
 	for token := range w.expected.holders {
@@ -154,20 +231,33 @@ func (w *world) mustGet(p *actor, arrival string) bool {
 			used--
 		}
 	}
-	return w.settled() && used < p.length && w.entitled(ahead, used, present) == 0
+	return w.settled() && used < limit && first == 0
 }
 
 // checkTake checks that p may have the token that it has just taken.
-func (w *world) checkTake(p *actor, arrival string) {
-	used := len(w.expected.holders)
-	if used >= p.length {
-		w.fail("%s was admitted with %d in flight of its length %d", p.token, used, p.length)
+func (w *world) checkTake(p *actor, arrival string, d dump) {
+	used, limit := len(w.expected.holders), p.length
+	ahead := w.ahead(p, arrival)
+	if arrival != "" {
+		line := w.expected.inLine()
+		if !slices.Contains(line, p.token) {
+			line = slices.Insert(line, len(ahead), p.token)
+		}
+		limit = w.limits(line, 0)[p.token]
+	}
+	if used >= limit {
+		w.fail("%s was admitted with %d in flight, and the length that counts for it is %d", p.token, used, limit)
 	}
 	if w.last.free == 0 {
 		w.fail("%s took a token, and none was free", p.token)
 	}
-	first := w.entitled(w.ahead(p, arrival), used, w.keepsPlace)
-	if w.last.free <= first || used+first >= p.length {
+	first := 0
+	for _, token := range ahead {
+		if w.keepsPlace(token) && !w.isPassed(token, d) {
+			first++
+		}
+	}
+	if w.last.free <= first || used+first >= limit {
 		w.fail("%s overtook %d live waiters", p.token, first)
 	}
 }
@@ -192,26 +282,29 @@ func (w *world) checkDropped(token string) {
 	}
 }
 
+// served returns the waiters for whom a token is free.
+func (w *world) served(d dump) (tokens []string) {
+	line := w.expected.inLine()
+	limits := w.limits(line, 0)
+	for _, token := range line {
+		if len(tokens) < d.free && len(d.inflight)+len(tokens) < limits[token] && !w.isPassed(token, d) {
+			tokens = append(tokens, token)
+		}
+	}
+	return tokens
+}
+
 // checkCalled checks that Redis has called each reachable waiter for whom a token is
 // free.
 func (w *world) checkCalled(d dump) {
-	if !w.subscribed || d.free == 0 || len(w.expected.line) == 0 {
+	if !w.subscribed() || d.free == 0 || len(w.expected.line) == 0 {
 		return
 	}
 	called := w.receiveCalls("PING")
-	free, used := d.free, len(d.inflight)
-	for _, token := range w.expected.inLine() {
-		p := w.pods[token]
-		if free == 0 {
-			return
-		}
-		if used >= p.length {
-			continue
-		}
-		if p.reachable && !called[w.id.Channel(token)] {
+	for _, token := range w.served(d) {
+		if w.pods[token].reachable && !called[w.id.Channel(token)] {
 			w.fail("%s is in line, a token is free for it, and it was not called", token)
 		}
-		free, used = free-1, used+1
 	}
 }
 
@@ -223,7 +316,7 @@ func (w *world) checkRoom(d dump) {
 }
 
 // checkReclaims checks a request of p that got no token: no dead holder's token is left
-// that p could use.
+// that p could use by its own length.
 func (w *world) checkReclaims(p *actor) {
 	dead := 0
 	for token := range w.expected.holders {
@@ -239,6 +332,7 @@ func (w *world) checkReclaims(p *actor) {
 // check compares the data in Redis with the knowledge that it must have, and checks the
 // rules that always hold.
 func (w *world) check(d dump, reclaims bool) {
+	w.checkMissed(d)
 	for _, token := range slices.Sorted(maps.Keys(w.expected.holders)) {
 		if _, ok := d.inflight[token]; ok {
 			continue
@@ -260,8 +354,7 @@ func (w *world) check(d dump, reclaims bool) {
 	for _, token := range w.expected.inLine() {
 		if _, ok := d.waiters[token]; !ok {
 			w.checkDropped(token)
-			delete(w.expected.line, token)
-			delete(w.expected.asked, token)
+			w.expected.leave(token)
 		}
 	}
 	if !maps.Equal(d.waiters, w.expected.line) {

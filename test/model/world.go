@@ -14,20 +14,21 @@ import (
 // are in seconds.
 type world struct {
 	store
-	t          *rapid.T
-	broken     func(rule string) // receives the broken rule, and does not return
-	interval   int
-	threshold  int
-	back       int // live holders come back within this time after Redis answers
-	quiet      int
-	length     int // the length that most pods ask for
-	subscribed bool
+	t         *rapid.T
+	broken    func(rule string) // receives the broken rule, and does not return
+	interval  int
+	threshold int
+	back      int // live holders come back within this time after Redis answers
+	quiet     int
+	length    int // the length that most pods ask for
 
 	now        int // the model's time
 	pods       map[string]*actor
 	order      []*actor // in order of creation
 	expected   *knowledge
 	replicated *knowledge // of a replica that may be promoted; nil: none
+	reigns     int        // the number of the present reign of Redis: a restart or a failover ends it
+	paused     int        // knowledge.paused, as the last script took it
 	last       dump
 	commands   int
 }
@@ -60,6 +61,15 @@ func (w *world) shift(seconds int) {
 		for i := range k.greatest {
 			k.greatest[i].at += seconds
 		}
+		k.length.at += seconds
+		k.lent.at += seconds
+		k.lentTo += seconds * 1e6
+		for token := range k.askedAt {
+			k.askedAt[token] += seconds * 1e6
+		}
+		k.heard += seconds * 1e6
+		k.paused += seconds * 1e6
+		k.reigned += seconds * 1e6
 	}
 	w.last = w.dump()
 }
@@ -113,19 +123,47 @@ func (w *world) command(script *redis.Script, args ...any) (status int, rest []a
 	status, rest, elapsed := w.run(script, args...)
 	w.now += elapsed
 	w.expected.touched += elapsed
+	k, now := w.expected, w.micros()
+	w.paused = now
+	if len(k.line) > 0 {
+		if now-k.heard > stall || k.heard > now || k.paused > now {
+			k.paused = now
+		}
+		k.heard, w.paused = now, k.paused
+	}
 	return status, rest, w.dump()
 }
 
 // note records a request or a repair for a length.
 func (w *world) note(length int) {
-	w.expected.clockSet = false
-	w.expected.greatest = append(w.expected.greatest, asking{int(w.second), length})
+	k := w.expected
+	k.clockSet = false
+	k.greatest = append(k.greatest, asking{int(w.second), length})
+	if now := int(w.second); length >= k.length.length || now-k.length.at > lengthMemory {
+		k.length = asking{now, length}
+	} else {
+		k.length.at = min(k.length.at, now)
+	}
 }
 
-// ask runs the acquire script for p.
-func (w *world) ask(p *actor, arrival string) rig.Acquired {
+// lend records the length of a caller outside of the line.
+func (w *world) lend(length int) {
+	k := w.expected
+	line := k.inLine()
+	if len(line) == 0 {
+		return
+	}
+	if last := k.line[line[len(line)-1]]; !w.lends() || length >= k.lent.length || last > k.lentTo {
+		k.lent, k.lentTo = asking{w.micros() / 1e6, length}, last
+	}
+}
+
+// ask runs the acquire script for p. must reports whether p had to get a token.
+func (w *world) ask(p *actor, arrival string) (a rig.Acquired, must bool) {
 	w.note(p.length)
+	used, free := len(w.expected.holders), w.last.free
 	status, rest, d := w.command(w.scripts.acquire, p.length, p.token, arrival, p.pod())
+	must = w.mustGet(p, arrival)
 	a, err := rig.ReadAcquired(rig.Reply{Status: status, Rest: rest})
 	rig.Must(w.test, err)
 	k := w.expected
@@ -133,7 +171,7 @@ func (w *world) ask(p *actor, arrival string) rig.Acquired {
 	switch {
 	case a.Status == rig.AcquireTaken:
 		if !held {
-			w.checkTake(p, arrival)
+			w.checkTake(p, arrival, d)
 			if d.free != w.last.free-1 {
 				w.fail("%s took a token, and then %d of %d are free", p.token, d.free, w.last.free)
 			}
@@ -141,8 +179,7 @@ func (w *world) ask(p *actor, arrival string) rig.Acquired {
 			w.fail("%s took a token twice", p.token)
 		}
 		k.holders[p.token] = w.now
-		delete(k.line, p.token)
-		delete(k.asked, p.token)
+		k.leave(p.token)
 	case held:
 		w.fail("holder %s asked and was answered %d", p.token, a.Status)
 	case d.free != w.last.free:
@@ -150,15 +187,28 @@ func (w *world) ask(p *actor, arrival string) rig.Acquired {
 	case arrival != "":
 		if _, ok := k.line[p.token]; !ok {
 			w.join(p, arrival, d)
+			if k.reign != w.reigns {
+				k.reign, k.reigned = w.reigns, w.micros()
+			}
 		}
-		k.asked[p.token] = w.now
+		k.asked[p.token], k.askedAt[p.token] = w.now, w.micros()
+		if delete(k.heardIn, p.token); p.reachable {
+			k.heardIn[p.token] = w.reigns
+		}
+		if a.Status == rig.AcquireFull && (a.Reachable != p.reachable || d.hears[p.token] != p.reachable) {
+			w.fail("%s is reachable: %t, and Redis answered %t and notes %t",
+				p.token, p.reachable, a.Reachable, d.hears[p.token])
+		}
 	}
 	w.check(d, false)
+	if arrival == "" && !held && free > 0 && used < p.length {
+		w.lend(p.length)
+	}
 	if a.Status == rig.AcquireTaken {
 		w.checkCalled(d)
 	}
 	w.last = d
-	return a
+	return a, must
 }
 
 // join updates p, which has just joined the line.
@@ -198,14 +248,13 @@ func (w *world) try(p *actor) rig.Acquired {
 	if p.arrival != 0 && !p.kept && (empty || p.arrival < k.born*1e6) { // p is older than the data in Redis
 		w.noteLoss()
 	}
-	mustGet := w.mustGet(p, arrival)
-	a := w.ask(p, arrival)
+	a, mustGet := w.ask(p, arrival)
 	if a.Status == rig.AcquireRepair {
 		w.maintain(p.length, arrival == "" || arrival == joinLine)
 		w.arrive()
 		arrival = p.nextArrival() // the same unless a new second has begun
-		mustGet = mustGet || w.mustGet(p, arrival)
-		a = w.ask(p, arrival)
+		again, must := w.ask(p, arrival)
+		a, mustGet = again, mustGet || must
 		if a.Status == rig.AcquireRepair {
 			w.fail("%s has repaired, and Redis still asks for a repair", p.token)
 		}
@@ -267,8 +316,7 @@ func (w *world) beat(p *actor) {
 		w.fail("after a heartbeat of %s, %d tokens are free, not %d", p.token, d.free, free)
 	}
 	k.holders[p.token] = w.now
-	delete(k.line, p.token)
-	delete(k.asked, p.token)
+	k.leave(p.token)
 	w.check(d, false)
 	w.last = d
 	w.logf("%s beats: %d in flight, %d free", p.token, len(d.inflight), d.free)
@@ -289,10 +337,9 @@ func (w *world) giveBack(p *actor) {
 	} else if _, ok := k.line[p.token]; ok {
 		want = rig.ReleaseLeft
 	}
-	delete(k.holders, p.token)
-	delete(k.line, p.token)
-	delete(k.asked, p.token)
 	status, _, d := w.command(w.scripts.release, p.token)
+	delete(k.holders, p.token)
+	k.leave(p.token)
 	if status != want {
 		w.fail("a release of %s was answered %d, not %d", p.token, status, want)
 	}
@@ -309,7 +356,7 @@ func (w *world) giveBack(p *actor) {
 }
 
 func newWorld(t *rapid.T, s store, broken func(rule string)) *world {
-	w := &world{store: s, t: t, broken: broken, pods: map[string]*actor{}, expected: newKnowledge()}
+	w := &world{store: s, t: t, broken: broken, reigns: 1, pods: map[string]*actor{}, expected: newKnowledge()}
 	w.second = time.Now().Unix()
 	pace := rapid.SampledFrom([][2]int{{5, 16}, {10, 40}, {2, 1}}).Draw(t, "interval and threshold")
 	w.interval, w.back = pace[0], min(beatTimeout, pace[0])

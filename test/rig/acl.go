@@ -5,10 +5,10 @@ package rig
 const (
 	WebhookACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* " +
 		"+eval +evalsha +time +scan +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount " +
-		"+zrange +zrangebyscore +zscore +zremrangebyscore +ttl +expire +publish +set +get"
+		"+zrange +zrangebyscore +zscore +zremrangebyscore +ttl +expire +publish +info|replication +set +get"
 	SidecarACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* " +
 		"+eval +evalsha +time +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount " +
-		"+zrange +zrangebyscore +zrank +zscore +zremrangebyscore +ttl +expire +publish +subscribe +set +get"
+		"+zrange +zrangebyscore +zrank +zscore +zremrangebyscore +ttl +expire +publish +subscribe +info|replication +set +get"
 	StatusACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* " +
 		"+time +scan +llen +zcard +zcount +zrange +zscore +hmget"
 

@@ -117,7 +117,7 @@ type Acquired struct {
 	Position  int
 	Arrival   string
 	Waited    time.Duration
-	StaleIn   time.Duration
+	FreeIn    time.Duration // until a token may come free for it
 	Reachable bool
 }
 
@@ -130,14 +130,14 @@ func ReadAcquired(reply Reply) (a Acquired, err error) {
 	case AcquireRepair:
 		_, err = redis.Scan(reply.Rest, &a.Stale)
 	case AcquireFull:
-		var doubt, waited, staleIn, reachable int
+		var doubt, waited, freeIn, reachable int
 		var rest []any
 		rest, err = redis.Scan(reply.Rest, &a.InUse, &a.Waiters, &doubt, &a.Holders)
 		if err == nil && len(rest) > 0 {
-			_, err = redis.Scan(rest, &a.Position, &a.Arrival, &waited, &staleIn, &reachable)
+			_, err = redis.Scan(rest, &a.Position, &a.Arrival, &waited, &freeIn, &reachable)
 		}
 		a.Doubt = time.Duration(doubt) * time.Second
-		a.Waited, a.StaleIn = time.Duration(waited)*time.Second, time.Duration(staleIn)*time.Second
+		a.Waited, a.FreeIn = time.Duration(waited)*time.Second, time.Duration(freeIn)*time.Millisecond
 		a.Reachable = reachable == 1
 	default:
 		err = fmt.Errorf("unknown status %d", reply.Status)

@@ -260,16 +260,22 @@ var shiftScript = redis.NewScript(scriptKeys, `
 local function shift(key, by)
   local all = redis.call('ZRANGE', key, 0, -1, 'WITHSCORES')
   for i = 1, #all, 2 do
-    redis.call('ZADD', key, string.format('%.0f', tonumber(all[i + 1]) + by), all[i])
+    redis.call('ZADD', key, string.format('%.6f', tonumber(all[i + 1]) + by), all[i])
   end
 end
 shift(KEYS[2], ARGV[1])
 shift(KEYS[3], ARGV[1] * 1000000)
 shift(KEYS[4], ARGV[1])
-for _, field in ipairs({'created', 'touched', 'resumed', 'lost', 'asked'}) do
+for _, field in ipairs({'created', 'touched', 'resumed', 'lost', 'asked', 'lentAt'}) do
   local at = tonumber(redis.call('HGET', KEYS[6], field) or 0)
   if at > 0 then
     redis.call('HSET', KEYS[6], field, at + ARGV[1])
+  end
+end
+for _, field in ipairs({'heard', 'paused', 'lentTo', 'reigned'}) do
+  local at = tonumber(redis.call('HGET', KEYS[6], field) or 0)
+  if at > 0 then
+    redis.call('HSET', KEYS[6], field, string.format('%.0f', at + ARGV[1] * 1000000))
   end
 end`)
 
