@@ -109,6 +109,7 @@ func startWebhook(t testing.TB, c webhookConfig) *testWebhook {
 	a, err := newAdmitter(c, newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, log))
 	rig.Must(t, err)
 	w := &webhook{admitter: a, callers: who, bounds: newBounds(), limit: logLimiter{most: badRequestsLogged}, log: log}
+	w.watchReadiness(0)
 	w.semaphores.metrics = newMetrics(c.redis.counts)
 	w.semaphores.metrics.countVerdicts()
 	w.semaphores.metrics.watchSemaphores(w.semaphores)

@@ -70,7 +70,7 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 		log:      log,
 		stopping: ctx.Done(),
 	}
-	w.readiness.keep = readyFor
+	w.watchReadiness(readyFor)
 	s.metrics.watchGate(w.pulse)
 	admissions, endAdmissions := context.WithCancelCause(context.Background())
 	defer endAdmissions(nil)
@@ -133,7 +133,8 @@ type webhook struct {
 	log      *slog.Logger
 	stopping <-chan struct{}
 
-	readiness flights[struct{}, struct{}]
+	readiness flights[struct{}, *string] // its state is a warning
+	eviction  cachedQuery[string]        // servers that may evict tokens
 }
 
 func (w *webhook) routes() http.Handler {
@@ -151,24 +152,43 @@ func (w *webhook) healthRoutes() http.Handler {
 	return newHealthRoutes(w.ready, w.semaphores.metrics.handler(w.log))
 }
 
+// watchReadiness prepares ready. Callers share its results for the time keep.
+func (w *webhook) watchReadiness(keep time.Duration) {
+	w.readiness.keep = keep
+	w.eviction.run = func(ctx context.Context) (string, error) {
+		servers, err := evicting(ctx, w.semaphores.queue)
+		if servers != "" {
+			w.log.Warn("Redis may evict tokens", "servers", servers)
+		}
+		return servers, err
+	}
+}
+
 // ready returns why this webhook cannot decide: it is stopping, or the queue takes no
-// writes.
-func (w *webhook) ready(ctx context.Context) error {
+// writes. If it can, the warning says that the queue may evict tokens.
+func (w *webhook) ready(ctx context.Context) (warning string, err error) {
 	select {
 	case <-w.stopping:
-		return errors.New("stopping")
+		return "", errors.New("stopping")
 	default:
 	}
-	check := w.readiness.join(struct{}{}, struct{}{}, func(struct{}) error {
+	check := w.readiness.join(struct{}{}, new(string), func(warning *string) error {
 		ctx, cancel := context.WithTimeout(context.Background(), readyTimeout)
 		defer cancel()
-		return w.semaphores.check(ctx)
+		if err := w.semaphores.check(ctx); err != nil {
+			return err
+		}
+		servers, _ := w.eviction.get(ctx, func(_ string, age time.Duration) bool { return age > logEvery })
+		if servers != "" {
+			*warning = "warning: Redis may evict tokens, set maxmemory-policy noeviction: " + servers
+		}
+		return nil
 	})
 	select {
 	case <-check.done:
-		return check.err
+		return *check.state, check.err
 	case <-ctx.Done():
-		return context.Cause(ctx)
+		return "", context.Cause(ctx)
 	}
 }
 
