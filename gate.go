@@ -262,11 +262,11 @@ func (g *gate) isReady() bool {
 }
 
 func (g *gate) healthRoutes() http.Handler {
-	return newHealthRoutes(func(context.Context) error {
+	return newHealthRoutes(func(context.Context) (string, error) {
 		if !g.isReady() {
-			return errors.New("gated pods are not listed yet")
+			return "", errors.New("gated pods are not listed yet")
 		}
-		return nil
+		return "", nil
 	}, g.semaphores.metrics.handler(g.log))
 }
 

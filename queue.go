@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -167,6 +168,48 @@ func runCommand(ctx context.Context, q tokenServers, command string, args ...any
 	}
 	defer conn.Close()
 	return redis.DoContext(conn, ctx, command, args...)
+}
+
+// evicting returns the servers of the queue that may evict keys, with their policy; empty
+// if there are none. Its error may be that the user may not ask.
+func evicting(ctx context.Context, q tokenServers) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, auxiliaryTimeout)
+	defer cancel()
+	servers, err := q.primaries(ctx)
+	if err != nil {
+		return "", err
+	}
+	var found []string
+	err = fanOut(ctx, servers, func(ctx context.Context, server *queueServer) (string, error) {
+		conn, err := server.pool.GetContext(ctx)
+		if err != nil {
+			return "", err
+		}
+		defer conn.Close()
+		info, err := redis.String(redis.DoContext(conn, ctx, "INFO", "memory"))
+		policy := infoField(info, "maxmemory_policy")
+		if infoField(info, "maxmemory") == "0" || policy == "noeviction" || policy == "" {
+			return "", err
+		}
+		return fmt.Sprintf("%s (%s)", server.address, policy), err
+	}, func(text string) (enough bool) {
+		if text != "" {
+			found = append(found, text)
+		}
+		return false
+	})
+	if len(found) > 0 {
+		err = nil
+	}
+	slices.Sort(found)
+	return strings.Join(found, ", "), err
+}
+
+// infoField returns a field of the answer to INFO; empty if it is missing.
+func infoField(info, name string) string {
+	_, rest, _ := strings.Cut("\n"+info, "\n"+name+":")
+	value, _, _ := strings.Cut(rest, "\r")
+	return value
 }
 
 // auxiliaryID is a semaphore that no pod can have. Its keys hold all other state, so that a

@@ -684,3 +684,58 @@ func TestStrayAcquireDuringARepair(t *testing.T) {
 	}
 	r.WantCounts(t, id, 1, 0)
 }
+
+// Redis evicts the tokens in use of a semaphore, and nothing else. The first heartbeat
+// proves the loss, and later ones do not report it again. A pod whose token was reclaimed
+// or released proves nothing.
+func TestLossOfInflight(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	ctx := t.Context()
+	const length = 3
+	var tokens []string
+	for i := range length {
+		token, _, err := s.acquire(ctx, id, newPodName(fmt.Sprintf("web-%d", i), "node"), length, time.Second)
+		rig.Must(t, err)
+		tokens = append(tokens, token)
+	}
+	beat := func(i int) {
+		t.Helper()
+		rejoined, err := s.heartbeat(ctx, id, tokens[i], newPodName(fmt.Sprintf("web-%d", i), "node"), 0)
+		if err != nil || !rejoined {
+			t.Fatalf("got %t, %v, want the token to be counted again", rejoined, err)
+		}
+	}
+	r.MakeStale(t, id, tokens[0])
+	maintain(t, s, id, length)
+	beat(0)
+	giveBack(t, s, id, tokens[1])
+	beat(1)
+	if lost := r.State(t, id, "lost"); lost != 0 {
+		t.Fatalf("a loss was noticed at %d, and there was none", lost)
+	}
+
+	r.Do(t, "DEL", id.inflightKey())
+	giveBack(t, s, id, acquire(t, s, id, length)) // Redis cannot know yet, and has free tokens now
+	beat(0)
+	lost := r.State(t, id, "lost")
+	if lost == 0 {
+		t.Error("the loss was not noticed")
+	}
+	for range length {
+		wantFullError(t, s, id, length, 1)
+	}
+	rig.Eventually(t, 10*time.Second, func() error {
+		if r.Now(t) <= lost+1 {
+			return errors.New("a second report would not show yet")
+		}
+		return nil
+	})
+	beat(1)
+	beat(2)
+	if again := r.State(t, id, "lost"); again != lost {
+		t.Errorf("the loss at %d was noticed again at %d", lost, again)
+	}
+	r.WantInflight(t, id, tokens...)
+	wantFullError(t, s, id, length, length)
+}

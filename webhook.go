@@ -143,7 +143,9 @@ type webhook struct {
 	log      *slog.Logger
 	stopping <-chan struct{}
 
-	readiness flights[struct{}, struct{}]
+	readiness  flights[struct{}, *string] // its state is a warning
+	eviction   string                     // the warning that Redis may evict tokens
+	evictionAt time.Time                  // when Redis last told
 }
 
 func (w *webhook) routes() http.Handler {
@@ -165,21 +167,43 @@ func (w *webhook) healthRoutes() http.Handler {
 }
 
 // ready returns why this webhook cannot decide: it is stopping, or the queue takes no
-// writes.
-func (w *webhook) ready(ctx context.Context) error {
+// writes. If it can, the warning says that the queue may evict tokens.
+func (w *webhook) ready(ctx context.Context) (warning string, err error) {
 	if w.isStopping() {
-		return errors.New("stopping")
+		return "", errors.New("stopping")
 	}
-	check := w.readiness.join(struct{}{}, struct{}{}, func(struct{}) error {
+	check := w.readiness.join(struct{}{}, new(string), func(warning *string) error {
 		ctx, cancel := context.WithTimeout(context.Background(), readyTimeout)
 		defer cancel()
-		return w.semaphores.check(ctx)
+		if err := w.semaphores.check(ctx); err != nil {
+			return err
+		}
+		w.checkEviction(ctx)
+		*warning = w.eviction
+		return nil
 	})
 	select {
 	case <-check.done:
-		return check.err
+		return *check.state, check.err
 	case <-ctx.Done():
-		return context.Cause(ctx)
+		return "", context.Cause(ctx)
+	}
+}
+
+// checkEviction asks the queue once in logEvery whether it may evict tokens. One check of
+// readiness at a time calls it.
+func (w *webhook) checkEviction(ctx context.Context) {
+	if time.Since(w.evictionAt) < logEvery {
+		return
+	}
+	servers, err := evicting(ctx, w.semaphores.queue)
+	if err != nil {
+		return
+	}
+	w.evictionAt, w.eviction = time.Now(), ""
+	if servers != "" {
+		w.eviction = "warning: Redis may evict tokens, set maxmemory-policy noeviction: " + servers
+		w.log.Warn("Redis may evict tokens", "servers", servers)
 	}
 }
 

@@ -513,7 +513,7 @@ func TestReadinessIsShared(t *testing.T) {
 	r := rig.StartRedis(t)
 	w := startWebhook(t, testConfig(r.Address))
 	w.readiness.keep = readyFor
-	rig.Must(t, w.ready(t.Context()))
+	rig.Must(t, errOf(w.ready(t.Context())))
 	const calls = 1000
 	before := r.CommandCalls(t)["evalsha"]
 	concurrently(calls, func(int) {
@@ -525,5 +525,45 @@ func TestReadinessIsShared(t *testing.T) {
 	})
 	if n := r.CommandCalls(t)["evalsha"] - before; n > calls/10 {
 		t.Errorf("%d calls ran %d scripts", calls, n)
+	}
+}
+
+// A Redis that may evict tokens is warned of once a minute, and serves on. A user that
+// may not ask for its settings gets no warning.
+func TestWarnsOfEviction(t *testing.T) {
+	r := rig.StartRedis(t)
+	c := testConfig(r.Address)
+	const warning = "ok\nwarning: Redis may evict tokens, set maxmemory-policy noeviction: "
+	for name, set := range map[string]struct {
+		maxmemory, policy, rule string
+		want                    string
+	}{
+		"evicts":         {"1gb", "volatile-lru", "+info", warning + r.Address + " (volatile-lru)"},
+		"refuses":        {"1gb", "noeviction", "+info", "ok"},
+		"unbounded":      {"0", "allkeys-lru", "+info", "ok"},
+		"may not ask it": {"1gb", "volatile-lru", "-info", "ok"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r.Do(t, "CONFIG", "SET", "maxmemory", set.maxmemory)
+			r.Do(t, "CONFIG", "SET", "maxmemory-policy", set.policy)
+			r.Do(t, "ACL", "SETUSER", "default", set.rule)
+			w := startWebhook(t, c)
+			for range 3 {
+				text := ""
+				rig.Eventually(t, 10*time.Second, func() (err error) { // a side question may get no answer in time
+					if text, err = w.ready(t.Context()); err == nil && strings.TrimSpace("ok\n"+text) != set.want {
+						err = fmt.Errorf("got %q, want %q", text, set.want)
+					}
+					return err
+				})
+			}
+			want := 0
+			if set.want != "ok" {
+				want = 1
+			}
+			if lines := w.log.Lines(t, "Redis may evict tokens"); len(lines) != want {
+				t.Errorf("logged %v, want %d lines", lines, want)
+			}
+		})
 	}
 }

@@ -10,8 +10,18 @@
 -- Returns {0, time}  rejoined: the token was not in use, and is now
 --         {1, time}  renewed
 local since = now - tonumber(ARGV[7])
-if since < created and not redis.call('ZSCORE', KEYS[2], ARGV[5]) then
-  noteLoss()
+if not redis.call('ZSCORE', KEYS[2], ARGV[5]) then
+  -- A reclaim or a release forgets the pod. If Redis knows since when the pod has the
+  -- token, it has lost inflight alone: it has evicted that key.
+  local pod = redis.call('HMGET', KEYS[5], ARGV[5] .. '/pod')[1]
+  local taken = pod and tonumber(string.match(pod, '^%d+')) or 0
+  local evicted = taken >= created and taken > lost
+  if evicted then
+    created = now
+  end
+  if evicted or since < created then
+    noteLoss()
+  end
 end
 touch(redis.pcall)
 -- A full Redis continues a script whose first write needs no memory.
