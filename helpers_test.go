@@ -12,7 +12,6 @@ import (
 	"net/http/httptest"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -194,6 +193,8 @@ type gateTest struct {
 	owner  *semaphores   // in the place of sidecars
 	id     semaphoreID
 	length int
+
+	silence time.Duration // see watchBounds; zero for that of production
 }
 
 func newGateTest(t *testing.T, length int) *gateTest {
@@ -206,7 +207,7 @@ func newGateTest(t *testing.T, length int) *gateTest {
 func newGateTestOn(t *testing.T, r *rig.Redis, c webhookConfig, length int) *gateTest {
 	t.Helper()
 	s := rig.StartAPIServer(t)
-	return &gateTest{t, r, s, c, semaphoresOf(t, c), semaphoreID{s.NewNamespace(t), "web"}, length}
+	return &gateTest{t, r, s, c, semaphoresOf(t, c), semaphoreID{s.NewNamespace(t), "web"}, length, 0}
 }
 
 // start starts a gate. It ends with the test, or by stop.
@@ -219,6 +220,9 @@ func (g *gateTest) start(change ...func(*gateConfig)) (started *gate, log *rig.L
 	log = new(rig.Log)
 	started, err := newGate(c, slog.New(slog.NewJSONHandler(log, nil)))
 	rig.Must(g.T, err)
+	if g.silence > 0 {
+		started.kubernetes.bounds.silence = g.silence
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
@@ -242,15 +246,12 @@ func (g *gateTest) start(change ...func(*gateConfig)) (started *gate, log *rig.L
 // create creates a pod as the webhook patches it, and returns its token.
 func (g *gateTest) create(name string) (token string) {
 	g.Helper()
-	return g.createAs(rig.GatedPod(name))
+	return g.createAs(rig.AdmittedPod(name, rig.ID{Namespace: g.id.namespace, Key: g.id.key}, g.length, 10))
 }
 
 // createAs is create for an existing pod object.
 func (g *gateTest) createAs(p *corev1.Pod) (token string) {
 	g.Helper()
-	p.Spec.SchedulingGates = p.Spec.SchedulingGates[1:]
-	p.Annotations = map[string]string{annotationEnabled: "true", annotationKey: g.id.key,
-		annotationLength: strconv.Itoa(g.length), annotationExpiration: "10"}
 	return string(g.api.CreatePod(g.T, g.id.namespace, p).UID)
 }
 
@@ -269,6 +270,14 @@ func (g *gateTest) pod(name string) *corev1.Pod {
 		g.Fatalf("pod %s: %s", name, status.Message)
 	}
 	return p
+}
+
+// change changes a pod, as users, the scheduler and the kubelet do.
+func (g *gateTest) change(name string, change func(*corev1.Pod)) {
+	g.Helper()
+	if _, status := g.api.Store.Change(g.id.namespace, name, change); status != nil {
+		g.Fatalf("pod %s: %s", name, status.Message)
+	}
 }
 
 // lifted reports whether the pod's scheduling gate is lifted.
@@ -310,10 +319,7 @@ func (g *gateTest) wantHolders(want ...string) {
 // run marks a pod as running, as a kubelet does, and waits until its label is gone.
 func (g *gateTest) run(name string) {
 	g.Helper()
-	_, status := g.api.Store.Change(g.id.namespace, name, rig.MarkRunning)
-	if status != nil {
-		g.Fatal(status.Message)
-	}
+	g.change(name, rig.MarkRunning)
 	rig.Eventually(g.T, 10*time.Second, func() error {
 		if label, ok := g.pod(name).Labels[labelGated]; ok {
 			return fmt.Errorf("%s still has the label %q", name, label)

@@ -422,18 +422,19 @@ func newHealthServer(routes http.Handler, errorLog *log.Logger) *http.Server {
 }
 
 // newHealthRoutes returns the routes of a health server. ready returns why the process is
-// not ready.
-func newHealthRoutes(ready func(context.Context) error, metrics http.Handler) http.Handler {
+// not ready, or the text of its answer.
+func newHealthRoutes(ready func(context.Context) (string, error), metrics http.Handler) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(rw http.ResponseWriter, _ *http.Request) { fmt.Fprintln(rw, "ok") })
 	mux.HandleFunc("GET /readyz", func(rw http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), 900*time.Millisecond) // the kubelet's probes time out after 1 s
 		defer cancel()
-		if err := ready(ctx); err != nil {
+		text, err := ready(ctx)
+		if err != nil {
 			http.Error(rw, err.Error(), http.StatusServiceUnavailable)
 			return
 		}
-		fmt.Fprintln(rw, "ok")
+		fmt.Fprintln(rw, text)
 	})
 	mux.Handle("GET /metrics", metrics)
 	return mux

@@ -140,7 +140,8 @@ func (w *webhook) routes() http.Handler {
 }
 
 func (w *webhook) healthRoutes() http.Handler {
-	return newHealthRoutes(w.ready, w.semaphores.metrics.handler(w.log))
+	return newHealthRoutes(func(ctx context.Context) (string, error) { return "ok", w.ready(ctx) },
+		w.semaphores.metrics.handler(w.log))
 }
 
 // ready returns why this webhook cannot decide: it is stopping, or the queue takes no
