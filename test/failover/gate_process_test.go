@@ -92,17 +92,20 @@ func TestGateOldView(t *testing.T) {
 func TestGateCutOff(t *testing.T) {
 	t.Parallel()
 	const patient = 3 * time.Minute // the gate acts on its view for half a minute
-	for name, scenario := range map[string]func(*relay){
-		"node lost": func(r *relay) { // of a running pod: its sidecar beats no more
+	for name, scenario := range map[string]func(r *relay, behind *rig.Gate){
+		"node lost": func(r *relay, _ *rig.Gate) { // of a running pod: its sidecar beats no more
 			_, status := r.api.Store.Change(r.id.Namespace, r.holding[0].Name, rig.MarkRunning)
 			if status != nil {
 				r.Fatal(status.Message)
 			}
 		},
-		"deleted in line": func(r *relay) {
+		"deleted in line": func(r *relay, behind *rig.Gate) {
 			gone := r.standing[0]
+			behind.Signal(r.T, syscall.SIGSTOP)
 			deletePod(r, gone)
-			r.redis.WantLine(r.T, r.id, uidsOf(r.standing)...) // the gate puts it back
+			r.redis.WantLine(r.T, r.id, uidsOf(r.standing[1:])...)
+			behind.Signal(r.T, syscall.SIGCONT)
+			r.redis.WantLine(r.T, r.id, uidsOf(r.standing)...) // it has put the pod back
 			r.standing = r.standing[1:]
 			running := r.holding[0]
 			if _, status := r.api.Store.Change(r.id.Namespace, running.Name, rig.MarkRunning); status != nil {
@@ -132,7 +135,7 @@ func TestGateCutOff(t *testing.T) {
 			r.wantWhole()
 			behind.WantReady(t)
 			proxy.Cut()
-			scenario(r)
+			scenario(r, behind)
 			start := time.Now()
 			next := r.standing[0]
 			rig.Eventually(t, patient, func() error {
