@@ -53,13 +53,18 @@ type webhookConfig struct {
 // sidecarConfig is the settings of the mode sidecar.
 type sidecarConfig struct {
 	settings
+	tokenConfig
 	terminationGracePeriod time.Duration // see giveBackSeconds
-	semaphore              semaphoreID
-	token                  string
-	length                 int // zero: the webhook has already taken the token, so the sidecar waits for nothing
-	expiration             time.Duration
-	podUID                 string // empty outside of a pod: there is no await to answer
+	podUID                 string        // empty outside of a pod: there is no await to answer
 	pod                    podName
+}
+
+// tokenConfig is the token that a sidecar keeps.
+type tokenConfig struct {
+	semaphore  semaphoreID
+	token      string
+	length     int // zero: the webhook has already taken the token, so the sidecar waits for nothing
+	expiration time.Duration
 }
 
 // gateConfig is the settings of the mode gate.
@@ -303,19 +308,27 @@ func (c *sidecarConfig) declareFlags(f *flags, getenv func(string) string) {
 	c.settings.declareFlags(f, getenv)
 	c.podUID = getenv("POD_UID")
 	c.pod = newPodName(getenv("POD_NAME"), getenv("NODE_NAME"))
-	declare(f, &c.length, readNumber(1, maxLength), "length", "",
-		"`NUMBER` of tokens of the semaphore: the sidecar waits for one, and await ends when the sidecar has it; "+
-			"without it, the webhook has already taken the token")
-	declare(f, &c.expiration, readSeconds(1, maxExpiration), "expiration-seconds", "10",
-		"`SECONDS` after which the lock of a repair expires")
+	c.tokenConfig.declareFlags(f, getenv)
 	declare(f, &c.terminationGracePeriod, readSeconds(1, 3600),
 		"termination-grace-period-seconds", strconv.Itoa(giveBackSeconds),
 		"`SECONDS` to keep trying to give the token back after SIGTERM")
 }
 
-// validate also reads the arguments after the flags.
 func (c *sidecarConfig) validate(f *flags) {
 	c.settings.validate(f)
+	c.tokenConfig.validate(f)
+}
+
+func (c *tokenConfig) declareFlags(f *flags, _ func(string) string) {
+	declare(f, &c.length, readNumber(1, maxLength), "length", "",
+		"`NUMBER` of tokens of the semaphore: the sidecar waits for one, and await ends when the sidecar has it; "+
+			"without it, the webhook has already taken the token")
+	declare(f, &c.expiration, readSeconds(1, maxExpiration), "expiration-seconds", "10",
+		"`SECONDS` after which the lock of a repair expires")
+}
+
+// validate also reads the arguments after the flags.
+func (c *tokenConfig) validate(f *flags) {
 	if f.NArg() != 2 {
 		f.problem("%d arguments after the flags; they are NAMESPACE/KEY TOKEN", f.NArg())
 		return
@@ -343,7 +356,7 @@ func (c *kubernetesSettings) declareFlags(f *flags, getenv func(string) string) 
 		"`FILE` of the PEM CA certificates for the API server, reread when it changes; without it, the system's")
 	declare(f, &c.tokenFile, readText, "kubernetes-token-file", tokenFile,
 		"`FILE` of the ServiceAccount's token, reread when it changes")
-	declare(f, &c.namespaces, readNameList, "namespaces", "",
+	declare(f, &c.namespaces, readNamespaces, "namespaces", "",
 		"`NAMESPACE,...` to watch for gated pods; without it, all")
 }
 

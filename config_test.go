@@ -312,6 +312,12 @@ func TestKubernetesFlags(t *testing.T) {
 		{args: []string{"--kubernetes-address=https://127.0.0.1:6443", "--kubernetes-ca-file=" + ca,
 			"--kubernetes-token-file=token", "--namespaces=a,b"},
 			want: kubernetesSettings{"https://127.0.0.1:6443", ca, "token", []string{"a", "b"}}},
+		{env: inPod, args: []string{"--kubernetes-ca-file=" + ca, "--namespaces=shop, blog"},
+			want: kubernetesSettings{"[fd00::1]:6443", ca, "/var/run/secrets/kubernetes.io/serviceaccount/token",
+				[]string{"shop", "blog"}}},
+		{env: inPod, args: []string{"--kubernetes-ca-file=" + ca, "--namespaces=shop,Blog,shop,a/b"},
+			problems: []string{`--namespaces: "Blog" is not the name of a namespace`,
+				`--namespaces: "shop" is named twice`, `--namespaces: "a/b" is not the name of a namespace`}},
 		{env: inPod, args: []string{"--kubernetes-ca-file=" + ca},
 			want: kubernetesSettings{"[fd00::1]:6443", ca, "/var/run/secrets/kubernetes.io/serviceaccount/token", nil}},
 		{env: inPod, // but its files do not exist

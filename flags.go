@@ -189,12 +189,29 @@ func readNonEmpty(text string) (string, error) {
 }
 
 // readNameList reads names, separated by commas.
-func readNameList(text string) ([]string, error) {
-	names := strings.Split(text, ",")
+func readNameList(text string) (names []string, err error) {
+	for name := range strings.SplitSeq(text, ",") {
+		names = append(names, strings.TrimSpace(name))
+	}
 	if slices.Contains(names, "") {
 		return nil, fmt.Errorf("%q has an empty name", text)
 	}
 	return names, nil
+}
+
+// readNamespaces reads names of namespaces, separated by commas.
+func readNamespaces(text string) ([]string, error) {
+	names, err := readNameList(text)
+	problems := []error{err}
+	for i, name := range names {
+		switch {
+		case len(validation.IsDNS1123Label(name)) > 0:
+			problems = append(problems, fmt.Errorf("%q is not the name of a namespace", name))
+		case slices.Contains(names[:i], name):
+			problems = append(problems, fmt.Errorf("%q is named twice", name))
+		}
+	}
+	return names, errors.Join(problems...)
 }
 
 // readIf reads text for which ok is true. Its error says that any other text is not

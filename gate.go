@@ -33,6 +33,9 @@ const watchPatience = 200 * time.Millisecond
 // refused to remove.
 const labelRetry = 30 * time.Second
 
+// releasesInFlight caps the releases that wait for Redis at a time.
+const releasesInFlight = 8
+
 // gate waits in line for the pods that have our scheduling gate. It lifts the gate of a
 // pod that has a token, and keeps the token until the pod's sidecar does. All its work is
 // named by the pods' UIDs and safe to do twice, so several gates may run at once.
@@ -46,11 +49,11 @@ type gate struct {
 	background    sync.WaitGroup // lines, and changes of pods
 	ctx           context.Context
 
-	mu       sync.Mutex
-	lines    map[semaphoreID]*gateLine
-	ids      map[string]semaphoreID // of each pod, by UID
-	unlisted map[string]bool        // namespaces that are watched and not listed yet
-	deferred []func()               // changes of pods that came before all are listed
+	views     map[string]*podWatch // by namespace; "" is all namespaces
+	releasing slots
+
+	mu    sync.Mutex
+	lines map[semaphoreID]*gateLine
 }
 
 // runGate runs the gate mode until ctx is done.
@@ -101,12 +104,12 @@ func newGate(c gateConfig, log *slog.Logger) (*gate, error) {
 		subscription:  newSubscription(s.queue, auxiliaryID, log),
 		unschedulable: c.unschedulable,
 		log:           log,
+		views:         map[string]*podWatch{},
+		releasing:     make(slots, releasesInFlight),
 		lines:         map[semaphoreID]*gateLine{},
-		ids:           map[string]semaphoreID{},
-		unlisted:      map[string]bool{},
 	}
 	for _, namespace := range namespaces {
-		g.unlisted[namespace] = true
+		g.views[namespace] = k.newPodWatch(labelGated, namespace, g)
 	}
 	g.metrics = newGateMetrics(g)
 	return g, nil
@@ -119,8 +122,8 @@ func (g *gate) run(ctx context.Context) {
 	g.background.Go(func() { g.kubernetes.run(ctx) })
 	g.background.Go(func() { g.subscription.receiveRetrying(ctx) })
 	g.background.Go(func() { g.pulse(ctx) })
-	for _, namespace := range slices.Collect(maps.Keys(g.unlisted)) { // a copy: synced removes them
-		g.background.Go(func() { g.kubernetes.watchPods(ctx, labelGated, namespace, g) })
+	for _, view := range g.views {
+		g.background.Go(func() { view.run(ctx) })
 	}
 	<-ctx.Done()
 	g.background.Wait()
@@ -128,63 +131,53 @@ func (g *gate) run(ctx context.Context) {
 
 // setPod receives each gated pod, and each change of it.
 func (g *gate) setPod(p *watchedPod) {
-	g.whenListed(func() {
-		id, ok := g.ids[p.uid]
-		spec, problems := parseAnnotations(p.annotations, whenFullGate)
-		if !ok && len(problems) > 0 { // the webhook denies such pods
-			text := strings.Join(problems, "; ")
-			g.log.Warn("a gated pod has wrong annotations, and stays gated",
-				"namespace", p.namespace, "pod", p.name, "problems", text)
-			g.event(p, true, reasonInvalid, "Waiting", "1", "invalid annotations: "+text)
-			return
-		}
-		if !ok {
-			id = semaphoreID{p.namespace, spec.key}
-			g.ids[p.uid] = id
-		}
-		l := g.lines[id]
-		if l == nil {
-			l = newGateLine(g, id)
-			g.lines[id] = l
-			g.background.Go(func() { l.run(g.ctx) })
-		}
-		l.set(p, spec)
-	})
+	c, err := gatedToken(strings.Split(p.sidecarArgs, argsSeparator), p.namespace, p.uid)
+	if err != nil { // the webhook admits no such pod
+		text := strings.ReplaceAll(err.Error(), "\n", "")
+		g.log.Warn("a gated pod has no sidecar that waits for its token, and stays gated",
+			"namespace", p.namespace, "pod", p.name, "error", text)
+		g.event(p, true, reasonInvalid, "Waiting", "1", "invalid arguments of "+sidecarName+": "+text)
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	l := g.lines[c.semaphore]
+	if l == nil {
+		l = newGateLine(g, c.semaphore)
+		g.lines[c.semaphore] = l
+		g.background.Go(func() { l.run(g.ctx) })
+	}
+	l.set(p, semaphoreSpec{key: c.semaphore.key, length: c.length, expiration: c.expiration})
 }
 
 // dropPod receives each pod that is gone, or no longer needs the gate.
 func (g *gate) dropPod(p *watchedPod) {
-	g.whenListed(func() {
-		if l := g.lines[g.ids[p.uid]]; l != nil {
-			l.drop(p.uid)
-		}
-		delete(g.ids, p.uid)
-	})
-}
-
-// whenListed runs do with the lock held, once all pods are listed: pods that were created
-// in the same second are ordered by name.
-func (g *gate) whenListed(do func()) {
+	c, err := gatedToken(strings.Split(p.sidecarArgs, argsSeparator), p.namespace, p.uid)
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if len(g.unlisted) > 0 {
-		g.deferred = append(g.deferred, do)
-		return
+	if l := g.lines[c.semaphore]; err == nil && l != nil {
+		l.drop(p)
 	}
-	do()
 }
 
+// synced wakes the lines of a namespace after each list: they may have waited for it.
 func (g *gate) synced(namespace string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	delete(g.unlisted, namespace)
-	if len(g.unlisted) > 0 {
-		return
+	for id, l := range g.lines {
+		if namespace == "" || namespace == id.namespace {
+			l.wake()
+		}
 	}
-	for _, do := range g.deferred {
-		do()
+}
+
+// checkView returns why the gate must not act on the pods of a namespace: what it knows of
+// them is not complete yet, or may be old.
+func (g *gate) checkView(namespace string) error {
+	if all := g.views[""]; all != nil {
+		return all.check()
 	}
-	g.deferred = nil
+	return g.views[namespace].check()
 }
 
 // closeIfEmpty removes a line without pods.
@@ -231,13 +224,26 @@ func (g *gate) lift(ctx context.Context, id semaphoreID, p *watchedPod, taken ti
 	return nil
 }
 
+// release gives back a token or a place. Thousands of pods may end at once: few ask Redis
+// at a time.
+func (g *gate) release(ctx context.Context, id semaphoreID, token string) (status int, err error) {
+	free, err := g.releasing.take(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer free()
+	return g.semaphores.release(ctx, id, token)
+}
+
 // removeLabel removes our label from a pod that no longer needs the gate. Nothing waits for
 // that, so a refused removal is retried seldom.
 func (g *gate) removeLabel(ctx context.Context, p *watchedPod) (again time.Duration) {
 	var steps patch
 	steps.test(p.uid, "metadata", "uid")
 	steps.remove("metadata", "labels", labelGated)
-	err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps.json())
+	err := g.kubernetes.whenQuiet(ctx, func() error {
+		return g.kubernetes.patchPod(ctx, p.namespace, p.name, steps.json())
+	})
 	if errors.Is(err, errPodChanged) { // another gate has removed it, or the API server refuses
 		now, gone := g.kubernetes.getPod(ctx, p.namespace, p.name, p.uid)
 		if gone != nil || now.labels[labelGated] == "" {
@@ -254,26 +260,45 @@ func (g *gate) removeLabel(ctx context.Context, p *watchedPod) (again time.Durat
 	return labelRetry
 }
 
-// isReady reports whether all pods are listed.
-func (g *gate) isReady() bool {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return len(g.unlisted) == 0
+// checkViews returns whether the gate hears of the pods of any namespace. unheard tells of
+// each namespace of which it does not.
+func (g *gate) checkViews() (atWork bool, unheard error) {
+	var problems serverErrors
+	for _, namespace := range slices.Sorted(maps.Keys(g.views)) {
+		switch err := g.views[namespace].check(); {
+		case err == nil:
+			atWork = true
+		case namespace == "":
+			problems = append(problems, err)
+		default:
+			problems = append(problems, fmt.Errorf("%s: %w", namespace, err))
+		}
+	}
+	if problems == nil {
+		return atWork, nil
+	}
+	return atWork, problems
 }
 
+// healthRoutes reports the gate as ready while it hears of any namespace. Otherwise one
+// deleted namespace would block roll-outs, and drains of nodes, of a gate that works.
 func (g *gate) healthRoutes() http.Handler {
 	return newHealthRoutes(func(context.Context) (string, error) {
-		if !g.isReady() {
-			return "", errors.New("gated pods are not listed yet")
+		atWork, unheard := g.checkViews()
+		if unheard == nil {
+			return "", nil
 		}
-		return "", nil
+		if !atWork {
+			return "", unheard
+		}
+		return fmt.Sprintf("warning: not for all namespaces: %v", unheard), nil
 	}, g.semaphores.metrics.handler(g.log))
 }
 
 // pulse refreshes the key by which webhooks see that a gate is at work.
 func (g *gate) pulse(ctx context.Context) {
 	for ctx.Err() == nil {
-		if g.isReady() {
+		if atWork, _ := g.checkViews(); atWork {
 			_, err := runCommand(ctx, g.semaphores.queue, "HSET", pulseKey, "version", version)
 			if err == nil {
 				_, err = runCommand(ctx, g.semaphores.queue, "EXPIRE", pulseKey, seconds(pulseTime))
@@ -303,6 +328,15 @@ func newGateMetrics(g *gate) *gateMetrics {
 	}
 	r := g.semaphores.metrics.registry
 	r.MustRegister(m.waits, m.lifts)
+	for namespace, view := range g.views {
+		labels := prometheus.Labels{}
+		if namespace != "" {
+			labels["namespace"] = namespace
+		}
+		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "gate_heard_seconds_ago",
+			Help:        "Time since the API server confirmed what the gate knows of the pods of a namespace, or of all.",
+			ConstLabels: labels}, func() float64 { return view.silent().Seconds() }))
+	}
 	for state, name := range map[lineState]string{podWaits: "waiting", podBlocked: "blocked", podHolds: "starting"} {
 		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "gated_pods",
 			Help:        "Pods in the care of this process: waiting in line, blocked by other gates, or starting with a token.",

@@ -32,6 +32,7 @@ type gatedPod struct {
 	arrival   int64         // its place in line: Unix microseconds; 0 while it has none
 	state     lineState
 	gone      bool      // the watch has lost it: it was deleted, or has lost the label
+	released  bool      // it has ended, and its token or place is given back
 	placed    bool      // Redis has its place, and it has no token yet
 	announced bool      // an event has said where it stands
 	taken     time.Time // when it got its token, or later its gate was lifted; see isLate
@@ -67,6 +68,10 @@ func (p *gatedPod) lifted() time.Time {
 // hasEnded reports whether the pod has completed or failed: its sidecar does nothing any
 // more.
 func (p *gatedPod) hasEnded() bool { return p.phase == "Succeeded" || p.phase == "Failed" }
+
+// neverRuns reports whether the pod runs no container, now and later: nothing can lift the
+// gate of a pod that is being deleted.
+func (p *gatedPod) neverRuns() bool { return p.hasEnded() || p.deleted && p.isGated() }
 
 // hasStarted reports whether the pod's sidecar has confirmed the token, and keeps it from
 // now on.
@@ -169,7 +174,7 @@ func (l *gateLine) set(w *watchedPod, spec semaphoreSpec) {
 		p.taken = time.Unix(min(lifted.Unix(), time.Now().Unix()), 0) // a user may set a later time
 	}
 	switch {
-	case p.hasEnded() || p.deleted && p.isGated():
+	case p.neverRuns():
 		p.state, p.wake = podEnded, time.Time{}
 	case p.hasStarted():
 		p.state = podDone
@@ -186,11 +191,12 @@ func (l *gateLine) set(w *watchedPod, spec semaphoreSpec) {
 	l.wake()
 }
 
-func (l *gateLine) drop(uid string) {
+// drop stores the last state of a pod that the watch has lost.
+func (l *gateLine) drop(w *watchedPod) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if p, ok := l.pods[uid]; ok {
-		p.gone, p.wake = true, time.Time{}
+	if p, ok := l.pods[w.uid]; ok {
+		p.watchedPod, p.gone, p.wake = w, true, time.Time{}
 	}
 	l.wake()
 }
@@ -217,6 +223,10 @@ func (l *gateLine) run(ctx context.Context) {
 
 // reconcile does what is due, and returns the time until the next work.
 func (l *gateLine) reconcile(ctx context.Context) time.Duration {
+	if l.gate.checkView(l.id.namespace) != nil {
+		l.created, l.placesAt = 0, time.Time{} // it goes on like a gate that has just started
+		return placesEvery
+	}
 	pods := l.snapshot()
 	l.finish(ctx, pods)
 	pause, err := l.waitInLine(ctx, pods)
@@ -271,11 +281,13 @@ func (l *gateLine) change(seen *podSnapshot, do func() (again time.Duration)) {
 	})
 }
 
-// forget removes a pod from the line.
+// forget removes a pod from the line, unless the watch has reported it again.
 func (l *gateLine) forget(uid string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	delete(l.pods, uid)
+	if p, ok := l.pods[uid]; ok && p.gone {
+		delete(l.pods, uid)
+	}
 }
 
 // stateOf returns the current state of a pod.
@@ -361,12 +373,15 @@ func (l *gateLine) finish(ctx context.Context, pods []*podSnapshot) {
 	for _, p := range pods {
 		state, gone := l.stateOf(p)
 		switch {
-		case gone:
-			l.change(p, func() time.Duration { return l.resolveMissing(ctx, p.watchedPod) })
-		case state == podEnded:
+		case gone && (state == podDone || p.released):
+			l.forget(p.uid)
+		case gone && !p.neverRuns():
+			l.change(p, func() time.Duration { return l.resolveMissing(ctx, p) })
+		case state == podEnded && p.released && p.deleted: // the watch will report its end
+		case state == podEnded || gone:
 			l.change(p, func() time.Duration {
-				if again := l.giveBack(ctx, p.uid); again > 0 {
-					return again
+				if !p.released {
+					return l.giveBack(ctx, p)
 				}
 				return l.gate.removeLabel(ctx, p.watchedPod)
 			})
@@ -386,37 +401,48 @@ func (l *gateLine) finish(ctx context.Context, pods []*podSnapshot) {
 	}
 }
 
-// resolveMissing handles a pod that the watch has lost. If the pod was deleted or has
-// ended, its token or place is given back. If not, the pod has only lost the label: its
-// sidecar has the token.
-func (l *gateLine) resolveMissing(ctx context.Context, p *watchedPod) (again time.Duration) {
-	now, err := l.gate.kubernetes.getPod(ctx, p.namespace, p.name, p.uid)
+// resolveMissing handles a pod that the watch has lost and that may run. If the pod was
+// deleted or has ended, its token or place is given back. If not, the pod has only lost
+// the label: its sidecar has the token.
+func (l *gateLine) resolveMissing(ctx context.Context, p *podSnapshot) (again time.Duration) {
+	var now *watchedPod
+	err := l.gate.kubernetes.whenQuiet(ctx, func() (err error) {
+		now, err = l.gate.kubernetes.getPod(ctx, p.namespace, p.name, p.uid)
+		return err
+	})
 	switch {
 	case err == nil && now.labels[labelGated] != "": // the watch will report it again
 		return time.Second
 	case err == nil && !(&gatedPod{watchedPod: now}).hasEnded():
+		l.forget(p.uid)
+		return 0
 	case err == nil || errors.Is(err, errNoPod):
-		if again := l.giveBack(ctx, p.uid); again > 0 {
-			return again
-		}
-	default:
-		return time.Second
+		return l.giveBack(ctx, p)
 	}
-	l.forget(p.uid)
+	return time.Second
+}
+
+// giveBack gives back the token or place of a pod that has ended.
+func (l *gateLine) giveBack(ctx context.Context, p *podSnapshot) (again time.Duration) {
+	if again := l.release(ctx, p); again > 0 {
+		return again
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	p.live.released = true
 	return 0
 }
 
-// giveBack gives back the token or place of a pod.
-func (l *gateLine) giveBack(ctx context.Context, uid string) (again time.Duration) {
-	status, err := l.gate.semaphores.release(ctx, l.id, uid)
+func (l *gateLine) release(ctx context.Context, p *podSnapshot) (again time.Duration) {
+	status, err := l.gate.release(ctx, l.id, p.uid)
 	switch {
 	case err != nil:
-		l.log.Warn("token not given back, to be retried", "token", uid, "error", err.Error())
+		l.log.Warn("token not given back, to be retried", "token", p.uid, "error", err.Error())
 		return time.Second
 	case status == releaseDone:
-		l.log.Info("token given back", "token", uid)
+		l.log.Info("token given back", "token", p.uid)
 	case status == releaseLeft:
-		l.log.Info("left the line", "token", uid)
+		l.log.Info("left the line", "token", p.uid)
 	}
 	return 0
 }
@@ -469,7 +495,7 @@ func (l *gateLine) isUnchanged(ctx context.Context, p *podSnapshot) (same bool, 
 		return false, time.Second
 	}
 	if err != nil || now.labels[labelGated] == "" {
-		l.drop(p.uid)
+		l.drop(p.watchedPod)
 	}
 	return false, watchPatience
 }
@@ -481,7 +507,7 @@ func (l *gateLine) standAgain(ctx context.Context, p *podSnapshot) (again time.D
 	if same, again := l.isUnchanged(ctx, p); !same {
 		return again
 	}
-	if again := l.giveBack(ctx, p.uid); again > 0 {
+	if again := l.release(ctx, p); again > 0 {
 		return again
 	}
 	why := cmp.Or(p.refusal, errTryAgain).Error()

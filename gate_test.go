@@ -5,9 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -63,8 +67,8 @@ func TestGate(t *testing.T) {
 	rig.Eventually(t, 10*time.Second, func() error {
 		gate.mu.Lock()
 		defer gate.mu.Unlock()
-		if len(gate.lines)+len(gate.ids) > 0 {
-			return fmt.Errorf("%d lines and %d pods are left", len(gate.lines), len(gate.ids))
+		if len(gate.lines) > 0 {
+			return fmt.Errorf("%d lines are left", len(gate.lines))
 		}
 		return nil
 	})
@@ -182,7 +186,7 @@ func TestGateOtherGates(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 1)
 	create := func(name string, ago time.Duration, do func(*corev1.Pod) string) (token string) {
-		p := rig.GatedPod(name)
+		p := g.admitted(name)
 		p.CreationTimestamp.Time = time.Now().Add(-ago).Truncate(time.Second)
 		return do(p)
 	}
@@ -240,10 +244,10 @@ func TestGateUnschedulable(t *testing.T) {
 			g.change("late", rig.MarkScheduled)
 		},
 		"the label has a time in the future": func(g *gateTest) {
-			p := rig.GatedPod("late")
-			p.Spec.SchedulingGates = p.Spec.SchedulingGates[1:1]
+			p := g.admitted("late")
+			p.Spec.SchedulingGates = nil
 			p.Labels[labelGated] = strconv.FormatInt(time.Now().Add(time.Hour).Unix(), 10)
-			g.createBlocked(p)
+			g.createAs(p)
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -299,7 +303,7 @@ func TestGateRefused(t *testing.T) {
 			t.Parallel()
 			g := newGateTest(t, 1)
 			create := func(name string, ago time.Duration) (token string) {
-				p := rig.GatedPod(name)
+				p := g.admitted(name)
 				p.CreationTimestamp.Time = time.Now().Add(-ago).Truncate(time.Second)
 				return g.createAs(p)
 			}
@@ -391,6 +395,374 @@ func TestGateThroughOutages(t *testing.T) {
 	g.api.DeletePod(t, g.id.namespace, "a")
 	g.wantLifted([]string{"b"})
 	g.wantHolders(b)
+}
+
+// hang lets a request wait until its client gives up.
+func hang(_ http.ResponseWriter, r *http.Request) bool {
+	<-r.Context().Done()
+	return true
+}
+
+// readyz returns the answer of a gate to its readiness probe.
+func readyz(g *gate) (code int, text string) {
+	w := httptest.NewRecorder()
+	g.healthRoutes().ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/readyz", nil))
+	return w.Code, w.Body.String()
+}
+
+// age returns the seconds since the time that Redis notes for a token in a key.
+func (g *gateTest) age(key, token string) (int, error) {
+	at, err := redis.Int(g.redis.Control.Do("ZSCORE", key, token))
+	return int(g.redis.Now(g.T)) - at, err
+}
+
+// A gate that hears nothing from the API server keeps no place and no token, is not ready,
+// and does not say that it is at work. It goes on when it has listed the pods again.
+func TestGateCutOff(t *testing.T) {
+	t.Parallel()
+	for name, cut := range map[string]func(*rig.APIServer){
+		"refused": func(s *rig.APIServer) {
+			s.Fail(func(w http.ResponseWriter, _ *http.Request) bool {
+				http.Error(w, "a proxy without a server", http.StatusBadGateway)
+				return true
+			})
+			s.DropWatches()
+		},
+		"silent": func(s *rig.APIServer) { s.Fail(hang); s.SilenceWatches() },
+		"only watches": func(s *rig.APIServer) {
+			s.Fail(func(w http.ResponseWriter, r *http.Request) bool {
+				return !strings.Contains(r.URL.Path, "/pods/") && hang(w, r)
+			})
+			s.SilenceWatches()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			g := newGateTest(t, 1)
+			g.silence = 3 * time.Second
+			gate, log, _ := g.start(func(c *gateConfig) { c.heartbeatInterval, c.staleThreshold = time.Second, time.Minute })
+			a := g.create("a")
+			g.wantLifted([]string{"a"})
+			b := g.create("b")
+			g.redis.WantLine(t, g.id, b)
+			if code, text := readyz(gate); code != http.StatusOK {
+				t.Fatalf("the gate is not ready: %d %s", code, text)
+			}
+			cut(g.api)
+			rig.Eventually(t, 30*time.Second, func() error {
+				if code, text := readyz(gate); code == http.StatusOK {
+					return fmt.Errorf("the gate is ready: %s", text)
+				}
+				return nil
+			})
+			g.redis.Do(t, "DEL", pulseKey)
+			rig.Eventually(t, time.Minute, func() error {
+				token, err := g.age(g.id.inflightKey(), a)
+				place, wrong := g.age(g.id.seenKey(), b)
+				if err := errors.Join(err, wrong); err != nil {
+					return err
+				}
+				if token < 9 || place < 9 {
+					return fmt.Errorf("the gate has kept the token %d s and the place %d s ago", token, place)
+				}
+				return nil
+			})
+			if n, err := redis.Int(g.redis.Control.Do("EXISTS", pulseKey)); err != nil || n != 0 {
+				t.Errorf("the gate says that it is at work: %d, %v", n, err)
+			}
+			g.api.DeletePod(t, g.id.namespace, "b")
+			c := g.create("c")
+			g.api.Fail(nil)
+			g.redis.WantLine(t, g.id, c)
+			g.wantHolders(a)
+			rig.Eventually(t, 30*time.Second, func() error {
+				code, text := readyz(gate)
+				if age, err := g.age(g.id.inflightKey(), a); err != nil || age > 4 || code != http.StatusOK {
+					return fmt.Errorf("the token is %d s old, %v; readiness: %d %s", age, err, code, text)
+				}
+				return nil
+			})
+			if n := len(log.Lines(t, "pods listed")); n < 2 {
+				t.Errorf("the gate has listed the pods %d times, want 2 at least", n)
+			}
+		})
+	}
+}
+
+// One namespace that the gate cannot list or hear stops no other.
+func TestGateOneBadNamespace(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	g.silence = 3 * time.Second
+	bad := *g
+	bad.id.namespace = g.api.NewNamespace(t)
+	refuse := func(w http.ResponseWriter, r *http.Request) bool {
+		if !strings.Contains(r.URL.Path, bad.id.namespace) {
+			return false
+		}
+		rig.Respond(w, 0, nil, rig.Failure(http.StatusForbidden, "Forbidden", "pods is forbidden on purpose"))
+		return true
+	}
+	g.api.Fail(refuse)
+	bad.create("x")
+	g.create("a")
+	gate, log, _ := g.start(func(c *gateConfig) {
+		c.kubernetes.namespaces = []string{g.id.namespace, bad.id.namespace}
+	})
+	wantState := func(heard bool) {
+		t.Helper()
+		rig.Eventually(t, 30*time.Second, func() error {
+			code, text := readyz(gate)
+			w := httptest.NewRecorder()
+			gate.healthRoutes().ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+			fresh := regexp.MustCompile(`gate_heard_seconds_ago\{namespace="` + bad.id.namespace + `"\} (\S+)`)
+			age := -1.0
+			if m := fresh.FindStringSubmatch(w.Body.String()); m != nil {
+				age, _ = strconv.ParseFloat(m[1], 64)
+			}
+			if code != http.StatusOK || strings.Contains(text, bad.id.namespace+": ") == heard ||
+				!heard && !strings.Contains(text, "forbidden on purpose") || age < 0 || heard != (age < 4.5) {
+				return fmt.Errorf("readiness: %d %s; heard %v s ago", code, text, age)
+			}
+			return nil
+		})
+	}
+	g.wantLifted([]string{"a"})
+	bad.wantLifted(nil, "x")
+	wantState(false)
+	lines := log.Lines(t, "watch of pods ended, tries again")
+	if len(lines) != 1 || lines[0]["namespace"] != bad.id.namespace {
+		t.Errorf("got the warnings %v, want one, of %s", lines, bad.id.namespace)
+	}
+	g.api.Fail(nil)
+	bad.wantLifted([]string{"x"})
+	wantState(true)
+
+	// The namespace is lost while the gate works.
+	g.api.Fail(refuse)
+	g.api.DropWatches()
+	wantState(false)
+	bad.create("y")
+	g.run("a")
+	giveBack(t, g.owner, g.id, string(g.pod("a").UID))
+	g.create("b")
+	g.wantLifted([]string{"b"})
+	bad.wantLifted(nil, "y")
+}
+
+// However many gated pods are deleted, or lose the label, at once, a lift does not wait for
+// what the gate asks about them. It asks nothing about those that were deleted.
+func TestGateManyLeave(t *testing.T) {
+	t.Parallel()
+	const many = 100
+	for name, leave := range map[string]func(*gateTest, string){
+		"deleted":  func(g *gateTest, pod string) { g.api.DeletePod(g.T, g.id.namespace, pod) },
+		"no label": func(g *gateTest, pod string) { g.change(pod, func(p *corev1.Pod) { delete(p.Labels, labelGated) }) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			g := newGateTest(t, 1)
+			other := *g
+			other.id.key = "other"
+			acquire(t, g.owner, g.id, 1)
+			holder := acquire(t, g.owner, other.id, 1)
+			gate, _, _ := g.start()
+			for i := range many {
+				g.create(fmt.Sprintf("many-%d", i))
+			}
+			next := other.create("next")
+			other.redis.WantLine(t, other.id, next)
+			rig.Eventually(t, 30*time.Second, func() error {
+				if line, err := g.redis.Line(g.id); err != nil || len(line) != many {
+					return fmt.Errorf("%d in line, %v", len(line), err)
+				}
+				return nil
+			})
+			var asked atomic.Int32
+			answer := make(chan struct{})
+			release := sync.OnceFunc(func() { close(answer) })
+			t.Cleanup(release)
+			g.api.Fail(func(_ http.ResponseWriter, r *http.Request) bool {
+				if strings.Contains(r.URL.Path, "/pods/many-") {
+					asked.Add(1)
+					<-answer
+				}
+				return false
+			})
+			for i := range many {
+				leave(g, fmt.Sprintf("many-%d", i))
+			}
+			g.redis.WantLine(t, g.id)
+			giveBack(t, g.owner, other.id, holder)
+			start := time.Now()
+			other.wantLifted([]string{"next"})
+			rig.WantWithin(t, time.Since(start), time.Second/2, "lifting a gate while many pods leave")
+			release()
+			rig.Eventually(t, 30*time.Second, func() error {
+				gate.mu.Lock()
+				defer gate.mu.Unlock()
+				if gate.lines[g.id] != nil {
+					return errors.New("the line is still there")
+				}
+				return nil
+			})
+			if n := asked.Load(); name == "deleted" && n != 0 || name != "deleted" && n != many {
+				t.Errorf("the gate has asked %d times about %d pods", n, many)
+			}
+		})
+	}
+}
+
+// The key is that of the pod's sidecar, which nobody can change, whatever the annotations
+// say now.
+func TestGateReadsSidecar(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	acquire(t, g.owner, g.id, 1)
+	other := *g
+	other.id.key = "other"
+	g.start()
+	token := g.create("a")
+	g.redis.WantLine(t, g.id, token)
+	g.change("a", func(p *corev1.Pod) {
+		delete(p.Labels, labelGated)
+		p.Annotations[annotationKey], p.Annotations[annotationLength] = "other", "7"
+	})
+	g.redis.WantLine(t, g.id)
+	g.change("a", func(p *corev1.Pod) { p.Labels[labelGated] = "true" })
+	g.redis.WantLine(t, g.id, token)
+	g.wantLifted(nil, "a")
+	other.wantHolders()
+}
+
+// A gated pod with a sidecar that waits for another token, or for none, stays gated, and
+// gets an event.
+func TestGateWrongSidecar(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	gate, _, _ := g.start()
+	for name, change := range map[string]func(*corev1.Pod){
+		"none":      func(p *corev1.Pod) { p.Spec.InitContainers = p.Spec.InitContainers[1:] },
+		"arguments": func(p *corev1.Pod) { p.Spec.InitContainers[0].Args = nil },
+		"mode":      func(p *corev1.Pod) { p.Spec.InitContainers[0].Args[0] = "webhook" },
+		"length":    func(p *corev1.Pod) { p.Spec.InitContainers[0].Args[2] = "--length=0" },
+		"no-length": func(p *corev1.Pod) { p.Spec.InitContainers[0].Args[2] = "--lock-mode=redlock" },
+		"namespace": func(p *corev1.Pod) { p.Spec.InitContainers[0].Args[4] = "elsewhere/web" },
+		"key":       func(p *corev1.Pod) { p.Spec.InitContainers[0].Args[4] = g.id.namespace + "/-" },
+		"token":     func(p *corev1.Pod) { p.Spec.InitContainers[0].Args[5] = "1d3e5f70-0000-4000-8000-000000000000" },
+	} {
+		p := rig.AdmittedPod(name, rig.ID{Namespace: g.id.namespace, Key: "web"}, 1, 10)
+		change(p)
+		g.createAs(p)
+		rig.Eventually(t, 20*time.Second, func() error {
+			for _, e := range g.api.Store.EventsOf(g.id.namespace) {
+				if e.Reason == reasonInvalid && e.Regarding.Name == name {
+					t.Log(e.Note)
+					return nil
+				}
+			}
+			return fmt.Errorf("pod %s has no event %s", name, reasonInvalid)
+		})
+		g.wantLifted(nil, name)
+	}
+	gate.mu.Lock()
+	defer gate.mu.Unlock()
+	if len(gate.lines) > 0 {
+		t.Errorf("the gate has %d lines", len(gate.lines))
+	}
+}
+
+// While the API server does not let the gate remove the label of a pod that runs, the gate
+// leaves the pod's token alone, and serves the others.
+func TestGateLabelStays(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	_, log, _ := g.start()
+	a := g.create("a")
+	g.wantLifted([]string{"a"})
+	g.api.Fail(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method != http.MethodPatch || !strings.HasSuffix(r.URL.Path, "/a") {
+			return false
+		}
+		rig.Respond(w, 0, nil, rig.Failure(http.StatusServiceUnavailable, "ServiceUnavailable", "on purpose"))
+		return true
+	})
+	g.change("a", rig.MarkRunning)
+	rig.Eventually(t, 20*time.Second, func() error {
+		if n := len(log.Lines(t, "label not removed, to be retried")); n < 2 {
+			return fmt.Errorf("%d attempts to remove the label, want 2", n)
+		}
+		return nil
+	})
+	g.wantHolders(a)
+	giveBack(t, g.owner, g.id, a)
+	b := g.create("b")
+	g.wantLifted([]string{"b"})
+	g.wantHolders(b)
+	if g.pod("a").Labels[labelGated] == "" {
+		t.Error("the label is gone")
+	}
+	g.api.Fail(nil)
+	rig.Eventually(t, 20*time.Second, func() error {
+		if label, ok := g.pod("a").Labels[labelGated]; ok {
+			return fmt.Errorf("the label is still %q", label)
+		}
+		return nil
+	})
+	g.wantHolders(b)
+}
+
+// A pod that gets its label back while the gate asks why it lost it stays in line.
+func TestGateLabelComesBack(t *testing.T) {
+	t.Parallel()
+	for name, late := range map[string]bool{"before the answer": false, "after the answer": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			g := newGateTest(t, 1)
+			holder := acquire(t, g.owner, g.id, 1)
+			gate, _, _ := g.start()
+			a := g.create("a")
+			g.redis.WantLine(t, g.id, a)
+			var once sync.Once
+			g.api.Fail(func(w http.ResponseWriter, r *http.Request) (answered bool) {
+				if r.Method != http.MethodGet || !strings.HasSuffix(r.URL.Path, "/a") {
+					return false
+				}
+				once.Do(func() {
+					unlabelled := g.pod("a")
+					if !late {
+						w = httptest.NewRecorder() // g.api answers with what is there then
+					}
+					g.change("a", func(p *corev1.Pod) { p.Labels[labelGated] = "true" })
+					rig.Eventually(t, 10*time.Second, func() error {
+						gate.mu.Lock()
+						defer gate.mu.Unlock()
+						l := gate.lines[g.id]
+						l.mu.Lock()
+						defer l.mu.Unlock()
+						if late && l.pods[a].gone {
+							return errors.New("the gate has not seen the label")
+						}
+						return nil
+					})
+					answered = late
+					rig.Respond(w, http.StatusOK, unlabelled, nil)
+				})
+				return answered
+			})
+			g.change("a", func(p *corev1.Pod) { delete(p.Labels, labelGated) })
+			rig.Eventually(t, 20*time.Second, func() error {
+				if g.pod("a").Labels[labelGated] == "" {
+					return errors.New("the label is not back")
+				}
+				return nil
+			})
+			g.redis.WantLine(t, g.id, a)
+			giveBack(t, g.owner, g.id, holder)
+			g.wantLifted([]string{"a"})
+			g.wantHolders(a)
+		})
+	}
 }
 
 // A gate of some namespaces starts when it has listed the pods of them all. It lifts no

@@ -12,7 +12,6 @@ import (
 	"net/http/httptest"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -187,6 +186,8 @@ type gateTest struct {
 	owner  *semaphores   // in the place of sidecars
 	id     semaphoreID
 	length int
+
+	silence time.Duration // see watchBounds; zero for that of production
 }
 
 func newGateTest(t *testing.T, length int) *gateTest {
@@ -199,7 +200,7 @@ func newGateTest(t *testing.T, length int) *gateTest {
 func newGateTestOn(t *testing.T, r *rig.Redis, c webhookConfig, length int) *gateTest {
 	t.Helper()
 	s := rig.StartAPIServer(t)
-	return &gateTest{t, r, s, c, semaphoresOf(t, c), semaphoreID{s.NewNamespace(t), "web"}, length}
+	return &gateTest{t, r, s, c, semaphoresOf(t, c), semaphoreID{s.NewNamespace(t), "web"}, length, 0}
 }
 
 // start starts a gate. It ends with the test, or by stop.
@@ -212,6 +213,9 @@ func (g *gateTest) start(change ...func(*gateConfig)) (started *gate, log *rig.L
 	log = new(rig.Log)
 	started, err := newGate(c, slog.New(slog.NewJSONHandler(log, nil)))
 	rig.Must(g.T, err)
+	if g.silence > 0 {
+		started.kubernetes.bounds.silence = g.silence
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
@@ -235,21 +239,24 @@ func (g *gateTest) start(change ...func(*gateConfig)) (started *gate, log *rig.L
 // create creates a pod as the webhook patches it, and returns its token.
 func (g *gateTest) create(name string) (token string) {
 	g.Helper()
-	return g.createAs(rig.GatedPod(name))
+	return g.createAs(g.admitted(name))
 }
 
 // createAs is create for an existing pod object.
 func (g *gateTest) createAs(p *corev1.Pod) (token string) {
 	g.Helper()
-	p.Spec.SchedulingGates = p.Spec.SchedulingGates[1:]
-	return g.createBlocked(p)
+	return string(g.api.CreatePod(g.T, g.id.namespace, p).UID)
 }
 
-// createBlocked is createAs, and the pod keeps its other scheduling gates.
+// admitted returns a pod as the webhook patches it.
+func (g *gateTest) admitted(name string) *corev1.Pod {
+	return rig.AdmittedPod(name, rig.ID{Namespace: g.id.namespace, Key: g.id.key}, g.length, 10)
+}
+
+// createBlocked is createAs, and the pod has another scheduling gate, too.
 func (g *gateTest) createBlocked(p *corev1.Pod) (token string) {
 	g.Helper()
-	p.Annotations = map[string]string{annotationEnabled: "true", annotationKey: g.id.key,
-		annotationLength: strconv.Itoa(g.length), annotationExpiration: "10"}
+	p.Spec.SchedulingGates = append([]corev1.PodSchedulingGate{{Name: "example.org/other"}}, p.Spec.SchedulingGates...)
 	return string(g.api.CreatePod(g.T, g.id.namespace, p).UID)
 }
 

@@ -35,6 +35,9 @@ const (
 	callsInFlight  = 8
 	callsPerSecond = 100
 
+	// laterInFlight caps the calls that can wait: so few are ahead of any other.
+	laterInFlight = 2
+
 	// A connection that is silent for pingAfter gets a ping. It is closed if no answer
 	// arrives within pingTimeout.
 	pingAfter   = 5 * time.Second
@@ -69,6 +72,7 @@ type kubernetes struct {
 	token   *watchedFile[string]
 	ca      *watchedFile[*x509.CertPool] // nil for the system's certificates
 	slots   slots                        // for calls in flight
+	later   slots                        // for those of them that can wait: see whenQuiet
 	pace    *pacer
 	events  *eventQueue
 	bounds  watchBounds
@@ -79,7 +83,7 @@ type kubernetes struct {
 // its method run in the background.
 func newKubernetes(c kubernetesSettings, log *slog.Logger) (*kubernetes, error) {
 	k := &kubernetes{address: strings.TrimPrefix(c.address, "https://"), slots: make(slots, callsInFlight),
-		pace: newPacer(callsPerSecond, callsPerSecond/2), events: newEventQueue(), bounds: newWatchBounds(), log: log}
+		later: make(slots, laterInFlight), pace: newPacer(callsPerSecond, callsPerSecond/2), events: newEventQueue(), bounds: newWatchBounds(), log: log}
 	var err error
 	if k.token, err = newWatchedFile(log, parseToken, func(string) {}, c.tokenFile); err != nil {
 		return nil, fmt.Errorf("--kubernetes-token-file: %w", err)
@@ -146,6 +150,17 @@ func (k *kubernetes) getPod(ctx context.Context, namespace, name, uid string) (p
 		return nil, fmt.Errorf("%s/%s has the UID %s, not %s: %w", namespace, name, p.uid, uid, errNoPod)
 	}
 	return p, err
+}
+
+// whenQuiet runs a call that can wait, with few others. However many there are, they
+// hardly delay the calls that lift gates.
+func (k *kubernetes) whenQuiet(ctx context.Context, call func() error) error {
+	free, err := k.later.take(ctx)
+	if err != nil {
+		return err
+	}
+	defer free()
+	return call()
 }
 
 // patchPod changes a pod by a JSON patch. The patch should test all that it relies on,
@@ -390,7 +405,7 @@ func (e *podEvent) object(now time.Time) map[string]any {
 		"apiVersion": "events.k8s.io/v1",
 		"kind":       "Event",
 		"metadata": map[string]string{"namespace": e.pod.namespace,
-			"name": fmt.Sprintf("%s.%016x", truncate(e.pod.name, 200), id.Sum64())},
+			"name": fmt.Sprintf("%s.%016x", strings.TrimRight(truncate(e.pod.name, 200), ".-"), id.Sum64())},
 		"regarding": map[string]string{"apiVersion": "v1", "kind": "Pod", "namespace": e.pod.namespace,
 			"name": e.pod.name, "uid": e.pod.uid, "resourceVersion": e.pod.version},
 		"eventTime":           now.UTC().Format("2006-01-02T15:04:05.000000Z"),

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 	"unique"
 )
@@ -25,10 +27,14 @@ type watchedPod struct {
 	deleted              bool              // it has a deletionTimestamp
 	labels, annotations  map[string]string // only those with annotationPrefix
 	gates                []string
+	sidecarArgs          string // of the sidecar's container, which nobody can change; joined by argsSeparator
 	phase                string
 	unscheduledReason    string          // reason of the condition PodScheduled, such as Unschedulable
 	initContainers       []initContainer // sidecar and await
 }
+
+// argsSeparator is in no argument: it ends a text in the kernel.
+const argsSeparator = "\x00"
 
 // initContainer is the state of the sidecar, or of await.
 type initContainer struct {
@@ -50,6 +56,10 @@ type podObject struct {
 	} `json:"metadata"`
 	Spec struct {
 		SchedulingGates []named `json:"schedulingGates"`
+		InitContainers  []struct {
+			Name string   `json:"name"`
+			Args []string `json:"args"`
+		} `json:"initContainers"`
 	} `json:"spec"`
 	Status struct {
 		Phase      string `json:"phase"`
@@ -83,6 +93,11 @@ func (o *podObject) watched() *watchedPod {
 	}
 	for _, g := range o.Spec.SchedulingGates {
 		p.gates = append(p.gates, interned(g.Name))
+	}
+	for _, c := range o.Spec.InitContainers {
+		if c.Name == sidecarName {
+			p.sidecarArgs = interned(strings.Join(c.Args, argsSeparator))
+		}
 	}
 	for _, c := range o.Status.Conditions {
 		if c.Type == "PodScheduled" {
@@ -177,21 +192,26 @@ func readItems(d *json.Decoder, each func(*watchedPod)) error {
 type watchBounds struct {
 	page        int           // pods in a page of a list
 	length      time.Duration // the API server ends a watch after this time, or up to half of it later
-	silence     time.Duration // the client ends a watch after this time without an event or a bookmark
+	silence     time.Duration // without an event, a bookmark or a list for this time, the client lists again
 	first, most time.Duration // waits before a retry
 }
 
-// newWatchBounds returns the limits for production. The API server sends a bookmark at
-// least every 75 seconds.
+// newWatchBounds returns the limits for production. The API server sends a bookmark once
+// a minute, and two seconds before the end of a watch. So a short watch makes it tell
+// soon that the client has missed nothing.
 func newWatchBounds() watchBounds {
 	return watchBounds{
 		page:    500,
-		length:  4 * time.Minute,
-		silence: 100 * time.Second,
+		length:  10 * time.Second,
+		silence: 20 * time.Second,
 		first:   200 * time.Millisecond,
-		most:    30 * time.Second,
+		most:    10 * time.Second,
 	}
 }
+
+// old is the age at which a view of pods is too old to act on. It leaves some time to the
+// list that follows a silence.
+func (b watchBounds) old() time.Duration { return b.silence * 3 / 2 }
 
 // errWatchSilent ends a watch that sends nothing.
 var errWatchSilent = fmt.Errorf("%w: the watch sent nothing for too long", errTryAgain)
@@ -202,8 +222,9 @@ type podHandler interface {
 	// setPod receives a new or changed pod. The handler may keep it, and must not change
 	// it.
 	setPod(*watchedPod)
-	// dropPod receives the last state of a pod that was deleted or has lost its label;
-	// getPod tells which. setPod may already have received a new pod of the same name.
+	// dropPod receives the last state of a pod that was deleted or has lost its label. It
+	// was deleted if it has a deletionTimestamp and our gate; else getPod tells. setPod may
+	// already have received a new pod of the same name.
 	dropPod(*watchedPod)
 	// synced runs after each list: the handler has received all pods of the namespace; ""
 	// is all namespaces.
@@ -223,24 +244,69 @@ type podWatch struct {
 	waited    time.Duration // the last wait in pause
 	limit     logLimiter    // of lines about failures
 	log       *slog.Logger
+
+	mu     sync.Mutex
+	heard  time.Time // when the handler had all that the API server knew; at first, the start
+	listed bool
+	failed error // why the last list or watch ended
 }
 
-// watchPods passes all pods of a namespace that a label selector matches to the handler,
-// until ctx is done. The namespace "" stands for all.
-func (k *kubernetes) watchPods(ctx context.Context, selector, namespace string, handler podHandler) {
-	w := &podWatch{
+// newPodWatch returns a watch of all pods of a namespace that a label selector matches.
+// The namespace "" stands for all.
+func (k *kubernetes) newPodWatch(selector, namespace string, handler podHandler) *podWatch {
+	return &podWatch{
 		k: k, namespace: namespace, selector: selector, handler: handler, known: map[string]*watchedPod{},
-		retry: newBackoff(k.bounds.first, k.bounds.most), log: k.log.With("namespace", namespace),
+		retry: newBackoff(k.bounds.first, k.bounds.most), log: k.log.With("namespace", namespace), heard: time.Now(),
 	}
+}
+
+// run lists and watches until ctx is done.
+func (w *podWatch) run(ctx context.Context) {
 	for {
 		err := w.list(ctx)
 		if err == nil {
 			err = w.follow(ctx)
 		}
-		if w.pause(ctx, err) != nil {
+		if errors.Is(err, errWatchSilent) {
+			w.note(ctx, err) // the silence was a pause
+		} else if w.pause(ctx, err) != nil {
 			return
 		}
 	}
+}
+
+// hear notes that the handler has all that the API server knew just now. After a silence,
+// only a list is sure to: hear returns errWatchSilent for an event or a bookmark then.
+func (w *podWatch) hear(list bool) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !list && time.Since(w.heard) >= w.k.bounds.silence {
+		return errWatchSilent
+	}
+	w.heard, w.failed, w.listed = time.Now(), nil, w.listed || list
+	return nil
+}
+
+// silent returns the time since the API server was last heard, or since the start.
+func (w *podWatch) silent() time.Duration {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return time.Since(w.heard)
+}
+
+// check returns why the handler must not act on its pods: they may have changed long ago.
+func (w *podWatch) check() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch silent := time.Since(w.heard); {
+	case !w.listed && w.failed == nil:
+		return errors.New("pods are not listed yet")
+	case !w.listed:
+		return fmt.Errorf("pods are not listed yet: %w", w.failed)
+	case silent >= w.k.bounds.old():
+		return fmt.Errorf("nothing heard for %s: %w", roughly(silent), cmp.Or(w.failed, errWatchSilent))
+	}
+	return nil
 }
 
 // list passes all pods to the handler, page by page. Then it drops the known pods that
@@ -272,6 +338,7 @@ func (w *podWatch) list(ctx context.Context) error {
 			w.drop(p)
 		}
 	}
+	_ = w.hear(true)
 	w.log.Info("pods listed", "pods", len(w.known), "milliseconds", time.Since(start).Milliseconds())
 	w.handler.synced(w.namespace)
 	return nil
@@ -290,30 +357,49 @@ func (w *podWatch) drop(p *watchedPod) {
 	w.handler.dropPod(p)
 }
 
-// follow watches, and resumes where a watch ended. It returns errExpired when the API
-// server no longer has the changes since then, or ctx's error.
+// follow watches, and resumes where a watch ended. It returns an error if only a list can
+// tell what has changed: errExpired when the API server no longer has the changes,
+// errWatchSilent, or ctx's error.
 func (w *podWatch) follow(ctx context.Context) error {
 	for {
 		start := time.Now()
 		err := w.watch(ctx)
-		if time.Since(start) > max(time.Second, w.waited) { // unless it ended as soon as it began
+		lasted := time.Since(start) > max(time.Second, w.waited)
+		if lasted {
 			w.retry = newBackoff(w.k.bounds.first, w.k.bounds.most)
 		}
-		if errors.Is(err, errExpired) {
+		if errors.Is(err, errExpired) || errors.Is(err, errWatchSilent) {
 			return err
+		}
+		if err == nil && lasted {
+			continue
 		}
 		if err := w.pause(ctx, err); err != nil {
 			return err
 		}
+		if w.silent() >= w.k.bounds.silence {
+			return errWatchSilent
+		}
+	}
+}
+
+// note keeps the reason why a list or a watch ended, and logs it.
+func (w *podWatch) note(ctx context.Context, failed error) {
+	w.mu.Lock()
+	w.failed = failed
+	w.mu.Unlock()
+	if failed == nil || ctx.Err() != nil {
+		return
+	}
+	if _, ok := w.limit.allow(); ok {
+		w.log.Warn("watch of pods ended, tries again", "silentSeconds", seconds(w.silent()), "error", failed.Error())
 	}
 }
 
 // pause waits before the next attempt, after success and failure alike. It returns the
 // cause if ctx is done.
 func (w *podWatch) pause(ctx context.Context, failed error) error {
-	if _, ok := w.limit.allow(); ok && ctx.Err() == nil && failed != nil {
-		w.log.Warn("watch of pods ended, tries again", "error", failed.Error())
-	}
+	w.note(ctx, failed)
 	w.waited = w.retry.next()
 	if after := retryAfter(failed); after > 0 {
 		w.waited += after
@@ -326,7 +412,7 @@ func (w *podWatch) pause(ctx context.Context, failed error) error {
 func (w *podWatch) watch(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	silence := time.AfterFunc(w.k.bounds.silence, func() { cancel(errWatchSilent) })
+	silence := time.AfterFunc(w.k.bounds.silence-w.silent(), func() { cancel(errWatchSilent) })
 	defer silence.Stop()
 	length := w.k.bounds.length + rand.N(w.k.bounds.length/2+1) // so that not all watches end at once
 	query := url.Values{"labelSelector": {w.selector}, "watch": {"true"}, "allowWatchBookmarks": {"true"},
@@ -343,7 +429,11 @@ func (w *podWatch) watch(ctx context.Context) error {
 		} else if err != nil {
 			return w.ended(ctx, fmt.Errorf("API server %s: %w: %w", w.k.address, errTryAgain, err))
 		}
-		if err := w.handle(e); err != nil {
+		err := w.handle(e)
+		if err == nil {
+			err = w.hear(false)
+		}
+		if err != nil {
 			return w.ended(ctx, err)
 		}
 		silence.Reset(w.k.bounds.silence)

@@ -312,6 +312,17 @@ func TestKubernetesEvents(t *testing.T) {
 		t.Errorf("got %+v", e)
 	}
 
+	// A name that is too long for an event is cut, also after a dot.
+	long := line
+	long.pod = &watchedPod{namespace: n, name: strings.Repeat("a", 199) + ".b." + strings.Repeat("c", 40)}
+	k.createEvent(long)
+	rig.Eventually(t, 20*time.Second, func() error {
+		if got := len(events()); got != 3 {
+			return fmt.Errorf("the server has %d events, want 3: %s", got, log)
+		}
+		return nil
+	})
+
 	// A thousand events are sent over time, and do not delay other requests. Events
 	// beyond the limit are left out.
 	sent := s.Count(func(r string) bool { return strings.HasPrefix(r, "POST ") })

@@ -2,6 +2,8 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
+	"fmt"
 	"maps"
 	"path"
 	"slices"
@@ -233,14 +235,45 @@ func sidecarContainer(c webhookConfig, resources corev1.ResourceRequirements, id
 	return sidecar, volumes
 }
 
+const (
+	lengthPrefix     = "--length="
+	expirationPrefix = "--expiration-seconds="
+)
+
+// gatedToken reads from the arguments of a gated pod's sidecar which token the pod
+// waits for. It leaves out all flags but those of tokenConfig: the others name files that
+// only the pod has.
+func gatedToken(args []string, namespace, uid string) (c tokenConfig, err error) {
+	if len(args) == 0 || args[0] != "sidecar" {
+		return c, errors.New("the pod has no sidecar of the webhook")
+	}
+	own := slices.DeleteFunc(slices.Clone(args[1:]), func(arg string) bool {
+		return strings.HasPrefix(arg, "-") && !strings.HasPrefix(arg, lengthPrefix) && !strings.HasPrefix(arg, expirationPrefix)
+	})
+	for i := range own {
+		own[i] = strings.ReplaceAll(own[i], podUIDReference, uid) // as the kubelet does
+	}
+	err = parseFlags(&c, "sidecar", "", own, func(string) string { return "" })
+	switch {
+	case err != nil:
+	case c.semaphore.namespace != namespace:
+		err = fmt.Errorf("%s is a semaphore of another namespace", c.semaphore)
+	case c.token != uid:
+		err = fmt.Errorf("the token %s is not the UID of the pod", c.token)
+	case c.length == 0:
+		err = errors.New("--length: is needed: the sidecar waits for no token")
+	}
+	return c, err
+}
+
 // addNative makes it a native sidecar that acquires its token, in line if needed. It
 // returns the volumes for that.
 func addNative(sidecar *corev1.Container, c webhookConfig, spec semaphoreSpec) (volumes []corev1.Volume) {
 	sidecar.RestartPolicy = new(corev1.ContainerRestartPolicyAlways)
 	sidecar.Env = append(sidecar.Env, podUIDVariable)
 	sidecar.Args = append(sidecar.Args,
-		"--length="+strconv.Itoa(spec.length),
-		"--expiration-seconds="+strconv.Itoa(seconds(spec.expiration)),
+		lengthPrefix+strconv.Itoa(spec.length),
+		expirationPrefix+strconv.Itoa(seconds(spec.expiration)),
 		"--lock-mode="+c.lockMode)
 	if c.lockMode != lockModeEtcd {
 		sidecar.Args = append(sidecar.Args, "--redis-addresses="+strings.Join(c.redisAddresses, ","))

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -16,13 +15,7 @@ import (
 // createGated creates a gated pod, as the webhook admits it.
 func createGated(t *testing.T, api *rig.APIServer, id rig.ID, name string, length int) {
 	t.Helper()
-	p := rig.GatedPod(name)
-	p.Spec.SchedulingGates = p.Spec.SchedulingGates[1:] // without the gate of another controller
-	p.Annotations = map[string]string{
-		rig.AnnotationEnabled: "true", rig.AnnotationKey: id.Key,
-		rig.AnnotationLength: strconv.Itoa(length), rig.AnnotationExpiration: "10",
-	}
-	api.CreatePod(t, id.Namespace, p)
+	api.CreatePod(t, id.Namespace, rig.AdmittedPod(name, id, length, 10))
 }
 
 // wantInLines waits until n pods wait in the lines of the semaphores, and returns how

@@ -3,7 +3,6 @@ package chaos
 import (
 	"math/rand/v2"
 	"net/http"
-	"strconv"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -53,12 +52,8 @@ func (p *pod) namespace() string { return rig.ParseID(p.life.semaphore).Namespac
 // passGate creates the pod, and waits until a gate lifts its scheduling gate. It returns
 // false if a user deletes the pod first.
 func (p *pod) passGate(rng *rand.Rand) bool {
-	made := rig.GatedPod(p.life.name)
+	made := rig.AdmittedPod(p.life.name, rig.ParseID(p.life.semaphore), p.life.length, 2)
 	made.Namespace = p.namespace()
-	made.Spec.SchedulingGates = made.Spec.SchedulingGates[1:]
-	made.Annotations = map[string]string{rig.AnnotationEnabled: "true",
-		rig.AnnotationKey: rig.ParseID(p.life.semaphore).Key, rig.AnnotationLength: strconv.Itoa(p.life.length),
-		rig.AnnotationExpiration: "2"}
 	created, status := p.w.api.Store.Create(made)
 	if status != nil {
 		p.w.complain("%s: %s", p.life.name, status.Message)

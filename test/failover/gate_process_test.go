@@ -1,6 +1,8 @@
 package failover
 
 import (
+	"errors"
+	"fmt"
 	"slices"
 	"syscall"
 	"testing"
@@ -82,6 +84,80 @@ func TestGateOldView(t *testing.T) {
 				r.wantQuick("beside a gate with an old view", 2*time.Second, took)
 			})
 		}
+	}
+}
+
+// A gate that reaches Redis but not the API server keeps no token of a pod that is gone, and
+// does not take one. It says that it is not ready, and works again when it hears again.
+func TestGateCutOff(t *testing.T) {
+	t.Parallel()
+	const patient = 3 * time.Minute // the gate acts on its view for half a minute
+	for name, scenario := range map[string]func(r *relay, behind *rig.Gate){
+		"node lost": func(r *relay, _ *rig.Gate) { // of a running pod: its sidecar beats no more
+			_, status := r.api.Store.Change(r.id.Namespace, r.holding[0].Name, rig.MarkRunning)
+			if status != nil {
+				r.Fatal(status.Message)
+			}
+		},
+		"deleted in line": func(r *relay, behind *rig.Gate) {
+			gone := r.standing[0]
+			behind.Signal(r.T, syscall.SIGSTOP)
+			deletePod(r, gone)
+			r.redis.WantLine(r.T, r.id, uidsOf(r.standing[1:])...)
+			behind.Signal(r.T, syscall.SIGCONT)
+			r.redis.WantLine(r.T, r.id, uidsOf(r.standing)...) // it has put the pod back
+			r.standing = r.standing[1:]
+			running := r.holding[0]
+			if _, status := r.api.Store.Change(r.id.Namespace, running.Name, rig.MarkRunning); status != nil {
+				r.Fatal(status.Message)
+			}
+			_, err := r.redis.Run("release", r.id, r.timing, string(running.UID))
+			rig.Must(r.T, err)
+			rig.Eventually(r.T, patience, func() error {
+				if holders := r.redis.Inflight(r.T, r.id); !slices.Equal(holders, []string{string(gone.UID)}) {
+					return fmt.Errorf("in flight are %v, want the deleted pod", holders)
+				}
+				return nil
+			})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			queue := rig.StartRedis(t)
+			i := newInstallation(t, rig.QueueAddress(queue.Address),
+				rig.Timing{Interval: 2 * time.Second, Threshold: 8 * time.Second})
+			r := newRelayOn(t, i, 1, func(rig.ID) *rig.Redis { return queue })
+			r.startGate(t, r.api)
+			proxy := rig.StartProxy(t, r.api.Address)
+			behind := r.startGate(t, r.api, "--kubernetes-address="+proxy.Address)
+			r.api.WantWatches(t, 2)
+			r.begin(4)
+			r.wantWhole()
+			behind.WantReady(t)
+			proxy.Cut()
+			scenario(r, behind)
+			start := time.Now()
+			next := r.standing[0]
+			rig.Eventually(t, patient, func() error {
+				if !r.isLifted(next.Name) {
+					return fmt.Errorf("%s is still gated", next.Name)
+				}
+				return nil
+			})
+			t.Logf("lifted %s after the cut", time.Since(start))
+			r.holding, r.standing = []*corev1.Pod{next}, r.standing[1:]
+			rig.Eventually(t, patient, func() error {
+				if behind.IsReady(t) {
+					return errors.New("the gate that is cut off is ready")
+				}
+				return nil
+			})
+			proxy.Mend()
+			behind.WantReady(t)
+			r.wantWhole()
+			r.handOvers(3)
+			r.wantWhole()
+		})
 	}
 }
 

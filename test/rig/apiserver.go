@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -245,6 +246,19 @@ func GatedPod(name string) *corev1.Pod {
 			SchedulingGates: []corev1.PodSchedulingGate{{Name: "example.org/other"}, {Name: GateName}},
 			Containers:      []corev1.Container{{Name: "app", Image: "example.org/app:v1"}}},
 	}
+}
+
+// AdmittedPod returns a pod as the webhook admits it for a semaphore: with our scheduling
+// gate only, and with the sidecar.
+func AdmittedPod(name string, id ID, length, expiration int) *corev1.Pod {
+	p := GatedPod(name)
+	p.Spec.SchedulingGates = p.Spec.SchedulingGates[1:]
+	p.Annotations = map[string]string{AnnotationEnabled: "true", AnnotationKey: id.Key,
+		AnnotationLength: strconv.Itoa(length), AnnotationExpiration: strconv.Itoa(expiration)}
+	p.Spec.InitContainers = []corev1.Container{{Name: SidecarName, Args: []string{"sidecar",
+		"--redis-ca-file=/not/here/ca.crt", "--length=" + strconv.Itoa(length),
+		"--expiration-seconds=" + strconv.Itoa(expiration), id.String(), "$(POD_UID)"}}, {Name: AwaitName, Args: []string{"await"}}}
+	return p
 }
 
 // MarkScheduled changes a pod as if its sidecar and await ran on a node.

@@ -15,6 +15,7 @@ import (
 	eventsv1 "k8s.io/api/events/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/util/validation"
 )
 
 // Respond writes an object, or the Status unless it is nil.
@@ -193,7 +194,8 @@ func (s *APIStore) serveEvent(w http.ResponseWriter, r *http.Request) {
 	switch same := func(other eventsv1.Event) bool { return other.Namespace == e.Namespace && other.Name == e.Name }; {
 	case e.EventTime.IsZero() || e.ReportingController == "" || e.ReportingInstance == "" ||
 		e.Action == "" || e.Reason == "" || e.Type != corev1.EventTypeNormal && e.Type != corev1.EventTypeWarning ||
-		len(e.Note) >= 1024 || e.Regarding.Namespace != e.Namespace:
+		len(e.Note) >= 1024 || e.Regarding.Namespace != e.Namespace ||
+		len(validation.IsDNS1123Subdomain(e.Name)) > 0:
 		status = Failure(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "Event %q is invalid", e.Name)
 	case slices.ContainsFunc(s.events, same):
 		status = Failure(http.StatusConflict, metav1.StatusReasonAlreadyExists,

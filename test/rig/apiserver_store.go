@@ -153,17 +153,16 @@ func (s *APIStore) Create(p *corev1.Pod) (*corev1.Pod, *metav1.Status) {
 	return p, nil
 }
 
-// Delete removes a pod. If the pod has a node, it only marks the pod unless now is set:
-// the kubelet removes it after its end.
+// Delete marks a pod as deleted, and removes it. If the pod has a node, it only marks the
+// pod unless now is set: the kubelet removes it after its end.
 func (s *APIStore) Delete(namespace, name string, now bool) (*corev1.Pod, *metav1.Status) {
-	p, status := s.Get(namespace, name)
-	if status != nil {
-		return nil, status
-	}
-	if p.Spec.NodeName != "" && !now {
-		return s.Change(namespace, name, func(p *corev1.Pod) {
+	p, status := s.Change(namespace, name, func(p *corev1.Pod) {
+		if p.DeletionTimestamp == nil {
 			p.DeletionTimestamp = &metav1.Time{Time: time.Now().Truncate(time.Second)}
-		})
+		}
+	})
+	if status != nil || p.Spec.NodeName != "" && !now {
+		return p, status
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

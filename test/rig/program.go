@@ -116,6 +116,15 @@ func (s *Service) WantReady(t testing.TB) {
 	})
 }
 
+// IsReady reports whether the service says that it is ready.
+func (s *Service) IsReady(t testing.TB) bool {
+	t.Helper()
+	response, err := http.Get(s.HealthURL + "/readyz")
+	Must(t, err)
+	defer response.Body.Close()
+	return response.StatusCode == http.StatusOK
+}
+
 // Metrics returns the response of /metrics.
 func (s *Service) Metrics(t testing.TB) string {
 	t.Helper()
