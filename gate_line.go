@@ -464,7 +464,7 @@ func (l *gateLine) lift(ctx context.Context, pods []*podSnapshot) {
 }
 
 // noteRefusal notes that the gate of a pod could not be lifted. It returns the pause
-// before the next attempt, which grows.
+// before the next attempt, which grows if the API server has refused.
 func (l *gateLine) noteRefusal(ctx context.Context, p *podSnapshot, refusal error) (again time.Duration) {
 	if errors.Is(refusal, errNoPod) || errors.Is(refusal, errPodChanged) {
 		if same, again := l.isUnchanged(ctx, p); !same {
@@ -477,6 +477,9 @@ func (l *gateLine) noteRefusal(ctx context.Context, p *podSnapshot, refusal erro
 		l.log.Warn("gate not lifted, to be retried", "pod", p.name, "token", p.uid, "error", refusal.Error())
 	}
 	p.live.refusal = refusal
+	if errors.Is(refusal, errTryAgain) {
+		return time.Second
+	}
 	held := time.Since(p.live.taken)
 	return max(time.Second, min(held/4, l.gate.unschedulable-held))
 }
@@ -486,8 +489,7 @@ func (l *gateLine) noteRefusal(ctx context.Context, p *podSnapshot, refusal erro
 func (l *gateLine) isUnchanged(ctx context.Context, p *podSnapshot) (same bool, again time.Duration) {
 	now, err := l.gate.kubernetes.getPod(ctx, p.namespace, p.name, p.uid)
 	switch {
-	case err == nil && slices.Equal(now.gates, p.gates) && now.deleted == p.deleted && now.phase == p.phase &&
-		now.labels[labelGated] != "":
+	case err == nil && slices.Equal(now.gates, p.gates) && !now.deleted && now.labels[labelGated] != "":
 		return true, 0
 	case err == nil:
 		l.set(now, p.spec)
@@ -501,8 +503,7 @@ func (l *gateLine) isUnchanged(ctx context.Context, p *podSnapshot) (same bool, 
 }
 
 // standAgain gives back the token of a pod whose gate could not be lifted. The pod stands
-// in line again, behind the others if the API server has refused. So it keeps them waiting
-// once. A gate that was started since then gives the pod its old place.
+// in line again: behind the others if the API server has refused, until a gate restarts.
 func (l *gateLine) standAgain(ctx context.Context, p *podSnapshot) (again time.Duration) {
 	if same, again := l.isUnchanged(ctx, p); !same {
 		return again
