@@ -61,7 +61,7 @@ end
 dropGone()
 if waits then
   if lineLength == 0 then
-    readLine()
+    openLine()
   end
   if not redis.call('ZSCORE', KEYS[3], token) then
     local joined = arrival
@@ -74,9 +74,9 @@ if waits then
     redis.call('ZADD', KEYS[3], joined, token)
     redis.call('HSET', KEYS[5], token, length)
     notePod(token, pod, 0)
-    sameReign()
+    line.sameReign()
   end
-  redis.call('ZADD', KEYS[4], exact, token)
+  redis.call('ZADD', KEYS[4], line.seconds, token)
   lineLength = redis.call('ZCARD', KEYS[3])
 end
 
@@ -86,7 +86,7 @@ if waits then
   rank = redis.call('ZRANK', KEYS[3], token)
   if length < greatest then
     local behind = redis.call('ZRANGE', KEYS[3], rank, rank - rank % 100 + 99)
-    limit = limitsOf(redis.call('HMGET', KEYS[5], unpack(behind)), rank, length)[1]
+    limit = line.limitsOf(redis.call('HMGET', KEYS[5], unpack(behind)), rank, length)[1]
   end
 end
 
@@ -96,7 +96,7 @@ local function isMine()
   if lineLength == 0 then
     return true
   end
-  local free, used, most = eachServed(call, token, waits and 0 or length)
+  local free, used, most = line.eachServed(line.call, token, waits and 0 or length)
   return free > 0 and used < most
 end
 
@@ -104,7 +104,7 @@ local kept = false -- a token is free, and kept for the waiters ahead
 if inflight < limit and redis.call('LLEN', KEYS[1]) > 0 then
   local mine = isMine()
   if lineLength > 0 and not waits then
-    lend(length)
+    line.lend(length)
   end
   if mine then
     redis.call('LPOP', KEYS[1])
@@ -151,9 +151,10 @@ end
 -- pause between two commands could hide an outage.
 local function untilFree()
   if kept then
+    local exact = micros / 1000000
     local oldest = redis.call('ZRANGEBYSCORE', KEYS[4], exact - linePass, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]
     return math.max(0.05, math.min(0.8,
-      math.max((oldest or 0) + linePass - exact, paused / 1000000 + stall - exact)))
+      math.max((oldest or 0) + linePass - exact, line.paused / 1000000 + stall - exact)))
   elseif rank >= limit then
     return pollMost
   end
@@ -176,7 +177,7 @@ if waits then
   if known ~= text then
     redis.call('HSET', KEYS[5], token, text)
     if not hears then
-      sameReign() -- a restart is a reason
+      line.sameReign() -- a restart is a reason
     end
   end
 end

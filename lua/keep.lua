@@ -26,7 +26,7 @@ for i = first, #ARGV, 4 do
 end
 if most > 0 then
   if lineLength == 0 then
-    readLine()
+    openLine()
   end
   noteLength(most)
   texts = redis.call('HMGET', KEYS[5], unpack(tokens))
@@ -55,7 +55,7 @@ for n, token in ipairs(tokens) do
     if not place or texts[n] ~= length then -- with a sign: it may hear nothing any more
       redis.call('HSET', KEYS[5], token, length)
     end
-    redis.call('ZADD', KEYS[4], exact, token)
+    redis.call('ZADD', KEYS[4], line.seconds, token)
     if not place then
       new[#new + 1] = token
     end
@@ -71,8 +71,10 @@ for _, token in ipairs(new) do
   joined[#joined + 1] = token
   joined[#joined + 1] = (redis.call('ZRANK', KEYS[3], token) or 0) + 1
 end
-eachServed(function(token)
-  served[#served + 1] = token
-  return true
-end, '', 0)
+if lineLength > 0 then
+  line.eachServed(function(token)
+    served[#served + 1] = token
+    return true
+  end, '', 0)
+end
 return finish({1, micros, created, redis.call('ZCARD', KEYS[2]), redis.call('ZCARD', KEYS[3]), served, held, joined})

@@ -43,7 +43,6 @@
 local time = redis.call('TIME')
 local now = tonumber(time[1])
 local micros = now * 1000000 + tonumber(time[2])
-local exact = micros / 1000000 -- now, with its fraction
 
 -- The caller has given this command up, and may rely on it having no effect.
 if micros > tonumber(ARGV[1]) then
@@ -86,25 +85,7 @@ local created, touched = math.min(tonumber(state[1]) or now, now), tonumber(stat
 local resumed, lost = math.min(tonumber(state[3]) or 0, now), math.min(tonumber(state[4]) or 0, now)
 local greatest, asked = tonumber(state[5]) or 0, math.min(tonumber(state[6]) or 0, now)
 local lineLength = redis.call('ZCARD', KEYS[3])
-local paused, lent, lentTo, reign, reigned
-
--- readLine reads the part of state that matters only while there is a line.
-local function readLine()
-  local line = redis.call('HMGET', KEYS[6], 'heard', 'paused', 'lent', 'lentAt', 'lentTo', 'reign', 'reigned')
-  local heard = tonumber(line[1]) or 0
-  paused = tonumber(line[2]) or 0
-  if heard > micros or paused > micros or micros - heard > stall * 1000000 then
-    paused = micros
-  end
-  lent, lentTo = tonumber(line[3]) or 0, tonumber(line[5]) or 0
-  if math.abs(now - (tonumber(line[4]) or 0)) > linePatience then
-    lent = 0
-  end
-  reign, reigned = tonumber(line[6]) or 0, tonumber(line[7]) or 0
-end
-if lineLength > 0 then
-  readLine()
-end
+local line -- the functions and times that matter while there is a line; see openLine
 
 -- touch notes a command. After a silence that live holders or waiters would have ended,
 -- Redis was away, or its clock was set. Then no holder is stale, and no waiter gone,
@@ -125,7 +106,7 @@ local function touch(write)
   write('HSET', KEYS[6], 'created', created, 'touched', now, 'resumed', resumed, 'lost', lost,
     'length', greatest, 'asked', asked)
   if lineLength > 0 then
-    write('HSET', KEYS[6], 'heard', micros, 'paused', paused)
+    write('HSET', KEYS[6], 'heard', micros, 'paused', line.paused)
   end
 end
 
@@ -163,7 +144,7 @@ end
 -- most 300 of them.
 local function clampFuture(key)
   local newest = redis.call('ZRANGE', key, -1, -1, 'WITHSCORES')[2]
-  if newest and tonumber(newest) > exact then
+  if newest and tonumber(newest) * 1000000 > micros then
     for _, token in ipairs(redis.call('ZRANGEBYSCORE', key, '(' .. now, '+inf', 'LIMIT', 0, 300)) do
       redis.call('ZADD', key, now, token)
     end
@@ -212,135 +193,175 @@ local function publish(token, message)
   return type(listeners) == 'number' and listeners > 0
 end
 
--- limitsOf returns the length that counts for each of some consecutive waiters, the first
--- of which has the index from: the greatest of its own, of those behind it, of floor, and
--- of one that it was lent. So no waiter is overtaken for its smaller length.
-local function limitsOf(texts, from, floor)
-  local covered = lent > 0 and redis.call('ZCOUNT', KEYS[3], '-inf', lentTo) - from or 0
-  local limits, behind = {}, floor
-  for i = #texts, 1, -1 do
-    behind = math.max(behind, math.abs(tonumber(texts[i]) or greatest))
-    limits[i] = math.min(greatest, i <= covered and math.max(behind, lent) or behind)
+-- openLine makes the functions for a semaphore with a line. Most have none.
+local function openLine()
+  local known = redis.call('HMGET', KEYS[6], 'heard', 'paused', 'lent', 'lentAt', 'lentTo', 'reign', 'reigned')
+  local heard, paused = tonumber(known[1]) or 0, tonumber(known[2]) or 0
+  if heard > micros or paused > micros or micros - heard > stall * 1000000 then
+    paused = micros
   end
-  return limits
-end
-
--- lend is for a caller that is not in line: the line comes first, so the present waiters
--- may use the caller's length for a while.
-local function lend(length)
-  local last = tonumber(redis.call('ZRANGE', KEYS[3], -1, -1, 'WITHSCORES')[2]) or 0
-  if length >= lent or last > lentTo then
-    redis.call('HSET', KEYS[6], 'lent', length, 'lentAt', now, 'lentTo', string.format('%.0f', last))
+  local lent, lentTo = tonumber(known[3]) or 0, tonumber(known[5]) or 0
+  if math.abs(now - (tonumber(known[4]) or 0)) > linePatience then
+    lent = 0
   end
-end
+  local reign, reigned = tonumber(known[6]) or 0, tonumber(known[7]) or 0
+  local exact = micros / 1000000 -- Unix seconds, with a fraction
 
--- silentBefore returns the time before which live waiters have asked, or false if Redis
--- cannot know: it was away shortly before.
-local silentSince
-local function silentBefore()
-  if silentSince == nil then
-    silentSince = false
-    if micros - paused > stall * 1000000 and now - resumed > linePatience then
-      local oldest = tonumber(redis.call('ZRANGE', KEYS[4], 0, 0, 'WITHSCORES')[2])
-      silentSince = oldest and oldest < exact - linePass and exact - linePass
+  -- lengthOf returns the length that a waiter asks for. text is what names has about it.
+  local function lengthOf(text)
+    return math.abs(tonumber(text) or greatest)
+  end
+
+  -- limitsOf returns the length that counts for each of some consecutive waiters, the
+  -- first of which has the index from: the greatest of its own, of those behind it, of
+  -- floor, and of one that it was lent. So no waiter is overtaken for its smaller length.
+  local function limitsOf(texts, from, floor)
+    local covered = lent > 0 and redis.call('ZCOUNT', KEYS[3], '-inf', lentTo) - from or 0
+    local limits, behind = {}, floor
+    for i = #texts, 1, -1 do
+      behind = math.max(behind, lengthOf(texts[i]))
+      limits[i] = math.min(greatest, i <= covered and math.max(behind, lent) or behind)
+    end
+    return limits
+  end
+
+  -- lend is for a caller that is not in line: the line comes first, so the present
+  -- waiters may use the caller's length for a while.
+  local function lend(length)
+    local last = tonumber(redis.call('ZRANGE', KEYS[3], -1, -1, 'WITHSCORES')[2]) or 0
+    if length >= lent or last > lentTo then
+      redis.call('HSET', KEYS[6], 'lent', length, 'lentAt', now, 'lentTo', string.format('%.0f', last))
     end
   end
-  return silentSince
-end
 
--- isPassed reports whether a waiter keeps its place, but no other from a free token: it
--- missed a call, or has not asked for too long. text is what names has about it.
-local function isPassed(token, text)
-  if string.sub(text or '', 1, 1) == '-' then
-    return true
+  -- askedAt returns when a waiter asked last.
+  local function askedAt(token)
+    return tonumber(redis.call('ZSCORE', KEYS[4], token)) or 0
   end
-  local before = silentBefore()
-  return before and (tonumber(redis.call('ZSCORE', KEYS[4], token)) or 0) < before
-end
 
--- sameReign reports whether this server is the primary that the semaphore knows, without
--- a restart. If not, it notes the new one: there, waiters have yet to subscribe. It
--- returns false if the ACL forbids INFO.
-local present
-local function sameReign()
-  if not present then
-    local text = redis.pcall('INFO', 'replication')
-    local id = type(text) == 'string' and string.match(text, 'master_replid:(' .. string.rep('%x', 12) .. ')')
-    present = id and tonumber(id, 16) or -1
+  -- silentBefore returns the time before which live waiters have asked, or false if Redis
+  -- cannot know: it was away shortly before.
+  local silentSince
+  local function silentBefore()
+    if silentSince == nil then
+      silentSince = false
+      if micros - paused > stall * 1000000 and now - resumed > linePatience then
+        local oldest = tonumber(redis.call('ZRANGE', KEYS[4], 0, 0, 'WITHSCORES')[2])
+        silentSince = oldest and oldest < exact - linePass and exact - linePass
+      end
+    end
+    return silentSince
   end
-  if present < 0 or present == reign then
-    return present == reign
-  end
-  reign, reigned = present, micros
-  redis.pcall('HSET', KEYS[6], 'reign', string.format('%.0f', reign), 'reigned', string.format('%.0f', reigned))
-  return false
-end
 
--- call tells a waiter that a token is free for it. It returns false if nobody receives
--- that, although the waiter received a message at its last request: then it has gone, or
--- has lost its connection, and is passed until it asks again. call sends at most 16
--- messages that are received: each waiter calls the next when it takes its token.
-local calls, called = 0, {}
-local function call(token, text)
-  if called[token] or calls >= 16 then
-    return true
+  -- isPassed reports whether a waiter keeps its place, but no other from a free token: it
+  -- missed a call, or has not asked for too long.
+  local function isPassed(token, text)
+    if string.sub(text or '', 1, 1) == '-' then
+      return true
+    end
+    local before = silentBefore()
+    return before and askedAt(token) < before
   end
-  if not publish(token, yourTurn) and string.sub(text or '', 1, 1) == '+' and sameReign()
-    and (tonumber(redis.call('ZSCORE', KEYS[4], token)) or 0) * 1000000 > reigned - 1 then
-    redis.pcall('HSET', KEYS[5], token, '-' .. string.sub(text, 2))
+
+  -- sameReign reports whether this server is the primary that the semaphore knows,
+  -- without a restart. If not, it notes the new one: there, waiters have yet to
+  -- subscribe. It returns false if the ACL forbids INFO.
+  local present
+  local function sameReign()
+    if not present then
+      local text = redis.pcall('INFO', 'replication')
+      local id = type(text) == 'string' and string.match(text, 'master_replid:(' .. string.rep('%x', 12) .. ')')
+      present = id and tonumber(id, 16) or -1
+    end
+    if present < 0 or present == reign then
+      return present == reign
+    end
+    reign, reigned = present, micros - micros % 1000 -- seen has milliseconds
+    redis.pcall('HSET', KEYS[6], 'reign', string.format('%.0f', reign), 'reigned', string.format('%.0f', reigned))
     return false
   end
-  calls, called[token] = calls + 1, true
-  return true
-end
 
--- eachServed goes along the line and gives each waiter its free token, up to the caller's
--- place. It looks at a hundred waiters at once, and at the next hundred only if all of
--- these are passed. visit receives each waiter that gets a token; it returns false if the
--- waiter is passed. asking is the caller's token; floor is the length of a caller outside
--- of the line, or 0.
---
--- eachServed returns the number of free tokens left, the number that is in use then, and
--- the length that counts for the caller: 0 if others come first.
-local function eachServed(visit, asking, floor)
-  local free, used = redis.call('LLEN', KEYS[1]), redis.call('ZCARD', KEYS[2])
-  for from = 0, 400, 100 do
-    if free == 0 or used >= greatest then
-      return free, used, 0
+  -- call tells a waiter that a token is free for it. It returns false if nobody receives
+  -- that, although the waiter received a message at its last request: then it has gone,
+  -- or has lost its connection, and is passed until it asks again. call sends at most 16
+  -- messages that are received: each waiter calls the next when it takes its token.
+  local calls, called = 0, {}
+  local function call(token, text)
+    if called[token] or calls >= 16 then
+      return true
     end
-    local tokens = redis.call('ZRANGE', KEYS[3], from, from + 99)
-    if #tokens == 0 then
-      return free, used, floor
+    if not publish(token, yourTurn) and string.sub(text or '', 1, 1) == '+' and sameReign()
+      and askedAt(token) * 1000000 > reigned - 1 then
+      redis.pcall('HSET', KEYS[5], token, '-' .. string.sub(text, 2))
+      return false
     end
-    local texts = redis.call('HMGET', KEYS[5], unpack(tokens))
-    local limits, served = limitsOf(texts, from, floor), 0
-    for i, token in ipairs(tokens) do
-      if token == asking then
-        return free, used, limits[i]
+    calls, called[token] = calls + 1, true
+    return true
+  end
+
+  -- eachServed goes along the line and gives each waiter its free token, up to the
+  -- caller's place. It looks at a hundred waiters at once, and at the next hundred only
+  -- if all of these are passed. visit receives each waiter that gets a token; it returns
+  -- false if the waiter is passed. asking is the caller's token; floor is the length of a
+  -- caller outside of the line, or 0.
+  --
+  -- eachServed returns the number of free tokens left, the number that is in use then,
+  -- and the length that counts for the caller: 0 if others come first.
+  local function eachServed(visit, asking, floor)
+    local free, used = redis.call('LLEN', KEYS[1]), redis.call('ZCARD', KEYS[2])
+    for from = 0, 400, 100 do
+      if free == 0 or used >= greatest then
+        return free, used, 0
       end
-      if not isPassed(token, texts[i]) then
-        if free == 0 or used >= limits[i] then
+      local tokens = redis.call('ZRANGE', KEYS[3], from, from + 99)
+      if #tokens == 0 then
+        return free, used, floor
+      end
+      local texts = redis.call('HMGET', KEYS[5], unpack(tokens))
+      local limits, served = nil, 0
+      for i, token in ipairs(tokens) do
+        if free == 0 then
           return free, used, 0
         end
-        if visit(token, texts[i]) then
-          free, used, served = free - 1, used + 1, served + 1
+        local mine = token == asking
+        if mine or not isPassed(token, texts[i]) then
+          local limit = lengthOf(texts[i])
+          if used >= limit then -- its own length is used up
+            limits = limits or limitsOf(texts, from, floor)
+            limit = limits[i]
+          end
+          if mine then
+            return free, used, limit
+          elseif used >= limit then
+            return free, used, 0
+          elseif visit(token, texts[i]) then
+            free, used, served = free - 1, used + 1, served + 1
+          end
         end
       end
+      if #tokens < 100 then
+        return free, used, floor
+      elseif served > 0 then
+        break
+      end
     end
-    if #tokens < 100 then
-      return free, used, floor
-    elseif served > 0 then
-      break
-    end
+    return free, used, 0
   end
-  return free, used, 0
+
+  line = {
+    seconds = string.format('%d.%03d', time[1], math.floor(time[2] / 1000)), -- Unix seconds, with milliseconds
+    paused = paused, call = call, eachServed = eachServed, lend = lend, limitsOf = limitsOf, sameReign = sameReign,
+  }
+end
+if lineLength > 0 then
+  openLine()
 end
 
 -- callServed calls the waiters that may take a free token.
 local function callServed()
   if lineLength > 0 then
     dropGone()
-    eachServed(call, '', 0)
+    line.eachServed(line.call, '', 0)
   end
 end
 

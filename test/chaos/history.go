@@ -35,6 +35,7 @@ type podLife struct {
 	name      string
 	semaphore string
 	length    int
+	limit     int  // the greatest length that may have counted when it got its token
 	waits     bool // if no token is free: true: it waits in line; false: the webhook refuses it
 	gated     bool // it waits unscheduled
 	started   time.Duration

@@ -31,7 +31,7 @@ func (c *checker) disturbed(semaphore string) (all []span) {
 // giving it back.
 func (c *checker) occupies(p *podLife) (all []span) {
 	stale := c.threshold + slack + time.Second // after its last heartbeat
-	gone := rig.LinePatience + rig.LineQuiet
+	const passed = 5 * time.Second             // others pass it in line
 	switch {
 	case p.took.to != 0 || p.lifted.to != 0:
 		end, from := unending, p.took.from
@@ -52,10 +52,7 @@ func (c *checker) occupies(p *podLife) (all []span) {
 	}
 	if p.waits {
 		if p.inLine == notYet && p.took.to == 0 { // it may be in line
-			all = append(all, span{p.asked, min(c.end, c.ended(p)+gone)})
-		}
-		if p.died != notYet && p.took.to == 0 {
-			all = append(all, span{p.died, p.died + gone})
+			all = append(all, span{p.asked, min(c.end, c.ended(p)+passed)})
 		}
 		if p.ended != notYet && p.took.to == 0 && !p.gated {
 			all = append(all, span{p.ended, cmp.Or(p.released, c.end) + slack})
@@ -65,15 +62,21 @@ func (c *checker) occupies(p *podLife) (all []span) {
 			all = append(all, span{p.ended - noticeDelay, p.ended + taken})
 		}
 		for _, s := range p.silences {
-			all = append(all, span{s.from, s.to + gone})
+			all = append(all, span{s.from, min(s.to, s.from+passed) + slack})
 		}
 	}
 	return all
 }
 
+// calm reports whether no fault and no silence of a pod disturbs a semaphore in a span.
+func (c *checker) calm(pods []*podLife, s span) bool {
+	return !slices.ContainsFunc(c.faults, func(f fault) bool { return f.hits(pods[0].semaphore) && f.overlaps(s) }) &&
+		!slices.ContainsFunc(pods, func(p *podLife) bool { return slices.ContainsFunc(p.silences, s.overlaps) })
+}
+
 // checkUnused finds spans in which a pod in line was entitled to a token that no other
 // pod could have. A free token that a pod takes in time does not count: this test may
-// learn of that after noticeDelay.
+// learn of that after noticeDelay. The time begins anew when a pod dies in line.
 func (c *checker) checkUnused(pods []*podLife) {
 	const step = 250 * time.Millisecond
 	disturbed := c.disturbed(pods[0].semaphore)
@@ -84,7 +87,7 @@ func (c *checker) checkUnused(pods []*podLife) {
 	in := func(spans []span, at time.Duration) bool {
 		return slices.ContainsFunc(spans, func(s span) bool { return s.from <= at && at <= s.to })
 	}
-	var since time.Duration
+	var since, death time.Duration
 	for at := time.Duration(0); at < c.end; at += step {
 		used := 0
 		var waiter *podLife
@@ -94,6 +97,9 @@ func (c *checker) checkUnused(pods []*podLife) {
 			}
 			if in(occupied[p], at) {
 				used++
+			}
+			if p.died != notYet && p.took.to == 0 && at-step < p.died && p.died <= at {
+				since, death = at, at
 			}
 		}
 		for _, p := range pods {
@@ -107,7 +113,11 @@ func (c *checker) checkUnused(pods []*podLife) {
 			since = at
 			continue
 		}
-		if at-since > taken {
+		most := taken
+		if death != 0 && at-death < rig.LinePatience && c.calm(pods, span{death - rig.LinePatience, at}) {
+			most = takenCalm
+		}
+		if at-since > most {
 			c.fail(ruleUnused, waiter.semaphore, at,
 				"%s of length %d waits, %d tokens can be in use, and one more was free for %s",
 				waiter.name, waiter.length, used, at-since)

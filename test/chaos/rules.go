@@ -1,6 +1,7 @@
 package chaos
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -23,8 +24,13 @@ const (
 	slack = 2 * time.Second
 
 	// taken limits the time until an entitled pod takes a free token: by a call, or by
-	// its next request four seconds later, and after a repair.
-	taken = 6*time.Second + slack
+	// its next request three seconds later, and after a repair; or after the pods ahead
+	// of it died.
+	taken = 5*time.Second + slack
+
+	// takenCalm is taken after pods ahead died whose connections were closed, and without
+	// a fault.
+	takenCalm = time.Second + slack
 )
 
 // violation is a broken rule.
@@ -80,6 +86,9 @@ func check(h *history) *checker {
 		groups[p.semaphore] = append(groups[p.semaphore], p)
 	}
 	for _, pods := range groups {
+		for _, p := range pods {
+			p.limit = c.limitOf(pods, p, p.took)
+		}
 		c.checkCount(pods)
 		c.checkLetIn(pods)
 		c.checkLifted(pods)
@@ -193,6 +202,23 @@ func (c *checker) excuseWithin(p *podLife, s span) (e excuse, ok bool) {
 	return e, false
 }
 
+// limitOf returns the greatest length that may have counted for a pod in a span: its own,
+// that of a pod behind it in line, or that of a pod that asked lately, while the pod was in
+// line.
+func (c *checker) limitOf(pods []*podLife, p *podLife, s span) int {
+	limit := p.length
+	for _, q := range pods {
+		word := q.answered
+		if q.waits {
+			word = min(cmp.Or(q.took.to, unending), c.ended(q))
+		}
+		if q.asked <= s.to && word >= p.asked && word+rig.LinePatience+rig.LineQuiet >= s.from {
+			limit = max(limit, q.length)
+		}
+	}
+	return limit
+}
+
 // fits reports whether pods with these lengths could all get a token, one after another.
 func fits(lengths []int) bool {
 	slices.Sort(lengths)
@@ -234,12 +260,12 @@ func (c *checker) checkCount(pods []*podLife) {
 			if !p.works(at) {
 				continue
 			}
-			lengths = append(lengths, p.length)
+			lengths = append(lengths, p.limit)
 			if e, ok := c.excuseWithin(p, span{p.took.from, at}); ok {
 				because = append(because, e)
 				continue
 			}
-			certain, sure = append(certain, p.length), append(sure, p)
+			certain, sure = append(certain, p.limit), append(sure, p)
 		}
 		if len(lengths) > 0 {
 			c.total += next - at
@@ -279,9 +305,10 @@ func (c *checker) checkLetIn(pods []*podLife) {
 		if p.took.to == 0 {
 			continue
 		}
-		if others := c.certain(pods, p.took, p); len(others) >= p.length {
-			c.fail(ruleLetIn, p.semaphore, p.took.to, "%s of length %d took a token within %s, when %d had one: %s",
-				p.name, p.length, p.took, len(others), names(others))
+		if others := c.certain(pods, p.took, p); len(others) >= p.limit {
+			c.fail(ruleLetIn, p.semaphore, p.took.to,
+				"%s of length %d, for which at most %d counts, took a token within %s, when %d had one: %s",
+				p.name, p.length, p.limit, p.took, len(others), names(others))
 		}
 	}
 }
@@ -292,7 +319,7 @@ func (c *checker) checkLifted(pods []*podLife) {
 		if p.lifted.to == 0 {
 			continue
 		}
-		if others := c.certain(pods, p.lifted, p); len(others) >= p.length {
+		if others := c.certain(pods, p.lifted, p); len(others) >= c.limitOf(pods, p, p.lifted) {
 			c.fail(ruleLifted, p.semaphore, p.lifted.to,
 				"the gate of %s of length %d was lifted for a token taken within %s, when %d had one: %s",
 				p.name, p.length, p.lifted, len(others), names(others))
@@ -308,7 +335,7 @@ func (c *checker) checkOrder(pods []*podLife) {
 			continue
 		}
 		for _, p := range pods {
-			if p == q || p.inLine == notYet || p.inLine > q.asked || p.length < q.length ||
+			if p == q || p.inLine == notYet || p.inLine > q.asked ||
 				p.took.to != 0 && p.took.from <= q.took.to {
 				continue
 			}
@@ -316,7 +343,7 @@ func (c *checker) checkOrder(pods []*podLife) {
 				continue
 			}
 			others := c.certain(pods, q.took, p, q)
-			if len(others) >= q.length-1 && q.length <= p.length && len(others)+2 > p.length {
+			if len(others)+2 > c.limitOf(pods, p, q.took) {
 				c.fail(ruleOrder, q.semaphore, q.took.to, "%s, which asked at %.2f s, took the last token "+
 					"within %s, and %s was in line since %.2f s; %d had one: %s",
 					q.name, q.asked.Seconds(), q.took, p.name, p.inLine.Seconds(), len(others), names(others))
@@ -344,8 +371,8 @@ func (c *checker) ended(p *podLife) time.Duration {
 	return end
 }
 
-// displaced reports whether a pod may have lost its place in line shortly before at:
-// Redis may have lost its data, or the pod may have been unable to ask.
+// displaced reports whether others may pass a pod in line at a time: Redis may have lost
+// its data shortly before, or the pod may have been unable to ask or to hear.
 func (c *checker) displaced(p *podLife, at time.Duration) bool {
 	const again = rig.PollMost + slack // a waiter asks again
 	for _, f := range c.faults {
@@ -353,9 +380,12 @@ func (c *checker) displaced(p *podLife, at time.Duration) bool {
 			f.from <= at && at <= f.to+again+c.threshold {
 			return true
 		}
+		if f.hits(p.semaphore) && (f.silent || p.gated && f.blind) && f.from <= at && at <= f.to+again {
+			return true
+		}
 	}
 	for _, s := range p.silences {
-		if s.to-s.from > rig.LineQuiet && s.from <= at && at <= s.to+again {
+		if s.from <= at && at <= s.to+again {
 			return true
 		}
 	}

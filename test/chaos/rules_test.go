@@ -171,6 +171,18 @@ func TestChaosChecker(t *testing.T) {
 		},
 		"passed by a greater length": {
 			[]*podLife{worker("a", 1, 1, 20), inLineSince("b", 1, 2, 20, 30), worker("c", 2, 10, 20)},
+			nil, ruleOrder,
+		},
+		"helped by a greater length": {
+			[]*podLife{worker("a", 1, 1, 20), inLineSince("b", 1, 2, 10, 30), refusedAt("c", 2, 10)},
+			nil, "",
+		},
+		"helped by a greater length of long ago": {
+			[]*podLife{worker("a", 1, 1, 60), inLineSince("b", 1, 2, 40, 49), refusedAt("c", 2, 3)},
+			nil, ruleLetIn,
+		},
+		"passed in a silence": {
+			[]*podLife{worker("a", 1, 1, 10), inLineSince("b", 1, 2, 20, 30).silent(8, 12), inLineSince("c", 1, 4, 10, 20)},
 			nil, "",
 		},
 		"a token unused": {[]*podLife{worker("a", 1, 1, 5), inLineSince("b", 1, 2, 20, 30)}, nil, ruleUnused},
@@ -184,8 +196,16 @@ func TestChaosChecker(t *testing.T) {
 			nil, ruleUnused,
 		},
 		"a dead pod in line": {
-			[]*podLife{worker("a", 1, 1, 10), inLineSince("b", 1, 2, 0, 0).diesAt(8), inLineSince("c", 1, 3, 25, 35)},
+			[]*podLife{worker("a", 1, 1, 10), inLineSince("b", 1, 2, 0, 0).diesAt(8), inLineSince("c", 1, 3, 12, 35)},
 			nil, "",
+		},
+		"a dead pod in line, passed too late": {
+			[]*podLife{worker("a", 1, 1, 10), inLineSince("b", 1, 2, 0, 0).diesAt(8), inLineSince("c", 1, 3, 15, 35)},
+			nil, ruleUnused,
+		},
+		"a dead pod in line, while connections are silent": {
+			[]*podLife{worker("a", 1, 1, 10), inLineSince("b", 1, 2, 0, 0).diesAt(8), inLineSince("c", 1, 3, 15, 35)},
+			[]fault{during(fault{silent: true}, 7, 9)}, "",
 		},
 		"a dead pod blocks the line": {
 			[]*podLife{worker("a", 1, 1, 10), inLineSince("b", 1, 2, 0, 0).diesAt(8), inLineSince("c", 1, 3, 0, 0)},

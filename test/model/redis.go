@@ -301,7 +301,7 @@ func (s *store) dump() (d dump) {
 			d.pods[token] = pod
 			d.since[token], err = strconv.Atoi(since)
 		} else {
-			d.lengths[field], err = strconv.Atoi(strings.TrimLeft(text, "+-"))
+			d.lengths[field], _ = strconv.Atoi(strings.TrimLeft(text, "+-")) // 0 if a broken script wrote it
 			if strings.HasPrefix(text, "+") {
 				d.hears[field] = true
 			} else if strings.HasPrefix(text, "-") {
