@@ -857,6 +857,11 @@ func TestGatedPatch(t *testing.T) {
 	if got != want {
 		t.Errorf("the gated pod has the init containers %s, want those of a waiting pod, %s", got, want)
 	}
+	const uid = "1d3e5f70-0000-4000-8000-000000000000"
+	wantToken := tokenConfig{semaphoreID{"shop", "web"}, uid, 3, 10 * time.Second}
+	if got, err := gatedToken(p.Spec.InitContainers[0].Args, "shop", uid); err != nil || got != wantToken {
+		t.Errorf("the gate reads %+v from the sidecar, %v; want %+v", got, err, wantToken)
+	}
 	if len(gates(waiting)) > 0 || waiting.Labels[labelGated] != "" {
 		t.Errorf("a waiting pod has the gates %q and labels %v", gates(waiting), waiting.Labels)
 	}

@@ -36,7 +36,7 @@ func TestDrawDashboard(t *testing.T) {
 	const length, lasts = 3, 4 * time.Minute
 	r := rig.StartRedis(t)
 	webhooks := []*rig.Webhook{rig.StartWebhook(t, r.Address), rig.StartWebhook(t, r.Address)}
-	p := startPrometheus(t, webhooks...)
+	p := startPrometheus(t, rig.StartGate(t, rig.StartAPIServer(t), r.Address), webhooks...)
 	start := time.Now()
 	for i := 0; time.Since(start) < lasts; i++ {
 		id := rig.ID{Namespace: "shop", Key: []string{"web", "mail", "report"}[i%3]}

@@ -26,11 +26,11 @@ func TestMain(m *testing.M) { os.Exit(rig.Run(m)) }
 // prometheusServer is a real Prometheus.
 type prometheusServer struct{ url string }
 
-// startPrometheus starts a Prometheus with the alert rules. It scrapes the webhooks every
-// second.
-func startPrometheus(t *testing.T, webhooks ...*rig.Webhook) *prometheusServer {
+// startPrometheus starts a Prometheus with the alert rules. It scrapes the webhooks, and a
+// gate, every second.
+func startPrometheus(t *testing.T, gate *rig.Gate, webhooks ...*rig.Webhook) *prometheusServer {
 	t.Helper()
-	var targets []string
+	targets := []string{strings.TrimPrefix(gate.HealthURL, "http://")}
 	for _, w := range webhooks {
 		targets = append(targets, strings.TrimPrefix(w.HealthURL, "http://"))
 	}
@@ -148,7 +148,7 @@ func useSemaphore(t *testing.T, r *rig.Redis, id rig.ID) {
 	r.Do(t, "ZADD", id.InflightKey(), "XX", r.Now(t)-7200, silent)
 }
 
-// A real Prometheus scrapes two webhooks under load. Each query of the dashboard and of
+// A real Prometheus scrapes two webhooks under load, and a gate. Each query of the dashboard and of
 // the alert rules returns data. No query counts twice what both webhooks report.
 func TestPrometheus(t *testing.T) {
 	t.Parallel()
@@ -158,7 +158,11 @@ func TestPrometheus(t *testing.T) {
 	webhooks := []*rig.Webhook{rig.StartWebhook(t, r.Address), rig.StartWebhook(t, r.Address)}
 	full, busy := rig.ID{Namespace: id.Namespace, Key: "full"}, rig.ID{Namespace: id.Namespace, Key: "busy"}
 	webhooks[0].WantAdmitted(t, full, 1)
-	p := startPrometheus(t, webhooks...)
+	api := rig.StartAPIServer(t)
+	api.Stop() // otherwise the gate is at work, and the query of SemaphoreGateMissing has no data
+	gate := rig.NewGate(t, rig.Program(t), api, r.Address)
+	gate.Start(t)
+	p := startPrometheus(t, gate, webhooks...)
 	load := func() {
 		for _, w := range webhooks {
 			r.Release(t, busy, w.WantAdmitted(t, busy, 5))

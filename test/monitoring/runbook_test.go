@@ -113,10 +113,14 @@ func TestAlertRules(t *testing.T) {
 	promtool(t, "", "test", "rules", rig.Path("deploy/monitoring/rules_test.yaml"))
 	w := rig.StartWebhook(t, rig.CommonRedis(t).Address)
 	w.WantAdmitted(t, rig.FreshID(), 1)
+	gate := rig.StartGate(t, rig.StartAPIServer(t), rig.CommonRedis(t).Address)
 	scraped := w.Metrics(t)
-	if out := promtool(t, scraped, "check", "metrics"); out != "" {
-		t.Errorf("promtool check metrics: %s", out)
+	for _, text := range []string{scraped, gate.Metrics(t)} {
+		if out := promtool(t, text, "check", "metrics"); out != "" {
+			t.Errorf("promtool check metrics: %s", out)
+		}
 	}
+	scraped += gate.Metrics(t)
 	var series []string // NAME or NAME{LABELS}
 	for line := range strings.Lines(scraped) {
 		if !strings.HasPrefix(line, "#") {
