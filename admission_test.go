@@ -211,7 +211,7 @@ func TestUnanswerableRequests(t *testing.T) {
 			"decode AdmissionReview: invalid character 'h'"},
 		{"more behind", "POST", "/mutate", "application/json", good + "{}", 400, "after top-level value"},
 		{"oversized", "POST", "/mutate", "application/json", strings.Repeat(" ", maxBody+1), 413,
-			"the body is larger than 4194304 bytes"},
+			"the body is larger than 10485760 bytes"},
 		{"nested", "POST", "/mutate", "application/json", strings.Repeat("[", maxBody), 400, "exceeded max depth"},
 		{"many objects", "POST", "/mutate", "application/json",
 			`{"request":` + strings.Repeat(`{"a":`, maxObjects), 413,

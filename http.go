@@ -19,9 +19,12 @@ import (
 	"time"
 )
 
-// maxBody is more than any AdmissionReview has: etcd refuses objects over 1.5 MiB, and a
-// review may hold two.
-const maxBody = 4 << 20
+// maxBody is more than any review of a pod that etcd accepts: 1.5 MiB by default. The API
+// server escapes < > & and control characters, so six bytes may stand for one: 9 MiB, and
+// room for the rest of the review. A review of a creation has one object. While Redis
+// hangs, each large body keeps up to maxBody in memory, and each that is read or decoded
+// four times that: maxLarge follows.
+const maxBody = 10 << 20
 
 // Limits on all clients together. A stranger is a connection without an authenticated
 // request yet; a caller is one with such a request. Servers with these limits speak

@@ -22,6 +22,20 @@ func largeReview(t *testing.T, id semaphoreID) []byte {
 	})
 }
 
+// A pod that etcd accepts fits into a review, even if JSON escapes all of its text.
+func TestReviewOfTheLargestPod(t *testing.T) {
+	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
+	a := w.admit(t, rig.Review(t, freshID(), 1, whenFull(whenFullWait), func(request map[string]any) {
+		request["dryRun"] = true
+		spec := request["object"].(map[string]any)["spec"].(map[string]any)
+		container := spec["containers"].([]any)[0].(map[string]any)
+		container["env"] = []any{map[string]any{"name": "A", "value": strings.Repeat("<&>", (1536<<10)/3)}}
+	}))
+	if !a.Allowed || a.Patch == nil {
+		t.Errorf("got %d %s", a.Code, a.Message)
+	}
+}
+
 // While Redis hangs, large requests wait up to a cap; further ones get 503 and "try
 // again". Small requests are served meanwhile.
 func TestLargeRequestsWait(t *testing.T) {

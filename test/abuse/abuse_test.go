@@ -20,14 +20,18 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// The webhook limits bodies of more than smallBody bytes separately.
-const smallBody = 32 << 10
+// The webhook limits bodies of more than smallBody bytes separately, and refuses those of
+// more than maxBody.
+const (
+	smallBody = 32 << 10
+	maxBody   = 10 << 20
+)
 
 // large posts a body over a new connection, and reads the answer.
-func (a *abused) large(ctx context.Context, path string, body []byte) {
+func (a *abused) large(ctx context.Context, path string, body io.Reader) {
 	transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
 	defer transport.CloseIdleConnections()
-	request, err := http.NewRequestWithContext(ctx, http.MethodPost, a.URL+path+"?timeout=5s", bytes.NewReader(body))
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, a.URL+path+"?timeout=5s", body)
 	if err != nil {
 		return
 	}
@@ -43,13 +47,13 @@ func (a *abused) large(ctx context.Context, path string, body []byte) {
 
 func TestAbuseByLargeRequests(t *testing.T) {
 	valid := rig.Review(t, rig.FreshID(), rig.MaxLength, func(r map[string]any) {
-		rig.AnnotationsOf(r)["large"] = strings.Repeat("x", 4<<20-10000)
+		rig.AnnotationsOf(r)["large"] = strings.Repeat("<&>", maxBody/18-1000) // 6 bytes each in JSON
 		r["dryRun"] = true
 	})
 	for name, body := range map[string][]byte{
 		"a review":    valid,
-		"spaces":      bytes.Repeat([]byte(" "), 4<<20),
-		"nested":      bytes.Repeat([]byte("["), 4<<20),
+		"spaces":      bytes.Repeat([]byte(" "), maxBody),
+		"nested":      bytes.Repeat([]byte("["), maxBody),
 		"many fields": []byte(`{"request":{"object":{` + strings.Repeat(`"a":{},`, 590000) + `"b":1}}}`),
 		"many texts": []byte(`{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","request":{"uid":"x",` +
 			`"namespace":"x","operation":"CREATE","kind":{"version":"v1","kind":"Pod"},` +
@@ -59,14 +63,32 @@ func TestAbuseByLargeRequests(t *testing.T) {
 		for _, many := range []int{64, 256} {
 			t.Run(fmt.Sprintf("%s, %d", name, many), func(t *testing.T) {
 				a := startAbused(t)
-				a.misuse(t, 8*time.Second, many, func(ctx context.Context, _ int) { a.large(ctx, a.path, body) })
+				a.misuse(t, 8*time.Second, many, func(ctx context.Context, _ int) { a.large(ctx, a.path, bytes.NewReader(body)) })
 			})
 		}
 	}
 	t.Run("without the secret, 256", func(t *testing.T) {
 		a := startAbused(t)
-		a.misuse(t, 8*time.Second, 256, func(ctx context.Context, _ int) { a.large(ctx, "/mutate", valid) })
+		a.misuse(t, 8*time.Second, 256, func(ctx context.Context, _ int) { a.large(ctx, "/mutate", bytes.NewReader(valid)) })
 	})
+}
+
+// While Redis hangs, the webhook holds as many of the largest reviews as it ever does, with
+// all of their text in a field that it decodes. Their length is not announced.
+func TestAbuseByLargeRequestsWhileRedisHangs(t *testing.T) {
+	a := startAbused(t)
+	body := rig.Review(t, rig.FreshID(), rig.MaxLength, func(r map[string]any) {
+		rig.AnnotationsOf(r)["large"] = strings.Repeat("x", maxBody-10000)
+	})
+	a.redis.Pause(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	var wg sync.WaitGroup
+	a.overrun(ctx, &wg, 16, func(ctx context.Context, _ int) {
+		a.large(ctx, a.path, io.MultiReader(bytes.NewReader(body)))
+	})
+	wg.Wait()
+	a.wantBounded(t)
 }
 
 // Idle connections stay open.
@@ -126,7 +148,7 @@ func TestAbuseBySlowness(t *testing.T) {
 	t.Run("large bodies", func(t *testing.T) {
 		a := startAbused(t)
 		a.misuse(t, 15*time.Second, 600, connected(a, func(ctx context.Context, conn net.Conn) {
-			_, _ = io.WriteString(conn, a.requestHeaders(4<<20))
+			_, _ = io.WriteString(conn, a.requestHeaders(maxBody))
 			_, _ = conn.Write(bytes.Repeat([]byte(" "), smallBody+1))
 			slowly(ctx, conn, strings.Repeat(" ", 3000), 200*time.Millisecond)
 		}))

@@ -100,6 +100,7 @@ func askPolitely(url, until string) error {
 // abused is a webhook under misuse.
 type abused struct {
 	*rig.Webhook
+	redis   *rig.Redis
 	address string
 	path    string // the path of the webhook, with the secret
 }
@@ -113,8 +114,9 @@ func startAbused(t *testing.T) *abused {
 	rig.Must(t, os.WriteFile(file, []byte(secret), 0o600))
 	t.Setenv("GOMAXPROCS", "2")
 	rig.LimitMemoryAsDeployed(t)
-	w := rig.StartWebhook(t, rig.StartRedis(t).Address, "--path-secret-file="+file)
-	return &abused{w, strings.TrimPrefix(w.URL, "https://"), "/mutate/" + secret}
+	r := rig.StartRedis(t)
+	w := rig.StartWebhook(t, r.Address, "--path-secret-file="+file)
+	return &abused{w, r, strings.TrimPrefix(w.URL, "https://"), "/mutate/" + secret}
 }
 
 // dial connects to the webhook over TLS.
