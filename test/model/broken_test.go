@@ -128,7 +128,7 @@ func TestModelFindsBrokenScripts(t *testing.T) {
 			"  status = 1\nend\ncallServed()",
 			"  status = 1\nend"},
 		{"scores in the future stay there",
-			"if newest and tonumber(newest) > now then",
+			"if newest and tonumber(newest) * 1000000 > micros then",
 			"if false then"},
 		{"a repair does not reclaim",
 			"if settled() then\n  local stale",
