@@ -183,8 +183,8 @@ func TestFlagDefaults(t *testing.T) {
 		"path-secret-file": "", "client-ca-file": "", "client-name": "",
 		"metrics-bind-address": "0.0.0.0:8080", "when-full": "deny", "enable-sidecar-containers": "true",
 		"sidecar-image": imageRepository + ":dev", "sidecar-image-pull-secret": "",
-		"sidecar-resources": "cpu=100m,memory=64Mi",
-		"sidecar-requests":  "cpu=5m,memory=32Mi", "await-restart": "false", "pod-annotations": "",
+		"sidecar-resources": "cpu=100m,memory=64Mi", "sidecar-run-as-user": "65532",
+		"sidecar-requests": "cpu=5m,memory=32Mi", "await-restart": "false", "pod-annotations": "",
 		"sidecar-redis-secret": "", "sidecar-redis-ca": "", "sidecar-etcd-secret": "",
 	}
 	sidecar := map[string]string{"length": "", "expiration-seconds": "10", "termination-grace-period-seconds": "10"}

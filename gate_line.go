@@ -637,8 +637,7 @@ func (l *gateLine) forgetSeconds(waiting []*podSnapshot) {
 func (l *gateLine) acquireServed(ctx context.Context, waiting []*podSnapshot,
 	served map[string]bool) (pause time.Duration, err error) {
 	pause = pollMost
-	asked := 0       // acquires since the last success
-	var failed error // of a repair
+	asked := 0 // acquires since the last success
 	for _, p := range waiting {
 		if state, gone := l.stateOf(p); state != podWaits || gone || asked > 0 && !served[p.uid] {
 			continue
@@ -649,14 +648,11 @@ func (l *gateLine) acquireServed(ctx context.Context, waiting []*podSnapshot,
 		asked++
 		w := &waiter{semaphores: l.gate.semaphores, id: l.id, token: p.uid, pod: newPodName(p.name, ""),
 			length: p.spec.length, expiration: p.spec.expiration, report: func(string) {}, log: l.log}
-		a, err := l.acquire(ctx, w, p, failed == nil)
-		switch {
-		case err != nil && a.status != acquireRepair: // Redis has not answered
+		a, err := l.acquire(ctx, w, p)
+		if err != nil {
 			return 0, err
-		case a.status == acquireRepair: // the other pods may need no repair
-			failed = cmp.Or(failed, err)
-			continue
-		case a.status == acquireTaken:
+		}
+		if a.status == acquireTaken {
 			l.setState(p, podWaits, podHolds)
 			asked = 0 // the next one may be served, too
 			continue
@@ -666,23 +662,22 @@ func (l *gateLine) acquireServed(ctx context.Context, waiting []*podSnapshot,
 		}
 		pause = min(pause, untilPoll(a))
 	}
-	return pause, failed
+	return pause, nil
 }
 
 // acquire acquires the token of a pod, within acquireTimeout. If the semaphore needs a
-// repair, acquire repairs it unless told not to. Redis may have lost its data since the
-// last refresh. So the place of the pod is refreshed again before the repair makes new
-// tokens.
-func (l *gateLine) acquire(ctx context.Context, w *waiter, p *podSnapshot, repair bool) (acquireReply, error) {
+// repair, Redis may have lost its data since the last refresh. So the place of the pod is
+// refreshed again before the repair makes new tokens.
+func (l *gateLine) acquire(ctx context.Context, w *waiter, p *podSnapshot) (acquireReply, error) {
 	ctx, cancel := context.WithTimeout(ctx, acquireTimeout)
 	defer cancel()
 	a, err := l.gate.semaphores.runAcquire(ctx, l.id, acquireRequest{w.token, w.length, joinLine, w.pod})
-	if err != nil || a.status != acquireRepair || !repair {
+	if err != nil || a.status != acquireRepair {
 		return a, err
 	}
 	places := []placeRequest{{p.uid, p.arrival, p.spec.length, w.pod}}
 	if _, err := l.gate.semaphores.refreshPlaces(ctx, l.id, l.created, nil, places); err != nil {
-		return acquireReply{}, err
+		return a, err
 	}
 	_, a, err = w.acquireOnce(ctx, joinLine)
 	return a, err

@@ -313,8 +313,7 @@ func TestGateRefused(t *testing.T) {
 			_, another, _ := g.start(bound) // both agree on the place
 			refused := create("refused", time.Minute)
 			g.wantHolders(refused)
-			create("b", 50*time.Second)
-			c := create("c", 40*time.Second)
+			b, c := create("b", 50*time.Second), create("c", 40*time.Second)
 			g.wantLifted([]string{"b"}, "refused")
 			g.redis.WantLine(t, g.id, c, refused)
 			g.wantEvent("refused", reasonLate, "on purpose")
@@ -323,12 +322,12 @@ func TestGateRefused(t *testing.T) {
 				t.Error("neither gate has logged the refusal")
 			}
 			g.run("b")
-			g.api.DeletePod(t, g.id.namespace, "b")
+			g.owner.giveBack(g.id, b) // as its sidecar does
 			g.wantLifted([]string{"c"}, "refused")
 			g.run("c")
 			g.api.Store.SetPolicy(nil)
 			g.api.Fail(nil)
-			g.api.DeletePod(t, g.id.namespace, "c")
+			g.owner.giveBack(g.id, c)
 			g.wantLifted([]string{"refused"})
 			g.wantHolders(refused)
 		})
@@ -352,21 +351,18 @@ func TestGateLabelRefused(t *testing.T) {
 	})
 }
 
-// A pod that a token is free for gets it, also if the first in line needs a repair and the
-// lock servers are down.
+// Free tokens go to the pods in line, in their order, while the lock servers are down.
 func TestGateServesWithoutLocks(t *testing.T) {
 	t.Parallel()
-	g := newGateTest(t, 1)
+	g := newGateTest(t, 3)
 	maintain(t, g.owner, g.id, 3)
 	dead := acquire(t, g.owner, g.id, 3)
 	g.redis.MakeStale(t, g.id, dead)
-	first := g.create("a")
-	g.length = 3
-	second := g.create("b")
 	g.start(func(c *gateConfig) { c.redisAddresses = []string{rig.FreeAddress(t)} })
-	g.wantLifted([]string{"b"}, "a")
-	g.wantHolders(dead, second)
-	g.redis.WantLine(t, g.id, first)
+	tokens := g.createAll("a", "b")
+	g.wantLifted([]string{"a", "b"})
+	g.wantHolders(append(tokens, dead)...)
+	g.redis.WantLine(t, g.id, g.create("c"))
 }
 
 // While the API server is away for a while, the token is kept. While Redis is down,
@@ -412,8 +408,8 @@ func readyz(g *gate) (code int, text string) {
 
 // age returns the seconds since the time that Redis notes for a token in a key.
 func (g *gateTest) age(key, token string) (int, error) {
-	at, err := redis.Int(g.redis.Control.Do("ZSCORE", key, token))
-	return int(g.redis.Now(g.T)) - at, err
+	at, err := redis.Float64(g.redis.Control.Do("ZSCORE", key, token))
+	return int(float64(g.redis.Now(g.T)) - at), err
 }
 
 // A gate that hears nothing from the API server keeps no place and no token, is not ready,

@@ -599,11 +599,10 @@ func TestPausedMaintainer(t *testing.T) {
 	forEachLock(t, 1, func(t *testing.T, s lockServers) {
 		queue := rig.StartRedis(t)
 		proxy := rig.StartProxy(t, queue.Address)
-		maintain := proxy.HoldFirst(t, maintainScript.made().Hash(), false)
 		id := freshID()
 		const length = 5
 		body := rig.Review(t, id, length, func(request map[string]any) {
-			rig.AnnotationsOf(request)[annotationExpiration] = "1"
+			rig.AnnotationsOf(request)[annotationExpiration] = "2"
 		})
 
 		c := testConfig(queue.Address)
@@ -611,6 +610,7 @@ func TestPausedMaintainer(t *testing.T) {
 		paused := rig.StartWebhook(t, proxy.Address, "--lock-mode="+c.lockMode,
 			"--redis-addresses="+strings.Join(c.redisAddresses, ","),
 			"--etcd-addresses="+strings.Join(c.etcdAddresses, ","))
+		maintain := proxy.HoldFirst(t, maintainScript.made().Hash(), false)
 		answered := make(chan error, 1)
 		go func() {
 			status, text, _, err := paused.Post(body)
