@@ -547,7 +547,8 @@ func TestGateOneBadNamespace(t *testing.T) {
 }
 
 // However many gated pods are deleted, or lose the label, at once, a lift does not wait for
-// what the gate asks about them. It asks nothing about those that were deleted.
+// what the gate asks about them. It asks nothing about those that were deleted, unless it
+// has missed the deletion and learns of it from a list.
 func TestGateManyLeave(t *testing.T) {
 	t.Parallel()
 	const many = 100
@@ -602,7 +603,7 @@ func TestGateManyLeave(t *testing.T) {
 				}
 				return nil
 			})
-			if n := asked.Load(); name == "deleted" && n != 0 || name != "deleted" && n != many {
+			if n := asked.Load(); name == "deleted" && n > many/4 || name != "deleted" && n != many {
 				t.Errorf("the gate has asked %d times about %d pods", n, many)
 			}
 		})

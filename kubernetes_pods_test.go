@@ -121,7 +121,8 @@ func (h *podRecorder) want(t *testing.T, syncs int, names ...string) {
 type watching struct {
 	*kubernetes
 	*podRecorder
-	log *rig.Log
+	log   *rig.Log
+	watch *podWatch
 }
 
 const gatedSelector = rig.LabelGated + "=true"
@@ -130,8 +131,9 @@ func startWatching(t *testing.T, c kubernetesSettings, namespace string, change 
 	t.Helper()
 	k, log := newClient(t, c, change...)
 	h := &podRecorder{pods: map[string]*watchedPod{}}
-	inBackground(t, k.newPodWatch(gatedSelector, namespace, h).run)
-	return &watching{k, h, log}
+	w := k.newPodWatch(gatedSelector, namespace, h)
+	inBackground(t, w.run)
+	return &watching{k, h, log, w}
 }
 
 func isList(r string) bool { return strings.HasPrefix(r, "GET ") && strings.Contains(r, "limit=") }
@@ -467,11 +469,18 @@ func TestKubernetesBookmarks(t *testing.T) {
 	other := rig.GatedPod("other")
 	delete(other.Labels, rig.LabelGated)
 	s.CreatePod(t, n, other)
-	k := startWatching(t, clientSettings(s), n, func(k *kubernetes) { k.bounds.silence = time.Second })
+	k := startWatching(t, clientSettings(s), n)
 	k.want(t, 1, "p")
 	s.SetLabel(t, n, "other", "example.org/changed", "yes")
+	changed := time.Now()
 	before, _ := s.Store.Get(n, "other")
 	s.Store.WantBookmark(t, before.ResourceVersion)
+	rig.Eventually(t, 10*time.Second, func() error {
+		if since := time.Since(changed); k.watch.silent() > since {
+			return fmt.Errorf("the client has heard nothing for %s", since)
+		}
+		return nil
+	})
 	s.Store.Compact()
 	s.DropWatches()
 	s.CreatePod(t, n, rig.GatedPod("q"))
