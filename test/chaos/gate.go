@@ -3,6 +3,7 @@ package chaos
 import (
 	"math/rand/v2"
 	"net/http"
+	"slices"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -11,13 +12,20 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
+// gate is a gate, and the proxy through which it reaches the API server.
+type gate struct {
+	restarted
+	api *rig.Proxy
+}
+
 // startGates starts the API server, and two gates on separate nodes.
 func (w *world) startGates() {
 	w.api = rig.StartAPIServer(w.t)
 	for i := range 2 {
-		args := []string{"gate", "--kubernetes-address=" + w.api.Address, "--kubernetes-ca-file=" + w.api.CAFile,
+		api := rig.StartProxy(w.t, w.api.Address)
+		args := []string{"gate", "--kubernetes-address=" + api.Address, "--kubernetes-ca-file=" + w.api.CAFile,
 			"--kubernetes-token-file=" + w.api.TokenFile}
-		g := &restarted{binary: w.binary, args: append(args, w.flags(w.nodes[i])...)}
+		g := &gate{restarted{binary: w.binary, args: append(args, w.flags(w.nodes[i])...)}, api}
 		g.launch(w.t)
 		w.gates = append(w.gates, g)
 	}
@@ -47,6 +55,14 @@ func (w *world) watchEvents() {
 	}
 }
 
+// otherGate is the scheduling gate of another controller.
+const otherGate = "example.org/other"
+
+func removeOtherGate(p *corev1.Pod) {
+	p.Spec.SchedulingGates = slices.DeleteFunc(p.Spec.SchedulingGates,
+		func(g corev1.PodSchedulingGate) bool { return g.Name == otherGate })
+}
+
 func (p *pod) namespace() string { return rig.ParseID(p.life.semaphore).Namespace }
 
 // passGate creates the pod, and waits until a gate lifts its scheduling gate. It returns
@@ -54,6 +70,10 @@ func (p *pod) namespace() string { return rig.ParseID(p.life.semaphore).Namespac
 func (p *pod) passGate(rng *rand.Rand) bool {
 	made := rig.AdmittedPod(p.life.name, rig.ParseID(p.life.semaphore), p.life.length, 2)
 	made.Namespace = p.namespace()
+	if blocked := rng.IntN(4) == 0; blocked {
+		made.Spec.SchedulingGates = append(made.Spec.SchedulingGates, corev1.PodSchedulingGate{Name: otherGate})
+		time.AfterFunc(within(rng, p.w.patience), func() { p.show(removeOtherGate) })
+	}
 	created, status := p.w.api.Store.Create(made)
 	if status != nil {
 		p.w.complain("%s: %s", p.life.name, status.Message)
@@ -65,7 +85,11 @@ func (p *pod) passGate(rng *rand.Rand) bool {
 	patience := p.w.now() + p.w.patience + within(rng, p.w.patience)
 	for (p.w.now() < patience || p.w.ending()) && p.w.ctx.Err() == nil {
 		now, _ := p.w.api.Store.Get(p.namespace(), p.life.name)
-		if len(now.Spec.SchedulingGates) == 0 {
+		switch gates := now.Spec.SchedulingGates; {
+		case len(gates) == 1 && gates[0].Name == otherGate:
+			p.w.complain("the gate of %s was lifted, and the pod has another one", p.life.name)
+			return false
+		case len(gates) == 0:
 			p.mu.Lock()
 			defer p.mu.Unlock()
 			at := p.w.now()
@@ -136,6 +160,13 @@ var gateBlows = []blow{
 		g.Signal(n.t, syscall.SIGSTOP)
 		n.wait(time.Second, staleThreshold+2*time.Second)
 		g.Signal(n.t, syscall.SIGCONT)
+	}},
+	{"a gate is cut off from the API server", false, func(n *nemesis, f *fault) {
+		f.unlifted, f.outdated = true, true
+		g := pick(n, n.gates)
+		g.api.Cut()
+		n.wait(time.Second, min(viewTime+10*time.Second, *runTime/4))
+		g.api.Mend()
 	}},
 	{"all watches end", false, func(n *nemesis, f *fault) {
 		f.blind = true

@@ -93,6 +93,7 @@ type fault struct {
 	silent     bool     // Redis may run commands whose replies do not arrive
 	unrepaired bool     // most lock servers are away
 	unlifted   bool     // a gate is away: it may take a token long before it lifts the pod's scheduling gate
+	outdated   bool     // a gate does not see what becomes of the pods
 	blind      bool     // all gates are away or do not see the pods
 }
 

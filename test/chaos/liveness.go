@@ -44,7 +44,7 @@ func (c *checker) occupies(p *podLife) (all []span) {
 		if p.died != notYet {
 			end = min(end, p.died+stale)
 		}
-		all = append(all, span{from, end})
+		all = append(all, span{from, c.kept(p, end)})
 	case !p.waits && !p.refused:
 		all = append(all, span{p.asked, cmp.Or(p.answered, c.end) + stale + slack})
 	case !p.waits:
@@ -59,13 +59,24 @@ func (c *checker) occupies(p *podLife) (all []span) {
 		}
 		// A gate may have taken a token for it, and must learn of its deletion.
 		if p.gated && p.ended != notYet && p.lifted.to == 0 {
-			all = append(all, span{p.ended - noticeDelay, p.ended + taken})
+			all = append(all, span{p.ended - noticeDelay, c.kept(p, p.ended+taken)})
 		}
 		for _, s := range p.silences {
 			all = append(all, span{s.from, min(s.to, s.from+passed) + slack})
 		}
 	}
 	return all
+}
+
+// kept returns until when a gated pod may keep a token that others could have at a time:
+// a gate that is cut off from the API server keeps it while its view may be old.
+func (c *checker) kept(p *podLife, at time.Duration) time.Duration {
+	for _, f := range c.faults {
+		if p.gated && f.outdated && f.overlaps(span{c.ended(p), at}) {
+			at = max(at, min(f.to+taken, f.from+viewTime)+c.threshold+2*slack)
+		}
+	}
+	return at
 }
 
 // calm reports whether no fault and no silence of a pod disturbs a semaphore in a span.

@@ -28,6 +28,10 @@ const (
 	// of it died.
 	taken = 5*time.Second + slack
 
+	// viewTime is how long a gate acts on what it knows of the pods, if the API server is
+	// silent.
+	viewTime = 30 * time.Second
+
 	// takenCalm is taken after pods ahead died whose connections were closed, and without
 	// a fault.
 	takenCalm = time.Second + slack

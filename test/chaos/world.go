@@ -40,7 +40,7 @@ type world struct {
 	locks    rig.LockServers
 	webhooks []*webhook
 	api      *rig.APIServer
-	gates    []*restarted
+	gates    []*gate
 	nodes    []*node
 	rush     bool          // a refused pod is retried at once
 	gating   bool          // some of the waiting pods are gated
