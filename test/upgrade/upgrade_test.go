@@ -261,7 +261,7 @@ func TestUpgradeFindsIncompatibility(t *testing.T) {
 		{
 			name: "tokens in use are kept elsewhere",
 			edit: rig.Edit{File: "queue.go", From: `"inflight/{"`, To: `"queue/inflight/{"`},
-			want: []string{"hold a token, and", "not in flight"},
+			want: []string{"hold a token, and", "not in flight", "NOPERM"},
 		},
 		{
 			name: "arrivals have another unit",
