@@ -373,7 +373,7 @@ func (l *gateLine) finish(ctx context.Context, pods []*podSnapshot) {
 	for _, p := range pods {
 		state, gone := l.stateOf(p)
 		switch {
-		case gone && (state == podDone || p.released):
+		case gone && p.released:
 			l.forget(p.uid)
 		case gone && !p.neverRuns():
 			l.change(p, func() time.Duration { return l.resolveMissing(ctx, p) })
