@@ -165,7 +165,7 @@ var gateBlows = []blow{
 		f.unlifted, f.outdated = true, true
 		g := pick(n, n.gates)
 		g.api.Cut()
-		n.wait(time.Second, min(viewTime+10*time.Second, *runTime/4))
+		n.wait(time.Second, 2*time.Second+min(viewTime+10*time.Second, n.now()/3)) // longer in longer runs
 		g.api.Mend()
 	}},
 	{"all watches end", false, func(n *nemesis, f *fault) {
