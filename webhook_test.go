@@ -538,7 +538,7 @@ func TestWarnsOfEviction(t *testing.T) {
 		maxmemory, policy, rule string
 		want                    string
 	}{
-		"evicts":         {"1gb", "volatile-lru", "+info", warning + r.Address + " (volatile-lru)"},
+		"evicts":         {"1gb", "volatile-lru", "-info " + rig.EvictionACL, warning + r.Address + " (volatile-lru)"},
 		"refuses":        {"1gb", "noeviction", "+info", "ok"},
 		"unbounded":      {"0", "allkeys-lru", "+info", "ok"},
 		"may not ask it": {"1gb", "volatile-lru", "-info", "ok"},
@@ -546,7 +546,7 @@ func TestWarnsOfEviction(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			r.Do(t, "CONFIG", "SET", "maxmemory", set.maxmemory)
 			r.Do(t, "CONFIG", "SET", "maxmemory-policy", set.policy)
-			r.Do(t, "ACL", "SETUSER", "default", set.rule)
+			r.Do(t, "ACL", append([]any{"SETUSER", "default"}, anySlice(strings.Fields(set.rule))...)...)
 			w := startWebhook(t, c)
 			for range 3 {
 				text := ""

@@ -22,7 +22,7 @@ func TestACLsAreDocumented(t *testing.T) {
 	for _, rules := range []string{
 		rig.WebhookACL, rig.SidecarACL,
 		"status on >PASSWORD " + rig.StatusACL + "\n", "SETUSER status " + rig.ReleaseACL + "\n",
-		"`" + rig.GateACL + "`", "`" + rig.ForgottenACL + "`", "`" + rig.SentinelACL + "`",
+		"`" + rig.GateACL + "`", "`" + rig.ForgottenACL + "`", "`" + rig.EvictionACL + "`", "`" + rig.SentinelACL + "`",
 		"`" + rig.OnSentinelsACL + "`", "`" + rig.ClusterACL + "`", "`" + rig.LockACL + "`",
 	} {
 		if !strings.Contains(page, rules) {
@@ -59,7 +59,7 @@ func withoutLock(rules string) string {
 // Sentinels watch the servers of the tokens.
 func TestACLsAreDeployed(t *testing.T) {
 	want := map[string][]string{
-		"webhook":    {withoutLock(rig.WebhookACL) + " " + rig.ForgottenACL, rig.LockACL},
+		"webhook":    {withoutLock(rig.WebhookACL) + " " + rig.ForgottenACL + " " + rig.EvictionACL, rig.LockACL},
 		"sidecar":    {}, // each namespace has its own user: see TestNamespaceUsersFollowTheirFiles
 		"gate":       {withoutLock(rig.SidecarACL) + " " + rig.GateACL, rig.LockACL},
 		"namespaces": {rig.NamespacesACL, rig.NamespacesACL},

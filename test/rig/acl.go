@@ -18,6 +18,7 @@ const (
 
 	GateACL       = "+unsubscribe"              // of the gate, in addition to SidecarACL
 	ForgottenACL  = "+acl|users"                // of the webhook, to warn about namespaces without a user
+	EvictionACL   = "+info|memory"              // of the webhook, to warn about a Redis that may evict tokens
 	NamespacesACL = "+acl|setuser +acl|deluser" // of the user by which deploy/namespace.sh makes users
 
 	// Webhook and sidecar also need SentinelACL on servers that Sentinels watch, and
