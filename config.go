@@ -17,10 +17,10 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// The users of the injected containers: nobody is the user and group "nonroot" of the
-// distroless image. With sidecarUserNone, the containers name no user.
+// The user and group of the injected containers: nonroot of the distroless image. With
+// sidecarUserNone, the containers name no user.
 const (
-	nobody          int64 = 65532
+	nonroot         int64 = 65532
 	sidecarUserNone       = "none"
 )
 
@@ -226,8 +226,8 @@ func (c *webhookConfig) declareFlags(f *flags, getenv func(string) string) {
 		"`IMAGE` of the injected containers")
 	declare(f, &c.sidecarImagePullSecret, readObjectName, "sidecar-image-pull-secret", "",
 		"`NAME` of a Secret in the pod's namespace, which the webhook adds to the pod's imagePullSecrets")
-	declare(f, &c.sidecarUser, readChoice(strconv.FormatInt(nobody, 10), sidecarUserNone), "sidecar-run-as-user",
-		strconv.FormatInt(nobody, 10),
+	declare(f, &c.sidecarUser, readChoice(strconv.FormatInt(nonroot, 10), sidecarUserNone), "sidecar-run-as-user",
+		strconv.FormatInt(nonroot, 10),
 		"`65532|none`: user and group of the injected containers, for their securityContext; "+
 			"none leaves the choice to the cluster, the pod and the image, for OpenShift")
 	declare(f, &c.sidecarLimits, readResources, "sidecar-resources", "cpu=100m,memory=64Mi",

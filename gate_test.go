@@ -10,8 +10,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -178,177 +176,6 @@ func TestGateOrder(t *testing.T) {
 	g.redis.Do(t, "DEL", g.id.waitersKey(), g.id.seenKey())
 	g.start()
 	g.redis.WantLine(t, g.id, want...)
-}
-
-// A pod that has other scheduling gates takes no token and stands in no line. When ours is
-// its last one, it takes its place by its creation time.
-func TestGateOtherGates(t *testing.T) {
-	t.Parallel()
-	g := newGateTest(t, 1)
-	create := func(name string, ago time.Duration, do func(*corev1.Pod) string) (token string) {
-		p := g.admitted(name)
-		p.CreationTimestamp.Time = time.Now().Add(-ago).Truncate(time.Second)
-		return do(p)
-	}
-	unblock := func(name string) {
-		g.change(name, func(p *corev1.Pod) { p.Spec.SchedulingGates = p.Spec.SchedulingGates[1:] })
-	}
-	tokens := map[string]string{}
-	for i, name := range []string{"b1", "b2", "b3"} {
-		tokens[name] = create(name, time.Minute-time.Duration(i)*time.Second, g.createBlocked)
-	}
-	gate, _, stop := g.start()
-	tokens["a"] = create("a", 50*time.Second, g.createAs)
-	g.wantLifted([]string{"a"})
-	tokens["c"] = create("c", 40*time.Second, g.createAs)
-	g.redis.WantLine(t, g.id, tokens["c"])
-	g.wantEvent("b1", "WaitingForGates", "example.org/other")
-	if n := gate.count(podBlocked); n != 3 {
-		t.Errorf("%d pods are blocked, want 3", n)
-	}
-	unblock("b2")
-	g.redis.WantLine(t, g.id, tokens["b2"], tokens["c"])
-	stop()
-	g.start()
-	unblock("b1")
-	g.redis.WantLine(t, g.id, tokens["b1"], tokens["b2"], tokens["c"])
-	g.wantHolders(tokens["a"])
-	g.api.DeletePod(t, g.id.namespace, "a")
-	g.wantLifted([]string{"b1"})
-	g.api.DeletePod(t, g.id.namespace, "b3")
-	g.wantHolders(tokens["b1"])
-
-	// Another program removes our gate first. The pod cannot run, and takes no token.
-	d := create("d", 70*time.Second, g.createBlocked)
-	g.wantEvent("d", "WaitingForGates", "example.org/other")
-	g.change("d", func(p *corev1.Pod) { p.Spec.SchedulingGates = p.Spec.SchedulingGates[:1] })
-	g.api.DeletePod(t, g.id.namespace, "b1")
-	g.wantLifted([]string{"b2"})
-	g.redis.WantLine(t, g.id, tokens["c"])
-	unblock("d")
-	g.redis.WantLine(t, g.id, d, tokens["c"])
-}
-
-// If a pod does not start in time, the gate stops its heartbeats, and the next pod gets
-// the stale token. The pod gets an event.
-func TestGateUnschedulable(t *testing.T) {
-	t.Parallel()
-	for name, late := range map[string]func(*gateTest){
-		"no node": func(g *gateTest) {
-			g.create("late")
-			g.wantLifted([]string{"late"})
-		},
-		"the sidecar runs and does not reach Redis": func(g *gateTest) {
-			g.create("late")
-			g.wantLifted([]string{"late"})
-			g.change("late", rig.MarkScheduled)
-		},
-		"the label has a time in the future": func(g *gateTest) {
-			p := g.admitted("late")
-			p.Spec.SchedulingGates = nil
-			p.Labels[labelGated] = strconv.FormatInt(time.Now().Add(time.Hour).Unix(), 10)
-			g.createAs(p)
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			g := newGateTest(t, 1)
-			_, log, _ := g.start(func(c *gateConfig) { c.unschedulable = 8 * time.Second })
-			late(g)
-			token := string(g.pod("late").UID)
-			g.wantHolders(token)
-			next := g.create("next")
-			rig.Eventually(t, 20*time.Second, func() error {
-				if label, ok := g.pod("late").Labels[labelGated]; ok {
-					return fmt.Errorf("the pod still has the label %q", label)
-				}
-				return nil
-			})
-			g.wantHolders(token) // until it is stale
-			g.redis.MakeStale(t, g.id, token)
-			g.wantLifted([]string{"next"})
-			g.wantHolders(next)
-			g.wantEvent("late", reasonLate, "its token of "+g.id.String()+" goes to another pod")
-			if len(log.Lines(t, "the pod has not started in time: its token goes stale")) != 1 {
-				t.Error("the late start was not logged exactly once")
-			}
-		})
-	}
-}
-
-// If the API server refuses to lift the gate of a pod, the next pod gets its token after a
-// time. The pod stands in line again, behind those that waited meanwhile.
-func TestGateRefused(t *testing.T) {
-	t.Parallel()
-	for name, refuse := range map[string]func(*gateTest){
-		"422": func(g *gateTest) {
-			g.api.Store.SetPolicy(func(before, _ *corev1.Pod) string {
-				if before.Name == "refused" {
-					return "on purpose"
-				}
-				return ""
-			})
-		},
-		"403": func(g *gateTest) {
-			g.api.Fail(func(w http.ResponseWriter, r *http.Request) bool {
-				if r.Method != http.MethodPatch || !strings.HasSuffix(r.URL.Path, "/refused") {
-					return false
-				}
-				rig.Respond(w, 0, nil, rig.Failure(http.StatusForbidden, "Forbidden", "on purpose"))
-				return true
-			})
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			g := newGateTest(t, 1)
-			create := func(name string, ago time.Duration) (token string) {
-				p := g.admitted(name)
-				p.CreationTimestamp.Time = time.Now().Add(-ago).Truncate(time.Second)
-				return g.createAs(p)
-			}
-			refuse(g)
-			bound := func(c *gateConfig) { c.unschedulable = 8 * time.Second }
-			_, log, _ := g.start(bound)
-			_, another, _ := g.start(bound) // both agree on the place
-			refused := create("refused", time.Minute)
-			g.wantHolders(refused)
-			b, c := create("b", 50*time.Second), create("c", 40*time.Second)
-			g.wantLifted([]string{"b"}, "refused")
-			g.redis.WantLine(t, g.id, c, refused)
-			g.wantEvent("refused", reasonLate, "on purpose")
-			text := "a gate could not be lifted: its token goes to the next pod"
-			if len(log.Lines(t, text))+len(another.Lines(t, text)) == 0 {
-				t.Error("neither gate has logged the refusal")
-			}
-			g.run("b")
-			g.owner.giveBack(g.id, b) // as its sidecar does
-			g.wantLifted([]string{"c"}, "refused")
-			g.run("c")
-			g.api.Store.SetPolicy(nil)
-			g.api.Fail(nil)
-			g.owner.giveBack(g.id, c)
-			g.wantLifted([]string{"refused"})
-			g.wantHolders(refused)
-		})
-	}
-}
-
-// If the API server refuses to remove the label, the gate logs that.
-func TestGateLabelRefused(t *testing.T) {
-	t.Parallel()
-	g := newGateTest(t, 1)
-	_, log, _ := g.start()
-	g.create("a")
-	g.wantLifted([]string{"a"})
-	g.api.Store.SetPolicy(func(_, _ *corev1.Pod) string { return "on purpose" })
-	g.change("a", rig.MarkRunning)
-	rig.Eventually(t, 20*time.Second, func() error {
-		if len(log.Lines(t, "label not removed, to be retried")) == 0 {
-			return errors.New("the refusal is not logged")
-		}
-		return nil
-	})
 }
 
 // Free tokens go to the pods in line, in their order, while the lock servers are down.
@@ -546,71 +373,7 @@ func TestGateOneBadNamespace(t *testing.T) {
 	bad.wantLifted(nil, "y")
 }
 
-// However many gated pods are deleted, or lose the label, at once, a lift does not wait for
-// what the gate asks about them. It asks nothing about those that were deleted, unless it
-// has missed the deletion and learns of it from a list.
-func TestGateManyLeave(t *testing.T) {
-	t.Parallel()
-	const many = 100
-	for name, leave := range map[string]func(*gateTest, string){
-		"deleted":  func(g *gateTest, pod string) { g.api.DeletePod(g.T, g.id.namespace, pod) },
-		"no label": func(g *gateTest, pod string) { g.change(pod, func(p *corev1.Pod) { delete(p.Labels, labelGated) }) },
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			g := newGateTest(t, 1)
-			other := *g
-			other.id.key = "other"
-			acquire(t, g.owner, g.id, 1)
-			holder := acquire(t, g.owner, other.id, 1)
-			gate, _, _ := g.start()
-			for i := range many {
-				g.create(fmt.Sprintf("many-%d", i))
-			}
-			next := other.create("next")
-			other.redis.WantLine(t, other.id, next)
-			rig.Eventually(t, 30*time.Second, func() error {
-				if line, err := g.redis.Line(g.id); err != nil || len(line) != many {
-					return fmt.Errorf("%d in line, %v", len(line), err)
-				}
-				return nil
-			})
-			var asked atomic.Int32
-			answer := make(chan struct{})
-			release := sync.OnceFunc(func() { close(answer) })
-			t.Cleanup(release)
-			g.api.Fail(func(_ http.ResponseWriter, r *http.Request) bool {
-				if strings.Contains(r.URL.Path, "/pods/many-") {
-					asked.Add(1)
-					<-answer
-				}
-				return false
-			})
-			for i := range many {
-				leave(g, fmt.Sprintf("many-%d", i))
-			}
-			g.redis.WantLine(t, g.id)
-			giveBack(t, g.owner, other.id, holder)
-			start := time.Now()
-			other.wantLifted([]string{"next"})
-			rig.WantWithin(t, time.Since(start), time.Second/2, "lifting a gate while many pods leave")
-			release()
-			rig.Eventually(t, 30*time.Second, func() error {
-				gate.mu.Lock()
-				defer gate.mu.Unlock()
-				if gate.lines[g.id] != nil {
-					return errors.New("the line is still there")
-				}
-				return nil
-			})
-			if n := asked.Load(); name == "deleted" && n > many/4 || name != "deleted" && n != many {
-				t.Errorf("the gate has asked %d times about %d pods", n, many)
-			}
-		})
-	}
-}
-
-// The key is that of the pod's sidecar, which nobody can change, whatever the annotations
+// The key is that of the pod's sidecar, which is immutable, whatever the annotations
 // say now.
 func TestGateReadsSidecar(t *testing.T) {
 	t.Parallel()
@@ -669,99 +432,6 @@ func TestGateWrongSidecar(t *testing.T) {
 	}
 }
 
-// While the API server does not let the gate remove the label of a pod that runs, the gate
-// leaves the pod's token alone, and serves the others.
-func TestGateLabelStays(t *testing.T) {
-	t.Parallel()
-	g := newGateTest(t, 1)
-	_, log, _ := g.start()
-	a := g.create("a")
-	g.wantLifted([]string{"a"})
-	g.api.Fail(func(w http.ResponseWriter, r *http.Request) bool {
-		if r.Method != http.MethodPatch || !strings.HasSuffix(r.URL.Path, "/a") {
-			return false
-		}
-		rig.Respond(w, 0, nil, rig.Failure(http.StatusServiceUnavailable, "ServiceUnavailable", "on purpose"))
-		return true
-	})
-	g.change("a", rig.MarkRunning)
-	rig.Eventually(t, 20*time.Second, func() error {
-		if n := len(log.Lines(t, "label not removed, to be retried")); n < 2 {
-			return fmt.Errorf("%d attempts to remove the label, want 2", n)
-		}
-		return nil
-	})
-	g.wantHolders(a)
-	giveBack(t, g.owner, g.id, a)
-	b := g.create("b")
-	g.wantLifted([]string{"b"})
-	g.wantHolders(b)
-	if g.pod("a").Labels[labelGated] == "" {
-		t.Error("the label is gone")
-	}
-	g.api.Fail(nil)
-	rig.Eventually(t, 20*time.Second, func() error {
-		if label, ok := g.pod("a").Labels[labelGated]; ok {
-			return fmt.Errorf("the label is still %q", label)
-		}
-		return nil
-	})
-	g.wantHolders(b)
-}
-
-// A pod that gets its label back while the gate asks why it lost it stays in line.
-func TestGateLabelComesBack(t *testing.T) {
-	t.Parallel()
-	for name, late := range map[string]bool{"before the answer": false, "after the answer": true} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			g := newGateTest(t, 1)
-			holder := acquire(t, g.owner, g.id, 1)
-			gate, _, _ := g.start()
-			a := g.create("a")
-			g.redis.WantLine(t, g.id, a)
-			var once sync.Once
-			g.api.Fail(func(w http.ResponseWriter, r *http.Request) (answered bool) {
-				if r.Method != http.MethodGet || !strings.HasSuffix(r.URL.Path, "/a") {
-					return false
-				}
-				once.Do(func() {
-					unlabelled := g.pod("a")
-					if !late {
-						w = httptest.NewRecorder() // g.api answers with what is there then
-					}
-					g.change("a", func(p *corev1.Pod) { p.Labels[labelGated] = "true" })
-					rig.Eventually(t, 10*time.Second, func() error {
-						gate.mu.Lock()
-						defer gate.mu.Unlock()
-						l := gate.lines[g.id]
-						l.mu.Lock()
-						defer l.mu.Unlock()
-						if late && l.pods[a].gone {
-							return errors.New("the gate has not seen the label")
-						}
-						return nil
-					})
-					answered = late
-					rig.Respond(w, http.StatusOK, unlabelled, nil)
-				})
-				return answered
-			})
-			g.change("a", func(p *corev1.Pod) { delete(p.Labels, labelGated) })
-			rig.Eventually(t, 20*time.Second, func() error {
-				if g.pod("a").Labels[labelGated] == "" {
-					return errors.New("the label is not back")
-				}
-				return nil
-			})
-			g.redis.WantLine(t, g.id, a)
-			giveBack(t, g.owner, g.id, holder)
-			g.wantLifted([]string{"a"})
-			g.wantHolders(a)
-		})
-	}
-}
-
 // A gate of some namespaces starts when it has listed the pods of them all. It lifts no
 // gates elsewhere.
 func TestGateOfSomeNamespaces(t *testing.T) {
@@ -782,28 +452,6 @@ func TestGateOfSomeNamespaces(t *testing.T) {
 	if n := len(log.Lines(t, "pods listed")); n != 21 {
 		t.Errorf("listed %d namespaces, want 21", n)
 	}
-}
-
-// If a token is lost while its pod is being scheduled, the gate waits for it again. A
-// token given back is not taken again.
-func TestGateTokenLost(t *testing.T) {
-	t.Parallel()
-	g := newGateTest(t, 1)
-	_, log, _ := g.start(func(c *gateConfig) { c.heartbeatInterval, c.staleThreshold = time.Second, 8*time.Second })
-	a := g.create("a")
-	g.wantLifted([]string{"a"})
-	g.redis.Do(t, "ZREM", g.id.inflightKey(), a)
-	rig.Eventually(t, 20*time.Second, func() error {
-		text := "the token was not in flight (reclaimed as stale, or lost with Redis): the pod stands in line again"
-		if len(log.Lines(t, text)) == 0 {
-			return errors.New("the gate has not logged the loss")
-		}
-		return nil
-	})
-	g.wantHolders(a)
-	g.run("a")
-	giveBack(t, g.owner, g.id, a)
-	g.redis.WantCounts(t, g.id, 1, 0)
 }
 
 // The webhook gates a pod that asks for it, and removes a gate of ours from a pod that
@@ -968,19 +616,4 @@ func TestGateUser(t *testing.T) {
 	if text := log.String(); strings.Contains(text, "NOPERM") || strings.Contains(text, "cannot be called") {
 		t.Errorf("the user lacks a permission:\n%s", text)
 	}
-}
-
-// A gated pod gets the token that the greater length of a pod behind it allows. Then the
-// pod behind it gets its own.
-func TestGatedPodsOfTwoLengths(t *testing.T) {
-	t.Parallel()
-	g := newGateTest(t, 1)
-	holder := acquire(t, g.owner, g.id, 1)
-	b := g.create("b")
-	g.start()
-	g.redis.WantLine(t, g.id, b)
-	g.length = 3
-	c := g.create("c")
-	g.wantLifted([]string{"b", "c"})
-	g.wantHolders(holder, b, c)
 }

@@ -27,7 +27,7 @@ type watchedPod struct {
 	deleted              bool              // it has a deletionTimestamp
 	labels, annotations  map[string]string // only those with annotationPrefix
 	gates                []string
-	sidecarArgs          string // of the sidecar's container, which nobody can change; joined by argsSeparator
+	sidecarArgs          string // of the sidecar's container, which are immutable; joined by argsSeparator
 	phase                string
 	unscheduledReason    string          // reason of the condition PodScheduled, such as Unschedulable
 	initContainers       []initContainer // sidecar and await

@@ -184,7 +184,7 @@ func injectedContainer(c webhookConfig, name string, resources corev1.ResourceRe
 		SeccompProfile:           &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
 	}
 	if c.sidecarUser != sidecarUserNone {
-		security.RunAsUser, security.RunAsGroup = new(nobody), new(nobody)
+		security.RunAsUser, security.RunAsGroup = new(nonroot), new(nonroot)
 	}
 	return corev1.Container{
 		Name:                     name,

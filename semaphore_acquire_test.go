@@ -692,3 +692,29 @@ func (s *semaphores) failRepairs(id semaphoreID, err error) {
 		s.repairs.running[id] = failed
 	}
 }
+
+// If Redis was never away and lost no data, missing tokens are replaced at once.
+func TestMissingTokensAreReplaced(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	acquire(t, s, id, 1)
+	_, done := queueUp(t, t.Context(), s, id, 1, r)
+	r.Do(t, "DEL", id.inflightKey())
+	wantDone(t, done)
+}
+
+// If several tokens become free, as many waiters are woken.
+func TestRefillServesSeveral(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	lost := []string{acquire(t, s, id, 3), acquire(t, s, id, 3)}
+	acquire(t, s, id, 3)
+	_, first := queueUp(t, context.Background(), s, id, 3, r)
+	_, second := queueUp(t, context.Background(), s, id, 3, r)
+	third, _ := queueUp(t, t.Context(), s, id, 3, r)
+	r.Do(t, "ZREM", id.inflightKey(), lost[0], lost[1])
+	wantDone(t, first)
+	wantDone(t, second)
+	r.WantLine(t, id, third)
+	r.WantCounts(t, id, 0, 3)
+}

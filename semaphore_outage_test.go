@@ -695,3 +695,83 @@ func queueLast(t *testing.T, s *semaphores, id semaphoreID, length int) (token s
 	}
 	return token
 }
+
+// After Redis lost all data, waiters do not take the tokens of holders, and keep their
+// order.
+func TestEmptiedRedisWithALine(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	holder := acquire(t, s, id, 1)
+	first, done := queueUp(t, context.Background(), s, id, 1, r)
+	second, _ := queueUp(t, t.Context(), s, id, 1, r)
+	third, _ := queueUp(t, t.Context(), s, id, 1, r)
+	r.Do(t, "DEL", id.queueKey(), id.inflightKey(), id.waitersKey(), id.seenKey(), id.namesKey(), id.stateKey())
+	r.WantLine(t, id, first, second, third)
+	r.WantCounts(t, id, 0, 0)
+	if rejoined, err := s.heartbeat(context.Background(), id, holder, "", 0); err != nil || !rejoined {
+		t.Fatalf("rejoined %t, %v", rejoined, err)
+	}
+	giveBack(t, s, id, holder)
+	wantDone(t, done)
+	r.WantLine(t, id, second, third)
+	r.WantCounts(t, id, 0, 1)
+}
+
+// Redis is emptied in the second in which a waiter joined. The waiter's next poll still
+// reports the loss.
+func TestRedisEmptiedInTheSecondOfJoining(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	acquire(t, s, id, 1)
+	r.Do(t, "DEL", id.queueKey(), id.inflightKey(), id.namesKey(), id.stateKey())
+	arrival := fmt.Sprint(r.Now(t)+1, "000000") // as if it joined in this second
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{token: uuid.NewString(), length: 1, arrival: arrival})
+	if err != nil || a.status != acquireFull || a.doubt == 0 {
+		t.Errorf("got %+v, %v, want to wait for the token's holder", a, err)
+	}
+}
+
+// The heartbeat of a returning holder reports that Redis lost its data. The tokens of
+// other holders then go to no new pods, and tokens refilled before are removed.
+func TestHolderReportsLoss(t *testing.T) {
+	for name, newcomers := range map[string]int{"first": 0, "after two that are new": 2} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r, s, id := newSemaphore(t)
+			var holders []string
+			for range 4 {
+				holders = append(holders, acquire(t, s, id, 4))
+			}
+			r.Do(t, "DEL", id.keys()...)
+			for range newcomers {
+				acquire(t, s, id, 4)
+			}
+			for i, holder := range holders {
+				if rejoined, err := s.heartbeat(t.Context(), id, holder, "", time.Minute); err != nil || !rejoined {
+					t.Fatalf("rejoined %t, %v", rejoined, err)
+				}
+				r.WantCounts(t, id, 0, newcomers+i+1)
+				_, _, err := s.acquire(t.Context(), id, "", 4, time.Second)
+				var full *fullError
+				if !errors.As(err, &full) ||
+					newcomers+i+1 < 4 && !strings.Contains(refusal(full), "; Redis was away or has lost data: in ") {
+					t.Errorf("with %d holders back: got %v, %+v, want to wait for the others", i+1, err, full)
+				}
+			}
+		})
+	}
+}
+
+// The first heartbeat of a pod whose token is gone reports no loss of data: a new pod
+// gets a replacement of the missing token.
+func TestLateStartReportsNoLoss(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	token := acquire(t, s, id, 2)
+	r.Do(t, "DEL", id.keys()...)
+	if rejoined, err := s.heartbeat(t.Context(), id, token, "", 0); err != nil || !rejoined {
+		t.Fatalf("rejoined %t, %v", rejoined, err)
+	}
+	acquire(t, s, id, 2)
+	r.WantCounts(t, id, 0, 2)
+}

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
@@ -259,4 +260,75 @@ func TestHolderUsesOneConnection(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// No pod overtakes a waiter that receives no wake-ups.
+func TestMisdirectedWaiterIsServed(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	holder := acquire(t, s, id, 1)
+	_, done := queueUp(t, context.Background(), misdirectedSemaphores(t, r.Address), id, 1, r)
+	second, _ := queueUp(t, t.Context(), s, id, 1, r)
+	giveBack(t, s, id, holder)
+	wantDone(t, done)
+	r.WantLine(t, id, second)
+}
+
+// A waiter that receives no wake-ups subscribes again.
+func TestMisdirectedWaiterSubscribesAgain(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	acquire(t, s, id, 1)
+	token, _ := queueUp(t, t.Context(), misdirectedSemaphores(t, r.Address), id, 1, r)
+	rig.Eventually(t, 20*time.Second, func() error {
+		n, err := redis.Values(r.Control.Do("PUBSUB", "NUMSUB", id.channel(token)))
+		if err == nil && n[1] != int64(1) {
+			err = fmt.Errorf("%v subscriptions, want 1", n[1])
+		}
+		return err
+	})
+}
+
+// A process that is gone still has the lock. A waiter logs that once, and does not flood
+// the servers.
+func TestWaiterAndADeadLockHolder(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
+	_, err := s.locks.tryLock(context.Background(), id.lockKey(), time.Hour)
+	rig.Must(t, err)
+	token := uuid.NewString()
+	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1, "--expiration-seconds=3600")
+	line := p.WantLog(t, "no token yet, to be retried")
+	want := id.lockKey() + " is held by another; it frees itself 1h0m0s after it was taken: "
+	if !strings.HasPrefix(line["error"].(string), want) {
+		t.Errorf("logged %q, want %q", line["error"], want)
+	}
+	rig.Eventually(t, 20*time.Second, func() error {
+		if n := r.CommandCalls(t)["set"]; n < 6 {
+			return fmt.Errorf("%d attempts, want more", n)
+		}
+		return nil
+	})
+	if n := len(p.Log.Lines(t, "no token yet, to be retried")); n != 1 {
+		t.Errorf("logged %d times, want once", n)
+	}
+	r.WantLine(t, id, token) // it keeps its place
+	p.Signal(t, syscall.SIGTERM)
+	p.WantExit(t, 0)
+	r.WantLine(t, id)
+}
+
+// A waiter that is terminated while Redis hangs retries for its grace period, then logs
+// that Redis will drop its place.
+func TestWaiterEndsWhileRedisHangs(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
+	acquire(t, s, id, 1)
+	token := uuid.NewString()
+	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1, "--termination-grace-period-seconds=3")
+	r.WantLine(t, id, token)
+	r.Pause(t)
+	p.Signal(t, syscall.SIGTERM)
+	p.WantExit(t, 0)
+	p.WantLog(t, "place in line left to go stale")
 }

@@ -148,8 +148,9 @@ func useSemaphore(t *testing.T, r *rig.Redis, id rig.ID) {
 	r.Do(t, "ZADD", id.InflightKey(), "XX", r.Now(t)-7200, silent)
 }
 
-// A real Prometheus scrapes two webhooks under load, and a gate. Each query of the dashboard and of
-// the alert rules returns data. No query counts twice what both webhooks report.
+// A real Prometheus scrapes two webhooks under load, and a gate. Each query of the
+// dashboard and of the alert rules returns data. No query counts twice what both webhooks
+// report.
 func TestPrometheus(t *testing.T) {
 	t.Parallel()
 	const patience = 2 * time.Minute
