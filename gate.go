@@ -33,9 +33,6 @@ const watchPatience = 200 * time.Millisecond
 // refused to remove.
 const labelRetry = 30 * time.Second
 
-// releasesInFlight caps the releases that wait for Redis at a time.
-const releasesInFlight = 8
-
 // gate waits in line for the pods that have our scheduling gate. It lifts the gate of a
 // pod that has a token, and keeps the token until the pod's sidecar does. All its work is
 // named by the pods' UIDs and safe to do twice, so several gates may run at once.
@@ -49,8 +46,7 @@ type gate struct {
 	background    sync.WaitGroup // lines, and changes of pods
 	ctx           context.Context
 
-	views     map[string]*podWatch // by namespace; "" is all namespaces
-	releasing slots
+	views map[string]*podWatch // by namespace; "" is all namespaces
 
 	mu    sync.Mutex
 	lines map[semaphoreID]*gateLine
@@ -105,7 +101,6 @@ func newGate(c gateConfig, log *slog.Logger) (*gate, error) {
 		unschedulable: c.unschedulable,
 		log:           log,
 		views:         map[string]*podWatch{},
-		releasing:     make(slots, releasesInFlight),
 		lines:         map[semaphoreID]*gateLine{},
 	}
 	for _, namespace := range namespaces {
@@ -222,17 +217,6 @@ func (g *gate) lift(ctx context.Context, id semaphoreID, p *watchedPod, taken ti
 	g.event(p, false, reasonTaken, "LiftingGate", "1",
 		fmt.Sprintf("token of %s taken after %s in line", id, roughly(max(0, waited))))
 	return nil
-}
-
-// release gives back a token or a place. Thousands of pods may end at once: few ask Redis
-// at a time.
-func (g *gate) release(ctx context.Context, id semaphoreID, token string) (status int, err error) {
-	free, err := g.releasing.take(ctx)
-	if err != nil {
-		return 0, err
-	}
-	defer free()
-	return g.semaphores.release(ctx, id, token)
 }
 
 // removeLabel removes our label from a pod that no longer needs the gate. Nothing waits for

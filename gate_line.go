@@ -434,7 +434,7 @@ func (l *gateLine) giveBack(ctx context.Context, p *podSnapshot) (again time.Dur
 }
 
 func (l *gateLine) release(ctx context.Context, p *podSnapshot) (again time.Duration) {
-	status, err := l.gate.release(ctx, l.id, p.uid)
+	status, err := l.gate.semaphores.release(ctx, l.id, p.uid)
 	switch {
 	case err != nil:
 		l.log.Warn("token not given back, to be retried", "token", p.uid, "error", err.Error())
