@@ -87,6 +87,19 @@ func TestGateOldView(t *testing.T) {
 	}
 }
 
+// wantRefreshed waits until a gate refreshes the place of a pod.
+func wantRefreshed(r *relay, p *corev1.Pod) {
+	r.Helper()
+	seen := func() string { return fmt.Sprintf("%s", r.redis.Do(r.T, "ZSCORE", r.id.SeenKey(), string(p.UID))) }
+	before := seen()
+	rig.Eventually(r.T, patience, func() error {
+		if now := seen(); now == before {
+			return fmt.Errorf("the place of %s was last refreshed at %s", p.Name, now)
+		}
+		return nil
+	})
+}
+
 // A gate that reaches Redis but not the API server keeps no token of a pod that is gone, and
 // does not take one. It says that it is not ready, and works again when it hears again.
 func TestGateCutOff(t *testing.T) {
@@ -106,6 +119,8 @@ func TestGateCutOff(t *testing.T) {
 			r.redis.WantLine(r.T, r.id, uidsOf(r.standing[1:])...)
 			behind.Signal(r.T, syscall.SIGCONT)
 			r.redis.WantLine(r.T, r.id, uidsOf(r.standing)...) // it has put the pod back
+			wantRefreshed(r, gone)                             // the other gate no longer removes it
+			r.redis.WantLine(r.T, r.id, uidsOf(r.standing)...)
 			r.standing = r.standing[1:]
 			running := r.holding[0]
 			if _, status := r.api.Store.Change(r.id.Namespace, running.Name, rig.MarkRunning); status != nil {
