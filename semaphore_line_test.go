@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -529,8 +530,14 @@ func TestNewPodsAfterALossOfData(t *testing.T) {
 	}
 }
 
-// standing has the times of a pod that stood in line and got its token.
-type standing struct{ came, inLine, asked, admitted time.Time }
+// standing has the times of a pod that stood in line and got its token. Between admitted
+// and ended, and between back and gone, its token is certainly in use.
+type standing struct{ came, inLine, asked, admitted, ended, back, gone time.Time }
+
+// holdsAll reports whether the token is in use all the time between two times.
+func (s standing) holdsAll(from, to time.Time) bool {
+	return s.admitted.Before(from) && s.ended.After(to) || s.back.Before(from) && s.gone.After(to)
+}
 
 // Some pods are paused until their tokens are reclaimed, and come back late. No pod that
 // came after another stood in line gets its token before that one.
@@ -542,7 +549,7 @@ func TestNobodyOvertakesWhilePodsArePaused(t *testing.T) {
 	defer cancel()
 	var mu sync.Mutex
 	var all []standing
-	rounds, late := 0, 0
+	var rounds, late atomic.Int64
 	pod := func(s *semaphores) error {
 		var inLine time.Time
 		w := newWaiter(s, id, length)
@@ -556,15 +563,17 @@ func TestNobodyOvertakesWhilePodsArePaused(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		mu.Lock()
-		all = append(all, standing{came, inLine, asked, time.Now()})
-		rounds++
-		pause := rounds%10 == 0
-		mu.Unlock()
+		stood := standing{came: came, inLine: inLine, asked: asked, admitted: time.Now()}
+		defer func() {
+			mu.Lock()
+			defer mu.Unlock()
+			all = append(all, stood)
+		}()
 		if err := sleep(ctx, 200*time.Millisecond); err != nil {
 			return err
 		}
-		if pause {
+		stood.ended = time.Now()
+		if rounds.Add(1)%10 == 0 {
 			if err := r.TryMakeStale(id, w.token); err != nil {
 				return err
 			}
@@ -575,14 +584,14 @@ func TestNobodyOvertakesWhilePodsArePaused(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			mu.Lock()
+			stood.back = time.Now()
 			if rejoined {
-				late++
+				late.Add(1)
 			}
-			mu.Unlock()
 			if err := sleep(ctx, 200*time.Millisecond); err != nil {
 				return err
 			}
+			stood.gone = time.Now()
 		}
 		_, err = s.release(ctx, id, w.token)
 		return err
@@ -605,20 +614,27 @@ func TestNobodyOvertakesWhilePodsArePaused(t *testing.T) {
 	var longest time.Duration
 	for _, first := range all {
 		longest = max(longest, first.admitted.Sub(first.came))
-		earlier := 0
+		if first.inLine.IsZero() {
+			continue
+		}
 		for _, second := range all {
-			if !first.inLine.IsZero() && second.came.After(first.inLine) && second.admitted.Before(first.asked) {
-				earlier++
+			if second.came.Before(first.inLine) || second.admitted.After(first.asked) {
+				continue
+			}
+			inUse := 1 // with the second's
+			for _, other := range all {
+				if other.holdsAll(second.asked, second.admitted) {
+					inUse++
+				}
+			}
+			if inUse >= length { // it left none to the first
+				overtaken++
 			}
 		}
-		// Fewer may have got other free tokens, before the first had taken its own.
-		if earlier >= length {
-			overtaken++
-		}
 	}
-	t.Logf("%d pods, %d back late, the longest wait was %s", len(all), late, longest)
-	if overtaken > 0 || late == 0 {
-		t.Errorf("overtaken %d times, with %d pods back late", overtaken, late)
+	t.Logf("%d pods, %d back late, the longest wait was %s", len(all), late.Load(), longest)
+	if overtaken > 0 || late.Load() == 0 {
+		t.Errorf("overtaken %d times, with %d pods back late", overtaken, late.Load())
 	}
 }
 
