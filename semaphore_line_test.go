@@ -702,7 +702,7 @@ func (a measuredLine) ask(t *testing.T, token, arrival string) {
 // all waiters with a free token, and none drops all waiters that are gone.
 func TestCostOfALongLine(t *testing.T) {
 	t.Parallel()
-	const free, short, long, rounds = 5_000, 10, 10_000, 7
+	const free, short, long, rounds = 5_000, 10, 10_000, 5
 	r, s, _ := newSemaphoreOn(t, rig.StartRedis(t))
 	for _, line := range []struct {
 		name          string

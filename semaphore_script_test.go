@@ -308,7 +308,7 @@ func TestConnectionsThatAreClosedAtOnce(t *testing.T) {
 // The memory of a semaphore depends on what its pods need, not on its length.
 func TestMemoryOfGreatLengths(t *testing.T) {
 	t.Parallel()
-	const keys, most = 300, 20 << 20
+	const keys, most = 100, 7 << 20
 	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
 	acquire(t, s, id, maxLength) // loads the scripts
 	before := r.Info(t, "memory", "used_memory:")
@@ -418,7 +418,7 @@ func median[T cmp.Ordered](values []T) T {
 // tokens, and all later ones.
 func TestAdmissionCostsTheSameForAnyLength(t *testing.T) {
 	t.Parallel()
-	const small, pairs = 3, 50
+	const small, pairs = 3, 15
 	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
 	giveBack(t, s, id, acquire(t, s, id, 1)) // loads the scripts
 	commands, micros := map[string][]int{}, map[string][]int{}
