@@ -91,7 +91,8 @@ func run(ctx context.Context, args []string, getenv func(string) string,
 		if err != nil {
 			return printHelp(err, stdout)
 		}
-		return runSidecar(ctx, c, log)
+		runSidecar(ctx, c, log)
+		return nil
 	case "await":
 		podUID := getenv("POD_UID")
 		if podUID == "" || len(args) > 1 {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -201,6 +202,85 @@ func TestAwaitWithoutSidecar(t *testing.T) {
 		!strings.Contains(lines[0]["error"].(string), "connection refused") {
 		t.Errorf("logged %s", b.String())
 	}
+}
+
+// In the host's network, a process of another user may answer in the place of the sidecar.
+// The await does not believe it, and asks again.
+func TestAwaitTrustsOnlyItsUser(t *testing.T) {
+	t.Parallel()
+	podUID := uuid.NewString()
+	asked := make(chan int, 10)
+	fakeSidecar(t, podUID, func(n int, conn net.Conn) {
+		fmt.Fprintln(conn, heldText)
+		asked <- n
+	})
+	var b rig.Log
+	a := newAwait(podUID, slog.New(slog.NewJSONHandler(&b, nil)))
+	a.user++
+	a.answered = time.Now().Add(-awaitPatience)
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- a.run(ctx) }()
+	for range 2 {
+		select {
+		case <-asked:
+		case err := <-ended:
+			t.Fatalf("the await ended with %v", err)
+		}
+	}
+	cancel()
+	if err := <-ended; !errors.Is(err, errNotHeld) {
+		t.Errorf("the await ended with %v", err)
+	}
+	want := fmt.Sprintf("the other end of the pod's socket is a process of the user %d, not %d", os.Geteuid(), a.user)
+	if text := b.String(); !strings.Contains(text, want) {
+		t.Errorf("logged %s", text)
+	}
+}
+
+// A process of another user that connects to a sidecar gets no answer, and does not count
+// as an await: the sidecar of a running pod goes on with its heartbeats.
+func TestSidecarAnswersOnlyItsUser(t *testing.T) {
+	t.Parallel()
+	podUID := uuid.NewString()
+	var b rig.Log
+	d := newAwaitServer(startMark{}, "", slog.New(slog.NewJSONHandler(&b, nil)))
+	d.user++
+	d.admitted = true
+	d.openUntil(time.Now().Add(time.Hour))
+	go d.serve(t.Context(), podUID)
+	<-d.listening
+	for range 3 {
+		conn, err := net.DialUnix("unix", nil, awaitSocket(podUID))
+		rig.Must(t, err)
+		rig.Must(t, conn.SetReadDeadline(time.Now().Add(time.Minute)))
+		if text, err := io.ReadAll(conn); err != nil || len(text) > 0 {
+			t.Fatalf("got %q, %v", text, err)
+		}
+		conn.Close()
+	}
+	if len(d.asked) > 0 || d.wasAsked || !d.admitted {
+		t.Error("the connection counts as an await")
+	}
+	b.WantLines(t, "a foreign process asks for the token, and gets no answer", 1)
+}
+
+// While another process has the name of the socket, the sidecar takes no token, and tries
+// again. The pod starts once the name is free.
+func TestSocketInUse(t *testing.T) {
+	t.Parallel()
+	r, _, id := newSemaphore(t)
+	token := uuid.NewString()
+	other, err := net.ListenUnix("unix", awaitSocket(rig.InPod(t, token)))
+	rig.Must(t, err)
+	defer other.Close()
+	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1)
+	p.WantLog(t, "cannot listen for the init container, to be retried")
+	r.WantCounts(t, id, 0, 0)
+	p.WantNotEnded(t)
+	other.Close()
+	rig.StartAwait(t).WantExit(t, 0)
+	r.WantInflight(t, id, token)
 }
 
 // A sidecar that receives no await request logs that the app may run without a token.
