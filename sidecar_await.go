@@ -357,26 +357,40 @@ func (s *awaitServer) answer(conn *net.UnixConn) {
 }
 
 // startMark is a file that says that the pod's app may have started. It is in /dev/shm,
-// which the containers of a pod share and which lives as long as they can. So it outlives
-// a killed sidecar, but not the pod's sandbox or its node. (An emptyDir would do, too,
-// but kubectl drain refuses pods that have one.) With hostIPC, /dev/shm is the node's,
-// and the empty file stays until the node restarts.
-type startMark struct{ path string }
+// which the containers of a pod share. So it outlives a killed sidecar. With hostIPC,
+// /dev/shm is the node's, and the mark outlives the pod's sandbox, too. So its text names
+// the sandbox: a mark of another one does not count. (An emptyDir would also do, but
+// kubectl drain refuses pods that have one.)
+type startMark struct{ path, sandbox string }
 
 // newStartMark returns the mark of a pod; outside of a pod there is none.
 func newStartMark(podUID, token string) startMark {
 	if podUID == "" {
 		return startMark{}
 	}
-	return startMark{filepath.Join("/dev/shm", "at-least-semaphore-pod-"+token)}
+	mounts, _ := os.ReadFile("/proc/self/mountinfo")
+	return startMark{filepath.Join("/dev/shm", "at-least-semaphore-pod-"+token), sandboxOf(string(mounts))}
+}
+
+// sandboxOf returns a text that names the pod's sandbox, from the list of a container's
+// mounts (see proc_pid_mountinfo(5)). Container runtimes mount /etc/resolv.conf from a
+// folder that has the ID of the sandbox in its name. The text is empty if that mount is
+// missing.
+func sandboxOf(mounts string) (sandbox string) {
+	for line := range strings.Lines(mounts) {
+		if f := strings.Fields(line); len(f) > 4 && f[4] == "/etc/resolv.conf" {
+			sandbox = f[3]
+		}
+	}
+	return sandbox
 }
 
 func (m startMark) isSet() bool {
 	if m.path == "" {
 		return false
 	}
-	_, err := os.Stat(m.path)
-	return err == nil
+	sandbox, err := os.ReadFile(m.path)
+	return err == nil && string(sandbox) == m.sandbox
 }
 
 // setAt returns when the mark was set.
@@ -389,7 +403,7 @@ func (m startMark) setAt() time.Time {
 }
 
 func (m startMark) set(log *slog.Logger) {
-	if err := os.WriteFile(m.path, nil, 0o600); err != nil {
+	if err := os.WriteFile(m.path, []byte(m.sandbox), 0o600); err != nil {
 		log.Warn("start not marked: if this sidecar is killed and its token reclaimed, the pod waits in line again",
 			"error", err.Error())
 	}

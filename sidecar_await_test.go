@@ -295,6 +295,61 @@ func TestWarningWithoutAwaitRequests(t *testing.T) {
 	}
 }
 
+// The mark of an earlier sandbox does not count: with hostIPC, it is still there.
+func TestStartMarkOfAnotherSandbox(t *testing.T) {
+	t.Parallel()
+	mark := startMark{filepath.Join(t.TempDir(), "mark"), "/sandboxes/1/resolv.conf"}
+	mark.set(slog.Default())
+	if !mark.isSet() {
+		t.Error("the mark is not set")
+	}
+	mark.sandbox = "/sandboxes/2/resolv.conf"
+	if mark.isSet() {
+		t.Error("the mark of another sandbox is set")
+	}
+	mark.set(slog.Default())
+	if !mark.isSet() {
+		t.Error("the mark is not set in the new sandbox")
+	}
+	mark.remove(slog.Default())
+	if mark.sandbox = ""; mark.isSet() {
+		t.Error("the mark is set after it was removed")
+	}
+}
+
+// The root field of the mount of /etc/resolv.conf has the ID of the sandbox.
+func TestSandboxOf(t *testing.T) {
+	const (
+		id    = "1f2e3d4c5b6a79880716253443526170a1b2c3d4e5f60718293a4b5c6d7e8f90"
+		hosts = "611 601 8:1 /var/lib/kubelet/pods/0b1c/etc-hosts /etc/hosts rw,relatime - ext4 /dev/sda1 rw\n"
+	)
+	for name, c := range map[string]struct{ mounts, want string }{
+		"containerd": {
+			hosts + "614 601 8:1 /var/lib/containerd/io.containerd.grpc.v1.cri/sandboxes/" + id + "/resolv.conf " +
+				"/etc/resolv.conf rw,relatime - ext4 /dev/sda1 rw\n",
+			"/var/lib/containerd/io.containerd.grpc.v1.cri/sandboxes/" + id + "/resolv.conf"},
+		"containerd of k3s, with an optional field": {
+			"614 601 259:2 /rancher/k3s/agent/containerd/io.containerd.grpc.v1.cri/sandboxes/" + id + "/resolv.conf " +
+				"/etc/resolv.conf ro,relatime master:5 - xfs /dev/nvme0n1p2 rw\n" + hosts,
+			"/rancher/k3s/agent/containerd/io.containerd.grpc.v1.cri/sandboxes/" + id + "/resolv.conf"},
+		"CRI-O": {
+			"700 690 0:25 /containers/storage/overlay-containers/" + id + "/userdata/resolv.conf " +
+				"/etc/resolv.conf rw,nosuid,nodev,noexec - tmpfs tmpfs rw,seclabel,mode=755\n" + hosts,
+			"/containers/storage/overlay-containers/" + id + "/userdata/resolv.conf"},
+		"cri-dockerd": {
+			hosts + "712 701 8:1 /var/lib/docker/containers/" + id + "/resolv.conf " +
+				"/etc/resolv.conf rw,relatime - ext4 /dev/sda1 rw",
+			"/var/lib/docker/containers/" + id + "/resolv.conf"},
+		"no such mount": {hosts + "1 2 8:1 /etc/resolv.conf /elsewhere rw - ext4 /dev/sda1 rw\n", ""},
+		"nothing":       {"", ""},
+		"short lines":   {"\n1 2 3 4\n", ""},
+	} {
+		if got := sandboxOf(c.mounts); got != c.want {
+			t.Errorf("%s: got %q, want %q", name, got, c.want)
+		}
+	}
+}
+
 // The await server admits one await while it is open, then closes. It also closes by
 // itself.
 func TestAwaitServerAdmitsOne(t *testing.T) {
