@@ -352,7 +352,7 @@ func TestPatchAddsAnnotations(t *testing.T) {
 		rig.AnnotationsOf(r)["example.org/ports"], rig.AnnotationsOf(r)["example.org/mesh"] = "9000", "off"
 	}))
 	want := []string{warningWaits,
-		`this pod keeps its own annotation example.org/ports; the cluster's is "6379,2379"`}
+		`the pod keeps its own annotation example.org/ports; the cluster's is "6379,2379"`}
 	if !slices.Equal(a.Warnings, want) {
 		t.Errorf("got warnings %q, want %q", a.Warnings, want)
 	}
