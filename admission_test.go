@@ -539,8 +539,8 @@ func TestSidecarReadsItsArguments(t *testing.T) {
 	sidecar, _ = sidecarContainer(c, corev1.ResourceRequirements{}, testID, testSpec, testToken)
 	parsed, err = parseSidecarConfig(sidecar.Args[1:], func(string) string { return "" })
 	rig.Must(t, err)
-	if parsed.length != 0 || sidecar.RestartPolicy != nil || len(sidecar.Env) != 3 ||
-		sidecar.Env[1].Name != "POD_NAME" || sidecar.Env[2].Name != "NODE_NAME" {
+	if parsed.length != 0 || sidecar.RestartPolicy != nil || len(sidecar.Env) != 6 ||
+		sidecar.Env[4].Name != "POD_NAME" || sidecar.Env[5].Name != "NODE_NAME" {
 		t.Errorf("a classic sidecar: %+v, %+v", parsed, sidecar)
 	}
 }
