@@ -90,6 +90,34 @@ func TestMemoryIsLimitedAsDeployed(t *testing.T) {
 	}
 }
 
+// The overlay in docs/install.md names the image once. It reaches webhook, gate and
+// sidecars.
+func TestOverlayOfTheImage(t *testing.T) {
+	if _, err := exec.LookPath("kubectl"); err != nil {
+		t.Skip("kubectl, which has kustomize, is not installed")
+	}
+	const start = "```yaml\n# deploy/own/kustomization.yaml\n"
+	_, text, found := strings.Cut(rig.ReadFile(t, "docs/install.md"), start)
+	text, _, ended := strings.Cut(text, "```")
+	if !found || !ended {
+		t.Fatalf("docs/install.md has no %q", start)
+	}
+	folder := t.TempDir()
+	rig.Must(t, os.CopyFS(filepath.Join(folder, "deploy"), os.DirFS(rig.Path("deploy"))))
+	own := filepath.Join(folder, "deploy/own")
+	rig.Must(t, os.Mkdir(own, 0o700))
+	rig.Must(t, os.WriteFile(filepath.Join(own, "kustomization.yaml"), []byte(text), 0o600))
+	out, err := exec.Command("kubectl", "kustomize", own).CombinedOutput()
+	if err != nil {
+		t.Fatalf("kubectl kustomize: %v\n%s", err, out)
+	}
+	images := regexp.MustCompile(`\S+/at-least-semaphore-pod-hook:v\S+`).FindAllString(string(out), -1)
+	want := slices.Repeat([]string{"registry.example.org/at-least-semaphore-pod-hook:v1"}, 3)
+	if !slices.Equal(images, want) {
+		t.Errorf("the images are %q, want %q", images, want)
+	}
+}
+
 // All workloads of the installation have its PriorityClass: pods with the default priority
 // cannot preempt them. They cannot preempt those of the system.
 func TestPriority(t *testing.T) {
