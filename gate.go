@@ -318,10 +318,8 @@ func newGateMetrics(g *gate) *gateMetrics {
 	r := g.semaphores.metrics.registry
 	r.MustRegister(m.waits, m.lifts)
 	for namespace, view := range g.views {
-		labels := prometheus.Labels{}
-		if namespace != "" {
-			labels["namespace"] = namespace
-		}
+		// An empty label keeps a scrape from putting the gate's own namespace there.
+		labels := prometheus.Labels{"namespace": namespace}
 		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "gate_heard_seconds_ago",
 			Help:        "Time since the API server confirmed what the gate knows of the pods of a namespace, or of all.",
 			ConstLabels: labels}, func() float64 { return view.silent().Seconds() }))
