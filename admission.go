@@ -53,23 +53,25 @@ const (
 		"its sidecar's log says where it stands in line"
 	warningGated = "this pod stays SchedulingGated until it has a token; its events say its place in line; " +
 		"without any event, no gate runs"
-	warningJobGated = "the pods of this Job stay SchedulingGated until they have a token; see their events; " +
+	warningJobGated = "the pods of this %s stay SchedulingGated until they have a token; see their events; " +
 		"without any, no gate runs"
 	warningNotGated = "a pod with a nodeName cannot be gated: " +
 		"this one may wait in Init:1/2 for a token of its semaphore"
-	warningJobWaits = "the pods of this Job may wait in Init:1/2 for a token of their semaphore; " +
+	warningJobWaits = "the pods of this %s may wait in Init:1/2 for a token of their semaphore; " +
 		"their sidecars' logs say where they stand"
 	warningNotCompleting = "this pod will not complete: " +
 		"its semaphore sidecar is a classic container, which runs until the pod is deleted"
 	warningGrace = "terminationGracePeriodSeconds is %d: " +
 		"a sidecar that does not reach Redis at once needs %d s to give the token back"
+	warningHostNetwork = "hostNetwork without dnsPolicy ClusterFirstWithHostNet: " +
+		"the sidecar may not find Redis, and the app not start"
 	warningLength = "this pod sets the length of its semaphore to %d, others set %d lately: " +
 		"a greater one also helps pods ahead in line"
 	warningForgotten = "no sidecar starts here: Redis knows no user of this namespace; " +
 		"run deploy/namespace.sh %s"
 	warningStatic = "a static pod gets no semaphore sidecar and no token: its semaphore does not count it"
-	warningJob    = "this Job will not complete: " +
-		"its pods' semaphore sidecar is a classic container, which runs until they are deleted"
+	warningJob    = "the pods of this %s will not complete: " +
+		"their sidecar is a classic container, which runs until they are deleted"
 	warningMisplaced = annotationPrefix + "* does nothing on a %s: move it to %s.metadata"
 	warningRefused   = "the pods of this %s will be refused: %s"
 )
@@ -212,12 +214,20 @@ func (d *decision) admit(c webhookConfig, p *pod, spec semaphoreSpec, token stri
 	if !c.enableSidecarContainers && (p.Spec.RestartPolicy == "Never" || p.Spec.RestartPolicy == "OnFailure") {
 		d.warn(warningNotCompleting)
 	}
+	d.warnOfPod(c, p)
+}
+
+// warnOfPod warns of what hinders the sidecar of a pod.
+func (d *decision) warnOfPod(c webhookConfig, p *pod) {
 	if grace := p.Spec.GracePeriod; grace != nil && *grace < giveBackSeconds {
 		d.warn(warningGrace, *grace, giveBackSeconds)
 	}
+	if p.asksNodeForNames() {
+		d.warn(warningHostNetwork)
+	}
 	for _, name := range slices.Sorted(maps.Keys(c.podAnnotations)) {
 		if own, ok := p.Metadata.Annotations[name]; ok && own != c.podAnnotations[name] {
-			d.warn("this pod keeps its own annotation %s; the cluster's is %s",
+			d.warn("the pod keeps its own annotation %s; the cluster's is %s",
 				name, quoteShort(c.podAnnotations[name]))
 		}
 	}
@@ -253,12 +263,13 @@ func (a *admitter) warnWorkload(ctx context.Context, d *decision, r *admissionRe
 		d.warn(warningForgotten, r.Namespace)
 	}
 	switch {
-	case kind != "Job":
+	case kind != "Job" && kind != "CronJob":
 	case !a.config.enableSidecarContainers:
-		d.warn(warningJob)
+		d.warn(warningJob, kind)
 	default:
-		d.warnOfWait(spec.whenFull, warningJobWaits, warningJobGated)
+		d.warnOfWait(spec.whenFull, fmt.Sprintf(warningJobWaits, kind), fmt.Sprintf(warningJobGated, kind))
 	}
+	d.warnOfPod(a.config, p)
 	return nil
 }
 

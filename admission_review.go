@@ -54,6 +54,8 @@ type pod struct {
 		NodeName         string                      `json:"nodeName"`
 		SchedulingGates  []named                     `json:"schedulingGates"`
 		GracePeriod      *int64                      `json:"terminationGracePeriodSeconds"`
+		HostNetwork      bool                        `json:"hostNetwork"`
+		DNSPolicy        corev1.DNSPolicy            `json:"dnsPolicy"`
 	} `json:"spec"`
 }
 
@@ -146,6 +148,12 @@ func (p *pod) isStatic() bool {
 func (p *pod) isWindows() bool {
 	windows := string(corev1.Windows)
 	return p.Spec.OS.Name == windows || p.Spec.NodeSelector[corev1.LabelOSStable] == windows
+}
+
+// asksNodeForNames reports whether a pod in the host's network asks the DNS of its node,
+// which does not know the names of the cluster.
+func (p *pod) asksNodeForNames() bool {
+	return p.Spec.HostNetwork && p.Spec.DNSPolicy != corev1.DNSClusterFirstWithHostNet && p.Spec.DNSPolicy != corev1.DNSNone
 }
 
 // badRequest is an error in the request.
@@ -322,6 +330,16 @@ func (s *scanner) word() string {
 	return ""
 }
 
+// bool reads true or false.
+func (s *scanner) bool() bool {
+	s.next()
+	word := s.word()
+	if word == "null" {
+		s.fail()
+	}
+	return word == "true"
+}
+
 // number reads a number.
 func (s *scanner) number() {
 	digits := func() {
@@ -431,7 +449,7 @@ var (
 	metadataFields = []string{"name", "generateName", "annotations", "labels"}
 	specFields     = []string{"volumes", "initContainers", "containers", "restartPolicy",
 		"terminationGracePeriodSeconds", "nodeSelector", "imagePullSecrets", "os", "resources", "nodeName",
-		"schedulingGates"}
+		"schedulingGates", "hostNetwork", "dnsPolicy"}
 	containerFields = []string{"name", "resources"}
 	namedFields     = []string{"name"}
 )
@@ -485,14 +503,7 @@ func (s *scanner) request() *admissionRequest {
 			r.pod = s.pod()
 			r.Object = s.text[start:s.at]
 		case "dryRun":
-			switch s.next(); s.word() {
-			case "true":
-				r.DryRun = true
-			case "false":
-				r.DryRun = false
-			default:
-				s.fail()
-			}
+			r.DryRun = s.bool()
 		}
 	})
 	return r
@@ -547,6 +558,10 @@ func (s *scanner) spec(p *pod, name string) {
 		scanItems(s, &p.Spec.SchedulingGates, s.named)
 	case "nodeName":
 		p.Spec.NodeName = s.string()
+	case "hostNetwork":
+		p.Spec.HostNetwork = s.bool()
+	case "dnsPolicy":
+		p.Spec.DNSPolicy = corev1.DNSPolicy(s.string())
 	case "os":
 		p.Spec.OS = s.named()
 	case "resources":

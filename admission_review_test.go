@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+	corev1 "k8s.io/api/core/v1"
 )
 
 // scannedRight reports whether the scanner reads a document. It fails if the result
@@ -69,6 +70,7 @@ var (
 			`"terminationGracePeriodSeconds":-1}}}}`,
 		`{"request":{"object":{"spec":{"containers":[{"name":"a","resources":{"limits":{"cpu":1}}},` +
 			`{"resources":{}}],"resources":null}}}}`,
+		`{"request":{"object":{"spec":{"hostNetwork":true,"dnsPolicy":"None","hostNetwork": false}}}}`,
 		`{}`, " {\"request\" :\r\n{ }}\t ", "{\"a\":\"\xff\"}",
 	}
 	otherDocuments = []string{
@@ -77,7 +79,7 @@ var (
 		`{"a":"\x"}`, `{"a":"\u00g0"}`, "{\"a\":\"\n\"}", `{"a":[1,]}`, `{"a":[,1]}`, `{"a":[1 2]}`, `{"a":tru`,
 		"{\"a\":1\x00}", "{}\x00", `{"Request":{}}`, `{"request":null}`, `{"request":{},"request":{}}`,
 		`{"request":{"object":null}}`, `{"request":{"object":[]}}`, `{"request":{"uid":1}}`,
-		`{"request":{"dryRun":null}}`, `{"request":{"object":{"spec":{"containers":[],"containers":[]}}}}`,
+		`{"request":{"dryRun":null}}`, `{"request":{"object":{"spec":{"hostNetwork":null}}}}`, `{"request":{"object":{"spec":{"containers":[],"containers":[]}}}}`,
 		`{"request":{"object":{"spec":{"containers":{}}}}}`,
 		`{"request":{"object":{"spec":{"terminationGracePeriodSeconds":1.5}}}}`,
 		`{"request":{"object":{"spec":{"terminationGracePeriodSeconds":9223372036854775808}}}}`,
@@ -266,6 +268,9 @@ func TestWarningsOfWorkloads(t *testing.T) {
 				"length": "many", "when-full": "queue"}),
 				refused+`length is "many": it must be a whole number from 1 to 10000`,
 				refused+`when-full is "queue": it must be deny, wait or gate`)
+			wantWarned(t, w, what+" with a short grace period", rig.Review(t, freshID(), 1, func(request map[string]any) {
+				request["object"].(map[string]any)["spec"].(map[string]any)["terminationGracePeriodSeconds"] = 5
+			}, asWorkload(operation, kind[0], kind[1], nil)), fmt.Sprintf(warningGrace, 5, giveBackSeconds))
 		}
 	}
 	wantWarned(t, w, "deletion", rig.Review(t, freshID(), 0, asWorkload("DELETE", "apps", "Deployment", all)))
@@ -282,5 +287,35 @@ func TestWarningsOfWorkloads(t *testing.T) {
 		}), "* does nothing on a CronJob: move it to spec.jobTemplate.spec.template.metadata")
 	if log := w.log.String(); log != "" {
 		t.Errorf("logged %s", log)
+	}
+}
+
+// A pod in the host's network that asks the DNS of its node gets a warning, and so does a
+// workload with such a template, whose pods are created by a controller.
+func TestWarningOfAPodThatMayNotFindRedis(t *testing.T) {
+	w := startWebhook(t, testConfig(rig.FreeAddress(t))) // no Redis
+	for _, c := range []struct {
+		hostNetwork bool
+		dnsPolicy   corev1.DNSPolicy
+		want        []string
+	}{
+		{true, corev1.DNSClusterFirst, []string{warningHostNetwork}},
+		{true, corev1.DNSDefault, []string{warningHostNetwork}},
+		{true, corev1.DNSClusterFirstWithHostNet, nil},
+		{true, corev1.DNSNone, nil}, // the pod has a dnsConfig
+		{false, corev1.DNSClusterFirst, nil},
+	} {
+		change := func(request map[string]any) {
+			request["dryRun"] = true
+			spec := request["object"].(map[string]any)["spec"].(map[string]any)
+			spec["hostNetwork"], spec["dnsPolicy"] = c.hostNetwork, c.dnsPolicy
+		}
+		if a := w.admit(t, rig.Review(t, freshID(), 1, change)); !a.Allowed || !slices.Equal(a.Warnings, c.want) {
+			t.Errorf("hostNetwork %t, %s: got %+v", c.hostNetwork, c.dnsPolicy, a)
+		}
+		for kind := range workloadKinds {
+			wantWarned(t, w, fmt.Sprint(kind[1], c.hostNetwork, c.dnsPolicy),
+				rig.Review(t, freshID(), 1, change, asWorkload("CREATE", kind[0], kind[1], nil)), c.want...)
+		}
 	}
 }

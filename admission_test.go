@@ -295,13 +295,15 @@ func TestWarningForJob(t *testing.T) {
 		c := testConfig(rig.FreeAddress(t))
 		c.enableSidecarContainers = native
 		w := startWebhook(t, c)
-		for enabled, want := range map[string][]string{"true": {warningJob}, "false": nil} {
-			if native {
-				want = nil
+		for _, kind := range []string{"Job", "CronJob"} {
+			for enabled, want := range map[string][]string{"true": {fmt.Sprintf(warningJob, kind)}, "false": nil} {
+				if native {
+					want = nil
+				}
+				wantWarned(t, w, fmt.Sprintf("%s, native %t, enabled %s", kind, native, enabled), rig.Review(t, freshID(), 1,
+					setAnnotations(map[string]string{"at-least-semaphore-pod": enabled}), asWorkload("CREATE", "batch", kind, nil)),
+					want...)
 			}
-			wantWarned(t, w, fmt.Sprintf("native %t, enabled %s", native, enabled), rig.Review(t, freshID(), 1,
-				setAnnotations(map[string]string{"at-least-semaphore-pod": enabled}), asWorkload("CREATE", "batch", "Job", nil)),
-				want...)
 		}
 	}
 }
@@ -414,24 +416,23 @@ func TestWaitingWithClassicSidecarIsDenied(t *testing.T) {
 	}
 }
 
-// The creator of a Job gets a warning that its pods may wait. Kubernetes asks for warnings
+// The creator of a Job or CronJob gets a warning that its pods may wait. Kubernetes asks for warnings
 // of at most 120 characters.
 func TestWarningsOfWaiting(t *testing.T) {
-	for value, want := range map[string][]string{
-		whenFullWait: {warningJobWaits}, whenFullGate: {warningJobGated}, whenFullDeny: nil,
-	} {
-		w := startWebhook(t, testConfig(rig.FreeAddress(t)))
-		body := rig.Review(t, freshID(), 1, func(r map[string]any) {
-			whenFull(value)(r)
-			asWorkload("CREATE", "batch", "Job", nil)(r)
-		})
-		if a := w.admit(t, body); !a.Allowed || a.Patch != nil || !slices.Equal(a.Warnings, want) {
-			t.Errorf("%s: got %+v", value, a)
+	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
+	for _, kind := range []string{"Job", "CronJob"} {
+		for value, want := range map[string][]string{
+			whenFullWait: {fmt.Sprintf(warningJobWaits, kind)}, whenFullGate: {fmt.Sprintf(warningJobGated, kind)}, whenFullDeny: nil,
+		} {
+			body := rig.Review(t, freshID(), 1, whenFull(value), asWorkload("CREATE", "batch", kind, nil))
+			if a := w.admit(t, body); !a.Allowed || a.Patch != nil || !slices.Equal(a.Warnings, want) {
+				t.Errorf("%s, %s: got %+v", kind, value, a)
+			}
 		}
 	}
 	for _, w := range []string{
-		warningWaits, warningJobWaits, warningJob, warningNotCompleting, warningStatic,
-		warningGated, warningJobGated, warningNotGated,
+		warningWaits, fmt.Sprintf(warningJobWaits, "CronJob"), fmt.Sprintf(warningJob, "CronJob"), warningNotCompleting,
+		warningStatic, warningGated, fmt.Sprintf(warningJobGated, "CronJob"), warningNotGated, warningHostNetwork,
 		fmt.Sprintf(warningGrace, 9, giveBackSeconds),
 		fmt.Sprintf(warningForgotten, "shop-of-many-kinds-of-things"),
 	} {
@@ -538,8 +539,8 @@ func TestSidecarReadsItsArguments(t *testing.T) {
 	sidecar, _ = sidecarContainer(c, corev1.ResourceRequirements{}, testID, testSpec, testToken)
 	parsed, err = parseSidecarConfig(sidecar.Args[1:], func(string) string { return "" })
 	rig.Must(t, err)
-	if parsed.length != 0 || sidecar.RestartPolicy != nil || len(sidecar.Env) != 3 ||
-		sidecar.Env[1].Name != "POD_NAME" || sidecar.Env[2].Name != "NODE_NAME" {
+	if parsed.length != 0 || sidecar.RestartPolicy != nil || len(sidecar.Env) != 6 ||
+		sidecar.Env[4].Name != "POD_NAME" || sidecar.Env[5].Name != "NODE_NAME" {
 		t.Errorf("a classic sidecar: %+v, %+v", parsed, sidecar)
 	}
 }

@@ -386,17 +386,20 @@ func (c *gateConfig) validate(f *flags) {
 	}
 }
 
+// queueVariables are the defaults of status for its flags. The containers of webhook, gate
+// and sidecar have these variables, so that status needs no flags there.
+var queueVariables = map[string]string{
+	"queue-redis-address":        "QUEUE_REDIS_ADDRESS",
+	"heartbeat-interval-seconds": "HEARTBEAT_INTERVAL_SECONDS",
+	"stale-threshold-seconds":    "STALE_THRESHOLD_SECONDS",
+}
+
 func (c *statusConfig) declareFlags(f *flags, getenv func(string) string) {
 	c.declareQueueFlags(f, getenv)
 	if password := getenv("STATUS_REDIS_PASSWORD"); password != "" {
 		c.redis.username, c.redis.password = getenv("STATUS_REDIS_USERNAME"), password
 	}
-	// The webhook's container has these variables, so that status needs no flags there.
-	for name, variable := range map[string]string{
-		"queue-redis-address":        "QUEUE_REDIS_ADDRESS",
-		"heartbeat-interval-seconds": "HEARTBEAT_INTERVAL_SECONDS",
-		"stale-threshold-seconds":    "STALE_THRESHOLD_SECONDS",
-	} {
+	for name, variable := range queueVariables {
 		if text := getenv(variable); text != "" {
 			f.setDefault(name, text)
 		}

@@ -168,7 +168,7 @@ func (f *flags) help() string {
 		b.WriteString("  STATUS_REDIS_USERNAME, STATUS_REDIS_PASSWORD\n" +
 			"                                    replace REDIS_USERNAME and REDIS_PASSWORD if the password is set\n" +
 			"  QUEUE_REDIS_ADDRESS, HEARTBEAT_INTERVAL_SECONDS, STALE_THRESHOLD_SECONDS\n" +
-			"                                    defaults of the flags; set in the webhook's container\n")
+			"                                    defaults of the flags; set in the containers of webhook, gate and sidecar\n")
 		return b.String()
 	}
 	b.WriteString("  ETCD_USERNAME, ETCD_PASSWORD      credentials for the etcd servers\n")

@@ -48,8 +48,9 @@ type gate struct {
 
 	views map[string]*podWatch // by namespace; "" is all namespaces
 
-	mu    sync.Mutex
-	lines map[semaphoreID]*gateLine
+	mu        sync.Mutex
+	lines     map[semaphoreID]*gateLine
+	strangers map[string]bool // UIDs of pods that have our label, and no sidecar of the webhook
 }
 
 // runGate runs the gate mode until ctx is done.
@@ -102,6 +103,7 @@ func newGate(c gateConfig, log *slog.Logger) (*gate, error) {
 		log:           log,
 		views:         map[string]*podWatch{},
 		lines:         map[semaphoreID]*gateLine{},
+		strangers:     map[string]bool{},
 	}
 	for _, namespace := range namespaces {
 		g.views[namespace] = k.newPodWatch(labelGated, namespace, g)
@@ -127,15 +129,17 @@ func (g *gate) run(ctx context.Context) {
 // setPod receives each gated pod, and each change of it.
 func (g *gate) setPod(p *watchedPod) {
 	c, err := gatedToken(strings.Split(p.sidecarArgs, argsSeparator), p.namespace, p.uid)
-	if err != nil { // the webhook admits no such pod
-		text := strings.ReplaceAll(err.Error(), "\n", "")
-		g.log.Warn("a gated pod has no sidecar that waits for its token, and stays gated",
-			"namespace", p.namespace, "pod", p.name, "error", text)
-		g.event(p, true, reasonInvalid, "Waiting", "1", "invalid arguments of "+sidecarName+": "+text)
-		return
-	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if err != nil { // the webhook admits no such pod
+		if text := strings.ReplaceAll(err.Error(), "\n", ""); !g.strangers[p.uid] {
+			g.log.Warn("a gated pod has no sidecar that waits for its token, and stays gated",
+				"namespace", p.namespace, "pod", p.name, "error", text)
+			g.event(p, true, reasonInvalid, "Waiting", "1", "invalid arguments of "+sidecarName+": "+text)
+		}
+		g.strangers[p.uid] = true
+		return
+	}
 	l := g.lines[c.semaphore]
 	if l == nil {
 		l = newGateLine(g, c.semaphore)
@@ -150,6 +154,7 @@ func (g *gate) dropPod(p *watchedPod) {
 	c, err := gatedToken(strings.Split(p.sidecarArgs, argsSeparator), p.namespace, p.uid)
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	delete(g.strangers, p.uid)
 	if l := g.lines[c.semaphore]; err == nil && l != nil {
 		l.drop(p)
 	}
@@ -313,10 +318,8 @@ func newGateMetrics(g *gate) *gateMetrics {
 	r := g.semaphores.metrics.registry
 	r.MustRegister(m.waits, m.lifts)
 	for namespace, view := range g.views {
-		labels := prometheus.Labels{}
-		if namespace != "" {
-			labels["namespace"] = namespace
-		}
+		// An empty label keeps a scrape from putting the gate's own namespace there.
+		labels := prometheus.Labels{"namespace": namespace}
 		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "gate_heard_seconds_ago",
 			Help:        "Time since the API server confirmed what the gate knows of the pods of a namespace, or of all.",
 			ConstLabels: labels}, func() float64 { return view.silent().Seconds() }))

@@ -396,12 +396,12 @@ func TestGateReadsSidecar(t *testing.T) {
 }
 
 // A gated pod with a sidecar that waits for another token, or for none, stays gated, and
-// gets an event.
+// gets an event. Later changes of the pod are not worth a line in the log.
 func TestGateWrongSidecar(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 1)
-	gate, _, _ := g.start()
-	for name, change := range map[string]func(*corev1.Pod){
+	gate, log, _ := g.start()
+	changes := map[string]func(*corev1.Pod){
 		"none":      func(p *corev1.Pod) { p.Spec.InitContainers = p.Spec.InitContainers[1:] },
 		"arguments": func(p *corev1.Pod) { p.Spec.InitContainers[0].Args = nil },
 		"mode":      func(p *corev1.Pod) { p.Spec.InitContainers[0].Args[0] = "webhook" },
@@ -410,7 +410,8 @@ func TestGateWrongSidecar(t *testing.T) {
 		"namespace": func(p *corev1.Pod) { p.Spec.InitContainers[0].Args[4] = "elsewhere/web" },
 		"key":       func(p *corev1.Pod) { p.Spec.InitContainers[0].Args[4] = g.id.namespace + "/-" },
 		"token":     func(p *corev1.Pod) { p.Spec.InitContainers[0].Args[5] = "1d3e5f70-0000-4000-8000-000000000000" },
-	} {
+	}
+	for name, change := range changes {
 		p := rig.AdmittedPod(name, rig.ID{Namespace: g.id.namespace, Key: "web"}, 1, 10)
 		change(p)
 		g.createAs(p)
@@ -424,12 +425,27 @@ func TestGateWrongSidecar(t *testing.T) {
 			return fmt.Errorf("pod %s has no event %s", name, reasonInvalid)
 		})
 		g.wantLifted(nil, name)
+		g.change(name, func(p *corev1.Pod) { p.Labels["changed"] = "yes" })
 	}
 	gate.mu.Lock()
-	defer gate.mu.Unlock()
 	if len(gate.lines) > 0 {
 		t.Errorf("the gate has %d lines", len(gate.lines))
 	}
+	gate.mu.Unlock()
+	g.create("last")
+	g.wantLifted([]string{"last"}) // so the gate has heard of the changes before it
+	log.WantLines(t, "a gated pod has no sidecar that waits for its token, and stays gated", len(changes))
+	for name := range changes {
+		g.api.DeletePod(t, g.id.namespace, name)
+	}
+	rig.Eventually(t, 10*time.Second, func() error {
+		gate.mu.Lock()
+		defer gate.mu.Unlock()
+		if len(gate.strangers) > 0 {
+			return fmt.Errorf("the gate remembers %d pods that are gone", len(gate.strangers))
+		}
+		return nil
+	})
 }
 
 // A gate of some namespaces starts when it has listed the pods of them all. It lifts no

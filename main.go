@@ -25,7 +25,8 @@
 //	ETCD_USERNAME, ETCD_PASSWORD      credentials for the etcd servers
 //	POD_UID, POD_NAME, NODE_NAME      the pod's UID, name and node, in injected containers
 //	QUEUE_REDIS_ADDRESS, HEARTBEAT_INTERVAL_SECONDS, STALE_THRESHOLD_SECONDS
-//	                                  of status: defaults of the flags with these names
+//	                                  of status: defaults of the flags with these names, in
+//	                                  the containers of webhook, gate and sidecar
 //	KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT
 //	                                  of gate: default of --kubernetes-address
 //
@@ -91,7 +92,8 @@ func run(ctx context.Context, args []string, getenv func(string) string,
 		if err != nil {
 			return printHelp(err, stdout)
 		}
-		return runSidecar(ctx, c, log)
+		runSidecar(ctx, c, log)
+		return nil
 	case "await":
 		podUID := getenv("POD_UID")
 		if podUID == "" || len(args) > 1 {

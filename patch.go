@@ -201,11 +201,16 @@ func injectedContainer(c webhookConfig, name string, resources corev1.ResourceRe
 // sidecarContainer returns the container that runs the sidecar mode, and its volumes.
 func sidecarContainer(c webhookConfig, resources corev1.ResourceRequirements, id semaphoreID, spec semaphoreSpec,
 	token string) (corev1.Container, []corev1.Volume) {
-	sidecar := injectedContainer(c, sidecarName, resources,
-		"sidecar",
-		"--queue-redis-address="+c.queueRedisAddress.String(),
-		"--heartbeat-interval-seconds="+strconv.Itoa(seconds(c.heartbeatInterval)),
-		"--stale-threshold-seconds="+strconv.Itoa(seconds(c.staleThreshold)))
+	sidecar := injectedContainer(c, sidecarName, resources, "sidecar")
+	for _, setting := range [][2]string{
+		{"queue-redis-address", c.queueRedisAddress.String()},
+		{"heartbeat-interval-seconds", strconv.Itoa(seconds(c.heartbeatInterval))},
+		{"stale-threshold-seconds", strconv.Itoa(seconds(c.staleThreshold))},
+	} {
+		flag, value := setting[0], setting[1]
+		sidecar.Args = append(sidecar.Args, "--"+flag+"="+value)
+		sidecar.Env = append(sidecar.Env, corev1.EnvVar{Name: queueVariables[flag], Value: value}) // for status
+	}
 	sidecar.Env = append(sidecar.Env, podNameVariable, nodeNameVariable)
 	var volumes []corev1.Volume
 	if c.sidecarRedisSecret != "" {

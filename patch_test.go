@@ -84,6 +84,9 @@ func wantSidecar(native bool, token string) map[string]any {
 	}
 	c["env"] = []any{
 		map[string]any{"name": "GOMAXPROCS", "value": "1"},
+		map[string]any{"name": "QUEUE_REDIS_ADDRESS", "value": "redis:6379"},
+		map[string]any{"name": "HEARTBEAT_INTERVAL_SECONDS", "value": "30"},
+		map[string]any{"name": "STALE_THRESHOLD_SECONDS", "value": "120"},
 		fromField("POD_NAME", "metadata.name"),
 		fromField("NODE_NAME", "spec.nodeName"),
 	}
@@ -352,7 +355,7 @@ func TestPatchAddsAnnotations(t *testing.T) {
 		rig.AnnotationsOf(r)["example.org/ports"], rig.AnnotationsOf(r)["example.org/mesh"] = "9000", "off"
 	}))
 	want := []string{warningWaits,
-		`this pod keeps its own annotation example.org/ports; the cluster's is "6379,2379"`}
+		`the pod keeps its own annotation example.org/ports; the cluster's is "6379,2379"`}
 	if !slices.Equal(a.Warnings, want) {
 		t.Errorf("got warnings %q, want %q", a.Warnings, want)
 	}
@@ -414,6 +417,8 @@ func TestPatchForSecureRedis(t *testing.T) {
 			for _, p := range []map[string]any{first, again} {
 				sidecar := containers(p, "initContainers")[0].(map[string]any)
 				wantEnv := `[{"name":"GOMAXPROCS","value":"1"},` +
+					`{"name":"QUEUE_REDIS_ADDRESS","value":"rediss://redis:6379"},` +
+					`{"name":"HEARTBEAT_INTERVAL_SECONDS","value":"30"},{"name":"STALE_THRESHOLD_SECONDS","value":"120"},` +
 					`{"name":"POD_NAME","valueFrom":{"fieldRef":{"fieldPath":"metadata.name"}}},` +
 					`{"name":"NODE_NAME","valueFrom":{"fieldRef":{"fieldPath":"spec.nodeName"}}},` +
 					`{"name":"REDIS_USERNAME","valueFrom":{"secretKeyRef":` +

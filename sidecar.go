@@ -33,10 +33,9 @@ type sidecar struct {
 }
 
 // runSidecar acquires the token, keeps it alive by heartbeats until ctx is done, and then
-// gives it back. It fails only if it cannot listen for the pod's init container. A token
-// that it cannot give back is no failure: a podFailurePolicy would take the exit code for
-// one of the app, and may fail the Job.
-func runSidecar(ctx context.Context, c sidecarConfig, log *slog.Logger) error {
+// gives it back. A token that it cannot give back is no failure: a podFailurePolicy would
+// take the exit code for one of the app, and may fail the Job.
+func runSidecar(ctx context.Context, c sidecarConfig, log *slog.Logger) {
 	semaphores := newSemaphores(c.settings, nil, 1, log)
 	defer semaphores.queue.close()
 	s := &sidecar{
@@ -60,10 +59,7 @@ func runSidecar(ctx context.Context, c sidecarConfig, log *slog.Logger) error {
 		s.logHeld()
 		s.loop(ctx, 0, nil)
 	} else {
-		var err error
-		if held, err = s.guard(ctx, c); err != nil {
-			return err
-		}
+		held = s.guard(ctx, c)
 	}
 	if held {
 		s.log.Info("giving the token back")
@@ -73,35 +69,36 @@ func runSidecar(ctx context.Context, c sidecarConfig, log *slog.Logger) error {
 	case <-time.After(locksPatience):
 	}
 	s.giveBack(held)
-	return nil
 }
 
 // guard holds the app back until the token is held, and then keeps the token alive until
-// ctx is done. held reports whether the token was held at the end. guard fails if it
-// cannot listen for the pod's await.
-func (s *sidecar) guard(ctx context.Context, c sidecarConfig) (held bool, err error) {
+// ctx is done. held reports whether the token was held at the end.
+func (s *sidecar) guard(ctx context.Context, c sidecarConfig) (held bool) {
 	mark := newStartMark(c.podUID, c.token)
 	status := fmt.Sprintf("asking queue Redis %s for a token of %s", c.queueRedisAddress, s.id)
 	server := newAwaitServer(mark, status, s.log)
 	if c.podUID != "" {
-		if err := server.serve(c.podUID); err != nil {
-			return false, err
-		}
+		go server.serve(ctx, c.podUID)
 	}
 	if mark.isSet() {
 		s.log.Info("started again in a running pod")
 		s.held = mark.setAt()
 		s.loop(ctx, 0, server.asked)
 	} else if c.podUID != "" {
+		select { // no token is of use before
+		case <-server.listening:
+		case <-ctx.Done():
+			return false
+		}
 		defer time.AfterFunc(awaitMissed, server.warnNotAsked).Stop()
 	}
 	for ctx.Err() == nil {
 		if !s.holdBack(ctx, c, server) {
-			return false, nil
+			return false
 		}
 		s.loop(ctx, s.interval, server.asked)
 	}
-	return true, nil
+	return true
 }
 
 // holdBack acquires the token and lets the pod's await pass. It returns false if ctx is

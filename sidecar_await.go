@@ -13,6 +13,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -22,8 +23,9 @@ import (
 // restarts meanwhile. (A startup probe of the sidecar would not do: a restarted kubelet
 // takes a running sidecar without a probe result for started, and goes on to the app.)
 //
-// The socket is abstract (see unix(7)): it needs no file system and no port. It also
-// exists in the host's network, where the pod's UID keeps pods apart.
+// The socket is abstract (see unix(7)): it needs no file system and no port. In the host's
+// network, where the pod's UID keeps pods apart, any process of the node can bind the name
+// or connect to it. So each side trusts only a process of its own user.
 const (
 	// answerFresh is how long after its question the answer "held" counts. A later answer
 	// may date from before a pause of the await or the sidecar, so the await asks again.
@@ -47,6 +49,24 @@ const (
 // errNotHeld is the error of an await that was stopped.
 var errNotHeld = errors.New("stopped before the token was held")
 
+// checkPeer returns an error unless the other end of a connection runs as a user: both
+// injected containers run as the same one.
+func checkPeer(conn *net.UnixConn, user int) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var peer *syscall.Ucred
+	var failed error
+	err = raw.Control(func(fd uintptr) {
+		peer, failed = syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
+	})
+	if err = errors.Join(err, failed); err == nil && int(peer.Uid) != user {
+		err = fmt.Errorf("the other end of the pod's socket is a process of the user %d, not %d", peer.Uid, user)
+	}
+	return err
+}
+
 // awaitSocket is the address at which a pod's sidecar answers.
 func awaitSocket(podUID string) *net.UnixAddr {
 	return &net.UnixAddr{Net: "unix", Name: "@at-least-semaphore-pod/" + podUID}
@@ -62,6 +82,7 @@ func runAwait(ctx context.Context, podUID string, log *slog.Logger) error {
 // await asks a pod's sidecar.
 type await struct {
 	podUID   string
+	user     int // of the sidecar
 	log      *slog.Logger
 	now      func() time.Time
 	status   string     // the sidecar's last answer
@@ -70,7 +91,7 @@ type await struct {
 }
 
 func newAwait(podUID string, log *slog.Logger) *await {
-	return &await{podUID: podUID, log: log, now: time.Now, answered: time.Now()}
+	return &await{podUID: podUID, user: os.Geteuid(), log: log, now: time.Now, answered: time.Now()}
 }
 
 func (a *await) run(ctx context.Context) error {
@@ -98,11 +119,14 @@ func (a *await) run(ctx context.Context) error {
 // ask connects to the sidecar and logs its answers until it says that the token is held,
 // or the connection ends.
 func (a *await) ask(ctx context.Context) (held bool, err error) {
-	conn, err := new(net.Dialer).DialContext(ctx, "unix", awaitSocket(a.podUID).Name)
+	conn, err := new(net.Dialer).DialUnix(ctx, "unix", nil, awaitSocket(a.podUID))
 	if err != nil {
 		return false, err
 	}
 	defer conn.Close()
+	if err := checkPeer(conn, a.user); err != nil {
+		return false, err
+	}
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	for lines := bufio.NewReader(conn); ; {
 		line, err := lines.ReadString('\n')
@@ -138,10 +162,13 @@ func (a *await) logUnanswered(err error) {
 // the token is held, and admits one await while that reply is fresh. After that the app
 // may run, until an await asks again: an init container runs only while the app does not.
 type awaitServer struct {
-	mark   startMark
-	log    *slog.Logger
-	passed chan struct{} // receives when an await was admitted
-	asked  chan struct{} // receives when an await asks after one was admitted
+	mark      startMark
+	user      int // of the awaits
+	log       *slog.Logger
+	limit     logLimiter    // of lines about other users
+	listening chan struct{} // closed once awaits can ask
+	passed    chan struct{} // receives when an await was admitted
+	asked     chan struct{} // receives when an await asks after one was admitted
 
 	mu       sync.Mutex
 	status   string        // what the pod waits for
@@ -152,8 +179,9 @@ type awaitServer struct {
 }
 
 func newAwaitServer(mark startMark, status string, log *slog.Logger) *awaitServer {
-	return &awaitServer{mark: mark, status: status, log: log, admitted: mark.isSet(),
-		open: make(chan struct{}), passed: make(chan struct{}, 1), asked: make(chan struct{}, 1)}
+	return &awaitServer{mark: mark, user: os.Geteuid(), status: status, log: log, admitted: mark.isSet(),
+		listening: make(chan struct{}), open: make(chan struct{}),
+		passed: make(chan struct{}, 1), asked: make(chan struct{}, 1)}
 }
 
 // setStatus sets what the pod waits for.
@@ -258,32 +286,44 @@ func (s *awaitServer) pass() bool {
 	return ok
 }
 
-// serve answers the awaits of a pod for as long as the process lives.
-func (s *awaitServer) serve(podUID string) error {
+// serve answers the awaits of a pod for as long as the process lives. If another process
+// has taken the name of the socket, it tries again until ctx is done.
+func (s *awaitServer) serve(ctx context.Context, podUID string) {
 	listener, err := net.ListenUnix("unix", awaitSocket(podUID))
-	if err != nil {
-		return fmt.Errorf("listen for the pod's init container: %w", err)
-	}
-	go func() {
-		for {
-			conn, err := listener.Accept()
-			switch {
-			case err == nil:
-				go s.answer(conn)
-			case errors.Is(err, net.ErrClosed):
-				return
-			default: // no file descriptor left, for example
-				time.Sleep(100 * time.Millisecond)
-			}
+	for retry := newBackoff(askLeast, askMost); err != nil; listener, err = net.ListenUnix("unix", awaitSocket(podUID)) {
+		if _, ok := s.limit.allow(); ok {
+			s.log.Warn("cannot listen for the init container, to be retried",
+				"error", err.Error())
 		}
-	}()
-	return nil
+		if sleep(ctx, retry.next()) != nil {
+			return
+		}
+	}
+	close(s.listening)
+	for {
+		conn, err := listener.AcceptUnix()
+		switch {
+		case err == nil:
+			go s.answer(conn)
+		case errors.Is(err, net.ErrClosed):
+			return
+		default: // no file descriptor left, for example
+			time.Sleep(100 * time.Millisecond)
+		}
+	}
 }
 
 // answer sends an await what its pod waits for, and then that the token is held. If that
 // is no longer fresh, it closes the connection, and the await asks again.
-func (s *awaitServer) answer(conn net.Conn) {
+func (s *awaitServer) answer(conn *net.UnixConn) {
 	defer conn.Close()
+	if err := checkPeer(conn, s.user); err != nil {
+		if _, ok := s.limit.allow(); ok {
+			s.log.Warn("a foreign process asks for the token, and gets no answer",
+				"error", err.Error())
+		}
+		return
+	}
 	asked := time.Now()
 	closed := make(chan struct{})
 	go func() { // an await sends nothing
@@ -317,26 +357,40 @@ func (s *awaitServer) answer(conn net.Conn) {
 }
 
 // startMark is a file that says that the pod's app may have started. It is in /dev/shm,
-// which the containers of a pod share and which lives as long as they can. So it outlives
-// a killed sidecar, but not the pod's sandbox or its node. (An emptyDir would do, too,
-// but kubectl drain refuses pods that have one.) With hostIPC, /dev/shm is the node's,
-// and the empty file stays until the node restarts.
-type startMark struct{ path string }
+// which the containers of a pod share. So it outlives a killed sidecar. With hostIPC,
+// /dev/shm is the node's, and the mark outlives the pod's sandbox, too. So its text names
+// the sandbox: a mark of another one does not count. (An emptyDir would also do, but
+// kubectl drain refuses pods that have one.)
+type startMark struct{ path, sandbox string }
 
 // newStartMark returns the mark of a pod; outside of a pod there is none.
 func newStartMark(podUID, token string) startMark {
 	if podUID == "" {
 		return startMark{}
 	}
-	return startMark{filepath.Join("/dev/shm", "at-least-semaphore-pod-"+token)}
+	mounts, _ := os.ReadFile("/proc/self/mountinfo")
+	return startMark{filepath.Join("/dev/shm", "at-least-semaphore-pod-"+token), sandboxOf(string(mounts))}
+}
+
+// sandboxOf returns a text that names the pod's sandbox, from the list of a container's
+// mounts (see proc_pid_mountinfo(5)). Container runtimes mount /etc/resolv.conf from a
+// folder that has the ID of the sandbox in its name. The text is empty if that mount is
+// missing.
+func sandboxOf(mounts string) (sandbox string) {
+	for line := range strings.Lines(mounts) {
+		if f := strings.Fields(line); len(f) > 4 && f[4] == "/etc/resolv.conf" {
+			sandbox = f[3]
+		}
+	}
+	return sandbox
 }
 
 func (m startMark) isSet() bool {
 	if m.path == "" {
 		return false
 	}
-	_, err := os.Stat(m.path)
-	return err == nil
+	sandbox, err := os.ReadFile(m.path)
+	return err == nil && string(sandbox) == m.sandbox
 }
 
 // setAt returns when the mark was set.
@@ -349,7 +403,7 @@ func (m startMark) setAt() time.Time {
 }
 
 func (m startMark) set(log *slog.Logger) {
-	if err := os.WriteFile(m.path, nil, 0o600); err != nil {
+	if err := os.WriteFile(m.path, []byte(m.sandbox), 0o600); err != nil {
 		log.Warn("start not marked: if this sidecar is killed and its token reclaimed, the pod waits in line again",
 			"error", err.Error())
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -203,6 +204,85 @@ func TestAwaitWithoutSidecar(t *testing.T) {
 	}
 }
 
+// In the host's network, a process of another user may answer in the place of the sidecar.
+// The await does not believe it, and asks again.
+func TestAwaitTrustsOnlyItsUser(t *testing.T) {
+	t.Parallel()
+	podUID := uuid.NewString()
+	asked := make(chan int, 10)
+	fakeSidecar(t, podUID, func(n int, conn net.Conn) {
+		fmt.Fprintln(conn, heldText)
+		asked <- n
+	})
+	var b rig.Log
+	a := newAwait(podUID, slog.New(slog.NewJSONHandler(&b, nil)))
+	a.user++
+	a.answered = time.Now().Add(-awaitPatience)
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- a.run(ctx) }()
+	for range 2 {
+		select {
+		case <-asked:
+		case err := <-ended:
+			t.Fatalf("the await ended with %v", err)
+		}
+	}
+	cancel()
+	if err := <-ended; !errors.Is(err, errNotHeld) {
+		t.Errorf("the await ended with %v", err)
+	}
+	want := fmt.Sprintf("the other end of the pod's socket is a process of the user %d, not %d", os.Geteuid(), a.user)
+	if text := b.String(); !strings.Contains(text, want) {
+		t.Errorf("logged %s", text)
+	}
+}
+
+// A process of another user that connects to a sidecar gets no answer, and does not count
+// as an await: the sidecar of a running pod goes on with its heartbeats.
+func TestSidecarAnswersOnlyItsUser(t *testing.T) {
+	t.Parallel()
+	podUID := uuid.NewString()
+	var b rig.Log
+	d := newAwaitServer(startMark{}, "", slog.New(slog.NewJSONHandler(&b, nil)))
+	d.user++
+	d.admitted = true
+	d.openUntil(time.Now().Add(time.Hour))
+	go d.serve(t.Context(), podUID)
+	<-d.listening
+	for range 3 {
+		conn, err := net.DialUnix("unix", nil, awaitSocket(podUID))
+		rig.Must(t, err)
+		rig.Must(t, conn.SetReadDeadline(time.Now().Add(time.Minute)))
+		if text, err := io.ReadAll(conn); err != nil || len(text) > 0 {
+			t.Fatalf("got %q, %v", text, err)
+		}
+		conn.Close()
+	}
+	if len(d.asked) > 0 || d.wasAsked || !d.admitted {
+		t.Error("the connection counts as an await")
+	}
+	b.WantLines(t, "a foreign process asks for the token, and gets no answer", 1)
+}
+
+// While another process has the name of the socket, the sidecar takes no token, and tries
+// again. The pod starts once the name is free.
+func TestSocketInUse(t *testing.T) {
+	t.Parallel()
+	r, _, id := newSemaphore(t)
+	token := uuid.NewString()
+	other, err := net.ListenUnix("unix", awaitSocket(rig.InPod(t, token)))
+	rig.Must(t, err)
+	defer other.Close()
+	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1)
+	p.WantLog(t, "cannot listen for the init container, to be retried")
+	r.WantCounts(t, id, 0, 0)
+	p.WantNotEnded(t)
+	other.Close()
+	rig.StartAwait(t).WantExit(t, 0)
+	r.WantInflight(t, id, token)
+}
+
 // A sidecar that receives no await request logs that the app may run without a token.
 func TestWarningWithoutAwaitRequests(t *testing.T) {
 	var b rig.Log
@@ -212,6 +292,61 @@ func TestWarningWithoutAwaitRequests(t *testing.T) {
 	d.warnNotAsked()
 	if n := strings.Count(b.String(), "no init container asks for the token"); n != 1 {
 		t.Errorf("the warning was logged %d times, want once: %s", n, b.String())
+	}
+}
+
+// The mark of an earlier sandbox does not count: with hostIPC, it is still there.
+func TestStartMarkOfAnotherSandbox(t *testing.T) {
+	t.Parallel()
+	mark := startMark{filepath.Join(t.TempDir(), "mark"), "/sandboxes/1/resolv.conf"}
+	mark.set(slog.Default())
+	if !mark.isSet() {
+		t.Error("the mark is not set")
+	}
+	mark.sandbox = "/sandboxes/2/resolv.conf"
+	if mark.isSet() {
+		t.Error("the mark of another sandbox is set")
+	}
+	mark.set(slog.Default())
+	if !mark.isSet() {
+		t.Error("the mark is not set in the new sandbox")
+	}
+	mark.remove(slog.Default())
+	if mark.sandbox = ""; mark.isSet() {
+		t.Error("the mark is set after it was removed")
+	}
+}
+
+// The root field of the mount of /etc/resolv.conf has the ID of the sandbox.
+func TestSandboxOf(t *testing.T) {
+	const (
+		id    = "1f2e3d4c5b6a79880716253443526170a1b2c3d4e5f60718293a4b5c6d7e8f90"
+		hosts = "611 601 8:1 /var/lib/kubelet/pods/0b1c/etc-hosts /etc/hosts rw,relatime - ext4 /dev/sda1 rw\n"
+	)
+	for name, c := range map[string]struct{ mounts, want string }{
+		"containerd": {
+			hosts + "614 601 8:1 /var/lib/containerd/io.containerd.grpc.v1.cri/sandboxes/" + id + "/resolv.conf " +
+				"/etc/resolv.conf rw,relatime - ext4 /dev/sda1 rw\n",
+			"/var/lib/containerd/io.containerd.grpc.v1.cri/sandboxes/" + id + "/resolv.conf"},
+		"containerd of k3s, with an optional field": {
+			"614 601 259:2 /rancher/k3s/agent/containerd/io.containerd.grpc.v1.cri/sandboxes/" + id + "/resolv.conf " +
+				"/etc/resolv.conf ro,relatime master:5 - xfs /dev/nvme0n1p2 rw\n" + hosts,
+			"/rancher/k3s/agent/containerd/io.containerd.grpc.v1.cri/sandboxes/" + id + "/resolv.conf"},
+		"CRI-O": {
+			"700 690 0:25 /containers/storage/overlay-containers/" + id + "/userdata/resolv.conf " +
+				"/etc/resolv.conf rw,nosuid,nodev,noexec - tmpfs tmpfs rw,seclabel,mode=755\n" + hosts,
+			"/containers/storage/overlay-containers/" + id + "/userdata/resolv.conf"},
+		"cri-dockerd": {
+			hosts + "712 701 8:1 /var/lib/docker/containers/" + id + "/resolv.conf " +
+				"/etc/resolv.conf rw,relatime - ext4 /dev/sda1 rw",
+			"/var/lib/docker/containers/" + id + "/resolv.conf"},
+		"no such mount": {hosts + "1 2 8:1 /etc/resolv.conf /elsewhere rw - ext4 /dev/sda1 rw\n", ""},
+		"nothing":       {"", ""},
+		"short lines":   {"\n1 2 3 4\n", ""},
+	} {
+		if got := sandboxOf(c.mounts); got != c.want {
+			t.Errorf("%s: got %q, want %q", name, got, c.want)
+		}
 	}
 }
 

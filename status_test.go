@@ -16,6 +16,7 @@ import (
 	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+	corev1 "k8s.io/api/core/v1"
 )
 
 // statusOf runs the mode status in this process.
@@ -229,6 +230,20 @@ func TestStatusUsage(t *testing.T) {
 		if code != 0 || !strings.Contains(stdout, want) {
 			t.Errorf("no %q in\n%s", want, stdout)
 		}
+	}
+}
+
+// In the container of a sidecar, status needs no flags.
+func TestStatusInASidecar(t *testing.T) {
+	r, _, id, tokens := shownSemaphore(t, "shop")
+	sidecar, _ := sidecarContainer(testConfig(r.Address), corev1.ResourceRequirements{}, id, testSpec, tokens[0])
+	env := map[string]string{}
+	for _, e := range sidecar.Env {
+		env[e.Name] = e.Value
+	}
+	code, stdout, stderr := runArgs(env, "status", id.String())
+	if want := id.String() + ": 2 of 2 tokens in use (1 stale)"; code != 0 || !strings.HasPrefix(stdout, want) {
+		t.Errorf("exit code %d, %s%s", code, stdout, stderr)
 	}
 }
 

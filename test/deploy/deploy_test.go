@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -86,6 +87,67 @@ func TestMemoryIsLimitedAsDeployed(t *testing.T) {
 	}
 	if percent := value(`name: GOGC\n +value: "(\d+)"\n`); percent != "400" {
 		t.Errorf("GOGC is %s: it must be 400, the value behind the figures in the documents", percent)
+	}
+}
+
+// The overlay in docs/install.md names the image once. It reaches webhook, gate and
+// sidecars.
+func TestOverlayOfTheImage(t *testing.T) {
+	if _, err := exec.LookPath("kubectl"); err != nil {
+		t.Skip("kubectl, which has kustomize, is not installed")
+	}
+	const start = "```yaml\n# deploy/own/kustomization.yaml\n"
+	_, text, found := strings.Cut(rig.ReadFile(t, "docs/install.md"), start)
+	text, _, ended := strings.Cut(text, "```")
+	if !found || !ended {
+		t.Fatalf("docs/install.md has no %q", start)
+	}
+	folder := t.TempDir()
+	rig.Must(t, os.CopyFS(filepath.Join(folder, "deploy"), os.DirFS(rig.Path("deploy"))))
+	own := filepath.Join(folder, "deploy/own")
+	rig.Must(t, os.Mkdir(own, 0o700))
+	rig.Must(t, os.WriteFile(filepath.Join(own, "kustomization.yaml"), []byte(text), 0o600))
+	out, err := exec.Command("kubectl", "kustomize", own).CombinedOutput()
+	if err != nil {
+		t.Fatalf("kubectl kustomize: %v\n%s", err, out)
+	}
+	images := regexp.MustCompile(`\S+/at-least-semaphore-pod-hook:v\S+`).FindAllString(string(out), -1)
+	want := slices.Repeat([]string{"registry.example.org/at-least-semaphore-pod-hook:v1"}, 3)
+	if !slices.Equal(images, want) {
+		t.Errorf("the images are %q, want %q", images, want)
+	}
+}
+
+// All workloads of the installation have its PriorityClass: pods with the default priority
+// cannot preempt them. They cannot preempt those of the system.
+func TestPriority(t *testing.T) {
+	const class = "at-least-semaphore-pod-hook"
+	workload := regexp.MustCompile(`(?m)^kind: (Deployment|StatefulSet|DaemonSet|Job|CronJob|Pod)$`)
+	workloads := 0
+	for _, folder := range []string{"deploy/base", "deploy/etcd", "deploy/gate"} {
+		files, err := filepath.Glob(rig.Path(folder + "/*.yaml"))
+		rig.Must(t, err)
+		for _, file := range files {
+			text, err := os.ReadFile(file)
+			rig.Must(t, err)
+			want := len(workload.FindAll(text, -1))
+			if got := strings.Count(string(text), "\n      priorityClassName: "+class+"\n"); got != want {
+				t.Errorf("%s: %d of %d workloads have the PriorityClass", file, got, want)
+			}
+			workloads += want
+		}
+	}
+	if workloads < 4 {
+		t.Errorf("only %d workloads were found", workloads)
+	}
+	text := rig.ReadFile(t, "deploy/base/priority-class.yaml")
+	value := regexp.MustCompile(`(?m)^  name: ` + class + `\nvalue: (\d+)$`).FindStringSubmatch(text)
+	if value == nil {
+		t.Fatalf("no value in %s", text)
+	}
+	const highestOfUsers = 1000000000 // Kubernetes accepts no more from users
+	if n, err := strconv.Atoi(value[1]); err != nil || n <= 0 || n > highestOfUsers {
+		t.Errorf("the value is %s", value[1])
 	}
 }
 

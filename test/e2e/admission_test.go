@@ -4,6 +4,8 @@ package e2e
 
 import (
 	"encoding/json"
+	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -241,9 +243,11 @@ func TestWarnings(t *testing.T) {
 		"misspelt": {annotate(pod("misspelt", "warned", 1), "lenght", "1"), "lenght is unknown: did you mean length?"},
 		"misspelt, uncounted": {annotate(annotate(pod("other", "warned", 1), "lenght", "1"),
 			"at-least-semaphore-pod", "1"), "lenght is unknown: did you mean length?"},
-		"Deployment":          {onItself, "* does nothing on a Deployment: move it to spec.template.metadata"},
-		"wrong Deployment":    {wrong, `the pods of this Deployment will be refused: ` + annotationPrefix + `length is "0"`},
-		"wrong CronJob":       {periodic, `the pods of this CronJob will be refused: ` + annotationPrefix + `length is "0"`},
+		"Deployment":       {onItself, "* does nothing on a Deployment: move it to spec.template.metadata"},
+		"wrong Deployment": {wrong, `the pods of this Deployment will be refused: ` + annotationPrefix + `length is "0"`},
+		"wrong CronJob":    {periodic, `the pods of this CronJob will be refused: ` + annotationPrefix + `length is "0"`},
+		"in the host's network": {deployment("host", "warned", 1, 0, rollingUpdate(1, 1), object{"hostNetwork": true}),
+			"hostNetwork without dnsPolicy ClusterFirstWithHostNet"},
 		"right Deployment":    {deployment("right", "warned", 1, 0, rollingUpdate(1, 1), object{}), ""},
 		"of a controller":     {owned, ""},
 		"disabled":            {annotate(pod("off", "warned", 0), "at-least-semaphore-pod", "false"), ""},
@@ -259,6 +263,54 @@ func TestWarnings(t *testing.T) {
 	if _, warnings, err := kubectlWarned(encode(onItself), "-n", n.name, "apply", "-f", "-"); err != nil ||
 		!strings.Contains(warnings, "does nothing on a Deployment") {
 		t.Errorf("of an update: warned of %q, %v", warnings, err)
+	}
+}
+
+// The policy in docs/security.md fixes the length of a semaphore, for pods and for the
+// templates of their controllers.
+func TestLengthPolicy(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	page, err := os.ReadFile(filepath.Join(root, "docs/security.md"))
+	must(t, err)
+	_, policy, _ := strings.Cut(string(page), "\n## Fix the length of a semaphore\n")
+	_, policy, _ = strings.Cut(policy, "\n```yaml\n")
+	policy, _, found := strings.Cut(policy, "\n```\n")
+	if !found {
+		t.Fatal("docs/security.md has no policy")
+	}
+	policy = strings.NewReplacer("length-of-shop-web", "length-of-"+n.name, ": shop}", ": "+n.name+"}").Replace(policy)
+	t.Cleanup(func() { _, _ = kubectl(policy, "delete", "--ignore-not-found", "-f", "-") })
+	must(t, errOf(kubectl(policy, "apply", "-f", "-")))
+	const refused = "the semaphore shop/web has three tokens"
+	cronJob := func(length int) object {
+		return object{"apiVersion": "batch/v1", "kind": "CronJob", "metadata": object{"name": "periodic"},
+			"spec": object{"schedule": "0 0 1 1 *", "jobTemplate": object{"spec": job("", "web", length, "true")["spec"]}}}
+	}
+	eventually(t, patience, func() error { // a new policy takes the API server some seconds
+		if _, err := n.createWarned(pod("p", "web", 4), "--dry-run=server"); err == nil || !strings.Contains(err.Error(), refused) {
+			return fmt.Errorf("a length of 4 got %w", err)
+		}
+		return nil
+	})
+	for name, c := range map[string]struct {
+		right, wrong object
+	}{
+		"pod":         {pod("p", "web", 3), pod("p", "web", 30)},
+		"another key": {pod("p", "other", 4), nil},
+		"Deployment": {deployment("d", "web", 3, 5, rollingUpdate(1, 1), object{}),
+			deployment("d", "web", 2, 5, rollingUpdate(1, 1), object{})},
+		"CronJob": {cronJob(3), cronJob(4)},
+	} {
+		if _, err := n.createWarned(c.right, "--dry-run=server"); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if c.wrong == nil {
+			continue
+		}
+		if _, err := n.createWarned(c.wrong, "--dry-run=server"); err == nil || !strings.Contains(err.Error(), refused) {
+			t.Errorf("%s with another length: %v", name, err)
+		}
 	}
 }
 

@@ -32,7 +32,7 @@ func TestMeasureJobs(t *testing.T) {
 func TestMeasureHolderLost(t *testing.T) {
 	needMeasure(t)
 	for range 3 {
-		token, app := loseHolder(t, newPause(1))
+		token, app := loseHolder(t, newPause(1), object{})
 		t.Logf("with a stale threshold of %d s, the first in line had the token %s after the kill, and its app started after %s",
 			staleSeconds, inSeconds(token), inSeconds(app))
 		if most := (staleSeconds + 5) * time.Second; token > most || app > most {

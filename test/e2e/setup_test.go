@@ -268,6 +268,9 @@ func uninstall() error {
 	if err := remove("namespace", hookNamespace); err != nil {
 		return err
 	}
+	if err := remove("priorityclass", hookNamespace); err != nil {
+		return err
+	}
 	if err := remove("namespace", "-l", label); err != nil {
 		return err
 	}

@@ -127,15 +127,19 @@ func (p *pause) join(t *testing.T) (begin, end func()) {
 
 // A node is lost: its kubelet is stopped, and processes are killed.
 func TestNodeLost(t *testing.T) {
-	p := newPause(2)
+	p := newPause(3)
 	t.Run("Deny", func(t *testing.T) {
 		t.Parallel()
 		testNodeLost(t, p)
 	})
 	t.Run("Wait", func(t *testing.T) {
 		t.Parallel()
-		token, app := loseHolder(t, p)
+		token, app := loseHolder(t, p, object{})
 		t.Logf("the token moved %s after the kill, and the app started after %s", inSeconds(token), inSeconds(app))
+	})
+	t.Run("Wait with hostIPC", func(t *testing.T) { // the pod's /dev/shm is the node's, and outlives its sandbox
+		t.Parallel()
+		loseHolder(t, p, object{"hostIPC": true})
 	})
 }
 
@@ -165,13 +169,13 @@ func testNodeLost(t *testing.T, p *pause) {
 // loseHolder kills all processes of a pod that holds a token. The first pod in line gets
 // the token when it is stale. When the node is back, the lost pod waits in line.
 // loseHolder returns the times from the kill until the first in line had the token, and
-// until its app started.
-func loseHolder(t *testing.T, p *pause) (token, app time.Duration) {
+// until its app started. spec replaces parts of the pods' spec.
+func loseHolder(t *testing.T, p *pause, spec object) (token, app time.Duration) {
 	t.Helper()
 	n := newNamespace(t)
 	d := newDiary(n)
 	stop, resume := p.join(t)
-	create := func(name string) { n.create(waiting(pod(name, "lost", 1, d.app(untilTold)))) }
+	create := func(name string) { n.create(waiting(pod(name, "lost", 1, d.app(untilTold), spec))) }
 	create("lost")
 	lost := n.wantRunning("lost")
 	var waiters []corev1.Pod

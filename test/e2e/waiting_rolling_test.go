@@ -78,3 +78,30 @@ func TestRollingUpdate(t *testing.T) {
 	wantRolledOut(t, 1, 1)
 	wantStuckRollOut(t, 10*time.Second)
 }
+
+// With more replicas than tokens, an update ends if maxUnavailable is replicas - length + 1.
+func TestRollingUpdateOfMoreReplicasThanTokens(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	d := newDiary(n)
+	n.create(waiting(deployment("web", "rolling", 3, 5, rollingUpdate(1, 3), d.app(untilTold))))
+	d.wantStarts(3)
+	n.kubectl("rollout", "restart", "deployment/web")
+	eventually(t, patience, func() error {
+		shifts, err := d.read()
+		if err != nil {
+			return err
+		}
+		var now []string
+		for i, s := range shifts {
+			if !s.ended && i >= 3 {
+				now = append(now, s.pod)
+			}
+		}
+		if len(now) != 3 {
+			err = fmt.Errorf("of the new pods, these work: %v; all: %v", now, shifts)
+		}
+		return err
+	})
+	d.wantNeverMoreThan(3)
+}

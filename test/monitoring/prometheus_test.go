@@ -27,20 +27,25 @@ func TestMain(m *testing.M) { os.Exit(rig.Run(m)) }
 type prometheusServer struct{ url string }
 
 // startPrometheus starts a Prometheus with the alert rules. It scrapes the webhooks, and a
-// gate, every second.
+// gate, every second. As the Prometheus operator does, it gives its targets the label
+// "namespace"; the PodMonitor decides about labels that are there already.
 func startPrometheus(t *testing.T, gate *rig.Gate, webhooks ...*rig.Webhook) *prometheusServer {
 	t.Helper()
 	targets := []string{strings.TrimPrefix(gate.HealthURL, "http://")}
 	for _, w := range webhooks {
 		targets = append(targets, strings.TrimPrefix(w.HealthURL, "http://"))
 	}
+	honors := strings.Contains(rig.ReadFile(t, "deploy/monitoring/podmonitor.yaml"), "\n      honorLabels: true\n")
 	dir := t.TempDir()
 	config := filepath.Join(dir, "prometheus.yml")
 	rig.Must(t, os.WriteFile(config, fmt.Appendf(nil, `
 global: {scrape_interval: 1s, evaluation_interval: 1s}
 rule_files: [%q]
-scrape_configs: [{job_name: webhook, static_configs: [{targets: [%s]}]}]
-`, rig.Path(rulesFile), strings.Join(targets, ", ")), 0o600))
+scrape_configs:
+- job_name: webhook
+  honor_labels: %t
+  static_configs: [{targets: [%s], labels: {namespace: at-least-semaphore-pod-hook}}]
+`, rig.Path(rulesFile), honors, strings.Join(targets, ", ")), 0o600))
 	address := rig.FreeAddress(t)
 	rig.NewProcess("prometheus", "--config.file="+config, "--storage.tsdb.path="+filepath.Join(dir, "data"),
 		"--web.listen-address="+address).Start(t)
@@ -218,6 +223,11 @@ func TestPrometheus(t *testing.T) {
 	}
 	if queries < 25 {
 		t.Errorf("only %d queries", queries)
+	}
+	// The gate watches all namespaces, so its metric names none.
+	const heard = `at_least_semaphore_gate_heard_seconds_ago{namespace=""}`
+	if series, _, err := p.query(heard); err != nil || series != 1 {
+		t.Errorf("%d series of %s, %v; want 1", series, heard, err)
 	}
 	inUse := fmt.Sprintf("sum(max by (namespace, key) (at_least_semaphore_inflight{namespace=%q,key=%q}))",
 		id.Namespace, id.Key)
