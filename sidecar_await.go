@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -49,6 +50,10 @@ const (
 // errNotHeld is the error of an await that was stopped.
 var errNotHeld = errors.New("stopped before the token was held")
 
+// peerCredentials is the socket option SO_PEERCRED of Linux (see unix(7)): three integers of
+// four bytes, the process ID, the user and the group of the other end.
+const peerCredentials = 17
+
 // checkPeer returns an error unless the other end of a connection runs as a user: both
 // injected containers run as the same one.
 func checkPeer(conn *net.UnixConn, user int) error {
@@ -56,15 +61,20 @@ func checkPeer(conn *net.UnixConn, user int) error {
 	if err != nil {
 		return err
 	}
-	var peer *syscall.Ucred
+	// The syscall package has the option's own type on Linux only, and status also runs
+	// elsewhere. This type has room for it.
+	var answer *syscall.IPv6Mreq
 	var failed error
 	err = raw.Control(func(fd uintptr) {
-		peer, failed = syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED)
+		answer, failed = syscall.GetsockoptIPv6Mreq(int(fd), syscall.SOL_SOCKET, peerCredentials)
 	})
-	if err = errors.Join(err, failed); err == nil && int(peer.Uid) != user {
-		err = fmt.Errorf("the other end of the pod's socket is a process of the user %d, not %d", peer.Uid, user)
+	if err = errors.Join(err, failed); err != nil {
+		return err
 	}
-	return err
+	if peer := binary.NativeEndian.Uint32(answer.Multiaddr[4:]); peer != uint32(user) {
+		return fmt.Errorf("the other end of the pod's socket is a process of the user %d, not %d", peer, user)
+	}
+	return nil
 }
 
 // awaitSocket is the address at which a pod's sidecar answers.
