@@ -229,17 +229,27 @@ func JSON(t testing.TB, value any) []byte {
 	return text
 }
 
-// FreeAddress returns an unused address.
+// FreeAddress returns an unused address. No other test process gets it while this one runs,
+// so that a server can be stopped and started again.
 func FreeAddress(t testing.TB) string {
 	t.Helper()
 	for {
-		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10000+lastPort.Add(1)%20000))
+		port := 10000 + lastPort.Add(1)%20000
+		mark, err := net.Listen("unix", fmt.Sprintf("@at-least-semaphore-test-port/%d", port))
+		if err != nil {
+			continue
+		}
+		takenPorts.Store(port, mark)
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 		if err == nil {
 			defer l.Close()
 			return l.Addr().String()
 		}
 	}
 }
+
+// takenPorts keeps the abstract sockets that mark our ports for other test processes.
+var takenPorts sync.Map
 
 // lastPort counts up, so that each port is used once. The range is below the ports that
 // the system uses for outgoing connections.
