@@ -485,9 +485,13 @@ func TestRolledBackTake(t *testing.T) {
 			l.holding = append(l.holding, former)
 		},
 		"nothing else": func(t *testing.T, l *lineUp) {
-			holder := l.rollBack(t, 1, 1, 1)
+			holder, next := l.rollBack(t, 1, 1, 1), l.waiting[0]
 			l.beat(t, holder.token)
 			l.holding = append(l.holding, holder)
+			if slices.Contains(l.r.Inflight(t, l.id), next.token) { // it asked between the two
+				wantDone(t, next.done)
+				l.holding, l.waiting = append(l.holding, next), l.waiting[1:]
+			}
 		},
 		"and another was served before the holder was back": func(t *testing.T, l *lineUp) {
 			holder, next := l.rollBack(t, 1, 1, 1), l.waiting[0]

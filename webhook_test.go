@@ -395,6 +395,7 @@ func TestShutdownFailsNoAdmission(t *testing.T) {
 		service.Store(&address)
 		transport := &http.Transport{
 			MaxIdleConnsPerHost: 25,
+			IdleConnTimeout:     time.Second, // well before the webhook closes idle ones
 			TLSClientConfig:     &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"http/1.1"}},
 			DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
 				return new(net.Dialer).DialContext(ctx, network, *service.Load())

@@ -26,14 +26,14 @@ var programs = []broken{
 		name: "a length is taken for one more",
 		edits: []rig.Edit{
 			{File: "lua/acquire.lua", From: "length = tonumber(ARGV[5])", To: "length = tonumber(ARGV[5]) + 1"},
-			{File: "lua/maintain.lua", From: "length = tonumber(ARGV[5])", To: "length = tonumber(ARGV[5]) + 1"},
+			{File: "lua/maintain.lua", From: "noteLength(tonumber(ARGV[5]))", To: "noteLength(tonumber(ARGV[5]) + 1)"},
 		},
 		rules: []string{ruleCount, ruleLetIn},
 	}, {
 		name: "a pod that does not wait ignores the line",
 		edits: []rig.Edit{{File: "lua/acquire.lua",
-			From: "redis.call('ZRANK', KEYS[3], token) or redis.call('ZCARD', KEYS[3])",
-			To:   "redis.call('ZRANK', KEYS[3], token) or 0"}},
+			From: "  if lineLength == 0 then\n    return true",
+			To:   "  if lineLength == 0 or not waits then\n    return true"}},
 		rush:  true,
 		rules: []string{ruleOrder},
 	}, {
