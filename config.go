@@ -56,10 +56,11 @@ type sidecarConfig struct {
 	tokenConfig
 	terminationGracePeriod time.Duration // see giveBackSeconds
 	podUID                 string        // empty outside of a pod: there is no await to answer
+	takenAs                string        // the name under which the webhook took the token; empty if it took none
 	pod                    podName
 }
 
-// tokenConfig is the token that a sidecar keeps.
+// tokenConfig is the token that a sidecar keeps, as its arguments name it.
 type tokenConfig struct {
 	semaphore  semaphoreID
 	token      string
@@ -317,6 +318,10 @@ func (c *sidecarConfig) declareFlags(f *flags, getenv func(string) string) {
 func (c *sidecarConfig) validate(f *flags) {
 	c.settings.validate(f)
 	c.tokenConfig.validate(f)
+	// A copy of the pod has the same arguments. So a pod's own name of its token is its UID.
+	if c.podUID != "" && c.podUID != c.token {
+		c.token, c.takenAs = c.podUID, c.token
+	}
 }
 
 func (c *tokenConfig) declareFlags(f *flags, _ func(string) string) {

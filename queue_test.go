@@ -250,7 +250,7 @@ func TestClusterSlotMoving(t *testing.T) {
 	// Pods of length 3 come and go while a pod of length 1 waits, so that all keys exist.
 	holder := acquire(t, s, id, 3)
 	gone := acquire(t, s, id, 3)
-	a, err := s.runAcquire(t.Context(), id, acquireRequest{uuid.NewString(), 1, joinLine, ""})
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{token: uuid.NewString(), length: 1, arrival: joinLine})
 	if err != nil || a.status != acquireFull {
 		t.Fatalf("got %+v, %v, want a place in line", a, err)
 	}
@@ -274,7 +274,7 @@ func TestClusterSlotMoving(t *testing.T) {
 			fresh.queue.(*clusterQueue).suspect[from.Address] = true
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
-		if _, err := fresh.heartbeat(ctx, id, holder, "", 0); err == nil || !strings.Contains(err.Error(), "NOPERM") {
+		if _, err := fresh.heartbeat(ctx, id, holder, "", "", 0); err == nil || !strings.Contains(err.Error(), "NOPERM") {
 			t.Errorf("without %s: got %v, want NOPERM", rule, err)
 		}
 		cancel()
@@ -287,7 +287,7 @@ func TestClusterSlotMoving(t *testing.T) {
 		n.Do(t, "CLUSTER", "SETSLOT", id.slot(), "NODE", name(to))
 	}
 	to.WantInflight(t, id, holder, taken)
-	if _, err := s.heartbeat(t.Context(), id, taken, "", 0); err != nil {
+	if _, err := s.heartbeat(t.Context(), id, taken, "", "", 0); err != nil {
 		t.Error(err)
 	}
 }

@@ -195,10 +195,10 @@ func (s *semaphores) timeToLive() int {
 
 // heartbeat keeps a token in flight. If the token had been reclaimed or lost, Redis
 // counts it again, and rejoined is true. The heartbeat names the token's pod, and how
-// long the pod has held it.
-func (s *semaphores) heartbeat(ctx context.Context, id semaphoreID, token string, pod podName,
+// long the pod has held it. For takenAs, see heartbeat.lua.
+func (s *semaphores) heartbeat(ctx context.Context, id semaphoreID, token, takenAs string, pod podName,
 	held time.Duration) (rejoined bool, err error) {
-	status, _, err := s.run(ctx, heartbeatScript, id, token, pod, seconds(held))
+	status, _, err := s.run(ctx, heartbeatScript, id, token, pod, seconds(held), takenAs)
 	if err != nil {
 		return false, fmt.Errorf("heartbeat %s: %w", id, err)
 	}
@@ -206,9 +206,9 @@ func (s *semaphores) heartbeat(ctx context.Context, id semaphoreID, token string
 }
 
 // release gives a token back, or leaves the line. status is releaseDone, releaseLeft, or
-// zero if there was nothing to release.
-func (s *semaphores) release(ctx context.Context, id semaphoreID, token string) (status int, err error) {
-	status, _, err = s.run(ctx, releaseScript, id, token)
+// zero if there was nothing to release. For takenAs, see release.lua.
+func (s *semaphores) release(ctx context.Context, id semaphoreID, token, takenAs string) (status int, err error) {
+	status, _, err = s.run(ctx, releaseScript, id, token, takenAs)
 	if err != nil {
 		return 0, fmt.Errorf("release %s: %w", id, err)
 	}
@@ -218,19 +218,19 @@ func (s *semaphores) release(ctx context.Context, id semaphoreID, token string) 
 // releaseWithin releases a token. It retries until that succeeds or ctx is done, and then
 // returns the error of the last attempt. A stray command of the token may still count it
 // again: after its deadline, releaseWithin releases once more.
-func (s *semaphores) releaseWithin(ctx context.Context, id semaphoreID, token string) (status int, err error) {
-	status, err = s.releaseRetrying(ctx, id, token)
+func (s *semaphores) releaseWithin(ctx context.Context, id semaphoreID, token, takenAs string) (status int, err error) {
+	status, err = s.releaseRetrying(ctx, id, token, takenAs)
 	deadline, _ := s.stray(token)
 	if wait := time.Until(deadline); err == nil && wait > 0 && sleep(ctx, wait) == nil {
-		_, err = s.releaseRetrying(ctx, id, token)
+		_, err = s.releaseRetrying(ctx, id, token, takenAs)
 	}
 	return status, err
 }
 
-func (s *semaphores) releaseRetrying(ctx context.Context, id semaphoreID, token string) (status int, err error) {
+func (s *semaphores) releaseRetrying(ctx context.Context, id semaphoreID, token, takenAs string) (status int, err error) {
 	for retry := newBackoff(50*time.Millisecond, time.Second); ; {
 		attempt, cancel := context.WithTimeout(ctx, s.attemptTimeout())
-		status, err = s.release(attempt, id, token)
+		status, err = s.release(attempt, id, token, takenAs)
 		cancel()
 		if err == nil {
 			return status, nil
@@ -250,7 +250,7 @@ func (s *semaphores) releaseRetrying(ctx context.Context, id semaphoreID, token 
 func (s *semaphores) giveBack(id semaphoreID, token string) {
 	ctx, cancel := context.WithTimeout(context.Background(), s.staleThreshold)
 	defer cancel()
-	status, err := s.releaseWithin(ctx, id, token)
+	status, err := s.releaseWithin(ctx, id, token, "")
 	log := s.log.With("namespace", id.namespace, "key", id.key, "token", token)
 	switch {
 	case err != nil:

@@ -39,6 +39,7 @@ type acquireRequest struct {
 	length  int
 	arrival string // empty: does not wait; joinLine: joins the line; else the arrival of the last reply
 	pod     podName
+	takenAs string // the name under which the webhook took the token for this pod, or empty
 }
 
 // joinLine is the arrival of a waiter that joins the line now.
@@ -76,7 +77,7 @@ type place struct {
 
 // runAcquire runs the acquire script once.
 func (s *semaphores) runAcquire(ctx context.Context, id semaphoreID, q acquireRequest) (acquireReply, error) {
-	status, rest, err := s.run(ctx, acquireScript, id, q.length, q.token, q.arrival, q.pod)
+	status, rest, err := s.run(ctx, acquireScript, id, q.length, q.token, q.arrival, q.pod, q.takenAs)
 	if err != nil {
 		return acquireReply{}, fmt.Errorf("acquire %s: %w", id, err)
 	}

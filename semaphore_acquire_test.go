@@ -67,7 +67,7 @@ func runPod(ctx context.Context, s *semaphores, id semaphoreID, length int, work
 		return podRun{}, err
 	}
 	done.released = time.Now()
-	_, err = s.release(ctx, id, w.token)
+	_, err = s.release(ctx, id, w.token, "")
 	return done, err
 }
 
@@ -348,7 +348,7 @@ func TestHolderComesBackLate(t *testing.T) {
 				l.holding = append(l.holding, p)
 			}
 			for _, p := range late {
-				rejoined, err := s.heartbeat(context.Background(), id, p.token, "", 0)
+				rejoined, err := s.heartbeat(context.Background(), id, p.token, "", "", 0)
 				rig.Must(t, err)
 				if !rejoined {
 					t.Fatal("the late holder's token was not reclaimed")
@@ -497,7 +497,7 @@ func TestTooManyAcquires(t *testing.T) {
 		t.Errorf("got %d %q, %v", status, text, err)
 	}
 	rig.Must(t, s.check(t.Context()))
-	_, err = s.release(t.Context(), id, token)
+	_, err = s.release(t.Context(), id, token, "")
 	rig.Must(t, err)
 	r.WantCounts(t, id, 2, 0)
 	if n := redisErrors(); n != before {

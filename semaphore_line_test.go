@@ -54,7 +54,7 @@ func TestNobodyOvertakesTheLine(t *testing.T) {
 	if a.Allowed || a.Message != want {
 		t.Fatalf("got %+v, want %s", a, want)
 	}
-	a2, err := s.runAcquire(context.Background(), id, acquireRequest{uuid.NewString(), 1, joinLine, ""})
+	a2, err := s.runAcquire(context.Background(), id, acquireRequest{token: uuid.NewString(), length: 1, arrival: joinLine})
 	if err != nil || a2.status != acquireFull || a2.place.position != 2 {
 		t.Fatalf("got %+v, %v, want the second place", a2, err)
 	}
@@ -94,12 +94,12 @@ func wantPassed(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, holde
 	wantDone(t, done)
 	rig.WantWithin(t, time.Since(start), 5*time.Second, "a token for the second in line")
 	r.WantLine(t, id, first, third)
-	if a, err := s.runAcquire(t.Context(), id, acquireRequest{first, 1, joinLine, ""}); err != nil ||
+	if a, err := s.runAcquire(t.Context(), id, acquireRequest{token: first, length: 1, arrival: joinLine}); err != nil ||
 		a.status != acquireFull || a.place.position != 1 {
 		t.Errorf("got %+v, %v, want the first place", a, err)
 	}
 	giveBack(t, s, id, second)
-	a, err := s.runAcquire(t.Context(), id, acquireRequest{first, 1, joinLine, ""})
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{token: first, length: 1, arrival: joinLine})
 	if err != nil || a.status != acquireTaken {
 		t.Errorf("got %+v, %v, want a token for the pod that was passed", a, err)
 	}
@@ -139,7 +139,7 @@ func TestManyUnheardWaitersArePassed(t *testing.T) {
 		redis.call('HSET', KEYS[2], token, '+1')
 		redis.call('ZADD', KEYS[3], time[1] + time[2] / 1000000, token)
 	end`, 3, id.waitersKey(), id.namesKey(), id.seenKey())
-	a, err := s.runAcquire(t.Context(), id, acquireRequest{first, 1, joinLine, ""})
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{token: first, length: 1, arrival: joinLine})
 	if err != nil || a.status != acquireTaken {
 		t.Errorf("got %+v, %v, want a token", a, err)
 	}
@@ -156,7 +156,7 @@ func TestNoWaiterIsPassedAfterARestart(t *testing.T) {
 	rig.Must(t, r.Start())
 	giveBack(t, s, id, holder)
 	for i, token := range []string{second, first} {
-		a, err := s.runAcquire(t.Context(), id, acquireRequest{token, 1, joinLine, ""})
+		a, err := s.runAcquire(t.Context(), id, acquireRequest{token: token, length: 1, arrival: joinLine})
 		if want := []int{acquireFull, acquireTaken}[i]; err != nil || a.status != want {
 			t.Errorf("got %+v, %v, want status %d", a, err, want)
 		}
@@ -208,7 +208,7 @@ func TestPollsWhenATokenGoesStale(t *testing.T) {
 	}
 	ask := func(token string) time.Duration {
 		t.Helper()
-		a, err := s.runAcquire(t.Context(), id, acquireRequest{token, 3, joinLine, ""})
+		a, err := s.runAcquire(t.Context(), id, acquireRequest{token: token, length: 3, arrival: joinLine})
 		rig.Must(t, err)
 		if a.status != acquireFull {
 			t.Fatalf("got %+v, want a place in line", a)
@@ -346,7 +346,7 @@ func quickRecoveryLine(t *testing.T) *lineUp {
 // rejoin, and leave the line.
 func (l *lineUp) beat(t *testing.T, token string) {
 	t.Helper()
-	rejoined, err := l.s.heartbeat(context.Background(), l.id, token, "", 0)
+	rejoined, err := l.s.heartbeat(context.Background(), l.id, token, "", "", 0)
 	rig.Must(t, err)
 	if !rejoined {
 		t.Fatalf("%s was in flight before the heartbeat", token)
@@ -457,7 +457,7 @@ func (l *lineUp) rollBack(t *testing.T, waiting ...int) (holder linePod) {
 	l.join(t, waiting...)
 	giveBack(t, l.s, l.id, former)
 	b := l.backup(t)
-	a, err := l.s.runAcquire(t.Context(), l.id, acquireRequest{token, 1, joinLine, ""})
+	a, err := l.s.runAcquire(t.Context(), l.id, acquireRequest{token: token, length: 1, arrival: joinLine})
 	rig.Must(t, err)
 	if a.status != acquireTaken {
 		t.Fatalf("the first in line got %+v", a)
@@ -522,7 +522,7 @@ func TestNewPodsAfterALossOfData(t *testing.T) {
 		return nil
 	})
 	wantFullError(t, l.s, l.id, 1, 0)
-	a, err := l.s.runAcquire(t.Context(), l.id, acquireRequest{uuid.NewString(), 1, joinLine, ""})
+	a, err := l.s.runAcquire(t.Context(), l.id, acquireRequest{token: uuid.NewString(), length: 1, arrival: joinLine})
 	rig.Must(t, err)
 	if a.status != acquireFull {
 		t.Errorf("a later waiter got %+v", a)
@@ -571,7 +571,7 @@ func TestNobodyOvertakesWhilePodsArePaused(t *testing.T) {
 			if err := sleep(ctx, pollMost+time.Second); err != nil {
 				return err
 			}
-			rejoined, err := s.heartbeat(ctx, id, w.token, "", 0)
+			rejoined, err := s.heartbeat(ctx, id, w.token, "", "", 0)
 			if err != nil {
 				return err
 			}
@@ -584,7 +584,7 @@ func TestNobodyOvertakesWhilePodsArePaused(t *testing.T) {
 				return err
 			}
 		}
-		_, err = s.release(ctx, id, w.token)
+		_, err = s.release(ctx, id, w.token, "")
 		return err
 	}
 	var wg sync.WaitGroup
@@ -678,7 +678,7 @@ func (a measuredLine) poll(t *testing.T, place int) {
 
 func (a measuredLine) ask(t *testing.T, token, arrival string) {
 	t.Helper()
-	_, err := a.s.runAcquire(t.Context(), a.id, acquireRequest{token, maxLength, arrival, ""})
+	_, err := a.s.runAcquire(t.Context(), a.id, acquireRequest{token: token, length: maxLength, arrival: arrival})
 	rig.Must(t, err)
 }
 
@@ -710,7 +710,7 @@ func TestCostOfALongLine(t *testing.T) {
 			{"the last leaves", func(t *testing.T, a measuredLine) { giveBack(t, s, a.id, a.at(t, -1)) }},
 			{"a repair", func(t *testing.T, a measuredLine) { maintain(t, s, a.id, maxLength) }},
 			{"a holder comes back late", func(t *testing.T, a measuredLine) {
-				_, err := s.heartbeat(context.Background(), a.id, uuid.NewString(), "", 0)
+				_, err := s.heartbeat(context.Background(), a.id, uuid.NewString(), "", "", 0)
 				rig.Must(t, err)
 			}},
 		} {
@@ -757,7 +757,7 @@ func TestLongLineIsServedInAChain(t *testing.T) {
 	}
 
 	// wakes the first waiters
-	a, err := s.runAcquire(t.Context(), id, acquireRequest{uuid.NewString(), maxLength, joinLine, ""})
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{token: uuid.NewString(), length: maxLength, arrival: joinLine})
 	rig.Must(t, err)
 	if a.status != acquireFull || a.place.position != waiting+1 {
 		t.Fatalf("got %+v, want the last place", a)
@@ -773,7 +773,7 @@ func TestLongLineIsServedInAChain(t *testing.T) {
 		if string(m.Data) != yourTurn || holds[token] { // several holders woke the same waiter
 			continue
 		}
-		a, err := s.runAcquire(t.Context(), id, acquireRequest{token, maxLength, joinLine, ""})
+		a, err := s.runAcquire(t.Context(), id, acquireRequest{token: token, length: maxLength, arrival: joinLine})
 		rig.Must(t, err)
 		if a.status != acquireTaken {
 			t.Fatalf("number %d was woken, and got %+v", len(served)+1, a)

@@ -24,7 +24,7 @@ func (s samples) of(name string, id semaphoreID) (float64, bool) {
 // itself.
 func TestSemaphoreMetrics(t *testing.T) {
 	r, s, id, tokens := shownSemaphore(t, "metrics-"+uuid.NewString()[:8])
-	rig.Must(t, errOf(s.heartbeat(t.Context(), id, uuid.NewString(), "", 0))) // a rejoin
+	rig.Must(t, errOf(s.heartbeat(t.Context(), id, uuid.NewString(), "", "", 0))) // a rejoin
 	free := semaphoreID{id.namespace, "free"}
 	giveBack(t, s, free, acquire(t, s, free, 3))
 	acquire(t, s, semaphoreID{id.namespace, "strange\xff"}, 1)

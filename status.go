@@ -290,7 +290,7 @@ func releaseByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.
 	}
 	ctx, cancel = context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
-	status, err := s.releaseWithin(ctx, d.id, t.token)
+	status, err := s.releaseWithin(ctx, d.id, t.token, "")
 	switch {
 	case err != nil:
 		return err

@@ -61,7 +61,7 @@ func shownSemaphore(t *testing.T, namespace string) (r *rig.Redis, s *semaphores
 	}
 	for _, pod := range []podName{"web-c node-2", ""} {
 		token := uuid.NewString()
-		a, err := s.runAcquire(t.Context(), id, acquireRequest{token, 2, joinLine, pod})
+		a, err := s.runAcquire(t.Context(), id, acquireRequest{token: token, length: 2, arrival: joinLine, pod: pod})
 		if err != nil || a.status != acquireFull {
 			t.Fatalf("got %+v, %v, want a place in line", a, err)
 		}
@@ -110,7 +110,7 @@ func TestStatusDetail(t *testing.T) {
 func TestStatusJSON(t *testing.T) {
 	namespace := "status-" + uuid.NewString()[:8]
 	r, s, id, tokens := shownSemaphore(t, namespace)
-	rig.Must(t, errOf(s.heartbeat(t.Context(), id, uuid.NewString(), "web-d node-3", time.Minute)))
+	rig.Must(t, errOf(s.heartbeat(t.Context(), id, uuid.NewString(), "", "web-d node-3", time.Minute)))
 	decode := func(v any, args ...string) {
 		t.Helper()
 		out, err := statusOf(t, r, "", append(args, "-o", "json")...)
@@ -366,7 +366,7 @@ func TestStatusUser(t *testing.T) {
 			r.Do(t, "RPUSH", id.queueKey(), "free", "free", "free")
 			r.Do(t, "HSET", id.stateKey(), "length", length)
 			r.Do(t, "PERSIST", id.stateKey())
-			if _, err := s.release(t.Context(), id, token); err != nil {
+			if _, err := s.release(t.Context(), id, token, ""); err != nil {
 				return err
 			}
 			token = uuid.NewString()

@@ -10,6 +10,9 @@
 -- ARGV[7] arrival  empty: does not wait; "0": joins the line; else as the script returned
 --                  it before
 -- ARGV[8] pod      "NAME NODE", or the part that is known; empty: not known
+-- ARGV[9] takenAs  the name under which the webhook took the token for this pod; empty:
+--                  it took none. If no pod has confirmed that token, it gets the name in
+--                  ARGV[6]
 --
 -- Returns {1, time, agreed}  taken: the token is in use. agreed: the greatest length that
 --                            other callers asked for lately, or 0
@@ -25,8 +28,9 @@ local length = tonumber(ARGV[5])
 local token = ARGV[6]
 local arrival = ARGV[7]
 local pod = ARGV[8]
+local takenAs = ARGV[9] or ''
 local waits = arrival ~= ''
-local held = redis.call('ZSCORE', KEYS[2], token)
+local held = heldAs(token, takenAs)
 local agreed = greatest > 0 and now - asked <= lengthMemory and greatest or 0
 noteLength(length)
 if waits and arrival ~= '0' and (not state[1] or tonumber(arrival) < created * 1000000) then
@@ -48,8 +52,11 @@ local function take()
   redis.call('ZADD', KEYS[2], now, token)
   if lineLength > 0 then
     leaveLine(token)
-    callServed()
   end
+  if held == takenAs then
+    rename(token, takenAs)
+  end
+  callServed()
   notePod(token, pod, now)
   return finish({1, micros, agreed}, 'busy')
 end
@@ -120,6 +127,9 @@ local newcomer = arrival == '' or arrival == '0'
 local missing = inflight < limit and redis.call('LLEN', KEYS[1]) == 0
 local reclaimable = old > 0 and inflight - old < limit
 if missing and mayRefill(newcomer) or reclaimable and settled() then
+  if waits then
+    redis.call('HSET', KEYS[5], token, length) -- whether it is reachable, only a full answer tells
+  end
   return finish({2, micros, old})
 end
 

@@ -2,7 +2,9 @@
 --
 -- KEYS[1] queue     List, one item for each free token. The items have no meaning: a
 --                   token gets its name when a pod takes it
--- KEYS[2] inflight  Sorted Set, token in use -> its last heartbeat (Unix seconds)
+-- KEYS[2] inflight  Sorted Set, token in use -> its last heartbeat (Unix seconds). A token
+--                   has the name that the webhook gave it, until the first pod that
+--                   confirms it gives it its UID; see heldAs
 -- KEYS[3] waiters   Sorted Set, token of a waiter -> its arrival (Unix microseconds)
 -- KEYS[4] seen      Sorted Set, token of a waiter -> its last request (Unix seconds, with
 --                   fractions)
@@ -172,6 +174,28 @@ local function notePod(token, pod, since)
   if text ~= known then
     grown = grown or redis.call('EXISTS', KEYS[5]) == 0
     redis.pcall('HSET', KEYS[5], token .. '/pod', text) -- a full Redis does without
+  end
+end
+
+-- heldAs returns the name under which a token is in use: its own; or takenAs, which the
+-- webhook gave it when the pod had no UID yet, and which no pod has confirmed so far. It
+-- returns nil if the token is not in use.
+local function heldAs(token, takenAs)
+  if redis.call('ZSCORE', KEYS[2], token) then
+    return token
+  end
+  return takenAs ~= '' and redis.call('ZSCORE', KEYS[2], takenAs) and takenAs or nil
+end
+
+-- rename gives a token in use its own name: the first pod that confirms it owns it. A copy
+-- of that pod has the same takenAs, and finds it gone.
+local function rename(token, takenAs)
+  redis.call('ZADD', KEYS[2], now, token)
+  redis.call('ZREM', KEYS[2], takenAs)
+  local pod = redis.call('HMGET', KEYS[5], takenAs .. '/pod')[1]
+  if pod then
+    redis.pcall('HSET', KEYS[5], token .. '/pod', pod) -- a full Redis does without
+    redis.call('HDEL', KEYS[5], takenAs .. '/pod')
   end
 end
 

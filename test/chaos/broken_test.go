@@ -52,8 +52,8 @@ var programs = []broken{
 	}, {
 		name: "a heartbeat does not put back a lost token",
 		edits: []rig.Edit{{File: "lua/heartbeat.lua",
-			From: "redis.call('ZADD', KEYS[2], now, ARGV[5])",
-			To:   "redis.call('ZADD', KEYS[2], 'XX', now, ARGV[5])"}},
+			From: "redis.call('ZADD', KEYS[2], now, token)",
+			To:   "redis.call('ZADD', KEYS[2], 'XX', now, token)"}},
 		blow: dataLoss, every: 20 * time.Second,
 		rules: []string{ruleCount, ruleLetIn},
 	}, {

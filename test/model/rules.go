@@ -264,7 +264,7 @@ func (w *world) checkTake(p *actor, arrival string, d dump) {
 
 // checkReclaimed checks that the repair could reclaim the holder.
 func (w *world) checkReclaimed(token string) {
-	if w.pods[token].alive() {
+	if p := w.pods[token]; p.alive() && p.owns(token) {
 		w.fail("live holder %s was reclaimed", token)
 	}
 	if !w.mayBeStale(token) {
@@ -375,6 +375,10 @@ func (w *world) check(d dump, reclaims bool) {
 			w.fail("%s has pod %q since %d", token, d.pods[token], since)
 		}
 	}
+	if since, ok := d.since[w.confirmed.token]; ok && since != w.confirmed.since {
+		w.fail("%s was confirmed, and its pod has it since %d, not %d", w.confirmed.token, since, w.confirmed.since)
+	}
+	w.confirmed = confirmed{}
 	if len(d.since) != len(d.inflight)+len(d.waiters) {
 		w.fail("Redis knows %d pods, and %d tokens are in use or waited for",
 			len(d.since), len(d.inflight)+len(d.waiters))

@@ -30,6 +30,7 @@ type world struct {
 	reigns     int        // the number of the present reign of Redis: a restart or a failover ends it
 	paused     int        // knowledge.paused, as the last script took it
 	last       dump
+	confirmed  confirmed
 	commands   int
 }
 
@@ -161,13 +162,13 @@ func (w *world) lend(length int) {
 // ask runs the acquire script for p. must reports whether p had to get a token.
 func (w *world) ask(p *actor, arrival string) (a rig.Acquired, must bool) {
 	w.note(p.length)
+	held := w.confirm(p)
 	used, free := len(w.expected.holders), w.last.free
-	status, rest, d := w.command(w.scripts.acquire, p.length, p.token, arrival, p.pod())
+	status, rest, d := w.command(w.scripts.acquire, p.length, p.token, arrival, p.pod(), p.takenAs)
 	must = w.mustGet(p, arrival)
 	a, err := rig.ReadAcquired(rig.Reply{Status: status, Rest: rest})
 	rig.Must(w.test, err)
 	k := w.expected
-	_, held := k.holders[p.token]
 	switch {
 	case a.Status == rig.AcquireTaken:
 		if !held {
@@ -299,9 +300,9 @@ func (w *world) maintain(length int, newcomer bool) {
 func (w *world) beat(p *actor) {
 	w.arrive()
 	k := w.expected
-	_, held := k.holders[p.token]
+	held := w.confirm(p)
 	seconds := w.now - p.since
-	status, _, d := w.command(w.scripts.heartbeat, p.token, p.pod(), seconds)
+	status, _, d := w.command(w.scripts.heartbeat, p.token, p.pod(), seconds, p.takenAs)
 	if !held && int(w.second)-seconds < k.born { // p is older than the data in Redis
 		w.noteLoss()
 	}
@@ -311,6 +312,7 @@ func (w *world) beat(p *actor) {
 	free := w.last.free
 	if !held {
 		free = max(0, free-1) // a running pod counts
+		p.takenAs = ""
 	}
 	if d.free != free {
 		w.fail("after a heartbeat of %s, %d tokens are free, not %d", p.token, d.free, free)
@@ -327,6 +329,9 @@ func (w *world) giveBack(p *actor) {
 	w.arrive()
 	k := w.expected
 	want, free := 0, w.last.free
+	if _, ok := k.line[p.token]; !ok {
+		w.confirm(p) // and give it back at once
+	}
 	if _, ok := k.holders[p.token]; ok {
 		want = rig.ReleaseDone
 		last := 0 // without a length, Redis keeps no free tokens
@@ -337,7 +342,7 @@ func (w *world) giveBack(p *actor) {
 	} else if _, ok := k.line[p.token]; ok {
 		want = rig.ReleaseLeft
 	}
-	status, _, d := w.command(w.scripts.release, p.token)
+	status, _, d := w.command(w.scripts.release, p.token, p.takenAs)
 	delete(k.holders, p.token)
 	k.leave(p.token)
 	if status != want {
