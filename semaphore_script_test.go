@@ -671,8 +671,8 @@ func TestScriptsAndProgramAgree(t *testing.T) {
 	for _, interval := range []time.Duration{1, 2, 3, 4, 30} {
 		for _, threshold := range []time.Duration{1, 10, 120} {
 			s.heartbeatInterval, s.staleThreshold = interval*time.Second, threshold*time.Second
-			wantSeconds("quiet", s.lateAfter())
-			wantSeconds("threshold", s.staleAfter())
+			wantSeconds("quiet", s.timing().lateAfter())
+			wantSeconds("threshold", s.timing().staleAfter())
 		}
 	}
 

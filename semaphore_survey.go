@@ -35,16 +35,20 @@ type semaphoreState struct {
 	oldestHeartbeat time.Duration // since the oldest
 	reclaimed       int           // stale tokens that were taken back since Redis knows the semaphore
 	rejoined        int           // tokens that their holders put back
+	timing                        // of its holders
 }
 
-// A token is late when its last heartbeat is older than lateAfter: its holder has missed
-// one. It is stale when that heartbeat is older than staleAfter. The scripts compute the
-// same; see semaphore.lua.
-func (s *semaphores) lateAfter() time.Duration {
-	return s.heartbeatInterval + min(beatTimeout, s.heartbeatInterval)
-}
+// timing judges holders. The scripts do the same; see semaphore.lua.
+type timing struct{ interval, threshold time.Duration }
 
-func (s *semaphores) staleAfter() time.Duration { return max(s.staleThreshold, 2*s.lateAfter()) }
+// lateAfter is the age of a heartbeat whose holder has missed one.
+func (t timing) lateAfter() time.Duration { return t.interval + min(beatTimeout, t.interval) }
+
+// staleAfter is the age of a heartbeat whose token is stale.
+func (t timing) staleAfter() time.Duration { return max(t.threshold, 2*t.lateAfter()) }
+
+// timing returns the timing of this process. That of a semaphore may be longer.
+func (s *semaphores) timing() timing { return timing{s.heartbeatInterval, s.staleThreshold} }
 
 // survey returns the state of all semaphores of a namespace, or of all namespaces, in the
 // order of their names. If it cannot read all before ctx is done, it returns those that
@@ -139,8 +143,8 @@ func idOfStateKey(key string) (id semaphoreID, ok bool) {
 	return id, ok && ok2 && id.namespace != "" && id.namespace != checkID(0).namespace && id.key != ""
 }
 
-// readStates reads semaphores in one round trip. It leaves out a semaphore that is moving
-// to another node of a Cluster.
+// readStates reads semaphores in three round trips. It leaves out a semaphore that is
+// moving to another node of a Cluster.
 func (s *semaphores) readStates(ctx context.Context, conn redis.Conn,
 	ids []semaphoreID) (states []semaphoreState, err error) {
 	now, err := redisTime(ctx, conn)
@@ -148,7 +152,17 @@ func (s *semaphores) readStates(ctx context.Context, conn redis.Conn,
 		return nil, err
 	}
 	for _, id := range ids {
-		late, stale := now-s.lateAfter().Seconds(), now-s.staleAfter().Seconds()
+		err = errors.Join(err, conn.Send("HMGET", append([]any{id.stateKey()}, anySlice(stateFields)...)...))
+	}
+	states, err = readEach(ctx, conn, err, ids, 1, func(id semaphoreID, replies []any) (semaphoreState, error) {
+		return s.readState(id, replies[0])
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, st := range states {
+		id := st.id
+		late, stale := now-st.lateAfter().Seconds(), now-st.staleAfter().Seconds()
 		err = errors.Join(err,
 			conn.Send("LLEN", id.queueKey()),
 			conn.Send("ZCARD", id.inflightKey()),
@@ -156,25 +170,33 @@ func (s *semaphores) readStates(ctx context.Context, conn redis.Conn,
 			conn.Send("ZCOUNT", id.inflightKey(), "-inf", exclusive(stale)),
 			conn.Send("ZRANGE", id.inflightKey(), 0, 0, "WITHSCORES"),
 			conn.Send("ZCARD", id.waitersKey()),
-			conn.Send("ZRANGE", id.waitersKey(), 0, 0, "WITHSCORES"),
-			conn.Send("HMGET", id.stateKey(), "length", "reclaimed", "rejoined"))
+			conn.Send("ZRANGE", id.waitersKey(), 0, 0, "WITHSCORES"))
 	}
-	if err != nil {
-		return nil, err
+	return readEach(ctx, conn, err, states, 7, func(st semaphoreState, replies []any) (semaphoreState, error) {
+		return st, st.count(now, replies)
+	})
+}
+
+// readEach receives the replies to the commands that were sent for some semaphores, a
+// number for each. sent is the error of sending them. It leaves out a semaphore that is
+// moving.
+func readEach[T any](ctx context.Context, conn redis.Conn, sent error, some []T, commands int,
+	read func(one T, replies []any) (semaphoreState, error)) (states []semaphoreState, err error) {
+	if sent != nil || len(some) == 0 {
+		return nil, sent
 	}
 	replies, err := redis.Values(redis.DoContext(conn, ctx, ""))
 	if err != nil {
 		return nil, err
 	}
-	for i, id := range ids {
-		const commands = 8
-		st, err := readState(id, now, replies[commands*i:commands*(i+1)])
+	for i, one := range some {
+		st, err := read(one, replies[commands*i:commands*(i+1)])
 		var answered redis.Error
 		if errors.As(err, &answered) && (isSlotMoving(err) || strings.HasPrefix(answered.Error(), "MOVED ")) {
 			continue
 		}
 		if err != nil {
-			return states, fmt.Errorf("%s: %w", id, err)
+			return states, fmt.Errorf("%s: %w", st.id, err)
 		}
 		states = append(states, st)
 	}
@@ -196,26 +218,39 @@ func redisTime(ctx context.Context, conn redis.Conn) (float64, error) {
 	return float64(now[0]) + float64(now[1])/1e6, nil
 }
 
-// readState parses the replies to the commands of readStates.
-func readState(id semaphoreID, now float64, replies []any) (semaphoreState, error) {
+// stateFields are the fields of the state that readState reads.
+var stateFields = []string{"length", "reclaimed", "rejoined", "interval", "threshold"}
+
+// readState parses the state of a semaphore.
+func (s *semaphores) readState(id semaphoreID, reply any) (semaphoreState, error) {
 	st := semaphoreState{id: id}
+	fields, err := redis.Values(reply, nil)
+	var interval, threshold int
+	if err == nil {
+		_, err = redis.Scan(fields, &st.length, &st.reclaimed, &st.rejoined, &interval, &threshold)
+	}
+	own := s.timing()
+	st.timing = timing{max(own.interval, time.Duration(interval)*time.Second),
+		max(own.threshold, time.Duration(threshold)*time.Second)}
+	return st, err
+}
+
+// count parses the replies to the commands of readStates about holders and waiters.
+func (st *semaphoreState) count(now float64, replies []any) error {
 	for _, r := range replies {
 		if err, ok := r.(redis.Error); ok {
-			return st, err
+			return err
 		}
 	}
-	var oldest, first, state []any
-	_, err := redis.Scan(replies, &st.free, &st.inUse, &st.late, &st.stale, &oldest, &st.waiting, &first, &state)
-	if err == nil {
-		_, err = redis.Scan(state, &st.length, &st.reclaimed, &st.rejoined)
-	}
+	var oldest, first []any
+	_, err := redis.Scan(replies, &st.free, &st.inUse, &st.late, &st.stale, &oldest, &st.waiting, &first)
 	if err == nil {
 		st.oldestHeartbeat, err = age(now, oldest, 1)
 	}
 	if err == nil {
 		st.longestWait, err = age(now, first, 1e6)
 	}
-	return st, err
+	return err
 }
 
 // age returns the age of the only member of a range, by its score; zero if the range is
@@ -315,7 +350,7 @@ func (s *semaphores) readTokens(ctx context.Context, conn redis.Conn, d *semapho
 	for token, at := range beats {
 		idle := since(now, at)
 		d.holders = append(d.holders, tokenState{token: token, held: heldUnknown, idle: idle,
-			stale: idle > s.staleAfter()})
+			stale: idle > d.staleAfter()})
 	}
 	for token, at := range arrivals {
 		d.line = append(d.line, tokenState{token: token, arrival: at, held: since(now, at/1e6)})

@@ -129,14 +129,52 @@ func TestMetricsOfAHangingRedis(t *testing.T) {
 // A semaphore whose slot moves to another node of a Cluster is left out; others are read.
 func TestReadStatesDuringSlotMigration(t *testing.T) {
 	s := testSemaphores(t, rig.CommonRedis(t).Address)
-	moved := strings.Repeat("-MOVED 1 127.0.0.1:7000\r\n", 8)
-	there := ":1\r\n:2\r\n:0\r\n:0\r\n*2\r\n$1\r\na\r\n$10\r\n1700000000\r\n:0\r\n*0\r\n*3\r\n$1\r\n3\r\n$-1\r\n$-1\r\n"
 	now := "*2\r\n$10\r\n1700000010\r\n$1\r\n0\r\n"
-	replies := answering{Reader: bytes.NewReader([]byte(now + moved + there))}
-	conn := redis.NewConn(replies, time.Second, time.Second)
-	states, err := s.readStates(t.Context(), conn, []semaphoreID{{"shop", "moved"}, {"shop", "there"}})
+	moved := "-MOVED 1 127.0.0.1:7000\r\n"
+	state := "*5\r\n$1\r\n3\r\n$-1\r\n$-1\r\n$-1\r\n$-1\r\n"
+	counts := ":1\r\n:2\r\n:0\r\n:0\r\n*2\r\n$1\r\na\r\n$10\r\n1700000000\r\n:0\r\n*0\r\n"
+	all := now + moved + state + state + strings.Repeat(moved, 7) + counts
+	conn := redis.NewConn(answering{Reader: bytes.NewReader([]byte(all))}, time.Second, time.Second)
+	states, err := s.readStates(t.Context(), conn, []semaphoreID{{"shop", "moved"}, {"shop", "moves"}, {"shop", "there"}})
 	if err != nil || len(states) != 1 || states[0].id.key != "there" || states[0].inUse != 2 ||
 		states[0].oldestHeartbeat != 10*time.Second {
 		t.Errorf("got %+v, %v", states, err)
 	}
+}
+
+// A webhook with a shorter interval and threshold than those of running pods reclaims no
+// token of a pod that lives. When it has heard no longer ones for minutes, its own count.
+func TestShorterSettingsMakeNoHolderStale(t *testing.T) {
+	r, long, id := newSemaphore(t)
+	c := testConfig(r.Address)
+	c.heartbeatInterval, c.staleThreshold = 3*time.Second, 12*time.Second
+	short := semaphoresOf(t, c)
+	ctx := t.Context()
+	holder := acquire(t, long, id, 1)
+	silentFor := func(seconds int) { r.Do(t, "ZADD", id.inflightKey(), "XX", r.Now(t)-seconds, holder) }
+	for range 2 { // what the short one sends does not replace the memory
+		silentFor(100)
+		wantFullError(t, short, id, 1, 1)
+		rig.Must(t, short.maintain(ctx, id, 1, false))
+		r.WantInflight(t, id, holder)
+	}
+	d, err := short.inspect(ctx, id)
+	if err != nil || d.stale != 0 || d.holders[0].stale {
+		t.Errorf("status shows %+v, %v", d, err)
+	}
+	silentFor(130)
+	holder = acquire(t, short, id, 1)
+
+	// A long silence of Redis, or a clock that was set, ends no memory.
+	rig.Must(t, errOf(long.heartbeat(ctx, id, holder, "", "", 0)))
+	r.Shift(t, id, -time.Hour)
+	for range 2 {
+		rig.Must(t, short.maintain(ctx, id, 1, false))
+		r.WantInflight(t, id, holder)
+		r.Do(t, "HINCRBY", id.stateKey(), "resumed", -10)
+	}
+
+	r.Do(t, "HSET", id.stateKey(), "sent", r.Now(t)-301, "resumed", 0)
+	silentFor(13)
+	acquire(t, short, id, 1)
 }

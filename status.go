@@ -277,7 +277,7 @@ func releaseByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.
 		fmt.Fprintf(stdout, "Token %s of %s, of pod %s on node %s: it waits in line, and has asked %s ago.\n",
 			token, d.id, podText(t.pod), cmp.Or(t.node, "?"), roughly(t.idle))
 	}
-	if isHeld && t.idle <= s.lateAfter() || !isHeld && t.idle <= pollMost {
+	if isHeld && t.idle <= d.lateAfter() || !isHeld && t.idle <= pollMost {
 		fmt.Fprintln(stdout, "Its sidecar is alive: it will be counted again within a heartbeat interval. "+
 			"To free the token for good, delete the pod.")
 	}

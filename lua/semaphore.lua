@@ -20,6 +20,9 @@
 --                     lost       when a caller reported that Redis has lost its data
 --                     length     the greatest length that callers asked for lately
 --                     asked      when a caller asked for that length
+--                     interval   the greatest interval that callers sent lately
+--                     threshold  the greatest threshold that they sent
+--                     sent       when a caller sent one of these, ten seconds too early at most
 --                     reclaimed  number of stale tokens taken back so far, for people
 --                     rejoined   number of tokens put back by holders so far, for people
 --                     lent       the length that a caller outside of the line asked for
@@ -58,14 +61,6 @@ local pollMost = 3 -- seconds; the longest time between two requests of a live w
 local lineQuiet = 5 -- seconds; with live waiters in line, commands come more often
 local yourTurn = 'your turn' -- the message to a waiter that may take a free token
 
--- If there is a live holder, a heartbeat comes at least this often.
-local interval = tonumber(ARGV[2])
-local quiet = interval + math.min(beatTimeout, interval)
-
--- Redis does not notice a silence up to quiet. A live holder may miss a heartbeat at its
--- start, and must not be stale at its end.
-local threshold = math.max(tonumber(ARGV[3]), 2 * quiet)
-
 -- Without a request for this time, a waiter is gone. A live one asks within pollMost.
 -- Then Redis may be away for lineQuiet unnoticed, and the waiter asks again within
 -- pollMost. One more second is for fractions of seconds.
@@ -79,13 +74,37 @@ local stall = 1.5
 local linePass = pollMost + stall
 
 local lengthMemory = 300 -- seconds; the scripts forget an older greatest length
+local settingsEvery = 10 -- seconds; the scripts note the same settings again after this time
+local settingsMemory = 300 -- seconds, or twice the threshold; they forget older greatest settings
 local idleLife = 300 -- seconds; the time to live without holders and waiters
 
-local state = redis.call('HMGET', KEYS[6], 'created', 'touched', 'resumed', 'lost', 'length', 'asked')
+local state = redis.call('HMGET', KEYS[6], 'created', 'touched', 'resumed', 'lost', 'length', 'asked',
+  'interval', 'threshold', 'sent')
 -- A time in the future is from before the clock was set back.
 local created, touched = math.min(tonumber(state[1]) or now, now), tonumber(state[2])
 local resumed, lost = math.min(tonumber(state[3]) or 0, now), math.min(tonumber(state[4]) or 0, now)
 local greatest, asked = tonumber(state[5]) or 0, math.min(tonumber(state[6]) or 0, now)
+
+-- The greatest interval and threshold that callers sent lately judge all holders: one with
+-- longer settings than this caller's may live. A live one sends them again in time. A
+-- silence of all callers ends no memory.
+local interval, patience = tonumber(ARGV[2]), tonumber(ARGV[3])
+local newSettings = true -- for touch to note
+local knownInterval, knownPatience = tonumber(state[7]) or 0, tonumber(state[8]) or 0
+local sentBefore = math.min(tonumber(state[9]) or 0, now)
+if math.min(touched or now, now) - math.max(sentBefore, resumed) <= math.max(settingsMemory, 2 * knownPatience) then
+  newSettings = interval > knownInterval or patience > knownPatience
+    or now - sentBefore >= settingsEvery and (interval == knownInterval or patience == knownPatience)
+  interval, patience = math.max(interval, knownInterval), math.max(patience, knownPatience)
+end
+
+-- If there is a live holder, a heartbeat comes at least this often.
+local quiet = interval + math.min(beatTimeout, interval)
+
+-- Redis does not notice a silence up to quiet. A live holder may miss a heartbeat at its
+-- start, and must not be stale at its end.
+local threshold = math.max(patience, 2 * quiet)
+
 local lineLength = redis.call('ZCARD', KEYS[3])
 local line -- the functions and times that matter while there is a line; see openLine
 
@@ -107,6 +126,9 @@ local function touch(write)
   write = write or redis.call
   write('HSET', KEYS[6], 'created', created, 'touched', now, 'resumed', resumed, 'lost', lost,
     'length', greatest, 'asked', asked)
+  if newSettings then
+    write('HSET', KEYS[6], 'interval', interval, 'threshold', patience, 'sent', now)
+  end
   if lineLength > 0 then
     write('HSET', KEYS[6], 'heard', micros, 'paused', line.paused)
   end

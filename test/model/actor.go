@@ -14,6 +14,7 @@ type actor struct {
 	takenAs   string // the name under which the webhook took the token, unless Redis has denied that
 	name      string // of the pod
 	length    int
+	settings  settings
 	isWaiter  bool // it joins the line; else it is an admission
 	waiting   bool // it believes that it is in line
 	holding   bool // it believes that it has a token
@@ -57,10 +58,15 @@ func (w *world) drawLength() int {
 	return w.length
 }
 
+// drawSettings draws the interval and threshold of a process.
+func (w *world) drawSettings() settings {
+	return w.settings[max(0, rapid.IntRange(-2, len(w.settings)-1).Draw(w.t, "its settings"))]
+}
+
 // newPod adds a pod that has not asked yet.
 func (w *world) newPod() *actor {
 	name := "p" + strconv.Itoa(len(w.order)+1)
-	p := &actor{token: name, name: name, length: w.drawLength()}
+	p := &actor{token: name, name: name, length: w.drawLength(), settings: w.drawSettings()}
 	w.pods[p.token] = p
 	w.order = append(w.order, p)
 	return p
@@ -115,7 +121,7 @@ func (w *world) act(p *actor) {
 	p.missed = false
 	if p.holding {
 		w.beat(p)
-		p.due = w.now + w.interval
+		p.due = w.now + p.settings.interval
 		return
 	}
 	if p.listens && !p.reachable && rapid.Bool().Draw(w.t, "subscribes again") {
@@ -147,7 +153,7 @@ func (w *world) disconnect() {
 
 // startHolding updates p, which has just got its token.
 func (w *world) startHolding(p *actor) {
-	p.waiting, p.holding, p.since, p.due = false, true, w.now, w.now+w.interval
+	p.waiting, p.holding, p.since, p.due = false, true, w.now, w.now+p.settings.interval
 }
 
 // readAnswer updates the waiting p with a reply.

@@ -229,7 +229,7 @@ func (w *world) playRepeat() {
 		}
 	case what == 2:
 		once = func() {
-			w.maintain(w.length, true)
+			w.maintain(w.length, true, w.settings[0])
 		}
 	}
 	once()
@@ -263,7 +263,7 @@ func (w *world) playUnheard() {
 
 func (w *world) playMaintain() {
 	length, newcomer := w.drawLength(), rapid.Bool().Draw(w.t, "newcomer")
-	w.maintain(length, newcomer)
+	w.maintain(length, newcomer, w.drawSettings())
 }
 
 func (w *world) playLive() {
@@ -279,7 +279,7 @@ func (w *world) playOutage() {
 	w.pass(seconds)
 	w.logf("Redis was away for %d s", seconds)
 	for _, p := range w.order {
-		back := w.back
+		back := min(beatTimeout, p.settings.interval)
 		if p.waiting {
 			back = pollMost
 		}

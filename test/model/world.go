@@ -16,9 +16,9 @@ type world struct {
 	store
 	t         *rapid.T
 	broken    func(rule string) // receives the broken rule, and does not return
-	interval  int
+	settings  []settings        // of processes; most have the first
+	interval  int               // the greatest of late: see judge
 	threshold int
-	back      int // live holders come back within this time after Redis answers
 	quiet     int
 	length    int // the length that most pods ask for
 
@@ -63,6 +63,7 @@ func (w *world) shift(seconds int) {
 			k.greatest[i].at += seconds
 		}
 		k.length.at += seconds
+		k.settingsAt += seconds
 		k.lent.at += seconds
 		k.lentTo += seconds * 1e6
 		for token := range k.askedAt {
@@ -90,8 +91,8 @@ func (w *world) step(seconds int) {
 	w.expected.clockSet = true
 }
 
-// arrive prepares for a command that arrives now.
-func (w *world) arrive() {
+// arrive prepares for a command that arrives now, of a process with these settings.
+func (w *world) arrive(by settings) {
 	if ticks := w.ticks(); ticks != 0 {
 		w.shift(ticks) // the model's time stands still
 	}
@@ -101,6 +102,7 @@ func (w *world) arrive() {
 		k.born = int(w.second)
 	}
 	k.born = min(k.born, int(w.second))
+	w.judge(by)
 	silence := w.quiet
 	if len(k.line) > 0 {
 		silence = lineQuiet
@@ -116,6 +118,31 @@ func (w *world) arrive() {
 		k.disturbed = w.now // a second silence shortly after the first
 	}
 	k.touched = second
+}
+
+// judge determines the interval and threshold by which Redis judges all holders: the
+// greatest that it heard of lately. A silence, or a clock that was set, ends no memory.
+func (w *world) judge(by settings) {
+	w.timing.Interval = time.Duration(by.interval) * time.Second
+	w.timing.Threshold = time.Duration(by.threshold) * time.Second
+	k, now := w.expected, int(w.second)
+	last := now
+	if k.touched != never {
+		last = min(k.touched, now)
+	}
+	since := max(min(k.settingsAt, now), w.last.state["resumed"])
+	known := k.settings
+	if last-since > max(settingsMemory, 2*known.threshold) {
+		known = settings{}
+	}
+	same := by.interval == known.interval || by.threshold == known.threshold
+	if by.interval > known.interval || by.threshold > known.threshold || same && now-k.settingsAt >= settingsEvery {
+		k.settingsAt = now
+	}
+	k.settings = settings{max(by.interval, known.interval), max(by.threshold, known.threshold)}
+	w.interval = k.settings.interval
+	w.quiet = w.interval + min(beatTimeout, w.interval)
+	w.threshold = max(k.settings.threshold, 2*w.quiet)
 }
 
 // command runs a script.
@@ -240,19 +267,19 @@ func (w *world) noteLoss() {
 // asks again.
 func (w *world) try(p *actor) rig.Acquired {
 	if p.kept { // the process that refreshes its place does so before it asks
-		w.arrive()
+		w.arrive(w.settings[0])
 		w.keep(nil, []*actor{p}, map[string]int{p.token: p.arrival})
 	}
 	empty := len(w.last.state) == 0 // p's arrival may be later than now, if the clock was set back
-	w.arrive()
+	w.arrive(p.settings)
 	k, arrival := w.expected, p.nextArrival()
 	if p.arrival != 0 && !p.kept && (empty || p.arrival < k.born*1e6) { // p is older than the data in Redis
 		w.noteLoss()
 	}
 	a, mustGet := w.ask(p, arrival)
 	if a.Status == rig.AcquireRepair {
-		w.maintain(p.length, arrival == "" || arrival == joinLine)
-		w.arrive()
+		w.maintain(p.length, arrival == "" || arrival == joinLine, p.settings)
+		w.arrive(p.settings)
 		arrival = p.nextArrival() // the same unless a new second has begun
 		again, must := w.ask(p, arrival)
 		a, mustGet = again, mustGet || must
@@ -274,8 +301,8 @@ func (w *world) try(p *actor) rig.Acquired {
 }
 
 // maintain repairs the semaphore.
-func (w *world) maintain(length int, newcomer bool) {
-	w.arrive()
+func (w *world) maintain(length int, newcomer bool, by settings) {
+	w.arrive(by)
 	w.note(length)
 	flag := "0"
 	if newcomer {
@@ -298,7 +325,7 @@ func (w *world) maintain(length int, newcomer bool) {
 
 // beat sends a heartbeat of p.
 func (w *world) beat(p *actor) {
-	w.arrive()
+	w.arrive(p.settings)
 	k := w.expected
 	held := w.confirm(p)
 	seconds := w.now - p.since
@@ -326,7 +353,7 @@ func (w *world) beat(p *actor) {
 
 // giveBack releases p's token or its place in line.
 func (w *world) giveBack(p *actor) {
-	w.arrive()
+	w.arrive(p.settings)
 	k := w.expected
 	want, free := 0, w.last.free
 	if _, ok := k.line[p.token]; !ok {
@@ -363,15 +390,16 @@ func (w *world) giveBack(p *actor) {
 func newWorld(t *rapid.T, s store, broken func(rule string)) *world {
 	w := &world{store: s, t: t, broken: broken, reigns: 1, pods: map[string]*actor{}, expected: newKnowledge()}
 	w.second = time.Now().Unix()
-	pace := rapid.SampledFrom([][2]int{{5, 16}, {10, 40}, {2, 1}}).Draw(t, "interval and threshold")
-	w.interval, w.back = pace[0], min(beatTimeout, pace[0])
-	w.quiet = w.interval + w.back
-	w.threshold = max(pace[1], 2*w.quiet)
+	some := []settings{{5, 16}, {10, 40}, {2, 1}}
+	w.settings = []settings{rapid.SampledFrom(some).Draw(t, "interval and threshold")}
+	if rapid.Bool().Draw(t, "they change") {
+		w.settings = append(w.settings, rapid.SampledFrom(some).Draw(t, "and others"))
+	}
 	w.length = rapid.IntRange(1, 4).Draw(t, "length")
-	w.timing.Interval = time.Duration(pace[0]) * time.Second
-	w.timing.Threshold = time.Duration(pace[1]) * time.Second
 	w.id = rig.FreshID()
-	w.logf("interval %d s, threshold %d s, length %d", w.interval, w.threshold, w.length)
+	w.logf("interval and threshold %v, length %d", w.settings, w.length)
 	w.last = w.dump()
+	w.judge(w.settings[0])
+	w.expected.settings, w.expected.settingsAt = settings{}, 0
 	return w
 }
