@@ -221,6 +221,9 @@ func (c *webhookConfig) declareFlags(f *flags, getenv func(string) string) {
 		"`HOST:PORT` to serve /metrics, /healthz and /readyz on, over plain HTTP")
 	declare(f, &c.whenFull, readChoice(whenFullChoices...), "when-full", whenFullDeny,
 		"for a pod that finds no free token: `deny|wait|gate`; its annotation when-full takes precedence")
+	declare(f, &c.unstarted, readSeconds(1, 86400), "unstarted-seconds", "",
+		"`SECONDS` after which the token of an admitted pod is reclaimed if its sidecar has not started, "+
+			"with when-full deny; without it, the stale threshold")
 	declare(f, &c.enableSidecarContainers, readBool, "enable-sidecar-containers", "true",
 		"`true|false`: inject a native sidecar (Kubernetes 1.30 or later), or a classic container")
 	declare(f, &c.sidecarImage, readImage, "sidecar-image", imageRepository+":"+version,
@@ -256,6 +259,10 @@ func (c *webhookConfig) declareFlags(f *flags, getenv func(string) string) {
 
 func (c *webhookConfig) validate(f *flags) {
 	c.settings.validate(f)
+	if c.unstarted > c.staleThreshold && !f.wrong["unstarted-seconds"] && !f.wrong["stale-threshold-seconds"] {
+		f.problem("--unstarted-seconds: %d is more than --stale-threshold-seconds %d: "+
+			"every token without a heartbeat is reclaimed after that", seconds(c.unstarted), seconds(c.staleThreshold))
+	}
 	bothRead := !f.wrong["enable-sidecar-containers"] && !f.wrong["when-full"]
 	if bothRead && c.whenFull != whenFullDeny && !c.enableSidecarContainers {
 		f.problem("--when-full: %s needs native sidecars: "+

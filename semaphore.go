@@ -24,6 +24,7 @@ type settings struct {
 	queueRedisAddress queueAddress
 	heartbeatInterval time.Duration
 	staleThreshold    time.Duration
+	unstarted         time.Duration // of the webhook: see acquire; zero for the stale threshold
 	redis             redisSettings
 	etcd              etcdSettings
 }
@@ -132,6 +133,7 @@ type semaphores struct {
 	locks             locker
 	heartbeatInterval time.Duration
 	staleThreshold    time.Duration
+	unstarted         time.Duration // see acquire
 	log               *slog.Logger
 	metrics           *metrics // nil for a sidecar
 
@@ -154,6 +156,7 @@ func newSemaphores(c settings, locks locker, maxIdle int, log *slog.Logger) *sem
 		locks:             locks,
 		heartbeatInterval: c.heartbeatInterval,
 		staleThreshold:    c.staleThreshold,
+		unstarted:         c.unstarted,
 		log:               log,
 		afterDoubt:        map[semaphoreID]struct{}{},
 		closing:           closing,
@@ -357,8 +360,9 @@ func newPodName(name, node string) podName {
 
 // holder is a pod that has a token.
 type holder struct {
-	name string // of the pod, or the token if that is unknown
-	held time.Duration
+	name      string // of the pod, or the token if that is unknown
+	held      time.Duration
+	unstarted bool // no sidecar has confirmed the token; false if the pod is unknown
 }
 
 // heldUnknown marks a holder that has not reported how long it has held its token.
@@ -370,7 +374,7 @@ func parseHolders(list []any) (holders []holder, err error) {
 	for len(list) > 0 {
 		var held int
 		var h holder
-		if list, err = redis.Scan(list, &held, &h.name); err != nil {
+		if list, err = redis.Scan(list, &held, &h.name, &h.unstarted); err != nil {
 			return nil, err
 		}
 		h.held, h.name = time.Duration(held)*time.Second, displayName(h.name)
@@ -390,14 +394,21 @@ func displayName(name string) string {
 }
 
 func (h holder) String() string {
-	switch {
-	case h.held == heldUnknown:
-		return h.name
-	case strings.HasSuffix(h.name, "-"): // the API server makes the name
-		return fmt.Sprintf("%s... (%s)", h.name, roughly(h.held))
+	name, started := h.name, ""
+	if h.held == heldUnknown {
+		return name
 	}
-	return fmt.Sprintf("%s (%s)", h.name, roughly(h.held))
+	if strings.HasSuffix(name, "-") { // the API server makes the name
+		name += "..."
+	}
+	if h.unstarted {
+		started = ", " + notStarted
+	}
+	return fmt.Sprintf("%s (%s%s)", name, roughly(h.held), started)
 }
+
+// notStarted says of a holder that no sidecar has confirmed its token so far.
+const notStarted = "not started yet"
 
 // byHolders lists the holders of the tokens in use. It stops at 500 bytes, because
 // Kubernetes cuts the message of an event at 1024 bytes.

@@ -321,7 +321,7 @@ func TestWaitingText(t *testing.T) {
 		"waiting for a token of shop/web: 1 of 1 in use, 111th in line, 90 min": {1,
 			acquireReply{inUse: 1, place: place{position: 111, waited: 90 * time.Minute}}},
 		"waiting for a token of shop/web: 2 of 2 in use, 1st in line, 5 s; in use by web-b (4 h), web-a (11 s)": {2,
-			acquireReply{inUse: 2, holders: []holder{{"web-b", 4 * time.Hour}, {"web-a", 11 * time.Second}},
+			acquireReply{inUse: 2, holders: []holder{{name: "web-b", held: 4 * time.Hour}, {name: "web-a", held: 11 * time.Second}},
 				place: place{position: 1, waited: 5 * time.Second}}},
 		"waiting for a token of shop/web: 0 of 1 in use, 1st in line, 5 s; " +
 			"Redis was away or has lost data: in 20 s it knows which holders are gone": {1,

@@ -290,6 +290,10 @@ type tokenState struct {
 
 func (t tokenState) name() string { return cmp.Or(t.pod, t.token) }
 
+// started reports whether a sidecar has confirmed the token of a holder: only a sidecar
+// knows its node. It is true if the pod is unknown.
+func (t tokenState) started() bool { return t.pod == "" || t.node != "" }
+
 // semaphoreDetail is a semaphore with its holders, the longest first, and its line.
 type semaphoreDetail struct {
 	semaphoreState

@@ -553,7 +553,7 @@ func TestNewPodName(t *testing.T) {
 }
 
 func TestByHolders(t *testing.T) {
-	long := holder{strings.Repeat("a", 250), time.Second}
+	long := holder{name: strings.Repeat("a", 250), held: time.Second}
 	for _, c := range []struct {
 		holders []holder
 		inUse   int
@@ -561,10 +561,10 @@ func TestByHolders(t *testing.T) {
 	}{
 		{nil, 0, ""},
 		{nil, 3, ""},
-		{[]holder{{"a", 4 * time.Hour}}, 1, "by a (4 h)"},
-		{[]holder{{"a", 4 * time.Hour}, {"b-", 2 * time.Minute}, {"c", heldUnknown}}, 10,
-			"by a (4 h), b-... (2 min), c, and 7 more"},
-		{[]holder{long, {"b", time.Second}, long, {"c", time.Second}}, 4,
+		{[]holder{{"a", 4 * time.Hour, false}}, 1, "by a (4 h)"},
+		{[]holder{{"a", 4 * time.Hour, false}, {"b-", 2 * time.Minute, true}, {"c", heldUnknown, false}}, 10,
+			"by a (4 h), b-... (2 min, not started yet), c, and 7 more"},
+		{[]holder{long, {"b", time.Second, false}, long, {"c", time.Second, false}}, 4,
 			"by " + long.String() + ", b (1 s), and 2 more"},
 	} {
 		if got := byHolders(c.holders, c.inUse); got != c.want {
@@ -574,12 +574,13 @@ func TestByHolders(t *testing.T) {
 }
 
 func TestParseHolders(t *testing.T) {
-	got, err := parseHolders([]any{int64(-1), []byte("token"), int64(5), []byte("a"), int64(9), []byte("b")})
-	if want := "[b (9 s) a (5 s) token]"; err != nil || fmt.Sprint(got) != want {
+	got, err := parseHolders([]any{int64(-1), []byte("token"), int64(0), int64(5), []byte("a"), int64(1),
+		int64(9), []byte("b"), int64(0)})
+	if want := "[b (9 s) a (5 s, not started yet) token]"; err != nil || fmt.Sprint(got) != want {
 		t.Errorf("got %v, %v; want %s", got, err, want)
 	}
 	escape := []byte("\x1b[2J" + strings.Repeat("x", 1000))
-	got, err = parseHolders([]any{int64(5), escape})
+	got, err = parseHolders([]any{int64(5), escape, int64(0)})
 	if err != nil || strings.Contains(got[0].name, "\x1b") || len(got[0].name) > 60 {
 		t.Errorf("an unprintable or long name is not cleaned: %q, %v", got, err)
 	}

@@ -99,7 +99,7 @@ func TestStatusDetail(t *testing.T) {
 		id.String()+`: 2 of 2 tokens in use \(1 stale\), 0 free, 2 waiting in line`,
 		`HOLDER +NODE +HELD +HEARTBEAT +TOKEN`,
 		`web-a +node-1 +4 h +\d s ago +`+tokens[0],
-		`web-b +\? +2 h +2 h ago +stale +`+tokens[1],
+		`web-b +\? +2 h +not started yet +stale +`+tokens[1],
 		`LINE +WAITER +NODE +WAITS +ASKED +LENGTH +TOKEN`,
 		`1st +web-c +node-2 +\d s +\d s ago +2 +`+tokens[2],
 		`2nd +\? +\? +\d s +\d s ago +2 +`+tokens[3])
@@ -144,6 +144,9 @@ func TestStatusJSON(t *testing.T) {
 	if h := one.Holders[0]; h.Pod != "web-a" || h.Node != "node-1" || h.Token != tokens[0] ||
 		*h.Held < 14400 || h.Heartbeat > 60 || h.Stale {
 		t.Errorf("the first holder is %+v", h)
+	}
+	if h := one.Holders[1]; h.Pod != "web-b" || h.Started || !one.Holders[0].Started {
+		t.Errorf("the second holder is %+v", h)
 	}
 	if h := one.Holders[2]; h.Pod != "web-d" || *h.Held < 60 || *h.Held > 120 {
 		t.Errorf("the rejoined holder is %+v", h)

@@ -13,6 +13,8 @@
 -- ARGV[9] takenAs  the name under which the webhook took the token for this pod; empty:
 --                  it took none. If no pod has confirmed that token, it gets the name in
 --                  ARGV[6]
+-- ARGV[10] unstarted  seconds after which the token is stale if no pod confirms it; empty:
+--                  the threshold
 --
 -- Returns {1, time, agreed}  taken: the token is in use. agreed: the greatest length that
 --                            other callers asked for lately, or 0
@@ -21,14 +23,16 @@
 --         {0, time, tokens in use, waiters, doubt, holders, position, arrival,
 --          seconds waited, milliseconds until a token may come free, reachable}
 --                            full. doubt: 0, or the seconds until Redis knows if some
---                            holders or waiters are gone. holders: of some tokens in use,
---                            the seconds that the pod has had the token, and the pod; or
---                            -1 and the token. position and all after it: for a waiter
+--                            holders or waiters are gone. holders: three items for some
+--                            tokens in use: the seconds that the pod has had the token,
+--                            the pod, and 1 if its sidecar has not started; or -1, the
+--                            token, and 0. position and all after it: for a waiter
 local length = tonumber(ARGV[5])
 local token = ARGV[6]
 local arrival = ARGV[7]
 local pod = ARGV[8]
 local takenAs = ARGV[9] or ''
+local unstarted = math.min(tonumber(ARGV[10] or '') or threshold, threshold)
 local waits = arrival ~= ''
 local held = heldAs(token, takenAs)
 local agreed = greatest > 0 and now - asked <= lengthMemory and greatest or 0
@@ -49,7 +53,7 @@ local inflight = redis.call('ZCARD', KEYS[2])
 
 local function take()
   grown = grown or inflight == 0
-  redis.call('ZADD', KEYS[2], now, token)
+  redis.call('ZADD', KEYS[2], now - threshold + unstarted, token)
   if lineLength > 0 then
     leaveLine(token)
   end
@@ -149,9 +153,10 @@ local function holders()
   end
   local pods = #fields > 0 and redis.call('HMGET', KEYS[5], unpack(fields))
   for i, used in ipairs(tokens) do
-    local since, name = string.match(pods[i] or '', '^(%d+) (%S+)')
-    list[2 * i - 1] = since and math.max(0, now - since) or -1
-    list[2 * i] = name or used
+    local since, name, node = string.match(pods[i] or '', '^(%d+) (%S+) ?(%S*)')
+    list[3 * i - 2] = since and math.max(0, now - since) or -1
+    list[3 * i - 1] = name or used
+    list[3 * i] = node == '' and 1 or 0 -- only a sidecar knows its node
   end
   return list
 end

@@ -4,7 +4,8 @@
 --                   token gets its name when a pod takes it
 -- KEYS[2] inflight  Sorted Set, token in use -> its last heartbeat (Unix seconds). A token
 --                   has the name that the webhook gave it, until the first pod that
---                   confirms it gives it its UID; see heldAs
+--                   confirms it gives it its UID; see heldAs. Until then, its score may
+--                   be earlier, so that it is stale sooner
 -- KEYS[3] waiters   Sorted Set, token of a waiter -> its arrival (Unix microseconds)
 -- KEYS[4] seen      Sorted Set, token of a waiter -> its last request (Unix seconds, with
 --                   fractions)

@@ -18,6 +18,7 @@ type actor struct {
 	isWaiter  bool // it joins the line; else it is an admission
 	waiting   bool // it believes that it is in line
 	holding   bool // it believes that it has a token
+	unstarted int  // seconds after which its token is stale if its sidecar does not start; 0: the threshold
 	pending   bool // admitted with a token; its sidecar has not started
 	kept      bool // another process refreshes its place and asks for it
 	silent    bool // paused or killed: it sends nothing, but may resume
@@ -38,6 +39,14 @@ func (p *actor) alive() bool { return !p.silent && !p.pending && (p.waiting || p
 
 // owns reports whether p keeps a token of this name.
 func (p *actor) owns(token string) bool { return token == p.token || token == p.takenAs }
+
+// stalesAfter returns p.unstarted as the acquire script takes it.
+func (p *actor) stalesAfter() string {
+	if p.unstarted == 0 {
+		return ""
+	}
+	return strconv.Itoa(p.unstarted)
+}
 
 // nextArrival returns the arrival of p's next request.
 func (p *actor) nextArrival() string {

@@ -83,10 +83,15 @@ func playModel(t *rapid.T, s store, broken func(rule string)) (commands int) {
 
 func (w *world) playAdmission() {
 	p := w.newPod()
+	pending := rapid.IntRange(0, 2).Draw(w.t, "its sidecar starts later") == 0
+	if pending {
+		p.unstarted = rapid.SampledFrom([]int{0, 1, p.settings.threshold}).Draw(w.t, "stale after")
+	}
 	if w.try(p).Status == rig.AcquireTaken {
 		w.startHolding(p)
-		p.pending = rapid.IntRange(0, 2).Draw(w.t, "its sidecar starts later") == 0
+		p.pending = pending
 	}
+	p.unstarted = 0
 }
 
 // playStart starts the sidecar of a pod that was admitted with a token. It keeps the token

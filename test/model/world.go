@@ -191,7 +191,7 @@ func (w *world) ask(p *actor, arrival string) (a rig.Acquired, must bool) {
 	w.note(p.length)
 	held := w.confirm(p)
 	used, free := len(w.expected.holders), w.last.free
-	status, rest, d := w.command(w.scripts.acquire, p.length, p.token, arrival, p.pod(), p.takenAs)
+	status, rest, d := w.command(w.scripts.acquire, p.length, p.token, arrival, p.pod(), p.takenAs, p.stalesAfter())
 	must = w.mustGet(p, arrival)
 	a, err := rig.ReadAcquired(rig.Reply{Status: status, Rest: rest})
 	rig.Must(w.test, err)
@@ -207,6 +207,9 @@ func (w *world) ask(p *actor, arrival string) (a rig.Acquired, must bool) {
 			w.fail("%s took a token twice", p.token)
 		}
 		k.holders[p.token] = w.now
+		if p.unstarted > 0 {
+			k.holders[p.token] -= max(0, w.threshold-p.unstarted)
+		}
 		k.leave(p.token)
 	case held:
 		w.fail("holder %s asked and was answered %d", p.token, a.Status)
