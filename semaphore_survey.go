@@ -15,7 +15,8 @@ import (
 )
 
 // A survey reads the state of the queue. Its commands change nothing, and none makes
-// Redis scan all its keys at once.
+// Redis scan all its keys at once. A surveyor also lets expire what all have left; see
+// expireAbandoned.
 const (
 	scanCount   = 1000 // keys that Redis examines in one step
 	surveyBatch = 100  // semaphores of one round trip
@@ -35,8 +36,21 @@ type semaphoreState struct {
 	oldestHeartbeat time.Duration // since the oldest
 	reclaimed       int           // stale tokens that were taken back since Redis knows the semaphore
 	rejoined        int           // tokens that their holders put back
+	abandoned       bool          // nobody has sent a command for long: its tokens and places count no more
+	touched         float64       // when the last command came, in Unix seconds
 	timing                        // of its holders
 }
+
+const (
+	// unheardMost is the silence after which a waiter counts no more. The scripts drop it
+	// earlier, but only while others send commands. A semaphore is abandoned after the same
+	// time, or after the threshold if that is longer.
+	unheardMost = 3 * time.Minute
+
+	// abandonedLife is the time to live of an abandoned semaphore, or the threshold if that
+	// is longer. The next command of a holder or waiter ends it: see finish in semaphore.lua.
+	abandonedLife = 5 * time.Minute
+)
 
 // timing judges holders. The scripts do the same; see semaphore.lua.
 type timing struct{ interval, threshold time.Duration }
@@ -170,10 +184,12 @@ func (s *semaphores) readStates(ctx context.Context, conn redis.Conn,
 			conn.Send("ZCOUNT", id.inflightKey(), "-inf", exclusive(stale)),
 			conn.Send("ZRANGE", id.inflightKey(), 0, 0, "WITHSCORES"),
 			conn.Send("ZCARD", id.waitersKey()),
-			conn.Send("ZRANGE", id.waitersKey(), 0, 0, "WITHSCORES"))
+			conn.Send("ZRANGE", id.waitersKey(), 0, 0, "WITHSCORES"),
+			conn.Send("ZCOUNT", id.seenKey(), exclusive(now-unheardMost.Seconds()), "+inf"))
 	}
-	return readEach(ctx, conn, err, states, 7, func(st semaphoreState, replies []any) (semaphoreState, error) {
-		return st, st.count(now, replies)
+	return readEach(ctx, conn, err, states, 8, func(st semaphoreState, replies []any) (semaphoreState, error) {
+		err := st.count(now, replies)
+		return st, err
 	})
 }
 
@@ -219,7 +235,7 @@ func redisTime(ctx context.Context, conn redis.Conn) (float64, error) {
 }
 
 // stateFields are the fields of the state that readState reads.
-var stateFields = []string{"length", "reclaimed", "rejoined", "interval", "threshold"}
+var stateFields = []string{"length", "reclaimed", "rejoined", "interval", "threshold", "touched"}
 
 // readState parses the state of a semaphore.
 func (s *semaphores) readState(id semaphoreID, reply any) (semaphoreState, error) {
@@ -227,7 +243,7 @@ func (s *semaphores) readState(id semaphoreID, reply any) (semaphoreState, error
 	fields, err := redis.Values(reply, nil)
 	var interval, threshold int
 	if err == nil {
-		_, err = redis.Scan(fields, &st.length, &st.reclaimed, &st.rejoined, &interval, &threshold)
+		_, err = redis.Scan(fields, &st.length, &st.reclaimed, &st.rejoined, &interval, &threshold, &st.touched)
 	}
 	own := s.timing()
 	st.timing = timing{max(own.interval, time.Duration(interval)*time.Second),
@@ -243,14 +259,60 @@ func (st *semaphoreState) count(now float64, replies []any) error {
 		}
 	}
 	var oldest, first []any
-	_, err := redis.Scan(replies, &st.free, &st.inUse, &st.late, &st.stale, &oldest, &st.waiting, &first)
-	if err == nil {
+	var inLine int
+	_, err := redis.Scan(replies, &st.free, &st.inUse, &st.late, &st.stale, &oldest, &inLine, &first, &st.waiting)
+	quiet := since(now, st.touched) > max(unheardMost, st.staleAfter())
+	if left := st.inUse + inLine; left > 0 && quiet && st.inUse == st.stale && st.waiting == 0 {
+		st.abandoned = true
+		st.inUse, st.late, st.stale = 0, 0, 0
+	}
+	if err == nil && st.inUse > 0 {
 		st.oldestHeartbeat, err = age(now, oldest, 1)
 	}
-	if err == nil {
+	if err == nil && st.waiting > 0 {
 		st.longestWait, err = age(now, first, 1e6)
 	}
 	return err
+}
+
+// expireAbandoned lets the keys of abandoned semaphores expire. Their holders and waiters
+// are gone, or were cut off from Redis for longer than the threshold. If one comes back
+// before, it keeps all; if it comes later, it is as after a loss of data.
+func (s *semaphores) expireAbandoned(ctx context.Context, states []semaphoreState) error {
+	for _, st := range states {
+		if !st.abandoned {
+			continue
+		}
+		server, err := s.queue.find(ctx, st.id)
+		if err != nil {
+			return err
+		}
+		set, err := expireKeys(ctx, server, st.id.keys(), max(abandonedLife, st.staleAfter()))
+		if err != nil {
+			return fmt.Errorf("%s: %w", server, err)
+		}
+		if set {
+			s.log.Info("nobody uses the semaphore any more: it expires", "namespace", st.id.namespace, "key", st.id.key)
+		}
+	}
+	return nil
+}
+
+// expireKeys shortens the time to live of keys. set reports whether that of one was longer.
+func expireKeys(ctx context.Context, server *queueServer, keys []any, life time.Duration) (set bool, err error) {
+	conn, err := server.pool.GetContext(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer conn.Close()
+	for _, key := range keys {
+		err = errors.Join(err, conn.Send("EXPIRE", key, seconds(life), "LT"))
+	}
+	if err != nil {
+		return false, err
+	}
+	replies, err := redis.Ints(redis.DoContext(conn, ctx, ""))
+	return slices.Contains(replies, 1), err
 }
 
 // age returns the age of the only member of a range, by its score; zero if the range is
@@ -351,6 +413,9 @@ func (s *semaphores) readTokens(ctx context.Context, conn redis.Conn, d *semapho
 	if err != nil {
 		return err
 	}
+	if d.abandoned {
+		return nil
+	}
 	for token, at := range beats {
 		idle := since(now, at)
 		d.holders = append(d.holders, tokenState{token: token, held: heldUnknown, idle: idle,
@@ -360,6 +425,7 @@ func (s *semaphores) readTokens(ctx context.Context, conn redis.Conn, d *semapho
 		d.line = append(d.line, tokenState{token: token, arrival: at, held: since(now, at/1e6)})
 	}
 	err = errors.Join(readHolders(ctx, conn, d.id, now, d.holders), readLine(ctx, conn, d.id, now, d.line))
+	d.line = slices.DeleteFunc(d.line, func(w tokenState) bool { return w.idle > unheardMost })
 	byAge := func(a, b tokenState) int { return cmp.Or(cmp.Compare(b.held, a.held), cmp.Compare(a.token, b.token)) }
 	slices.SortFunc(d.holders, byAge)
 	slices.SortFunc(d.line, func(a, b tokenState) int {
@@ -569,6 +635,7 @@ func (v *surveyor) read(result *surveyResult) error {
 	defer cancel()
 	start := time.Now()
 	states, err := v.semaphores.survey(ctx, "")
+	err = errors.Join(err, v.semaphores.expireAbandoned(ctx, states))
 	result.took = time.Since(start)
 	states = slices.DeleteFunc(states, func(st semaphoreState) bool { // keys of another program may not even be text
 		return !isObjectName(st.id.namespace) || checkKey(st.id.key) != ""

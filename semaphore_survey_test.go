@@ -131,9 +131,9 @@ func TestReadStatesDuringSlotMigration(t *testing.T) {
 	s := testSemaphores(t, rig.CommonRedis(t).Address)
 	now := "*2\r\n$10\r\n1700000010\r\n$1\r\n0\r\n"
 	moved := "-MOVED 1 127.0.0.1:7000\r\n"
-	state := "*5\r\n$1\r\n3\r\n$-1\r\n$-1\r\n$-1\r\n$-1\r\n"
-	counts := ":1\r\n:2\r\n:0\r\n:0\r\n*2\r\n$1\r\na\r\n$10\r\n1700000000\r\n:0\r\n*0\r\n"
-	all := now + moved + state + state + strings.Repeat(moved, 7) + counts
+	state := "*6\r\n$1\r\n3\r\n" + strings.Repeat("$-1\r\n", 5)
+	counts := ":1\r\n:2\r\n:0\r\n:0\r\n*2\r\n$1\r\na\r\n$10\r\n1700000000\r\n:0\r\n*0\r\n:0\r\n"
+	all := now + moved + state + state + strings.Repeat(moved, 8) + counts
 	conn := redis.NewConn(answering{Reader: bytes.NewReader([]byte(all))}, time.Second, time.Second)
 	states, err := s.readStates(t.Context(), conn, []semaphoreID{{"shop", "moved"}, {"shop", "moves"}, {"shop", "there"}})
 	if err != nil || len(states) != 1 || states[0].id.key != "there" || states[0].inUse != 2 ||
@@ -177,4 +177,72 @@ func TestShorterSettingsMakeNoHolderStale(t *testing.T) {
 	r.Do(t, "HSET", id.stateKey(), "sent", r.Now(t)-301, "resumed", 0)
 	silentFor(13)
 	acquire(t, short, id, 1)
+}
+
+// What all have left counts for nothing, and expires within minutes. If a holder comes
+// back before that, everything is as it was.
+func TestAbandonedSemaphore(t *testing.T) {
+	r, s, id, tokens := shownSemaphore(t, "abandoned-"+uuid.NewString()[:8])
+	want := func(inUse, stale, waiting int) {
+		t.Helper()
+		all := startWebhook(t, testConfig(r.Address)).scrape(t)
+		for name, want := range map[string]int{"inflight": inUse, "stale": stale, "waiters": waiting} {
+			if got, ok := all.of(name, id); !ok || got != float64(want) {
+				t.Errorf("%s is %v (exported: %t), want %d", name, got, ok, want)
+			}
+		}
+		wait, _ := all.of("longest_wait_seconds", id)
+		heartbeat, _ := all.of("oldest_heartbeat_seconds", id)
+		if (wait > 0) != (waiting > 0) || (heartbeat > 0) != (inUse > 0) {
+			t.Errorf("the longest wait is %v s, the oldest heartbeat was %v s ago", wait, heartbeat)
+		}
+	}
+	timeToLive := func() (most int64) {
+		for _, key := range id.keys() {
+			most = max(most, r.Do(t, "TTL", key).(int64))
+		}
+		return most
+	}
+	r.Shift(t, id, -150*time.Second) // Redis may have been away
+	want(2, 2, 2)
+	if left := timeToLive(); left < 80000 {
+		t.Errorf("the keys expire in %d s", left)
+	}
+	r.Shift(t, id, -time.Minute)
+	for range 2 { // a second survey does not put it off
+		want(0, 0, 0)
+		if left := timeToLive(); left < 200 || left > 300 {
+			t.Errorf("the keys expire in %d s, want at most 300", left)
+		}
+		for _, key := range id.keys() {
+			r.Do(t, "EXPIRE", key, 250)
+		}
+	}
+	wantStatus(t, r, []string{id.String()}, id.String()+`: 0 of 2 tokens in use \(0 stale\), 0 free, 0 waiting in line`)
+	if left := timeToLive(); left > 250 {
+		t.Errorf("the keys expire in %d s, want at most 250", left)
+	}
+
+	rig.Must(t, errOf(s.heartbeat(t.Context(), id, tokens[0], "", "", 0)))
+	want(2, 1, 0) // the waiters have not asked yet
+	if left := timeToLive(); left < 80000 {
+		t.Errorf("the keys expire in %d s, though a holder is back", left)
+	}
+	if d, err := s.inspect(t.Context(), id); err != nil || len(d.holders) != 2 || len(d.line) != 0 {
+		t.Errorf("status shows %+v, %v", d, err)
+	}
+}
+
+// Redis does not note commands while it is full. The heartbeats show that pods live.
+func TestFullRedisIsNotAbandoned(t *testing.T) {
+	t.Parallel()
+	r := rig.StartRedis(t)
+	s, id := testSemaphores(t, r.Address), freshID()
+	token := acquire(t, s, id, 1)
+	r.Shift(t, id, -time.Hour)
+	r.Do(t, "CONFIG", "SET", "maxmemory", 1)
+	rig.Must(t, errOf(s.heartbeat(t.Context(), id, token, "", "", 0)))
+	if states, err := s.survey(t.Context(), ""); err != nil || len(states) != 1 || states[0].inUse != 1 {
+		t.Errorf("got %+v, %v", states, err)
+	}
 }
