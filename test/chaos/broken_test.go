@@ -45,8 +45,8 @@ var programs = []broken{
 	}, {
 		name: "a token is stale after a third of the threshold",
 		edits: []rig.Edit{{File: "lua/semaphore.lua",
-			From: "math.max(tonumber(ARGV[3]), 2 * quiet)",
-			To:   "tonumber(ARGV[3]) / 3"}},
+			From: "math.max(patience, 2 * quiet)",
+			To:   "patience / 3"}},
 		blow: briefPause, every: time.Second,
 		rules: []string{ruleCount, ruleLetIn},
 	}, {
