@@ -532,6 +532,7 @@ func TestSidecarReadsItsArguments(t *testing.T) {
 	})
 	rig.Must(t, err)
 	if parsed.length != 7 || parsed.expiration != 12*time.Second || parsed.podUID != "uid" ||
+		parsed.token != "uid" || parsed.takenAs != testToken ||
 		parsed.lockMode != lockModeRedlock || !slices.Equal(parsed.redisAddresses, c.redisAddresses) {
 		t.Errorf("parsed %+v", parsed)
 	}
@@ -539,8 +540,9 @@ func TestSidecarReadsItsArguments(t *testing.T) {
 	sidecar, _ = sidecarContainer(c, corev1.ResourceRequirements{}, testID, testSpec, testToken)
 	parsed, err = parseSidecarConfig(sidecar.Args[1:], func(string) string { return "" })
 	rig.Must(t, err)
-	if parsed.length != 0 || sidecar.RestartPolicy != nil || len(sidecar.Env) != 6 ||
-		sidecar.Env[4].Name != "POD_NAME" || sidecar.Env[5].Name != "NODE_NAME" {
+	if parsed.length != 0 || parsed.token != testToken || parsed.takenAs != "" || sidecar.RestartPolicy != nil ||
+		len(sidecar.Env) != 7 || sidecar.Env[4].Name != "POD_NAME" || sidecar.Env[5].Name != "NODE_NAME" ||
+		sidecar.Env[6].Name != "POD_UID" {
 		t.Errorf("a classic sidecar: %+v, %+v", parsed, sidecar)
 	}
 }
@@ -705,7 +707,7 @@ func BenchmarkScript(b *testing.B) {
 	rig.Must(b, err)
 	b.ReportAllocs()
 	for b.Loop() {
-		_, err := s.release(b.Context(), id, token)
+		_, err := s.release(b.Context(), id, token, "")
 		rig.Must(b, err)
 		token = uuid.NewString()
 		a, err := s.runAcquire(b.Context(), id, acquireRequest{token: token, length: maxLength, pod: pod})

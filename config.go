@@ -56,10 +56,11 @@ type sidecarConfig struct {
 	tokenConfig
 	terminationGracePeriod time.Duration // see giveBackSeconds
 	podUID                 string        // empty outside of a pod: there is no await to answer
+	takenAs                string        // the name under which the webhook took the token; empty if it took none
 	pod                    podName
 }
 
-// tokenConfig is the token that a sidecar keeps.
+// tokenConfig is the token that a sidecar keeps, as its arguments name it.
 type tokenConfig struct {
 	semaphore  semaphoreID
 	token      string
@@ -220,6 +221,9 @@ func (c *webhookConfig) declareFlags(f *flags, getenv func(string) string) {
 		"`HOST:PORT` to serve /metrics, /healthz and /readyz on, over plain HTTP")
 	declare(f, &c.whenFull, readChoice(whenFullChoices...), "when-full", whenFullDeny,
 		"for a pod that finds no free token: `deny|wait|gate`; its annotation when-full takes precedence")
+	declare(f, &c.unstarted, readSeconds(1, 86400), "unstarted-seconds", "",
+		"`SECONDS` after which the token of an admitted pod is reclaimed if its sidecar has not started, "+
+			"with when-full deny; without it, the stale threshold")
 	declare(f, &c.enableSidecarContainers, readBool, "enable-sidecar-containers", "true",
 		"`true|false`: inject a native sidecar (Kubernetes 1.30 or later), or a classic container")
 	declare(f, &c.sidecarImage, readImage, "sidecar-image", imageRepository+":"+version,
@@ -255,6 +259,10 @@ func (c *webhookConfig) declareFlags(f *flags, getenv func(string) string) {
 
 func (c *webhookConfig) validate(f *flags) {
 	c.settings.validate(f)
+	if c.unstarted > c.staleThreshold && !f.wrong["unstarted-seconds"] && !f.wrong["stale-threshold-seconds"] {
+		f.problem("--unstarted-seconds: %d is more than --stale-threshold-seconds %d: "+
+			"every token without a heartbeat is reclaimed after that", seconds(c.unstarted), seconds(c.staleThreshold))
+	}
 	bothRead := !f.wrong["enable-sidecar-containers"] && !f.wrong["when-full"]
 	if bothRead && c.whenFull != whenFullDeny && !c.enableSidecarContainers {
 		f.problem("--when-full: %s needs native sidecars: "+
@@ -317,6 +325,10 @@ func (c *sidecarConfig) declareFlags(f *flags, getenv func(string) string) {
 func (c *sidecarConfig) validate(f *flags) {
 	c.settings.validate(f)
 	c.tokenConfig.validate(f)
+	// A copy of the pod has the same arguments. So a pod's own name of its token is its UID.
+	if c.podUID != "" && c.podUID != c.token {
+		c.token, c.takenAs = c.podUID, c.token
+	}
 }
 
 func (c *tokenConfig) declareFlags(f *flags, _ func(string) string) {

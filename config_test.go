@@ -89,6 +89,10 @@ func TestWrongUsage(t *testing.T) {
 			`--sidecar-image: "" is not an image`,
 			`--certDir: is empty`,
 		},
+		"webhook --stale-threshold-seconds=90 --unstarted-seconds=91": {
+			"--unstarted-seconds: 91 is more than --stale-threshold-seconds 90: every token without a heartbeat",
+		},
+		"webhook --unstarted-seconds=0": {`--unstarted-seconds: "0" is not a whole number from 1 to 86400`},
 		"webhook --heartbeat-interval-seconds=30 --stale-threshold-seconds=59": {
 			"--stale-threshold-seconds: 59 is less than twice --heartbeat-interval-seconds 30",
 		},

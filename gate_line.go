@@ -434,7 +434,7 @@ func (l *gateLine) giveBack(ctx context.Context, p *podSnapshot) (again time.Dur
 }
 
 func (l *gateLine) release(ctx context.Context, p *podSnapshot) (again time.Duration) {
-	status, err := l.gate.semaphores.release(ctx, l.id, p.uid)
+	status, err := l.gate.semaphores.release(ctx, l.id, p.uid, "")
 	switch {
 	case err != nil:
 		l.log.Warn("token not given back, to be retried", "token", p.uid, "error", err.Error())
@@ -671,7 +671,7 @@ func (l *gateLine) acquireServed(ctx context.Context, waiting []*podSnapshot,
 func (l *gateLine) acquire(ctx context.Context, w *waiter, p *podSnapshot) (acquireReply, error) {
 	ctx, cancel := context.WithTimeout(ctx, acquireTimeout)
 	defer cancel()
-	a, err := l.gate.semaphores.runAcquire(ctx, l.id, acquireRequest{w.token, w.length, joinLine, w.pod})
+	a, err := l.gate.semaphores.runAcquire(ctx, l.id, acquireRequest{token: w.token, length: w.length, arrival: joinLine, pod: w.pod})
 	if err != nil || a.status != acquireRepair {
 		return a, err
 	}

@@ -169,7 +169,7 @@ func TestGateOrder(t *testing.T) {
 			t.Errorf("the gate of %s was lifted", name)
 		}
 	}
-	if _, err := g.owner.heartbeat(t.Context(), g.id, holder, "", 0); err != nil {
+	if _, err := g.owner.heartbeat(t.Context(), g.id, holder, "", "", 0); err != nil {
 		t.Error(err)
 	}
 	stop()

@@ -398,7 +398,7 @@ func wantDone(t *testing.T, done <-chan error) {
 
 func giveBack(t *testing.T, s *semaphores, id semaphoreID, token string) {
 	t.Helper()
-	_, err := s.release(context.Background(), id, token)
+	_, err := s.release(context.Background(), id, token, "")
 	rig.Must(t, err)
 }
 
@@ -418,7 +418,7 @@ func standInLine(
 		go func() { _ = calls.receive(ctx) }()
 		<-subscribed
 	}
-	if a, err := s.runAcquire(ctx, id, acquireRequest{token, 1, joinLine, ""}); err != nil || a.status != acquireFull {
+	if a, err := s.runAcquire(ctx, id, acquireRequest{token: token, length: 1, arrival: joinLine}); err != nil || a.status != acquireFull {
 		t.Fatalf("got %+v, %v, want a place in line", a, err)
 	}
 	return token, func() {

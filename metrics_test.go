@@ -144,7 +144,7 @@ func TestKindsOfErrors(t *testing.T) {
 	r := rig.StartRedis(t)
 	s := testSemaphores(t, r.Address)
 	r.Do(t, "ACL", "SETUSER", "default", "-zadd")
-	_, err := s.heartbeat(t.Context(), freshID(), "token", "", 0)
+	_, err := s.heartbeat(t.Context(), freshID(), "token", "", "", 0)
 	if kind := kindOfError(err); err == nil || kind != "NOPERM" {
 		t.Errorf("%v: kind %s, want NOPERM", err, kind)
 	}
@@ -152,7 +152,7 @@ func TestKindsOfErrors(t *testing.T) {
 	r.Stop()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
-	_, err = s.heartbeat(ctx, freshID(), "token", "", 0)
+	_, err = s.heartbeat(ctx, freshID(), "token", "", "", 0)
 	if kind := kindOfError(err); err == nil || kind != kindUnreached {
 		t.Errorf("%v: kind %s, want unreached", err, kind)
 	}

@@ -148,8 +148,8 @@ const (
 	caFileName     = "ca.crt"
 )
 
-// What a container knows of its pod: the UID, by which await and sidecar find each other,
-// and the names that people know.
+// What a container knows of its pod: the UID, which names its token, and by which await and
+// sidecar find each other; and the names that people know.
 var (
 	podUIDVariable   = fieldVariable("POD_UID", "metadata.uid")
 	podNameVariable  = fieldVariable("POD_NAME", "metadata.name")
@@ -211,7 +211,7 @@ func sidecarContainer(c webhookConfig, resources corev1.ResourceRequirements, id
 		sidecar.Args = append(sidecar.Args, "--"+flag+"="+value)
 		sidecar.Env = append(sidecar.Env, corev1.EnvVar{Name: queueVariables[flag], Value: value}) // for status
 	}
-	sidecar.Env = append(sidecar.Env, podNameVariable, nodeNameVariable)
+	sidecar.Env = append(sidecar.Env, podNameVariable, nodeNameVariable, podUIDVariable)
 	var volumes []corev1.Volume
 	if c.sidecarRedisSecret != "" {
 		sidecar.Env = append(sidecar.Env,
@@ -275,7 +275,6 @@ func gatedToken(args []string, namespace, uid string) (c tokenConfig, err error)
 // returns the volumes for that.
 func addNative(sidecar *corev1.Container, c webhookConfig, spec semaphoreSpec) (volumes []corev1.Volume) {
 	sidecar.RestartPolicy = new(corev1.ContainerRestartPolicyAlways)
-	sidecar.Env = append(sidecar.Env, podUIDVariable)
 	sidecar.Args = append(sidecar.Args,
 		lengthPrefix+strconv.Itoa(spec.length),
 		expirationPrefix+strconv.Itoa(seconds(spec.expiration)),

@@ -89,6 +89,7 @@ func wantSidecar(native bool, token string) map[string]any {
 		map[string]any{"name": "STALE_THRESHOLD_SECONDS", "value": "120"},
 		fromField("POD_NAME", "metadata.name"),
 		fromField("NODE_NAME", "spec.nodeName"),
+		fromField("POD_UID", "metadata.uid"),
 	}
 	if native {
 		c["restartPolicy"] = "Always"
@@ -97,7 +98,6 @@ func wantSidecar(native bool, token string) map[string]any {
 			"--stale-threshold-seconds=120", "--length=3", "--expiration-seconds=10", "--lock-mode=redlock",
 			"--redis-addresses=redis:6379", "shop/web", token,
 		}
-		c["env"] = append(c["env"].([]any), fromField("POD_UID", "metadata.uid"))
 	}
 	return c
 }
@@ -421,11 +421,11 @@ func TestPatchForSecureRedis(t *testing.T) {
 					`{"name":"HEARTBEAT_INTERVAL_SECONDS","value":"30"},{"name":"STALE_THRESHOLD_SECONDS","value":"120"},` +
 					`{"name":"POD_NAME","valueFrom":{"fieldRef":{"fieldPath":"metadata.name"}}},` +
 					`{"name":"NODE_NAME","valueFrom":{"fieldRef":{"fieldPath":"spec.nodeName"}}},` +
+					`{"name":"POD_UID","valueFrom":{"fieldRef":{"fieldPath":"metadata.uid"}}},` +
 					`{"name":"REDIS_USERNAME","valueFrom":{"secretKeyRef":` +
 					`{"key":"username","name":"redis-sidecar","optional":true}}},` +
 					`{"name":"REDIS_PASSWORD","valueFrom":{"secretKeyRef":` +
-					`{"key":"password","name":"redis-sidecar","optional":false}}},` +
-					`{"name":"POD_UID","valueFrom":{"fieldRef":{"fieldPath":"metadata.uid"}}}]`
+					`{"key":"password","name":"redis-sidecar","optional":false}}}]`
 				if env := string(mustJSON(t, sidecar["env"])); env != wantEnv {
 					t.Errorf("%s: env is %s, want %s", name, env, wantEnv)
 				}

@@ -250,7 +250,7 @@ func TestClusterSlotMoving(t *testing.T) {
 	// Pods of length 3 come and go while a pod of length 1 waits, so that all keys exist.
 	holder := acquire(t, s, id, 3)
 	gone := acquire(t, s, id, 3)
-	a, err := s.runAcquire(t.Context(), id, acquireRequest{uuid.NewString(), 1, joinLine, ""})
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{token: uuid.NewString(), length: 1, arrival: joinLine})
 	if err != nil || a.status != acquireFull {
 		t.Fatalf("got %+v, %v, want a place in line", a, err)
 	}
@@ -276,7 +276,7 @@ func TestClusterSlotMoving(t *testing.T) {
 		rig.Eventually(t, 20*time.Second, func() error { // on a loaded machine, a look-up may take too long
 			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 			defer cancel()
-			_, err := fresh.heartbeat(ctx, id, holder, "", 0)
+			_, err := fresh.heartbeat(ctx, id, holder, "", "", 0)
 			if err == nil || !strings.Contains(err.Error(), "NOPERM") {
 				return fmt.Errorf("without %s: got %v, want NOPERM", rule, err)
 			}
@@ -291,7 +291,7 @@ func TestClusterSlotMoving(t *testing.T) {
 		n.Do(t, "CLUSTER", "SETSLOT", id.slot(), "NODE", name(to))
 	}
 	to.WantInflight(t, id, holder, taken)
-	if _, err := s.heartbeat(t.Context(), id, taken, "", 0); err != nil {
+	if _, err := s.heartbeat(t.Context(), id, taken, "", "", 0); err != nil {
 		t.Error(err)
 	}
 }

@@ -395,7 +395,7 @@ func TestACLsAreMinimal(t *testing.T) {
 		r.Do(t, "ZADD", id.waitersKey(), 2, "there")
 		r.Do(t, "ZADD", id.seenKey(), time.Now().Unix(), "there")
 		r.Do(t, "HSET", id.namesKey(), "there", "+1") // it listened, and misses its call
-		if _, err := s.release(ctx, id, token); err != nil {
+		if _, err := s.release(ctx, id, token, ""); err != nil {
 			return s, id, err
 		}
 		// a score in the future, for maintain to correct
@@ -415,21 +415,21 @@ func TestACLsAreMinimal(t *testing.T) {
 		}
 		token := uuid.NewString()
 		for range 2 { // a rejoin, then a refresh
-			if _, err := s.heartbeat(ctx, id, token, "", 0); err != nil {
+			if _, err := s.heartbeat(ctx, id, token, "", "", 0); err != nil {
 				return err
 			}
 		}
 		other := uuid.NewString()
-		if _, err := s.runAcquire(ctx, id, acquireRequest{other, 1, joinLine, ""}); err != nil {
+		if _, err := s.runAcquire(ctx, id, acquireRequest{token: other, length: 1, arrival: joinLine}); err != nil {
 			return err
 		}
-		if _, err := s.release(ctx, id, other); err != nil {
+		if _, err := s.release(ctx, id, other, ""); err != nil {
 			return err
 		}
-		if _, err := s.release(ctx, id, token); err != nil { // into the queue, so that the heartbeat removes it there
+		if _, err := s.release(ctx, id, token, ""); err != nil { // into the queue, so that the heartbeat removes it there
 			return err
 		}
-		if _, err := s.heartbeat(ctx, id, token, "", 0); err != nil {
+		if _, err := s.heartbeat(ctx, id, token, "", "", 0); err != nil {
 			return err
 		}
 		attempt, cancel := context.WithCancel(ctx)

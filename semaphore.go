@@ -24,6 +24,7 @@ type settings struct {
 	queueRedisAddress queueAddress
 	heartbeatInterval time.Duration
 	staleThreshold    time.Duration
+	unstarted         time.Duration // of the webhook: see acquire; zero for the stale threshold
 	redis             redisSettings
 	etcd              etcdSettings
 }
@@ -132,6 +133,7 @@ type semaphores struct {
 	locks             locker
 	heartbeatInterval time.Duration
 	staleThreshold    time.Duration
+	unstarted         time.Duration // see acquire
 	log               *slog.Logger
 	metrics           *metrics // nil for a sidecar
 
@@ -154,6 +156,7 @@ func newSemaphores(c settings, locks locker, maxIdle int, log *slog.Logger) *sem
 		locks:             locks,
 		heartbeatInterval: c.heartbeatInterval,
 		staleThreshold:    c.staleThreshold,
+		unstarted:         c.unstarted,
 		log:               log,
 		afterDoubt:        map[semaphoreID]struct{}{},
 		closing:           closing,
@@ -195,10 +198,10 @@ func (s *semaphores) timeToLive() int {
 
 // heartbeat keeps a token in flight. If the token had been reclaimed or lost, Redis
 // counts it again, and rejoined is true. The heartbeat names the token's pod, and how
-// long the pod has held it.
-func (s *semaphores) heartbeat(ctx context.Context, id semaphoreID, token string, pod podName,
+// long the pod has held it. For takenAs, see heartbeat.lua.
+func (s *semaphores) heartbeat(ctx context.Context, id semaphoreID, token, takenAs string, pod podName,
 	held time.Duration) (rejoined bool, err error) {
-	status, _, err := s.run(ctx, heartbeatScript, id, token, pod, seconds(held))
+	status, _, err := s.run(ctx, heartbeatScript, id, token, pod, seconds(held), takenAs)
 	if err != nil {
 		return false, fmt.Errorf("heartbeat %s: %w", id, err)
 	}
@@ -206,9 +209,9 @@ func (s *semaphores) heartbeat(ctx context.Context, id semaphoreID, token string
 }
 
 // release gives a token back, or leaves the line. status is releaseDone, releaseLeft, or
-// zero if there was nothing to release.
-func (s *semaphores) release(ctx context.Context, id semaphoreID, token string) (status int, err error) {
-	status, _, err = s.run(ctx, releaseScript, id, token)
+// zero if there was nothing to release. For takenAs, see release.lua.
+func (s *semaphores) release(ctx context.Context, id semaphoreID, token, takenAs string) (status int, err error) {
+	status, _, err = s.run(ctx, releaseScript, id, token, takenAs)
 	if err != nil {
 		return 0, fmt.Errorf("release %s: %w", id, err)
 	}
@@ -218,19 +221,19 @@ func (s *semaphores) release(ctx context.Context, id semaphoreID, token string) 
 // releaseWithin releases a token. It retries until that succeeds or ctx is done, and then
 // returns the error of the last attempt. A stray command of the token may still count it
 // again: after its deadline, releaseWithin releases once more.
-func (s *semaphores) releaseWithin(ctx context.Context, id semaphoreID, token string) (status int, err error) {
-	status, err = s.releaseRetrying(ctx, id, token)
+func (s *semaphores) releaseWithin(ctx context.Context, id semaphoreID, token, takenAs string) (status int, err error) {
+	status, err = s.releaseRetrying(ctx, id, token, takenAs)
 	deadline, _ := s.stray(token)
 	if wait := time.Until(deadline); err == nil && wait > 0 && sleep(ctx, wait) == nil {
-		_, err = s.releaseRetrying(ctx, id, token)
+		_, err = s.releaseRetrying(ctx, id, token, takenAs)
 	}
 	return status, err
 }
 
-func (s *semaphores) releaseRetrying(ctx context.Context, id semaphoreID, token string) (status int, err error) {
+func (s *semaphores) releaseRetrying(ctx context.Context, id semaphoreID, token, takenAs string) (status int, err error) {
 	for retry := newBackoff(50*time.Millisecond, time.Second); ; {
 		attempt, cancel := context.WithTimeout(ctx, s.attemptTimeout())
-		status, err = s.release(attempt, id, token)
+		status, err = s.release(attempt, id, token, takenAs)
 		cancel()
 		if err == nil {
 			return status, nil
@@ -250,7 +253,7 @@ func (s *semaphores) releaseRetrying(ctx context.Context, id semaphoreID, token 
 func (s *semaphores) giveBack(id semaphoreID, token string) {
 	ctx, cancel := context.WithTimeout(context.Background(), s.staleThreshold)
 	defer cancel()
-	status, err := s.releaseWithin(ctx, id, token)
+	status, err := s.releaseWithin(ctx, id, token, "")
 	log := s.log.With("namespace", id.namespace, "key", id.key, "token", token)
 	switch {
 	case err != nil:
@@ -357,8 +360,9 @@ func newPodName(name, node string) podName {
 
 // holder is a pod that has a token.
 type holder struct {
-	name string // of the pod, or the token if that is unknown
-	held time.Duration
+	name      string // of the pod, or the token if that is unknown
+	held      time.Duration
+	unstarted bool // no sidecar has confirmed the token; false if the pod is unknown
 }
 
 // heldUnknown marks a holder that has not reported how long it has held its token.
@@ -370,7 +374,7 @@ func parseHolders(list []any) (holders []holder, err error) {
 	for len(list) > 0 {
 		var held int
 		var h holder
-		if list, err = redis.Scan(list, &held, &h.name); err != nil {
+		if list, err = redis.Scan(list, &held, &h.name, &h.unstarted); err != nil {
 			return nil, err
 		}
 		h.held, h.name = time.Duration(held)*time.Second, displayName(h.name)
@@ -390,14 +394,21 @@ func displayName(name string) string {
 }
 
 func (h holder) String() string {
-	switch {
-	case h.held == heldUnknown:
-		return h.name
-	case strings.HasSuffix(h.name, "-"): // the API server makes the name
-		return fmt.Sprintf("%s... (%s)", h.name, roughly(h.held))
+	name, started := h.name, ""
+	if h.held == heldUnknown {
+		return name
 	}
-	return fmt.Sprintf("%s (%s)", h.name, roughly(h.held))
+	if strings.HasSuffix(name, "-") { // the API server makes the name
+		name += "..."
+	}
+	if h.unstarted {
+		started = ", " + notStarted
+	}
+	return fmt.Sprintf("%s (%s%s)", name, roughly(h.held), started)
 }
+
+// notStarted says of a holder that no sidecar has confirmed its token so far.
+const notStarted = "not started yet"
 
 // byHolders lists the holders of the tokens in use. It stops at 500 bytes, because
 // Kubernetes cuts the message of an event at 1024 bytes.

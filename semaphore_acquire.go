@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -39,6 +40,9 @@ type acquireRequest struct {
 	length  int
 	arrival string // empty: does not wait; joinLine: joins the line; else the arrival of the last reply
 	pod     podName
+	takenAs string // the name under which the webhook took the token for this pod, or empty
+
+	unstarted time.Duration // after this time, the token is stale if no pod confirms it; zero: the stale threshold
 }
 
 // joinLine is the arrival of a waiter that joins the line now.
@@ -76,7 +80,11 @@ type place struct {
 
 // runAcquire runs the acquire script once.
 func (s *semaphores) runAcquire(ctx context.Context, id semaphoreID, q acquireRequest) (acquireReply, error) {
-	status, rest, err := s.run(ctx, acquireScript, id, q.length, q.token, q.arrival, q.pod)
+	unstarted := ""
+	if q.unstarted > 0 {
+		unstarted = strconv.Itoa(seconds(q.unstarted))
+	}
+	status, rest, err := s.run(ctx, acquireScript, id, q.length, q.token, q.arrival, q.pod, q.takenAs, unstarted)
 	if err != nil {
 		return acquireReply{}, fmt.Errorf("acquire %s: %w", id, err)
 	}
@@ -126,14 +134,15 @@ func (e *fullError) Error() string {
 	return fmt.Sprintf("all tokens of %s are in use, or kept for its line", e.id)
 }
 
-// acquire takes a token for a pod that does not wait; pod may be empty. If needed, it
-// first repairs the semaphore, under a lock that may be held for expiration. agreed is
-// the greatest length that others asked for lately, or 0. Its errors are *fullError,
+// acquire takes a token for a pod that does not wait; pod may be empty. If no pod confirms
+// the token within s.unstarted, it is stale. If needed, acquire first repairs the
+// semaphore, under a lock that may be held for expiration. agreed is the greatest length
+// that others asked for lately, or 0. Its errors are *fullError,
 // ctx's, or that Redis or the lock servers are unreachable. With an error, no token is
 // held, or it is given back in the background.
 func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, length int,
 	expiration time.Duration) (token string, agreed int, err error) {
-	q := acquireRequest{token: uuid.NewString(), length: length, pod: pod}
+	q := acquireRequest{token: uuid.NewString(), length: length, pod: pod, unstarted: s.unstarted}
 	unsettled := false // an attempt may have taken a token, or may yet take it
 	defer func() {
 		if err != nil && unsettled {

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
@@ -67,7 +68,7 @@ func runPod(ctx context.Context, s *semaphores, id semaphoreID, length int, work
 		return podRun{}, err
 	}
 	done.released = time.Now()
-	_, err = s.release(ctx, id, w.token)
+	_, err = s.release(ctx, id, w.token, "")
 	return done, err
 }
 
@@ -348,7 +349,7 @@ func TestHolderComesBackLate(t *testing.T) {
 				l.holding = append(l.holding, p)
 			}
 			for _, p := range late {
-				rejoined, err := s.heartbeat(context.Background(), id, p.token, "", 0)
+				rejoined, err := s.heartbeat(context.Background(), id, p.token, "", "", 0)
 				rig.Must(t, err)
 				if !rejoined {
 					t.Fatal("the late holder's token was not reclaimed")
@@ -497,7 +498,7 @@ func TestTooManyAcquires(t *testing.T) {
 		t.Errorf("got %d %q, %v", status, text, err)
 	}
 	rig.Must(t, s.check(t.Context()))
-	_, err = s.release(t.Context(), id, token)
+	_, err = s.release(t.Context(), id, token, "")
 	rig.Must(t, err)
 	r.WantCounts(t, id, 2, 0)
 	if n := redisErrors(); n != before {
@@ -717,4 +718,38 @@ func TestRefillServesSeveral(t *testing.T) {
 	wantDone(t, second)
 	r.WantLine(t, id, third)
 	r.WantCounts(t, id, 0, 3)
+}
+
+// The token of an admitted pod whose sidecar does not start is free again after the
+// webhook's time for that. A sidecar that starts before keeps it.
+func TestUnstartedTokens(t *testing.T) {
+	t.Parallel()
+	r := rig.CommonRedis(t)
+	c := testConfig(r.Address)
+	c.unstarted = 20 * time.Second
+	w := startWebhook(t, c)
+	id := freshID()
+	age := func(token string, seconds int) {
+		t.Helper()
+		r.Do(t, "ZINCRBY", id.inflightKey(), -seconds, token)
+	}
+	first := w.wantAdmitted(t, id, 1)
+	age(first, 15)
+	a := w.admit(t, rig.Review(t, id, 1))
+	if want := "... (0 s, not started yet)"; a.Allowed || !strings.HasSuffix(a.Message, want) {
+		t.Errorf("got %+v, want %q", a, want)
+	}
+	age(first, 6)
+	second := w.wantAdmitted(t, id, 1)
+	r.WantInflight(t, id, second)
+
+	uid := uuid.NewString()
+	rig.Must(t, errOf(w.semaphores.heartbeat(t.Context(), id, uid, second, "web-0 node-1", 0)))
+	age(uid, 100)
+	a = w.admit(t, rig.Review(t, id, 1))
+	if want := " has 1 of 1 tokens in use, by web-0 (0 s)"; a.Allowed || !strings.HasSuffix(a.Message, want) {
+		t.Errorf("got %+v, want %q", a, want)
+	}
+	age(uid, 21)
+	w.wantAdmitted(t, id, 1)
 }

@@ -63,6 +63,7 @@ type waiter struct {
 	semaphores *semaphores
 	id         semaphoreID
 	token      string
+	takenAs    string // the name under which the webhook took the token, or empty; see acquireOnce
 	pod        podName
 	length     int
 	expiration time.Duration
@@ -132,14 +133,18 @@ func (w *waiter) waitInLine(ctx context.Context, sub *subscription, wakeup wakeu
 func (w *waiter) newBackoff() *backoff { return newBackoff(250*time.Millisecond, pollMost) }
 
 // acquireOnce acquires the token. If the semaphore needs a repair first, it repairs it
-// and acquires again. asked is when the last request was sent.
+// and acquires again. asked is when the last request was sent. Once Redis says that the
+// webhook's token is not there, it is not this pod's, and acquireOnce forgets its name.
 func (w *waiter) acquireOnce(ctx context.Context, arrival string) (asked time.Time, a acquireReply, err error) {
 	ctx, cancel := context.WithTimeout(ctx, acquireTimeout)
 	defer cancel()
-	q := acquireRequest{w.token, w.length, arrival, w.pod}
+	q := acquireRequest{token: w.token, length: w.length, arrival: arrival, pod: w.pod, takenAs: w.takenAs}
 	for repaired := false; ; repaired = true {
 		asked = time.Now()
 		a, err = w.semaphores.runAcquire(ctx, w.id, q)
+		if err == nil && a.status != acquireTaken {
+			w.takenAs = ""
+		}
 		if err != nil || a.status != acquireRepair {
 			return asked, a, err
 		}

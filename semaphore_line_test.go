@@ -55,7 +55,7 @@ func TestNobodyOvertakesTheLine(t *testing.T) {
 	if a.Allowed || a.Message != want {
 		t.Fatalf("got %+v, want %s", a, want)
 	}
-	a2, err := s.runAcquire(context.Background(), id, acquireRequest{uuid.NewString(), 1, joinLine, ""})
+	a2, err := s.runAcquire(context.Background(), id, acquireRequest{token: uuid.NewString(), length: 1, arrival: joinLine})
 	if err != nil || a2.status != acquireFull || a2.place.position != 2 {
 		t.Fatalf("got %+v, %v, want the second place", a2, err)
 	}
@@ -95,12 +95,12 @@ func wantPassed(t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, holde
 	wantDone(t, done)
 	rig.WantWithin(t, time.Since(start), 5*time.Second, "a token for the second in line")
 	r.WantLine(t, id, first, third)
-	if a, err := s.runAcquire(t.Context(), id, acquireRequest{first, 1, joinLine, ""}); err != nil ||
+	if a, err := s.runAcquire(t.Context(), id, acquireRequest{token: first, length: 1, arrival: joinLine}); err != nil ||
 		a.status != acquireFull || a.place.position != 1 {
 		t.Errorf("got %+v, %v, want the first place", a, err)
 	}
 	giveBack(t, s, id, second)
-	a, err := s.runAcquire(t.Context(), id, acquireRequest{first, 1, joinLine, ""})
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{token: first, length: 1, arrival: joinLine})
 	if err != nil || a.status != acquireTaken {
 		t.Errorf("got %+v, %v, want a token for the pod that was passed", a, err)
 	}
@@ -140,7 +140,7 @@ func TestManyUnheardWaitersArePassed(t *testing.T) {
 		redis.call('HSET', KEYS[2], token, '+1')
 		redis.call('ZADD', KEYS[3], time[1] + time[2] / 1000000, token)
 	end`, 3, id.waitersKey(), id.namesKey(), id.seenKey())
-	a, err := s.runAcquire(t.Context(), id, acquireRequest{first, 1, joinLine, ""})
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{token: first, length: 1, arrival: joinLine})
 	if err != nil || a.status != acquireTaken {
 		t.Errorf("got %+v, %v, want a token", a, err)
 	}
@@ -157,7 +157,7 @@ func TestNoWaiterIsPassedAfterARestart(t *testing.T) {
 	rig.Must(t, r.Start())
 	giveBack(t, s, id, holder)
 	for i, token := range []string{second, first} {
-		a, err := s.runAcquire(t.Context(), id, acquireRequest{token, 1, joinLine, ""})
+		a, err := s.runAcquire(t.Context(), id, acquireRequest{token: token, length: 1, arrival: joinLine})
 		if want := []int{acquireFull, acquireTaken}[i]; err != nil || a.status != want {
 			t.Errorf("got %+v, %v, want status %d", a, err, want)
 		}
@@ -209,7 +209,7 @@ func TestPollsWhenATokenGoesStale(t *testing.T) {
 	}
 	ask := func(token string) time.Duration {
 		t.Helper()
-		a, err := s.runAcquire(t.Context(), id, acquireRequest{token, 3, joinLine, ""})
+		a, err := s.runAcquire(t.Context(), id, acquireRequest{token: token, length: 3, arrival: joinLine})
 		rig.Must(t, err)
 		if a.status != acquireFull {
 			t.Fatalf("got %+v, want a place in line", a)
@@ -322,7 +322,7 @@ func TestWaitingText(t *testing.T) {
 		"waiting for a token of shop/web: 1 of 1 in use, 111th in line, 90 min": {1,
 			acquireReply{inUse: 1, place: place{position: 111, waited: 90 * time.Minute}}},
 		"waiting for a token of shop/web: 2 of 2 in use, 1st in line, 5 s; in use by web-b (4 h), web-a (11 s)": {2,
-			acquireReply{inUse: 2, holders: []holder{{"web-b", 4 * time.Hour}, {"web-a", 11 * time.Second}},
+			acquireReply{inUse: 2, holders: []holder{{name: "web-b", held: 4 * time.Hour}, {name: "web-a", held: 11 * time.Second}},
 				place: place{position: 1, waited: 5 * time.Second}}},
 		"waiting for a token of shop/web: 0 of 1 in use, 1st in line, 5 s; " +
 			"Redis was away or has lost data: in 20 s it knows which holders are gone": {1,
@@ -347,7 +347,7 @@ func quickRecoveryLine(t *testing.T) *lineUp {
 // rejoin, and leave the line.
 func (l *lineUp) beat(t *testing.T, token string) {
 	t.Helper()
-	rejoined, err := l.s.heartbeat(context.Background(), l.id, token, "", 0)
+	rejoined, err := l.s.heartbeat(context.Background(), l.id, token, "", "", 0)
 	rig.Must(t, err)
 	if !rejoined {
 		t.Fatalf("%s was in flight before the heartbeat", token)
@@ -458,7 +458,7 @@ func (l *lineUp) rollBack(t *testing.T, waiting ...int) (holder linePod) {
 	l.join(t, waiting...)
 	giveBack(t, l.s, l.id, former)
 	b := l.backup(t)
-	a, err := l.s.runAcquire(t.Context(), l.id, acquireRequest{token, 1, joinLine, ""})
+	a, err := l.s.runAcquire(t.Context(), l.id, acquireRequest{token: token, length: 1, arrival: joinLine})
 	rig.Must(t, err)
 	if a.status != acquireTaken {
 		t.Fatalf("the first in line got %+v", a)
@@ -527,7 +527,7 @@ func TestNewPodsAfterALossOfData(t *testing.T) {
 		return nil
 	})
 	wantFullError(t, l.s, l.id, 1, 0)
-	a, err := l.s.runAcquire(t.Context(), l.id, acquireRequest{uuid.NewString(), 1, joinLine, ""})
+	a, err := l.s.runAcquire(t.Context(), l.id, acquireRequest{token: uuid.NewString(), length: 1, arrival: joinLine})
 	rig.Must(t, err)
 	if a.status != acquireFull {
 		t.Errorf("a later waiter got %+v", a)
@@ -584,7 +584,7 @@ func TestNobodyOvertakesWhilePodsArePaused(t *testing.T) {
 			if err := sleep(ctx, pollMost+time.Second); err != nil {
 				return err
 			}
-			rejoined, err := s.heartbeat(ctx, id, w.token, "", 0)
+			rejoined, err := s.heartbeat(ctx, id, w.token, "", "", 0)
 			if err != nil {
 				return err
 			}
@@ -597,7 +597,7 @@ func TestNobodyOvertakesWhilePodsArePaused(t *testing.T) {
 			}
 			stood.gone = time.Now()
 		}
-		_, err = s.release(ctx, id, w.token)
+		_, err = s.release(ctx, id, w.token, "")
 		return err
 	}
 	var wg sync.WaitGroup
@@ -698,7 +698,7 @@ func (a measuredLine) poll(t *testing.T, place int) {
 
 func (a measuredLine) ask(t *testing.T, token, arrival string) {
 	t.Helper()
-	_, err := a.s.runAcquire(t.Context(), a.id, acquireRequest{token, maxLength, arrival, ""})
+	_, err := a.s.runAcquire(t.Context(), a.id, acquireRequest{token: token, length: maxLength, arrival: arrival})
 	rig.Must(t, err)
 }
 
@@ -730,7 +730,7 @@ func TestCostOfALongLine(t *testing.T) {
 			{"the last leaves", func(t *testing.T, a measuredLine) { giveBack(t, s, a.id, a.at(t, -1)) }},
 			{"a repair", func(t *testing.T, a measuredLine) { maintain(t, s, a.id, maxLength) }},
 			{"a holder comes back late", func(t *testing.T, a measuredLine) {
-				_, err := s.heartbeat(context.Background(), a.id, uuid.NewString(), "", 0)
+				_, err := s.heartbeat(context.Background(), a.id, uuid.NewString(), "", "", 0)
 				rig.Must(t, err)
 			}},
 		} {
@@ -777,7 +777,7 @@ func TestLongLineIsServedInAChain(t *testing.T) {
 	}
 
 	// wakes the first waiters
-	a, err := s.runAcquire(t.Context(), id, acquireRequest{uuid.NewString(), maxLength, joinLine, ""})
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{token: uuid.NewString(), length: maxLength, arrival: joinLine})
 	rig.Must(t, err)
 	if a.status != acquireFull || a.place.position != waiting+1 {
 		t.Fatalf("got %+v, want the last place", a)
@@ -793,7 +793,7 @@ func TestLongLineIsServedInAChain(t *testing.T) {
 		if string(m.Data) != yourTurn || holds[token] { // several holders woke the same waiter
 			continue
 		}
-		a, err := s.runAcquire(t.Context(), id, acquireRequest{token, maxLength, joinLine, ""})
+		a, err := s.runAcquire(t.Context(), id, acquireRequest{token: token, length: maxLength, arrival: joinLine})
 		rig.Must(t, err)
 		if a.status != acquireTaken {
 			t.Fatalf("number %d was woken, and got %+v", len(served)+1, a)

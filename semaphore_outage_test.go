@@ -120,7 +120,7 @@ func TestSecondOutage(t *testing.T) {
 				gap := interval + time.Duration(more)*time.Second
 				id := freshID()
 				holder := acquire(t, s, id, 1)
-				q := acquireRequest{uuid.NewString(), 1, "", ""}
+				q := acquireRequest{token: uuid.NewString(), length: 1}
 				if inLine {
 					q.arrival = joinLine
 				}
@@ -278,7 +278,7 @@ func TestDeadHoldersAndRareAdmissions(t *testing.T) {
 			r.Shift(t, id, -1000*time.Second)
 			start := time.Now()
 			w.wantFull(t, id, 3, 3)
-			if _, err := w.semaphores.heartbeat(context.Background(), id, live, "", 0); err != nil {
+			if _, err := w.semaphores.heartbeat(context.Background(), id, live, "", "", 0); err != nil {
 				t.Error(err)
 			}
 			rig.Eventually(t, interval+6*time.Second-time.Since(start), func() error {
@@ -322,7 +322,7 @@ func TestErrorsNameAnswersBeforeAHang(t *testing.T) {
 	defer cancel()
 	done := make(chan error, 1)
 	before := r.CommandCalls(t)["evalsha"]
-	go func() { done <- errOf(s.release(ctx, id, uuid.NewString())) }()
+	go func() { done <- errOf(s.release(ctx, id, uuid.NewString(), "")) }()
 	rig.Eventually(t, 5*time.Second, func() error {
 		if n := r.CommandCalls(t)["evalsha"] - before; n < 3 {
 			return fmt.Errorf("%d attempts, want 3", n)
@@ -363,7 +363,7 @@ func TestRepairIsWhole(t *testing.T) {
 		{"the stale one comes back", 1, func(
 			t *testing.T, _ *rig.Redis, s *semaphores, id semaphoreID, tokens []string,
 		) {
-			_, err := s.heartbeat(ctx, id, tokens[0], "", 0)
+			_, err := s.heartbeat(ctx, id, tokens[0], "", "", 0)
 			rig.Must(t, err)
 		}, 0, 4},
 		{"the stale one is given back, and another goes stale", 1, func(
@@ -688,7 +688,7 @@ func TestLineOfAFullRedis(t *testing.T) {
 func queueLast(t *testing.T, s *semaphores, id semaphoreID, length int) (token string) {
 	t.Helper()
 	token = uuid.NewString()
-	a, err := s.runAcquire(context.Background(), id, acquireRequest{token, length, joinLine, ""})
+	a, err := s.runAcquire(context.Background(), id, acquireRequest{token: token, length: length, arrival: joinLine})
 	rig.Must(t, err)
 	if a.status != acquireFull {
 		t.Fatalf("got %+v, want a place in line", a)
@@ -708,7 +708,7 @@ func TestEmptiedRedisWithALine(t *testing.T) {
 	r.Do(t, "DEL", id.queueKey(), id.inflightKey(), id.waitersKey(), id.seenKey(), id.namesKey(), id.stateKey())
 	r.WantLine(t, id, first, second, third)
 	r.WantCounts(t, id, 0, 0)
-	if rejoined, err := s.heartbeat(context.Background(), id, holder, "", 0); err != nil || !rejoined {
+	if rejoined, err := s.heartbeat(context.Background(), id, holder, "", "", 0); err != nil || !rejoined {
 		t.Fatalf("rejoined %t, %v", rejoined, err)
 	}
 	giveBack(t, s, id, holder)
@@ -747,7 +747,7 @@ func TestHolderReportsLoss(t *testing.T) {
 				acquire(t, s, id, 4)
 			}
 			for i, holder := range holders {
-				if rejoined, err := s.heartbeat(t.Context(), id, holder, "", time.Minute); err != nil || !rejoined {
+				if rejoined, err := s.heartbeat(t.Context(), id, holder, "", "", time.Minute); err != nil || !rejoined {
 					t.Fatalf("rejoined %t, %v", rejoined, err)
 				}
 				r.WantCounts(t, id, 0, newcomers+i+1)
@@ -769,7 +769,7 @@ func TestLateStartReportsNoLoss(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 2)
 	r.Do(t, "DEL", id.keys()...)
-	if rejoined, err := s.heartbeat(t.Context(), id, token, "", 0); err != nil || !rejoined {
+	if rejoined, err := s.heartbeat(t.Context(), id, token, "", "", 0); err != nil || !rejoined {
 		t.Fatalf("rejoined %t, %v", rejoined, err)
 	}
 	acquire(t, s, id, 2)

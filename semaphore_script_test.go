@@ -84,7 +84,7 @@ func TestClockOfRedisIsLearnedAnew(t *testing.T) {
 	clock := &serverOf(t, s, id).clock
 	for _, ahead := range []time.Duration{10 * time.Minute, -10 * time.Minute, -30 * time.Second} {
 		clock.observe(clock.at(time.Now()) + ahead.Microseconds())
-		if _, err := s.heartbeat(context.Background(), id, token, "", 0); err != nil {
+		if _, err := s.heartbeat(context.Background(), id, token, "", "", 0); err != nil {
 			t.Errorf("with an estimate %s ahead: %v", ahead, err)
 		}
 		off := time.Duration(clock.at(time.Now())-int64(r.Now(t))*1e6) * time.Microsecond
@@ -349,7 +349,7 @@ func TestUnusedSemaphoresExpire(t *testing.T) {
 	wantTTL("held", true)
 	giveBack(t, s, id, token)
 	wantTTL("given back", false)
-	_, err := s.heartbeat(ctx, id, token, "", 0)
+	_, err := s.heartbeat(ctx, id, token, "", "", 0)
 	rig.Must(t, err)
 	wantTTL("rejoined late", true)
 	giveBack(t, s, id, token)
@@ -671,8 +671,8 @@ func TestScriptsAndProgramAgree(t *testing.T) {
 	for _, interval := range []time.Duration{1, 2, 3, 4, 30} {
 		for _, threshold := range []time.Duration{1, 10, 120} {
 			s.heartbeatInterval, s.staleThreshold = interval*time.Second, threshold*time.Second
-			wantSeconds("quiet", s.lateAfter())
-			wantSeconds("threshold", s.staleAfter())
+			wantSeconds("quiet", s.timing().lateAfter())
+			wantSeconds("threshold", s.timing().staleAfter())
 		}
 	}
 

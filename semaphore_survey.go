@@ -15,7 +15,8 @@ import (
 )
 
 // A survey reads the state of the queue. Its commands change nothing, and none makes
-// Redis scan all its keys at once.
+// Redis scan all its keys at once. A surveyor also lets expire what all have left; see
+// expireAbandoned.
 const (
 	scanCount   = 1000 // keys that Redis examines in one step
 	surveyBatch = 100  // semaphores of one round trip
@@ -35,16 +36,33 @@ type semaphoreState struct {
 	oldestHeartbeat time.Duration // since the oldest
 	reclaimed       int           // stale tokens that were taken back since Redis knows the semaphore
 	rejoined        int           // tokens that their holders put back
+	abandoned       bool          // nobody has sent a command for long: its tokens and places count no more
+	touched         float64       // when the last command came, in Unix seconds
+	timing                        // of its holders
 }
 
-// A token is late when its last heartbeat is older than lateAfter: its holder has missed
-// one. It is stale when that heartbeat is older than staleAfter. The scripts compute the
-// same; see semaphore.lua.
-func (s *semaphores) lateAfter() time.Duration {
-	return s.heartbeatInterval + min(beatTimeout, s.heartbeatInterval)
-}
+const (
+	// unheardMost is the silence after which a waiter counts no more. The scripts drop it
+	// earlier, but only while others send commands. A semaphore is abandoned after the same
+	// time, or after the threshold if that is longer.
+	unheardMost = 3 * time.Minute
 
-func (s *semaphores) staleAfter() time.Duration { return max(s.staleThreshold, 2*s.lateAfter()) }
+	// abandonedLife is the time to live of an abandoned semaphore, or the threshold if that
+	// is longer. The next command of a holder or waiter ends it: see finish in semaphore.lua.
+	abandonedLife = 5 * time.Minute
+)
+
+// timing judges holders. The scripts do the same; see semaphore.lua.
+type timing struct{ interval, threshold time.Duration }
+
+// lateAfter is the age of a heartbeat whose holder has missed one.
+func (t timing) lateAfter() time.Duration { return t.interval + min(beatTimeout, t.interval) }
+
+// staleAfter is the age of a heartbeat whose token is stale.
+func (t timing) staleAfter() time.Duration { return max(t.threshold, 2*t.lateAfter()) }
+
+// timing returns the timing of this process. That of a semaphore may be longer.
+func (s *semaphores) timing() timing { return timing{s.heartbeatInterval, s.staleThreshold} }
 
 // survey returns the state of all semaphores of a namespace, or of all namespaces, in the
 // order of their names. If it cannot read all before ctx is done, it returns those that
@@ -139,8 +157,8 @@ func idOfStateKey(key string) (id semaphoreID, ok bool) {
 	return id, ok && ok2 && id.namespace != "" && id.namespace != checkID(0).namespace && id.key != ""
 }
 
-// readStates reads semaphores in one round trip. It leaves out a semaphore that is moving
-// to another node of a Cluster.
+// readStates reads semaphores in three round trips. It leaves out a semaphore that is
+// moving to another node of a Cluster.
 func (s *semaphores) readStates(ctx context.Context, conn redis.Conn,
 	ids []semaphoreID) (states []semaphoreState, err error) {
 	now, err := redisTime(ctx, conn)
@@ -148,7 +166,17 @@ func (s *semaphores) readStates(ctx context.Context, conn redis.Conn,
 		return nil, err
 	}
 	for _, id := range ids {
-		late, stale := now-s.lateAfter().Seconds(), now-s.staleAfter().Seconds()
+		err = errors.Join(err, conn.Send("HMGET", append([]any{id.stateKey()}, anySlice(stateFields)...)...))
+	}
+	states, err = readEach(ctx, conn, err, ids, 1, func(id semaphoreID, replies []any) (semaphoreState, error) {
+		return s.readState(id, replies[0])
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, st := range states {
+		id := st.id
+		late, stale := now-st.lateAfter().Seconds(), now-st.staleAfter().Seconds()
 		err = errors.Join(err,
 			conn.Send("LLEN", id.queueKey()),
 			conn.Send("ZCARD", id.inflightKey()),
@@ -157,24 +185,34 @@ func (s *semaphores) readStates(ctx context.Context, conn redis.Conn,
 			conn.Send("ZRANGE", id.inflightKey(), 0, 0, "WITHSCORES"),
 			conn.Send("ZCARD", id.waitersKey()),
 			conn.Send("ZRANGE", id.waitersKey(), 0, 0, "WITHSCORES"),
-			conn.Send("HMGET", id.stateKey(), "length", "reclaimed", "rejoined"))
+			conn.Send("ZCOUNT", id.seenKey(), exclusive(now-unheardMost.Seconds()), "+inf"))
 	}
-	if err != nil {
-		return nil, err
+	return readEach(ctx, conn, err, states, 8, func(st semaphoreState, replies []any) (semaphoreState, error) {
+		err := st.count(now, replies)
+		return st, err
+	})
+}
+
+// readEach receives the replies to the commands that were sent for some semaphores, a
+// number for each. sent is the error of sending them. It leaves out a semaphore that is
+// moving.
+func readEach[T any](ctx context.Context, conn redis.Conn, sent error, some []T, commands int,
+	read func(one T, replies []any) (semaphoreState, error)) (states []semaphoreState, err error) {
+	if sent != nil || len(some) == 0 {
+		return nil, sent
 	}
 	replies, err := redis.Values(redis.DoContext(conn, ctx, ""))
 	if err != nil {
 		return nil, err
 	}
-	for i, id := range ids {
-		const commands = 8
-		st, err := readState(id, now, replies[commands*i:commands*(i+1)])
+	for i, one := range some {
+		st, err := read(one, replies[commands*i:commands*(i+1)])
 		var answered redis.Error
 		if errors.As(err, &answered) && (isSlotMoving(err) || strings.HasPrefix(answered.Error(), "MOVED ")) {
 			continue
 		}
 		if err != nil {
-			return states, fmt.Errorf("%s: %w", id, err)
+			return states, fmt.Errorf("%s: %w", st.id, err)
 		}
 		states = append(states, st)
 	}
@@ -196,26 +234,85 @@ func redisTime(ctx context.Context, conn redis.Conn) (float64, error) {
 	return float64(now[0]) + float64(now[1])/1e6, nil
 }
 
-// readState parses the replies to the commands of readStates.
-func readState(id semaphoreID, now float64, replies []any) (semaphoreState, error) {
+// stateFields are the fields of the state that readState reads.
+var stateFields = []string{"length", "reclaimed", "rejoined", "interval", "threshold", "touched"}
+
+// readState parses the state of a semaphore.
+func (s *semaphores) readState(id semaphoreID, reply any) (semaphoreState, error) {
 	st := semaphoreState{id: id}
+	fields, err := redis.Values(reply, nil)
+	var interval, threshold int
+	if err == nil {
+		_, err = redis.Scan(fields, &st.length, &st.reclaimed, &st.rejoined, &interval, &threshold, &st.touched)
+	}
+	own := s.timing()
+	st.timing = timing{max(own.interval, time.Duration(interval)*time.Second),
+		max(own.threshold, time.Duration(threshold)*time.Second)}
+	return st, err
+}
+
+// count parses the replies to the commands of readStates about holders and waiters.
+func (st *semaphoreState) count(now float64, replies []any) error {
 	for _, r := range replies {
 		if err, ok := r.(redis.Error); ok {
-			return st, err
+			return err
 		}
 	}
-	var oldest, first, state []any
-	_, err := redis.Scan(replies, &st.free, &st.inUse, &st.late, &st.stale, &oldest, &st.waiting, &first, &state)
-	if err == nil {
-		_, err = redis.Scan(state, &st.length, &st.reclaimed, &st.rejoined)
+	var oldest, first []any
+	var inLine int
+	_, err := redis.Scan(replies, &st.free, &st.inUse, &st.late, &st.stale, &oldest, &inLine, &first, &st.waiting)
+	quiet := since(now, st.touched) > max(unheardMost, st.staleAfter())
+	if left := st.inUse + inLine; left > 0 && quiet && st.inUse == st.stale && st.waiting == 0 {
+		st.abandoned = true
+		st.inUse, st.late, st.stale = 0, 0, 0
 	}
-	if err == nil {
+	if err == nil && st.inUse > 0 {
 		st.oldestHeartbeat, err = age(now, oldest, 1)
 	}
-	if err == nil {
+	if err == nil && st.waiting > 0 {
 		st.longestWait, err = age(now, first, 1e6)
 	}
-	return st, err
+	return err
+}
+
+// expireAbandoned lets the keys of abandoned semaphores expire. Their holders and waiters
+// are gone, or were cut off from Redis for longer than the threshold. If one comes back
+// before, it keeps all; if it comes later, it is as after a loss of data.
+func (s *semaphores) expireAbandoned(ctx context.Context, states []semaphoreState) error {
+	for _, st := range states {
+		if !st.abandoned {
+			continue
+		}
+		server, err := s.queue.find(ctx, st.id)
+		if err != nil {
+			return err
+		}
+		set, err := expireKeys(ctx, server, st.id.keys(), max(abandonedLife, st.staleAfter()))
+		if err != nil {
+			return fmt.Errorf("%s: %w", server, err)
+		}
+		if set {
+			s.log.Info("nobody uses the semaphore any more: it expires", "namespace", st.id.namespace, "key", st.id.key)
+		}
+	}
+	return nil
+}
+
+// expireKeys shortens the time to live of keys. set reports whether that of one was longer.
+func expireKeys(ctx context.Context, server *queueServer, keys []any, life time.Duration) (set bool, err error) {
+	conn, err := server.pool.GetContext(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer conn.Close()
+	for _, key := range keys {
+		err = errors.Join(err, conn.Send("EXPIRE", key, seconds(life), "LT"))
+	}
+	if err != nil {
+		return false, err
+	}
+	replies, err := redis.Ints(redis.DoContext(conn, ctx, ""))
+	return slices.Contains(replies, 1), err
 }
 
 // age returns the age of the only member of a range, by its score; zero if the range is
@@ -254,6 +351,10 @@ type tokenState struct {
 }
 
 func (t tokenState) name() string { return cmp.Or(t.pod, t.token) }
+
+// started reports whether a sidecar has confirmed the token of a holder: only a sidecar
+// knows its node. It is true if the pod is unknown.
+func (t tokenState) started() bool { return t.pod == "" || t.node != "" }
 
 // semaphoreDetail is a semaphore with its holders, the longest first, and its line.
 type semaphoreDetail struct {
@@ -312,15 +413,19 @@ func (s *semaphores) readTokens(ctx context.Context, conn redis.Conn, d *semapho
 	if err != nil {
 		return err
 	}
+	if d.abandoned {
+		return nil
+	}
 	for token, at := range beats {
 		idle := since(now, at)
 		d.holders = append(d.holders, tokenState{token: token, held: heldUnknown, idle: idle,
-			stale: idle > s.staleAfter()})
+			stale: idle > d.staleAfter()})
 	}
 	for token, at := range arrivals {
 		d.line = append(d.line, tokenState{token: token, arrival: at, held: since(now, at/1e6)})
 	}
 	err = errors.Join(readHolders(ctx, conn, d.id, now, d.holders), readLine(ctx, conn, d.id, now, d.line))
+	d.line = slices.DeleteFunc(d.line, func(w tokenState) bool { return w.idle > unheardMost })
 	byAge := func(a, b tokenState) int { return cmp.Or(cmp.Compare(b.held, a.held), cmp.Compare(a.token, b.token)) }
 	slices.SortFunc(d.holders, byAge)
 	slices.SortFunc(d.line, func(a, b tokenState) int {
@@ -530,6 +635,7 @@ func (v *surveyor) read(result *surveyResult) error {
 	defer cancel()
 	start := time.Now()
 	states, err := v.semaphores.survey(ctx, "")
+	err = errors.Join(err, v.semaphores.expireAbandoned(ctx, states))
 	result.took = time.Since(start)
 	states = slices.DeleteFunc(states, func(st semaphoreState) bool { // keys of another program may not even be text
 		return !isObjectName(st.id.namespace) || checkKey(st.id.key) != ""

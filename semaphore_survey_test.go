@@ -24,7 +24,7 @@ func (s samples) of(name string, id semaphoreID) (float64, bool) {
 // itself.
 func TestSemaphoreMetrics(t *testing.T) {
 	r, s, id, tokens := shownSemaphore(t, "metrics-"+uuid.NewString()[:8])
-	rig.Must(t, errOf(s.heartbeat(t.Context(), id, uuid.NewString(), "", 0))) // a rejoin
+	rig.Must(t, errOf(s.heartbeat(t.Context(), id, uuid.NewString(), "", "", 0))) // a rejoin
 	free := semaphoreID{id.namespace, "free"}
 	giveBack(t, s, free, acquire(t, s, free, 3))
 	acquire(t, s, semaphoreID{id.namespace, "strange\xff"}, 1)
@@ -130,14 +130,120 @@ func TestMetricsOfAHangingRedis(t *testing.T) {
 // A semaphore whose slot moves to another node of a Cluster is left out; others are read.
 func TestReadStatesDuringSlotMigration(t *testing.T) {
 	s := testSemaphores(t, rig.CommonRedis(t).Address)
-	moved := strings.Repeat("-MOVED 1 127.0.0.1:7000\r\n", 8)
-	there := ":1\r\n:2\r\n:0\r\n:0\r\n*2\r\n$1\r\na\r\n$10\r\n1700000000\r\n:0\r\n*0\r\n*3\r\n$1\r\n3\r\n$-1\r\n$-1\r\n"
 	now := "*2\r\n$10\r\n1700000010\r\n$1\r\n0\r\n"
-	replies := answering{Reader: bytes.NewReader([]byte(now + moved + there))}
-	conn := redis.NewConn(replies, time.Second, time.Second)
-	states, err := s.readStates(t.Context(), conn, []semaphoreID{{"shop", "moved"}, {"shop", "there"}})
+	moved := "-MOVED 1 127.0.0.1:7000\r\n"
+	state := "*6\r\n$1\r\n3\r\n" + strings.Repeat("$-1\r\n", 5)
+	counts := ":1\r\n:2\r\n:0\r\n:0\r\n*2\r\n$1\r\na\r\n$10\r\n1700000000\r\n:0\r\n*0\r\n:0\r\n"
+	all := now + moved + state + state + strings.Repeat(moved, 8) + counts
+	conn := redis.NewConn(answering{Reader: bytes.NewReader([]byte(all))}, time.Second, time.Second)
+	states, err := s.readStates(t.Context(), conn, []semaphoreID{{"shop", "moved"}, {"shop", "moves"}, {"shop", "there"}})
 	if err != nil || len(states) != 1 || states[0].id.key != "there" || states[0].inUse != 2 ||
 		states[0].oldestHeartbeat != 10*time.Second {
+		t.Errorf("got %+v, %v", states, err)
+	}
+}
+
+// A webhook with a shorter interval and threshold than those of running pods reclaims no
+// token of a pod that lives. When it has heard no longer ones for minutes, its own count.
+func TestShorterSettingsMakeNoHolderStale(t *testing.T) {
+	r, long, id := newSemaphore(t)
+	c := testConfig(r.Address)
+	c.heartbeatInterval, c.staleThreshold = 3*time.Second, 12*time.Second
+	short := semaphoresOf(t, c)
+	ctx := t.Context()
+	holder := acquire(t, long, id, 1)
+	silentFor := func(seconds int) { r.Do(t, "ZADD", id.inflightKey(), "XX", r.Now(t)-seconds, holder) }
+	for range 2 { // what the short one sends does not replace the memory
+		silentFor(100)
+		wantFullError(t, short, id, 1, 1)
+		rig.Must(t, short.maintain(ctx, id, 1, false))
+		r.WantInflight(t, id, holder)
+	}
+	d, err := short.inspect(ctx, id)
+	if err != nil || d.stale != 0 || d.holders[0].stale {
+		t.Errorf("status shows %+v, %v", d, err)
+	}
+	silentFor(130)
+	holder = acquire(t, short, id, 1)
+
+	// A long silence of Redis, or a clock that was set, ends no memory.
+	rig.Must(t, errOf(long.heartbeat(ctx, id, holder, "", "", 0)))
+	r.Shift(t, id, -time.Hour)
+	for range 2 {
+		rig.Must(t, short.maintain(ctx, id, 1, false))
+		r.WantInflight(t, id, holder)
+		r.Do(t, "HINCRBY", id.stateKey(), "resumed", -10)
+	}
+
+	r.Do(t, "HSET", id.stateKey(), "sent", r.Now(t)-301, "resumed", 0)
+	silentFor(13)
+	acquire(t, short, id, 1)
+}
+
+// What all have left counts for nothing, and expires within minutes. If a holder comes
+// back before that, everything is as it was.
+func TestAbandonedSemaphore(t *testing.T) {
+	r, s, id, tokens := shownSemaphore(t, "abandoned-"+uuid.NewString()[:8])
+	want := func(inUse, stale, waiting int) {
+		t.Helper()
+		all := startWebhook(t, testConfig(r.Address)).scrape(t)
+		for name, want := range map[string]int{"inflight": inUse, "stale": stale, "waiters": waiting} {
+			if got, ok := all.of(name, id); !ok || got != float64(want) {
+				t.Errorf("%s is %v (exported: %t), want %d", name, got, ok, want)
+			}
+		}
+		wait, _ := all.of("longest_wait_seconds", id)
+		heartbeat, _ := all.of("oldest_heartbeat_seconds", id)
+		if (wait > 0) != (waiting > 0) || (heartbeat > 0) != (inUse > 0) {
+			t.Errorf("the longest wait is %v s, the oldest heartbeat was %v s ago", wait, heartbeat)
+		}
+	}
+	timeToLive := func() (most int64) {
+		for _, key := range id.keys() {
+			most = max(most, r.Do(t, "TTL", key).(int64))
+		}
+		return most
+	}
+	r.Shift(t, id, -150*time.Second) // Redis may have been away
+	want(2, 2, 2)
+	if left := timeToLive(); left < 80000 {
+		t.Errorf("the keys expire in %d s", left)
+	}
+	r.Shift(t, id, -time.Minute)
+	for range 2 { // a second survey does not put it off
+		want(0, 0, 0)
+		if left := timeToLive(); left < 200 || left > 300 {
+			t.Errorf("the keys expire in %d s, want at most 300", left)
+		}
+		for _, key := range id.keys() {
+			r.Do(t, "EXPIRE", key, 250)
+		}
+	}
+	wantStatus(t, r, []string{id.String()}, id.String()+`: 0 of 2 tokens in use \(0 stale\), 0 free, 0 waiting in line`)
+	if left := timeToLive(); left > 250 {
+		t.Errorf("the keys expire in %d s, want at most 250", left)
+	}
+
+	rig.Must(t, errOf(s.heartbeat(t.Context(), id, tokens[0], "", "", 0)))
+	want(2, 1, 0) // the waiters have not asked yet
+	if left := timeToLive(); left < 80000 {
+		t.Errorf("the keys expire in %d s, though a holder is back", left)
+	}
+	if d, err := s.inspect(t.Context(), id); err != nil || len(d.holders) != 2 || len(d.line) != 0 {
+		t.Errorf("status shows %+v, %v", d, err)
+	}
+}
+
+// Redis does not note commands while it is full. The heartbeats show that pods live.
+func TestFullRedisIsNotAbandoned(t *testing.T) {
+	t.Parallel()
+	r := rig.StartRedis(t)
+	s, id := testSemaphores(t, r.Address), freshID()
+	token := acquire(t, s, id, 1)
+	r.Shift(t, id, -time.Hour)
+	r.Do(t, "CONFIG", "SET", "maxmemory", 1)
+	rig.Must(t, errOf(s.heartbeat(t.Context(), id, token, "", "", 0)))
+	if states, err := s.survey(t.Context(), ""); err != nil || len(states) != 1 || states[0].inUse != 1 {
 		t.Errorf("got %+v, %v", states, err)
 	}
 }

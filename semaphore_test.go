@@ -36,7 +36,7 @@ func TestReleaseReturnsATokenOnce(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 2)
 	for attempt, want := range []int{releaseDone, 0, 0} {
-		status, err := s.release(context.Background(), id, token)
+		status, err := s.release(context.Background(), id, token, "")
 		rig.Must(t, err)
 		if status != want {
 			t.Errorf("release %d returned status %d, want %d", attempt+1, status, want)
@@ -49,7 +49,7 @@ func TestHeartbeatScoresByServerClock(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 1)
 	r.MakeStale(t, id, token)
-	rejoined, err := s.heartbeat(context.Background(), id, token, "", 0)
+	rejoined, err := s.heartbeat(context.Background(), id, token, "", "", 0)
 	rig.Must(t, err)
 	if rejoined {
 		t.Error("the heartbeat of a token in flight reported a rejoin")
@@ -74,7 +74,7 @@ func TestLateHeartbeatAndRelease(t *testing.T) {
 	if first == second {
 		t.Fatalf("token %s was handed out twice", first)
 	}
-	rejoined, err := s.heartbeat(ctx, id, first, "", 0)
+	rejoined, err := s.heartbeat(ctx, id, first, "", "", 0)
 	rig.Must(t, err)
 	if !rejoined {
 		t.Error("the late heartbeat did not rejoin")
@@ -82,17 +82,17 @@ func TestLateHeartbeatAndRelease(t *testing.T) {
 	r.WantCounts(t, id, 0, 2)
 	wantFullError(t, s, id, 1, 2)
 
-	_, err = s.release(ctx, id, first)
+	_, err = s.release(ctx, id, first, "")
 	rig.Must(t, err)
 	wantFullError(t, s, id, 1, 1)
 	r.WantCounts(t, id, 0, 1)
 	r.WantInflight(t, id, second)
-	status, err := s.release(ctx, id, first)
+	status, err := s.release(ctx, id, first, "")
 	rig.Must(t, err)
 	if status != 0 {
 		t.Errorf("the late release returned status %d", status)
 	}
-	if _, err = s.release(ctx, id, second); err != nil {
+	if _, err = s.release(ctx, id, second, ""); err != nil {
 		t.Fatal(err)
 	}
 	acquire(t, s, id, 1)
@@ -107,7 +107,7 @@ func TestHeartbeatTakesFreeToken(t *testing.T) {
 	r.Do(t, "DEL", id.queueKey(), id.inflightKey())
 	maintain(t, s, id, 3)
 	r.WantCounts(t, id, 3, 0)
-	if _, err := s.heartbeat(context.Background(), id, token, "", 0); err != nil {
+	if _, err := s.heartbeat(context.Background(), id, token, "", "", 0); err != nil {
 		t.Fatal(err)
 	}
 	r.WantCounts(t, id, 2, 1)
@@ -127,7 +127,7 @@ func TestLengthChanges(t *testing.T) {
 	wantFullError(t, s, id, 2, 4)
 
 	for _, token := range tokens { // one token stays in flight
-		_, err := s.release(context.Background(), id, token)
+		_, err := s.release(context.Background(), id, token, "")
 		rig.Must(t, err)
 	}
 	acquire(t, s, id, 2)
@@ -153,7 +153,7 @@ func TestDisagreementOnLength(t *testing.T) {
 			for range 10 {
 				token, _, err := s.acquire(ctx, id, "", 20+i, 10*time.Second)
 				if err == nil {
-					_, err = s.release(ctx, id, token)
+					_, err = s.release(ctx, id, token, "")
 				}
 				if err != nil {
 					errs <- err
@@ -223,15 +223,15 @@ func TestKeysExpire(t *testing.T) {
 	acquire(t, s, id, 4)
 	token = acquire(t, s, id, 4)
 	wantRenewed("acquire", 86400)
-	_, err := s.heartbeat(ctx, id, token, "", 0)
+	_, err := s.heartbeat(ctx, id, token, "", "", 0)
 	rig.Must(t, err)
 	wantRenewed("heartbeat", 86400)
-	_, err = s.release(ctx, id, token)
+	_, err = s.release(ctx, id, token, "")
 	rig.Must(t, err)
 	wantRenewed("release", 86400)
 	maintain(t, s, id, 4)
 	wantRenewed("maintain", 86400)
-	_, err = s.release(ctx, id, r.Inflight(t, id)[0])
+	_, err = s.release(ctx, id, r.Inflight(t, id)[0], "")
 	rig.Must(t, err)
 	wantRenewed("the last release", 300)
 
@@ -391,7 +391,7 @@ func TestRefreshPlaces(t *testing.T) {
 	if !slices.Equal(kept.served, tokensOf(all[:2])) {
 		t.Errorf("served %v", kept.served)
 	}
-	a, err := s.runAcquire(t.Context(), id, acquireRequest{all[0].token, 2, joinLine, ""})
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{token: all[0].token, length: 2, arrival: joinLine})
 	if err != nil || a.status != acquireTaken {
 		t.Fatalf("got %+v, %v, want the token", a, err)
 	}
@@ -414,7 +414,7 @@ func TestRefreshPlacesReportsLoss(t *testing.T) {
 		if n := r.State(t, id, "lost"); n == 0 || kept.created < int64(n)-1 {
 			t.Errorf("lost at %d, created at %d", n, kept.created)
 		}
-		a, err := s.runAcquire(t.Context(), id, acquireRequest{all[0].token, 1, joinLine, ""})
+		a, err := s.runAcquire(t.Context(), id, acquireRequest{token: all[0].token, length: 1, arrival: joinLine})
 		if err != nil || a.status != acquireFull || a.doubt == 0 {
 			t.Errorf("got %+v, %v, want a place in line and a doubt", a, err)
 		}
@@ -553,7 +553,7 @@ func TestNewPodName(t *testing.T) {
 }
 
 func TestByHolders(t *testing.T) {
-	long := holder{strings.Repeat("a", 250), time.Second}
+	long := holder{name: strings.Repeat("a", 250), held: time.Second}
 	for _, c := range []struct {
 		holders []holder
 		inUse   int
@@ -561,10 +561,10 @@ func TestByHolders(t *testing.T) {
 	}{
 		{nil, 0, ""},
 		{nil, 3, ""},
-		{[]holder{{"a", 4 * time.Hour}}, 1, "by a (4 h)"},
-		{[]holder{{"a", 4 * time.Hour}, {"b-", 2 * time.Minute}, {"c", heldUnknown}}, 10,
-			"by a (4 h), b-... (2 min), c, and 7 more"},
-		{[]holder{long, {"b", time.Second}, long, {"c", time.Second}}, 4,
+		{[]holder{{"a", 4 * time.Hour, false}}, 1, "by a (4 h)"},
+		{[]holder{{"a", 4 * time.Hour, false}, {"b-", 2 * time.Minute, true}, {"c", heldUnknown, false}}, 10,
+			"by a (4 h), b-... (2 min, not started yet), c, and 7 more"},
+		{[]holder{long, {"b", time.Second, false}, long, {"c", time.Second, false}}, 4,
 			"by " + long.String() + ", b (1 s), and 2 more"},
 	} {
 		if got := byHolders(c.holders, c.inUse); got != c.want {
@@ -574,12 +574,13 @@ func TestByHolders(t *testing.T) {
 }
 
 func TestParseHolders(t *testing.T) {
-	got, err := parseHolders([]any{int64(-1), []byte("token"), int64(5), []byte("a"), int64(9), []byte("b")})
-	if want := "[b (9 s) a (5 s) token]"; err != nil || fmt.Sprint(got) != want {
+	got, err := parseHolders([]any{int64(-1), []byte("token"), int64(0), int64(5), []byte("a"), int64(1),
+		int64(9), []byte("b"), int64(0)})
+	if want := "[b (9 s) a (5 s, not started yet) token]"; err != nil || fmt.Sprint(got) != want {
 		t.Errorf("got %v, %v; want %s", got, err, want)
 	}
 	escape := []byte("\x1b[2J" + strings.Repeat("x", 1000))
-	got, err = parseHolders([]any{int64(5), escape})
+	got, err = parseHolders([]any{int64(5), escape, int64(0)})
 	if err != nil || strings.Contains(got[0].name, "\x1b") || len(got[0].name) > 60 {
 		t.Errorf("an unprintable or long name is not cleaned: %q, %v", got, err)
 	}
@@ -701,7 +702,7 @@ func TestLossOfInflight(t *testing.T) {
 	}
 	beat := func(i int) {
 		t.Helper()
-		rejoined, err := s.heartbeat(ctx, id, tokens[i], newPodName(fmt.Sprintf("web-%d", i), "node"), 0)
+		rejoined, err := s.heartbeat(ctx, id, tokens[i], "", newPodName(fmt.Sprintf("web-%d", i), "node"), 0)
 		if err != nil || !rejoined {
 			t.Fatalf("got %t, %v, want the token to be counted again", rejoined, err)
 		}

@@ -20,7 +20,8 @@ const (
 type sidecar struct {
 	semaphores *semaphores
 	id         semaphoreID
-	token      string
+	token      string // the pod's UID, if it has one
+	takenAs    string // the name under which the webhook took it; empty if it took none, or none for this pod
 	pod        podName
 	held       time.Time // since when it holds the token
 	interval   time.Duration
@@ -42,6 +43,7 @@ func runSidecar(ctx context.Context, c sidecarConfig, log *slog.Logger) {
 		semaphores:  semaphores,
 		id:          c.semaphore,
 		token:       c.token,
+		takenAs:     c.takenAs,
 		pod:         c.pod,
 		held:        time.Now(),
 		interval:    c.heartbeatInterval,
@@ -108,11 +110,12 @@ func (s *sidecar) holdBack(ctx context.Context, c sidecarConfig, server *awaitSe
 	<-s.locksClosed // by the last call
 	s.semaphores.locks = newLocker(c.settings, 0)
 	defer s.closeLocks()
-	w := &waiter{semaphores: s.semaphores, id: s.id, token: s.token, pod: s.pod, length: c.length,
+	w := &waiter{semaphores: s.semaphores, id: s.id, token: s.token, takenAs: s.takenAs, pod: s.pod, length: c.length,
 		expiration: c.expiration, report: server.setStatus, log: s.log}
 	fresh := min(c.heartbeatInterval, c.staleThreshold/4)
 	for first := true; ; first = false {
 		asked, inLine, err := w.wait(ctx)
+		s.takenAs = w.takenAs
 		if err != nil {
 			return false
 		}
@@ -181,13 +184,14 @@ func (s *sidecar) newBackoff() *backoff {
 func (s *sidecar) beat(ctx context.Context) error {
 	attempt, cancel := context.WithTimeout(context.WithoutCancel(ctx), min(beatTimeout, s.interval))
 	defer cancel()
-	rejoined, err := s.semaphores.heartbeat(attempt, s.id, s.token, s.pod, time.Since(s.held))
+	rejoined, err := s.semaphores.heartbeat(attempt, s.id, s.token, s.takenAs, s.pod, time.Since(s.held))
 	switch {
 	case err != nil:
 		if _, ok := s.limit.allow(); ok {
 			s.log.Warn("heartbeat failed, to be retried", "error", err.Error())
 		}
 	case rejoined:
+		s.takenAs = ""
 		s.log.Warn("the token was not in flight (reclaimed as stale, or lost with Redis): counted again")
 	case s.failing:
 		s.log.Info("heartbeat succeeds again")
@@ -201,7 +205,7 @@ func (s *sidecar) beat(ctx context.Context) error {
 // giveBack releases the token, or leaves the line. It retries until the grace period is
 // over.
 func (s *sidecar) giveBack(held bool) {
-	switch status, err := s.semaphores.releaseWithin(s.grace, s.id, s.token); {
+	switch status, err := s.semaphores.releaseWithin(s.grace, s.id, s.token, s.takenAs); {
 	case err != nil && held:
 		s.log.Warn("token left to go stale", "staleAfter", s.semaphores.staleThreshold.String(), "error", err.Error())
 	case err != nil: // a token may already be taken for it

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"syscall"
@@ -157,7 +158,7 @@ func TestReadOnlyServerIsDropped(t *testing.T) {
 	r.Do(t, "REPLICAOF", "127.0.0.1", rig.Port(rig.FreeAddress(t)))
 	for range 3 {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
-		_, err := s.heartbeat(ctx, id, token, "", 0)
+		_, err := s.heartbeat(ctx, id, token, "", "", 0)
 		if err == nil ||
 			!strings.Contains(err.Error(), "READONLY") && !strings.Contains(err.Error(), "is not a primary") {
 			t.Errorf("got %v, want READONLY", err)
@@ -168,7 +169,7 @@ func TestReadOnlyServerIsDropped(t *testing.T) {
 		}
 	}
 	r.Do(t, "REPLICAOF", "NO", "ONE")
-	_, err := s.heartbeat(context.Background(), id, token, "", 0)
+	_, err := s.heartbeat(context.Background(), id, token, "", "", 0)
 	rig.Must(t, err)
 }
 
@@ -331,4 +332,122 @@ func TestWaiterEndsWhileRedisHangs(t *testing.T) {
 	p.Signal(t, syscall.SIGTERM)
 	p.WantExit(t, 0)
 	p.WantLog(t, "place in line left to go stale")
+}
+
+// "kubectl debug --copy-to" makes a pod that has the containers and the arguments of
+// another. The copy stands in line for a token of its own, and gives back nothing else.
+func TestCopyOfAPod(t *testing.T) {
+	t.Parallel()
+	r := rig.CommonRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
+	id := freshID()
+	taken := w.wantAdmitted(t, id, 1)
+	uid := rig.InPod(t, "")
+	p := rig.StartWaitingSidecar(t, r.Address, id, taken, 1)
+	p.WantLog(t, "holding the token")
+	r.WantInflight(t, id, uid)
+
+	copyUID := rig.InPod(t, "")
+	c := rig.StartWaitingSidecar(t, r.Address, id, taken, 1)
+	r.WantLine(t, id, copyUID)
+	c.Signal(t, syscall.SIGTERM)
+	c.WantExit(t, 0)
+	c.WantLog(t, "left the line")
+	r.WantInflight(t, id, uid)
+	w.semaphores.giveBack(id, taken) // late
+	r.WantInflight(t, id, uid)
+	w.wantFull(t, id, 1, 1)
+
+	p.Signal(t, syscall.SIGTERM)
+	p.WantExit(t, 0)
+	p.WantLog(t, "token given back")
+	r.WantCounts(t, id, 1, 0)
+}
+
+// A classic sidecar of a copy counts the copy, which runs, as one pod more.
+func TestCopyOfAPodWithAClassicSidecar(t *testing.T) {
+	t.Parallel()
+	r := rig.CommonRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
+	id := freshID()
+	taken := w.wantAdmitted(t, id, 1)
+	uid := rig.InPod(t, "")
+	rig.StartSidecar(t, r.Address, id, taken)
+	rig.Eventually(t, 20*time.Second, func() error {
+		if got := r.Inflight(t, id); !slices.Equal(got, []string{uid}) {
+			return fmt.Errorf("in flight are %v, want %s", got, uid)
+		}
+		return nil
+	})
+	rig.InPod(t, "")
+	c := rig.StartSidecar(t, r.Address, id, taken)
+	r.WantCounts(t, id, 0, 2)
+	c.Signal(t, syscall.SIGTERM)
+	c.WantExit(t, 0)
+	r.WantCounts(t, id, 0, 1)
+	r.WantInflight(t, id, uid)
+}
+
+// The first pod that confirms the token of an admission owns it, and has it since the
+// admission. It may confirm by asking or by a heartbeat, also if Redis is full.
+func TestFirstPodOwnsTheToken(t *testing.T) {
+	t.Parallel()
+	r := rig.StartRedis(t)
+	s := testSemaphores(t, r.Address)
+	ctx := context.Background()
+	pod := newPodName("web-0", "node-1")
+	confirm := map[string]func(id semaphoreID, uid, taken string) error{
+		"acquire": func(id semaphoreID, uid, taken string) error {
+			a, err := s.runAcquire(ctx, id, acquireRequest{token: uid, length: 1, pod: pod, takenAs: taken})
+			if err == nil && a.status != acquireTaken {
+				err = fmt.Errorf("acquire returned status %d", a.status)
+			}
+			return err
+		},
+		"heartbeat": func(id semaphoreID, uid, taken string) error {
+			rejoined, err := s.heartbeat(ctx, id, uid, taken, pod, 0)
+			if err == nil && rejoined {
+				err = errors.New("the heartbeat reported a rejoin")
+			}
+			return err
+		},
+	}
+	for _, full := range []bool{false, true} {
+		for name, do := range confirm {
+			id, uid := freshID(), uuid.NewString()
+			taken, _, err := s.acquire(ctx, id, newPodName("web-", ""), 1, time.Second)
+			rig.Must(t, err)
+			since, _, _ := strings.Cut(r.Pods(t, id)[taken], " ")
+			if full {
+				r.Do(t, "CONFIG", "SET", "maxmemory", 1)
+			}
+			for range 2 { // to ask again changes nothing
+				if err := do(id, uid, taken); err != nil {
+					t.Errorf("%s, full %t: %v", name, full, err)
+				}
+			}
+			r.WantInflight(t, id, uid)
+			if left := r.Do(t, "TTL", id.inflightKey()).(int64); left < 80000 {
+				t.Errorf("%s, full %t: the tokens in use expire in %d s", name, full, left)
+			}
+			if want := map[string]string{uid: since + " " + string(pod)}; !full && !maps.Equal(r.Pods(t, id), want) {
+				t.Errorf("%s: the pods are %v, want %v", name, r.Pods(t, id), want)
+			}
+			if status, err := s.release(ctx, id, uuid.NewString(), taken); err != nil || status != 0 {
+				t.Errorf("%s, full %t: a copy's release returned status %d, %v", name, full, status, err)
+			}
+			if status, err := s.release(ctx, id, uid, taken); err != nil || status != releaseDone {
+				t.Errorf("%s, full %t: the owner's release returned status %d, %v", name, full, status, err)
+			}
+			r.Do(t, "CONFIG", "SET", "maxmemory", 0)
+		}
+	}
+
+	// A sidecar that ends before Redis has answered it.
+	id := freshID()
+	taken := acquire(t, s, id, 1)
+	if status, err := s.release(ctx, id, uuid.NewString(), taken); err != nil || status != releaseDone {
+		t.Errorf("release of an unconfirmed token returned status %d, %v", status, err)
+	}
+	r.WantCounts(t, id, 1, 0)
 }

@@ -120,15 +120,18 @@ func printDetail(w io.Writer, d semaphoreDetail) {
 		t := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 		fmt.Fprintln(t, "\nHOLDER\tNODE\tHELD\tHEARTBEAT\t\tTOKEN")
 		for _, h := range d.holders {
-			held, stale := "?", ""
+			held, heartbeat, stale := "?", roughly(h.idle)+" ago", ""
 			if h.held != heldUnknown {
 				held = roughly(h.held)
+			}
+			if !h.started() {
+				heartbeat = notStarted
 			}
 			if h.stale {
 				stale = "stale"
 			}
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s ago\t%s\t%s\n",
-				podText(h.pod), cmp.Or(h.node, "?"), held, roughly(h.idle), stale, printable(h.token))
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n",
+				podText(h.pod), cmp.Or(h.node, "?"), held, heartbeat, stale, printable(h.token))
 		}
 		t.Flush()
 		printMore(w, d.inUse-len(d.holders))
@@ -195,6 +198,7 @@ type (
 		Held      *float64 `json:"heldSeconds"` // null: not known
 		Heartbeat float64  `json:"heartbeatSeconds"`
 		Stale     bool     `json:"stale"`
+		Started   bool     `json:"started"` // its sidecar has confirmed the token; true if the pod is not known
 	}
 	waiterReport struct {
 		Place  int     `json:"place"`
@@ -238,7 +242,8 @@ func (st semaphoreState) report() semaphoreReport {
 func (d semaphoreDetail) report() semaphoreReport {
 	r := d.semaphoreState.report()
 	for _, h := range d.holders {
-		one := holderReport{Token: h.token, Pod: h.pod, Node: h.node, Heartbeat: inMillis(h.idle), Stale: h.stale}
+		one := holderReport{Token: h.token, Pod: h.pod, Node: h.node, Heartbeat: inMillis(h.idle), Stale: h.stale,
+			Started: h.started()}
 		if h.held != heldUnknown {
 			one.Held = new(inMillis(h.held))
 		}
@@ -270,14 +275,16 @@ func releaseByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.
 		return err
 	}
 	token := printable(t.token)
-	if isHeld {
+	if isHeld && !t.started() {
+		fmt.Fprintf(stdout, "Token %s of %s, of pod %s: %s.\n", token, d.id, podText(t.pod), notStarted)
+	} else if isHeld {
 		fmt.Fprintf(stdout, "Token %s of %s, of pod %s on node %s: last heartbeat %s ago.\n",
 			token, d.id, podText(t.pod), cmp.Or(t.node, "?"), roughly(t.idle))
 	} else {
 		fmt.Fprintf(stdout, "Token %s of %s, of pod %s on node %s: it waits in line, and has asked %s ago.\n",
 			token, d.id, podText(t.pod), cmp.Or(t.node, "?"), roughly(t.idle))
 	}
-	if isHeld && t.idle <= s.lateAfter() || !isHeld && t.idle <= pollMost {
+	if isHeld && t.started() && t.idle <= d.lateAfter() || !isHeld && t.idle <= pollMost {
 		fmt.Fprintln(stdout, "Its sidecar is alive: it will be counted again within a heartbeat interval. "+
 			"To free the token for good, delete the pod.")
 	}
@@ -290,7 +297,7 @@ func releaseByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.
 	}
 	ctx, cancel = context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
-	status, err := s.releaseWithin(ctx, d.id, t.token)
+	status, err := s.releaseWithin(ctx, d.id, t.token, "")
 	switch {
 	case err != nil:
 		return err

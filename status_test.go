@@ -62,7 +62,7 @@ func shownSemaphore(t *testing.T, namespace string) (r *rig.Redis, s *semaphores
 	}
 	for _, pod := range []podName{"web-c node-2", ""} {
 		token := uuid.NewString()
-		a, err := s.runAcquire(t.Context(), id, acquireRequest{token, 2, joinLine, pod})
+		a, err := s.runAcquire(t.Context(), id, acquireRequest{token: token, length: 2, arrival: joinLine, pod: pod})
 		if err != nil || a.status != acquireFull {
 			t.Fatalf("got %+v, %v, want a place in line", a, err)
 		}
@@ -100,7 +100,7 @@ func TestStatusDetail(t *testing.T) {
 		id.String()+`: 2 of 2 tokens in use \(1 stale\), 0 free, 2 waiting in line`,
 		`HOLDER +NODE +HELD +HEARTBEAT +TOKEN`,
 		`web-a +node-1 +4 h +\d s ago +`+tokens[0],
-		`web-b +\? +2 h +2 h ago +stale +`+tokens[1],
+		`web-b +\? +2 h +not started yet +stale +`+tokens[1],
 		`LINE +WAITER +NODE +WAITS +ASKED +LENGTH +TOKEN`,
 		`1st +web-c +node-2 +\d s +\d s ago +2 +`+tokens[2],
 		`2nd +\? +\? +\d s +\d s ago +2 +`+tokens[3])
@@ -111,7 +111,7 @@ func TestStatusDetail(t *testing.T) {
 func TestStatusJSON(t *testing.T) {
 	namespace := "status-" + uuid.NewString()[:8]
 	r, s, id, tokens := shownSemaphore(t, namespace)
-	rig.Must(t, errOf(s.heartbeat(t.Context(), id, uuid.NewString(), "web-d node-3", time.Minute)))
+	rig.Must(t, errOf(s.heartbeat(t.Context(), id, uuid.NewString(), "", "web-d node-3", time.Minute)))
 	decode := func(v any, args ...string) {
 		t.Helper()
 		out, err := statusOf(t, r, "", append(args, "-o", "json")...)
@@ -145,6 +145,9 @@ func TestStatusJSON(t *testing.T) {
 	if h := one.Holders[0]; h.Pod != "web-a" || h.Node != "node-1" || h.Token != tokens[0] ||
 		*h.Held < 14400 || h.Heartbeat > 60 || h.Stale {
 		t.Errorf("the first holder is %+v", h)
+	}
+	if h := one.Holders[1]; h.Pod != "web-b" || h.Started || !one.Holders[0].Started {
+		t.Errorf("the second holder is %+v", h)
 	}
 	if h := one.Holders[2]; h.Pod != "web-d" || *h.Held < 60 || *h.Held > 120 {
 		t.Errorf("the rejoined holder is %+v", h)
@@ -383,7 +386,7 @@ func TestStatusUser(t *testing.T) {
 			r.Do(t, "RPUSH", id.queueKey(), "free", "free", "free")
 			r.Do(t, "HSET", id.stateKey(), "length", length)
 			r.Do(t, "PERSIST", id.stateKey())
-			if _, err := s.release(t.Context(), id, token); err != nil {
+			if _, err := s.release(t.Context(), id, token, ""); err != nil {
 				return err
 			}
 			token = uuid.NewString()

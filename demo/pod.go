@@ -66,7 +66,7 @@ func (s *setup) startSidecar(p *pod) (err error) {
 		return fmt.Errorf("start the sidecar of %s: %w", p.name, err)
 	}
 	s.pods[p.name] = p
-	s.markers = append(s.markers, "/dev/shm/at-least-semaphore-pod-"+p.token)
+	s.markers = append(s.markers, "/dev/shm/at-least-semaphore-pod-"+p.uid)
 	return nil
 }
 

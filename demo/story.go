@@ -75,7 +75,7 @@ func runStory(ctx context.Context, s *setup) error {
 		return err
 	}
 	fmt.Printf("   %.1f s after the kill\n", time.Since(killed).Seconds())
-	if c, err := s.queue.contents(); err != nil || c.isUsed(s.pods["web-2"].token) {
+	if c, err := s.queue.contents(); err != nil || c.isUsed(s.pods["web-2"].uid) {
 		return fmt.Errorf("the token of web-2 is still in flight: %v, %v", c.inflight, err)
 	}
 	if err := s.wantTokens(ctx, 0, 3); err != nil {

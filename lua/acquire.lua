@@ -10,6 +10,11 @@
 -- ARGV[7] arrival  empty: does not wait; "0": joins the line; else as the script returned
 --                  it before
 -- ARGV[8] pod      "NAME NODE", or the part that is known; empty: not known
+-- ARGV[9] takenAs  the name under which the webhook took the token for this pod; empty:
+--                  it took none. If no pod has confirmed that token, it gets the name in
+--                  ARGV[6]
+-- ARGV[10] unstarted  seconds after which the token is stale if no pod confirms it; empty:
+--                  the threshold
 --
 -- Returns {1, time, agreed}  taken: the token is in use. agreed: the greatest length that
 --                            other callers asked for lately, or 0
@@ -18,15 +23,18 @@
 --         {0, time, tokens in use, waiters, doubt, holders, position, arrival,
 --          seconds waited, milliseconds until a token may come free, reachable}
 --                            full. doubt: 0, or the seconds until Redis knows if some
---                            holders or waiters are gone. holders: of some tokens in use,
---                            the seconds that the pod has had the token, and the pod; or
---                            -1 and the token. position and all after it: for a waiter
+--                            holders or waiters are gone. holders: three items for some
+--                            tokens in use: the seconds that the pod has had the token,
+--                            the pod, and 1 if its sidecar has not started; or -1, the
+--                            token, and 0. position and all after it: for a waiter
 local length = tonumber(ARGV[5])
 local token = ARGV[6]
 local arrival = ARGV[7]
 local pod = ARGV[8]
+local takenAs = ARGV[9] or ''
+local unstarted = math.min(tonumber(ARGV[10] or '') or threshold, threshold)
 local waits = arrival ~= ''
-local held = redis.call('ZSCORE', KEYS[2], token)
+local held = heldAs(token, takenAs)
 local agreed = greatest > 0 and now - asked <= lengthMemory and greatest or 0
 noteLength(length)
 if waits and arrival ~= '0' and (not state[1] or tonumber(arrival) < created * 1000000) then
@@ -45,11 +53,14 @@ local inflight = redis.call('ZCARD', KEYS[2])
 
 local function take()
   grown = grown or inflight == 0
-  redis.call('ZADD', KEYS[2], now, token)
+  redis.call('ZADD', KEYS[2], now - threshold + unstarted, token)
   if lineLength > 0 then
     leaveLine(token)
-    callServed()
   end
+  if held == takenAs then
+    rename(token, takenAs)
+  end
+  callServed()
   notePod(token, pod, now)
   return finish({1, micros, agreed}, 'busy')
 end
@@ -120,6 +131,9 @@ local newcomer = arrival == '' or arrival == '0'
 local missing = inflight < limit and redis.call('LLEN', KEYS[1]) == 0
 local reclaimable = old > 0 and inflight - old < limit
 if missing and mayRefill(newcomer) or reclaimable and settled() then
+  if waits then
+    redis.call('HSET', KEYS[5], token, length) -- whether it is reachable, only a full answer tells
+  end
   return finish({2, micros, old})
 end
 
@@ -139,9 +153,10 @@ local function holders()
   end
   local pods = #fields > 0 and redis.call('HMGET', KEYS[5], unpack(fields))
   for i, used in ipairs(tokens) do
-    local since, name = string.match(pods[i] or '', '^(%d+) (%S+)')
-    list[2 * i - 1] = since and math.max(0, now - since) or -1
-    list[2 * i] = name or used
+    local since, name, node = string.match(pods[i] or '', '^(%d+) (%S+) ?(%S*)')
+    list[3 * i - 2] = since and math.max(0, now - since) or -1
+    list[3 * i - 1] = name or used
+    list[3 * i] = node == '' and 1 or 0 -- only a sidecar knows its node
   end
   return list
 end

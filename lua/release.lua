@@ -3,14 +3,24 @@
 --
 -- KEYS, ARGV[1..4], and what every script returns: see semaphore.lua
 -- ARGV[5] token
+-- ARGV[6] takenAs  the name under which the webhook took the token for this pod; empty:
+--                  it took none. It is given back if the pod has nothing under the name
+--                  in ARGV[5], and if no pod has confirmed it
 --
 -- Returns {0, time}  the token was neither in use nor in line
 --         {1, time}  released
 --         {2, time}  left the line
 touch(redis.pcall)
 -- This comes first: a full Redis continues a script whose first write needs no memory.
-local status = 2 * leaveLine(ARGV[5])
-if redis.call('ZREM', KEYS[2], ARGV[5]) == 1 then
+local token = ARGV[5]
+local takenAs = ARGV[6] or ''
+local status = 2 * leaveLine(token)
+local released = redis.call('ZREM', KEYS[2], token)
+if released + status == 0 and takenAs ~= '' then
+  redis.call('HDEL', KEYS[5], takenAs .. '/pod')
+  released = redis.call('ZREM', KEYS[2], takenAs)
+end
+if released == 1 then
   grown = redis.call('RPUSH', KEYS[1], 'free') == 1
   trim()
   status = 1

@@ -2,7 +2,10 @@
 --
 -- KEYS[1] queue     List, one item for each free token. The items have no meaning: a
 --                   token gets its name when a pod takes it
--- KEYS[2] inflight  Sorted Set, token in use -> its last heartbeat (Unix seconds)
+-- KEYS[2] inflight  Sorted Set, token in use -> its last heartbeat (Unix seconds). A token
+--                   has the name that the webhook gave it, until the first pod that
+--                   confirms it gives it its UID; see heldAs. Until then, its score may
+--                   be earlier, so that it is stale sooner
 -- KEYS[3] waiters   Sorted Set, token of a waiter -> its arrival (Unix microseconds)
 -- KEYS[4] seen      Sorted Set, token of a waiter -> its last request (Unix seconds, with
 --                   fractions)
@@ -18,6 +21,9 @@
 --                     lost       when a caller reported that Redis has lost its data
 --                     length     the greatest length that callers asked for lately
 --                     asked      when a caller asked for that length
+--                     interval   the greatest interval that callers sent lately
+--                     threshold  the greatest threshold that they sent
+--                     sent       when a caller sent one of these, ten seconds too early at most
 --                     reclaimed  number of stale tokens taken back so far, for people
 --                     rejoined   number of tokens put back by holders so far, for people
 --                     lent       the length that a caller outside of the line asked for
@@ -56,14 +62,6 @@ local pollMost = 3 -- seconds; the longest time between two requests of a live w
 local lineQuiet = 5 -- seconds; with live waiters in line, commands come more often
 local yourTurn = 'your turn' -- the message to a waiter that may take a free token
 
--- If there is a live holder, a heartbeat comes at least this often.
-local interval = tonumber(ARGV[2])
-local quiet = interval + math.min(beatTimeout, interval)
-
--- Redis does not notice a silence up to quiet. A live holder may miss a heartbeat at its
--- start, and must not be stale at its end.
-local threshold = math.max(tonumber(ARGV[3]), 2 * quiet)
-
 -- Without a request for this time, a waiter is gone. A live one asks within pollMost.
 -- Then Redis may be away for lineQuiet unnoticed, and the waiter asks again within
 -- pollMost. One more second is for fractions of seconds.
@@ -77,13 +75,37 @@ local stall = 1.5
 local linePass = pollMost + stall
 
 local lengthMemory = 300 -- seconds; the scripts forget an older greatest length
+local settingsEvery = 10 -- seconds; the scripts note the same settings again after this time
+local settingsMemory = 300 -- seconds, or twice the threshold; they forget older greatest settings
 local idleLife = 300 -- seconds; the time to live without holders and waiters
 
-local state = redis.call('HMGET', KEYS[6], 'created', 'touched', 'resumed', 'lost', 'length', 'asked')
+local state = redis.call('HMGET', KEYS[6], 'created', 'touched', 'resumed', 'lost', 'length', 'asked',
+  'interval', 'threshold', 'sent')
 -- A time in the future is from before the clock was set back.
 local created, touched = math.min(tonumber(state[1]) or now, now), tonumber(state[2])
 local resumed, lost = math.min(tonumber(state[3]) or 0, now), math.min(tonumber(state[4]) or 0, now)
 local greatest, asked = tonumber(state[5]) or 0, math.min(tonumber(state[6]) or 0, now)
+
+-- The greatest interval and threshold that callers sent lately judge all holders: one with
+-- longer settings than this caller's may live. A live one sends them again in time. A
+-- silence of all callers ends no memory.
+local interval, patience = tonumber(ARGV[2]), tonumber(ARGV[3])
+local newSettings = true -- for touch to note
+local knownInterval, knownPatience = tonumber(state[7]) or 0, tonumber(state[8]) or 0
+local sentBefore = math.min(tonumber(state[9]) or 0, now)
+if math.min(touched or now, now) - math.max(sentBefore, resumed) <= math.max(settingsMemory, 2 * knownPatience) then
+  newSettings = interval > knownInterval or patience > knownPatience
+    or now - sentBefore >= settingsEvery and (interval == knownInterval or patience == knownPatience)
+  interval, patience = math.max(interval, knownInterval), math.max(patience, knownPatience)
+end
+
+-- If there is a live holder, a heartbeat comes at least this often.
+local quiet = interval + math.min(beatTimeout, interval)
+
+-- Redis does not notice a silence up to quiet. A live holder may miss a heartbeat at its
+-- start, and must not be stale at its end.
+local threshold = math.max(patience, 2 * quiet)
+
 local lineLength = redis.call('ZCARD', KEYS[3])
 local line -- the functions and times that matter while there is a line; see openLine
 
@@ -105,6 +127,9 @@ local function touch(write)
   write = write or redis.call
   write('HSET', KEYS[6], 'created', created, 'touched', now, 'resumed', resumed, 'lost', lost,
     'length', greatest, 'asked', asked)
+  if newSettings then
+    write('HSET', KEYS[6], 'interval', interval, 'threshold', patience, 'sent', now)
+  end
   if lineLength > 0 then
     write('HSET', KEYS[6], 'heard', micros, 'paused', line.paused)
   end
@@ -172,6 +197,28 @@ local function notePod(token, pod, since)
   if text ~= known then
     grown = grown or redis.call('EXISTS', KEYS[5]) == 0
     redis.pcall('HSET', KEYS[5], token .. '/pod', text) -- a full Redis does without
+  end
+end
+
+-- heldAs returns the name under which a token is in use: its own; or takenAs, which the
+-- webhook gave it when the pod had no UID yet, and which no pod has confirmed so far. It
+-- returns nil if the token is not in use.
+local function heldAs(token, takenAs)
+  if redis.call('ZSCORE', KEYS[2], token) then
+    return token
+  end
+  return takenAs ~= '' and redis.call('ZSCORE', KEYS[2], takenAs) and takenAs or nil
+end
+
+-- rename gives a token in use its own name: the first pod that confirms it owns it. A copy
+-- of that pod has the same takenAs, and finds it gone.
+local function rename(token, takenAs)
+  redis.call('ZADD', KEYS[2], now, token)
+  redis.call('ZREM', KEYS[2], takenAs)
+  local pod = redis.call('HMGET', KEYS[5], takenAs .. '/pod')[1]
+  if pod then
+    redis.pcall('HSET', KEYS[5], token .. '/pod', pod) -- a full Redis does without
+    redis.call('HDEL', KEYS[5], takenAs .. '/pod')
   end
 end
 

@@ -56,8 +56,8 @@ var sidecarKinds = []sidecarKind{
 }
 
 // podEnvironment returns the environment of the containers that the webhook injects.
-func podEnvironment() []string {
-	return append(os.Environ(), "GOMAXPROCS=1", "POD_UID="+uuid.NewString(),
+func podEnvironment(podUID string) []string {
+	return append(os.Environ(), "GOMAXPROCS=1", "POD_UID="+podUID,
 		"POD_NAME=web-5d8f7c9b6-x2x7k", "NODE_NAME=node-1")
 }
 
@@ -65,7 +65,7 @@ func podEnvironment() []string {
 func (k sidecarKind) process(program, address string, id rig.ID, token string) *rig.Process {
 	args := append([]string{"sidecar", "--queue-redis-address=" + address}, k.flags(address)...)
 	p := rig.NewProcess(program, append(args, id.String(), token)...)
-	p.Cmd.Env = podEnvironment()
+	p.Cmd.Env = podEnvironment(token)
 	return p
 }
 

@@ -45,15 +45,15 @@ var programs = []broken{
 	}, {
 		name: "a token is stale after a third of the threshold",
 		edits: []rig.Edit{{File: "lua/semaphore.lua",
-			From: "math.max(tonumber(ARGV[3]), 2 * quiet)",
-			To:   "tonumber(ARGV[3]) / 3"}},
+			From: "math.max(patience, 2 * quiet)",
+			To:   "patience / 3"}},
 		blow: briefPause, every: time.Second,
 		rules: []string{ruleCount, ruleLetIn},
 	}, {
 		name: "a heartbeat does not put back a lost token",
 		edits: []rig.Edit{{File: "lua/heartbeat.lua",
-			From: "redis.call('ZADD', KEYS[2], now, ARGV[5])",
-			To:   "redis.call('ZADD', KEYS[2], 'XX', now, ARGV[5])"}},
+			From: "redis.call('ZADD', KEYS[2], now, token)",
+			To:   "redis.call('ZADD', KEYS[2], 'XX', now, token)"}},
 		blow: dataLoss, every: 20 * time.Second,
 		rules: []string{ruleCount, ruleLetIn},
 	}, {

@@ -25,10 +25,9 @@ const giveBackWithin = 25 * time.Second
 // pod simulates a pod: its sidecar and init container are real processes, its app does
 // nothing. Its podLife is its part of the history.
 type pod struct {
-	w     *world
-	uid   string
-	node  *node
-	token string // the token that the webhook has taken for it
+	w    *world
+	uid  string
+	node *node
 
 	mu      sync.Mutex // guards the fields below
 	life    podLife
@@ -129,7 +128,7 @@ func (p *pod) ask(rng *rand.Rand) *corev1.Container {
 			}
 			p.mu.Lock()
 			defer p.mu.Unlock()
-			if p.token = admission.Token; p.token != "" {
+			if admission.Token != "" {
 				p.life.took = span{asked, answered}
 			}
 			return sidecar
@@ -180,7 +179,7 @@ func (p *pod) live(rng *rand.Rand) {
 	sidecar := p.sidecar
 	p.mu.Unlock()
 	p.show(rig.MarkScheduled)
-	defer os.Remove(rig.StartMark(p.tokenOf()))
+	defer os.Remove(rig.StartMark(p.uid))
 
 	patience := time.NewTimer(p.w.patience + within(rng, p.w.patience)) // a user deletes a pod that waits too long
 	defer patience.Stop()
@@ -267,13 +266,6 @@ func (p *pod) end() {
 	default: // killed, or it could not give the token back
 		p.life.died = p.life.ended
 	}
-}
-
-func (p *pod) tokenOf() string {
-	if p.token == "" {
-		return p.uid
-	}
-	return p.token
 }
 
 func (p *pod) startedYet() bool {

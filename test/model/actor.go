@@ -10,11 +10,16 @@ import (
 
 // actor is the process of a pod that asks for a token or has one.
 type actor struct {
-	token     string
+	token     string // the name by which it asks for its token
+	takenAs   string // the name under which the webhook took the token, unless Redis has denied that
+	name      string // of the pod
 	length    int
+	settings  settings
 	isWaiter  bool // it joins the line; else it is an admission
 	waiting   bool // it believes that it is in line
 	holding   bool // it believes that it has a token
+	unstarted int  // seconds after which its token is stale if its sidecar does not start; 0: the threshold
+	pending   bool // admitted with a token; its sidecar has not started
 	kept      bool // another process refreshes its place and asks for it
 	silent    bool // paused or killed: it sends nothing, but may resume
 	listens   bool // it subscribes whenever it can
@@ -27,10 +32,21 @@ type actor struct {
 }
 
 // pod returns p's pod, as the scripts take it.
-func (p *actor) pod() string { return p.token + " node" }
+func (p *actor) pod() string { return p.name + " node" }
 
 // alive reports whether p sends its commands in time.
-func (p *actor) alive() bool { return !p.silent && (p.waiting || p.holding) }
+func (p *actor) alive() bool { return !p.silent && !p.pending && (p.waiting || p.holding) }
+
+// owns reports whether p keeps a token of this name.
+func (p *actor) owns(token string) bool { return token == p.token || token == p.takenAs }
+
+// stalesAfter returns p.unstarted as the acquire script takes it.
+func (p *actor) stalesAfter() string {
+	if p.unstarted == 0 {
+		return ""
+	}
+	return strconv.Itoa(p.unstarted)
+}
 
 // nextArrival returns the arrival of p's next request.
 func (p *actor) nextArrival() string {
@@ -51,12 +67,45 @@ func (w *world) drawLength() int {
 	return w.length
 }
 
+// drawSettings draws the interval and threshold of a process.
+func (w *world) drawSettings() settings {
+	return w.settings[max(0, rapid.IntRange(-2, len(w.settings)-1).Draw(w.t, "its settings"))]
+}
+
 // newPod adds a pod that has not asked yet.
 func (w *world) newPod() *actor {
-	p := &actor{token: "p" + strconv.Itoa(len(w.order)+1), length: w.drawLength()}
+	name := "p" + strconv.Itoa(len(w.order)+1)
+	p := &actor{token: name, name: name, length: w.drawLength(), settings: w.drawSettings()}
 	w.pods[p.token] = p
 	w.order = append(w.order, p)
 	return p
+}
+
+// rename gives p, whose token the webhook took as takenAs, its own name.
+func (w *world) rename(p *actor, takenAs string) {
+	p.token, p.takenAs = p.name+"-uid", takenAs
+	w.pods[p.token] = p
+}
+
+// confirmed is a token that the last command has renamed, and since when its pod has it.
+type confirmed struct {
+	token string
+	since int
+}
+
+// confirm records that p's command renames the token that the webhook took for it. It
+// reports whether the command finds p's token in use.
+func (w *world) confirm(p *actor) (held bool) {
+	k := w.expected
+	if _, held = k.holders[p.token]; held || p.takenAs == "" {
+		return held
+	}
+	if _, held = k.holders[p.takenAs]; held {
+		k.holders[p.token] = k.holders[p.takenAs]
+		delete(k.holders, p.takenAs)
+		w.confirmed = confirmed{p.token, w.last.since[p.takenAs]}
+	}
+	return held
 }
 
 // pick draws a pod for which are returns true.
@@ -81,7 +130,7 @@ func (w *world) act(p *actor) {
 	p.missed = false
 	if p.holding {
 		w.beat(p)
-		p.due = w.now + w.interval
+		p.due = w.now + p.settings.interval
 		return
 	}
 	if p.listens && !p.reachable && rapid.Bool().Draw(w.t, "subscribes again") {
@@ -113,7 +162,7 @@ func (w *world) disconnect() {
 
 // startHolding updates p, which has just got its token.
 func (w *world) startHolding(p *actor) {
-	p.waiting, p.holding, p.since, p.due = false, true, w.now, w.now+w.interval
+	p.waiting, p.holding, p.since, p.due = false, true, w.now, w.now+p.settings.interval
 }
 
 // readAnswer updates the waiting p with a reply.
@@ -122,6 +171,7 @@ func (w *world) readAnswer(p *actor, a rig.Acquired) {
 		w.startHolding(p)
 		return
 	}
+	p.takenAs = ""
 	p.waiting, p.due = true, w.now+p.pace
 	at, err := strconv.Atoi(a.Arrival)
 	rig.Must(w.test, err)

@@ -17,7 +17,7 @@ func (w *world) playHold() {
 	for _, p := range w.order {
 		tokens = append(tokens, p.token)
 	}
-	w.arrive()
+	w.arrive(w.settings[0])
 	_, rest, d := w.command(w.scripts.hold, tokens...)
 	for _, p := range w.order {
 		if _, held := w.expected.holders[p.token]; held {
@@ -52,7 +52,7 @@ func (w *world) playKeep() {
 	if len(w.order) > 0 && rapid.Bool().Draw(w.t, "one is gone") {
 		gone = append(gone, w.pick(anyPod))
 	}
-	w.arrive()
+	w.arrive(w.settings[0])
 	var stay []*actor
 	places := map[string]int{}
 	for _, p := range w.order {

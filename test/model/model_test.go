@@ -51,6 +51,8 @@ func playModel(t *rapid.T, s store, broken func(rule string)) (commands int) {
 	}{
 		"admit":    {4, w.playAdmission},
 		"wait":     {4, w.playWaiter},
+		"start":    {2, w.playStart},
+		"copy":     {1, w.playCopy},
 		"act":      {3, w.playAct},
 		"release":  {4, w.playRelease},
 		"silence":  {2, w.playSilence},
@@ -81,19 +83,61 @@ func playModel(t *rapid.T, s store, broken func(rule string)) (commands int) {
 
 func (w *world) playAdmission() {
 	p := w.newPod()
+	pending := rapid.IntRange(0, 2).Draw(w.t, "its sidecar starts later") == 0
+	if pending {
+		p.unstarted = rapid.SampledFrom([]int{0, 1, p.settings.threshold}).Draw(w.t, "stale after")
+	}
 	if w.try(p).Status == rig.AcquireTaken {
 		w.startHolding(p)
+		p.pending = pending
 	}
+	p.unstarted = 0
+}
+
+// playStart starts the sidecar of a pod that was admitted with a token. It keeps the token
+// under its own name.
+func (w *world) playStart() {
+	p := w.pick(func(p *actor) bool { return p.pending })
+	p.pending, p.holding, p.pace = false, false, pollMost
+	w.rename(p, p.token)
+	if rapid.Bool().Draw(w.t, "classic") {
+		w.startHolding(p)
+		w.act(p)
+		return
+	}
+	w.startWaiting(p)
+}
+
+// playCopy starts a copy of a pod that was admitted with a token. It has the same
+// arguments.
+func (w *world) playCopy() {
+	of := w.pick(func(p *actor) bool { return p.pending || p.takenAs != "" })
+	p := w.newPod()
+	p.pace, p.length = pollMost, of.length
+	takenAs := of.takenAs
+	if of.pending {
+		takenAs = of.token
+	}
+	w.rename(p, takenAs)
+	w.logf("%s is a copy of %s", p.name, of.name)
+	w.startWaiting(p)
 }
 
 // playWaiter starts a pod that joins the line if no token is free for it.
 func (w *world) playWaiter() {
 	p := w.newPod()
+	w.startWaiting(p)
+}
+
+// startWaiting starts the sidecar of a pod, which joins the line if no token is free for
+// it.
+func (w *world) startWaiting(p *actor) {
 	p.pace = rapid.IntRange(2, pollMost).Draw(w.t, "seconds between two requests")
 	if w.try(p).Status == rig.AcquireTaken {
 		w.startHolding(p)
 		return
 	}
+	p.takenAs = ""
 	if p.listens = rapid.Bool().Draw(w.t, "reachable"); p.listens {
 		w.connect(p)
 	}
@@ -106,6 +150,10 @@ func (w *world) playAct() { w.act(w.pick((*actor).alive)) }
 // playRelease releases the token or the place of a pod, which may have neither.
 func (w *world) playRelease() {
 	p := w.pick(anyPod)
+	if p.pending && rapid.Bool().Draw(w.t, "its sidecar ends before it is answered") {
+		w.rename(p, p.token)
+		p.pending = false
+	}
 	w.giveBack(p)
 	p.waiting, p.holding = false, false
 }
@@ -165,10 +213,10 @@ type modelCommand struct {
 
 func (w *world) drawCommand(p *actor) modelCommand {
 	return rapid.SampledFrom([]modelCommand{
-		{"heartbeat", w.scripts.heartbeat, []any{p.token, p.pod(), 0}},
-		{"release", w.scripts.release, []any{p.token}},
-		{"request without waiting", w.scripts.acquire, []any{p.length, p.token, "", p.pod()}},
-		{"request", w.scripts.acquire, []any{p.length, p.token, p.nextArrival(), p.pod()}},
+		{"heartbeat", w.scripts.heartbeat, []any{p.token, p.pod(), 0, p.takenAs}},
+		{"release", w.scripts.release, []any{p.token, p.takenAs}},
+		{"request without waiting", w.scripts.acquire, []any{p.length, p.token, "", p.pod(), p.takenAs}},
+		{"request", w.scripts.acquire, []any{p.length, p.token, p.nextArrival(), p.pod(), p.takenAs}},
 		{"repair", w.scripts.maintain, []any{p.length, "1"}},
 	}).Draw(w.t, "command")
 }
@@ -186,7 +234,7 @@ func (w *world) playRepeat() {
 		}
 	case what == 2:
 		once = func() {
-			w.maintain(w.length, true)
+			w.maintain(w.length, true, w.settings[0])
 		}
 	}
 	once()
@@ -220,7 +268,7 @@ func (w *world) playUnheard() {
 
 func (w *world) playMaintain() {
 	length, newcomer := w.drawLength(), rapid.Bool().Draw(w.t, "newcomer")
-	w.maintain(length, newcomer)
+	w.maintain(length, newcomer, w.drawSettings())
 }
 
 func (w *world) playLive() {
@@ -236,7 +284,7 @@ func (w *world) playOutage() {
 	w.pass(seconds)
 	w.logf("Redis was away for %d s", seconds)
 	for _, p := range w.order {
-		back := w.back
+		back := min(beatTimeout, p.settings.interval)
 		if p.waiting {
 			back = pollMost
 		}

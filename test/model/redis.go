@@ -36,7 +36,7 @@ for base = 0, 6, 6 do
   shiftScores(KEYS[base + 2], by)
   shiftScores(KEYS[base + 3], by * 1000000)
   shiftScores(KEYS[base + 4], by)
-  for field, unit in pairs({created = 1, touched = 1, resumed = 1, lost = 1, asked = 1, lentAt = 1, lentTo = 1e6,
+  for field, unit in pairs({created = 1, touched = 1, resumed = 1, lost = 1, asked = 1, sent = 1, lentAt = 1, lentTo = 1e6,
       heard = 1e6, paused = 1e6, reigned = 1e6}) do
     local at = redis.call('HGET', KEYS[base + 6], field)
     if at and tonumber(at) ~= 0 then -- 0 is never

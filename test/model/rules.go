@@ -26,6 +26,8 @@ type knowledge struct {
 	clockSet     bool           // since the last request or repair
 	greatest     []asking       // the lengths that callers asked for
 	length       asking         // the greatest of them that Redis remembers
+	settings     settings       // the greatest interval and threshold that Redis remembers
+	settingsAt   int            // when a caller sent one of them, by Redis's clock
 	lent         asking         // the length that a caller outside of the line asked for
 	lentTo       int            // the arrival of the last waiter at that time
 	heard        int            // the last command while there was a line, by Redis's clock (microseconds)
@@ -36,6 +38,9 @@ type knowledge struct {
 
 // asking is a request for a length, and its time by Redis's clock.
 type asking struct{ at, length int }
+
+// settings are the interval and threshold of a process.
+type settings struct{ interval, threshold int }
 
 const never = -1 << 30
 
@@ -92,6 +97,10 @@ const (
 	linePass     = int(rig.LinePass / time.Microsecond)
 	stall        = int(rig.Stall / time.Microsecond)
 	lengthMemory = 300 // Redis remembers the greatest length for this time
+
+	// Redis remembers the greatest settings for this time, or for twice their threshold.
+	settingsMemory = 300
+	settingsEvery  = 10 // it notes the same ones again after this time
 )
 
 const (
@@ -112,7 +121,8 @@ func (w *world) stale(token string) bool {
 // threshold, by Redis's clock at that time.
 func (w *world) mayBeStale(token string) bool {
 	beat := w.expected.holders[token]
-	return w.now-beat > w.threshold || beat <= w.expected.disturbed
+	threshold := max(w.threshold, w.pods[token].settings.threshold) // its own counts, whatever Redis knows
+	return w.now-beat > threshold || beat <= w.expected.disturbed
 }
 
 // keepsPlace reports whether a waiter must keep its place.
@@ -264,7 +274,7 @@ func (w *world) checkTake(p *actor, arrival string, d dump) {
 
 // checkReclaimed checks that the repair could reclaim the holder.
 func (w *world) checkReclaimed(token string) {
-	if w.pods[token].alive() {
+	if p := w.pods[token]; p.alive() && p.owns(token) {
 		w.fail("live holder %s was reclaimed", token)
 	}
 	if !w.mayBeStale(token) {
@@ -375,6 +385,10 @@ func (w *world) check(d dump, reclaims bool) {
 			w.fail("%s has pod %q since %d", token, d.pods[token], since)
 		}
 	}
+	if since, ok := d.since[w.confirmed.token]; ok && since != w.confirmed.since {
+		w.fail("%s was confirmed, and its pod has it since %d, not %d", w.confirmed.token, since, w.confirmed.since)
+	}
+	w.confirmed = confirmed{}
 	if len(d.since) != len(d.inflight)+len(d.waiters) {
 		w.fail("Redis knows %d pods, and %d tokens are in use or waited for",
 			len(d.since), len(d.inflight)+len(d.waiters))

@@ -16,9 +16,9 @@ type world struct {
 	store
 	t         *rapid.T
 	broken    func(rule string) // receives the broken rule, and does not return
-	interval  int
+	settings  []settings        // of processes; most have the first
+	interval  int               // the greatest of late: see judge
 	threshold int
-	back      int // live holders come back within this time after Redis answers
 	quiet     int
 	length    int // the length that most pods ask for
 
@@ -30,6 +30,7 @@ type world struct {
 	reigns     int        // the number of the present reign of Redis: a restart or a failover ends it
 	paused     int        // knowledge.paused, as the last script took it
 	last       dump
+	confirmed  confirmed
 	commands   int
 }
 
@@ -62,6 +63,7 @@ func (w *world) shift(seconds int) {
 			k.greatest[i].at += seconds
 		}
 		k.length.at += seconds
+		k.settingsAt += seconds
 		k.lent.at += seconds
 		k.lentTo += seconds * 1e6
 		for token := range k.askedAt {
@@ -89,8 +91,8 @@ func (w *world) step(seconds int) {
 	w.expected.clockSet = true
 }
 
-// arrive prepares for a command that arrives now.
-func (w *world) arrive() {
+// arrive prepares for a command that arrives now, of a process with these settings.
+func (w *world) arrive(by settings) {
 	if ticks := w.ticks(); ticks != 0 {
 		w.shift(ticks) // the model's time stands still
 	}
@@ -100,6 +102,7 @@ func (w *world) arrive() {
 		k.born = int(w.second)
 	}
 	k.born = min(k.born, int(w.second))
+	w.judge(by)
 	silence := w.quiet
 	if len(k.line) > 0 {
 		silence = lineQuiet
@@ -115,6 +118,31 @@ func (w *world) arrive() {
 		k.disturbed = w.now // a second silence shortly after the first
 	}
 	k.touched = second
+}
+
+// judge determines the interval and threshold by which Redis judges all holders: the
+// greatest that it heard of lately. A silence, or a clock that was set, ends no memory.
+func (w *world) judge(by settings) {
+	w.timing.Interval = time.Duration(by.interval) * time.Second
+	w.timing.Threshold = time.Duration(by.threshold) * time.Second
+	k, now := w.expected, int(w.second)
+	last := now
+	if k.touched != never {
+		last = min(k.touched, now)
+	}
+	since := max(min(k.settingsAt, now), w.last.state["resumed"])
+	known := k.settings
+	if last-since > max(settingsMemory, 2*known.threshold) {
+		known = settings{}
+	}
+	same := by.interval == known.interval || by.threshold == known.threshold
+	if by.interval > known.interval || by.threshold > known.threshold || same && now-k.settingsAt >= settingsEvery {
+		k.settingsAt = now
+	}
+	k.settings = settings{max(by.interval, known.interval), max(by.threshold, known.threshold)}
+	w.interval = k.settings.interval
+	w.quiet = w.interval + min(beatTimeout, w.interval)
+	w.threshold = max(k.settings.threshold, 2*w.quiet)
 }
 
 // command runs a script.
@@ -161,13 +189,13 @@ func (w *world) lend(length int) {
 // ask runs the acquire script for p. must reports whether p had to get a token.
 func (w *world) ask(p *actor, arrival string) (a rig.Acquired, must bool) {
 	w.note(p.length)
+	held := w.confirm(p)
 	used, free := len(w.expected.holders), w.last.free
-	status, rest, d := w.command(w.scripts.acquire, p.length, p.token, arrival, p.pod())
+	status, rest, d := w.command(w.scripts.acquire, p.length, p.token, arrival, p.pod(), p.takenAs, p.stalesAfter())
 	must = w.mustGet(p, arrival)
 	a, err := rig.ReadAcquired(rig.Reply{Status: status, Rest: rest})
 	rig.Must(w.test, err)
 	k := w.expected
-	_, held := k.holders[p.token]
 	switch {
 	case a.Status == rig.AcquireTaken:
 		if !held {
@@ -179,6 +207,9 @@ func (w *world) ask(p *actor, arrival string) (a rig.Acquired, must bool) {
 			w.fail("%s took a token twice", p.token)
 		}
 		k.holders[p.token] = w.now
+		if p.unstarted > 0 {
+			k.holders[p.token] -= max(0, w.threshold-p.unstarted)
+		}
 		k.leave(p.token)
 	case held:
 		w.fail("holder %s asked and was answered %d", p.token, a.Status)
@@ -239,19 +270,19 @@ func (w *world) noteLoss() {
 // asks again.
 func (w *world) try(p *actor) rig.Acquired {
 	if p.kept { // the process that refreshes its place does so before it asks
-		w.arrive()
+		w.arrive(w.settings[0])
 		w.keep(nil, []*actor{p}, map[string]int{p.token: p.arrival})
 	}
 	empty := len(w.last.state) == 0 // p's arrival may be later than now, if the clock was set back
-	w.arrive()
+	w.arrive(p.settings)
 	k, arrival := w.expected, p.nextArrival()
 	if p.arrival != 0 && !p.kept && (empty || p.arrival < k.born*1e6) { // p is older than the data in Redis
 		w.noteLoss()
 	}
 	a, mustGet := w.ask(p, arrival)
 	if a.Status == rig.AcquireRepair {
-		w.maintain(p.length, arrival == "" || arrival == joinLine)
-		w.arrive()
+		w.maintain(p.length, arrival == "" || arrival == joinLine, p.settings)
+		w.arrive(p.settings)
 		arrival = p.nextArrival() // the same unless a new second has begun
 		again, must := w.ask(p, arrival)
 		a, mustGet = again, mustGet || must
@@ -273,8 +304,8 @@ func (w *world) try(p *actor) rig.Acquired {
 }
 
 // maintain repairs the semaphore.
-func (w *world) maintain(length int, newcomer bool) {
-	w.arrive()
+func (w *world) maintain(length int, newcomer bool, by settings) {
+	w.arrive(by)
 	w.note(length)
 	flag := "0"
 	if newcomer {
@@ -297,11 +328,11 @@ func (w *world) maintain(length int, newcomer bool) {
 
 // beat sends a heartbeat of p.
 func (w *world) beat(p *actor) {
-	w.arrive()
+	w.arrive(p.settings)
 	k := w.expected
-	_, held := k.holders[p.token]
+	held := w.confirm(p)
 	seconds := w.now - p.since
-	status, _, d := w.command(w.scripts.heartbeat, p.token, p.pod(), seconds)
+	status, _, d := w.command(w.scripts.heartbeat, p.token, p.pod(), seconds, p.takenAs)
 	if !held && int(w.second)-seconds < k.born { // p is older than the data in Redis
 		w.noteLoss()
 	}
@@ -311,6 +342,7 @@ func (w *world) beat(p *actor) {
 	free := w.last.free
 	if !held {
 		free = max(0, free-1) // a running pod counts
+		p.takenAs = ""
 	}
 	if d.free != free {
 		w.fail("after a heartbeat of %s, %d tokens are free, not %d", p.token, d.free, free)
@@ -324,9 +356,12 @@ func (w *world) beat(p *actor) {
 
 // giveBack releases p's token or its place in line.
 func (w *world) giveBack(p *actor) {
-	w.arrive()
+	w.arrive(p.settings)
 	k := w.expected
 	want, free := 0, w.last.free
+	if _, ok := k.line[p.token]; !ok {
+		w.confirm(p) // and give it back at once
+	}
 	if _, ok := k.holders[p.token]; ok {
 		want = rig.ReleaseDone
 		last := 0 // without a length, Redis keeps no free tokens
@@ -337,7 +372,7 @@ func (w *world) giveBack(p *actor) {
 	} else if _, ok := k.line[p.token]; ok {
 		want = rig.ReleaseLeft
 	}
-	status, _, d := w.command(w.scripts.release, p.token)
+	status, _, d := w.command(w.scripts.release, p.token, p.takenAs)
 	delete(k.holders, p.token)
 	k.leave(p.token)
 	if status != want {
@@ -358,15 +393,16 @@ func (w *world) giveBack(p *actor) {
 func newWorld(t *rapid.T, s store, broken func(rule string)) *world {
 	w := &world{store: s, t: t, broken: broken, reigns: 1, pods: map[string]*actor{}, expected: newKnowledge()}
 	w.second = time.Now().Unix()
-	pace := rapid.SampledFrom([][2]int{{5, 16}, {10, 40}, {2, 1}}).Draw(t, "interval and threshold")
-	w.interval, w.back = pace[0], min(beatTimeout, pace[0])
-	w.quiet = w.interval + w.back
-	w.threshold = max(pace[1], 2*w.quiet)
+	some := []settings{{5, 16}, {10, 40}, {2, 1}}
+	w.settings = []settings{rapid.SampledFrom(some).Draw(t, "interval and threshold")}
+	if rapid.Bool().Draw(t, "they change") {
+		w.settings = append(w.settings, rapid.SampledFrom(some).Draw(t, "and others"))
+	}
 	w.length = rapid.IntRange(1, 4).Draw(t, "length")
-	w.timing.Interval = time.Duration(pace[0]) * time.Second
-	w.timing.Threshold = time.Duration(pace[1]) * time.Second
 	w.id = rig.FreshID()
-	w.logf("interval %d s, threshold %d s, length %d", w.interval, w.threshold, w.length)
+	w.logf("interval and threshold %v, length %d", w.settings, w.length)
 	w.last = w.dump()
+	w.judge(w.settings[0])
+	w.expected.settings, w.expected.settingsAt = settings{}, 0
 	return w
 }

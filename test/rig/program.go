@@ -40,18 +40,21 @@ func StartProgram(t testing.TB, args ...string) *Process {
 var podUIDs sync.Map
 
 // InPod makes the sidecars and awaits of a test containers of one pod. It returns the
-// pod's UID.
-func InPod(t testing.TB, token string) string {
+// pod's UID; if uid is empty, that is a new one.
+func InPod(t testing.TB, uid string) string {
 	t.Helper()
-	podUID := uuid.NewString()
-	podUIDs.Store(t, podUID)
-	t.Cleanup(func() { os.Remove(StartMark(token)) })
-	return podUID
+	if uid == "" {
+		uid = uuid.NewString()
+	}
+	podUIDs.Store(t, uid)
+	t.Cleanup(func() { os.Remove(StartMark(uid)) })
+	return uid
 }
 
-// StartMark returns the file that tells a sidecar that its pod's app may have started.
-func StartMark(token string) string {
-	return filepath.Join("/dev/shm", "at-least-semaphore-pod-"+token)
+// StartMark returns the file that tells a sidecar that its pod's app may have started. It
+// has the UID of the pod.
+func StartMark(podUID string) string {
+	return filepath.Join("/dev/shm", "at-least-semaphore-pod-"+podUID)
 }
 
 // StartSidecar starts a sidecar with a heartbeat each second.

@@ -111,7 +111,7 @@ type Acquired struct {
 	InUse   int
 	Waiters int
 	Doubt   time.Duration // if not 0, Redis knows only after this time which holders and waiters are gone
-	Holders []any         // for some tokens in use: how long it is held in seconds, or -1; and the pod or the token
+	Holders []any         // for some tokens in use: seconds that it is held, or -1; the pod or the token; 1: not started
 
 	// With AcquireFull, for a waiter:
 	Position  int

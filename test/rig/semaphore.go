@@ -266,7 +266,7 @@ end
 shift(KEYS[2], ARGV[1])
 shift(KEYS[3], ARGV[1] * 1000000)
 shift(KEYS[4], ARGV[1])
-for _, field in ipairs({'created', 'touched', 'resumed', 'lost', 'asked', 'lentAt'}) do
+for _, field in ipairs({'created', 'touched', 'resumed', 'lost', 'asked', 'sent', 'lentAt'}) do
   local at = tonumber(redis.call('HGET', KEYS[6], field) or 0)
   if at > 0 then
     redis.call('HSET', KEYS[6], field, at + ARGV[1])

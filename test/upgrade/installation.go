@@ -39,6 +39,7 @@ type installation struct {
 	serving  []*webhook
 	asked    int
 	holding  map[rig.ID]map[string]bool // the tokens of pods that rely on them
+	uids     map[string]string          // of pods whose token was taken at admission, by that token
 	order    []string                   // pod names of one line, in the order in which their apps started
 	done     map[string]int             // pods that have ended in order, by when-full, webhook and sidecar
 	problems []string
@@ -66,7 +67,7 @@ func startInstallation(t *testing.T, folder string, withoutRules ...string) *ins
 		t: t, queue: startRedis(t, queueUsers),
 		paths: map[string]string{}, most: map[rig.ID]int{},
 		stop: make(chan struct{}), failed: make(chan struct{}),
-		holding: map[rig.ID]map[string]bool{}, done: map[string]int{},
+		holding: map[rig.ID]map[string]bool{}, uids: map[string]string{}, done: map[string]int{},
 	}
 	for range 3 {
 		u.locks = append(u.locks, startRedis(t, lockUsers).Address)
@@ -198,8 +199,12 @@ func (u *installation) run(p pod) {
 	sidecar, token := u.container(object.Spec.InitContainers[0], p, podUID)
 	await, _ := u.container(object.Spec.InitContainers[1], p, podUID)
 	name := fmt.Sprintf("of the pod %s (%s of %d, %s)", p.name, p.id, p.length, met)
-	defer os.Remove(rig.StartMark(token))
+	defer os.Remove(rig.StartMark(token)) // of an earlier sidecar
+	defer os.Remove(rig.StartMark(podUID))
 	if p.whenFull == rig.WhenFullDeny {
+		u.mu.Lock()
+		u.uids[token] = podUID // the sidecar renames it; an earlier one does not
+		u.mu.Unlock()
 		u.hold(p, token) // the webhook has taken it
 	}
 	if err := errors.Join(sidecar.Launch(), await.Launch()); err != nil {
@@ -378,7 +383,10 @@ func (u *installation) watch() (stop func()) {
 				}
 				still := u.held()[id]
 				for _, token := range tokens {
-					if slices.Contains(still, token) && !slices.Contains(inflight, token) {
+					u.mu.Lock()
+					podUID := u.uids[token]
+					u.mu.Unlock()
+					if slices.Contains(still, token) && !slices.Contains(inflight, token) && !slices.Contains(inflight, podUID) {
 						u.problem("a pod relies on the token %s of %s, which is not in flight", token, id)
 					}
 				}
