@@ -83,15 +83,20 @@ var (
 type script struct {
 	name  string
 	token int // index of the argument that is a token which the script may put in flight; or noToken
+	text  func() string
 	made  func() *redis.Script
 }
+
+// ownScripts are all scripts of this version.
+var ownScripts []*script
 
 const noToken = -1
 
 func newScript(name string, token int, sources ...string) *script {
-	return &script{name, token, sync.OnceValue(func() *redis.Script {
-		return redis.NewScript(scriptKeys, strings.Join(sources, ""))
-	})}
+	text := func() string { return strings.Join(sources, "") }
+	s := &script{name, token, text, sync.OnceValue(func() *redis.Script { return redis.NewScript(scriptKeys, text()) })}
+	ownScripts = append(ownScripts, s)
+	return s
 }
 
 // The statuses that the scripts return; see their headers.
@@ -132,6 +137,7 @@ type semaphores struct {
 	locks             locker
 	heartbeatInterval time.Duration
 	staleThreshold    time.Duration
+	loadsScripts      bool // see redisSettings
 	log               *slog.Logger
 	metrics           *metrics // nil for a sidecar
 
@@ -154,6 +160,7 @@ func newSemaphores(c settings, locks locker, maxIdle int, log *slog.Logger) *sem
 		locks:             locks,
 		heartbeatInterval: c.heartbeatInterval,
 		staleThreshold:    c.staleThreshold,
+		loadsScripts:      c.redis.loadsScripts,
 		log:               log,
 		afterDoubt:        map[semaphoreID]struct{}{},
 		closing:           closing,

@@ -56,6 +56,7 @@ func TestChaos(t *testing.T) {
 			if !t.Failed() {
 				w.wantNothingLeft()
 			}
+			w.wantTenantRefused()
 			worked, gated := 0, 0
 			for _, p := range c.pods {
 				if p.started != notYet {

@@ -48,7 +48,8 @@ func (w *world) newPod(name, semaphore string, length int, waits bool, on *node)
 // launch starts a process of the pod. onLine receives the lines of its log.
 func (p *pod) launch(args []string, onLine func(line string)) *rig.Process {
 	process := rig.NewProcess(p.w.binary, args...)
-	process.Cmd.Env = append(os.Environ(), "POD_UID="+p.uid, "POD_NAME="+p.life.name, "NODE_NAME="+p.node.name)
+	process.Cmd.Env = append(loginAs(sidecarUser(p.namespace())), "POD_UID="+p.uid, "POD_NAME="+p.life.name,
+		"NODE_NAME="+p.node.name)
 	process.OnLine = onLine
 	if err := process.Launch(); err != nil {
 		panic(err)
