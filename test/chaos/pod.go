@@ -72,7 +72,7 @@ func (p *pod) readLog(line string) {
 	fmt.Fprintf(&p.log, "%9.3f %s", now.Seconds(), line)
 	held := strings.Contains(line, `"msg":"`+rig.HeldText+`"`)
 	switch l := &p.life; {
-	case l.started != notYet:
+	case l.started != notYet && l.took.to != 0: // the line of its token may come after its start
 	case strings.Contains(line, `"msg":"waiting for a token of `):
 		p.lost = true
 		if l.inLine == notYet {
