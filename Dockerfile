@@ -11,7 +11,7 @@ WORKDIR /src
 COPY go.mod go.sum ./
 RUN go mod download
 COPY *.go ./
-COPY lua/*.lua lua/
+COPY lua/ lua/
 ARG VERSION=dev
 # BuildKit sets these for each platform of "docker buildx build --platform". If they are
 # unset, the builder's own platform is used.

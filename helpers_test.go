@@ -51,6 +51,7 @@ func testConfig(address string) webhookConfig {
 			queueRedisAddress: mustAddress(rig.QueueAddress(address)),
 			heartbeatInterval: 30 * time.Second,
 			staleThreshold:    120 * time.Second,
+			redis:             redisSettings{loadsScripts: true},
 		},
 		sidecarImage: "example.org/sidecar:v1",
 		sidecarLimits: corev1.ResourceList{

@@ -28,6 +28,8 @@ type locker interface {
 	tryLock(ctx context.Context, name string, expiration time.Duration) (unlockFunc, error)
 	// servers returns the names of the lock servers for errors: "lock Redis HOST:PORT".
 	servers() []string
+	// scripted returns the servers that clients run scripts on.
+	scripted() []scriptedServer
 	close() error
 }
 

@@ -169,6 +169,8 @@ func (l *etcdLock) revoke(ctx context.Context, lease clientv3.LeaseID) error {
 	return serverErrors(failed)
 }
 
+func (l *etcdLock) scripted() []scriptedServer { return nil }
+
 func (l *etcdLock) close() error {
 	l.attempts.Wait()
 	var errs []error

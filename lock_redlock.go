@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/go-redsync/redsync/v4"
@@ -33,14 +34,17 @@ func newRedlock(addresses []string, settings redisSettings, maxIdle int) *redloc
 	for _, a := range addresses {
 		p := newRedisPool(a, settings, maxIdle, redlockTimeout)
 		l.pools = append(l.pools, p)
-		pools = append(pools, lockPool{p})
+		pools = append(pools, lockPool{p, settings.loadsScripts})
 	}
 	l.sync = redsync.New(pools...)
 	return l
 }
 
 // lockPool adapts redisPool to redsync.
-type lockPool struct{ pool *redisPool }
+type lockPool struct {
+	pool         *redisPool
+	loadsScripts bool
+}
 
 // Get implements redsync's Pool.
 func (p lockPool) Get(ctx context.Context) (redsyncredis.Conn, error) {
@@ -49,7 +53,7 @@ func (p lockPool) Get(ctx context.Context) (redsyncredis.Conn, error) {
 		return nil, err
 	}
 	adapted, err := redigo.NewPool(connection{conn}).Get(ctx)
-	return lockConn{adapted, conn}, err
+	return lockConn{adapted, conn, p.loadsScripts}, err
 }
 
 // connection is a pool of one connection, for redsync's adapter.
@@ -58,17 +62,63 @@ type connection struct{ redis.Conn }
 func (c connection) Get() redis.Conn                                { return c.Conn }
 func (c connection) GetContext(context.Context) (redis.Conn, error) { return c.Conn, nil }
 
-// lockConn sends scripts whole. redsync sends EVALSHA, and EVAL if the server does not
-// know the script. If the first answer is late, redsync does not send EVAL: the lock
-// would not be freed.
+// lockConn runs scripts by one command. redsync's own sends EVALSHA, and then EVAL if the
+// server does not know the script. If the first answer is late, it does not send EVAL: the
+// lock would not be freed.
 type lockConn struct {
 	redsyncredis.Conn
-	conn redis.Conn
+	conn         redis.Conn
+	loadsScripts bool
 }
 
-// Eval implements redsync's Conn.
+// Eval implements redsync's Conn. If it may not load the script, it waits until a webhook
+// has loaded it.
 func (c lockConn) Eval(script *redsyncredis.Script, keysAndArgs ...any) (any, error) {
-	return c.conn.Do("EVAL", append([]any{script.Src, script.KeyCount}, keysAndArgs...)...)
+	command, name := "EVALSHA", script.Hash
+	if c.loadsScripts {
+		command, name = "EVAL", script.Src
+	}
+	for end := time.Now().Add(scriptsWithin); ; time.Sleep(scriptsWithin / 20) {
+		reply, err := c.conn.Do(command, append([]any{name, script.KeyCount}, keysAndArgs...)...)
+		if !isNoScript(err) || time.Now().After(end) {
+			return reply, err
+		}
+	}
+}
+
+// unlockScript returns the script by which redsync unlocks. redsync does not export it,
+// but shows it to a connection.
+var unlockScript = sync.OnceValue(func() *redis.Script {
+	shown := new(shownScript)
+	_, _ = redsync.New(shown).NewMutex("").Unlock()
+	return redis.NewScript(shown.KeyCount, shown.Src)
+})
+
+// shownScript is a pool whose connections run nothing, and keep the script.
+type shownScript struct{ redsyncredis.Script }
+
+// Get implements redsync's Pool.
+func (s *shownScript) Get(context.Context) (redsyncredis.Conn, error) { return showConn{shown: s}, nil }
+
+type showConn struct {
+	redsyncredis.Conn
+	shown *shownScript
+}
+
+func (c showConn) Eval(script *redsyncredis.Script, _ ...any) (any, error) {
+	c.shown.Script = *script
+	return int64(1), nil
+}
+
+func (c showConn) Close() error { return nil }
+
+// scripted implements locker.
+func (l *redlock) scripted() (all []scriptedServer) {
+	for i, p := range l.pools {
+		all = append(all, scriptedServer{l.servers()[i], p, []*redis.Script{unlockScript()}, []any{"lock/{-}", ""},
+			func(error) {}})
+	}
+	return all
 }
 
 // tryLock implements locker. An attempt takes at most redlockTimeout, and as long again

@@ -136,7 +136,7 @@ var scriptNames = []string{"acquire", "maintain", "release"}
 // errorKinds are the kinds of errors of the queue: first words of error replies of Redis,
 // and kinds of our own.
 var errorKinds = []string{"READONLY", "LOADING", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "MOVED", "ASK", "TRYAGAIN",
-	"OOM", "BUSY", "MISCONF", "NOAUTH", "WRONGPASS", "NOPERM", kindUnreached, kindMaxClients,
+	"OOM", "BUSY", "NOSCRIPT", "MISCONF", "NOAUTH", "WRONGPASS", "NOPERM", kindUnreached, kindMaxClients,
 	kindUnanswered, kindCanceled, kindOther}
 
 const (

@@ -234,16 +234,17 @@ func isUnreachable(err error) bool {
 }
 
 // isTransient reports whether a server answers that it cannot serve the command now: it,
-// or another server, may do so soon. That holds while it runs a long script (BUSY), and
-// while it has too many connections. It does not hold for OOM and MISCONF, which last
-// until an administrator makes room in memory or on the disk.
+// or another server, may do so soon. That holds while it runs a long script (BUSY), while
+// it has too many connections, and until a webhook has loaded the scripts (NOSCRIPT). It
+// does not hold for OOM and MISCONF, which last until an administrator makes room in
+// memory or on the disk.
 func isTransient(err error) bool {
 	var answered redis.Error
 	if !errors.As(err, &answered) {
 		return false
 	}
 	switch errorCode(answered) {
-	case "BUSY", "TRYAGAIN", "MOVED", "ASK":
+	case "BUSY", "TRYAGAIN", "MOVED", "ASK", "NOSCRIPT":
 		return true
 	}
 	return isOffDuty(answered) || isPartlyRun(answered)

@@ -82,8 +82,10 @@ func (q *clusterQueue) find(ctx context.Context, id semaphoreID) (*queueServer, 
 	return server, nil
 }
 
-// primaries implements tokenServers.
+// primaries implements tokenServers. It also looks for masters that have joined: the next
+// call returns them.
 func (q *clusterQueue) primaries(ctx context.Context) ([]*queueServer, error) {
+	q.discovery.start()
 	if _, err := q.find(ctx, semaphoreID{}); err != nil && !errors.Is(err, errUnreached) {
 		return nil, err
 	}

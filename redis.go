@@ -24,6 +24,11 @@ const (
 	// silentAfter is how long a connection may leave a command unanswered before it counts as
 	// broken. A caller that gave up sooner says nothing of the server.
 	silentAfter = 500 * time.Millisecond
+
+	// scriptsWithin is the time in which a webhook loads the scripts that a server lacks, and
+	// scriptsEvery the time between two of its looks.
+	scriptsWithin = 2 * time.Second
+	scriptsEvery  = 700 * time.Millisecond
 )
 
 // redisSettings are the settings that all Redis servers share.
@@ -31,6 +36,7 @@ type redisSettings struct {
 	username, password                 string // empty for none
 	sentinelUsername, sentinelPassword string // those of the Sentinels; empty for none
 	caFile                             string // PEM certificates to trust for rediss://; empty for the system's
+	loadsScripts                       bool   // this user may EVAL, and loads the scripts that a server lacks; see loadScripts
 	counts                             *redisCounts
 	resolver                           *resolver // nil: processResolver
 }
@@ -258,6 +264,58 @@ func (c *redisConn) idleError() error {
 		return peeked
 	}
 	return errors.New("closed by the server")
+}
+
+// scriptedServer is a server that clients without the right to EVAL run scripts on.
+type scriptedServer struct {
+	name    string
+	pool    *redisPool
+	scripts []*redis.Script
+	nothing []any       // keys and arguments with which each script does nothing
+	failed  func(error) // notes that the server has not answered
+}
+
+// loadScripts makes the server know its scripts: it runs each with arguments that do
+// nothing. It returns how many the server did not know.
+func (s scriptedServer) loadScripts(ctx context.Context) (loaded int, err error) {
+	conn, err := s.pool.GetContext(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Close()
+	unknown, err := runAll(ctx, conn, s.scripts, (*redis.Script).SendHash, s.nothing)
+	if err == nil && len(unknown) > 0 {
+		_, err = runAll(ctx, conn, unknown, (*redis.Script).Send, s.nothing)
+	}
+	return len(unknown), err
+}
+
+// runAll sends scripts in one round trip. It returns those that the server does not know.
+func runAll(ctx context.Context, conn redis.Conn, scripts []*redis.Script,
+	send func(*redis.Script, redis.Conn, ...any) error, keysAndArgs []any) (unknown []*redis.Script, err error) {
+	for _, s := range scripts {
+		err = errors.Join(err, send(s, conn, keysAndArgs...))
+	}
+	if err != nil {
+		return nil, err
+	}
+	replies, err := redis.Values(redis.DoContext(conn, ctx, ""))
+	for i, r := range replies {
+		answered, failed := r.(redis.Error)
+		switch {
+		case failed && isNoScript(answered):
+			unknown = append(unknown, scripts[i])
+		case failed:
+			err = answered
+		}
+	}
+	return unknown, err
+}
+
+// isNoScript reports whether a server does not know the script of an EVALSHA.
+func isNoScript(err error) bool {
+	var answered redis.Error
+	return errors.As(err, &answered) && errorCode(answered) == "NOSCRIPT"
 }
 
 // redisCounts are the counters that all connections to Redis share. A nil *redisCounts

@@ -84,15 +84,20 @@ var (
 type script struct {
 	name  string
 	token int // index of the argument that is a token which the script may put in flight; or noToken
+	text  func() string
 	made  func() *redis.Script
 }
+
+// ownScripts are all scripts of this version.
+var ownScripts []*script
 
 const noToken = -1
 
 func newScript(name string, token int, sources ...string) *script {
-	return &script{name, token, sync.OnceValue(func() *redis.Script {
-		return redis.NewScript(scriptKeys, strings.Join(sources, ""))
-	})}
+	text := func() string { return strings.Join(sources, "") }
+	s := &script{name, token, text, sync.OnceValue(func() *redis.Script { return redis.NewScript(scriptKeys, text()) })}
+	ownScripts = append(ownScripts, s)
+	return s
 }
 
 // The statuses that the scripts return; see their headers.
@@ -134,6 +139,7 @@ type semaphores struct {
 	heartbeatInterval time.Duration
 	staleThreshold    time.Duration
 	unstarted         time.Duration // see acquire
+	loadsScripts      bool          // see redisSettings
 	log               *slog.Logger
 	metrics           *metrics // nil for a sidecar
 
@@ -157,6 +163,7 @@ func newSemaphores(c settings, locks locker, maxIdle int, log *slog.Logger) *sem
 		heartbeatInterval: c.heartbeatInterval,
 		staleThreshold:    c.staleThreshold,
 		unstarted:         c.unstarted,
+		loadsScripts:      c.redis.loadsScripts,
 		log:               log,
 		afterDoubt:        map[semaphoreID]struct{}{},
 		closing:           closing,

@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"embed"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"strings"
@@ -173,10 +175,10 @@ func (s *semaphores) attempt(ctx context.Context, server *queueServer, timeout t
 	}
 	ctx, cancel := context.WithDeadline(context.WithoutCancel(ctx), deadline)
 	defer cancel()
-	status, rest, err = s.send(ctx, server, deadline, runScript, script, id, args)
+	status, rest, err = s.send(ctx, server, deadline, s.runScript, script, id, args)
 	if to, ok := redirection(server, err, "ASK"); ok {
 		server = s.queue.at(to)
-		status, rest, err = s.send(ctx, server, deadline, runScriptAsking, script, id, args)
+		status, rest, err = s.send(ctx, server, deadline, s.runScriptAsking, script, id, args)
 	}
 	if err != nil && canRetry(err) {
 		s.queue.failed(server, id, err)
@@ -187,9 +189,15 @@ func (s *semaphores) attempt(ctx context.Context, server *queueServer, timeout t
 // runner sends a script over a connection.
 type runner func(ctx context.Context, conn redis.Conn, script *script, keysAndArgs []any) (any, error)
 
-func runScript(ctx context.Context, conn redis.Conn, script *script, keysAndArgs []any) (any, error) {
+// runScript sends the hash of a script. If the server does not know it, a webhook sends
+// the script.
+func (s *semaphores) runScript(ctx context.Context, conn redis.Conn, script *script, keysAndArgs []any) (any, error) {
 	deadline, _ := ctx.Deadline()
-	return script.made().Do(timedConn{conn, deadline}, keysAndArgs...)
+	conn = timedConn{conn, deadline}
+	if s.loadsScripts {
+		return script.made().Do(conn, keysAndArgs...)
+	}
+	return conn.Do("EVALSHA", append([]any{script.made().Hash(), scriptKeys}, keysAndArgs...)...)
 }
 
 // timedConn is a connection whose commands time out at a deadline. A context, which could
@@ -214,11 +222,15 @@ func (c timedConn) Do(command string, args ...any) (any, error) {
 }
 
 // runScriptAsking runs a script on a node of a Cluster to which its slot is moving.
-// ASKING holds for one command only. So it sends the whole script, without trying first
-// whether the node knows its hash.
-func runScriptAsking(ctx context.Context, conn redis.Conn, script *script, keysAndArgs []any) (any, error) {
-	err := errors.Join(conn.Send("ASKING"), script.made().Send(conn, keysAndArgs...))
-	if err != nil {
+// ASKING holds for one command only. So a webhook sends the whole script, without trying
+// first whether the node knows its hash.
+func (s *semaphores) runScriptAsking(ctx context.Context, conn redis.Conn, script *script,
+	keysAndArgs []any) (any, error) {
+	send := script.made().SendHash
+	if s.loadsScripts {
+		send = script.made().Send
+	}
+	if err := errors.Join(conn.Send("ASKING"), send(conn, keysAndArgs...)); err != nil {
 		return nil, err
 	}
 	replies, err := redis.Values(redis.DoContext(conn, ctx, "")) // all outstanding ones
@@ -249,6 +261,8 @@ func (s *semaphores) send(ctx context.Context, server *queueServer, deadline tim
 	values, err := redis.Values(run(ctx, conn, script, append(all, args...)))
 	var answered redis.Error
 	switch {
+	case isNoScript(err):
+		return 0, nil, fmt.Errorf("%s: no webhook has loaded the scripts yet: %w", server, err)
 	case errors.As(err, &answered) && strings.Contains(answered.Error(), "unauthenticated"):
 		// Redis limits the arguments of unauthenticated clients.
 		return 0, nil, fmt.Errorf("%s: NOAUTH: it wants a password (%w)", server, err)
@@ -276,6 +290,74 @@ func (s *semaphores) check(ctx context.Context) error {
 		status, _, err := s.run(ctx, maintainScript, id, 0, yesNo(false))
 		return status, err
 	}, func(int) (enough bool) { return true })
+}
+
+// previousFiles are the scripts of the last release; see lua/previous/README.md.
+//
+//go:embed lua/previous
+var previousFiles embed.FS
+
+// loadedScripts returns the scripts that a webhook loads into the queue: its own, and those
+// of the last release, whose sidecars may still run.
+func loadedScripts(previous fs.FS) (all []*redis.Script) {
+	const folder = "lua/previous/"
+	for _, s := range ownScripts {
+		all = append(all, redis.NewScript(0, s.text()))
+	}
+	common, _ := fs.ReadFile(previous, folder+"semaphore.lua") // is missing before the first release
+	names, _ := fs.Glob(previous, folder+"*.lua")
+	for _, name := range names {
+		if text, err := fs.ReadFile(previous, name); err == nil && name != folder+"semaphore.lua" {
+			all = append(all, redis.NewScript(0, string(common)+string(text)))
+		}
+	}
+	return all
+}
+
+// keepScripts loads the scripts into each server that lacks them, until the semaphores are
+// closed. It is for a webhook: sidecars and gates may not load any.
+func (s *semaphores) keepScripts() {
+	scripts := loadedScripts(previousFiles)
+	s.background.Go(func() {
+		var limit logLimiter
+		for s.closing.Err() == nil {
+			var answered redis.Error
+			if err := s.loadScripts(scripts); errors.As(err, &answered) && !isTransient(answered) {
+				if _, ok := limit.allow(); ok {
+					s.log.Warn("scripts not loaded, to be retried", "error", err.Error())
+				}
+			}
+			_ = sleep(s.closing, scriptsEvery)
+		}
+	})
+}
+
+// loadScripts loads the scripts that the servers of queue and locks lack. It takes less
+// than scriptsWithin, with the pause before it: one server that hangs delays no other.
+func (s *semaphores) loadScripts(scripts []*redis.Script) error {
+	find, cancel := context.WithTimeout(s.closing, scriptsWithin/4)
+	defer cancel()
+	primaries, err := s.queue.primaries(find)
+	servers := s.locks.scripted()
+	if err == nil {
+		for _, p := range primaries {
+			// By the deadline 0, each script is late, and does nothing.
+			servers = append(servers, scriptedServer{p.String(), p.pool, scripts, []any{0},
+				func(err error) { s.noteReadError(p, semaphoreID{}, err) }})
+		}
+	}
+	load, cancel := context.WithTimeout(s.closing, scriptsWithin/4)
+	defer cancel()
+	return fanOut(load, servers, func(ctx context.Context, server scriptedServer) (loaded int, err error) {
+		if loaded, err = server.loadScripts(ctx); err != nil {
+			server.failed(err)
+			return 0, fmt.Errorf("%s: %w", server.name, err)
+		}
+		if loaded > 0 {
+			s.log.Info("scripts loaded", "server", server.name, "scripts", loaded)
+		}
+		return loaded, nil
+	}, func(int) (enough bool) { return false })
 }
 
 // outages are the parts of the queue that fail now.

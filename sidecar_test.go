@@ -48,6 +48,40 @@ func TestSidecarBeats(t *testing.T) {
 	}
 }
 
+// Redis closes idle connections. A holder beats on after that, and a waiter keeps its
+// subscription.
+func TestIdleTimeout(t *testing.T) {
+	t.Parallel()
+	r := rig.StartRedisWith(t, rig.RedisOptions{Args: func(port string) []string {
+		return append(rig.PlainPort(port), "--timeout", "1")
+	}})
+	s, id, waiting := testSemaphores(t, r.Address), freshID(), uuid.NewString()
+	token := acquire(t, s, id, 1)
+	holder := rig.StartSidecar(t, r.Address, id, token, "--heartbeat-interval-seconds=4")
+	waiter := rig.StartWaitingSidecar(t, r.Address, id, waiting, 1)
+	r.WantLine(t, id, waiting)
+	begun := r.Now(t)
+	rig.Eventually(t, 30*time.Second, func() error {
+		clients, err := redis.String(r.Control.Do("CLIENT", "LIST", "TYPE", "pubsub"))
+		var age int
+		if _, text, ok := strings.Cut(clients, " age="); err == nil && ok {
+			_, err = fmt.Sscan(text, &age)
+		}
+		if last := r.LastHeartbeat(t, id, token); err == nil && (age < 8 || last < begun+4) {
+			err = fmt.Errorf("the last heartbeat was at %d, and the waiter is subscribed for %d s", last-begun, age)
+		}
+		return err
+	})
+	holder.Signal(t, syscall.SIGTERM)
+	waiter.WantLog(t, heldText)
+	holder.WantExit(t, 0)
+	for _, p := range []*rig.Process{holder, waiter} {
+		if log := p.Log.String(); strings.Contains(log, `"level":"WARN"`) {
+			t.Errorf("the timeout was noticed:\n%s", log)
+		}
+	}
+}
+
 // A sidecar that was paused past the threshold does not touch its successor's token. No
 // other pod is admitted until the count is below the length again.
 func TestPausedSidecar(t *testing.T) {

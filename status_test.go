@@ -411,7 +411,6 @@ func TestStatusUser(t *testing.T) {
 				continue
 			}
 			r.Do(t, "ACL", "SETUSER", "status", "-"+command)
-			r.Do(t, "SCRIPT", "FLUSH")
 			r.Do(t, "ACL", "LOG", "RESET")
 			err := do()
 			if denied, _ := redis.Values(r.Do(t, "ACL", "LOG"), nil); err == nil && len(denied) > 0 {

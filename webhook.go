@@ -55,13 +55,14 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	}
 	defer healthListener.Close()
 
-	c.redis.counts = new(redisCounts)
+	c.redis.counts, c.redis.loadsScripts = new(redisCounts), true
 	s := newSemaphores(c.settings, newLocker(c.settings, lockConnections), idleConnections, log)
 	s.metrics = newMetrics(c.redis.counts)
 	s.metrics.countVerdicts()
 	s.metrics.watchCertificate(cert)
 	s.metrics.watchSemaphores(s)
 	s.metrics.watchGate(s.queue)
+	s.keepScripts()
 	w := &webhook{
 		admitter: newAdmitter(c, s),
 		callers:  clients,

@@ -1,10 +1,11 @@
 #!/bin/sh
 # namespace.sh NAMESPACE: prepares a namespace for annotated pods. It makes the Redis user
 # sidecar/NAMESPACE, which can reach the semaphores of this namespace only. It puts the
-# user's password into a Secret there, which the sidecars read. Run it again for a new
-# password: running pods keep theirs.
+# user's password into a Secret there, which the sidecars read. It labels the namespace: the
+# NetworkPolicies of Redis and etcd admit no other. Run it again for a new password: running
+# pods keep theirs.
 #
-# namespace.sh --delete NAMESPACE: removes both.
+# namespace.sh --delete NAMESPACE: removes all three.
 #
 # The Secret redis-namespaces keeps all passwords; each Redis of deploy/ reads them when
 # it starts. Needs openssl, and kubectl with KUBECONFIG as usual.

@@ -3,8 +3,8 @@
 // them. A checker then reads the history of the pods at work and reports the broken
 // rules.
 //
-// "make chaos" runs it. pod.go has the life of a pod, nemesis.go the faults, rules.go and
-// liveness.go the rules.
+// "make chaos" runs it. pod.go has the life of a pod, nemesis.go the faults, tenant.go what
+// a tenant tries all the time, rules.go and liveness.go the rules.
 package chaos
 
 import (
@@ -56,6 +56,7 @@ func TestChaos(t *testing.T) {
 			if !t.Failed() {
 				w.wantNothingLeft()
 			}
+			w.wantTenantRefused()
 			worked, gated := 0, 0
 			for _, p := range c.pods {
 				if p.started != notYet {

@@ -25,7 +25,7 @@ func (w *world) startGates() {
 		api := rig.StartProxy(w.t, w.api.Address)
 		args := []string{"gate", "--kubernetes-address=" + api.Address, "--kubernetes-ca-file=" + w.api.CAFile,
 			"--kubernetes-token-file=" + w.api.TokenFile}
-		g := &gate{restarted{binary: w.binary, args: append(args, w.flags(w.nodes[i])...)}, api}
+		g := &gate{restarted{binary: w.binary, user: "gate", args: append(args, w.flags(w.nodes[i])...)}, api}
 		g.launch(w.t)
 		w.gates = append(w.gates, g)
 	}

@@ -104,6 +104,13 @@ var serverBlows = []blow{
 		n.wait(time.Second, 5*time.Second)
 		h.Signal(n.t, syscall.SIGCONT)
 	}},
+	{"the scripts are lost", false, func(n *nemesis, f *fault) {
+		f.away = true
+		for _, s := range append(n.queue.data(), n.locks...) {
+			s.Do(n.t, "SCRIPT", "FLUSH")
+		}
+		n.wait(scriptsWithin, scriptsWithin+time.Second)
+	}},
 	{"a lock server is killed", false, func(n *nemesis, f *fault) {
 		s := pick(n, n.locks)
 		s.Crash(n.t)

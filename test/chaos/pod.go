@@ -47,7 +47,8 @@ func (w *world) newPod(name, semaphore string, length int, waits bool, on *node)
 // launch starts a process of the pod. onLine receives the lines of its log.
 func (p *pod) launch(args []string, onLine func(line string)) *rig.Process {
 	process := rig.NewProcess(p.w.binary, args...)
-	process.Cmd.Env = append(os.Environ(), "POD_UID="+p.uid, "POD_NAME="+p.life.name, "NODE_NAME="+p.node.name)
+	process.Cmd.Env = append(loginAs(sidecarUser(p.namespace())), "POD_UID="+p.uid, "POD_NAME="+p.life.name,
+		"NODE_NAME="+p.node.name)
 	process.OnLine = onLine
 	if err := process.Launch(); err != nil {
 		panic(err)
@@ -70,7 +71,7 @@ func (p *pod) readLog(line string) {
 	fmt.Fprintf(&p.log, "%9.3f %s", now.Seconds(), line)
 	held := strings.Contains(line, `"msg":"`+rig.HeldText+`"`)
 	switch l := &p.life; {
-	case l.started != notYet:
+	case l.started != notYet && l.took.to != 0: // the line of its token may come after its start
 	case strings.Contains(line, `"msg":"waiting for a token of `):
 		p.lost = true
 		if l.inLine == notYet {

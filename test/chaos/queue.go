@@ -22,13 +22,15 @@ type queue interface {
 	restart(t *testing.T, server *rig.Redis)                      // after a kill
 }
 
-// startQueue starts a queue of this kind. env is the environment of its servers.
+// startQueue starts a queue of this kind. env is the environment of its servers. Webhooks
+// load their scripts.
 func startQueue(t *testing.T, kind string, env func(address string) []string) queue {
+	o := rig.GroupOptions{Env: env, Args: serverArgs(queueUsers), Bare: true}
 	if kind == rig.ClusterQueue {
-		return &clusterQueue{rig.StartClusterWith(t, rig.GroupOptions{Env: env})}
+		return &clusterQueue{rig.StartClusterWith(t, o)}
 	}
-	return &sentinelQueue{rig.StartSentinelGroupWith(t, rig.GroupOptions{Env: env,
-		Args: []string{"--min-replicas-to-write", "1", "--min-replicas-max-lag", "3"}})}
+	o.Args = append(o.Args, "--min-replicas-to-write", "1", "--min-replicas-max-lag", "3")
+	return &sentinelQueue{rig.StartSentinelGroupWith(t, o)}
 }
 
 // sentinelQueue is a queue that Sentinels watch.

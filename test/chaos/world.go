@@ -56,6 +56,7 @@ type world struct {
 	pods       []*pod
 	faults     []fault
 	complaints []string
+	refused    int // commands of the tenant with scripts of its own
 }
 
 func (w *world) now() time.Duration { return time.Since(w.began) }
@@ -79,12 +80,14 @@ func (w *world) note(l *podLife) {
 type restarted struct {
 	*rig.Process
 	binary string
+	user   string // of Redis
 	args   []string
 	all    []*rig.Process // so far
 }
 
 func (s *restarted) launch(t *testing.T) {
 	s.Process = rig.NewProcess(s.binary, s.args...)
+	s.Process.Cmd.Env = loginAs(s.user)
 	s.all = append(s.all, s.Process)
 	s.Process.Start(t)
 }
@@ -154,7 +157,8 @@ func startWorld(t *testing.T, program, kind string) *world {
 		return []string{"LD_PRELOAD=" + shim, "CHAOS_CLOCK=" + w.clockFile(address)}
 	}
 	w.queue = startQueue(t, kind, env)
-	w.locks = rig.StartLockServers(t, 3, rig.RedisOptions{Env: env, Kind: rig.SingleQueue})
+	w.locks = rig.StartLockServers(t, 3, rig.RedisOptions{Env: env, Kind: rig.SingleQueue, Bare: true,
+		Args: func(port string) []string { return append(rig.PlainPort(port), serverArgs(lockUsers)...) }})
 	for i := range 3 {
 		w.nodes = append(w.nodes, w.newNode(fmt.Sprintf("node-%d", i)))
 	}
@@ -182,6 +186,7 @@ func startWorld(t *testing.T, program, kind string) *world {
 		})
 	}
 	w.startGates()
+	w.startTenants()
 	t.Cleanup(w.finish)
 	return w
 }
@@ -197,9 +202,10 @@ func (w *world) newWebhook(on *node) *webhook {
 	dir := w.t.TempDir()
 	rig.WriteCertificate(w.t, dir, 1)
 	address := rig.FreeAddress(w.t)
-	args := []string{"webhook", "--host=127.0.0.1", "--port=" + rig.Port(address), "--certDir=" + dir}
+	args := []string{"webhook", "--host=127.0.0.1", "--port=" + rig.Port(address), "--certDir=" + dir,
+		"--sidecar-redis-secret=redis"}
 	transport := &http.Transport{MaxIdleConnsPerHost: 25, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
-	h := &webhook{restarted: restarted{binary: w.binary, args: append(args, w.flags(on)...)}, address: address,
+	h := &webhook{restarted: restarted{binary: w.binary, user: "webhook", args: append(args, w.flags(on)...)}, address: address,
 		client: &http.Client{Timeout: 4 * time.Second, Transport: transport}}
 	h.launch(w.t)
 	return h

@@ -32,7 +32,8 @@ func startDeployedServers(t *testing.T) *deployedServers {
 		"6379", rig.Port(s.tokens.Address), "6380", rig.Port(s.locks.Address))
 	writeScript(t, s.scripts, "namespaces", here)
 	writeScript(t, s.scripts, "namespace", here)
-	user := append([]string{"SETUSER", namespacesUser, "on", ">" + rig.Password}, strings.Fields(rig.NamespacesACL)...)
+	writeScript(t, s.scripts, "alive", here)
+	user := append([]string{"SETUSER", namespacesUser, "on", ">" + rig.Password}, strings.Fields(rig.NamespacesACL+" "+rig.AliveACL)...)
 	for _, server := range []*rig.Redis{s.tokens, s.locks} {
 		server.Do(t, "ACL", rig.Anys(user)...)
 	}
@@ -239,6 +240,19 @@ func TestNamespacesAreIsolated(t *testing.T) {
 		wantDenied(fmt.Sprint(command), err)
 	}
 
+	// Scripts of their own are refused, also for their own semaphores: one that does not end
+	// would stop all others.
+	own := rig.ID{Namespace: "shop", Key: "web"}
+	for conn, key := range map[redis.Conn]string{ofTokens: own.InflightKey(), ofLocks: own.LockKey()} {
+		for _, command := range [][]any{
+			{"EVAL", "return 1", 1, key}, {"EVAL_RO", "return 1", 1, key}, {"SCRIPT", "LOAD", "return 1"},
+			{"SCRIPT", "FLUSH"}, {"SCRIPT", "KILL"}, {"FUNCTION", "LOAD", "#!lua name=f"}, {"FCALL", "f", 1, key},
+		} {
+			_, err := conn.Do(command[0].(string), command[1:]...)
+			wantDenied(fmt.Sprint(command), err)
+		}
+	}
+
 	// The program is refused, too.
 	wantLoggedDenial := func(p *sidecar, message string) {
 		t.Helper()
@@ -292,10 +306,9 @@ func TestNamespaceUsersFollowTheirFiles(t *testing.T) {
 	follow.Start(t)
 	write("shop", "first 2026-01-01T00:00:00Z\n")
 	wantUsers("sidecar/shop")
-	toShop := strings.NewReplacer("~lock/* ", "~lock/{shop/*} ", "&waiters/*", "&waiters/{shop/*", "/* ", "/{shop/*} ")
 	for server, rules := range map[*rig.Redis]string{s.tokens: withoutLock(rig.SidecarACL), s.locks: rig.LockACL} {
 		got := sorted(s.run(t, "", ". ./namespaces; users "+rig.Port(server.Address)))
-		if want := sorted("user sidecar/shop on >first " + toShop.Replace(rules)); got != want {
+		if want := sorted("user sidecar/shop on >first " + rig.NamespaceRules(rules, "shop")); got != want {
 			t.Errorf("in the configuration is\n%s, want\n%s", got, want)
 		}
 	}
@@ -339,6 +352,7 @@ func TestNamespaceUsersFollowTheirFiles(t *testing.T) {
 	if err := s.live(t, "shop", "second"); err == nil || !strings.Contains(err.Error(), "WRONGPASS") {
 		t.Errorf("with a removed password: %v", err)
 	}
+	follow.Kill() // it may be about to read the removed file, and would make the other user again
 	for _, namespace := range []string{"shop", "blog"} {
 		s.run(t, "", "sh namespace "+namespace)
 	}
@@ -346,5 +360,62 @@ func TestNamespaceUsersFollowTheirFiles(t *testing.T) {
 	wrong := s.command("REPLICATION_PASSWORD=wrong sh namespace shop </dev/null")
 	if out, err := wrong.CombinedOutput(); err == nil || !strings.Contains(string(out), "WRONGPASS") {
 		t.Errorf("with a wrong password: %v: %s", err, out)
+	}
+}
+
+// The liveness probe fails while a server does not answer, or is BUSY with a script that
+// cannot be killed. It passes with any other answer: a restart would not help.
+func TestAlive(t *testing.T) {
+	t.Parallel()
+	s := startDeployedServers(t)
+	r := s.locks
+	alive := func() (string, error) {
+		out, err := s.command("sh alive " + rig.Port(r.Address)).CombinedOutput()
+		return string(out), err
+	}
+	wantAlive := func(when string) {
+		t.Helper()
+		rig.Eventually(t, 20*time.Second, func() error {
+			if out, err := alive(); err != nil {
+				return fmt.Errorf("%s: %v: %s", when, err, out)
+			}
+			return nil
+		})
+	}
+	wantDead := func(when, text string) {
+		t.Helper()
+		rig.Eventually(t, 20*time.Second, func() error {
+			if out, err := alive(); err == nil || !strings.Contains(out, text) {
+				return fmt.Errorf("%s: %v: %s", when, err, out)
+			}
+			return nil
+		})
+	}
+	wantAlive("at rest")
+	r.Do(t, "CONFIG", "SET", "maxclients", 1)
+	wantAlive("with as many connections as it accepts")
+	r.Do(t, "CONFIG", "SET", "maxclients", 100)
+	r.Do(t, "ACL", "SETUSER", namespacesUser, "resetpass", ">another")
+	wantAlive("with another password")
+	r.Do(t, "ACL", "SETUSER", namespacesUser, "resetpass", ">"+rig.Password)
+	r.Pause(t)
+	wantDead("paused", "no answer")
+	r.Resume(t)
+	wantAlive("resumed")
+	r.Do(t, "CONFIG", "SET", "busy-reply-threshold", 10)
+	rig.Must(t, r.Control.Send("EVAL", "redis.call('SET', KEYS[1], 1) while true do end", 1, "key"))
+	rig.Must(t, r.Control.Flush())
+	wantDead("busy", "BUSY")
+	r.Kill()
+	<-r.Done()
+	wantDead("gone", "Could not connect")
+}
+
+// Redis closes idle connections, also of clients that never log in.
+func TestIdleConnectionsAreClosed(t *testing.T) {
+	for _, name := range []string{"redis", "lock"} {
+		if n := strings.Count(deployedScripts(t)[name], "\ntimeout 300\n"); n != 1 {
+			t.Errorf("the configuration of %s sets the timeout %d times", name, n)
+		}
 	}
 }

@@ -24,6 +24,7 @@ func TestACLsAreDocumented(t *testing.T) {
 		"status on >PASSWORD " + rig.StatusACL + "\n", "SETUSER status " + rig.ReleaseACL + "\n",
 		"`" + rig.GateACL + "`", "`" + rig.ForgottenACL + "`", "`" + rig.EvictionACL + "`", "`" + rig.SentinelACL + "`",
 		"`" + rig.OnSentinelsACL + "`", "`" + rig.ClusterACL + "`", "`" + rig.LockACL + "`",
+		"`" + rig.WebhookLockACL + "`",
 	} {
 		if !strings.Contains(page, rules) {
 			t.Errorf("not in %s: %s", securityPage, rules)
@@ -34,17 +35,7 @@ func TestACLsAreDocumented(t *testing.T) {
 // The documented rules of a namespace's user are those of a sidecar, with the namespace
 // in each key.
 func TestNamespaceACLIsDocumented(t *testing.T) {
-	var rules []string
-	for rule := range strings.FieldsSeq(rig.SidecarACL) {
-		switch {
-		case strings.HasPrefix(rule, "~"):
-			rule = strings.TrimSuffix(rule, "*") + "{shop/*}"
-		case strings.HasPrefix(rule, "&"):
-			rule = strings.TrimSuffix(rule, "*") + "{shop/*"
-		}
-		rules = append(rules, rule)
-	}
-	want := "SETUSER sidecar/shop on >PASSWORD " + strings.Join(rules, " ") + "\n"
+	want := "SETUSER sidecar/shop on >PASSWORD " + rig.NamespaceRules(rig.SidecarACL, "shop") + "\n"
 	if !strings.Contains(rig.ReadFile(t, securityPage), want) {
 		t.Errorf("not in %s: %s", securityPage, want)
 	}
@@ -59,10 +50,11 @@ func withoutLock(rules string) string {
 // Sentinels watch the servers of the tokens.
 func TestACLsAreDeployed(t *testing.T) {
 	want := map[string][]string{
-		"webhook":    {withoutLock(rig.WebhookACL) + " " + rig.ForgottenACL + " " + rig.EvictionACL, rig.LockACL},
+		"webhook": {withoutLock(rig.WebhookACL) + " " + rig.ForgottenACL + " " + rig.EvictionACL,
+			rig.LockACL + " " + rig.WebhookLockACL},
 		"sidecar":    {}, // each namespace has its own user: see TestNamespaceUsersFollowTheirFiles
 		"gate":       {withoutLock(rig.SidecarACL) + " " + rig.GateACL, rig.LockACL},
-		"namespaces": {rig.NamespacesACL, rig.NamespacesACL},
+		"namespaces": {rig.NamespacesACL + " " + rig.AliveACL, rig.NamespacesACL + " " + rig.AliveACL},
 		"status":     {rig.StatusACL + " " + rig.ReleaseACL + " " + rig.SentinelACL},
 		"default": {"off", "on resetpass ~* &* +@all",
 			"on nopass resetchannels -@all +ping " + rig.OnSentinelsACL},

@@ -24,7 +24,7 @@ func TestClusterFailover(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			cluster := rig.StartCluster(t)
+			cluster := rig.StartClusterWith(t, rig.GroupOptions{Bare: true})
 			affected := rig.FreshID()
 			other := cluster.OtherID(t, affected)
 			f := startTraffic(t, cluster, affected, other)
@@ -40,7 +40,7 @@ func TestClusterFailover(t *testing.T) {
 // token is lost.
 func TestClusterSlotsMove(t *testing.T) {
 	t.Parallel()
-	c := rig.StartCluster(t)
+	c := rig.StartClusterWith(t, rig.GroupOptions{Bare: true})
 	id := rig.FreshID()
 	f := startTraffic(t, c, id)
 	from := c.Holder(t, id)

@@ -26,7 +26,7 @@ func (m *movingAddress) Holder(testing.TB, fmt.Stringer) *rig.Redis { return m.s
 // A provider's address moves to the replica. The old primary and its connections hang.
 func TestProviderFailover(t *testing.T) {
 	t.Parallel()
-	primary, replica := rig.StartRedis(t), rig.StartRedis(t)
+	primary, replica := startBare(t), startBare(t)
 	replica.Do(t, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
 	primary.Do(t, "CONFIG", "SET", "repl-diskless-sync-delay", "0")
 	replica.Do(t, "REPLICAOF", "127.0.0.1", rig.Port(primary.Address))
@@ -58,6 +58,11 @@ func TestProviderFailover(t *testing.T) {
 	})
 	t.Logf("the address moved %.1f s after the fault", moved.Seconds())
 	f.wantRecovered(t, moved+4*time.Second)
+}
+
+func startBare(t *testing.T) *rig.Redis {
+	t.Helper()
+	return rig.StartRedisWith(t, rig.RedisOptions{Bare: true})
 }
 
 func startMovingAddress(t *testing.T, first *rig.Redis) *movingAddress {

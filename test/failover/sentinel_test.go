@@ -39,7 +39,7 @@ func TestSentinelFailover(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			g := rig.StartSentinelGroup(t, c.set...)
+			g := rig.StartSentinelGroupWith(t, rig.GroupOptions{Args: c.set, Bare: true})
 			f := startTraffic(t, g, rig.FreshID())
 			old := g.Servers[0]
 			f.strike(t, func() { c.strike(t, g, old) })

@@ -1,5 +1,7 @@
 package rig
 
+import "strings"
+
 // The permissions of the Redis users, as docs/security.md documents them. Each constant
 // has all rules of a user, or additional rules.
 const (
@@ -7,19 +9,20 @@ const (
 		"+eval +evalsha +time +scan +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount " +
 		"+zrange +zrangebyscore +zscore +zremrangebyscore +ttl +expire +publish +info|replication +set +get"
 	SidecarACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* " +
-		"+eval +evalsha +time +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount " +
+		"+evalsha +time +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount " +
 		"+zrange +zrangebyscore +zrank +zscore +zremrangebyscore +ttl +expire +publish +subscribe +info|replication +set +get"
 	StatusACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* " +
 		"+time +scan +llen +zcard +zcount +zrange +zscore +hmget"
 
 	// "status release" needs these in addition to StatusACL.
 	ReleaseACL = "&waiters/* " +
-		"+eval +evalsha +exists +hset +hdel +zrem +zrangebyscore +rpush +ltrim +del +ttl +expire +publish"
+		"+evalsha +exists +hset +hdel +zrem +zrangebyscore +rpush +ltrim +del +ttl +expire +publish"
 
 	GateACL       = "+unsubscribe"              // of the gate, in addition to SidecarACL
 	ForgottenACL  = "+acl|users"                // of the webhook, to warn about namespaces without a user
 	EvictionACL   = "+info|memory"              // of the webhook, to warn about a Redis that may evict tokens
 	NamespacesACL = "+acl|setuser +acl|deluser" // of the user by which deploy/namespace.sh makes users
+	AliveACL      = "+ping"                     // of that user, in addition, for the liveness probes
 
 	// Webhook and sidecar also need SentinelACL on servers that Sentinels watch, and
 	// OnSentinelsACL on the Sentinels.
@@ -28,5 +31,28 @@ const (
 
 	ClusterACL = "+role +cluster|slots +asking" // of webhook and sidecar, in addition, on a Cluster
 
-	LockACL = "~lock/* +eval +set +get +del" // of webhook and sidecar on servers that hold only locks
+	// On servers that hold only locks.
+	LockACL        = "~lock/* +evalsha +set +get +del" // of sidecar and gate
+	WebhookLockACL = "+eval"                           // of the webhook, in addition
 )
+
+// NamespaceRules returns the rules of a namespace's user: the rules of all sidecars, with
+// the namespace in each key and channel.
+func NamespaceRules(rules, namespace string) string {
+	var all []string
+	for rule := range strings.FieldsSeq(rules) {
+		switch {
+		case strings.HasPrefix(rule, "~"):
+			rule = strings.TrimSuffix(rule, "*") + "{" + namespace + "/*}"
+		case strings.HasPrefix(rule, "&"):
+			rule = strings.TrimSuffix(rule, "*") + "{" + namespace + "/*"
+		}
+		all = append(all, rule)
+	}
+	return strings.Join(all, " ")
+}
+
+// UserArgs returns the arguments of a redis-server for a user with the Password.
+func UserArgs(user, rules string) []string {
+	return append([]string{"--user", user, "on", ">" + Password}, strings.Fields(rules)...)
+}

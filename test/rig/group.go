@@ -33,6 +33,7 @@ type Group interface {
 type GroupOptions struct {
 	Args []string                      // more arguments of the servers, not of Sentinels
 	Env  func(address string) []string // added to the environment of all; nil: nothing
+	Bare bool                          // see RedisOptions
 }
 
 // SentinelGroup is a primary with two replicas, and three Sentinels.
@@ -61,7 +62,8 @@ func StartSentinelGroupWith(t testing.TB, o GroupOptions) *SentinelGroup {
 			}
 			return args
 		}
-		g.Servers = append(g.Servers, StartRedisWith(t, RedisOptions{Args: args, Env: o.Env, Kind: SingleQueue}))
+		g.Servers = append(g.Servers, StartRedisWith(t, RedisOptions{Args: args, Env: o.Env, Kind: SingleQueue,
+			Bare: o.Bare}))
 	}
 	dir := t.TempDir()
 	for range 3 {
@@ -205,7 +207,8 @@ func StartClusterWith(t testing.TB, o GroupOptions) *Cluster {
 				// fails.
 				"--cluster-allow-replica-migration", "no"}, o.Args...)
 		}
-		s := StartRedisWith(t, RedisOptions{Args: args, Env: o.Env, Kind: SingleQueue})
+		s := StartRedisWith(t, RedisOptions{Args: args, Env: o.Env, Kind: SingleQueue,
+			Bare: o.Bare})
 		c.Nodes = append(c.Nodes, s)
 		create = append(create, s.Address)
 	}

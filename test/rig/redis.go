@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -28,9 +29,10 @@ type Redis struct {
 	*Process
 	Control redis.Conn // the test's own connection
 
-	dial     []redis.DialOption
-	env      func(address string) []string
-	allSlots bool // it is a Cluster of one node
+	dial       []redis.DialOption
+	env        func(address string) []string
+	allSlots   bool // it is a Cluster of one node
+	hasScripts bool // it knows the scripts of lua/, as if a webhook had loaded them
 }
 
 // RedisOptions are the options of a redis-server.
@@ -42,6 +44,7 @@ type RedisOptions struct {
 	Dial []redis.DialOption            // for the test's own connections
 	Env  func(address string) []string // added to the environment; nil: nothing
 	Kind string                        // SingleQueue or ClusterQueue; empty: as TEST_QUEUE selects
+	Bare bool                          // it knows no script until a webhook loads it
 }
 
 // PlainPort returns the arguments for a port without TLS.
@@ -73,7 +76,8 @@ func launchRedis(dir string, o RedisOptions) (*Redis, error) {
 		if err != nil {
 			return nil, err
 		}
-		r := &Redis{Address: address, dial: append(o.Dial, redis.DialReadTimeout(5*time.Second)), env: o.Env}
+		r := &Redis{Address: address, dial: append(o.Dial, redis.DialReadTimeout(5*time.Second)), env: o.Env,
+			hasScripts: !o.Bare}
 		r.Args = append(o.Args(Port(address)), "--bind", "127.0.0.1", "--dir", dir, "--save", "",
 			"--appendonly", "yes", "--appendfsync", "always")
 		if cmp.Or(o.Kind, TestQueue) == ClusterQueue {
@@ -120,7 +124,7 @@ func (r *Redis) Start() error {
 			c.Close()
 			return err
 		}
-		r.Control = c
+		r.Control = r.lasting(c)
 		return nil
 	})
 	if err != nil {
@@ -129,9 +133,12 @@ func (r *Redis) Start() error {
 		return fmt.Errorf("%s did not answer at %s: %w: %s", RedisProgram, r.Address, err, output)
 	}
 	if r.allSlots {
-		return r.serveAllSlots()
+		err = r.serveAllSlots()
 	}
-	return nil
+	if err == nil && r.hasScripts {
+		err = r.LoadScripts()
+	}
+	return err
 }
 
 // Stop shuts the server down in order. A replica that writes its first append-only file after
@@ -163,7 +170,35 @@ func (r *Redis) Crash(t testing.TB) {
 func (r *Redis) Redial(t testing.TB) {
 	t.Helper()
 	r.Control.Close()
-	r.Control = r.Dial(t)
+	r.Control = r.lasting(r.Dial(t))
+}
+
+// lasting returns a connection that outlasts the server's timeout of idle clients.
+func (r *Redis) lasting(c redis.Conn) redis.Conn {
+	if !slices.Contains(r.Args, "--timeout") {
+		return c
+	}
+	return &lastingConn{c, func() (redis.Conn, error) { return redis.Dial("tcp", r.Address, r.dial...) }, time.Now()}
+}
+
+// lastingConn dials again for a command after a second without one.
+type lastingConn struct {
+	redis.Conn
+	dial func() (redis.Conn, error)
+	used time.Time
+}
+
+func (c *lastingConn) Do(command string, args ...any) (any, error) {
+	if time.Since(c.used) > time.Second {
+		fresh, err := c.dial()
+		if err != nil {
+			return nil, err
+		}
+		c.Conn.Close()
+		c.Conn = fresh
+	}
+	c.used = time.Now()
+	return c.Conn.Do(command, args...)
 }
 
 // Dial makes another connection. The caller closes it.

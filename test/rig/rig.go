@@ -46,6 +46,7 @@
 //	Redis                         Counts, WantCounts, Inflight, WantInflight, Line,
 //	                              WantLine, State, Shift, MakeStale, MakeFree, ...
 //	ScriptSource(name), Redis.Run(name, id, timing, args...)
+//	Redis.LoadScripts             as a webhook does; done at each start unless the server is Bare
 //	Acquire, Maintain, Heartbeat, Release
 //	BeatTimeout, PollMost, LineQuiet, LinePatience
 //	                              times of scripts and program (constants.go)

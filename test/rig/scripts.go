@@ -1,14 +1,18 @@
 package rig
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/go-redsync/redsync/v4"
+	lock "github.com/go-redsync/redsync/v4/redis"
 	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
 )
@@ -57,6 +61,48 @@ func Script(name string) *redis.Script {
 }
 
 var scripts sync.Map // by name
+
+// LoadScripts loads the scripts of lua/, and the one by which redsync unlocks, as a
+// webhook does. The statistics of the server begin anew.
+func (r *Redis) LoadScripts() error {
+	files, err := filepath.Glob(Path("lua/*.lua"))
+	for _, file := range files {
+		if name := strings.TrimSuffix(filepath.Base(file), ".lua"); err == nil && name != "semaphore" {
+			err = Script(name).Load(r.Control)
+		}
+	}
+	if err == nil {
+		_, err = r.Control.Do("SCRIPT", "LOAD", unlockSource())
+	}
+	if err == nil {
+		_, err = r.Control.Do("CONFIG", "RESETSTAT")
+	}
+	return err
+}
+
+// unlockSource returns the script by which redsync unlocks, which it does not export.
+var unlockSource = sync.OnceValue(func() string {
+	var shown shownScript
+	_, _ = redsync.New(&shown).NewMutex("").Unlock()
+	return shown.source
+})
+
+// shownScript is a pool of redsync that runs nothing, and keeps the script.
+type shownScript struct{ source string }
+
+func (s *shownScript) Get(context.Context) (lock.Conn, error) { return shownConn{shown: s}, nil }
+
+type shownConn struct {
+	lock.Conn
+	shown *shownScript
+}
+
+func (c shownConn) Eval(script *lock.Script, _ ...any) (any, error) {
+	c.shown.source = script.Src
+	return int64(1), nil
+}
+
+func (c shownConn) Close() error { return nil }
 
 // Timing is the heartbeat interval and the stale threshold of a process.
 type Timing struct{ Interval, Threshold time.Duration }

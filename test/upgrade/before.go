@@ -183,5 +183,20 @@ func startRedis(t *testing.T, users []string) *rig.Redis {
 		Args: func(port string) []string { return append(rig.PlainPort(port), users...) },
 		Dial: []redis.DialOption{redis.DialUsername("tester"), redis.DialPassword(rig.Password)},
 		Kind: rig.SingleQueue,
+		Bare: true, // webhooks load the scripts
 	})
+}
+
+// luaFiles returns the texts of the scripts in a folder, by file name.
+func luaFiles(t *testing.T, folder string) map[string]string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(folder, "*.lua"))
+	rig.Must(t, err)
+	texts := map[string]string{}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		rig.Must(t, err)
+		texts[filepath.Base(file)] = string(text)
+	}
+	return texts
 }

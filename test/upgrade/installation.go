@@ -26,10 +26,12 @@ import (
 type installation struct {
 	t     *testing.T
 	queue *rig.Redis
-	locks []string
+	locks rig.LockServers
 	flags []string
 	paths map[string]string // of programs, by their images
 	most  map[rig.ID]int    // the greatest length that pods have asked for
+
+	losesScripts bool // all servers lose the scripts while only the present webhook runs
 
 	pods   sync.WaitGroup
 	stop   chan struct{} // closed when no more pods start
@@ -70,12 +72,12 @@ func startInstallation(t *testing.T, folder string, withoutRules ...string) *ins
 		holding: map[rig.ID]map[string]bool{}, uids: map[string]string{}, done: map[string]int{},
 	}
 	for range 3 {
-		u.locks = append(u.locks, startRedis(t, lockUsers).Address)
+		u.locks = append(u.locks, startRedis(t, lockUsers))
 	}
 	t.Setenv("REDIS_USERNAME", "webhook")
 	t.Setenv("REDIS_PASSWORD", rig.Password)
 	u.flags = []string{
-		"--redis-addresses=" + strings.Join(u.locks, ","),
+		"--redis-addresses=" + strings.Join(u.locks.Addresses(), ","),
 		"--sidecar-redis-secret=redis",
 		fmt.Sprintf("--heartbeat-interval-seconds=%d", heartbeatInterval/time.Second),
 	}
@@ -151,11 +153,22 @@ func (u *installation) wantEnded(p *rig.Process, name string) {
 	u.readLog(p, name)
 }
 
+// loseScripts makes all servers lose their scripts. Webhooks load them again.
+func (u *installation) loseScripts() {
+	for _, r := range append(u.locks, u.queue) {
+		if _, err := r.Control.Do("SCRIPT", "FLUSH"); err != nil {
+			u.problem("the scripts of %s are not lost: %v", r.Address, err)
+		}
+	}
+}
+
 // readLog records each warning and error in a log as a problem. No server fails here. The
-// only allowed warning is that another process repairs the semaphore.
+// only allowed warnings are that another process repairs the semaphore, and that the
+// scripts were lost a moment ago.
 func (u *installation) readLog(p *rig.Process, name string) {
 	for line := range strings.Lines(p.Log.String()) {
-		if !strings.Contains(line, `"level":"INFO"`) && !strings.Contains(line, "lock taken") {
+		if !strings.Contains(line, `"level":"INFO"`) && !strings.Contains(line, "lock taken") &&
+			!strings.Contains(line, "NOSCRIPT") {
 			u.problem("%s logged %s", name, line)
 		}
 	}

@@ -3,6 +3,7 @@ package upgrade
 import (
 	"fmt"
 	"maps"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -31,15 +32,33 @@ const usersOfBeforeDo = true
 func TestUpgrade(t *testing.T) {
 	before, folder, released := programBefore(t)
 	now := programNow(t)
-	t.Run("users of now", func(t *testing.T) { thereAndBack(t, before, now, rig.Root()) })
+	// Sidecars of a webhook that is gone go on after a loss of all scripts.
+	loses := released || maps.Equal(luaFiles(t, filepath.Join(folder, "lua")), luaFiles(t, rig.Path("lua")))
+	t.Run("users of now", func(t *testing.T) { thereAndBack(t, before, now, rig.Root(), loses) })
 	if released && usersOfBeforeDo {
-		t.Run("users of before", func(t *testing.T) { thereAndBack(t, before, now, folder) })
+		t.Run("users of before", func(t *testing.T) { thereAndBack(t, before, now, folder, loses) })
+	}
+}
+
+// A webhook loads the scripts of the last release, as that release has them.
+func TestPreviousScripts(t *testing.T) {
+	commit, released, err := commitBefore()
+	rig.Must(t, err)
+	want := map[string]string{}
+	if released {
+		folder := t.TempDir()
+		rig.Must(t, export(commit, folder))
+		want = luaFiles(t, filepath.Join(folder, "lua"))
+	}
+	if !maps.Equal(luaFiles(t, rig.Path("lua/previous")), want) {
+		t.Errorf("lua/previous must have exactly the %d scripts of %s", len(want), commit)
 	}
 }
 
 // thereAndBack upgrades and goes back, with the users of one folder's deploy/.
-func thereAndBack(t *testing.T, before, now programBuild, folder string) {
+func thereAndBack(t *testing.T, before, now programBuild, folder string, losesScripts bool) {
 	u := startInstallation(t, folder)
+	u.losesScripts = losesScripts
 	u.roll(before, now)
 	for _, p := range u.problems[:min(len(u.problems), 50)] {
 		t.Error(p)
@@ -88,6 +107,9 @@ func (u *installation) roll(before, now programBuild) {
 		},
 		func() {
 			u.retire(before)
+			if u.losesScripts {
+				u.loseScripts()
+			}
 			staying("late-deny", deny, 3, rig.WhenFullDeny) // from here, with the present sidecars
 			staying("late-wait", wait, 4, rig.WhenFullWait)
 			change(2, 2)
