@@ -189,7 +189,7 @@ func TestFlagDefaults(t *testing.T) {
 		"sidecar-image": imageRepository + ":dev", "sidecar-image-pull-secret": "",
 		"sidecar-resources": "cpu=100m,memory=64Mi", "sidecar-run-as-user": "65532",
 		"sidecar-requests": "cpu=5m,memory=32Mi", "await-restart": "false", "pod-annotations": "",
-		"sidecar-redis-secret": "", "sidecar-redis-ca": "", "sidecar-etcd-secret": "",
+		"sidecar-redis-secret": "", "sidecar-redis-ca": "", "sidecar-etcd-secret": "", "unstarted-seconds": "",
 	}
 	sidecar := map[string]string{"length": "", "expiration-seconds": "10", "termination-grace-period-seconds": "10"}
 	gate := map[string]string{

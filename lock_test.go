@@ -615,7 +615,8 @@ func TestPausedMaintainer(t *testing.T) {
 		paused := rig.StartWebhook(t, proxy.Address, "--lock-mode="+c.lockMode,
 			"--redis-addresses="+strings.Join(c.redisAddresses, ","),
 			"--etcd-addresses="+strings.Join(c.etcdAddresses, ","))
-		maintain := proxy.HoldFirst(t, maintainScript.made().Hash(), false)
+		// The webhook also sends each hash without keys, to load the scripts.
+		maintain := proxy.HoldFirst(t, maintainScript.made().Hash()+fmt.Sprintf("\r\n$1\r\n%d\r\n", scriptKeys), false)
 		answered := make(chan error, 1)
 		go func() {
 			status, text, _, err := paused.Post(body)

@@ -449,7 +449,7 @@ func TestHoldersAreNamed(t *testing.T) {
 	since := fmt.Sprint(r.Now(t) - 14400)
 	r.Do(t, "HSET", id.namesKey(), token+"/pod", since+" web-67d4947b99- ")
 	if got, want := w.admit(t, rig.Review(t, id, 1)).Message,
-		"1 of 1 tokens in use, by web-67d4947b99-... (4 h)"; !strings.HasSuffix(got, want) {
+		"1 of 1 tokens in use, by web-67d4947b99-... (4 h, not started yet)"; !strings.HasSuffix(got, want) {
 		t.Errorf("refused with %q, want %q", got, want)
 	}
 	t.Setenv("POD_NAME", "web-67d4947b99-x2x9z")

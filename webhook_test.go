@@ -350,12 +350,13 @@ func TestCertificateIsRereadWithoutRestart(t *testing.T) {
 // On SIGTERM during an admission, the webhook finishes the admission first.
 func TestShutdownFinishesAdmissions(t *testing.T) {
 	r := rig.StartRedis(t)
-	w := rig.StartWebhook(t, r.Address)
+	p := rig.StartProxy(t, r.Address)
+	w := rig.StartWebhook(t, p.Address)
 	id := freshID()
 	if status, text, _, err := w.Post(rig.Review(t, id, 2)); err != nil || status != 200 {
 		t.Fatal(status, text, err)
 	}
-	r.Pause(t)
+	acquire := p.HoldFirst(t, id.inflightKey(), false)
 	type answer struct {
 		status int
 		text   string
@@ -366,11 +367,10 @@ func TestShutdownFinishesAdmissions(t *testing.T) {
 		status, text, _, err := w.Post(rig.Review(t, id, 2))
 		answered <- answer{status, text, err}
 	}()
-	// Unread bytes in the paused server's socket show that the acquire is on its way.
-	rig.WantUnreadBytes(t, r.Address)
+	<-acquire.Held
 	w.Signal(t, syscall.SIGTERM)
 	w.WantLog(t, "stopping")
-	r.Resume(t)
+	acquire.Deliver()
 	a := <-answered
 	if a.err != nil || a.status != 200 || !strings.Contains(a.text, `"allowed":true`) {
 		t.Errorf("got %+v, want allowed", a)

@@ -77,9 +77,10 @@ if waits then
   if not redis.call('ZSCORE', KEYS[3], token) then
     local joined = arrival
     if arrival == '0' then
-      -- Behind all others, even if the clock was set back.
+      -- Behind all others, even if the clock was set back, and behind those to whom a length
+      -- is lent.
       local last = tonumber(redis.call('ZRANGE', KEYS[3], -1, -1, 'WITHSCORES')[2]) or 0
-      joined = string.format('%.0f', math.max(micros, last + 1))
+      joined = string.format('%.0f', math.max(micros, last + 1, line.lentTo + 1))
     end
     grown = true
     redis.call('ZADD', KEYS[3], joined, token)

@@ -249,7 +249,7 @@ local function openLine()
   end
   local lent, lentTo = tonumber(known[3]) or 0, tonumber(known[5]) or 0
   if math.abs(now - (tonumber(known[4]) or 0)) > linePatience then
-    lent = 0
+    lent, lentTo = 0, 0
   end
   local reign, reigned = tonumber(known[6]) or 0, tonumber(known[7]) or 0
   local exact = micros / 1000000 -- Unix seconds, with a fraction
@@ -397,7 +397,7 @@ local function openLine()
 
   line = {
     seconds = string.format('%d.%03d', time[1], math.floor(time[2] / 1000)), -- Unix seconds, with milliseconds
-    paused = paused, call = call, eachServed = eachServed, lend = lend, limitsOf = limitsOf, sameReign = sameReign,
+    paused = paused, lentTo = lentTo, call = call, eachServed = eachServed, lend = lend, limitsOf = limitsOf, sameReign = sameReign,
   }
 end
 if lineLength > 0 then

@@ -32,9 +32,9 @@ func (w *world) playHold() {
 	if !slices.Equal(lost, want) {
 		w.fail("hold answered that %v are lost, want %v", lost, want)
 	}
-	for token := range w.expected.holders {
-		if at, ok := d.inflight[token]; ok && at < int(w.second)-1 {
-			w.fail("%s is held, and its last heartbeat was %d s ago", token, int(w.second)-at)
+	for _, p := range w.order {
+		if at, ok := d.inflight[p.token]; ok && at < int(w.second)-1 {
+			w.fail("%s is held, and its last heartbeat was %d s ago", p.token, int(w.second)-at)
 		}
 	}
 	if d.free != w.last.free {

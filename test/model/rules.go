@@ -75,6 +75,17 @@ func (k *knowledge) leave(token string) {
 	delete(k.heardIn, token)
 }
 
+// forgetFuture sets the requests that lie in the future, from before the clock was set back,
+// to the present second.
+func (k *knowledge) forgetFuture(now int) {
+	newest := slices.Max(append(slices.Collect(maps.Values(k.askedAt)), 0))
+	for token, at := range k.askedAt {
+		if second := now - now%1e6; newest > now && at > second {
+			k.askedAt[token] = second
+		}
+	}
+}
+
 // greatestLength returns the greatest length that callers have asked for recently.
 func (k *knowledge) greatestLength() int {
 	greatest := 0

@@ -152,6 +152,9 @@ func (w *world) command(script *redis.Script, args ...any) (status int, rest []a
 	w.now += elapsed
 	w.expected.touched += elapsed
 	k, now := w.expected, w.micros()
+	if script != w.scripts.heartbeat && script != w.scripts.release && script != w.scripts.hold {
+		k.forgetFuture(now)
+	}
 	w.paused = now
 	if len(k.line) > 0 {
 		if now-k.heard > stall || k.heard > now || k.paused > now {
