@@ -149,6 +149,8 @@ type semaphores struct {
 	afterDoubt map[semaphoreID]struct{} // semaphores that repairAfterDoubt works on
 	strays     map[string]time.Time     // by token; see noteStray
 
+	releaseLimit logLimiter // of lines about releases that fail
+
 	background sync.WaitGroup // repairs, unlocks and releases
 	closing    context.Context
 	stop       func() // ends closing
@@ -248,9 +250,12 @@ func (s *semaphores) releaseRetrying(ctx context.Context, id semaphoreID, token,
 		if sleep(ctx, retry.next()) != nil {
 			return 0, err
 		}
-		if !errors.Is(err, errTooMany) { // those before it log why they take so long
+		if errors.Is(err, errTooMany) { // those before it log why they take so long
+			continue
+		}
+		if dropped, ok := s.releaseLimit.allow(); ok {
 			s.log.Warn("release failed, to be retried", "namespace", id.namespace, "key", id.key, "token", token,
-				"error", err.Error())
+				"error", err.Error(), "notLoggedBefore", dropped)
 		}
 	}
 }

@@ -105,7 +105,7 @@ func testClassicSidecar(t *testing.T) {
 	}
 	warnings, err = n.createWarned(job("work", "jobs", 1, "sleep 1"))
 	must(t, err)
-	if !strings.Contains(warnings, "Warning: this Job will not complete") {
+	if !strings.Contains(warnings, "Warning: the pods of this Job will not complete") {
 		t.Errorf("warned of the Job: %q", warnings)
 	}
 	want := denied + "invalid annotations: " + annotationPrefix + `when-full is "wait": this needs native sidecars`

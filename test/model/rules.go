@@ -20,7 +20,8 @@ type knowledge struct {
 	heardIn      map[string]int // token in line -> the reign in which it last received a message at a request
 	born         int            // when the data began, by Redis's clock; 0: Redis knows that it has lost data
 	touched      int            // the last command, by Redis's clock
-	resumed      int            // the end of the last silence that Redis notices, by its clock
+	resumed      int            // the end of the last silence that Redis notices, or a report of a loss, by its clock
+	silence      int            // the end of the last silence that Redis notices, by its clock
 	disturbed    int            // the same, in the model's time; also after a clock change too small to notice
 	lossReported int            // when a caller reported a loss of data
 	clockSet     bool           // since the last request or repair
@@ -48,7 +49,7 @@ func newKnowledge() *knowledge {
 	return &knowledge{
 		holders: map[string]int{}, line: map[string]int{}, asked: map[string]int{},
 		askedAt: map[string]int{}, heardIn: map[string]int{},
-		touched: never, resumed: never, disturbed: never, lossReported: never,
+		touched: never, resumed: never, silence: never, disturbed: never, lossReported: never,
 	}
 }
 
@@ -198,7 +199,7 @@ func (w *world) lends() bool {
 // Redis has then.
 func (w *world) isPassed(token string, d dump) bool {
 	k, now := w.expected, w.micros()
-	return d.passed[token] || now-k.askedAt[token] > linePass && now-w.paused > stall && now/1e6-k.resumed > linePatience
+	return d.passed[token] || now-k.askedAt[token] > linePass && now-w.paused > stall && now/1e6-k.silence > linePatience
 }
 
 // mustMiss reports whether a call for a waiter that nobody receives must pass it: Redis
@@ -232,6 +233,8 @@ func (w *world) mustGet(p *actor, arrival string) bool {
 		if !slices.Contains(line, p.token) {
 			line = slices.Insert(line, len(ahead), p.token)
 		}
+		// The request may have dropped waiters: their lengths count no more.
+		line = slices.DeleteFunc(line, func(token string) bool { return token != p.token && w.mayBeGone(token) })
 		limit = w.limits(line, 0)[p.token]
 	}
 	first := 0

@@ -59,6 +59,7 @@ func (w *world) shift(seconds int) {
 		k.born += seconds
 		k.touched += seconds
 		k.resumed += seconds
+		k.silence += seconds
 		for i := range k.greatest {
 			k.greatest[i].at += seconds
 		}
@@ -109,7 +110,7 @@ func (w *world) arrive(by settings) {
 	}
 	second := int(w.second)
 	if k.touched > 0 && (second-k.touched > silence || second < k.touched) {
-		k.disturbed, k.resumed = w.now, second
+		k.disturbed, k.resumed, k.silence = w.now, second, second
 	}
 	if (k.clockSet || second < k.touched) && k.lossReported != never {
 		k.lossReported = w.now // the report may lie in the repeated time
