@@ -736,7 +736,7 @@ func TestUnstartedTokens(t *testing.T) {
 	first := w.wantAdmitted(t, id, 1)
 	age(first, 15)
 	a := w.admit(t, rig.Review(t, id, 1))
-	if want := "... (0 s, not started yet)"; a.Allowed || !strings.HasSuffix(a.Message, want) {
+	if want := " s, not started yet)"; a.Allowed || !strings.HasSuffix(a.Message, want) {
 		t.Errorf("got %+v, want %q", a, want)
 	}
 	age(first, 6)
@@ -747,7 +747,8 @@ func TestUnstartedTokens(t *testing.T) {
 	rig.Must(t, errOf(w.semaphores.heartbeat(t.Context(), id, uid, second, "web-0 node-1", 0)))
 	age(uid, 100)
 	a = w.admit(t, rig.Review(t, id, 1))
-	if want := " has 1 of 1 tokens in use, by web-0 (0 s)"; a.Allowed || !strings.HasSuffix(a.Message, want) {
+	if want := " has 1 of 1 tokens in use, by web-0 ("; a.Allowed || !strings.Contains(a.Message, want) ||
+		strings.Contains(a.Message, "not started") {
 		t.Errorf("got %+v, want %q", a, want)
 	}
 	age(uid, 21)

@@ -17,7 +17,7 @@ func TestModelFindsBrokenScripts(t *testing.T) {
 		t.Skip("this takes minutes; run it with: make chaos")
 	}
 	t.Parallel()
-	const most = 500 // sequences for each broken script
+	const most = 2000 // sequences for each broken script
 	s := newStore(t, scripts{})
 	for _, c := range []struct{ name, from, to string }{
 		{"the length is one more",

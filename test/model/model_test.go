@@ -60,6 +60,8 @@ func playModel(t *rapid.T, s store, broken func(rule string)) (commands int) {
 		"late":     {2, w.playLate},
 		"repeat":   {2, w.playRepeat},
 		"unheard":  {1, w.playUnheard},
+		"missed":   {2, w.playMissed},
+		"lateback": {1, w.playLateBack},
 		"maintain": {1, w.playMaintain},
 		"keep":     {3, w.playKeep},
 		"hold":     {1, w.playHold},
@@ -264,6 +266,47 @@ func (w *world) playUnheard() {
 	p.missed = false
 	p.due = w.now + p.pace
 	w.try(p)
+}
+
+// playMissed lets a waiter miss a call for a token, which another pod may take. Then the
+// waiter subscribes and asks again.
+func (w *world) playMissed() {
+	p := w.pick(func(p *actor) bool { return p.alive() && p.waiting && p.reachable })
+	holder := w.pick(func(p *actor) bool { return p.alive() && p.holding })
+	w.leave(p.token)
+	p.reachable = false
+	w.giveBack(holder)
+	holder.holding = false
+	w.playAdmission()
+	w.connect(p)
+	w.act(p)
+}
+
+// playLateBack takes Redis away for longer than a live waiter may be silent. Then a token
+// comes free, and the second in line is back before the first.
+func (w *world) playLateBack() {
+	var line []*actor
+	for _, token := range w.expected.inLine() {
+		if p := w.pods[token]; p.alive() && p.waiting {
+			line = append(line, p)
+		}
+	}
+	holder := w.pick(func(p *actor) bool { return p.alive() && p.holding })
+	if len(line) < 2 {
+		w.t.SkipNow()
+	}
+	w.liveUntilAllCame()
+	w.pass(w.quiet + lineQuiet)
+	w.logf("Redis was away, and the first in line comes back late")
+	for _, p := range w.order {
+		if p.alive() {
+			p.due = max(p.due, w.now+2)
+		}
+	}
+	line[0].due = w.now + pollMost
+	w.giveBack(holder)
+	holder.holding = false
+	w.live(2)
 }
 
 func (w *world) playMaintain() {
