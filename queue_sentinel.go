@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -121,6 +122,8 @@ func (q *sentinelQueue) lookUp(ctx context.Context, note func(error)) error {
 	for ctx.Err() == nil {
 		named, err := q.askSentinels(ctx)
 		switch {
+		case errors.Is(ctx.Err(), context.Canceled): // the queue is closed
+			return ctx.Err()
 		case err != nil && known == "":
 			note(err)
 			_ = sleep(ctx, lookupPause)
