@@ -181,7 +181,7 @@ func (r *Redis) lasting(c redis.Conn) redis.Conn {
 	return &lastingConn{c, func() (redis.Conn, error) { return redis.Dial("tcp", r.Address, r.dial...) }, time.Now()}
 }
 
-// lastingConn dials again for a command after a second without one.
+// lastingConn dials again for a command after a second without one, and after an error.
 type lastingConn struct {
 	redis.Conn
 	dial func() (redis.Conn, error)
@@ -189,7 +189,7 @@ type lastingConn struct {
 }
 
 func (c *lastingConn) Do(command string, args ...any) (any, error) {
-	if time.Since(c.used) > time.Second {
+	if time.Since(c.used) > time.Second || c.Conn.Err() != nil {
 		fresh, err := c.dial()
 		if err != nil {
 			return nil, err
