@@ -416,8 +416,8 @@ func TestWaitingWithClassicSidecarIsDenied(t *testing.T) {
 	}
 }
 
-// The creator of a Job or CronJob gets a warning that its pods may wait. Kubernetes asks for warnings
-// of at most 120 characters.
+// The creator of a Job or CronJob gets a warning that its pods may wait. Kubernetes asks
+// for warnings of at most 120 characters.
 func TestWarningsOfWaiting(t *testing.T) {
 	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
 	for _, kind := range []string{"Job", "CronJob"} {

@@ -537,3 +537,33 @@ func concurrently(n int, do func(i int)) {
 	}
 	all.Wait()
 }
+
+// seedLine makes a semaphore with free tokens and a line of waiters that were last seen
+// at the time silent ago. It returns the waiters' tokens.
+func seedLine(
+	t *testing.T, r *rig.Redis, s *semaphores, id semaphoreID, free, waiting int, silent time.Duration,
+) []string {
+	t.Helper()
+	giveBack(t, s, id, acquire(t, s, id, maxLength))
+	r.Do(t, "DEL", id.queueKey())
+	now, err := redis.Ints(r.Do(t, "TIME"), nil)
+	rig.Must(t, err)
+	items := make([]any, 0, free+1)
+	for range free {
+		items = append(items, "free")
+	}
+	r.Do(t, "RPUSH", append([]any{id.queueKey()}, items...)...)
+	var tokens []string
+	waiters, seen, names := []any{id.waitersKey()}, []any{id.seenKey()}, []any{id.namesKey()}
+	for i := range waiting {
+		token := uuid.NewString()
+		tokens = append(tokens, token)
+		waiters = append(waiters, now[0]*1_000_000-waiting+i, token)
+		seen = append(seen, now[0]-seconds(silent), token)
+		names = append(names, token, maxLength)
+	}
+	r.Do(t, "ZADD", waiters...)
+	r.Do(t, "ZADD", seen...)
+	r.Do(t, "HSET", names...)
+	return tokens
+}

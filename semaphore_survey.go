@@ -15,8 +15,8 @@ import (
 )
 
 // A survey reads the state of the queue. Its commands change nothing, and none makes
-// Redis scan all its keys at once. A surveyor also lets expire what all have left; see
-// expireAbandoned.
+// Redis scan all its keys at once. For metrics, a surveyor also shortens the life of
+// abandoned semaphores; see expireAbandoned.
 const (
 	scanCount   = 1000 // keys that Redis examines in one step
 	surveyBatch = 100  // semaphores of one round trip
@@ -36,7 +36,7 @@ type semaphoreState struct {
 	oldestHeartbeat time.Duration // since the oldest
 	reclaimed       int           // stale tokens that were taken back since Redis knows the semaphore
 	rejoined        int           // tokens that their holders put back
-	abandoned       bool          // nobody has sent a command for long: its tokens and places count no more
+	abandoned       bool          // no command came for long: its tokens and places count no more
 	touched         float64       // when the last command came, in Unix seconds
 	timing                        // of its holders
 }
@@ -275,9 +275,10 @@ func (st *semaphoreState) count(now float64, replies []any) error {
 	return err
 }
 
-// expireAbandoned lets the keys of abandoned semaphores expire. Their holders and waiters
-// are gone, or were cut off from Redis for longer than the threshold. If one comes back
-// before, it keeps all; if it comes later, it is as after a loss of data.
+// expireAbandoned shortens the time to live of abandoned semaphores. Their holders and
+// waiters are gone, or were cut off from Redis for longer than the threshold. If a holder
+// or waiter comes back before the end, the semaphore keeps all. If it comes later, that is
+// as after a loss of data.
 func (s *semaphores) expireAbandoned(ctx context.Context, states []semaphoreState) error {
 	for _, st := range states {
 		if !st.abandoned {
@@ -292,7 +293,7 @@ func (s *semaphores) expireAbandoned(ctx context.Context, states []semaphoreStat
 			return fmt.Errorf("%s: %w", server, err)
 		}
 		if set {
-			s.log.Info("nobody uses the semaphore any more: it expires", "namespace", st.id.namespace, "key", st.id.key)
+			s.log.Info("the semaphore is abandoned, and expires", "namespace", st.id.namespace, "key", st.id.key)
 		}
 	}
 	return nil
