@@ -42,6 +42,7 @@ func scannedRight(t *testing.T, body []byte) bool {
 
 // The scanner reads what API servers send, with the same result as encoding/json.
 func TestScan(t *testing.T) {
+	t.Parallel()
 	for name, body := range reviews(t) {
 		body = bytes.TrimSpace(body)
 		if !scannedRight(t, body) {

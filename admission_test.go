@@ -68,6 +68,7 @@ func TestAuditAnnotations(t *testing.T) {
 
 // A pod whose grace period is too short for its sidecar is admitted with a warning.
 func TestWarningOfAShortGracePeriod(t *testing.T) {
+	t.Parallel()
 	r := rig.StartRedis(t)
 	w := startWebhook(t, testConfig(r.Address))
 	for grace, want := range map[int]int{0: 1, 9: 1, 10: 0, 30: 0} {
@@ -81,6 +82,7 @@ func TestWarningOfAShortGracePeriod(t *testing.T) {
 }
 
 func TestInvalidAnnotations(t *testing.T) {
+	t.Parallel()
 	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
 	number := func(name string, most int) map[string]string {
 		must := fmt.Sprintf(": it must be a whole number from 1 to %d", most)
@@ -188,6 +190,7 @@ func TestAllowedUntouched(t *testing.T) {
 }
 
 func TestUnanswerableRequests(t *testing.T) {
+	t.Parallel()
 	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
 	good := string(rig.Review(t, freshID(), 1))
 	with := func(change func(map[string]any)) string {
@@ -291,6 +294,7 @@ func TestWarningNotCompleting(t *testing.T) {
 
 // The same for a Job, which the webhook never patches.
 func TestWarningForJob(t *testing.T) {
+	t.Parallel()
 	for _, native := range []bool{true, false} {
 		c := testConfig(rig.FreeAddress(t))
 		c.enableSidecarContainers = native
@@ -550,6 +554,7 @@ func TestSidecarReadsItsArguments(t *testing.T) {
 // A namespace without a Redis user gets a warning with the missing command. An
 // installation that makes users by other means gets no warning.
 func TestNamespaceWithoutRedisUser(t *testing.T) {
+	t.Parallel()
 	r := rig.StartRedis(t)
 	setUser := func(name string, rules ...string) {
 		t.Helper()

@@ -690,6 +690,7 @@ func TestDocsAreShort(t *testing.T) {
 
 // Links to pages, to their sections and to files of the repository have a target.
 func TestDocsLinksResolve(t *testing.T) {
+	t.Parallel()
 	link := regexp.MustCompile(`\]\(([^)\s]+)\)`)
 	checked := 0
 	for _, page := range documents(t) {

@@ -220,10 +220,16 @@ func TestGateThroughOutages(t *testing.T) {
 	g.wantHolders(b)
 }
 
-// hang lets a request wait until its client gives up.
-func hang(_ http.ResponseWriter, r *http.Request) bool {
-	<-r.Context().Done()
-	return true
+// hangUntil makes requests wait until their client gives up, or until the API server is
+// well again. It breaks their connection then.
+func hangUntil(well <-chan struct{}) rig.APIFault {
+	return func(_ http.ResponseWriter, r *http.Request) bool {
+		select {
+		case <-r.Context().Done():
+		case <-well:
+		}
+		panic(http.ErrAbortHandler)
+	}
 }
 
 // readyz returns the answer of a gate to its readiness probe.
@@ -243,18 +249,18 @@ func (g *gateTest) age(key, token string) (int, error) {
 // and does not say that it is at work. It goes on when it has listed the pods again.
 func TestGateCutOff(t *testing.T) {
 	t.Parallel()
-	for name, cut := range map[string]func(*rig.APIServer){
-		"refused": func(s *rig.APIServer) {
+	for name, cut := range map[string]func(*rig.APIServer, <-chan struct{}){
+		"refused": func(s *rig.APIServer, _ <-chan struct{}) {
 			s.Fail(func(w http.ResponseWriter, _ *http.Request) bool {
 				http.Error(w, "a proxy without a server", http.StatusBadGateway)
 				return true
 			})
 			s.DropWatches()
 		},
-		"silent": func(s *rig.APIServer) { s.Fail(hang); s.SilenceWatches() },
-		"only watches": func(s *rig.APIServer) {
+		"silent": func(s *rig.APIServer, well <-chan struct{}) { s.Fail(hangUntil(well)); s.SilenceWatches() },
+		"only watches": func(s *rig.APIServer, well <-chan struct{}) {
 			s.Fail(func(w http.ResponseWriter, r *http.Request) bool {
-				return !strings.Contains(r.URL.Path, "/pods/") && hang(w, r)
+				return !strings.Contains(r.URL.Path, "/pods/") && hangUntil(well)(w, r)
 			})
 			s.SilenceWatches()
 		},
@@ -271,7 +277,8 @@ func TestGateCutOff(t *testing.T) {
 			if code, text := readyz(gate); code != http.StatusOK {
 				t.Fatalf("the gate is not ready: %d %s", code, text)
 			}
-			cut(g.api)
+			well := make(chan struct{})
+			cut(g.api, well)
 			rig.Eventually(t, 30*time.Second, func() error {
 				if code, text := readyz(gate); code == http.StatusOK {
 					return fmt.Errorf("the gate is ready: %s", text)
@@ -296,6 +303,7 @@ func TestGateCutOff(t *testing.T) {
 			g.api.DeletePod(t, g.id.namespace, "b")
 			c := g.create("c")
 			g.api.Fail(nil)
+			close(well)
 			g.redis.WantLine(t, g.id, c)
 			g.wantHolders(a)
 			rig.Eventually(t, 30*time.Second, func() error {
@@ -564,9 +572,13 @@ func TestNoGateRuns(t *testing.T) {
 	want(0)
 	g.start()
 	want(1)
-	if ttl, err := redis.Int(g.redis.Control.Do("TTL", pulseKey)); err != nil || ttl < 20 || ttl > seconds(pulseTime) {
-		t.Errorf("the pulse expires in %d s, %v", ttl, err)
-	}
+	rig.Eventually(t, 10*time.Second, func() error { // the gate sets the expiry just after the key
+		ttl, err := redis.Int(g.redis.Control.Do("TTL", pulseKey))
+		if err == nil && (ttl < 20 || ttl > seconds(pulseTime)) {
+			err = fmt.Errorf("the pulse expires in %d s", ttl)
+		}
+		return err
+	})
 	before := g.redis.CommandCalls(t)["exists"]
 	if got := w.admit(t, rig.Review(t, freshID(), 1, whenFull(whenFullGate))).Warnings; !slices.Equal(got,
 		[]string{warningGated}) || g.redis.CommandCalls(t)["exists"] != before {

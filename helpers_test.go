@@ -452,11 +452,7 @@ func misdirectedSemaphores(t *testing.T, address string) *semaphores {
 // testSemaphores returns the semaphores of one webhook.
 func testSemaphores(t *testing.T, address string) *semaphores {
 	t.Helper()
-	c := testConfig(address)
-	locks := newLocker(c.settings, lockConnections)
-	s := newSemaphores(c.settings, locks, idleConnections, slog.New(slog.DiscardHandler))
-	t.Cleanup(func() { rig.Must(t, s.close(context.Background())) })
-	return s
+	return semaphoresOf(t, testConfig(address))
 }
 
 // serverOf returns the server that holds a semaphore.

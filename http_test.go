@@ -24,6 +24,7 @@ func largeReview(t *testing.T, id semaphoreID) []byte {
 
 // A pod that etcd accepts fits into a review, even if JSON escapes all of its text.
 func TestReviewOfTheLargestPod(t *testing.T) {
+	t.Parallel()
 	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
 	a := w.admit(t, rig.Review(t, freshID(), 1, whenFull(whenFullWait), func(request map[string]any) {
 		request["dryRun"] = true
@@ -39,6 +40,7 @@ func TestReviewOfTheLargestPod(t *testing.T) {
 // While Redis hangs, large requests wait up to a cap; further ones get 503 and "try
 // again". Small requests are served meanwhile.
 func TestLargeRequestsWait(t *testing.T) {
+	t.Parallel()
 	r := rig.StartRedis(t)
 	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()

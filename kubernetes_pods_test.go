@@ -350,7 +350,7 @@ func TestWatchedPodsAreSmall(t *testing.T) {
 	go func() {
 		p := rig.GatedPod("")
 		p.Namespace, p.Status.Phase = "shop", corev1.PodPending
-		p.Annotations["example.org/config"] = strings.Repeat("x", 20000)
+		p.Annotations["example.org/config"] = strings.Repeat("x", 5000)
 		p.Status.Conditions = []corev1.PodCondition{{
 			Type: corev1.PodScheduled, Status: "False", Reason: corev1.PodReasonSchedulingGated,
 		}}

@@ -70,6 +70,7 @@ func (s samples) want(t *testing.T, want map[string]float64) {
 }
 
 func TestMetrics(t *testing.T) {
+	t.Parallel()
 	rig.SkipUnderSentinel(t)
 	r := rig.StartRedis(t)
 	w := startWebhook(t, testConfig(r.Address))
@@ -141,6 +142,7 @@ func TestMetrics(t *testing.T) {
 
 // kindOfError tells the kinds apart, and returns only known kinds.
 func TestKindsOfErrors(t *testing.T) {
+	t.Parallel()
 	r := rig.StartRedis(t)
 	s := testSemaphores(t, r.Address)
 	r.Do(t, "ACL", "SETUSER", "default", "-zadd")

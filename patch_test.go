@@ -142,6 +142,7 @@ func withUnknownFields(t *testing.T, object []byte) []byte {
 // exactly the promised additions. A pod copied from a patched one gets one sidecar, with
 // the new token.
 func TestPatchApplied(t *testing.T) {
+	t.Parallel()
 	const secondToken = "b7a1f0de-8a0e-4b0c-9d52-0a3c1a7de002"
 	for name, object := range fixtures(t) {
 		for _, native := range []bool{true, false} {
@@ -408,6 +409,7 @@ func TestPatchWithoutAUser(t *testing.T) {
 
 // The sidecar gets its credentials by reference, and its CA in a volume.
 func TestPatchForSecureRedis(t *testing.T) {
+	t.Parallel()
 	for _, kind := range []string{"secret", "configmap"} {
 		c := testConfig("rediss://redis:6379")
 		c.sidecarRedisSecret, c.sidecarRedisCA = "redis-sidecar", objectReference{kind, "redis-ca"}

@@ -146,6 +146,7 @@ func namesIn(source ast.Node, prefix string) (names []string) {
 
 // Each name in sameOnAllQueues is a test that uses a queue.
 func TestSameOnAllQueues(t *testing.T) {
+	t.Parallel()
 	names, err := queueTests()
 	rig.Must(t, err)
 	for _, same := range sameOnAllQueues {

@@ -392,6 +392,7 @@ func TestLengthsThatDisagree(t *testing.T) {
 // Five hundred pods come at once. Each gets its verdict, and all share a hundred
 // connections to Redis.
 func TestHerd(t *testing.T) {
+	t.Parallel()
 	const pods, length = 500, 200
 	r := rig.StartRedis(t)
 	w := startWebhook(t, testConfig(r.Address))

@@ -71,6 +71,7 @@ func TestNobodyOvertakesTheLine(t *testing.T) {
 // Redis drops a waiter that does not poll for some seconds, even if its connection is
 // open.
 func TestSilentWaiterIsDropped(t *testing.T) {
+	t.Parallel()
 	r, s, id := newSemaphore(t)
 	holder := acquire(t, s, id, 1)
 	silent, _ := standInLine(t, r, s, id, true)
@@ -202,6 +203,7 @@ func TestWaitersReclaim(t *testing.T) {
 // Waiters at the front of the line poll when a token goes stale, not some seconds later.
 // While more are in use than the length, so many have to go stale.
 func TestPollsWhenATokenGoesStale(t *testing.T) {
+	t.Parallel()
 	r, s, id := newSemaphore(t)
 	var holders []string
 	for range 5 {

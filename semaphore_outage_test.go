@@ -36,7 +36,8 @@ func wantSettled(t *testing.T, s *rig.Redis, id semaphoreID, quiet time.Duration
 func TestHoldersOutliveAnOutage(t *testing.T) {
 	t.Parallel()
 	const interval = 2 * time.Second
-	r, s, id := newSemaphore(t)
+	r, _, id := newSemaphore(t)
+	s := semaphoresOf(t, configWithInterval(r.Address, interval))
 	holders, others := rig.StartProxy(t, r.Address), rig.StartProxy(t, r.Address)
 	flag := "--heartbeat-interval-seconds=2"
 	var live []string
@@ -270,8 +271,9 @@ func TestDeadHoldersAndRareAdmissions(t *testing.T) {
 	for _, interval := range []time.Duration{time.Second, 2 * time.Second, 3 * time.Second, 5 * time.Second} {
 		t.Run(interval.String(), func(t *testing.T) {
 			t.Parallel()
-			r, s, id := newSemaphore(t)
+			r, _, id := newSemaphore(t)
 			w := startWebhook(t, configWithInterval(r.Address, interval))
+			s := w.semaphores
 			live := acquire(t, s, id, 3)
 			acquire(t, s, id, 3)
 			acquire(t, s, id, 3)
@@ -343,6 +345,7 @@ const stalled = pollMost + 4*time.Second
 // A repair works on the state that it finds, not on the state that made it necessary.
 // Whatever happens in between, all tokens exist afterwards.
 func TestRepairIsWhole(t *testing.T) {
+	t.Parallel()
 	ctx := context.Background()
 	const length = 4
 	for _, c := range []struct {

@@ -23,6 +23,7 @@ func (s samples) of(name string, id semaphoreID) (float64, bool) {
 // Each webhook exports the same metrics of a semaphore, whichever pods it has admitted
 // itself.
 func TestSemaphoreMetrics(t *testing.T) {
+	t.Parallel()
 	r, s, id, tokens := shownSemaphore(t, "metrics-"+uuid.NewString()[:8])
 	rig.Must(t, errOf(s.heartbeat(t.Context(), id, uuid.NewString(), "", "", 0))) // a rejoin
 	free := semaphoreID{id.namespace, "free"}
@@ -198,6 +199,7 @@ func TestShorterSettingsMakeNoHolderStale(t *testing.T) {
 // What all have left counts for nothing, and expires within minutes. If a holder comes
 // back before that, everything is as it was.
 func TestAbandonedSemaphore(t *testing.T) {
+	t.Parallel()
 	r, s, id, tokens := shownSemaphore(t, "abandoned-"+uuid.NewString()[:8])
 	want := func(inUse, stale, waiting int) {
 		t.Helper()

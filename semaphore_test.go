@@ -192,6 +192,7 @@ func TestMaintainIsIdempotent(t *testing.T) {
 }
 
 func TestLargestLength(t *testing.T) {
+	t.Parallel()
 	r, s, id := newSemaphore(t)
 	acquire(t, s, id, maxLength)
 	r.WantCounts(t, id, 255, 1) // tokens are made in small portions, when needed
@@ -206,6 +207,7 @@ func TestLargestLength(t *testing.T) {
 // Each use renews the expiry of all keys. Without holders and waiters, keys expire within
 // minutes.
 func TestKeysExpire(t *testing.T) {
+	t.Parallel()
 	r, s, id := newSemaphore(t)
 	ctx := context.Background()
 	var token string

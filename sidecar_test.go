@@ -181,29 +181,40 @@ func TestSidecarThatCannotGiveBack(t *testing.T) {
 	}
 }
 
-// If a server became a read-only replica, the client drops it and asks the address again.
+// If a server became a read-only replica, the client drops its connections and asks the
+// address again.
 func TestReadOnlyServerIsDropped(t *testing.T) {
 	if rig.TestQueue == rig.ClusterQueue {
 		t.Skip("a Cluster's replica sends us to its master")
 	}
+	t.Parallel()
 	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
 	token := acquire(t, s, id, 1)
-	pool := serverOf(t, s, id).pool
-	r.Do(t, "REPLICAOF", "127.0.0.1", rig.Port(rig.FreeAddress(t)))
-	for range 3 {
-		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
-		_, err := s.heartbeat(ctx, id, token, "", "", 0)
-		if err == nil ||
-			!strings.Contains(err.Error(), "READONLY") && !strings.Contains(err.Error(), "is not a primary") {
-			t.Errorf("got %v, want READONLY", err)
-		}
-		cancel()
-		if n := pool.ActiveCount(); n != 0 {
-			t.Errorf("%d connections to the read-only server are still open", n)
-		}
+	connection := func() int64 { // on which the server answered last
+		conn, err := serverOf(t, s, id).pool.GetContext(t.Context())
+		rig.Must(t, err)
+		defer conn.Close()
+		n, err := redis.Int64(conn.Do("CLIENT", "ID"))
+		rig.Must(t, err)
+		return n
 	}
+	old := connection()
+	r.Do(t, "REPLICAOF", "127.0.0.1", rig.Port(rig.FreeAddress(t)))
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	_, err := s.heartbeat(ctx, id, token, "", "", 0)
+	if err == nil || !strings.Contains(err.Error(), "READONLY") && !strings.Contains(err.Error(), "is not a primary") {
+		t.Errorf("got %v, want READONLY", err)
+	}
+	rig.Eventually(t, 10*time.Second, func() error {
+		list, err := redis.String(r.Control.Do("CLIENT", "LIST", "ID", old))
+		if err == nil && list != "" {
+			err = fmt.Errorf("the connection to the read-only server is still open: %s", list)
+		}
+		return err
+	})
 	r.Do(t, "REPLICAOF", "NO", "ONE")
-	_, err := s.heartbeat(context.Background(), id, token, "", "", 0)
+	_, err = s.heartbeat(context.Background(), id, token, "", "", 0)
 	rig.Must(t, err)
 }
 

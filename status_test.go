@@ -363,6 +363,7 @@ func TestSurveyIsBounded(t *testing.T) {
 // The user of status can inspect and release, but not acquire. It needs each of its ACL
 // rules.
 func TestStatusUser(t *testing.T) {
+	t.Parallel()
 	r := rig.StartRedis(t)
 	admin := testSemaphores(t, r.Address)
 	config := testConfig(r.Address)

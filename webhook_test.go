@@ -62,6 +62,7 @@ func TestConcurrentFirstAdmissions(t *testing.T) {
 
 // In the steady state, an admission is one EVALSHA, admitted or refused.
 func TestSteadyStateCost(t *testing.T) {
+	t.Parallel()
 	rig.SkipUnderSentinel(t)
 	r := rig.StartRedis(t)
 	w := startWebhook(t, testConfig(r.Address))
@@ -349,6 +350,7 @@ func TestCertificateIsRereadWithoutRestart(t *testing.T) {
 
 // On SIGTERM during an admission, the webhook finishes the admission first.
 func TestShutdownFinishesAdmissions(t *testing.T) {
+	t.Parallel()
 	r := rig.StartRedis(t)
 	p := rig.StartProxy(t, r.Address)
 	w := rig.StartWebhook(t, p.Address)
@@ -469,6 +471,7 @@ func TestWebhookDoesNotStart(t *testing.T) {
 
 // A webhook is ready while its queue accepts writes and it is not stopping.
 func TestReadiness(t *testing.T) {
+	t.Parallel()
 	r := rig.StartRedis(t)
 	w := startWebhook(t, testConfig(r.Address))
 	stopping := make(chan struct{})
@@ -511,6 +514,7 @@ func TestReadiness(t *testing.T) {
 
 // However often /readyz is called, Redis gets about one command a second.
 func TestReadinessIsShared(t *testing.T) {
+	t.Parallel()
 	r := rig.StartRedis(t)
 	w := startWebhook(t, testConfig(r.Address))
 	w.readiness.keep = readyFor
