@@ -307,6 +307,10 @@ func (s *APIServer) NewNamespace(t testing.TB) string {
 	t.Helper()
 	name := "test-" + uuid.NewString()
 	if s.Store != nil {
+		_, status := s.Store.Namespaces.Create(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}})
+		if status != nil {
+			t.Fatal(status.Message)
+		}
 		return name
 	}
 	object := map[string]any{"apiVersion": "v1", "kind": "Namespace", "metadata": map[string]any{"name": name}}
