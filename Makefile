@@ -160,7 +160,7 @@ dist: build ## collect a release in dist/: manifests, scripts, licences, checksu
 .PHONY: dev
 dev: ## develop on the current cluster with Skaffold: build, deploy and forward ports on each change
 	@command -v skaffold >/dev/null || { echo "skaffold is missing: see https://skaffold.dev/docs/install/" >&2; exit 1; }
-	skaffold dev --port-forward
+	skaffold dev --filename=deploy/dev/skaffold.yaml --port-forward
 
 .PHONY: lint
 lint: ## check format, vet, staticcheck, the shell scripts of deploy/ and the workflows; installs shellcheck if missing

@@ -93,6 +93,25 @@ type statusConfig struct {
 	release   string      // token or pod to release; empty for none
 }
 
+// The values of --webhook-certificate.
+const (
+	certificateOwn   = "own"
+	certificateGiven = "given"
+)
+
+// setupConfig is the settings of the mode setup.
+type setupConfig struct {
+	kubernetes         kubernetesSettings
+	namespace          string   // of the installation
+	webhookCertificate string   // certificateOwn or certificateGiven
+	redisAddresses     []string // servers that get the users of tokens; empty for none
+	lockAddresses      []string // servers of locks only, which get others; empty for none
+	redisCAFile        string   // empty for the authority of setup
+	replicationUser    bool
+	sidecarRedisSecret string // name of the Secret in each namespace with sidecars
+	metricsBindAddress string
+}
+
 // parseWebhookConfig reads the command line of the mode webhook. Its error is a
 // *usageError or a *helpRequest.
 func parseWebhookConfig(args []string, getenv func(string) string) (c webhookConfig, err error) {
@@ -111,6 +130,13 @@ func parseSidecarConfig(args []string, getenv func(string) string) (c sidecarCon
 // a *helpRequest.
 func parseGateConfig(args []string, getenv func(string) string) (c gateConfig, err error) {
 	err = parseFlags(&c, "gate", "[flags]", args, getenv)
+	return c, err
+}
+
+// parseSetupConfig reads the command line of the mode setup. Its error is a *usageError or
+// a *helpRequest.
+func parseSetupConfig(args []string, getenv func(string) string) (c setupConfig, err error) {
+	err = parseFlags(&c, "setup", "[flags]", args, getenv)
 	return c, err
 }
 
@@ -368,8 +394,6 @@ func (c *kubernetesSettings) declareFlags(f *flags, getenv func(string) string) 
 		"`FILE` of the PEM CA certificates for the API server, reread when it changes; without it, the system's")
 	declare(f, &c.tokenFile, readText, "kubernetes-token-file", tokenFile,
 		"`FILE` of the ServiceAccount's token, reread when it changes")
-	declare(f, &c.namespaces, readNamespaces, "namespaces", "",
-		"`NAMESPACE,...` to watch for gated pods; without it, all")
 }
 
 func (c *kubernetesSettings) validate(f *flags) {
@@ -384,6 +408,8 @@ func (c *kubernetesSettings) validate(f *flags) {
 func (c *gateConfig) declareFlags(f *flags, getenv func(string) string) {
 	c.settings.declareFlags(f, getenv)
 	c.kubernetes.declareFlags(f, getenv)
+	declare(f, &c.kubernetes.namespaces, readNamespaces, "namespaces", "",
+		"`NAMESPACE,...` to watch for gated pods; without it, all")
 	declare(f, &c.unschedulable, readSeconds(1, 86400), "unschedulable-seconds", "300",
 		"`SECONDS` until a pod loses its token if its gate cannot be lifted, or if it has not started since the lift")
 	declare(f, &c.metricsBindAddress, readAddress(), "metrics-bind-address", "0.0.0.0:8080",
@@ -395,6 +421,42 @@ func (c *gateConfig) validate(f *flags) {
 	c.kubernetes.validate(f)
 	if f.NArg() > 0 {
 		f.problem("unexpected argument %q: gate takes flags only", f.Arg(0))
+	}
+}
+
+func (c *setupConfig) declareFlags(f *flags, getenv func(string) string) {
+	c.kubernetes.declareFlags(f, getenv)
+	declare(f, &c.namespace, readNamespace, "namespace", "at-least-semaphore-pod-hook",
+		"`NAMESPACE` of the installation")
+	declare(f, &c.webhookCertificate, readChoice(certificateOwn, certificateGiven), "webhook-certificate", certificateOwn,
+		"`own|given`: setup keeps the webhook's certificate and the caBundle of its configuration, "+
+			"or leaves both to cert-manager or to you")
+	declare(f, &c.redisAddresses, readAddresses("redis://", "rediss://"), "user-redis-addresses", "",
+		"Redis servers that setup makes the users on, as `HOST:PORT,...`; for TLS, rediss://HOST:PORT; "+
+			"without it, setup only keeps the Secrets")
+	declare(f, &c.lockAddresses, readAddresses("redis://", "rediss://"), "user-lock-addresses", "",
+		"Redis servers of the lock, as `HOST:PORT,...`, where they are others than those of the tokens; "+
+			"for TLS, rediss://HOST:PORT")
+	declare(f, &c.redisCAFile, readCAFile, "redis-ca-file", "",
+		"`FILE` of the PEM CA certificates for rediss://, which the sidecars get, too; without it, setup's own authority")
+	declare(f, &c.replicationUser, readBool, "replication-user", "false",
+		"`true|false`: make the users of replicas and Sentinels, for deploy/sentinel")
+	declare(f, &c.sidecarRedisSecret, readObjectName, "sidecar-redis-secret", "at-least-semaphore-pod-redis",
+		"`NAME` of the Secret that each namespace with sidecars gets")
+	declare(f, &c.metricsBindAddress, readAddress(), "metrics-bind-address", "0.0.0.0:8080",
+		"`HOST:PORT` to serve /metrics, /healthz and /readyz on, over plain HTTP")
+}
+
+func (c *setupConfig) validate(f *flags) {
+	c.kubernetes.validate(f)
+	if c.redisCAFile != "" && !anyHas("rediss://", slices.Concat(c.redisAddresses, c.lockAddresses)...) {
+		f.problem("--redis-ca-file: is not used: no address of Redis begins with rediss://")
+	}
+	if len(c.lockAddresses) > 0 && len(c.redisAddresses) == 0 {
+		f.problem("--user-lock-addresses: is not used without --user-redis-addresses")
+	}
+	if f.NArg() > 0 {
+		f.problem("unexpected argument %q: setup takes flags only", f.Arg(0))
 	}
 }
 

@@ -498,7 +498,7 @@ func TestTLSFlags(t *testing.T) {
 
 // docsModes are the modes in the order of docs/flags.md. The mode await has neither flags
 // nor a help.
-var docsModes = []string{"webhook", "sidecar", "gate", "status"}
+var docsModes = []string{"webhook", "sidecar", "gate", "setup", "status"}
 
 // documentedSetting is a flag, or a line of environment variables, with the modes whose
 // help shows it.
@@ -542,12 +542,14 @@ func flagsPage(t *testing.T) string {
 		code, help, _ := runArgs(nil, mode, "--help")
 		head, rest, hasFlags := strings.Cut(help, "\n\nFlags:\n")
 		flagLines, environment, hasEnvironment := strings.Cut(rest, "\n\nEnvironment:\n")
-		if code != 0 || !hasFlags || !hasEnvironment {
+		if code != 0 || !hasFlags || hasEnvironment == (mode == "setup") {
 			t.Fatalf("%s --help: exit code %d, %q", mode, code, help)
 		}
 		usages[mode] = strings.ReplaceAll(strings.TrimPrefix(head, "Usage: "), "\n       ", "\n")
-		flags = addSettings(t, flags, mode, flagLines, flagInHelp)
-		variables = addSettings(t, variables, mode, environment, variableInHelp)
+		flags = addSettings(t, flags, mode, strings.TrimRight(flagLines, "\n"), flagInHelp)
+		if hasEnvironment {
+			variables = addSettings(t, variables, mode, environment, variableInHelp)
+		}
 	}
 
 	var b strings.Builder
@@ -650,7 +652,7 @@ func documents(t *testing.T) []string {
 	if len(pages) < 10 {
 		t.Fatalf("only %d pages in docs/: %q", len(pages), pages)
 	}
-	return append(pages, "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+	return append(pages, "README.md", "CHANGELOG.md", "CONTRIBUTING.md", ".github/SECURITY.md")
 }
 
 // Documents are short, and each page of docs/ begins with the question that it answers.

@@ -160,6 +160,9 @@ func (f *flags) help() string {
 		}
 		b.WriteByte('\n')
 	})
+	if f.Name() == "setup" { // its secrets are in Kubernetes
+		return b.String()
+	}
 	b.WriteString("\nEnvironment:\n" +
 		"  REDIS_USERNAME, REDIS_PASSWORD    credentials for all Redis servers; without a name, the default user\n" +
 		"  REDIS_SENTINEL_USERNAME, REDIS_SENTINEL_PASSWORD\n" +
@@ -197,6 +200,15 @@ func readNameList(text string) (names []string, err error) {
 		return nil, fmt.Errorf("%q has an empty name", text)
 	}
 	return names, nil
+}
+
+// readNamespace reads the name of one namespace.
+func readNamespace(text string) (string, error) {
+	names, err := readNamespaces(text)
+	if len(names) > 1 {
+		err = errors.Join(err, fmt.Errorf("is one namespace, not %d", len(names)))
+	}
+	return text, err
 }
 
 // readNamespaces reads names of namespaces, separated by commas.
