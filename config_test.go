@@ -335,8 +335,9 @@ func TestKubernetesFlags(t *testing.T) {
 			problems: []string{"--kubernetes-address: an address is not HOST:PORT or https://HOST:PORT",
 				"--kubernetes-ca-file: no PEM certificate in " + notCA, `--namespaces: "a," has an empty name`}},
 	} {
-		var got kubernetesSettings
-		err := parseFlags(&got, "gate", "[flags]", c.args, func(name string) string { return c.env[name] })
+		var parsed gateConfig
+		err := parseFlags(&parsed, "gate", "[flags]", c.args, func(name string) string { return c.env[name] })
+		got := parsed.kubernetes
 		var wrong *usageError
 		if errors.As(err, &wrong) {
 			if !slices.Equal(wrong.problems, c.problems) {

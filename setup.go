@@ -26,11 +26,13 @@ type setupBounds struct {
 	settle  time.Duration // until all API servers know a changed webhook configuration
 	refresh time.Duration // until the kubelets have written a changed Secret into all pods
 	answer  time.Duration // for a webhook's answer
+
+	authorityLife, certificateLife time.Duration // a pair is renewed after two thirds of it
 }
 
 func newSetupBounds() setupBounds {
 	return setupBounds{now: time.Now, every: 10 * time.Second, waiting: 2 * time.Second, settle: 30 * time.Second,
-		refresh: 3 * time.Minute, answer: 2 * time.Second}
+		refresh: 3 * time.Minute, answer: 2 * time.Second, authorityLife: 10 * 365 * 24 * time.Hour, certificateLife: 90 * 24 * time.Hour}
 }
 
 // setup makes what an installation needs, and keeps it so. Each step compares what is
@@ -45,6 +47,8 @@ type setup struct {
 	changed    wakeup                     // something that a watch tells has changed
 	steps      []*setupStep
 	since      sinceTimes
+	authority  *keyPair // of this pass; nil if it is not known
+	trust      trust    // of this pass
 	bounds     setupBounds
 	registry   *prometheus.Registry
 	expiry     *prometheus.GaugeVec
@@ -159,6 +163,7 @@ func (s *setup) run(ctx context.Context) {
 // reconcile runs every step, in their order. It returns the time until the next pass.
 func (s *setup) reconcile(ctx context.Context) (again time.Duration) {
 	again = s.bounds.every
+	s.authority, s.trust = nil, trust{}
 	for _, step := range s.steps {
 		err := step.run(ctx)
 		if ctx.Err() != nil {

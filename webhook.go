@@ -154,7 +154,14 @@ func (w *webhook) routes() http.Handler {
 		if w.isStopping() {
 			rw.Header().Set("Connection", "close")
 		}
-		if !w.callers.mayCall(r.URL.Path) {
+		mayCall := w.callers.mayCall(r.URL.Path)
+		if r.Method == http.MethodOptions { // setup asks whether this webhook knows a new path
+			rw.Header().Set("Connection", "close")
+			rw.Header().Set("Allow", http.MethodPost)
+			rw.WriteHeader(map[bool]int{true: http.StatusNoContent, false: http.StatusNotFound}[mayCall])
+			return
+		}
+		if !mayCall {
 			rw.Header().Set("Connection", "close") // a client that does not know the path has no business here
 			http.Error(rw, w.callers.refuse(r.RemoteAddr), http.StatusNotFound)
 			return
