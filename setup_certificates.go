@@ -126,7 +126,7 @@ func (s *setup) writePair(secret *corev1.Secret, authority *keyPair, life time.D
 	}
 	now := s.bounds.now()
 	template := &x509.Certificate{SerialNumber: serial, Subject: pkix.Name{CommonName: webhookConfigurationName + " authority"},
-		NotBefore: now.Add(-time.Minute), NotAfter: now.Add(life), // clocks differ
+		NotBefore: now.Add(-time.Minute), NotAfter: now.Add(life), // the clocks of machines differ
 		BasicConstraintsValid: true, IsCA: true, KeyUsage: x509.KeyUsageCertSign}
 	signer := &keyPair{template, key}
 	if authority != nil {
@@ -501,6 +501,12 @@ func (s *setup) askWebhooks(ctx context.Context, subject, what string, ask func(
 	for i, err := range answers {
 		if err != nil && (!given || errors.As(err, new(*waiting))) {
 			return waitingFor("the webhook %s: %v", pods[i].Name, err)
+		}
+	}
+	for i, err := range answers {
+		if err != nil {
+			s.log.Warn("a webhook did not answer, and counts as up to date after the time that kubelets need", "pod", pods[i].Name,
+				"question", subject, "error", err.Error())
 		}
 	}
 	return nil
