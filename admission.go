@@ -362,9 +362,6 @@ func (m *metrics) watchGate(q tokenServers) {
 // deploy/namespace.sh logs in as it.
 const namespacesUser = "namespaces"
 
-// namespaceUser is the Redis user of the sidecars of a namespace.
-func namespaceUser(namespace string) string { return "sidecar/" + namespace }
-
 // namespaceUsers caches the names of the users of Redis, to warn if a namespace has none.
 // It is nil if Redis has no users.
 type namespaceUsers struct {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"net"
 	"os"
@@ -36,6 +37,7 @@ type redisSettings struct {
 	username, password                 string // empty for none
 	sentinelUsername, sentinelPassword string // those of the Sentinels; empty for none
 	caFile                             string // PEM certificates to trust for rediss://; empty for the system's
+	ca                                 string // takes the place of caFile: its content
 	loadsScripts                       bool   // this user may EVAL, and loads the scripts that a server lacks; see loadScripts
 	counts                             *redisCounts
 	resolver                           *resolver // nil: processResolver
@@ -45,6 +47,15 @@ type redisSettings struct {
 func (s redisSettings) ofSentinels() redisSettings {
 	return redisSettings{username: s.sentinelUsername, password: s.sentinelPassword, caFile: s.caFile,
 		counts: s.counts, resolver: s.resolver}
+}
+
+// roots returns the certificates to trust. It reads their file at each dial, so that a new
+// CA needs no restart.
+func (s redisSettings) roots() (*x509.CertPool, error) {
+	if s.ca != "" {
+		return parseCA([][]byte{[]byte(s.ca)})
+	}
+	return readCA(s.caFile)
 }
 
 // redisPool keeps idle connections to one server for minutes. It does not cap the
@@ -145,7 +156,7 @@ func dialRedis(ctx context.Context, address string, settings redisSettings,
 		redis.DialPassword(settings.password),
 	}
 	if secure {
-		roots, err := readCA(settings.caFile) // at each dial, so that a new CA needs no restart
+		roots, err := settings.roots()
 		if err != nil {
 			return nil, err
 		}

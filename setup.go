@@ -41,10 +41,9 @@ func newSetupBounds() setupBounds {
 type setup struct {
 	config     setupConfig
 	kubernetes *kubernetes
-	secrets    *mirror[*corev1.Secret]    // of our own namespace
-	given      *mirror[*corev1.Secret]    // for the sidecars, in all namespaces
-	namespaces *mirror[*corev1.Namespace] // with labelSidecars
-	changed    wakeup                     // something that a watch tells has changed
+	secrets    *mirror[*corev1.Secret] // of our own namespace
+	changed    wakeup                  // something that the watch tells has changed
+	users      *userKeeper
 	steps      []*setupStep
 	since      sinceTimes
 	authority  *keyPair // of this pass; nil if it is not known
@@ -112,10 +111,14 @@ func newSetup(c setupConfig, log *slog.Logger) (*setup, error) {
 		failures: prometheus.NewCounterVec(prometheus.CounterOpts{Name: metricsPrefix + "setup_failures_total",
 			Help: "Passes of setup in which a step failed. It is repeated."}, []string{"step"}),
 	}
-	s.secrets = k.secretsOf(c.namespace, s.changed.wake)
-	s.given = k.secretsNamed(c.sidecarRedisSecret, s.changed.wake)
-	s.namespaces = k.namespacesWith(labelSidecars+"=true", s.changed.wake)
+	usersChanged := newWakeup()
+	s.secrets = k.secretsOf(c.namespace, func() {
+		s.changed.wake()
+		usersChanged.wake()
+	})
+	s.users = newUserKeeper(c, k, s.secrets, usersChanged, log)
 	s.registry.MustRegister(s.expiry, s.failures)
+	s.users.register(s.registry)
 	registerProcess(s.registry)
 	s.addStep("authority", s.keepAuthority)
 	s.addStep("redis-certificate", s.keepRedisCertificate)
@@ -132,20 +135,25 @@ func (s *setup) addStep(name string, run func(context.Context) error) {
 	step := &setupStep{name: name, run: run}
 	s.steps = append(s.steps, step)
 	s.failures.WithLabelValues(name)
-	s.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "setup_failing",
+	s.registry.MustRegister(failingGauge(name, step.state))
+}
+
+// failingGauge returns the metric that tells whether a step fails.
+func failingGauge(name string, state func() (done bool, last error)) prometheus.Collector {
+	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "setup_failing",
 		Help:        "1 if a step of setup failed in the last pass, else 0.",
 		ConstLabels: prometheus.Labels{"step": name}}, func() float64 {
-		if _, last := step.state(); last != nil && !errors.As(last, new(*waiting)) {
+		if _, last := state(); last != nil && !errors.As(last, new(*waiting)) {
 			return 1
 		}
 		return 0
-	}))
+	})
 }
 
 // run works until ctx is done.
 func (s *setup) run(ctx context.Context) {
 	var background sync.WaitGroup
-	for _, run := range []func(context.Context){s.kubernetes.run, s.secrets.run, s.given.run, s.namespaces.run} {
+	for _, run := range []func(context.Context){s.kubernetes.run, s.secrets.run, s.users.run} {
 		background.Go(func() { run(ctx) })
 	}
 	for ctx.Err() == nil {
@@ -217,22 +225,27 @@ func (s *setupStep) state() (done bool, last error) {
 }
 
 // ready returns why the installation is not complete. After each step has succeeded once,
-// it only warns.
+// that of the users among them, it only warns.
 func (s *setup) ready(context.Context) (warning string, err error) {
 	var problems []string
 	missing := false
-	for _, step := range s.steps {
-		done, last := step.state()
+	note := func(name string, done bool, last error) {
 		missing = missing || !done
 		switch {
 		case errors.As(last, new(*waiting)):
-			problems = append(problems, step.name+" waits: "+last.Error())
+			problems = append(problems, name+" waits: "+last.Error())
 		case last != nil:
-			problems = append(problems, step.name+": "+last.Error())
+			problems = append(problems, name+": "+last.Error())
 		case !done:
-			problems = append(problems, step.name+": not tried yet")
+			problems = append(problems, name+": not tried yet")
 		}
 	}
+	for _, step := range s.steps {
+		done, last := step.state()
+		note(step.name, done, last)
+	}
+	done, last := s.users.state()
+	note(usersStep, done, last)
 	text := strings.Join(problems, "; ")
 	if missing {
 		return "", errors.New(text)

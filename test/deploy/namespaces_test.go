@@ -22,6 +22,11 @@ import (
 type deployedServers struct {
 	tokens, locks   *rig.Redis
 	scripts, folder string
+
+	// For TLS: before an address, for the program, and for connections of the test.
+	scheme string
+	flags  []string
+	dial   []redis.DialOption
 }
 
 func startDeployedServers(t *testing.T) *deployedServers {
@@ -63,7 +68,7 @@ func (s *deployedServers) run(t *testing.T, stdin, script string) string {
 func (s *deployedServers) connect(t *testing.T, server *rig.Redis, namespace, password string) redis.Conn {
 	t.Helper()
 	conn, err := redis.Dial("tcp", server.Address,
-		redis.DialUsername(namespaceUser(namespace)), redis.DialPassword(password))
+		append(s.dial, redis.DialUsername(namespaceUser(namespace)), redis.DialPassword(password))...)
 	rig.Must(t, err)
 	t.Cleanup(func() { conn.Close() })
 	return conn
@@ -72,7 +77,7 @@ func (s *deployedServers) connect(t *testing.T, server *rig.Redis, namespace, pa
 // program returns the program as a user of Redis.
 func (s *deployedServers) program(t *testing.T, user, password string, args ...string) *rig.Process {
 	t.Helper()
-	p := rig.NewProcess(rig.Program(t), args...)
+	p := rig.NewProcess(rig.Program(t), slices.Concat(args[:1], s.flags, args[1:])...)
 	p.Cmd.Env = append(os.Environ(), "REDIS_USERNAME="+user, "REDIS_PASSWORD="+password)
 	p.Start(t)
 	return p
@@ -91,7 +96,7 @@ type sidecar struct {
 func (s *deployedServers) startSidecar(t *testing.T, namespace, password string, id rig.ID, flags ...string) *sidecar {
 	t.Helper()
 	c := &sidecar{servers: s, id: id, token: uuid.NewString()}
-	args := append([]string{"sidecar", "--queue-redis-address=" + s.tokens.Address,
+	args := append([]string{"sidecar", "--queue-redis-address=" + s.scheme + s.tokens.Address,
 		"--heartbeat-interval-seconds=1", "--stale-threshold-seconds=120"}, flags...)
 	c.Process = s.program(t, namespaceUser(namespace), password, append(args, id.String(), c.token)...)
 	return c
@@ -100,7 +105,7 @@ func (s *deployedServers) startSidecar(t *testing.T, namespace, password string,
 // startWaiting starts a sidecar that acquires the only token itself.
 func (s *deployedServers) startWaiting(t *testing.T, namespace, password string, id rig.ID) *sidecar {
 	t.Helper()
-	return s.startSidecar(t, namespace, password, id, "--length=1", "--redis-addresses="+s.locks.Address)
+	return s.startSidecar(t, namespace, password, id, "--length=1", "--redis-addresses="+s.scheme+s.locks.Address)
 }
 
 // holds waits until the sidecar holds its token. If Redis refuses the sidecar, holds
@@ -191,7 +196,13 @@ func TestNamespacesAreIsolated(t *testing.T) {
 	s.run(t, "other-password\n", "sh namespace shop-2")
 	rig.Must(t, s.live(t, "shop", "shop-password"))
 	rig.Must(t, s.live(t, "shop-2", "other-password"))
+	s.wantIsolated(t, "shop-password")
+}
 
+// wantIsolated wants the user of the namespace shop, with this password, to reach nothing
+// of the namespace shop-2, and to run no script of its own.
+func (s *deployedServers) wantIsolated(t *testing.T, password string) {
+	t.Helper()
 	id := rig.ID{Namespace: "shop-2", Key: "web"}
 	token := s.tokens.Acquire(t, id, 2)
 	rig.Must(t, s.tokens.Maintain(id, rig.DefaultTiming, 2, true))
@@ -202,7 +213,7 @@ func TestNamespacesAreIsolated(t *testing.T) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
-	ofTokens := s.connect(t, s.tokens, "shop", "shop-password")
+	ofTokens := s.connect(t, s.tokens, "shop", password)
 	deadline := (int64(s.tokens.Now(t)) + 3600) * 1e6
 	for _, script := range []struct {
 		what, name string
@@ -231,7 +242,7 @@ func TestNamespacesAreIsolated(t *testing.T) {
 		_, err := ofTokens.Do(command[0].(string), command[1:]...)
 		wantDenied(fmt.Sprint(command), err)
 	}
-	ofLocks := s.connect(t, s.locks, "shop", "shop-password")
+	ofLocks := s.connect(t, s.locks, "shop", password)
 	for _, command := range [][]any{
 		{"SET", id.LockKey(), "x", "NX", "PX", 1000}, {"GET", id.LockKey()}, {"DEL", id.LockKey()},
 		{"EVAL", "return redis.call('DEL', KEYS[1])", 1, id.LockKey()},
@@ -260,13 +271,13 @@ func TestNamespacesAreIsolated(t *testing.T) {
 			t.Errorf("%v", line)
 		}
 	}
-	waiter := s.startWaiting(t, "shop", "shop-password", id)
-	holder := s.startSidecar(t, "shop", "shop-password", id)
+	waiter := s.startWaiting(t, "shop", password, id)
+	holder := s.startSidecar(t, "shop", password, id)
 	wantLoggedDenial(waiter, "no token yet, to be retried")
 	wantLoggedDenial(holder, "heartbeat failed, to be retried")
 	for _, shown := range []string{"shop-2", id.String()} {
-		p := s.program(t, namespaceUser("shop"), "shop-password",
-			"status", "--queue-redis-address="+s.tokens.Address, shown)
+		p := s.program(t, namespaceUser("shop"), password,
+			"status", "--queue-redis-address="+s.scheme+s.tokens.Address, shown)
 		p.WantExit(t, 1)
 		wantDenied("status "+shown, errors.New(p.Log.String()))
 	}
