@@ -219,6 +219,7 @@ func TestUserServer(t *testing.T) {
 		keep(rotated)
 	}
 	r.Do(t, "ACL", "SETUSER", "setup", "resetpass")
+	s.close()
 	if err := s.keep(t.Context(), wantsOf(p, userOfSetup)); err == nil || !strings.Contains(err.Error(), "administrator") {
 		t.Errorf("without a password: %v", err)
 	}

@@ -94,6 +94,7 @@ func (i *installation) setup(change ...func(*setupConfig)) (*setup, *rig.Log) {
 	rig.Must(i.T, err)
 	s.bounds.now = i.now
 	s.bounds.answer = 20 * time.Second
+	s.users.done = true // its own tests run it
 	i.Cleanup(func() {
 		if i.Failed() {
 			i.Logf("log of setup:\n%s", log)
