@@ -182,21 +182,6 @@ func (p userPasswords) text() string {
 	return b.String()
 }
 
-// has reports whether a user has a password.
-func (p userPasswords) has(user, password string) bool {
-	hash := hashPassword(password)
-	return slices.ContainsFunc(p[user], func(one userPassword) bool { return one.hash == hash })
-}
-
-// clone returns a copy.
-func (p userPasswords) clone() userPasswords {
-	copied := maps.Clone(p)
-	for user, all := range copied {
-		copied[user] = slices.Clone(all)
-	}
-	return copied
-}
-
 // users returns what each user of a server may do, with its passwords.
 func (p userPasswords) users(d redisDuty) map[string]string {
 	users := make(map[string]string, len(p))

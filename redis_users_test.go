@@ -282,7 +282,6 @@ func TestRedisRereadsItsCertificate(t *testing.T) {
 	w := wantsOf(p, userOfSetup)
 	w.redis.ca, w.leaf, w.certificates = read(folder), leafOf(folder), folder
 	rig.Must(t, s.keep(t.Context(), w))
-	conn := s.conn
 
 	renewed := t.TempDir()
 	rig.WriteCertificate(t, renewed, 2)
@@ -293,7 +292,7 @@ func TestRedisRereadsItsCertificate(t *testing.T) {
 	}
 	r.Do(t, "ACL", "SETUSER", "setup", "+config|set")
 	rig.Must(t, s.keep(t.Context(), w))
-	conn = s.conn
+	conn := s.conn
 	rig.Must(t, s.keep(t.Context(), w)) // the kubelet has not written the files yet
 	if slices.Equal(s.leaf, w.leaf) {
 		t.Fatal("Redis shows a certificate that it does not have")
