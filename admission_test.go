@@ -572,12 +572,12 @@ func TestNamespaceWithoutRedisUser(t *testing.T) {
 		do   func()
 		want string
 	}{
-		{"the webhook may not list users", func() { setUser(namespacesUser) }, ""},
+		{"the webhook may not list users", func() { setUser(userOfSetup) }, ""},
 		{"no user for the namespace", func() { setUser("webhook", forgottenACL) }, want},
 		{"another namespace's user", func() { setUser(namespaceUser("shop-2")) }, want},
 		{"a user of no namespace", func() { setUser("sidecar") }, want},
 		{"its own user", func() { setUser(namespaceUser("shop")) }, ""},
-		{"users made by other means", func() { r.Do(t, "ACL", "DELUSER", namespacesUser, namespaceUser("shop")) }, ""},
+		{"users made by other means", func() { r.Do(t, "ACL", "DELUSER", userOfSetup, namespaceUser("shop")) }, ""},
 	} {
 		step.do()
 		if _, got := warned(c); got != step.want {
@@ -585,7 +585,7 @@ func TestNamespaceWithoutRedisUser(t *testing.T) {
 		}
 	}
 
-	setUser(namespacesUser)
+	setUser(userOfSetup)
 	for _, whenFull := range whenFullChoices {
 		c.whenFull = whenFull
 		if w, got := warned(c); !strings.HasPrefix(got, want) {

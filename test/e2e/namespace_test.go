@@ -32,7 +32,7 @@ func TestNamespace(t *testing.T) {
 	n := forgottenNamespace(t)
 	eventually(t, patience, func() error { // a webhook asks for the users once a minute
 		warnings, err := n.createWarned(pod("first", "own", 3), "--dry-run=server")
-		if err == nil && !strings.Contains(warnings, "run deploy/namespace.sh "+n.name) {
+		if err == nil && !strings.Contains(warnings, "kubectl label namespace "+n.name) {
 			err = fmt.Errorf("warned of %q", warnings)
 		}
 		return err
