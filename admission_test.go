@@ -557,7 +557,7 @@ func TestNamespaceWithoutRedisUser(t *testing.T) {
 		fields := rig.Anys(strings.Fields(strings.Join(rules, " ")))
 		r.Do(t, "ACL", append([]any{"SETUSER", name, "on", password}, fields...)...)
 	}
-	setUser("webhook", webhookACL, "+role +cluster|slots")
+	setUser("webhook", rig.Ageless(webhookACL), "+role +cluster|slots")
 	c := testConfig(r.Address)
 	c.redis = redisSettings{username: "webhook", password: rig.Password}
 	c.sidecarRedisSecret = "redis"

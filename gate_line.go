@@ -694,8 +694,8 @@ func (l *gateLine) announceJoined(pods map[string]*podSnapshot, all placesReply)
 		p.live.announced = true
 		l.mu.Unlock()
 		l.gate.event(p.watchedPod, false, reasonWaiting, "Waiting", "1",
-			fmt.Sprintf("waiting for a token of %s: %d of %d in use, %s in line",
-				l.id, all.inUse, p.spec.length, ordinal(position)))
+			fmt.Sprintf("waiting for a token of %s: %d of %d in use, %s in line%s",
+				l.id, all.inUse, p.spec.length, ordinal(position), doubtText(all.doubt)))
 	}
 }
 

@@ -147,6 +147,7 @@ type webhook struct {
 	readiness  flights[struct{}, *string] // its state is a warning
 	eviction   string                     // the warning that Redis may evict tokens
 	evictionAt time.Time                  // when Redis last told
+	ageAsked   bool                       // Redis has told its age, or has refused to
 }
 
 func (w *webhook) routes() http.Handler {
@@ -180,6 +181,7 @@ func (w *webhook) ready(ctx context.Context) (warning string, err error) {
 			return err
 		}
 		w.checkEviction(ctx)
+		w.checkGuard(ctx)
 		*warning = w.eviction
 		return nil
 	})
@@ -205,6 +207,17 @@ func (w *webhook) checkEviction(ctx context.Context) {
 	if servers != "" {
 		w.eviction = "warning: Redis may evict tokens, set maxmemory-policy noeviction: " + servers
 		w.log.Warn("Redis may evict tokens", "servers", servers)
+	}
+}
+
+// checkGuard logs once if Redis does not tell its age: then it has no birth guard.
+func (w *webhook) checkGuard(ctx context.Context) {
+	if w.ageAsked {
+		return
+	}
+	refusal, err := tellsAge(ctx, w.semaphores.queue)
+	if w.ageAsked = err == nil; refusal != nil {
+		w.log.Warn("no birth guard: the user may not ask for INFO server", "error", refusal.Error())
 	}
 }
 

@@ -25,7 +25,7 @@ type queue interface {
 // startQueue starts a queue of this kind. env is the environment of its servers. Webhooks
 // load their scripts.
 func startQueue(t *testing.T, kind string, env func(address string) []string) queue {
-	o := rig.GroupOptions{Env: env, Args: serverArgs(queueUsers), Bare: true}
+	o := rig.GroupOptions{Env: env, Args: serverArgs(queueUsers), Bare: true, Young: true}
 	if kind == rig.ClusterQueue {
 		return &clusterQueue{rig.StartClusterWith(t, o)}
 	}

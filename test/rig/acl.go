@@ -7,10 +7,10 @@ import "strings"
 const (
 	WebhookACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* " +
 		"+eval +evalsha +time +scan +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount " +
-		"+zrange +zrangebyscore +zscore +zremrangebyscore +ttl +expire +publish +info|replication +set +get"
+		"+zrange +zrangebyscore +zscore +zremrangebyscore +ttl +expire +publish +info|replication +info|server +set +get"
 	SidecarACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* " +
 		"+evalsha +time +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount " +
-		"+zrange +zrangebyscore +zrank +zscore +zremrangebyscore +ttl +expire +publish +subscribe +info|replication +set +get"
+		"+zrange +zrangebyscore +zrank +zscore +zremrangebyscore +ttl +expire +publish +subscribe +info|replication +info|server +set +get"
 	StatusACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* " +
 		"+time +scan +llen +zcard +zcount +zrange +zscore +hmget"
 
@@ -36,6 +36,9 @@ const (
 	WebhookLockACL = "+eval"                           // of the webhook, in addition
 )
 
+// AdminUser is the user by which Sentinels and redis-cli log in; see Redis.hideAge.
+const AdminUser = "administrator"
+
 // NamespaceRules returns the rules of a namespace's user: the rules of all sidecars, with
 // the namespace in each key and channel.
 func NamespaceRules(rules, namespace string) string {
@@ -51,6 +54,10 @@ func NamespaceRules(rules, namespace string) string {
 	}
 	return strings.Join(all, " ")
 }
+
+// Ageless returns rules of a user without the right to ask for the age of a server: a test's
+// server is young, and would let no pod in.
+func Ageless(rules string) string { return strings.ReplaceAll(rules, " +info|server", "") }
 
 // UserArgs returns the arguments of a redis-server for a user with the Password.
 func UserArgs(user, rules string) []string {

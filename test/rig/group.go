@@ -31,9 +31,10 @@ type Group interface {
 
 // GroupOptions are the options for the servers of a group.
 type GroupOptions struct {
-	Args []string                      // more arguments of the servers, not of Sentinels
-	Env  func(address string) []string // added to the environment of all; nil: nothing
-	Bare bool                          // see RedisOptions
+	Args  []string                      // more arguments of the servers, not of Sentinels
+	Env   func(address string) []string // added to the environment of all; nil: nothing
+	Bare  bool                          // see RedisOptions
+	Young bool                          // see RedisOptions
 }
 
 // SentinelGroup is a primary with two replicas, and three Sentinels.
@@ -63,14 +64,14 @@ func StartSentinelGroupWith(t testing.TB, o GroupOptions) *SentinelGroup {
 			return args
 		}
 		g.Servers = append(g.Servers, StartRedisWith(t, RedisOptions{Args: args, Env: o.Env, Kind: SingleQueue,
-			Bare: o.Bare}))
+			Bare: o.Bare, Young: o.Young}))
 	}
 	dir := t.TempDir()
 	for range 3 {
 		s := startSentinel(t, dir, o.Env)
 		s.Do(t, "SENTINEL", "MONITOR", "tokens", "127.0.0.1", Port(g.Servers[0].Address), 2)
 		s.Do(t, "SENTINEL", "SET", "tokens", "down-after-milliseconds", DownAfter.Milliseconds(),
-			"failover-timeout", 6000)
+			"failover-timeout", 6000, "auth-user", AdminUser, "auth-pass", Password)
 		g.Sentinels = append(g.Sentinels, s)
 	}
 	g.WantReady(t, 2)
@@ -196,7 +197,8 @@ func StartCluster(t testing.TB) *Cluster {
 func StartClusterWith(t testing.TB, o GroupOptions) *Cluster {
 	t.Helper()
 	c := new(Cluster)
-	create := []string{"--cluster", "create", "--cluster-replicas", "1", "--cluster-yes"}
+	create := []string{"--user", AdminUser, "--pass", Password, "--no-auth-warning",
+		"--cluster", "create", "--cluster-replicas", "1", "--cluster-yes"}
 	for range 6 {
 		bus := FreeAddress(t)
 		args := func(port string) []string {
@@ -208,7 +210,7 @@ func StartClusterWith(t testing.TB, o GroupOptions) *Cluster {
 				"--cluster-allow-replica-migration", "no"}, o.Args...)
 		}
 		s := StartRedisWith(t, RedisOptions{Args: args, Env: o.Env, Kind: SingleQueue,
-			Bare: o.Bare})
+			Bare: o.Bare, Young: o.Young})
 		c.Nodes = append(c.Nodes, s)
 		create = append(create, s.Address)
 	}

@@ -33,6 +33,7 @@ type Redis struct {
 	env        func(address string) []string
 	allSlots   bool // it is a Cluster of one node
 	hasScripts bool // it knows the scripts of lua/, as if a webhook had loaded them
+	young      bool // see RedisOptions
 }
 
 // RedisOptions are the options of a redis-server.
@@ -45,6 +46,10 @@ type RedisOptions struct {
 	Env  func(address string) []string // added to the environment; nil: nothing
 	Kind string                        // SingleQueue or ClusterQueue; empty: as TEST_QUEUE selects
 	Bare bool                          // it knows no script until a webhook loads it
+
+	// Young: clients learn its age, so the birth guard holds for a heartbeat interval and
+	// three seconds after each start. Otherwise, the user "default" may not ask for it.
+	Young bool
 }
 
 // PlainPort returns the arguments for a port without TLS.
@@ -77,7 +82,7 @@ func launchRedis(dir string, o RedisOptions) (*Redis, error) {
 			return nil, err
 		}
 		r := &Redis{Address: address, dial: append(o.Dial, redis.DialReadTimeout(5*time.Second)), env: o.Env,
-			hasScripts: !o.Bare}
+			hasScripts: !o.Bare, young: o.Young}
 		r.Args = append(o.Args(Port(address)), "--bind", "127.0.0.1", "--dir", dir, "--save", "",
 			"--appendonly", "yes", "--appendfsync", "always")
 		if cmp.Or(o.Kind, TestQueue) == ClusterQueue {
@@ -135,10 +140,44 @@ func (r *Redis) Start() error {
 	if r.allSlots {
 		err = r.serveAllSlots()
 	}
+	if err == nil && !r.young {
+		err = r.hideAge()
+	}
 	if err == nil && r.hasScripts {
 		err = r.LoadScripts()
 	}
 	return err
+}
+
+// hideAge takes the right to ask for the age of the server from the user "default". Sentinels
+// and redis-cli need it: they log in as AdminUser.
+func (r *Redis) hideAge() error {
+	rules := []any{"SETUSER", "default", "-info"}
+	for _, section := range []string{"clients", "commandstats", "cpu", "latencystats", "memory", "replication", "stats"} {
+		rules = append(rules, "+info|"+section)
+	}
+	_, err := r.Control.Do("ACL", "SETUSER", AdminUser, "on", "nopass", "~*", "&*", "+@all")
+	if err == nil {
+		_, err = r.Control.Do("ACL", rules...)
+	}
+	return err
+}
+
+// LoseData deletes the data of a server that has ended, as if the next one ran elsewhere.
+func (r *Redis) LoseData(t testing.TB) {
+	t.Helper()
+	Must(t, os.RemoveAll(filepath.Join(r.Args[slices.Index(r.Args, "--dir")+1], "appendonlydir")))
+}
+
+// WantAge waits until a Young server is older than this.
+func (r *Redis) WantAge(t testing.TB, age time.Duration) {
+	t.Helper()
+	Eventually(t, age+patience, func() error {
+		if up := r.Info(t, "server", "uptime_in_seconds:"); up <= seconds(age) {
+			return fmt.Errorf("%s is %d s old, want more than %s", r.Address, up, age)
+		}
+		return nil
+	})
 }
 
 // Stop shuts the server down in order. A replica that writes its first append-only file after
