@@ -147,6 +147,13 @@ func (c *settings) declareQueueFlags(f *flags, getenv func(string) string) {
 		"`FILE` of the PEM CA certificates for rediss://; without it, the system's")
 }
 
+// declarePasswordFile declares the file of the password for Redis, for the modes whose
+// containers mount it. A sidecar does not: its Secret stays as long as its pod.
+func (c *settings) declarePasswordFile(f *flags, file string) {
+	declare(f, &c.redis.passwordFile, readPasswordFile, "redis-password-file", file,
+		"`FILE` of the password for all Redis servers, reread at each connection; without it, REDIS_PASSWORD")
+}
+
 // declareLockFlags declares the flags of the lock.
 func (c *settings) declareLockFlags(f *flags, getenv func(string) string) {
 	c.etcd.username, c.etcd.password = getenv("ETCD_USERNAME"), getenv("ETCD_PASSWORD")
@@ -182,8 +189,11 @@ func (c *settings) validate(f *flags) {
 			"one late heartbeat would cost a running pod its token",
 			seconds(c.staleThreshold), seconds(c.heartbeatInterval))
 	}
-	if c.redis.username != "" && c.redis.password == "" {
+	if c.redis.username != "" && !c.redis.hasPassword() && !f.wrong["redis-password-file"] {
 		f.problem("REDIS_USERNAME is set and REDIS_PASSWORD is not")
+	}
+	if c.redis.password != "" && c.redis.passwordFile != "" && !f.wrong["redis-password-file"] {
+		f.problem("--redis-password-file: a password is in the environment, too: set one of them")
 	}
 	if c.redis.sentinelUsername != "" && c.redis.sentinelPassword == "" {
 		f.problem("REDIS_SENTINEL_USERNAME is set and REDIS_SENTINEL_PASSWORD is not")
@@ -204,6 +214,7 @@ func anyHas(scheme string, addresses ...string) bool {
 
 func (c *webhookConfig) declareFlags(f *flags, getenv func(string) string) {
 	c.settings.declareFlags(f, getenv)
+	c.declarePasswordFile(f, "")
 	declare(f, &c.host, readText, "host", "0.0.0.0", "`ADDRESS` to serve /mutate on, over TLS")
 	declare(f, &c.port, readNumber(1, 65535), "port", "9443", "TCP `PORT` to serve /mutate on")
 	declare(f, &c.certDir, readNonEmpty, "certDir", "/var/k8s-webhook-server/serving-certs",
@@ -269,8 +280,9 @@ func (c *webhookConfig) validate(f *flags) {
 			"with --enable-sidecar-containers=false the containers of a pod "+
 			"start all at once, with or without a token", c.whenFull)
 	}
-	if c.redis.password+c.redis.sentinelPassword != "" && c.sidecarRedisSecret == "" {
-		f.problem("--sidecar-redis-secret: is needed where REDIS_PASSWORD or REDIS_SENTINEL_PASSWORD is set: " +
+	if (c.redis.hasPassword() || c.redis.sentinelPassword != "") && c.sidecarRedisSecret == "" {
+		f.problem("--sidecar-redis-secret: is needed where " +
+			"REDIS_PASSWORD, --redis-password-file or REDIS_SENTINEL_PASSWORD is set: " +
 			"the sidecars would have no credentials")
 	}
 	switch sidecarsUseTLS := anyHas("rediss://", c.sidecarRedisAddresses()...); {
@@ -383,6 +395,7 @@ func (c *kubernetesSettings) validate(f *flags) {
 
 func (c *gateConfig) declareFlags(f *flags, getenv func(string) string) {
 	c.settings.declareFlags(f, getenv)
+	c.declarePasswordFile(f, "")
 	c.kubernetes.declareFlags(f, getenv)
 	declare(f, &c.unschedulable, readSeconds(1, 86400), "unschedulable-seconds", "300",
 		"`SECONDS` until a pod loses its token if its gate cannot be lifted, or if it has not started since the lift")
@@ -408,9 +421,11 @@ var queueVariables = map[string]string{
 
 func (c *statusConfig) declareFlags(f *flags, getenv func(string) string) {
 	c.declareQueueFlags(f, getenv)
-	if password := getenv("STATUS_REDIS_PASSWORD"); password != "" {
+	password, file := getenv("STATUS_REDIS_PASSWORD"), getenv("STATUS_REDIS_PASSWORD_FILE")
+	if password != "" || file != "" {
 		c.redis.username, c.redis.password = getenv("STATUS_REDIS_USERNAME"), password
 	}
+	c.declarePasswordFile(f, file)
 	for name, variable := range queueVariables {
 		if text := getenv(variable); text != "" {
 			f.setDefault(name, text)

@@ -146,7 +146,7 @@ func TestSecretsComeFromTheEnvironment(t *testing.T) {
 	env["REDIS_PASSWORD"] = "pa55word"
 	getenv := func(k string) string { return env[k] }
 	_, err := parseWebhookConfig(nil, getenv)
-	const want = "--sidecar-redis-secret: is needed where REDIS_PASSWORD or REDIS_SENTINEL_PASSWORD is set: " +
+	const want = "--sidecar-redis-secret: is needed where REDIS_PASSWORD, --redis-password-file or REDIS_SENTINEL_PASSWORD is set: " +
 		"the sidecars would have no credentials"
 	if err == nil || err.Error() != want {
 		t.Errorf("without a Secret for the sidecars: got %v", err)
@@ -155,6 +155,17 @@ func TestSecretsComeFromTheEnvironment(t *testing.T) {
 	rig.Must(t, err)
 	if c.redis != (redisSettings{username: "hook", password: "pa55word"}) {
 		t.Errorf("credentials %v", c.redis)
+	}
+	file := rig.WriteFile(t, "password", "pa55word\n")
+	for text, want := range map[string]string{
+		file:            "--redis-password-file: a password is in the environment, too: set one of them",
+		"/no/such/file": "--redis-password-file: open /no/such/file: no such file or directory",
+	} {
+		_, err := parseGateConfig([]string{"--redis-password-file=" + text, "--kubernetes-address=a:1",
+			"--kubernetes-token-file=b"}, getenv)
+		if err == nil || err.Error() != want {
+			t.Errorf("%s: got %v, want %s", text, err, want)
+		}
 	}
 	_, stdout, _ := runArgs(env, "webhook", "--help")
 	if strings.Contains(stdout, "pa55word") {
@@ -199,6 +210,7 @@ func TestFlagDefaults(t *testing.T) {
 	maps.Copy(gate, shared)
 	maps.Copy(webhook, shared)
 	maps.Copy(sidecar, shared)
+	gate["redis-password-file"], webhook["redis-password-file"] = "", ""
 	flagPattern := regexp.MustCompile(`(?m)^  --(\S+) \S+\n        .*?(?: \(default (.*)\))?$`)
 	for mode, want := range map[string]map[string]string{"webhook": webhook, "sidecar": sidecar, "gate": gate} {
 		_, help, _ := runArgs(nil, mode, "--help")
@@ -412,7 +424,7 @@ func TestSidecarsOfASentinelGroup(t *testing.T) {
 	const address = "rediss+sentinel://a:1,b:2/tokens"
 	for args, want := range map[string]string{
 		"--queue-redis-address=" + address: "--sidecar-redis-secret: is needed where " +
-			"REDIS_PASSWORD or REDIS_SENTINEL_PASSWORD is set",
+			"REDIS_PASSWORD, --redis-password-file or REDIS_SENTINEL_PASSWORD is set",
 		"--queue-redis-address=a:1 --sidecar-redis-secret=s": "REDIS_SENTINEL_PASSWORD is not used: " +
 			"--queue-redis-address names no Sentinels",
 	} {
@@ -576,7 +588,7 @@ func flagsPage(t *testing.T) string {
 			}
 		}
 	}
-	b.WriteString("\n## Environment\n\nSecrets come from the environment only, never from flags.\n\n")
+	b.WriteString("\n## Environment\n\nSecrets come from the environment or from files, never from flags.\n\n")
 	for _, v := range variables {
 		if len(v.modes) == 1 {
 			v.meaning += ". Mode: " + v.modes[0]

@@ -165,8 +165,9 @@ func (f *flags) help() string {
 		"  REDIS_SENTINEL_USERNAME, REDIS_SENTINEL_PASSWORD\n" +
 		"                                    credentials for the Sentinels\n")
 	if f.Name() == "status" {
-		b.WriteString("  STATUS_REDIS_USERNAME, STATUS_REDIS_PASSWORD\n" +
-			"                                    replace REDIS_USERNAME and REDIS_PASSWORD if the password is set\n" +
+		b.WriteString("  STATUS_REDIS_USERNAME, STATUS_REDIS_PASSWORD, STATUS_REDIS_PASSWORD_FILE\n" +
+			"                                    replace REDIS_USERNAME and REDIS_PASSWORD if the password or the file is set; " +
+			"the file is the default of --redis-password-file\n" +
 			"  QUEUE_REDIS_ADDRESS, HEARTBEAT_INTERVAL_SECONDS, STALE_THRESHOLD_SECONDS\n" +
 			"                                    defaults of the flags; set in the containers of webhook, gate and sidecar\n")
 		return b.String()
@@ -323,6 +324,12 @@ func isPort(s string) bool {
 // readCAFile reads the name of a file, and checks that the file has PEM certificates.
 func readCAFile(text string) (string, error) {
 	_, err := readCA(text)
+	return text, err
+}
+
+// readPasswordFile reads the name of a file, and checks that the file has a password.
+func readPasswordFile(text string) (string, error) {
+	_, err := readPassword(text)
 	return text, err
 }
 

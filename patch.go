@@ -217,7 +217,7 @@ func sidecarContainer(c webhookConfig, resources corev1.ResourceRequirements, id
 		sidecar.Env = append(sidecar.Env,
 			secretVariable("REDIS_USERNAME", c.sidecarRedisSecret, "username", true),
 			secretVariable("REDIS_PASSWORD", c.sidecarRedisSecret, "password",
-				c.redis.password == "" && c.redis.sentinelPassword != ""))
+				!c.redis.hasPassword() && c.redis.sentinelPassword != ""))
 	}
 	if c.redis.sentinelPassword != "" {
 		sidecar.Env = append(sidecar.Env,

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"strings"
@@ -34,12 +35,16 @@ const (
 // redisSettings are the settings that all Redis servers share.
 type redisSettings struct {
 	username, password                 string // empty for none
+	passwordFile                       string // read at each dial instead of password, so that a new one needs no restart
 	sentinelUsername, sentinelPassword string // those of the Sentinels; empty for none
 	caFile                             string // PEM certificates to trust for rediss://; empty for the system's
 	loadsScripts                       bool   // this user may EVAL, and loads the scripts that a server lacks; see loadScripts
 	counts                             *redisCounts
 	resolver                           *resolver // nil: processResolver
 }
+
+// hasPassword reports whether connections log in.
+func (s redisSettings) hasPassword() bool { return s.password != "" || s.passwordFile != "" }
 
 // ofSentinels returns the settings for connections to Sentinels.
 func (s redisSettings) ofSentinels() redisSettings {
@@ -137,12 +142,18 @@ func dialRedis(ctx context.Context, address string, settings redisSettings,
 		tcp = resetting
 		return resetting, nil
 	}
+	password := settings.password
+	if settings.passwordFile != "" {
+		if password, err = readPassword(settings.passwordFile); err != nil {
+			return nil, fmt.Errorf("password of Redis: %w", err)
+		}
+	}
 	options := []redis.DialOption{
 		redis.DialContextFunc(dial),
 		redis.DialReadTimeout(readTimeout),
 		redis.DialWriteTimeout(redisWriteTimeout),
 		redis.DialUsername(settings.username),
-		redis.DialPassword(settings.password),
+		redis.DialPassword(password),
 	}
 	if secure {
 		roots, err := readCA(settings.caFile) // at each dial, so that a new CA needs no restart

@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -732,4 +733,61 @@ func TestUnlockWaitsForScripts(t *testing.T) {
 	}
 	rig.Must(t, <-done)
 	rig.Must(t, locks.LocksLeft())
+}
+
+// A user of Redis gets a second password, and later loses the first: webhook, lock and
+// subscription log in with what the file has then, and no command fails.
+func TestPasswordFileIsReread(t *testing.T) {
+	t.Parallel()
+	r := rig.StartRedis(t)
+	file := rig.WriteFile(t, "password", "first\n")
+	r.Do(t, "ACL", append([]any{"SETUSER", "webhook", "on", ">first"},
+		rig.Anys(strings.Fields(rig.Ageless(webhookACL)+" "+sentinelACL+" "+clusterACL))...)...)
+	c := testConfig(r.Address)
+	c.redis = redisSettings{username: "webhook", passwordFile: file, loadsScripts: true}
+	s, id := semaphoresOf(t, c), freshID()
+	work := func(when string) {
+		t.Helper()
+		token, _, err := s.acquire(t.Context(), id, "", 1, time.Second)
+		if err == nil {
+			_, err = s.release(t.Context(), id, token, "")
+		}
+		if err != nil {
+			t.Fatalf("%s: %v", when, err)
+		}
+	}
+	dial := func() error {
+		conn, err := dialRedis(t.Context(), r.Address, c.redis, time.Second)
+		if err == nil {
+			conn.Close()
+		}
+		return err
+	}
+	reconnect := func() { r.Do(t, "CLIENT", "KILL", "USER", "webhook") }
+	work("with the first password")
+	r.Do(t, "ACL", "SETUSER", "webhook", ">second")
+	work("when both are good")
+	reconnect()
+	work("with the first, on a new connection")
+	rig.Must(t, os.WriteFile(file, []byte("second"), 0o600))
+	work("with the new file")
+	r.Do(t, "ACL", "SETUSER", "webhook", "<first")
+	work("without the first")
+	reconnect()
+	work("with the second, on a new connection")
+	rig.Must(t, dial())
+	for text, want := range map[string]string{
+		"":       "password of Redis: " + file + " is empty",
+		"a\nb\n": "password of Redis: " + file + " has more than one line, not one password",
+		"first":  "WRONGPASS",
+	} {
+		rig.Must(t, os.WriteFile(file, []byte(text), 0o600))
+		if err := dial(); err == nil || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("with %q in the file: got %v, want %s", text, err, want)
+		}
+	}
+	rig.Must(t, os.Remove(file))
+	if err := dial(); err == nil || !strings.HasPrefix(err.Error(), "password of Redis: open "+file) {
+		t.Errorf("without the file: got %v", err)
+	}
 }
