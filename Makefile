@@ -120,7 +120,7 @@ SIDECAR_TIME ?= 10m
 
 .PHONY: bench-sidecar
 bench-sidecar: test-needs ## measure sidecars for SIDECAR_TIME=10m, then 10,000 simulated ones for 6 minutes; fails above the limits
-	SUITE=1 SIDECAR_TIME=$(SIDECAR_TIME) go test -count=1 -timeout 0 -v -run '^TestBench(Many)?Sidecars?$$' ./test/bench
+	SUITE=1 SIDECAR_TIME=$(SIDECAR_TIME) go test -count=1 -timeout 0 -v -run '^TestBench(Many)?Sidecars?(TLS)?$$' ./test/bench
 
 OTHERS ?= redis-semaphore@5.8.0 ioredis@6.0.0
 
