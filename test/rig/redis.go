@@ -29,6 +29,7 @@ type Redis struct {
 	*Process
 	Control redis.Conn // the test's own connection
 
+	program    string // empty: RedisProgram
 	dial       []redis.DialOption
 	env        func(address string) []string
 	allSlots   bool // it is a Cluster of one node
@@ -108,14 +109,27 @@ func unusedAddress() (string, error) {
 
 // Start starts or restarts the server, and waits until it answers.
 func (r *Redis) Start() error {
-	r.Process = NewProcess(RedisProgram, r.Args...)
+	if err := r.begin(); err != nil {
+		return err
+	}
+	return r.answered(5 * time.Second)
+}
+
+// begin starts the server, and does not wait.
+func (r *Redis) begin() error {
+	r.Process = NewProcess(cmp.Or(r.program, RedisProgram), r.Args...)
 	if r.env != nil {
 		r.Cmd.Env = append(os.Environ(), r.env(r.Address)...)
 	}
 	if err := r.Launch(); err != nil {
 		return fmt.Errorf("%s is needed (apt-get install redis-server): %w", RedisProgram, err)
 	}
-	err := poll(5*time.Second, func() error {
+	return nil
+}
+
+// answered waits until the server answers.
+func (r *Redis) answered(patience time.Duration) error {
+	err := poll(patience, func() error {
 		c, err := redis.Dial("tcp", r.Address, r.dial...)
 		if err != nil {
 			return err
