@@ -97,6 +97,10 @@ e2e: build ## test deploy/ on the cluster of KUBECONFIG: installs and removes it
 	$(if $(E2E_FLAGS),,go test -count=1 -tags e2e -timeout 10m -parallel 8 -run '^TestKubernetes' .)
 	$(e2e-test) -tags e2e -timeout 55m -parallel 10 -v $(E2E_FLAGS) ./test/e2e
 
+.PHONY: e2e-sentinel
+e2e-sentinel: build ## the same for deploy/sentinel: lose its primary in all ways, under load
+	DEPLOY=deploy/sentinel $(e2e-test) -tags e2e -timeout 55m -v -run '^TestSentinel' $(E2E_FLAGS) ./test/e2e
+
 .PHONY: measure
 measure: build ## measure waiting pods on the cluster, about 45 minutes; E2E_FLAGS='-run X' for one of test/e2e/measure_*_test.go
 	MEASURE=1 $(e2e-test) -tags e2e -timeout 120m -v -run '^TestMeasure' $(E2E_FLAGS) ./test/e2e

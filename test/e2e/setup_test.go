@@ -23,11 +23,13 @@
 //	              supervisor starts it again. The Makefile has the command for kind
 //	API_CLIENT_CA the authority of the API server's client certificate, if it has one
 //	MEASURE       if not empty, the measurements (TestMeasure...) run, too
+//	DEPLOY        the folder that is installed, deploy if empty; deploy/sentinel for its own tests
 //	KEEP          if not empty, the installation stays
 package e2e
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -60,6 +62,11 @@ const (
 	// is reported: no test depends on the speed of the node.
 	patience = 3 * time.Minute
 )
+
+const sentinelFolder = "deploy/sentinel"
+
+// installed is the folder of the installation.
+var installed = cmp.Or(os.Getenv("DEPLOY"), "deploy")
 
 func TestMain(m *testing.M) {
 	code := 1
@@ -205,7 +212,7 @@ func install() error {
 	if err := provideVolumes("redis", "etcd"); err != nil {
 		return err
 	}
-	text, err := manifests("deploy")
+	text, err := manifests(installed)
 	if err != nil {
 		return err
 	}

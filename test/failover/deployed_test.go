@@ -65,6 +65,11 @@ func TestDeployedPrimaryGone(t *testing.T) {
 					return nil
 				})
 				pauses = append(pauses, l.longestPause(t, strike))
+				if longest := pauses[len(pauses)-1]; longest > 20*time.Second {
+					for _, s := range g.Sentinels {
+						t.Logf("after %s, the Sentinel %s says:\n%s", longest, s.Address, s.Stdout.String())
+					}
+				}
 				if !c.back {
 					g.StartPods(t, pod)
 				}
