@@ -650,7 +650,7 @@ func documents(t *testing.T) []string {
 	if len(pages) < 10 {
 		t.Fatalf("only %d pages in docs/: %q", len(pages), pages)
 	}
-	return append(pages, "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+	return append(pages, "README.md", "CHANGELOG.md", "CONTRIBUTING.md", ".github/SECURITY.md")
 }
 
 // Documents are short, and each page of docs/ begins with the question that it answers.
