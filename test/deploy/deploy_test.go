@@ -97,23 +97,30 @@ func TestOverlayOfTheImage(t *testing.T) {
 		t.Skip("kubectl, which has kustomize, is not installed")
 	}
 	const start = "```yaml\n# deploy/own/kustomization.yaml\n"
-	_, text, found := strings.Cut(rig.ReadFile(t, "docs/install.md"), start)
-	text, _, ended := strings.Cut(text, "```")
-	if !found || !ended {
-		t.Fatalf("docs/install.md has no %q", start)
+	_, overlay, found := strings.Cut(rig.ReadFile(t, "docs/install.md"), start)
+	overlay, _, ended := strings.Cut(overlay, "```")
+	resources, _, hasImages := strings.Cut(overlay, "images:\n")
+	if !found || !ended || !hasImages {
+		t.Fatalf("docs/install.md has no %q with images", start)
 	}
 	folder := t.TempDir()
 	rig.Must(t, os.CopyFS(filepath.Join(folder, "deploy"), os.DirFS(rig.Path("deploy"))))
 	own := filepath.Join(folder, "deploy/own")
 	rig.Must(t, os.Mkdir(own, 0o700))
-	rig.Must(t, os.WriteFile(filepath.Join(own, "kustomization.yaml"), []byte(text), 0o600))
-	out, err := exec.Command("kubectl", "kustomize", own).CombinedOutput()
-	if err != nil {
-		t.Fatalf("kubectl kustomize: %v\n%s", err, out)
+	imagesOf := func(overlay string) []string {
+		rig.Must(t, os.WriteFile(filepath.Join(own, "kustomization.yaml"), []byte(overlay), 0o600))
+		out, err := exec.Command("kubectl", "kustomize", own).CombinedOutput()
+		if err != nil {
+			t.Fatalf("kubectl kustomize: %v\n%s", err, out)
+		}
+		return regexp.MustCompile(`\S+/at-least-semaphore-pod-hook:v\S+`).FindAllString(string(out), -1)
 	}
-	images := regexp.MustCompile(`\S+/at-least-semaphore-pod-hook:v\S+`).FindAllString(string(out), -1)
-	want := slices.Repeat([]string{"registry.example.org/at-least-semaphore-pod-hook:v1"}, 3)
-	if !slices.Equal(images, want) {
+	released := imagesOf(resources)
+	if len(released) < 3 { // webhook, gate and sidecars
+		t.Errorf("the images are %q", released)
+	}
+	want := slices.Repeat([]string{"registry.example.org/at-least-semaphore-pod-hook:v1"}, len(released))
+	if images := imagesOf(overlay); !slices.Equal(images, want) {
 		t.Errorf("the images are %q, want %q", images, want)
 	}
 }
