@@ -184,3 +184,34 @@ func TestScriptsPassShellcheck(t *testing.T) {
 		t.Errorf("shellcheck: %v\n%s", err, strings.ReplaceAll(string(out), folder+"/", scriptsFile+": "))
 	}
 }
+
+// kustomize builds the overlays in the documents.
+func TestOverlaysOfDocuments(t *testing.T) {
+	if _, err := exec.LookPath("kubectl"); err != nil {
+		t.Skip("kubectl, which has kustomize, is not installed")
+	}
+	t.Parallel()
+	folder := t.TempDir()
+	rig.Must(t, os.CopyFS(filepath.Join(folder, "deploy"), os.DirFS(rig.Path("deploy"))))
+	overlay := regexp.MustCompile("(?ms)^( *)```yaml\n *# (deploy/[a-z-]+)/kustomization.yaml\n(.*?)^ *```$")
+	pages, err := filepath.Glob(rig.Path("docs/*.md"))
+	rig.Must(t, err)
+	found := 0
+	for _, page := range pages {
+		text, err := os.ReadFile(page)
+		rig.Must(t, err)
+		for _, m := range overlay.FindAllStringSubmatch(string(text), -1) {
+			found++
+			indent, path := m[1], m[2]
+			rig.Must(t, os.Mkdir(filepath.Join(folder, path), 0o700))
+			rig.Must(t, os.WriteFile(filepath.Join(folder, path, "kustomization.yaml"),
+				[]byte(strings.ReplaceAll("\n"+m[3], "\n"+indent, "\n")), 0o600))
+			if out, err := exec.Command("kubectl", "kustomize", filepath.Join(folder, path)).CombinedOutput(); err != nil {
+				t.Errorf("%s in %s: %v\n%s", path, filepath.Base(page), err, out)
+			}
+		}
+	}
+	if found < 2 {
+		t.Errorf("only %d overlays were found", found)
+	}
+}
