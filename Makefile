@@ -27,8 +27,7 @@ demo-lock = $(if $(filter redlock,$(LOCK)),,$(if $(filter etcd,$(LOCK)),-etcd $(
 REDIS_SERVER ?= redis-server
 demo-queue = $(if $(filter embedded,$(QUEUE)),,$(if $(filter sentinel,$(QUEUE)),-sentinels $(REDIS_SERVER),$(error QUEUE is $(QUEUE): it must be embedded or sentinel)))
 
-# As in the Dockerfile: the same sources and Go release make the same binary.
-go-build = CGO_ENABLED=0 go build -trimpath -buildvcs=false -tags grpcnotrace -ldflags "-s -w -X main.version=$(VERSION)"
+go-build = CGO_ENABLED=0 go build -trimpath -tags grpcnotrace -ldflags "-s -w -X main.version=$(VERSION)"
 
 .PHONY: build
 build: ## build the static binary into bin/, without gRPC's tracing (a fifth of its size)
@@ -154,6 +153,7 @@ RELEASE_IMAGE ?= ghcr.io/kaidotio/at-least-semaphore-pod-hook:$(VERSION)
 # Manifests of a release: NAME:FOLDER, for those folders that there are.
 dist-manifests = $(foreach m,install:deploy gate:deploy/gate etcd:deploy/etcd sentinel:deploy/sentinel,\
 	$(if $(wildcard $(lastword $(subst :, ,$(m)))),$(m)))
+# As in the image, the binaries contain no commit: see the Dockerfile.
 dist-platforms = linux-amd64 linux-arm64 darwin-amd64 darwin-arm64
 
 .PHONY: dist
@@ -169,7 +169,7 @@ dist: ## collect a release in dist/: manifests, examples, binaries, licences, ch
 	cp deploy/monitoring/rules.yaml deploy/monitoring/dashboard.json $(DIST)/
 	(.ci/prometheus-rule && echo --- && cat deploy/monitoring/podmonitor.yaml) >$(DIST)/monitoring.yaml
 	for p in $(dist-platforms); do \
-		GOOS=$${p%-*} GOARCH=$${p#*-} $(go-build) -o "$(DIST)/at-least-semaphore-pod-hook-$$p" . || exit 1; done
+		GOOS=$${p%-*} GOARCH=$${p#*-} $(go-build) -buildvcs=false -o "$(DIST)/at-least-semaphore-pod-hook-$$p" . || exit 1; done
 	.ci/licences $(DIST)/at-least-semaphore-pod-hook-* >$(DIST)/licences.txt
 	cd $(DIST) && sha256sum * >checksums && mv checksums checksums.txt
 
