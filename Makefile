@@ -27,9 +27,11 @@ demo-lock = $(if $(filter redlock,$(LOCK)),,$(if $(filter etcd,$(LOCK)),-etcd $(
 REDIS_SERVER ?= redis-server
 demo-queue = $(if $(filter embedded,$(QUEUE)),,$(if $(filter sentinel,$(QUEUE)),-sentinels $(REDIS_SERVER),$(error QUEUE is $(QUEUE): it must be embedded or sentinel)))
 
+go-build = CGO_ENABLED=0 go build -trimpath -tags grpcnotrace -ldflags "-s -w -X main.version=$(VERSION)"
+
 .PHONY: build
 build: ## build the static binary into bin/, without gRPC's tracing (a fifth of its size)
-	@CGO_ENABLED=0 go build -trimpath -tags grpcnotrace -ldflags "-s -w -X main.version=$(VERSION)" -o $(PROGRAM) .
+	@$(go-build) -o $(PROGRAM) .
 
 .PHONY: bin/demo
 bin/demo:
@@ -74,7 +76,7 @@ fuzz: ## fuzz decoder, annotations, patch, flags and Redis's replies; FUZZ_TIME=
 		go test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZ_TIME) -fuzzminimizetime 1s . || exit 1; done
 
 .PHONY: test-all
-test-all: lint test test-upgrade test-queues test-abuse chaos fuzz demo test-demo bench test-timing ## run all suites but the cluster tests, and all unit tests and the model on a Sentinel and a Cluster; needs an idle machine
+test-all: lint test test-upgrade test-queues test-abuse chaos fuzz demo test-demo test-dist bench test-timing ## run all suites but the cluster tests, and all unit tests and the model on a Sentinel and a Cluster; needs an idle machine
 	for queue in sentinel cluster; do TEST_QUEUE=$$queue go test -race -count=1 -parallel 8 -run '^Test' . ./test/model || exit 1; done
 
 .PHONY: test-needs
@@ -96,6 +98,10 @@ e2e-test = PROGRAM=$(CURDIR)/$(PROGRAM) IMAGE=at-least-semaphore-pod-hook:e2e-$$
 e2e: build ## test deploy/ on the cluster of KUBECONFIG: installs and removes it; settings: test/e2e/setup_test.go
 	$(if $(E2E_FLAGS),,go test -count=1 -tags e2e -timeout 10m -parallel 8 -run '^TestKubernetes' .)
 	$(e2e-test) -tags e2e -timeout 55m -parallel 10 -v $(E2E_FLAGS) ./test/e2e
+
+.PHONY: e2e-sentinel
+e2e-sentinel: build ## the same for deploy/sentinel: lose its primary in all ways, under load
+	DEPLOY=deploy/sentinel $(e2e-test) -tags e2e -timeout 55m -v -run '^TestSentinel' $(E2E_FLAGS) ./test/e2e
 
 .PHONY: measure
 measure: build ## measure waiting pods on the cluster, about 45 minutes; E2E_FLAGS='-run X' for one of test/e2e/measure_*_test.go
@@ -120,7 +126,7 @@ SIDECAR_TIME ?= 10m
 
 .PHONY: bench-sidecar
 bench-sidecar: test-needs ## measure sidecars for SIDECAR_TIME=10m, then 10,000 simulated ones for 6 minutes; fails above the limits
-	SUITE=1 SIDECAR_TIME=$(SIDECAR_TIME) go test -count=1 -timeout 0 -v -run '^TestBench(Many)?Sidecars?$$' ./test/bench
+	SUITE=1 SIDECAR_TIME=$(SIDECAR_TIME) go test -count=1 -timeout 0 -v -run '^TestBench(Many)?Sidecars?(TLS)?$$' ./test/bench
 
 OTHERS ?= redis-semaphore@5.8.0 ioredis@6.0.0
 
@@ -145,22 +151,40 @@ bench-memory: test-needs ## measure a webhook's memory over a million admissions
 dashboard-picture: test-needs ## draw docs/dashboard.svg from the data of a real Prometheus, about 5 minutes
 	SUITE=1 go test -count=1 -timeout 15m -run TestDrawDashboard ./test/monitoring
 
+DIST ?= dist
 RELEASE_IMAGE ?= ghcr.io/kaidotio/at-least-semaphore-pod-hook:$(VERSION)
 
+# Manifests of a release: NAME:FOLDER, for those folders that there are.
+dist-manifests = $(foreach m,install:deploy gate:deploy/gate etcd:deploy/etcd sentinel:deploy/sentinel,\
+	$(if $(wildcard $(lastword $(subst :, ,$(m)))),$(m)))
+# As in the image, the binaries contain no commit: see the Dockerfile.
+dist-platforms = linux-amd64 linux-arm64 darwin-amd64 darwin-arm64
+
 .PHONY: dist
-dist: build ## collect a release in dist/: manifests, scripts, licences, checksums; VERSION=v1.2.3 RELEASE_IMAGE=...
-	rm -rf dist && mkdir dist
-	kubectl kustomize deploy | sed 's|ghcr.io/kaidotio/at-least-semaphore-pod-hook:v[0-9.]*|$(RELEASE_IMAGE)|' >dist/install.yaml
-	kubectl kustomize deploy/gate | sed 's|ghcr.io/kaidotio/at-least-semaphore-pod-hook:v[0-9.]*|$(RELEASE_IMAGE)|' >dist/gate.yaml
-	cp deploy/certificate.sh deploy/path-secret.sh deploy/namespace.sh dist/
-	cp deploy/cert-manager/certificate.yaml dist/cert-manager.yaml
-	.ci/licences $(PROGRAM) >dist/licences.txt
-	cd dist && sha256sum * >checksums.txt
+dist: ## collect a release in dist/: manifests, examples, binaries, licences, checksums; VERSION=v1.2.3 RELEASE_IMAGE=...
+	@command -v kubectl >/dev/null || { echo "kubectl is missing, which has kustomize: see https://kubernetes.io/docs/tasks/tools/" >&2; exit 1; }
+	rm -rf $(DIST) && mkdir -p $(DIST)
+	for m in $(dist-manifests); do \
+		kubectl kustomize "$${m#*:}" >$(DIST)/manifest && \
+		sed 's|ghcr.io/kaidotio/at-least-semaphore-pod-hook:v[0-9.]*|$(RELEASE_IMAGE)|' $(DIST)/manifest >"$(DIST)/$${m%:*}.yaml" || exit 1; done
+	rm $(DIST)/manifest
+	for example in $(notdir $(wildcard deploy/examples/*.yaml)); do cp "deploy/examples/$$example" "$(DIST)/example-$$example" || exit 1; done
+	$(foreach script,$(wildcard deploy/*.sh),cp $(script) $(DIST)/ &&) cp deploy/cert-manager/certificate.yaml $(DIST)/cert-manager.yaml
+	cp deploy/monitoring/rules.yaml deploy/monitoring/dashboard.json $(DIST)/
+	(.ci/prometheus-rule && echo --- && cat deploy/monitoring/podmonitor.yaml) >$(DIST)/monitoring.yaml
+	for p in $(dist-platforms); do \
+		GOOS=$${p%-*} GOARCH=$${p#*-} $(go-build) -buildvcs=false -o "$(DIST)/at-least-semaphore-pod-hook-$$p" . || exit 1; done
+	.ci/licences $(DIST)/at-least-semaphore-pod-hook-* >$(DIST)/licences.txt
+	cd $(DIST) && sha256sum * >checksums && mv checksums checksums.txt
+
+.PHONY: test-dist
+test-dist: test-needs ## test what "make dist" makes; needs kubectl
+	SUITE=1 go test -count=1 -timeout 20m -v -run '^TestDist$$' ./test/deploy
 
 .PHONY: dev
 dev: ## develop on the current cluster with Skaffold: build, deploy and forward ports on each change
 	@command -v skaffold >/dev/null || { echo "skaffold is missing: see https://skaffold.dev/docs/install/" >&2; exit 1; }
-	skaffold dev --port-forward
+	skaffold dev --filename=deploy/dev/skaffold.yaml --port-forward
 
 .PHONY: lint
 lint: ## check format, vet, staticcheck, the shell scripts of deploy/ and the workflows; installs shellcheck if missing
@@ -169,5 +193,5 @@ lint: ## check format, vet, staticcheck, the shell scripts of deploy/ and the wo
 	go vet -tags e2e ./...
 	go -C demo vet ./...
 	go tool -modfile=test/tools/go.mod staticcheck -tags e2e ./...
-	SUITE=1 go test -count=1 -run '^TestScriptsPassShellcheck$$' ./test/deploy
+	shellcheck --shell=sh --external-sources --source-path=SCRIPTDIR deploy/sentinel/*.sh
 	go tool -modfile=test/tools/go.mod actionlint

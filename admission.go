@@ -67,10 +67,9 @@ const (
 		"the sidecar may not find Redis, and the app not start"
 	warningLength = "this pod sets the length of its semaphore to %d, others set %d lately: " +
 		"a greater one also helps pods ahead in line"
-	warningForgotten = "no sidecar starts here: Redis knows no user of this namespace; " +
-		"run deploy/namespace.sh %s"
-	warningStatic = "a static pod gets no semaphore sidecar and no token: its semaphore does not count it"
-	warningJob    = "the pods of this %s will not complete: " +
+	warningForgotten = "no sidecar starts here: kubectl label namespace %s " + labelSidecars + "=true"
+	warningStatic    = "a static pod gets no semaphore sidecar and no token: its semaphore does not count it"
+	warningJob       = "the pods of this %s will not complete: " +
 		"their sidecar is a classic container, which runs until they are deleted"
 	warningMisplaced = annotationPrefix + "* does nothing on a %s: move it to %s.metadata"
 	warningRefused   = "the pods of this %s will be refused: %s"
@@ -358,13 +357,6 @@ func (m *metrics) watchGate(q tokenServers) {
 	}))
 }
 
-// namespacesUser is the Redis user that creates the users of namespaces:
-// deploy/namespace.sh logs in as it.
-const namespacesUser = "namespaces"
-
-// namespaceUser is the Redis user of the sidecars of a namespace.
-func namespaceUser(namespace string) string { return "sidecar/" + namespace }
-
 // namespaceUsers caches the names of the users of Redis, to warn if a namespace has none.
 // It is nil if Redis has no users.
 type namespaceUsers struct {
@@ -382,10 +374,9 @@ const (
 	usersPause = time.Second
 )
 
-// forgotten reports whether the sidecars of a namespace cannot log in to Redis, because
-// deploy/namespace.sh was not run for it. It is false if that is unknown, or if users are
-// made by other means. One caller at a time asks Redis, for at most auxiliaryTimeout; no
-// other waits for it.
+// forgotten reports whether the sidecars of a namespace cannot log in to Redis, because it
+// has not got the label. It is false if that is unknown, or if setup makes no users. One
+// caller at a time asks Redis, for at most auxiliaryTimeout; no other waits for it.
 func (n *namespaceUsers) forgotten(ctx context.Context, namespace string) bool {
 	if n == nil || !n.mu.TryLock() {
 		return false
@@ -396,5 +387,5 @@ func (n *namespaceUsers) forgotten(ctx context.Context, namespace string) bool {
 		n.names, _ = redis.Strings(runCommand(ctx, n.queue, "ACL", "USERS")) // the webhook has +acl|users
 		n.read = time.Now()
 	}
-	return has(namespacesUser) && !has(namespaceUser(namespace))
+	return has(userOfSetup) && !has(namespaceUser(namespace))
 }

@@ -160,6 +160,9 @@ const (
 	// labelGated is "true" at first, and the Unix time of the lift once the gate is
 	// lifted. It goes when the sidecar takes over.
 	labelGated = annotationPrefix + "gated"
+
+	// labelSidecars opens a namespace to sidecars, with the value "true".
+	labelSidecars = annotationPrefix + "sidecars"
 )
 
 // The names of the injected containers.

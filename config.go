@@ -93,6 +93,25 @@ type statusConfig struct {
 	release   string      // token or pod to release; empty for none
 }
 
+// The values of --webhook-certificate.
+const (
+	certificateOwn   = "own"
+	certificateGiven = "given"
+)
+
+// setupConfig is the settings of the mode setup.
+type setupConfig struct {
+	kubernetes         kubernetesSettings
+	namespace          string   // of the installation
+	webhookCertificate string   // certificateOwn or certificateGiven
+	redisAddresses     []string // servers that get the users of tokens; empty for none
+	lockAddresses      []string // servers of locks only, which get others; empty for none
+	redisCAFile        string   // empty for the authority of setup
+	replicationUser    bool
+	sidecarRedisSecret string // name of the Secret in each namespace with sidecars
+	metricsBindAddress string
+}
+
 // parseWebhookConfig reads the command line of the mode webhook. Its error is a
 // *usageError or a *helpRequest.
 func parseWebhookConfig(args []string, getenv func(string) string) (c webhookConfig, err error) {
@@ -111,6 +130,13 @@ func parseSidecarConfig(args []string, getenv func(string) string) (c sidecarCon
 // a *helpRequest.
 func parseGateConfig(args []string, getenv func(string) string) (c gateConfig, err error) {
 	err = parseFlags(&c, "gate", "[flags]", args, getenv)
+	return c, err
+}
+
+// parseSetupConfig reads the command line of the mode setup. Its error is a *usageError or
+// a *helpRequest.
+func parseSetupConfig(args []string, getenv func(string) string) (c setupConfig, err error) {
+	err = parseFlags(&c, "setup", "[flags]", args, getenv)
 	return c, err
 }
 
@@ -145,6 +171,13 @@ func (c *settings) declareQueueFlags(f *flags, getenv func(string) string) {
 		"`SECONDS` without a heartbeat after which a token is reclaimed; at least twice the heartbeat interval")
 	declare(f, &c.redis.caFile, readCAFile, "redis-ca-file", "",
 		"`FILE` of the PEM CA certificates for rediss://; without it, the system's")
+}
+
+// declarePasswordFile declares the file of the password for Redis, for the modes whose
+// containers mount it. A sidecar does not: its Secret stays as long as its pod.
+func (c *settings) declarePasswordFile(f *flags, file string) {
+	declare(f, &c.redis.passwordFile, readPasswordFile, "redis-password-file", file,
+		"`FILE` of the password for all Redis servers, reread at each connection; without it, REDIS_PASSWORD")
 }
 
 // declareLockFlags declares the flags of the lock.
@@ -182,8 +215,11 @@ func (c *settings) validate(f *flags) {
 			"one late heartbeat would cost a running pod its token",
 			seconds(c.staleThreshold), seconds(c.heartbeatInterval))
 	}
-	if c.redis.username != "" && c.redis.password == "" {
+	if c.redis.username != "" && !c.redis.hasPassword() && !f.wrong["redis-password-file"] {
 		f.problem("REDIS_USERNAME is set and REDIS_PASSWORD is not")
+	}
+	if c.redis.password != "" && c.redis.passwordFile != "" && !f.wrong["redis-password-file"] {
+		f.problem("--redis-password-file: a password is in the environment, too: set one of them")
 	}
 	if c.redis.sentinelUsername != "" && c.redis.sentinelPassword == "" {
 		f.problem("REDIS_SENTINEL_USERNAME is set and REDIS_SENTINEL_PASSWORD is not")
@@ -204,6 +240,7 @@ func anyHas(scheme string, addresses ...string) bool {
 
 func (c *webhookConfig) declareFlags(f *flags, getenv func(string) string) {
 	c.settings.declareFlags(f, getenv)
+	c.declarePasswordFile(f, "")
 	declare(f, &c.host, readText, "host", "0.0.0.0", "`ADDRESS` to serve /mutate on, over TLS")
 	declare(f, &c.port, readNumber(1, 65535), "port", "9443", "TCP `PORT` to serve /mutate on")
 	declare(f, &c.certDir, readNonEmpty, "certDir", "/var/k8s-webhook-server/serving-certs",
@@ -269,8 +306,9 @@ func (c *webhookConfig) validate(f *flags) {
 			"with --enable-sidecar-containers=false the containers of a pod "+
 			"start all at once, with or without a token", c.whenFull)
 	}
-	if c.redis.password+c.redis.sentinelPassword != "" && c.sidecarRedisSecret == "" {
-		f.problem("--sidecar-redis-secret: is needed where REDIS_PASSWORD or REDIS_SENTINEL_PASSWORD is set: " +
+	if (c.redis.hasPassword() || c.redis.sentinelPassword != "") && c.sidecarRedisSecret == "" {
+		f.problem("--sidecar-redis-secret: is needed where " +
+			"REDIS_PASSWORD, --redis-password-file or REDIS_SENTINEL_PASSWORD is set: " +
 			"the sidecars would have no credentials")
 	}
 	switch sidecarsUseTLS := anyHas("rediss://", c.sidecarRedisAddresses()...); {
@@ -368,8 +406,6 @@ func (c *kubernetesSettings) declareFlags(f *flags, getenv func(string) string) 
 		"`FILE` of the PEM CA certificates for the API server, reread when it changes; without it, the system's")
 	declare(f, &c.tokenFile, readText, "kubernetes-token-file", tokenFile,
 		"`FILE` of the ServiceAccount's token, reread when it changes")
-	declare(f, &c.namespaces, readNamespaces, "namespaces", "",
-		"`NAMESPACE,...` to watch for gated pods; without it, all")
 }
 
 func (c *kubernetesSettings) validate(f *flags) {
@@ -383,7 +419,10 @@ func (c *kubernetesSettings) validate(f *flags) {
 
 func (c *gateConfig) declareFlags(f *flags, getenv func(string) string) {
 	c.settings.declareFlags(f, getenv)
+	c.declarePasswordFile(f, "")
 	c.kubernetes.declareFlags(f, getenv)
+	declare(f, &c.kubernetes.namespaces, readNamespaces, "namespaces", "",
+		"`NAMESPACE,...` to watch for gated pods; without it, all")
 	declare(f, &c.unschedulable, readSeconds(1, 86400), "unschedulable-seconds", "300",
 		"`SECONDS` until a pod loses its token if its gate cannot be lifted, or if it has not started since the lift")
 	declare(f, &c.metricsBindAddress, readAddress(), "metrics-bind-address", "0.0.0.0:8080",
@@ -398,19 +437,58 @@ func (c *gateConfig) validate(f *flags) {
 	}
 }
 
+func (c *setupConfig) declareFlags(f *flags, getenv func(string) string) {
+	c.kubernetes.declareFlags(f, getenv)
+	declare(f, &c.namespace, readNamespace, "namespace", "at-least-semaphore-pod-hook",
+		"`NAMESPACE` of the installation")
+	declare(f, &c.webhookCertificate, readChoice(certificateOwn, certificateGiven), "webhook-certificate", certificateOwn,
+		"`own|given`: setup keeps the webhook's certificate and the caBundle of its configuration, "+
+			"or leaves both to cert-manager or to you")
+	declare(f, &c.redisAddresses, readAddresses("redis://", "rediss://"), "user-redis-addresses", "",
+		"Redis servers that setup makes the users on, as `HOST:PORT,...`; for TLS, rediss://HOST:PORT; "+
+			"without it, setup only keeps the Secrets")
+	declare(f, &c.lockAddresses, readAddresses("redis://", "rediss://"), "user-lock-addresses", "",
+		"Redis servers of the lock, as `HOST:PORT,...`, where they are others than those of the tokens; "+
+			"for TLS, rediss://HOST:PORT")
+	declare(f, &c.redisCAFile, readCAFile, "redis-ca-file", "",
+		"`FILE` of the PEM CA certificates for rediss://, which the sidecars get, too; without it, setup's own authority")
+	declare(f, &c.replicationUser, readBool, "replication-user", "false",
+		"`true|false`: make the users of replicas and Sentinels, for deploy/sentinel")
+	declare(f, &c.sidecarRedisSecret, readObjectName, "sidecar-redis-secret", "at-least-semaphore-pod-redis",
+		"`NAME` of the Secret that each namespace with sidecars gets")
+	declare(f, &c.metricsBindAddress, readAddress(), "metrics-bind-address", "0.0.0.0:8080",
+		"`HOST:PORT` to serve /metrics, /healthz and /readyz on, over plain HTTP")
+}
+
+func (c *setupConfig) validate(f *flags) {
+	c.kubernetes.validate(f)
+	if c.redisCAFile != "" && !anyHas("rediss://", slices.Concat(c.redisAddresses, c.lockAddresses)...) {
+		f.problem("--redis-ca-file: is not used: no address of Redis begins with rediss://")
+	}
+	if len(c.lockAddresses) > 0 && len(c.redisAddresses) == 0 {
+		f.problem("--user-lock-addresses: is not used without --user-redis-addresses")
+	}
+	if f.NArg() > 0 {
+		f.problem("unexpected argument %q: setup takes flags only", f.Arg(0))
+	}
+}
+
 // queueVariables are the defaults of status for its flags. The containers of webhook, gate
 // and sidecar have these variables, so that status needs no flags there.
 var queueVariables = map[string]string{
 	"queue-redis-address":        "QUEUE_REDIS_ADDRESS",
 	"heartbeat-interval-seconds": "HEARTBEAT_INTERVAL_SECONDS",
 	"stale-threshold-seconds":    "STALE_THRESHOLD_SECONDS",
+	"redis-ca-file":              "REDIS_CA_FILE",
 }
 
 func (c *statusConfig) declareFlags(f *flags, getenv func(string) string) {
 	c.declareQueueFlags(f, getenv)
-	if password := getenv("STATUS_REDIS_PASSWORD"); password != "" {
+	password, file := getenv("STATUS_REDIS_PASSWORD"), getenv("STATUS_REDIS_PASSWORD_FILE")
+	if password != "" || file != "" {
 		c.redis.username, c.redis.password = getenv("STATUS_REDIS_USERNAME"), password
 	}
+	c.declarePasswordFile(f, file)
 	for name, variable := range queueVariables {
 		if text := getenv(variable); text != "" {
 			f.setDefault(name, text)

@@ -146,7 +146,7 @@ func TestSecretsComeFromTheEnvironment(t *testing.T) {
 	env["REDIS_PASSWORD"] = "pa55word"
 	getenv := func(k string) string { return env[k] }
 	_, err := parseWebhookConfig(nil, getenv)
-	const want = "--sidecar-redis-secret: is needed where REDIS_PASSWORD or REDIS_SENTINEL_PASSWORD is set: " +
+	const want = "--sidecar-redis-secret: is needed where REDIS_PASSWORD, --redis-password-file or REDIS_SENTINEL_PASSWORD is set: " +
 		"the sidecars would have no credentials"
 	if err == nil || err.Error() != want {
 		t.Errorf("without a Secret for the sidecars: got %v", err)
@@ -155,6 +155,17 @@ func TestSecretsComeFromTheEnvironment(t *testing.T) {
 	rig.Must(t, err)
 	if c.redis != (redisSettings{username: "hook", password: "pa55word"}) {
 		t.Errorf("credentials %v", c.redis)
+	}
+	file := rig.WriteFile(t, "password", "pa55word\n")
+	for text, want := range map[string]string{
+		file:            "--redis-password-file: a password is in the environment, too: set one of them",
+		"/no/such/file": "--redis-password-file: open /no/such/file: no such file or directory",
+	} {
+		_, err := parseGateConfig([]string{"--redis-password-file=" + text, "--kubernetes-address=a:1",
+			"--kubernetes-token-file=b"}, getenv)
+		if err == nil || err.Error() != want {
+			t.Errorf("%s: got %v, want %s", text, err, want)
+		}
 	}
 	_, stdout, _ := runArgs(env, "webhook", "--help")
 	if strings.Contains(stdout, "pa55word") {
@@ -199,6 +210,7 @@ func TestFlagDefaults(t *testing.T) {
 	maps.Copy(gate, shared)
 	maps.Copy(webhook, shared)
 	maps.Copy(sidecar, shared)
+	gate["redis-password-file"], webhook["redis-password-file"] = "", ""
 	flagPattern := regexp.MustCompile(`(?m)^  --(\S+) \S+\n        .*?(?: \(default (.*)\))?$`)
 	for mode, want := range map[string]map[string]string{"webhook": webhook, "sidecar": sidecar, "gate": gate} {
 		_, help, _ := runArgs(nil, mode, "--help")
@@ -335,8 +347,9 @@ func TestKubernetesFlags(t *testing.T) {
 			problems: []string{"--kubernetes-address: an address is not HOST:PORT or https://HOST:PORT",
 				"--kubernetes-ca-file: no PEM certificate in " + notCA, `--namespaces: "a," has an empty name`}},
 	} {
-		var got kubernetesSettings
-		err := parseFlags(&got, "gate", "[flags]", c.args, func(name string) string { return c.env[name] })
+		var parsed gateConfig
+		err := parseFlags(&parsed, "gate", "[flags]", c.args, func(name string) string { return c.env[name] })
+		got := parsed.kubernetes
 		var wrong *usageError
 		if errors.As(err, &wrong) {
 			if !slices.Equal(wrong.problems, c.problems) {
@@ -412,7 +425,7 @@ func TestSidecarsOfASentinelGroup(t *testing.T) {
 	const address = "rediss+sentinel://a:1,b:2/tokens"
 	for args, want := range map[string]string{
 		"--queue-redis-address=" + address: "--sidecar-redis-secret: is needed where " +
-			"REDIS_PASSWORD or REDIS_SENTINEL_PASSWORD is set",
+			"REDIS_PASSWORD, --redis-password-file or REDIS_SENTINEL_PASSWORD is set",
 		"--queue-redis-address=a:1 --sidecar-redis-secret=s": "REDIS_SENTINEL_PASSWORD is not used: " +
 			"--queue-redis-address names no Sentinels",
 	} {
@@ -498,7 +511,7 @@ func TestTLSFlags(t *testing.T) {
 
 // docsModes are the modes in the order of docs/flags.md. The mode await has neither flags
 // nor a help.
-var docsModes = []string{"webhook", "sidecar", "gate", "status"}
+var docsModes = []string{"webhook", "sidecar", "gate", "setup", "status"}
 
 // documentedSetting is a flag, or a line of environment variables, with the modes whose
 // help shows it.
@@ -542,12 +555,14 @@ func flagsPage(t *testing.T) string {
 		code, help, _ := runArgs(nil, mode, "--help")
 		head, rest, hasFlags := strings.Cut(help, "\n\nFlags:\n")
 		flagLines, environment, hasEnvironment := strings.Cut(rest, "\n\nEnvironment:\n")
-		if code != 0 || !hasFlags || !hasEnvironment {
+		if code != 0 || !hasFlags || hasEnvironment == (mode == "setup") {
 			t.Fatalf("%s --help: exit code %d, %q", mode, code, help)
 		}
 		usages[mode] = strings.ReplaceAll(strings.TrimPrefix(head, "Usage: "), "\n       ", "\n")
-		flags = addSettings(t, flags, mode, flagLines, flagInHelp)
-		variables = addSettings(t, variables, mode, environment, variableInHelp)
+		flags = addSettings(t, flags, mode, strings.TrimRight(flagLines, "\n"), flagInHelp)
+		if hasEnvironment {
+			variables = addSettings(t, variables, mode, environment, variableInHelp)
+		}
 	}
 
 	var b strings.Builder
@@ -576,7 +591,7 @@ func flagsPage(t *testing.T) string {
 			}
 		}
 	}
-	b.WriteString("\n## Environment\n\nSecrets come from the environment only, never from flags.\n\n")
+	b.WriteString("\n## Environment\n\nSecrets come from the environment or from files, never from flags.\n\n")
 	for _, v := range variables {
 		if len(v.modes) == 1 {
 			v.meaning += ". Mode: " + v.modes[0]
@@ -650,7 +665,7 @@ func documents(t *testing.T) []string {
 	if len(pages) < 10 {
 		t.Fatalf("only %d pages in docs/: %q", len(pages), pages)
 	}
-	return append(pages, "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+	return append(pages, "README.md", "CHANGELOG.md", "CONTRIBUTING.md", ".github/SECURITY.md")
 }
 
 // Documents are short, and each page of docs/ begins with the question that it answers.

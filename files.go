@@ -54,6 +54,22 @@ func readCA(file string) (*x509.CertPool, error) {
 	return pool, nil
 }
 
+// readPassword reads a file that has one password, with or without a newline.
+func readPassword(file string) (string, error) {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return "", err
+	}
+	switch password := strings.TrimRight(string(text), "\r\n"); {
+	case password == "":
+		return "", fmt.Errorf("%s is empty", file)
+	case strings.ContainsAny(password, "\r\n"):
+		return "", fmt.Errorf("%s has more than one line, not one password", file)
+	default:
+		return password, nil
+	}
+}
+
 // errNoCertificate means that a file contains no certificate.
 var errNoCertificate = errors.New("no PEM certificate")
 

@@ -160,14 +160,18 @@ func (f *flags) help() string {
 		}
 		b.WriteByte('\n')
 	})
+	if f.Name() == "setup" { // its secrets are in Kubernetes
+		return b.String()
+	}
 	b.WriteString("\nEnvironment:\n" +
 		"  REDIS_USERNAME, REDIS_PASSWORD    credentials for all Redis servers; without a name, the default user\n" +
 		"  REDIS_SENTINEL_USERNAME, REDIS_SENTINEL_PASSWORD\n" +
 		"                                    credentials for the Sentinels\n")
 	if f.Name() == "status" {
-		b.WriteString("  STATUS_REDIS_USERNAME, STATUS_REDIS_PASSWORD\n" +
-			"                                    replace REDIS_USERNAME and REDIS_PASSWORD if the password is set\n" +
-			"  QUEUE_REDIS_ADDRESS, HEARTBEAT_INTERVAL_SECONDS, STALE_THRESHOLD_SECONDS\n" +
+		b.WriteString("  STATUS_REDIS_USERNAME, STATUS_REDIS_PASSWORD, STATUS_REDIS_PASSWORD_FILE\n" +
+			"                                    replace REDIS_USERNAME and REDIS_PASSWORD if the password or the file is set; " +
+			"the file is the default of --redis-password-file\n" +
+			"  QUEUE_REDIS_ADDRESS, REDIS_CA_FILE, HEARTBEAT_INTERVAL_SECONDS, STALE_THRESHOLD_SECONDS\n" +
 			"                                    defaults of the flags; set in the containers of webhook, gate and sidecar\n")
 		return b.String()
 	}
@@ -197,6 +201,15 @@ func readNameList(text string) (names []string, err error) {
 		return nil, fmt.Errorf("%q has an empty name", text)
 	}
 	return names, nil
+}
+
+// readNamespace reads the name of one namespace.
+func readNamespace(text string) (string, error) {
+	names, err := readNamespaces(text)
+	if len(names) > 1 {
+		err = errors.Join(err, fmt.Errorf("is one namespace, not %d", len(names)))
+	}
+	return text, err
 }
 
 // readNamespaces reads names of namespaces, separated by commas.
@@ -323,6 +336,12 @@ func isPort(s string) bool {
 // readCAFile reads the name of a file, and checks that the file has PEM certificates.
 func readCAFile(text string) (string, error) {
 	_, err := readCA(text)
+	return text, err
+}
+
+// readPasswordFile reads the name of a file, and checks that the file has a password.
+func readPasswordFile(text string) (string, error) {
+	_, err := readPassword(text)
 	return text, err
 }
 

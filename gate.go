@@ -201,7 +201,8 @@ func (g *gate) tokensEvery() time.Duration {
 
 // event creates a Kubernetes event for a pod.
 func (g *gate) event(p *watchedPod, warning bool, reason, action, id, note string) {
-	g.kubernetes.createEvent(podEvent{pod: p, warning: warning, reason: reason, action: action, note: note, id: id})
+	g.kubernetes.createEvent(objectEvent{about: p.reference(), reporter: "gate", warning: warning, reason: reason,
+		action: action, note: note, id: id})
 }
 
 // lift lifts the gate of a pod that has held a token since taken.
@@ -233,13 +234,13 @@ func (g *gate) removeLabel(ctx context.Context, p *watchedPod) (again time.Durat
 	err := g.kubernetes.whenQuiet(ctx, func() error {
 		return g.kubernetes.patchPod(ctx, p.namespace, p.name, steps.json())
 	})
-	if errors.Is(err, errPodChanged) { // another gate has removed it, or the API server refuses
+	if errors.Is(err, errChanged) { // another gate has removed it, or the API server refuses
 		now, gone := g.kubernetes.getPod(ctx, p.namespace, p.name, p.uid)
 		if gone != nil || now.labels[labelGated] == "" {
 			return watchPatience
 		}
 	}
-	if err == nil || errors.Is(err, errNoPod) || ctx.Err() != nil {
+	if err == nil || errors.Is(err, errNotFound) || ctx.Err() != nil {
 		return watchPatience
 	}
 	g.log.Warn("label not removed, to be retried", "namespace", p.namespace, "pod", p.name, "error", err.Error())

@@ -416,7 +416,7 @@ func (l *gateLine) resolveMissing(ctx context.Context, p *podSnapshot) (again ti
 	case err == nil && !(&gatedPod{watchedPod: now}).hasEnded():
 		l.forget(p.uid)
 		return 0
-	case err == nil || errors.Is(err, errNoPod):
+	case err == nil || errors.Is(err, errNotFound):
 		return l.giveBack(ctx, p)
 	}
 	return time.Second
@@ -466,7 +466,7 @@ func (l *gateLine) lift(ctx context.Context, pods []*podSnapshot) {
 // noteRefusal notes that the gate of a pod could not be lifted. It returns the pause
 // before the next attempt, which grows if the API server has refused.
 func (l *gateLine) noteRefusal(ctx context.Context, p *podSnapshot, refusal error) (again time.Duration) {
-	if errors.Is(refusal, errNoPod) || errors.Is(refusal, errPodChanged) {
+	if errors.Is(refusal, errNotFound) || errors.Is(refusal, errChanged) {
 		if same, again := l.isUnchanged(ctx, p); !same {
 			return again
 		}
@@ -493,7 +493,7 @@ func (l *gateLine) isUnchanged(ctx context.Context, p *podSnapshot) (same bool, 
 		return true, 0
 	case err == nil:
 		l.set(now, p.spec)
-	case !errors.Is(err, errNoPod):
+	case !errors.Is(err, errNotFound):
 		return false, time.Second
 	}
 	if err != nil || now.labels[labelGated] == "" {
@@ -694,8 +694,8 @@ func (l *gateLine) announceJoined(pods map[string]*podSnapshot, all placesReply)
 		p.live.announced = true
 		l.mu.Unlock()
 		l.gate.event(p.watchedPod, false, reasonWaiting, "Waiting", "1",
-			fmt.Sprintf("waiting for a token of %s: %d of %d in use, %s in line",
-				l.id, all.inUse, p.spec.length, ordinal(position)))
+			fmt.Sprintf("waiting for a token of %s: %d of %d in use, %s in line%s",
+				l.id, all.inUse, p.spec.length, ordinal(position), doubtText(all.doubt)))
 	}
 }
 

@@ -18,6 +18,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	corev1 "k8s.io/api/core/v1"
 )
 
 // serviceAccount is the directory where the kubelet mounts the CA and the token for the
@@ -50,10 +52,10 @@ const (
 // The kinds of errors of the API server. People must fix any other error, such as missing
 // rights; callers retry it after a while.
 var (
-	errNoPod      = errors.New("there is no such pod")       // 404: it was deleted
-	errPodChanged = errors.New("the pod has changed")        // 409, 422: a test of the patch failed, read the pod again
-	errTryAgain   = errors.New("try again")                  // 401, 429, 5xx, no answer: the call may have taken effect
-	errExpired    = errors.New("the version is too old now") // 410: list again
+	errNotFound = errors.New("there is no such object")    // 404: it was deleted
+	errChanged  = errors.New("the object has changed")     // 409, 422: it is another version, or a test of a patch failed; read it again
+	errTryAgain = errors.New("try again")                  // 401, 429, 5xx, no answer: the call may have taken effect
+	errExpired  = errors.New("the version is too old now") // 410: list again
 )
 
 // kubernetesSettings are the settings for access to the API server.
@@ -64,8 +66,8 @@ type kubernetesSettings struct {
 	namespaces []string // empty for all
 }
 
-// kubernetes is a client of the API server with the calls that the gate needs, over one
-// HTTP/2 connection.
+// kubernetes is a client of the API server with the calls that gate and setup need, over
+// one HTTP/2 connection.
 type kubernetes struct {
 	address string // HOST:PORT
 	http    *http.Client
@@ -136,7 +138,7 @@ func parseToken(texts [][]byte) (string, error) {
 	return token, nil
 }
 
-// getPod reads a pod. It returns errNoPod if there is none, or another pod of that name.
+// getPod reads a pod. It returns errNotFound if there is none, or another pod of that name.
 // Callers use it to learn why a watch reports a pod as deleted: the pod is gone, or has
 // lost its label.
 func (k *kubernetes) getPod(ctx context.Context, namespace, name, uid string) (p *watchedPod, err error) {
@@ -147,7 +149,7 @@ func (k *kubernetes) getPod(ctx context.Context, namespace, name, uid string) (p
 		return err
 	})
 	if err == nil && p.uid != uid {
-		return nil, fmt.Errorf("%s/%s has the UID %s, not %s: %w", namespace, name, p.uid, uid, errNoPod)
+		return nil, fmt.Errorf("%s/%s has the UID %s, not %s: %w", namespace, name, p.uid, uid, errNotFound)
 	}
 	return p, err
 }
@@ -164,8 +166,8 @@ func (k *kubernetes) whenQuiet(ctx context.Context, call func() error) error {
 }
 
 // patchPod changes a pod by a JSON patch. The patch should test all that it relies on,
-// the UID first: then it is safe to send it twice. The errors are errNoPod,
-// errPodChanged, errTryAgain, and others; see there.
+// the UID first: then it is safe to send it twice. The errors are errNotFound,
+// errChanged, errTryAgain, and others; see there.
 func (k *kubernetes) patchPod(ctx context.Context, namespace, name string, patch []byte) error {
 	return k.call(ctx, http.MethodPatch, podPath(namespace, name), "application/json-patch+json", patch, nil)
 }
@@ -283,12 +285,12 @@ func (e *apiError) Error() string {
 }
 
 // Is implements errors.Is for the errors above. A 404 without a reason is from a proxy:
-// the pod may exist.
+// the object may exist.
 func (e *apiError) Is(target error) bool {
 	switch target {
-	case errNoPod:
+	case errNotFound:
 		return e.Code == http.StatusNotFound && e.Reason == "NotFound"
-	case errPodChanged:
+	case errChanged:
 		return e.Code == http.StatusConflict || e.Code == http.StatusUnprocessableEntity
 	case errExpired:
 		return e.Code == http.StatusGone
@@ -306,9 +308,6 @@ func retryAfter(err error) time.Duration {
 	return 0
 }
 
-// eventReporter is the reportingController of our events.
-const eventReporter = annotationPrefix + "gate"
-
 const (
 	eventsWaiting   = 2000 // capacity of the queue; further events are dropped
 	eventsPerSecond = 20
@@ -316,30 +315,31 @@ const (
 	eventNoteMost   = 1000 // bytes; the API server accepts 1023
 )
 
-// podEvent is a Kubernetes Event about a pod.
-type podEvent struct {
-	pod     *watchedPod
-	warning bool
-	reason  string // one word, such as TokenTaken
-	action  string // one word: the action taken or tried
-	note    string
-	id      string // of a pod's events with equal reason and id, Kubernetes keeps one an hour
+// objectEvent is a Kubernetes Event about an object.
+type objectEvent struct {
+	about    corev1.ObjectReference
+	reporter string // the mode that tells
+	warning  bool
+	reason   string // one word, such as TokenTaken
+	action   string // one word: the action taken or tried
+	note     string
+	id       string // of an object's events with equal reason and id, Kubernetes keeps one an hour
 }
 
 // eventQueue keeps events until they are sent.
 type eventQueue struct {
-	waiting chan podEvent
+	waiting chan objectEvent
 	pace    *pacer
 	limit   logLimiter
 }
 
 func newEventQueue() *eventQueue {
-	return &eventQueue{waiting: make(chan podEvent, eventsWaiting), pace: newPacer(eventsPerSecond, eventsPerSecond)}
+	return &eventQueue{waiting: make(chan objectEvent, eventsWaiting), pace: newPacer(eventsPerSecond, eventsPerSecond)}
 }
 
 // createEvent queues an event and does not block. Events can get lost: no logic may
 // depend on them.
-func (k *kubernetes) createEvent(e podEvent) {
+func (k *kubernetes) createEvent(e objectEvent) {
 	select {
 	case k.events.waiting <- e:
 	default:
@@ -363,17 +363,17 @@ func (k *kubernetes) sendEvents(ctx context.Context) {
 
 func (k *kubernetes) logEventFailure(err error) {
 	if _, ok := k.events.limit.allow(); ok {
-		k.log.Warn("events of pods left out", "error", err.Error())
+		k.log.Warn("events left out", "error", err.Error())
 	}
 }
 
 // sendEvent creates the event. It succeeds if another process has already created it.
-func (k *kubernetes) sendEvent(ctx context.Context, e podEvent) error {
+func (k *kubernetes) sendEvent(ctx context.Context, e objectEvent) error {
 	body, err := json.Marshal(e.object(time.Now()))
 	if err != nil {
 		return err
 	}
-	path := "/apis/events.k8s.io/v1/namespaces/" + e.pod.namespace + "/events"
+	path := "/apis/events.k8s.io/v1/namespaces/" + e.about.Namespace + "/events"
 	retry := newBackoff(k.bounds.first, k.bounds.most)
 	for attempt := 1; ; attempt++ {
 		if err := k.events.pace.wait(ctx); err != nil {
@@ -394,9 +394,9 @@ func (k *kubernetes) sendEvent(ctx context.Context, e podEvent) error {
 
 // object returns the Event of events.k8s.io/v1. Processes that report the same event give
 // it the same name.
-func (e *podEvent) object(now time.Time) map[string]any {
+func (e *objectEvent) object(now time.Time) map[string]any {
 	id := fnv.New64a()
-	fmt.Fprintf(id, "%s\x00%s\x00%s", e.pod.uid, e.reason, e.id)
+	fmt.Fprintf(id, "%s\x00%s\x00%s", e.about.UID, e.reason, e.id)
 	kind := "Normal"
 	if e.warning {
 		kind = "Warning"
@@ -404,12 +404,11 @@ func (e *podEvent) object(now time.Time) map[string]any {
 	return map[string]any{
 		"apiVersion": "events.k8s.io/v1",
 		"kind":       "Event",
-		"metadata": map[string]string{"namespace": e.pod.namespace,
-			"name": fmt.Sprintf("%s.%016x", strings.TrimRight(truncate(e.pod.name, 200), ".-"), id.Sum64())},
-		"regarding": map[string]string{"apiVersion": "v1", "kind": "Pod", "namespace": e.pod.namespace,
-			"name": e.pod.name, "uid": e.pod.uid, "resourceVersion": e.pod.version},
+		"metadata": map[string]string{"namespace": e.about.Namespace,
+			"name": fmt.Sprintf("%s.%016x", strings.TrimRight(truncate(e.about.Name, 200), ".-"), id.Sum64())},
+		"regarding":           e.about,
 		"eventTime":           now.UTC().Format("2006-01-02T15:04:05.000000Z"),
-		"reportingController": eventReporter,
+		"reportingController": annotationPrefix + e.reporter,
 		"reportingInstance":   instanceName(),
 		"type":                kind,
 		"reason":              e.reason,

@@ -222,8 +222,8 @@ func TestKubernetesRights(t *testing.T) {
 	if !slices.Equal(got.gates, []string{"example.org/other"}) || got.labels[rig.LabelGated] != "" {
 		t.Errorf("gates %q, labels %v", got.gates, got.labels)
 	}
-	rig.Must(t, k.sendEvent(t.Context(), podEvent{
-		pod: got, reason: "TokenTaken", action: "Lifting", note: "token taken after 41 s in line",
+	rig.Must(t, k.sendEvent(t.Context(), objectEvent{
+		about: got.reference(), reporter: "gate", reason: "TokenTaken", action: "Lifting", note: "token taken after 41 s in line",
 	}))
 
 	// RBAC refuses all other requests.

@@ -185,10 +185,10 @@ func TestKubernetesListsAndWatches(t *testing.T) {
 	if p, err := k.getPod(t.Context(), n, "p2", left.uid); err != nil || p.labels[rig.LabelGated] != "false" {
 		t.Errorf("get of a pod without its label: %v, %+v", err, p)
 	}
-	if _, err := k.getPod(t.Context(), n, "p3", gone.uid); !errors.Is(err, errNoPod) {
+	if _, err := k.getPod(t.Context(), n, "p3", gone.uid); !errors.Is(err, errNotFound) {
 		t.Errorf("get of a deleted pod: %v", err)
 	}
-	if _, err := k.getPod(t.Context(), n, "p4", gone.uid); !errors.Is(err, errNoPod) {
+	if _, err := k.getPod(t.Context(), n, "p4", gone.uid); !errors.Is(err, errNotFound) {
 		t.Errorf("get of another pod of the same name: %v", err)
 	}
 }
@@ -336,7 +336,7 @@ func TestReadPods(t *testing.T) {
 		`{"metadata": {"resourceVersion": "7"}, "items": [{}]`: "1 pods, {ResourceVersion:7 Continue:}, EOF",
 	} {
 		n := 0
-		meta, err := readPods(strings.NewReader(text), func(*watchedPod) { n++ })
+		meta, err := readList(strings.NewReader(text), readPod, func(*watchedPod) { n++ })
 		if got := fmt.Sprintf("%d pods, %+v, %v", n, meta, err); !strings.HasPrefix(got, want) {
 			t.Errorf("%s: got %s, want %s", text, got, want)
 		}
@@ -368,7 +368,7 @@ func TestWatchedPodsAreSmall(t *testing.T) {
 	}()
 	known := map[string]*watchedPod{}
 	before := heap()
-	_, err := readPods(r, func(p *watchedPod) { known[uuid.NewString()] = p })
+	_, err := readList(r, readPod, func(p *watchedPod) { known[uuid.NewString()] = p })
 	rig.Must(t, err)
 	each := (heap() - before) / pods
 	t.Logf("%d bytes a pod", each)

@@ -13,8 +13,10 @@ import (
 	"time"
 
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	eventsv1 "k8s.io/api/events/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // liftGate returns the patch that removes our gate of a testGatedPod.
@@ -45,27 +47,27 @@ func TestKubernetesPatch(t *testing.T) {
 	}
 	uid := string(s.CreatePod(t, n, rig.GatedPod("p")).UID)
 	const anotherUID = "00000000-0000-0000-0000-000000000000"
-	if err := k.patchPod(t.Context(), n, "p", liftGate(anotherUID).json()); !errors.Is(err, errPodChanged) {
+	if err := k.patchPod(t.Context(), n, "p", liftGate(anotherUID).json()); !errors.Is(err, errChanged) {
 		t.Errorf("with another UID: got %v", err)
 	}
 	wantGates("example.org/other", rig.GateName)
 	rig.Must(t, k.patchPod(t.Context(), n, "p", liftGate(uid).json()))
 	wantGates("example.org/other")
-	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errPodChanged) {
+	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errChanged) {
 		t.Errorf("a second patch: got %v", err)
 	}
 	wantGates("example.org/other")
 	var old patch
 	old.test("1", "metadata", "resourceVersion")
 	old.add("false", "metadata", "labels", rig.LabelGated)
-	if err := k.patchPod(t.Context(), n, "p", old.json()); !errors.Is(err, errPodChanged) {
+	if err := k.patchPod(t.Context(), n, "p", old.json()); !errors.Is(err, errChanged) {
 		t.Errorf("with another version: got %v", err)
 	}
 	s.DeletePod(t, n, "p")
-	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errNoPod) {
+	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errNotFound) {
 		t.Errorf("without the pod: got %v", err)
 	}
-	if err := k.patchPod(t.Context(), n+"-none", "p", liftGate(uid).json()); !errors.Is(err, errNoPod) {
+	if err := k.patchPod(t.Context(), n+"-none", "p", liftGate(uid).json()); !errors.Is(err, errNotFound) {
 		t.Errorf("without the namespace: got %v", err)
 	}
 }
@@ -78,7 +80,7 @@ func TestKubernetesRefusals(t *testing.T) {
 	n := s.NewNamespace(t)
 	uid := string(s.CreatePod(t, n, rig.GatedPod("p")).UID)
 	k, _ := newClient(t, clientSettings(s))
-	sentinels := []error{errNoPod, errPodChanged, errTryAgain, errExpired}
+	sentinels := []error{errNotFound, errChanged, errTryAgain, errExpired}
 	for _, c := range []struct {
 		code  int32
 		want  error // nil: none of the sentinels
@@ -89,7 +91,7 @@ func TestKubernetesRefusals(t *testing.T) {
 		{code: http.StatusInternalServerError, want: errTryAgain},
 		{code: http.StatusServiceUnavailable, want: errTryAgain},
 		{code: http.StatusGatewayTimeout, want: errTryAgain},
-		{code: http.StatusConflict, want: errPodChanged},
+		{code: http.StatusConflict, want: errChanged},
 		{code: http.StatusForbidden},
 		{code: http.StatusBadRequest},
 		{code: http.StatusNotFound, fault: func(w http.ResponseWriter, r *http.Request) bool {
@@ -152,7 +154,7 @@ func TestKubernetesLostReply(t *testing.T) {
 		t.Errorf("the first patch: got %v", err)
 	}
 	s.Fail(nil)
-	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errPodChanged) {
+	if err := k.patchPod(t.Context(), n, "p", liftGate(uid).json()); !errors.Is(err, errChanged) {
 		t.Errorf("the second patch: got %v", err)
 	}
 	p, err := k.getPod(t.Context(), n, "p", uid)
@@ -280,7 +282,7 @@ func TestKubernetesEvents(t *testing.T) {
 		return list.Items
 	}
 	s.FailEvents(1)
-	line := podEvent{pod: &p, reason: "WaitingForToken", action: "Waiting",
+	line := objectEvent{about: p.reference(), reporter: "gate", reason: "WaitingForToken", action: "Waiting",
 		note: "waiting for a token of shop/web: 3 of 3 in use, 2nd in line", id: "1"}
 	k.createEvent(line)
 	other.createEvent(line)
@@ -296,7 +298,7 @@ func TestKubernetesEvents(t *testing.T) {
 		}
 		return nil
 	})
-	inBoth := append(log.Lines(t, "events of pods left out"), otherLog.Lines(t, "events of pods left out")...)
+	inBoth := append(log.Lines(t, "events left out"), otherLog.Lines(t, "events left out")...)
 	if len(inBoth) > 0 {
 		t.Errorf("an event that another process sent first was logged as a failure: %v", inBoth)
 	}
@@ -304,7 +306,7 @@ func TestKubernetesEvents(t *testing.T) {
 	slices.SortFunc(list, func(a, b eventsv1.Event) int { return strings.Compare(b.Note, a.Note) })
 	if e := list[1]; e.Reason != "WaitingForToken" || e.Note != line.note || e.Type != "Normal" ||
 		e.Regarding.Kind != "Pod" || e.Regarding.Name != "p" ||
-		string(e.Regarding.UID) != p.uid || e.ReportingController != eventReporter ||
+		string(e.Regarding.UID) != p.uid || e.ReportingController != annotationPrefix+"gate" ||
 		time.Since(e.EventTime.Time) > time.Minute {
 		t.Errorf("got %+v", e)
 	}
@@ -314,7 +316,7 @@ func TestKubernetesEvents(t *testing.T) {
 
 	// A name that is too long for an event is cut, also after a dot.
 	long := line
-	long.pod = &watchedPod{namespace: n, name: strings.Repeat("a", 199) + ".b." + strings.Repeat("c", 40)}
+	long.about = (&watchedPod{namespace: n, name: strings.Repeat("a", 199) + ".b." + strings.Repeat("c", 40)}).reference()
 	k.createEvent(long)
 	rig.Eventually(t, 20*time.Second, func() error {
 		if got := len(events()); got != 3 {
@@ -333,7 +335,7 @@ func TestKubernetesEvents(t *testing.T) {
 		k.createEvent(e)
 	}
 	rig.WantWithin(t, time.Since(start), time.Second, "queueing events")
-	if len(log.Lines(t, "events of pods left out")) == 0 {
+	if len(log.Lines(t, "events left out")) == 0 {
 		t.Error("no event was left out")
 	}
 	const more = 2 * eventsPerSecond
@@ -345,5 +347,166 @@ func TestKubernetesEvents(t *testing.T) {
 	})
 	if took := time.Since(start); took < time.Second/2 {
 		t.Errorf("%d events were sent in %s", more, took)
+	}
+}
+
+// A Secret is created once, and changed only by who has read its version.
+func TestKubernetesSecrets(t *testing.T) {
+	t.Parallel()
+	s := newAPIServer(t)
+	n := s.NewNamespace(t)
+	k, _ := newClient(t, clientSettings(s))
+	if _, err := k.getSecret(t.Context(), n, "s"); !errors.Is(err, errNotFound) {
+		t.Errorf("before it is there: got %v", err)
+	}
+	fresh := func() *corev1.Secret {
+		return &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: n, Name: "s", Labels: map[string]string{"a": "b"}},
+			Type: corev1.SecretTypeOpaque, Data: map[string][]byte{"password": []byte("one"), "ca.crt": {0, 1}}}
+	}
+	made, err := k.putSecret(t.Context(), fresh())
+	rig.Must(t, err)
+	if _, err := k.putSecret(t.Context(), fresh()); !errors.Is(err, errChanged) {
+		t.Errorf("created twice: got %v", err)
+	}
+	read, err := k.getSecret(t.Context(), n, "s")
+	rig.Must(t, err)
+	if string(read.Data["password"]) != "one" || !slices.Equal(read.Data["ca.crt"], []byte{0, 1}) || read.Labels["a"] != "b" ||
+		read.ResourceVersion != made.ResourceVersion || read.UID == "" {
+		t.Errorf("read %+v after %+v", read, made)
+	}
+	read.Data = map[string][]byte{"password": []byte("two")}
+	now, err := k.putSecret(t.Context(), read)
+	rig.Must(t, err)
+	if now.ResourceVersion == made.ResourceVersion || now.UID != made.UID || len(now.Data) != 1 {
+		t.Errorf("updated: got %+v", now)
+	}
+	if _, err := k.putSecret(t.Context(), made); !errors.Is(err, errChanged) {
+		t.Errorf("update of an old version: got %v", err)
+	}
+	if err := k.deleteSecret(t.Context(), made); !errors.Is(err, errChanged) {
+		t.Errorf("deletion of an old version: got %v", err)
+	}
+	rig.Must(t, k.deleteSecret(t.Context(), now))
+	if err := k.deleteSecret(t.Context(), now); !errors.Is(err, errNotFound) {
+		t.Errorf("deleted twice: got %v", err)
+	}
+	if _, err := k.putSecret(t.Context(), now); !errors.Is(err, errNotFound) {
+		t.Errorf("update after the deletion: got %v", err)
+	}
+	gone := fresh()
+	gone.Namespace += "-none"
+	if _, err := k.putSecret(t.Context(), gone); !errors.Is(err, errNotFound) {
+		t.Errorf("without its namespace: got %v", err)
+	}
+}
+
+// Mirrors hold exactly the objects that they select, in all namespaces, and cost no
+// request while nothing changes.
+func TestKubernetesMirrors(t *testing.T) {
+	t.Parallel()
+	s := rig.StartAPIServer(t)
+	k, _ := newClient(t, clientSettings(s))
+	changed := newWakeup()
+	named, labelled := k.secretsNamed("ours", changed.wake), k.namespacesWith("open=true", changed.wake)
+	own := k.secretsOf("ns-1", changed.wake)
+	put := func(namespace, name string) *corev1.Secret {
+		t.Helper()
+		made, err := k.putSecret(t.Context(), &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name}})
+		rig.Must(t, err)
+		return made
+	}
+	for i := range 5 {
+		_, status := s.Store.Namespaces.Create(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: fmt.Sprint("ns-", i),
+			Labels: map[string]string{"open": fmt.Sprint(i < 2)}}})
+		if status != nil {
+			t.Fatal(status.Message)
+		}
+	}
+	put("ns-1", "ours")
+	put("ns-1", "another")
+	inBackground(t, named.run)
+	inBackground(t, labelled.run)
+	inBackground(t, own.run)
+	want := func(secrets, ownSecrets, namespaces string) {
+		t.Helper()
+		var got [3][]string
+		rig.Eventually(t, 20*time.Second, func() error {
+			got = [3][]string{}
+			for _, o := range named.all() {
+				got[0] = append(got[0], o.Namespace+"/"+o.Name)
+			}
+			for _, o := range own.all() {
+				got[1] = append(got[1], o.Name)
+			}
+			for _, o := range labelled.all() {
+				got[2] = append(got[2], o.Name)
+			}
+			for i, want := range []string{secrets, ownSecrets, namespaces} {
+				slices.Sort(got[i])
+				if text := strings.Join(got[i], " "); text != want {
+					return fmt.Errorf("mirror %d holds %q, want %q", i, text, want)
+				}
+			}
+			return nil
+		})
+	}
+	want("ns-1/ours", "another ours", "ns-0 ns-1")
+	select {
+	case <-changed:
+	default:
+		t.Error("no change was told")
+	}
+	made := put("ns-3", "ours")
+	put("ns-3", "another")
+	s.Store.Namespaces.Change("", "ns-0", func(n *corev1.Namespace) { delete(n.Labels, "open") })
+	s.Store.Namespaces.Change("", "ns-3", func(n *corev1.Namespace) { n.Labels["open"] = "true" })
+	want("ns-1/ours ns-3/ours", "another ours", "ns-1 ns-3")
+	rig.Must(t, k.deleteSecret(t.Context(), made))
+	again := put("ns-3", "ours")
+	rig.Eventually(t, 20*time.Second, func() error {
+		if got := named.get("ns-3", "ours"); got == nil || got.UID != again.UID {
+			return fmt.Errorf("the mirror has %+v, want the new %s", got, again.UID)
+		}
+		return nil
+	})
+	if got := named.get("ns-3", "another"); got != nil {
+		t.Errorf("the mirror of one name has %s", got.Name)
+	}
+	if n := s.Count(isList); n != 3 {
+		t.Errorf("%d lists, want one for each mirror", n)
+	}
+}
+
+// A patch of the webhook's configuration tests what it relies on.
+func TestKubernetesWebhookConfiguration(t *testing.T) {
+	t.Parallel()
+	s := rig.StartAPIServer(t)
+	k, _ := newClient(t, clientSettings(s))
+	if _, err := k.getWebhookConfiguration(t.Context(), "hook"); !errors.Is(err, errNotFound) {
+		t.Errorf("before it is there: got %v", err)
+	}
+	_, status := s.Store.Webhooks.Create(&admissionregistrationv1.MutatingWebhookConfiguration{
+		ObjectMeta: metav1.ObjectMeta{Name: "hook"},
+		Webhooks: []admissionregistrationv1.MutatingWebhook{{Name: "a.example.org",
+			ClientConfig: admissionregistrationv1.WebhookClientConfig{
+				Service: &admissionregistrationv1.ServiceReference{Namespace: "n", Name: "webhook"}}}}})
+	if status != nil {
+		t.Fatal(status.Message)
+	}
+	c, err := k.getWebhookConfiguration(t.Context(), "hook")
+	rig.Must(t, err)
+	var steps patch
+	steps.test(c.Metadata.ResourceVersion, "metadata", "resourceVersion")
+	steps.test("a.example.org", "webhooks", "0", "name")
+	steps.add([]byte("bundle"), "webhooks", "0", "clientConfig", "caBundle")
+	steps.add("/mutate/x", "webhooks", "0", "clientConfig", "service", "path")
+	rig.Must(t, k.patchWebhookConfiguration(t.Context(), "hook", steps.json()))
+	if err := k.patchWebhookConfiguration(t.Context(), "hook", steps.json()); !errors.Is(err, errChanged) {
+		t.Errorf("a second patch of the same version: got %v", err)
+	}
+	c, err = k.getWebhookConfiguration(t.Context(), "hook")
+	rig.Must(t, err)
+	if w := c.Webhooks[0].ClientConfig; string(w.CABundle) != "bundle" || w.Service.Path != "/mutate/x" || w.Service.Name != "webhook" {
+		t.Errorf("got %+v", w)
 	}
 }

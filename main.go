@@ -2,7 +2,7 @@
 // of a namespace that share a key share N tokens, and a pod's app starts only with a
 // token.
 //
-// One binary has five modes:
+// One binary has six modes:
 //
 //   - webhook answers the API server's AdmissionReviews. It takes a token in Redis for an
 //     annotated pod, and injects the containers of sidecar and await.
@@ -11,6 +11,8 @@
 //   - await is an init container. It holds back the app, and ends when the sidecar holds
 //     the token.
 //   - gate waits in line for pods that stay unscheduled until they have a token.
+//   - setup makes what an installation needs, and keeps it so: certificates, passwords, the
+//     secret path, and what a labelled namespace needs.
 //   - status prints the holders of the tokens and the waiting pods, and releases a token
 //     by hand.
 //
@@ -18,17 +20,18 @@
 // the container, come from the environment:
 //
 //	REDIS_USERNAME, REDIS_PASSWORD    credentials for all Redis servers; without a name, the default user
-//	STATUS_REDIS_USERNAME, STATUS_REDIS_PASSWORD
-//	                                  of status: win over the two above if the password is set
+//	STATUS_REDIS_USERNAME, STATUS_REDIS_PASSWORD, STATUS_REDIS_PASSWORD_FILE
+//	                                  of status: win over the two above if the password, or the file of
+//	                                  --redis-password-file, is set
 //	REDIS_SENTINEL_USERNAME, REDIS_SENTINEL_PASSWORD
 //	                                  credentials for the Sentinels
 //	ETCD_USERNAME, ETCD_PASSWORD      credentials for the etcd servers
 //	POD_UID, POD_NAME, NODE_NAME      the pod's UID, name and node, in injected containers
-//	QUEUE_REDIS_ADDRESS, HEARTBEAT_INTERVAL_SECONDS, STALE_THRESHOLD_SECONDS
+//	QUEUE_REDIS_ADDRESS, REDIS_CA_FILE, HEARTBEAT_INTERVAL_SECONDS, STALE_THRESHOLD_SECONDS
 //	                                  of status: defaults of the flags with these names, in
 //	                                  the containers of webhook, gate and sidecar
 //	KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT
-//	                                  of gate: default of --kubernetes-address
+//	                                  of gate and setup: default of --kubernetes-address
 //
 // Exit codes: 0 done, 1 failed, 2 wrong mode, flag or value, 143 an await that was
 // stopped before the token was held. A sidecar that was stopped ends with 0, whatever it
@@ -57,6 +60,7 @@ Modes:
   sidecar   wait for a pod's token, keep it alive, and give it back on SIGTERM
   await     wait until the sidecar of the pod POD_UID holds its token; log the reason of the wait
   gate      wait in line for the pods with our scheduling gate; lift the gate when a pod has a token
+  setup     make what an installation needs: certificates, passwords, users, Secrets of namespaces
   status    print the holders of the tokens and the waiting pods; release a token by hand
   version   print the version
   help      print this text
@@ -107,6 +111,12 @@ func run(ctx context.Context, args []string, getenv func(string) string,
 			return printHelp(err, stdout)
 		}
 		return runGate(ctx, c, log)
+	case "setup":
+		c, err := parseSetupConfig(args[1:], getenv)
+		if err != nil {
+			return printHelp(err, stdout)
+		}
+		return runSetup(ctx, c, log)
 	case "status":
 		c, err := parseStatusConfig(args[1:], getenv)
 		if err != nil {

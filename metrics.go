@@ -68,12 +68,16 @@ func newMetrics(counts *redisCounts) *metrics {
 			func() float64 { return float64(counts.open.Load()) }),
 		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: metricsPrefix + "failovers_total",
 			Help: "Times that the queue had another primary, or its Cluster had changed."},
-			func() float64 { return float64(counts.failovers.Load()) }),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "build_info", Help: "Always 1.",
-			ConstLabels: prometheus.Labels{"version": version, "goversion": runtime.Version()}},
-			func() float64 { return 1 }),
-		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+			func() float64 { return float64(counts.failovers.Load()) }))
+	registerProcess(m.registry)
 	return m
+}
+
+// registerProcess adds the metrics of each process.
+func registerProcess(r *prometheus.Registry) {
+	r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "build_info", Help: "Always 1.",
+		ConstLabels: prometheus.Labels{"version": version, "goversion": runtime.Version()}}, func() float64 { return 1 }),
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 }
 
 // watchCertificate adds the time at which the serving certificate expires.

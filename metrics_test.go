@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"fmt"
 	"log/slog"
@@ -14,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/gomodule/redigo/redis"
+	"github.com/google/uuid"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
@@ -183,5 +186,256 @@ func TestOnlyWebhooksCountVerdicts(t *testing.T) {
 		if !strings.Contains(text, fmt.Sprintf("admission_duration_seconds_count{verdict=%q} 0\n", verdict)) {
 			t.Errorf("no count for the verdict %q", verdict)
 		}
+	}
+}
+
+// of returns the value of a semaphore's metric.
+func (s samples) of(name string, id semaphoreID) (float64, bool) {
+	value, ok := s[fmt.Sprintf("%s%s{key=%q,namespace=%q}", metricsPrefix, name, id.key, id.namespace)]
+	return value, ok
+}
+
+// Each webhook exports the same metrics of a semaphore, whichever pods it has admitted
+// itself.
+func TestSemaphoreMetrics(t *testing.T) {
+	t.Parallel()
+	r, s, id, tokens := shownSemaphore(t, "metrics-"+uuid.NewString()[:8])
+	rig.Must(t, errOf(s.heartbeat(t.Context(), id, uuid.NewString(), "", "", 0))) // a rejoin
+	free := semaphoreID{id.namespace, "free"}
+	giveBack(t, s, free, acquire(t, s, free, 3))
+	acquire(t, s, semaphoreID{id.namespace, "strange\xff"}, 1)
+	for range 2 {
+		w := startWebhook(t, testConfig(r.Address))
+		all := w.scrape(t)
+		for name, want := range map[string]float64{
+			"length": 2, "queue": 0, "inflight": 3, "late": 1, "stale": 1, "waiters": 2,
+			"reclaimed_tokens_total": 0, "rejoined_tokens_total": 1,
+		} {
+			if got, ok := all.of(name, id); !ok || got != want {
+				t.Errorf("%s is %v (exported: %t), want %v", name, got, ok, want)
+			}
+		}
+		if got, _ := all.of("queue", free); got != 3 {
+			t.Errorf("%v tokens are free, want 3", got)
+		}
+		if got, _ := all.of("oldest_heartbeat_seconds", id); got < 7200 || got > 7300 {
+			t.Errorf("the oldest heartbeat was %v s ago, want about 7200", got)
+		}
+		if got, ok := all.of("longest_wait_seconds", id); !ok || got > 60 {
+			t.Errorf("the longest wait is %v s (exported: %t)", got, ok)
+		}
+		all.want(t, map[string]float64{"survey_success": 1, "semaphores_left_out": 0})
+	}
+	giveBack(t, s, id, tokens[0])
+	maintain(t, s, id, 3)
+	all := startWebhook(t, testConfig(r.Address)).scrape(t)
+	if got, _ := all.of("reclaimed_tokens_total", id); got != 1 {
+		t.Errorf("%v tokens were reclaimed, want 1", got)
+	}
+}
+
+// With too many semaphores, those in use have metrics, and the others are counted.
+// Reading a thousand semaphores is quick.
+func TestMetricsOfManySemaphores(t *testing.T) {
+	t.Parallel()
+	r, s, _ := newSemaphoreOn(t, rig.StartRedis(t))
+	const semaphores = mostMeasured + 100
+	concurrently(semaphores, func(i int) {
+		id := semaphoreID{"shop", fmt.Sprintf("key-%d", i)}
+		maintain(t, s, id, 1) // without a lock
+		token := acquire(t, s, id, 1)
+		if i < semaphores-mostMeasured {
+			giveBack(t, s, id, token)
+		}
+	})
+	var fastest time.Duration
+	for range 5 {
+		w := startWebhook(t, testConfig(r.Address)) // the previous webhook would answer from its cache
+		start := time.Now()
+		rec := httptest.NewRecorder()
+		w.healthRoutes().ServeHTTP(rec, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+		if took := time.Since(start); fastest == 0 || took < fastest {
+			fastest = took
+		}
+	}
+	rig.WantWithin(t, fastest, surveyTimeout, fmt.Sprintf("a scrape of %d semaphores", semaphores))
+	var all samples
+	rig.Eventually(t, time.Minute, func() error { // on a loaded machine, a survey may take too long
+		all = startWebhook(t, testConfig(r.Address)).scrape(t)
+		if all[metricsPrefix+"survey_success"] != 1 {
+			return fmt.Errorf("no survey has succeeded")
+		}
+		return nil
+	})
+	all.want(t, map[string]float64{"semaphores": semaphores, "semaphores_left_out": semaphores - mostMeasured})
+	measured := 0
+	for name := range all {
+		if strings.HasPrefix(name, metricsPrefix+"inflight{") {
+			measured++
+		}
+	}
+	if measured != mostMeasured {
+		t.Errorf("%d semaphores have metrics, want %d", measured, mostMeasured)
+	}
+	var v surveyResult
+	rig.Eventually(t, time.Minute, func() error {
+		v = surveyResult{}
+		return newSurveyor(s).read(&v)
+	})
+	if len(v.shown) != mostMeasured || cap(v.shown) >= v.seen {
+		t.Errorf("%d of %d states are kept, with room for %d", len(v.shown), v.seen, cap(v.shown))
+	}
+	if _, ok := all.of("inflight", semaphoreID{"shop", "key-0"}); ok {
+		t.Error("an unused semaphore has metrics in the place of a used one")
+	}
+}
+
+// A Redis that hangs delays one scrape by two seconds, and only the metrics read from
+// Redis are missing.
+func TestMetricsOfAHangingRedis(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
+	acquire(t, s, id, 1)
+	w := startWebhook(t, testConfig(r.Address))
+	w.scrape(t).want(t, map[string]float64{"semaphores": 1, "survey_success": 1})
+	r.Pause(t)
+	defer r.Resume(t)
+	rig.Eventually(t, 10*time.Second, func() error { // the cache may still have the last result
+		start := time.Now()
+		all := w.scrape(t)
+		rig.WantWithin(t, time.Since(start), surveyTimeout+2*time.Second, "a scrape")
+		if all[metricsPrefix+"survey_success"] != 0 {
+			return fmt.Errorf("survey_success is not 0")
+		}
+		if len(all) < 100 {
+			t.Errorf("only %d metrics are exported", len(all))
+		}
+		return nil
+	})
+	w.scrape(t)
+	if lines := w.log.Lines(t, "the semaphores cannot be read for the metrics"); len(lines) != 1 {
+		t.Errorf("the failure was logged %d times, want once", len(lines))
+	}
+}
+
+// A semaphore whose slot moves to another node of a Cluster is left out; others are read.
+func TestReadStatesDuringSlotMigration(t *testing.T) {
+	s := testSemaphores(t, rig.CommonRedis(t).Address)
+	now := "*2\r\n$10\r\n1700000010\r\n$1\r\n0\r\n"
+	moved := "-MOVED 1 127.0.0.1:7000\r\n"
+	state := "*6\r\n$1\r\n3\r\n" + strings.Repeat("$-1\r\n", 5)
+	counts := ":1\r\n:2\r\n:0\r\n:0\r\n*2\r\n$1\r\na\r\n$10\r\n1700000000\r\n:0\r\n*0\r\n:0\r\n"
+	all := now + moved + state + state + strings.Repeat(moved, 8) + counts
+	conn := redis.NewConn(answering{Reader: bytes.NewReader([]byte(all))}, time.Second, time.Second)
+	states, err := s.readStates(t.Context(), conn, []semaphoreID{{"shop", "moved"}, {"shop", "moves"}, {"shop", "there"}})
+	if err != nil || len(states) != 1 || states[0].id.key != "there" || states[0].inUse != 2 ||
+		states[0].oldestHeartbeat != 10*time.Second {
+		t.Errorf("got %+v, %v", states, err)
+	}
+}
+
+// A webhook with a shorter interval and threshold than those of running pods reclaims no
+// token of a pod that lives. When it has heard no longer ones for minutes, its own count.
+func TestShorterSettingsMakeNoHolderStale(t *testing.T) {
+	r, long, id := newSemaphore(t)
+	c := testConfig(r.Address)
+	c.heartbeatInterval, c.staleThreshold = 3*time.Second, 12*time.Second
+	short := semaphoresOf(t, c)
+	ctx := t.Context()
+	holder := acquire(t, long, id, 1)
+	silentFor := func(seconds int) { r.Do(t, "ZADD", id.inflightKey(), "XX", r.Now(t)-seconds, holder) }
+	for range 2 { // what the short one sends does not replace the memory
+		silentFor(100)
+		wantFullError(t, short, id, 1, 1)
+		rig.Must(t, short.maintain(ctx, id, 1, false))
+		r.WantInflight(t, id, holder)
+	}
+	d, err := short.inspect(ctx, id)
+	if err != nil || d.stale != 0 || d.holders[0].stale {
+		t.Errorf("status shows %+v, %v", d, err)
+	}
+	silentFor(130)
+	holder = acquire(t, short, id, 1)
+
+	// A long silence of Redis, or a clock that was set, ends no memory.
+	rig.Must(t, errOf(long.heartbeat(ctx, id, holder, "", "", 0)))
+	r.Shift(t, id, -time.Hour)
+	for range 2 {
+		rig.Must(t, short.maintain(ctx, id, 1, false))
+		r.WantInflight(t, id, holder)
+		r.Do(t, "HINCRBY", id.stateKey(), "resumed", -10)
+	}
+
+	r.Do(t, "HSET", id.stateKey(), "sent", r.Now(t)-301, "resumed", 0)
+	silentFor(13)
+	acquire(t, short, id, 1)
+}
+
+// What all have left counts for nothing, and expires within minutes. If a holder comes
+// back before that, everything is as it was.
+func TestAbandonedSemaphore(t *testing.T) {
+	t.Parallel()
+	r, s, id, tokens := shownSemaphore(t, "abandoned-"+uuid.NewString()[:8])
+	want := func(inUse, stale, waiting int) {
+		t.Helper()
+		all := startWebhook(t, testConfig(r.Address)).scrape(t)
+		for name, want := range map[string]int{"inflight": inUse, "stale": stale, "waiters": waiting} {
+			if got, ok := all.of(name, id); !ok || got != float64(want) {
+				t.Errorf("%s is %v (exported: %t), want %d", name, got, ok, want)
+			}
+		}
+		wait, _ := all.of("longest_wait_seconds", id)
+		heartbeat, _ := all.of("oldest_heartbeat_seconds", id)
+		if (wait > 0) != (waiting > 0) || (heartbeat > 0) != (inUse > 0) {
+			t.Errorf("the longest wait is %v s, the oldest heartbeat was %v s ago", wait, heartbeat)
+		}
+	}
+	timeToLive := func() (most int64) {
+		for _, key := range id.keys() {
+			most = max(most, r.Do(t, "TTL", key).(int64))
+		}
+		return most
+	}
+	r.Shift(t, id, -150*time.Second) // Redis may have been away
+	want(2, 2, 2)
+	if left := timeToLive(); left < 80000 {
+		t.Errorf("the keys expire in %d s", left)
+	}
+	r.Shift(t, id, -time.Minute)
+	for range 2 { // a second survey does not put it off
+		want(0, 0, 0)
+		if left := timeToLive(); left < 200 || left > 300 {
+			t.Errorf("the keys expire in %d s, want at most 300", left)
+		}
+		for _, key := range id.keys() {
+			r.Do(t, "EXPIRE", key, 250)
+		}
+	}
+	wantStatus(t, r, []string{id.String()}, id.String()+`: 0 of 2 tokens in use \(0 stale\), 0 free, 0 waiting in line`)
+	if left := timeToLive(); left > 250 {
+		t.Errorf("the keys expire in %d s, want at most 250", left)
+	}
+
+	rig.Must(t, errOf(s.heartbeat(t.Context(), id, tokens[0], "", "", 0)))
+	want(2, 1, 0) // the waiters have not asked yet
+	if left := timeToLive(); left < 80000 {
+		t.Errorf("the keys expire in %d s, though a holder is back", left)
+	}
+	if d, err := s.inspect(t.Context(), id); err != nil || len(d.holders) != 2 || len(d.line) != 0 {
+		t.Errorf("status shows %+v, %v", d, err)
+	}
+}
+
+// Redis does not note commands while it is full. The heartbeats show that pods live.
+func TestFullRedisIsNotAbandoned(t *testing.T) {
+	t.Parallel()
+	r := rig.StartRedis(t)
+	s, id := testSemaphores(t, r.Address), freshID()
+	token := acquire(t, s, id, 1)
+	r.Shift(t, id, -time.Hour)
+	r.Do(t, "CONFIG", "SET", "maxmemory", 1)
+	rig.Must(t, errOf(s.heartbeat(t.Context(), id, token, "", "", 0)))
+	if states, err := s.survey(t.Context(), ""); err != nil || len(states) != 1 || states[0].inUse != 1 {
+		t.Errorf("got %+v, %v", states, err)
 	}
 }

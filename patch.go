@@ -217,7 +217,7 @@ func sidecarContainer(c webhookConfig, resources corev1.ResourceRequirements, id
 		sidecar.Env = append(sidecar.Env,
 			secretVariable("REDIS_USERNAME", c.sidecarRedisSecret, "username", true),
 			secretVariable("REDIS_PASSWORD", c.sidecarRedisSecret, "password",
-				c.redis.password == "" && c.redis.sentinelPassword != ""))
+				!c.redis.hasPassword() && c.redis.sentinelPassword != ""))
 	}
 	if c.redis.sentinelPassword != "" {
 		sidecar.Env = append(sidecar.Env,
@@ -225,7 +225,9 @@ func sidecarContainer(c webhookConfig, resources corev1.ResourceRequirements, id
 			secretVariable("REDIS_SENTINEL_PASSWORD", c.sidecarRedisSecret, "sentinel-password", false))
 	}
 	if c.sidecarRedisCA.name != "" {
-		sidecar.Args = append(sidecar.Args, "--redis-ca-file="+path.Join(caMountPath, caFileName))
+		file := path.Join(caMountPath, caFileName)
+		sidecar.Args = append(sidecar.Args, "--redis-ca-file="+file)
+		sidecar.Env = append(sidecar.Env, corev1.EnvVar{Name: queueVariables["redis-ca-file"], Value: file})
 		sidecar.VolumeMounts = append(sidecar.VolumeMounts,
 			corev1.VolumeMount{Name: caVolumeName, MountPath: caMountPath, ReadOnly: true})
 		volumes = append(volumes, caVolume(c.sidecarRedisCA))
@@ -327,15 +329,18 @@ func secretVariable(name, secret, key string, optional bool) corev1.EnvVar {
 	}}}
 }
 
-// caVolume returns the volume with the certificates that the sidecar trusts.
+// caVolume returns the volume with the certificates that the sidecar trusts. They may be
+// missing until the namespace is ready: the kubelet would retry a volume for two minutes
+// where it retries a container, which misses its password, every few seconds.
 func caVolume(from objectReference) corev1.Volume {
 	volume := corev1.Volume{Name: caVolumeName}
+	optional := true
 	items := []corev1.KeyToPath{{Key: caFileName, Path: caFileName}}
 	if from.kind == "secret" {
-		volume.Secret = &corev1.SecretVolumeSource{SecretName: from.name, Items: items}
+		volume.Secret = &corev1.SecretVolumeSource{SecretName: from.name, Items: items, Optional: &optional}
 	} else {
 		name := corev1.LocalObjectReference{Name: from.name}
-		volume.ConfigMap = &corev1.ConfigMapVolumeSource{LocalObjectReference: name, Items: items}
+		volume.ConfigMap = &corev1.ConfigMapVolumeSource{LocalObjectReference: name, Items: items, Optional: &optional}
 	}
 	return volume
 }

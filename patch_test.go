@@ -427,7 +427,8 @@ func TestPatchForSecureRedis(t *testing.T) {
 					`{"name":"REDIS_USERNAME","valueFrom":{"secretKeyRef":` +
 					`{"key":"username","name":"redis-sidecar","optional":true}}},` +
 					`{"name":"REDIS_PASSWORD","valueFrom":{"secretKeyRef":` +
-					`{"key":"password","name":"redis-sidecar","optional":false}}}]`
+					`{"key":"password","name":"redis-sidecar","optional":false}}},` +
+					`{"name":"REDIS_CA_FILE","value":"/var/run/at-least-semaphore-pod-hook/redis-ca/ca.crt"}]`
 				if env := string(mustJSON(t, sidecar["env"])); env != wantEnv {
 					t.Errorf("%s: env is %s, want %s", name, env, wantEnv)
 				}
@@ -443,8 +444,8 @@ func TestPatchForSecureRedis(t *testing.T) {
 				volumes := containers(p, "volumes")
 				want := map[string]string{
 					"secret": `{"name":"at-least-semaphore-pod-redis-ca",` +
-						`"secret":{"items":[{"key":"ca.crt","path":"ca.crt"}],"secretName":"redis-ca"}}`,
-					"configmap": `{"configMap":{"items":[{"key":"ca.crt","path":"ca.crt"}],"name":"redis-ca"},` +
+						`"secret":{"items":[{"key":"ca.crt","path":"ca.crt"}],"optional":true,"secretName":"redis-ca"}}`,
+					"configmap": `{"configMap":{"items":[{"key":"ca.crt","path":"ca.crt"}],"name":"redis-ca","optional":true},` +
 						`"name":"at-least-semaphore-pod-redis-ca"}`,
 				}[kind]
 				if got := string(mustJSON(t, volumes[len(volumes)-1])); got != want {

@@ -173,36 +173,56 @@ func runCommand(ctx context.Context, q tokenServers, command string, args ...any
 // evicting returns the servers of the queue that may evict keys, with their policy; empty
 // if there are none. Its error may be that the user may not ask.
 func evicting(ctx context.Context, q tokenServers) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, auxiliaryTimeout)
-	defer cancel()
-	servers, err := q.primaries(ctx)
-	if err != nil {
-		return "", err
-	}
 	var found []string
-	err = fanOut(ctx, servers, func(ctx context.Context, server *queueServer) (string, error) {
-		conn, err := server.pool.GetContext(ctx)
-		if err != nil {
-			return "", err
-		}
-		defer conn.Close()
-		info, err := redis.String(redis.DoContext(conn, ctx, "INFO", "memory"))
+	err := eachInfo(ctx, q, "memory", func(server *queueServer, info string) {
 		policy := infoField(info, "maxmemory_policy")
-		if infoField(info, "maxmemory") == "0" || policy == "noeviction" || policy == "" {
-			return "", err
+		if infoField(info, "maxmemory") != "0" && policy != "noeviction" && policy != "" {
+			found = append(found, fmt.Sprintf("%s (%s)", server.address, policy))
 		}
-		return fmt.Sprintf("%s (%s)", server.address, policy), err
-	}, func(text string) (enough bool) {
-		if text != "" {
-			found = append(found, text)
-		}
-		return false
 	})
 	if len(found) > 0 {
 		err = nil
 	}
 	slices.Sort(found)
 	return strings.Join(found, ", "), err
+}
+
+// tellsAge returns the refusal if a server of the queue does not tell its age; see the birth
+// guard in semaphore.lua. Its error says why that is not known.
+func tellsAge(ctx context.Context, q tokenServers) (refusal, err error) {
+	err = eachInfo(ctx, q, "server", func(*queueServer, string) {})
+	var answered redis.Error
+	if errors.As(err, &answered) && !isTransient(answered) {
+		return answered, nil
+	}
+	return nil, err
+}
+
+// eachInfo asks each server of the queue for a section of INFO. It passes the answers to
+// note, one at a time.
+func eachInfo(ctx context.Context, q tokenServers, section string, note func(server *queueServer, info string)) error {
+	ctx, cancel := context.WithTimeout(ctx, auxiliaryTimeout)
+	defer cancel()
+	servers, err := q.primaries(ctx)
+	if err != nil {
+		return err
+	}
+	type answer struct {
+		server *queueServer
+		info   string
+	}
+	return fanOut(ctx, servers, func(ctx context.Context, server *queueServer) (answer, error) {
+		conn, err := server.pool.GetContext(ctx)
+		if err != nil {
+			return answer{}, err
+		}
+		defer conn.Close()
+		info, err := redis.String(redis.DoContext(conn, ctx, "INFO", section))
+		return answer{server, info}, err
+	}, func(a answer) (enough bool) {
+		note(a.server, a.info)
+		return false
+	})
 }
 
 // infoField returns a field of the answer to INFO; empty if it is missing.

@@ -238,7 +238,7 @@ func TestClusterSlotMoving(t *testing.T) {
 	t.Parallel()
 	c := rig.StartCluster(t)
 	user := append([]string{"SETUSER", "sidecar", "on", ">" + rig.Password},
-		strings.Fields(rig.SidecarACL+" "+rig.ClusterACL)...)
+		strings.Fields(rig.Ageless(rig.SidecarACL)+" "+rig.ClusterACL)...)
 	for _, n := range c.Nodes {
 		n.Do(t, "ACL", rig.Anys(user)...)
 	}

@@ -4,7 +4,9 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"strings"
@@ -34,17 +36,31 @@ const (
 // redisSettings are the settings that all Redis servers share.
 type redisSettings struct {
 	username, password                 string // empty for none
+	passwordFile                       string // read at each dial instead of password, so that a new one needs no restart
 	sentinelUsername, sentinelPassword string // those of the Sentinels; empty for none
 	caFile                             string // PEM certificates to trust for rediss://; empty for the system's
+	ca                                 string // takes the place of caFile: its content
 	loadsScripts                       bool   // this user may EVAL, and loads the scripts that a server lacks; see loadScripts
 	counts                             *redisCounts
 	resolver                           *resolver // nil: processResolver
 }
 
+// hasPassword reports whether connections log in.
+func (s redisSettings) hasPassword() bool { return s.password != "" || s.passwordFile != "" }
+
 // ofSentinels returns the settings for connections to Sentinels.
 func (s redisSettings) ofSentinels() redisSettings {
 	return redisSettings{username: s.sentinelUsername, password: s.sentinelPassword, caFile: s.caFile,
 		counts: s.counts, resolver: s.resolver}
+}
+
+// roots returns the certificates to trust. It reads their file at each dial, so that a new
+// CA needs no restart.
+func (s redisSettings) roots() (*x509.CertPool, error) {
+	if s.ca != "" {
+		return parseCA([][]byte{[]byte(s.ca)})
+	}
+	return readCA(s.caFile)
 }
 
 // redisPool keeps idle connections to one server for minutes. It does not cap the
@@ -137,15 +153,21 @@ func dialRedis(ctx context.Context, address string, settings redisSettings,
 		tcp = resetting
 		return resetting, nil
 	}
+	password := settings.password
+	if settings.passwordFile != "" {
+		if password, err = readPassword(settings.passwordFile); err != nil {
+			return nil, fmt.Errorf("password of Redis: %w", err)
+		}
+	}
 	options := []redis.DialOption{
 		redis.DialContextFunc(dial),
 		redis.DialReadTimeout(readTimeout),
 		redis.DialWriteTimeout(redisWriteTimeout),
 		redis.DialUsername(settings.username),
-		redis.DialPassword(settings.password),
+		redis.DialPassword(password),
 	}
 	if secure {
-		roots, err := readCA(settings.caFile) // at each dial, so that a new CA needs no restart
+		roots, err := settings.roots()
 		if err != nil {
 			return nil, err
 		}

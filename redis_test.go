@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -265,7 +266,6 @@ const (
 	releaseACL     = rig.ReleaseACL
 	gateACL        = rig.GateACL
 	forgottenACL   = rig.ForgottenACL
-	namespacesACL  = rig.NamespacesACL
 	sentinelACL    = rig.SentinelACL
 	ofSentinelsACL = rig.OnSentinelsACL
 	clusterACL     = rig.ClusterACL
@@ -297,9 +297,11 @@ func startSecureRedis(t *testing.T, dir string) *rig.Redis {
 	}
 	roots, err := readCA(crt)
 	rig.Must(t, err)
-	return rig.StartRedisWith(t, rig.RedisOptions{Args: listen,
+	r := rig.StartRedisWith(t, rig.RedisOptions{Args: listen, Young: true,
 		Dial: []redis.DialOption{redis.DialUseTLS(true), redis.DialTLSConfig(&tls.Config{RootCAs: roots}),
 			redis.DialPassword("admin")}})
+	r.WantAge(t, 2*time.Second) // it lets nobody in before, with an interval of a second
+	return r
 }
 
 // On a lock server, the ACL rules for locks suffice, and each is needed.
@@ -343,7 +345,7 @@ func TestRedisWithTLSAndACL(t *testing.T) {
 	rig.WriteCertificate(t, dir, 1)
 	r := startSecureRedis(t, dir)
 	address, ca := "rediss://"+r.Address, filepath.Join(dir, "tls.crt")
-	c := testConfig(address)
+	c := configWithInterval(address, time.Second)
 	c.redis = redisSettings{username: "webhook", password: rig.Password, caFile: ca, loadsScripts: true}
 	w := startWebhook(t, c)
 	id := freshID()
@@ -388,7 +390,7 @@ func TestACLsAreMinimal(t *testing.T) {
 	r := startSecureRedis(t, dir)
 	ctx, address := context.Background(), "rediss://"+r.Address
 	semaphoresOf := func(user string) *semaphores {
-		c := testConfig(address)
+		c := configWithInterval(address, time.Second)
 		c.redis = redisSettings{username: user, password: rig.Password, caFile: filepath.Join(dir, "tls.crt"),
 			loadsScripts: user == "webhook"}
 		return newSemaphores(c.settings, newLocker(c.settings, lockConnections), 1, slog.New(slog.DiscardHandler))
@@ -502,7 +504,11 @@ func TestACLsAreMinimal(t *testing.T) {
 			if err == nil || !isDenied(err) {
 				t.Errorf("%s without %s: got %v, want NOPERM", user, rule, err)
 			}
-			r.Do(t, "ACL", "SETUSER", user, rule)
+			for rule := range strings.FieldsSeq(c.rule) { // also the other sections of INFO
+				if strings.HasPrefix(rule, "+"+command) {
+					r.Do(t, "ACL", "SETUSER", user, rule)
+				}
+			}
 		}
 		rig.Must(t, inTime(c.work))
 		rig.Must(t, r.LoadScripts())
@@ -737,4 +743,61 @@ func TestUnlockWaitsForScripts(t *testing.T) {
 	}
 	rig.Must(t, <-done)
 	rig.Must(t, locks.LocksLeft())
+}
+
+// A user of Redis gets a second password, and later loses the first: webhook, lock and
+// subscription log in with what the file has then, and no command fails.
+func TestPasswordFileIsReread(t *testing.T) {
+	t.Parallel()
+	r := rig.StartRedis(t)
+	file := rig.WriteFile(t, "password", "first\n")
+	r.Do(t, "ACL", append([]any{"SETUSER", "webhook", "on", ">first"},
+		rig.Anys(strings.Fields(rig.Ageless(webhookACL)+" "+sentinelACL+" "+clusterACL))...)...)
+	c := testConfig(r.Address)
+	c.redis = redisSettings{username: "webhook", passwordFile: file, loadsScripts: true}
+	s, id := semaphoresOf(t, c), freshID()
+	work := func(when string) {
+		t.Helper()
+		token, _, err := s.acquire(t.Context(), id, "", 1, time.Second)
+		if err == nil {
+			_, err = s.release(t.Context(), id, token, "")
+		}
+		if err != nil {
+			t.Fatalf("%s: %v", when, err)
+		}
+	}
+	dial := func() error {
+		conn, err := dialRedis(t.Context(), r.Address, c.redis, time.Second)
+		if err == nil {
+			conn.Close()
+		}
+		return err
+	}
+	reconnect := func() { r.Do(t, "CLIENT", "KILL", "USER", "webhook") }
+	work("with the first password")
+	r.Do(t, "ACL", "SETUSER", "webhook", ">second")
+	work("when both are good")
+	reconnect()
+	work("with the first, on a new connection")
+	rig.Must(t, os.WriteFile(file, []byte("second"), 0o600))
+	work("with the new file")
+	r.Do(t, "ACL", "SETUSER", "webhook", "<first")
+	work("without the first")
+	reconnect()
+	work("with the second, on a new connection")
+	rig.Must(t, dial())
+	for text, want := range map[string]string{
+		"":       "password of Redis: " + file + " is empty",
+		"a\nb\n": "password of Redis: " + file + " has more than one line, not one password",
+		"first":  "WRONGPASS",
+	} {
+		rig.Must(t, os.WriteFile(file, []byte(text), 0o600))
+		if err := dial(); err == nil || !strings.HasPrefix(err.Error(), want) {
+			t.Errorf("with %q in the file: got %v, want %s", text, err, want)
+		}
+	}
+	rig.Must(t, os.Remove(file))
+	if err := dial(); err == nil || !strings.HasPrefix(err.Error(), "password of Redis: open "+file) {
+		t.Errorf("without the file: got %v", err)
+	}
 }

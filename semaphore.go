@@ -300,6 +300,7 @@ type placesReply struct {
 	served         []string       // waiters, also of other processes, that a token is free for
 	held           []string       // tokens that are in flight already
 	joined         map[string]int // tokens that were not in line, and their new positions
+	doubt          time.Duration  // see acquireReply
 }
 
 // refreshPlaces keeps the places of pods in a semaphore's line, and adds those that are
@@ -322,7 +323,9 @@ func (s *semaphores) refreshPlaces(ctx context.Context, id semaphoreID, known in
 		}
 		var served, held []string
 		var joined []any
-		_, err = redis.Scan(rest, &all.created, &all.inUse, &all.waiters, &served, &held, &joined)
+		var doubt int
+		_, err = redis.Scan(rest, &all.created, &all.inUse, &all.waiters, &served, &held, &joined, &doubt)
+		all.doubt = time.Duration(doubt) * time.Second
 		for ; err == nil && len(joined) >= 2; joined = joined[2:] {
 			var token string
 			var position int

@@ -64,8 +64,8 @@ type acquireReply struct {
 	holders []holder // some of them
 	place   place    // of a waiter
 
-	// doubt is not zero after an outage or data loss of Redis: only after this time does
-	// Redis know which holders or waiters are gone.
+	// doubt is not zero after a start, an outage or a data loss of Redis: only after this
+	// time does Redis know which holders or waiters are gone.
 	doubt time.Duration
 }
 

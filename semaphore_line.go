@@ -210,7 +210,7 @@ func doubtText(doubt time.Duration) string {
 	if doubt <= 0 {
 		return ""
 	}
-	return fmt.Sprintf("; Redis was away or has lost data: in %s it knows which holders are gone", roughly(doubt))
+	return fmt.Sprintf("; Redis has just started, was away or has lost data: in %s it knows which holders are gone", roughly(doubt))
 }
 
 // yourTurn is the message to a waiter for which a token is free; see semaphore.lua.

@@ -327,7 +327,7 @@ func TestWaitingText(t *testing.T) {
 			acquireReply{inUse: 2, holders: []holder{{name: "web-b", held: 4 * time.Hour}, {name: "web-a", held: 11 * time.Second}},
 				place: place{position: 1, waited: 5 * time.Second}}},
 		"waiting for a token of shop/web: 0 of 1 in use, 1st in line, 5 s; " +
-			"Redis was away or has lost data: in 20 s it knows which holders are gone": {1,
+			"Redis has just started, was away or has lost data: in 20 s it knows which holders are gone": {1,
 			acquireReply{doubt: 20 * time.Second, place: place{position: 1, waited: 5 * time.Second}}},
 	} {
 		if got := waitingText(testID, c.length, c.a); got != want {

@@ -757,7 +757,7 @@ func TestHolderReportsLoss(t *testing.T) {
 				_, _, err := s.acquire(t.Context(), id, "", 4, time.Second)
 				var full *fullError
 				if !errors.As(err, &full) ||
-					newcomers+i+1 < 4 && !strings.Contains(refusal(full), "; Redis was away or has lost data: in ") {
+					newcomers+i+1 < 4 && !strings.Contains(refusal(full), "; Redis has just started, was away or has lost data: in ") {
 					t.Errorf("with %d holders back: got %v, %+v, want to wait for the others", i+1, err, full)
 				}
 			}

@@ -687,3 +687,107 @@ func TestScriptsAndProgramAgree(t *testing.T) {
 		t.Errorf("repairs come every %s, and Redis takes %s for a silence", doubtEvery, lineQuiet)
 	}
 }
+
+// An empty Redis takes the place of one with ten holders of ten tokens. They come back one
+// after another within an interval. New pods ask ten times a second meanwhile, wait or not,
+// and repair: none gets a token.
+func TestBirthGuard(t *testing.T) {
+	t.Parallel()
+	for interval := 3 * time.Second; !guardsAgainstNewPods(t, interval); interval *= 2 {
+		t.Logf("this machine is too slow for an interval of %s", interval)
+	}
+}
+
+// guardsAgainstNewPods returns false if the holders could not come back within the interval.
+func guardsAgainstNewPods(t *testing.T, interval time.Duration) bool {
+	const length = 10
+	r := rig.StartRedisWith(t, rig.RedisOptions{Young: true})
+	c := configWithInterval(r.Address, interval)
+	w, s, id := startWebhook(t, c), semaphoresOf(t, c), freshID()
+	r.WantAge(t, 2*interval+time.Second)
+	began := time.Now()
+	var holders []string
+	for range length {
+		holders = append(holders, acquire(t, s, id, length))
+	}
+	r.Crash(t)
+	r.LoseData(t)
+	rig.Must(t, r.Start())
+	waiter := newWaiter(s, id, length)
+	isYoung := func() bool { return r.Info(t, "server", "uptime_in_seconds:") <= seconds(interval+beatTimeout) }
+	newcomer := func() {
+		t.Helper()
+		back := length - len(holders)
+		a := w.admit(t, rig.Review(t, id, length))
+		if a.Allowed {
+			t.Fatalf("admitted a pod with %d of %d holders back", back, length)
+		}
+		_, b, err := waiter.acquireOnce(t.Context(), joinLine)
+		rig.Must(t, err)
+		if b.status != acquireFull {
+			t.Fatalf("a waiter got %+v with %d of %d holders back", b, back, length)
+		}
+		places, err := s.refreshPlaces(t.Context(), id, 0, nil, []placeRequest{{"gated", 1, length, "gated "}})
+		rig.Must(t, err)
+		if len(places.served) > 0 {
+			t.Fatalf("a gate is told of a free token with %d of %d holders back", back, length)
+		}
+		maintain(t, s, id, length)
+		for name, text := range map[string]string{"a pod that does not wait": a.Message,
+			"a waiter": waitingText(id, length, b), "a gated pod": doubtText(places.doubt)} {
+			if back < length && !strings.Contains(text, "; Redis has just started, was away or has lost data: in ") {
+				t.Fatalf("with %d of %d holders back, %s was told %q", back, length, name, text)
+			}
+		}
+	}
+	for start := time.Now(); len(holders) > 0; {
+		due := start.Add(time.Duration(length-len(holders)+1) * interval / (length + 1))
+		for ok := true; ok; ok = time.Now().Before(due) {
+			if time.Since(start) > interval {
+				return false
+			}
+			newcomer()
+			time.Sleep(100 * time.Millisecond)
+		}
+		_, err := s.heartbeat(t.Context(), id, holders[0], "", "", time.Since(began))
+		rig.Must(t, err)
+		holders = holders[1:]
+	}
+	if !isYoung() {
+		return false
+	}
+	r.WantAge(t, 2*interval+time.Second)
+	newcomer()
+	r.WantCounts(t, id, 0, length)
+	return true
+}
+
+// A young Redis without holders hands out tokens when it is older than an interval and
+// three seconds. Where the user may not ask for its age, it does so at once, and the log
+// says so once.
+func TestBirthGuardEnds(t *testing.T) {
+	t.Parallel()
+	const interval = time.Second
+	r := rig.StartRedisWith(t, rig.RedisOptions{Young: true})
+	s := semaphoresOf(t, configWithInterval(r.Address, interval))
+	start := time.Now()
+	rig.Eventually(t, 30*time.Second, func() error {
+		_, _, err := s.acquire(t.Context(), freshID(), "", 1, time.Second)
+		return err
+	})
+	t.Logf("the first token came after %s", time.Since(start))
+	if age := r.Info(t, "server", "uptime_in_seconds:"); age <= seconds(interval)+1 {
+		t.Errorf("got a token of a server that is %d s old", age)
+	}
+
+	hidden := rig.StartRedis(t)
+	w := startWebhook(t, configWithInterval(hidden.Address, interval))
+	for range 3 {
+		_, err := w.ready(t.Context())
+		rig.Must(t, err)
+	}
+	acquire(t, w.semaphores, freshID(), 1)
+	if n := len(w.log.Lines(t, "no birth guard: the user may not ask for INFO server")); n != 1 {
+		t.Errorf("the log says %d times that there is no birth guard", n)
+	}
+}

@@ -274,6 +274,17 @@ func TestStatusEnvironment(t *testing.T) {
 		c.queueRedisAddress.text != "other:6379" {
 		t.Errorf("got %+v, %v", c, err)
 	}
+	env["STATUS_REDIS_PASSWORD_FILE"] = rig.WriteFile(t, "password", "c\n")
+	const want = "--redis-password-file: a password is in the environment, too: set one of them"
+	if _, err = parseStatusConfig(nil, getenv); err == nil || err.Error() != want {
+		t.Errorf("with two passwords: got %v, want %s", err, want)
+	}
+	env["STATUS_REDIS_PASSWORD"] = ""
+	c, err = parseStatusConfig(nil, getenv)
+	if want := (redisSettings{username: "status", passwordFile: env["STATUS_REDIS_PASSWORD_FILE"]}); err != nil ||
+		c.redis != want {
+		t.Errorf("got %+v, %v", c.redis, err)
+	}
 }
 
 // Text that another client wrote into Redis cannot control the terminal of status.

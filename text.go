@@ -100,3 +100,20 @@ func anySlice[T any](items []T) (all []any) {
 	}
 	return all
 }
+
+// mutatePath is where admission reviews are served. A slash and a secret follow it, if
+// there is one.
+const mutatePath = "/mutate"
+
+// pathSecret matches a secret that Kubernetes accepts in a path. It has leastPathSecret
+// to mostPathSecret characters.
+var pathSecret = regexp.MustCompile(`^[a-z0-9][a-z0-9-]*[a-z0-9]$`)
+
+const (
+	leastPathSecret = 16
+	mostPathSecret  = 128
+)
+
+func isPathSecret(text string) bool {
+	return len(text) >= leastPathSecret && len(text) <= mostPathSecret && pathSecret.MatchString(text)
+}

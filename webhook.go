@@ -147,6 +147,7 @@ type webhook struct {
 	readiness  flights[struct{}, *string] // its state is a warning
 	eviction   string                     // the warning that Redis may evict tokens
 	evictionAt time.Time                  // when Redis last told
+	ageAsked   bool                       // Redis has told its age, or has refused to
 }
 
 func (w *webhook) routes() http.Handler {
@@ -154,7 +155,14 @@ func (w *webhook) routes() http.Handler {
 		if w.isStopping() {
 			rw.Header().Set("Connection", "close")
 		}
-		if !w.callers.mayCall(r.URL.Path) {
+		mayCall := w.callers.mayCall(r.URL.Path)
+		if r.Method == http.MethodOptions { // setup asks whether this webhook knows a new path
+			rw.Header().Set("Connection", "close")
+			rw.Header().Set("Allow", http.MethodPost)
+			rw.WriteHeader(map[bool]int{true: http.StatusNoContent, false: http.StatusNotFound}[mayCall])
+			return
+		}
+		if !mayCall {
 			rw.Header().Set("Connection", "close") // a client that does not know the path has no business here
 			http.Error(rw, w.callers.refuse(r.RemoteAddr), http.StatusNotFound)
 			return
@@ -180,6 +188,7 @@ func (w *webhook) ready(ctx context.Context) (warning string, err error) {
 			return err
 		}
 		w.checkEviction(ctx)
+		w.checkGuard(ctx)
 		*warning = w.eviction
 		return nil
 	})
@@ -205,6 +214,17 @@ func (w *webhook) checkEviction(ctx context.Context) {
 	if servers != "" {
 		w.eviction = "warning: Redis may evict tokens, set maxmemory-policy noeviction: " + servers
 		w.log.Warn("Redis may evict tokens", "servers", servers)
+	}
+}
+
+// checkGuard logs once if Redis does not tell its age: then it has no birth guard.
+func (w *webhook) checkGuard(ctx context.Context) {
+	if w.ageAsked {
+		return
+	}
+	refusal, err := tellsAge(ctx, w.semaphores.queue)
+	if w.ageAsked = err == nil; refusal != nil {
+		w.log.Warn("no birth guard: the user may not ask for INFO server", "error", refusal.Error())
 	}
 }
 

@@ -9,22 +9,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"regexp"
 	"slices"
 	"strings"
-)
-
-// mutatePath is where admission reviews are served. A slash and a secret follow it, if
-// there is one.
-const mutatePath = "/mutate"
-
-// pathSecret matches a secret that Kubernetes accepts in a path. It has leastPathSecret
-// to mostPathSecret characters.
-var pathSecret = regexp.MustCompile(`^[a-z0-9][a-z0-9-]*[a-z0-9]$`)
-
-const (
-	leastPathSecret = 16
-	mostPathSecret  = 128
 )
 
 // pathDigest is the digest of a valid path. A comparison of digests reveals nothing of
@@ -44,7 +30,7 @@ func parsePathSecrets(texts [][]byte) (good pathDigests, err error) {
 	good.digest = fmt.Sprintf("%x", sha256.Sum256(texts[0]))[:16]
 	for n, line := range strings.Split(strings.TrimSpace(string(texts[0])), "\n") {
 		line = strings.TrimSpace(line)
-		if len(line) < leastPathSecret || len(line) > mostPathSecret || !pathSecret.MatchString(line) {
+		if !isPathSecret(line) {
 			// The error does not show the line: it may be a secret.
 			return good, fmt.Errorf("line %d is no secret: "+
 				"it must be 16 to 128 of a-z 0-9 -, with no - at either end, as Kubernetes wants paths", n+1)
@@ -70,7 +56,7 @@ func newCallers(c webhookConfig, log *slog.Logger) (*callers, error) {
 	w := &callers{names: c.clientNames, limit: logLimiter{most: badRequestsLogged}, log: log}
 	var err error
 	if c.pathSecretFile != "" {
-		taken := func(good pathDigests) { // deploy/path-secret.sh waits for the digest
+		taken := func(good pathDigests) { // a person can compare the digest
 			log.Info("path secret taken", "digest", good.digest, "paths", len(good.paths))
 		}
 		if w.secrets, err = newWatchedFile(log, parsePathSecrets, taken, c.pathSecretFile); err != nil {

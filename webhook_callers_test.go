@@ -76,6 +76,19 @@ func TestPathSecret(t *testing.T) {
 		t.Errorf("unauthenticated clients were logged %d times, want %d", n, badRequestsLogged)
 	}
 
+	// setup asks so whether the webhook knows a path. That is no admission, and is not logged.
+	before := len(w.log.String())
+	for path, want := range map[string]int{"/mutate/" + secretA: http.StatusNoContent, "/mutate/" + secretB: http.StatusNotFound} {
+		request, err := http.NewRequest(http.MethodOptions, w.server.URL+path, nil)
+		rig.Must(t, err)
+		response, err := w.server.Client().Do(request)
+		rig.Must(t, err)
+		response.Body.Close()
+		if response.StatusCode != want || len(w.log.String()) != before {
+			t.Errorf("OPTIONS %s: got %s, want %d; log: %s", path, response.Status, want, w.log.String()[before:])
+		}
+	}
+
 	change := func(valid, refused []string, lines ...string) {
 		t.Helper()
 		write(lines...)
@@ -118,8 +131,7 @@ func TestNoPathSecret(t *testing.T) {
 	}
 }
 
-// The webhook rereads the file, and logs the digest for which deploy/path-secret.sh
-// waits.
+// The webhook rereads the file, and logs its digest.
 func TestPathSecretIsReread(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "secret")

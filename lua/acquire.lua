@@ -140,7 +140,7 @@ end
 
 local doubt = 0
 if (missing or reclaimable) and not settled() then
-  doubt = math.max(resumed, lost) + quiet + 1 - now
+  doubt = untilSettled()
 elseif now - resumed <= linePatience and redis.call('ZCOUNT', KEYS[4], '-inf', '(' .. (now - lineQuiet)) > 0 then
   doubt = resumed + linePatience + 1 - now
 end
@@ -177,7 +177,7 @@ local function untilFree()
   -- So many have to go first, for the length.
   local over = math.max(0, inflight - limit)
   local oldest = tonumber(redis.call('ZRANGE', KEYS[2], over, over, 'WITHSCORES')[2]) or now
-  return math.max(0, oldest + threshold + 1 - now, math.max(resumed, lost) + quiet + 1 - now)
+  return math.max(0, oldest + threshold + 1 - now, untilSettled())
 end
 
 local full = {0, micros, inflight, redis.call('ZCARD', KEYS[3]), doubt, holders()}

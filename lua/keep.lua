@@ -10,10 +10,12 @@
 -- ARGV[7...]      their tokens. Then four for each pod in line: token, arrival (Unix
 --                 microseconds), length, and "NAME NODE" or the part that is known
 --
--- Returns {1, time, created, tokens in use, waiters, served, held, joined}
+-- Returns {1, time, created, tokens in use, waiters, served, held, joined, doubt}
 --   served  list of the tokens in line, also of other processes, that may take a free one
 --   held    list of the given tokens that are in use already
 --   joined  list of the given tokens that were not in line, each followed by its position
+--   doubt   0, or the seconds until Redis knows which holders are gone: it makes no token
+--           before that
 local known = tonumber(ARGV[5])
 local first = 7 + tonumber(ARGV[6])
 if known > 0 and (not state[1] or created > known) then
@@ -77,4 +79,6 @@ if lineLength > 0 then
     return true
   end, '', 0)
 end
-return finish({1, micros, created, redis.call('ZCARD', KEYS[2]), redis.call('ZCARD', KEYS[3]), served, held, joined})
+local inflight = redis.call('ZCARD', KEYS[2])
+local doubt = inflight < greatest and redis.call('LLEN', KEYS[1]) == 0 and not settled() and untilSettled() or 0
+return finish({1, micros, created, inflight, redis.call('ZCARD', KEYS[3]), served, held, joined, doubt})

@@ -15,10 +15,12 @@
 --                   "SINCE NAME NODE": when its pod took it (Unix seconds; 0 of a
 --                   waiter), the pod's name, and its node if that is known
 -- KEYS[6] state     Hash, times in Unix seconds:
---                     created    when Redis began to know the semaphore
+--                     created    when Redis began to know the semaphore; while it was young,
+--                                when it started
 --                     touched    the last command
 --                     resumed    the end of the last silence
---                     lost       when a caller reported that Redis has lost its data
+--                     lost       when a caller reported that Redis has lost its data; or when
+--                                Redis started, see the birth guard
 --                     length     the greatest length that callers asked for lately
 --                     asked      when a caller asked for that length
 --                     interval   the greatest interval that callers sent lately
@@ -106,6 +108,19 @@ local quiet = interval + math.min(beatTimeout, interval)
 -- start, and must not be stale at its end.
 local threshold = math.max(patience, 2 * quiet)
 
+-- The birth guard: a server that started less than quiet ago may have replaced one that
+-- knew this semaphore. That counts as a loss that a caller reported when it started. The
+-- age is in whole seconds, as all times here are: the guard lasts a second longer, not
+-- less. If the ACL forbids INFO, there is no guard.
+if not state[1] then
+  local text = redis.pcall('INFO', 'server')
+  local age = tonumber(type(text) == 'string' and string.match(text, 'uptime_in_seconds:(%-?%d+)') or '')
+  if age and age <= quiet then -- negative: the clock was set back
+    created = now - math.max(0, age)
+    lost = created
+  end
+end
+
 local lineLength = redis.call('ZCARD', KEYS[3])
 local line -- the functions and times that matter while there is a line; see openLine
 
@@ -156,6 +171,11 @@ end
 -- and since a loss of data.
 local function settled()
   return now - math.max(resumed, lost) > quiet
+end
+
+-- untilSettled returns the seconds until settled.
+local function untilSettled()
+  return math.max(resumed, lost) + quiet + 1 - now
 end
 
 -- mayRefill reports whether a repair may replace missing tokens: uncounted holders have

@@ -120,7 +120,7 @@ func TestMeasureGate(t *testing.T) {
 		wantInLines(t, r, ids, left-gone).Round(time.Millisecond))
 	for line := range strings.Lines(gate.Log.String()) {
 		// So many pods at once cause more events than the gate sends.
-		if strings.Contains(line, `"level":"WARN"`) && !strings.Contains(line, "events of pods left out") {
+		if strings.Contains(line, `"level":"WARN"`) && !strings.Contains(line, "events left out") {
 			t.Errorf("it warned: %s", line)
 		}
 	}

@@ -3,6 +3,8 @@ package bench
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -43,16 +45,53 @@ func benchTime(t *testing.T) time.Duration {
 
 // sidecarKind is a way in which the webhook injects a sidecar.
 type sidecarKind struct {
-	name  string
-	flags func(address string) []string
-	await bool // an init container waits for the token
+	name   string
+	flags  func(address string) []string
+	await  bool // an init container waits for the token
+	secure bool // it connects over TLS
 }
 
 var sidecarKinds = []sidecarKind{
 	{"native", func(address string) []string {
 		return []string{"--length=10000", "--redis-addresses=" + address}
-	}, true},
-	{"classic", func(string) []string { return nil }, false},
+	}, true, false},
+	{"native, over TLS", func(address string) []string {
+		return []string{"--length=10000", "--redis-addresses=" + address}
+	}, true, true},
+	{"classic", func(string) []string { return nil }, false, false},
+}
+
+// bothRedis is a server that takes connections with and without TLS.
+type bothRedis struct {
+	*rig.Redis
+	secure, caFile string // the address for TLS, and the file that its certificate is signed by
+}
+
+func startBothRedis(t *testing.T) *bothRedis {
+	t.Helper()
+	dir, secure := t.TempDir(), rig.FreeAddress(t)
+	rig.WriteCertificate(t, dir, 1)
+	b := &bothRedis{secure: "rediss://" + secure, caFile: filepath.Join(dir, "tls.crt")}
+	b.Redis = rig.StartRedisWith(t, rig.RedisOptions{Args: func(port string) []string {
+		return append(rig.PlainPort(port), "--tls-port", rig.Port(secure), "--tls-cert-file", b.caFile,
+			"--tls-key-file", filepath.Join(dir, "tls.key"), "--tls-ca-cert-file", b.caFile,
+			"--tls-auth-clients", "no", "--tls-session-caching", "no", "--maxclients", "11000")
+	}})
+	b.Do(t, "CONFIG", "SET", "appendfsync", "everysec")
+	return b
+}
+
+// dialSecure connects over TLS as the program does.
+func (b *bothRedis) dialSecure(t *testing.T) redis.Conn {
+	t.Helper()
+	text, err := os.ReadFile(b.caFile)
+	rig.Must(t, err)
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(text)
+	conn, err := redis.Dial("tcp", strings.TrimPrefix(b.secure, "rediss://"), redis.DialUseTLS(true),
+		redis.DialTLSConfig(&tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots}))
+	rig.Must(t, err)
+	return conn
 }
 
 // podEnvironment returns the environment of the containers that the webhook injects.
@@ -62,17 +101,22 @@ func podEnvironment(podUID string) []string {
 }
 
 // process returns a sidecar with the default settings, not started.
-func (k sidecarKind) process(program, address string, id rig.ID, token string) *rig.Process {
-	args := append([]string{"sidecar", "--queue-redis-address=" + address}, k.flags(address)...)
+func (k sidecarKind) process(program string, r *bothRedis, id rig.ID, token string) *rig.Process {
+	address := r.Address
+	var trust []string
+	if k.secure {
+		address, trust = r.secure, []string{"--redis-ca-file=" + r.caFile}
+	}
+	args := append(append([]string{"sidecar", "--queue-redis-address=" + address}, trust...), k.flags(address)...)
 	p := rig.NewProcess(program, append(args, id.String(), token)...)
 	p.Cmd.Env = podEnvironment(token)
 	return p
 }
 
 // start starts a sidecar as in a pod whose app runs.
-func (k sidecarKind) start(t *testing.T, program, address string, id rig.ID, token string) *rig.Process {
+func (k sidecarKind) start(t *testing.T, program string, r *bothRedis, id rig.ID, token string) *rig.Process {
 	t.Helper()
-	p := k.process(program, address, id, token)
+	p := k.process(program, r, id, token)
 	p.Start(t)
 	if k.await {
 		await := rig.NewProcess(program, "await")
@@ -94,7 +138,7 @@ func TestBenchSidecar(t *testing.T) {
 	program := filepath.Join(t.TempDir(), "at-least-semaphore-pod-hook")
 	t.Setenv("CGO_ENABLED", "0")
 	rig.Must(t, rig.Build(rig.Root(), program, "-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w"))
-	r, over := startRedis(t), benchTime(t)
+	r, over := startBothRedis(t), benchTime(t)
 	fmt.Printf("%d processors, %s, %d sidecars of each kind for %s\n\n%s\n%s\n",
 		runtime.NumCPU(), runtime.Version(), each, over,
 		"| sidecar | memory, its own, KB | with the binary's | CPU a heartbeat, ms "+
@@ -115,13 +159,13 @@ func TestBenchSidecar(t *testing.T) {
 		for range 4 * each { // the first start reads the binary from the disk
 			m.starts = append(m.starts, startTime(t, r, kind, program, id))
 		}
-		before := connectionsOf(t, r)
+		before := connectionsOf(t, r.Redis)
 		for range each {
-			m.processes = append(m.processes, kind.start(t, program, r.Address, id, uuid.NewString()))
+			m.processes = append(m.processes, kind.start(t, program, r, id, uuid.NewString()))
 		}
 		r.WantInflightCount(t, id, each)
 		rig.Eventually(t, 10*time.Second, func() error { // sidecars soon close their connections to lock servers
-			m.connection = connectionsOf(t, r) - before
+			m.connection = connectionsOf(t, r.Redis) - before
 			if m.connection > sidecarConnection*each {
 				return fmt.Errorf("%d sidecars have %d connections", each, m.connection)
 			}
@@ -132,9 +176,9 @@ func TestBenchSidecar(t *testing.T) {
 	for _, m := range all {
 		m.cpu = threadsTime(t, m.processes)
 	}
-	beats := scriptsRun(t, r)
+	beats := scriptsRun(t, r.Redis)
 	time.Sleep(over) // the test measures the cost of this time
-	beats = (scriptsRun(t, r) - beats) / (each * len(all))
+	beats = (scriptsRun(t, r.Redis) - beats) / (each * len(all))
 	if want := int(over / rig.DefaultTiming.Interval); beats < want-1 || beats > want+1 {
 		t.Errorf("%d heartbeats of each, want some %d", beats, want)
 	}
@@ -163,10 +207,10 @@ func TestBenchSidecar(t *testing.T) {
 
 // startTime returns the time from the start of a process until its first heartbeat in
 // Redis.
-func startTime(t *testing.T, r *rig.Redis, kind sidecarKind, program string, id rig.ID) time.Duration {
+func startTime(t *testing.T, r *bothRedis, kind sidecarKind, program string, id rig.ID) time.Duration {
 	t.Helper()
 	token := uuid.NewString()
-	p := kind.process(program, r.Address, id, token)
+	p := kind.process(program, r, id, token)
 	start := time.Now()
 	rig.Must(t, p.Launch())
 	for {
@@ -215,6 +259,67 @@ func threadsTime(t *testing.T, processes []*rig.Process) (all time.Duration) {
 		}
 	}
 	return all
+}
+
+// What TLS costs a heartbeat, its connection, and the memory of Redis, beside the same
+// without TLS. The two take turns, so that a busy machine slows both down.
+func TestBenchSidecarTLS(t *testing.T) {
+	const pairs, each, many = 100, 10, 300
+	allowFiles(t, 4000)
+	r, id, token := startBothRedis(t), rig.FreshID(), uuid.NewString()
+	dials := []func() redis.Conn{
+		func() redis.Conn { return r.Dial(t) },
+		func() redis.Conn { return r.dialSecure(t) },
+	}
+	var conns []redis.Conn
+	for _, dial := range dials {
+		conns = append(conns, dial())
+	}
+	ratio := func(name string, n int, do func(kind int)) {
+		var took [2][]float64 // microseconds
+		var ratios []float64
+		for i := range n {
+			var now [2]float64
+			for k := range 2 {
+				kind := (i + k) % 2
+				start := time.Now()
+				do(kind)
+				now[kind] = float64(time.Since(start).Microseconds())
+				took[kind] = append(took[kind], now[kind])
+			}
+			ratios = append(ratios, now[1]/max(1, now[0]))
+		}
+		median := func(all []float64) float64 { return slices.Sorted(slices.Values(all))[len(all)/2] }
+		fmt.Printf("| %s | %.0f | %.0f | %.2f |\n", name, median(took[0]), median(took[1]), median(ratios))
+	}
+	fmt.Printf("%d processors, %s\n\n| medians | without TLS, us | with TLS, us | ratio of a pair |\n| --- | --- | --- | --- |\n",
+		runtime.NumCPU(), runtime.Version())
+	ratio(fmt.Sprintf("%d heartbeats", each), pairs, func(kind int) {
+		for range each {
+			_, err := runScript(conns[kind], "heartbeat", id, token, "web-1 node-1", 60)
+			rig.Must(t, err)
+		}
+	})
+	ratio("a connection, and a PING", pairs, func(kind int) {
+		conn := dials[kind]()
+		_, err := conn.Do("PING")
+		rig.Must(t, err)
+		conn.Close()
+	})
+	for kind, name := range []string{"without TLS", "with TLS"} {
+		before := r.Memory(t, "VmRSS")
+		var open []redis.Conn
+		for range many {
+			conn := dials[kind]()
+			_, err := conn.Do("PING")
+			rig.Must(t, err)
+			open = append(open, conn)
+		}
+		fmt.Printf("a connection %s takes %.1f KB of Redis, resident\n", name, float64(r.Memory(t, "VmRSS")-before)/many)
+		for _, conn := range open {
+			conn.Close()
+		}
+	}
 }
 
 // simulation is many sidecars in one process. Each sends the commands of a sidecar that

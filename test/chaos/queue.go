@@ -25,7 +25,7 @@ type queue interface {
 // startQueue starts a queue of this kind. env is the environment of its servers. Webhooks
 // load their scripts.
 func startQueue(t *testing.T, kind string, env func(address string) []string) queue {
-	o := rig.GroupOptions{Env: env, Args: serverArgs(queueUsers), Bare: true}
+	o := rig.GroupOptions{Env: env, Args: serverArgs(queueUsers), Bare: true, Young: true}
 	if kind == rig.ClusterQueue {
 		return &clusterQueue{rig.StartClusterWith(t, o)}
 	}
@@ -55,7 +55,7 @@ func (q *sentinelQueue) handOver(t *testing.T, primary *rig.Redis) {
 	const try = 6 * time.Second
 	var asked time.Time
 	rig.Eventually(t, 40*time.Second, func() error {
-		if q.NamedPort(t) != rig.Port(primary.Address) {
+		if q.Named(t) != primary.Address {
 			return nil
 		}
 		if time.Since(asked) > try {
@@ -75,9 +75,9 @@ func (q *sentinelQueue) handOver(t *testing.T, primary *rig.Redis) {
 // rejoin makes a running server a replica of the primary that the Sentinels report. They
 // would do that themselves about ten seconds later.
 func (q *sentinelQueue) rejoin(t *testing.T, back *rig.Redis) {
-	if port := q.NamedPort(t); port != rig.Port(back.Address) {
+	if named := q.Named(t); named != back.Address {
 		back.Redial(t)
-		back.Do(t, "REPLICAOF", "127.0.0.1", port)
+		back.Do(t, "REPLICAOF", "127.0.0.1", rig.Port(named))
 	}
 }
 
@@ -87,8 +87,8 @@ func (q *sentinelQueue) restart(t *testing.T, server *rig.Redis) {
 	if i := slices.Index(server.Args, "--replicaof"); i >= 0 {
 		server.Args = slices.Delete(server.Args, i, i+2)
 	}
-	if port := q.NamedPort(t); port != rig.Port(server.Address) {
-		server.Args = append(server.Args, "--replicaof", "127.0.0.1 "+port)
+	if named := q.Named(t); named != server.Address {
+		server.Args = append(server.Args, "--replicaof", "127.0.0.1 "+rig.Port(named))
 	}
 	rig.Must(t, server.Start())
 }

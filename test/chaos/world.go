@@ -157,6 +157,9 @@ func startWorld(t *testing.T, program, kind string) *world {
 		return []string{"LD_PRELOAD=" + shim, "CHAOS_CLOCK=" + w.clockFile(address)}
 	}
 	w.queue = startQueue(t, kind, env)
+	for _, s := range w.queue.data() {
+		s.WantAge(t, heartbeatInterval+rig.BeatTimeout) // it lets nobody in before
+	}
 	w.locks = rig.StartLockServers(t, 3, rig.RedisOptions{Env: env, Kind: rig.SingleQueue, Bare: true,
 		Args: func(port string) []string { return append(rig.PlainPort(port), serverArgs(lockUsers)...) }})
 	for i := range 3 {

@@ -1,11 +1,8 @@
-// Package deploy tests what deploy/ promises: the users of Redis and their rules, the
-// scripts of its containers, the users of namespaces, and the memory of the webhook.
+// Package deploy tests what deploy/ promises: the servers of Redis and their users, the
+// rights of setup, and the memory of the webhook.
 package deploy
 
 import (
-	"crypto/sha256"
-	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,52 +16,8 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 )
 
-// All tests except TestScriptsPassShellcheck are quick: they run without SUITE=1.
+// All tests are quick: they run without SUITE=1.
 func TestMain(m *testing.M) { os.Exit(rig.Run(m)) }
-
-const (
-	scriptsFile = "deploy/base/redis-scripts.yaml"
-	scriptsPath = "/etc/redis/" // of the scripts in their containers
-)
-
-// deployedScripts returns the scripts of deploy/base/redis-scripts.yaml, by name.
-func deployedScripts(t *testing.T) map[string]string {
-	t.Helper()
-	text := rig.ReadFile(t, scriptsFile)
-	heading := regexp.MustCompile(`(?m)^  ([a-z_]+): \|\n`)
-	scripts := map[string]string{}
-	for _, at := range heading.FindAllStringSubmatchIndex(text, -1) {
-		var script strings.Builder
-		for line := range strings.Lines(text[at[1]:]) {
-			if strings.TrimSpace(line) != "" && !strings.HasPrefix(line, "    ") {
-				break
-			}
-			script.WriteString(strings.TrimPrefix(line, "    "))
-		}
-		scripts[text[at[2]:at[3]]] = script.String()
-	}
-	return scripts
-}
-
-// writeScript writes a script of the containers into a folder. here replaces paths and
-// ports by those of this machine.
-func writeScript(t *testing.T, folder, name string, here *strings.Replacer) {
-	t.Helper()
-	script, ok := deployedScripts(t)[name]
-	if !ok {
-		t.Fatalf("%s has no script %s", scriptsFile, name)
-	}
-	rig.Must(t, os.WriteFile(filepath.Join(folder, name), []byte(here.Replace(script)), 0o600))
-}
-
-// The Redis servers of deploy/ restart when their scripts change.
-func TestScriptsAreDeployed(t *testing.T) {
-	digest := fmt.Sprintf("%x", sha256.Sum256([]byte(rig.ReadFile(t, scriptsFile))))
-	want := fmt.Sprintf("scripts: %q", digest[:12])
-	if !strings.Contains(rig.ReadFile(t, "deploy/base/redis.yaml"), want) {
-		t.Errorf("the annotation in deploy/base/redis.yaml must be %s", want)
-	}
-}
 
 // The Deployment gives Go half of the container's memory. Go rarely collects garbage
 // below that.
@@ -97,23 +50,30 @@ func TestOverlayOfTheImage(t *testing.T) {
 		t.Skip("kubectl, which has kustomize, is not installed")
 	}
 	const start = "```yaml\n# deploy/own/kustomization.yaml\n"
-	_, text, found := strings.Cut(rig.ReadFile(t, "docs/install.md"), start)
-	text, _, ended := strings.Cut(text, "```")
-	if !found || !ended {
-		t.Fatalf("docs/install.md has no %q", start)
+	_, overlay, found := strings.Cut(rig.ReadFile(t, "docs/install.md"), start)
+	overlay, _, ended := strings.Cut(overlay, "```")
+	resources, _, hasImages := strings.Cut(overlay, "images:\n")
+	if !found || !ended || !hasImages {
+		t.Fatalf("docs/install.md has no %q with images", start)
 	}
 	folder := t.TempDir()
 	rig.Must(t, os.CopyFS(filepath.Join(folder, "deploy"), os.DirFS(rig.Path("deploy"))))
 	own := filepath.Join(folder, "deploy/own")
 	rig.Must(t, os.Mkdir(own, 0o700))
-	rig.Must(t, os.WriteFile(filepath.Join(own, "kustomization.yaml"), []byte(text), 0o600))
-	out, err := exec.Command("kubectl", "kustomize", own).CombinedOutput()
-	if err != nil {
-		t.Fatalf("kubectl kustomize: %v\n%s", err, out)
+	imagesOf := func(overlay string) []string {
+		rig.Must(t, os.WriteFile(filepath.Join(own, "kustomization.yaml"), []byte(overlay), 0o600))
+		out, err := exec.Command("kubectl", "kustomize", own).CombinedOutput()
+		if err != nil {
+			t.Fatalf("kubectl kustomize: %v\n%s", err, out)
+		}
+		return regexp.MustCompile(`\S+/at-least-semaphore-pod-hook:v\S+`).FindAllString(string(out), -1)
 	}
-	images := regexp.MustCompile(`\S+/at-least-semaphore-pod-hook:v\S+`).FindAllString(string(out), -1)
-	want := slices.Repeat([]string{"registry.example.org/at-least-semaphore-pod-hook:v1"}, 3)
-	if !slices.Equal(images, want) {
+	released := imagesOf(resources)
+	if len(released) < 3 { // webhook, gate and sidecars
+		t.Errorf("the images are %q", released)
+	}
+	want := slices.Repeat([]string{"registry.example.org/at-least-semaphore-pod-hook:v1"}, len(released))
+	if images := imagesOf(overlay); !slices.Equal(images, want) {
 		t.Errorf("the images are %q, want %q", images, want)
 	}
 }
@@ -124,7 +84,7 @@ func TestPriority(t *testing.T) {
 	const class = "at-least-semaphore-pod-hook"
 	workload := regexp.MustCompile(`(?m)^kind: (Deployment|StatefulSet|DaemonSet|Job|CronJob|Pod)$`)
 	workloads := 0
-	for _, folder := range []string{"deploy/base", "deploy/etcd", "deploy/gate"} {
+	for _, folder := range []string{"deploy/base", "deploy/etcd", "deploy/gate", sentinelFolder} {
 		files, err := filepath.Glob(rig.Path(folder + "/*.yaml"))
 		rig.Must(t, err)
 		for _, file := range files {
@@ -151,29 +111,33 @@ func TestPriority(t *testing.T) {
 	}
 }
 
-// shellcheck reports nothing about the scripts of deploy/. "make lint" installs it and
-// runs this test.
-func TestScriptsPassShellcheck(t *testing.T) {
-	rig.SkipSlow(t, "make lint")
-	var files []string
-	rig.Must(t, filepath.WalkDir(rig.Path("deploy"), func(path string, _ fs.DirEntry, err error) error {
-		if filepath.Ext(path) == ".sh" {
-			files = append(files, path)
-		}
-		return err
-	}))
+// kustomize builds the overlays in the documents.
+func TestOverlaysOfDocuments(t *testing.T) {
+	if _, err := exec.LookPath("kubectl"); err != nil {
+		t.Skip("kubectl, which has kustomize, is not installed")
+	}
+	t.Parallel()
 	folder := t.TempDir()
-	here := strings.NewReplacer(scriptsPath, folder+"/")
-	for name := range deployedScripts(t) {
-		writeScript(t, folder, name, here)
-		files = append(files, filepath.Join(folder, name))
+	rig.Must(t, os.CopyFS(filepath.Join(folder, "deploy"), os.DirFS(rig.Path("deploy"))))
+	overlay := regexp.MustCompile("(?ms)^( *)```yaml\n *# (deploy/[a-z-]+)/kustomization.yaml\n(.*?)^ *```$")
+	pages, err := filepath.Glob(rig.Path("docs/*.md"))
+	rig.Must(t, err)
+	found := 0
+	for _, page := range pages {
+		text, err := os.ReadFile(page)
+		rig.Must(t, err)
+		for _, m := range overlay.FindAllStringSubmatch(string(text), -1) {
+			found++
+			indent, path := m[1], m[2]
+			rig.Must(t, os.Mkdir(filepath.Join(folder, path), 0o700))
+			rig.Must(t, os.WriteFile(filepath.Join(folder, path, "kustomization.yaml"),
+				[]byte(strings.ReplaceAll("\n"+m[3], "\n"+indent, "\n")), 0o600))
+			if out, err := exec.Command("kubectl", "kustomize", filepath.Join(folder, path)).CombinedOutput(); err != nil {
+				t.Errorf("%s in %s: %v\n%s", path, filepath.Base(page), err, out)
+			}
+		}
 	}
-	if len(files) < 12 {
-		t.Errorf("only %d scripts were found: %q", len(files), files)
-	}
-	slices.Sort(files)
-	check := exec.Command("shellcheck", append([]string{"--shell=sh", "--external-sources"}, files...)...)
-	if out, err := check.CombinedOutput(); err != nil {
-		t.Errorf("shellcheck: %v\n%s", err, strings.ReplaceAll(string(out), folder+"/", scriptsFile+": "))
+	if found < 2 {
+		t.Errorf("only %d overlays were found", found)
 	}
 }

@@ -4,8 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -17,53 +15,21 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-// deployedServers has a Redis for tokens and one for locks, like a pod of deploy/. folder
-// has the passwords of the namespaces.
+// deployedServers has a Redis for tokens and one for locks. Both may be the same.
 type deployedServers struct {
-	tokens, locks   *rig.Redis
-	scripts, folder string
-}
+	tokens, locks *rig.Redis
 
-func startDeployedServers(t *testing.T) *deployedServers {
-	t.Helper()
-	s := &deployedServers{
-		tokens: rig.StartRedis(t), locks: rig.StartRedis(t), scripts: t.TempDir(), folder: t.TempDir()}
-	here := strings.NewReplacer("/etc/redis-namespaces", s.folder, scriptsPath, s.scripts+"/",
-		"6379", rig.Port(s.tokens.Address), "6380", rig.Port(s.locks.Address))
-	writeScript(t, s.scripts, "namespaces", here)
-	writeScript(t, s.scripts, "namespace", here)
-	writeScript(t, s.scripts, "alive", here)
-	user := append([]string{"SETUSER", namespacesUser, "on", ">" + rig.Password}, strings.Fields(rig.NamespacesACL+" "+rig.AliveACL)...)
-	for _, server := range []*rig.Redis{s.tokens, s.locks} {
-		server.Do(t, "ACL", rig.Anys(user)...)
-	}
-	return s
-}
-
-// command returns a shell that runs a script in the folder of the scripts of deploy/.
-func (s *deployedServers) command(script string) *exec.Cmd {
-	cmd := exec.Command("sh", "-c", script)
-	cmd.Dir = s.scripts
-	cmd.Env = append(os.Environ(), "REPLICATION_PASSWORD="+rig.Password)
-	return cmd
-}
-
-func (s *deployedServers) run(t *testing.T, stdin, script string) string {
-	t.Helper()
-	cmd := s.command(script)
-	cmd.Stdin = strings.NewReader(stdin)
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		t.Fatalf("%s: %v: %s", script, err, out)
-	}
-	return string(out)
+	// For TLS: before an address, for the program, and for connections of the test.
+	scheme string
+	flags  []string
+	dial   []redis.DialOption
 }
 
 // connect logs in as the sidecars of a namespace.
 func (s *deployedServers) connect(t *testing.T, server *rig.Redis, namespace, password string) redis.Conn {
 	t.Helper()
 	conn, err := redis.Dial("tcp", server.Address,
-		redis.DialUsername(namespaceUser(namespace)), redis.DialPassword(password))
+		append(s.dial, redis.DialUsername(namespaceUser(namespace)), redis.DialPassword(password))...)
 	rig.Must(t, err)
 	t.Cleanup(func() { conn.Close() })
 	return conn
@@ -72,7 +38,7 @@ func (s *deployedServers) connect(t *testing.T, server *rig.Redis, namespace, pa
 // program returns the program as a user of Redis.
 func (s *deployedServers) program(t *testing.T, user, password string, args ...string) *rig.Process {
 	t.Helper()
-	p := rig.NewProcess(rig.Program(t), args...)
+	p := rig.NewProcess(rig.Program(t), slices.Concat(args[:1], s.flags, args[1:])...)
 	p.Cmd.Env = append(os.Environ(), "REDIS_USERNAME="+user, "REDIS_PASSWORD="+password)
 	p.Start(t)
 	return p
@@ -91,7 +57,7 @@ type sidecar struct {
 func (s *deployedServers) startSidecar(t *testing.T, namespace, password string, id rig.ID, flags ...string) *sidecar {
 	t.Helper()
 	c := &sidecar{servers: s, id: id, token: uuid.NewString()}
-	args := append([]string{"sidecar", "--queue-redis-address=" + s.tokens.Address,
+	args := append([]string{"sidecar", "--queue-redis-address=" + s.scheme + s.tokens.Address,
 		"--heartbeat-interval-seconds=1", "--stale-threshold-seconds=120"}, flags...)
 	c.Process = s.program(t, namespaceUser(namespace), password, append(args, id.String(), c.token)...)
 	return c
@@ -100,7 +66,7 @@ func (s *deployedServers) startSidecar(t *testing.T, namespace, password string,
 // startWaiting starts a sidecar that acquires the only token itself.
 func (s *deployedServers) startWaiting(t *testing.T, namespace, password string, id rig.ID) *sidecar {
 	t.Helper()
-	return s.startSidecar(t, namespace, password, id, "--length=1", "--redis-addresses="+s.locks.Address)
+	return s.startSidecar(t, namespace, password, id, "--length=1", "--redis-addresses="+s.scheme+s.locks.Address)
 }
 
 // holds waits until the sidecar holds its token. If Redis refuses the sidecar, holds
@@ -182,16 +148,10 @@ func isDenied(text string) bool {
 // isRefusal reports whether Redis refuses a password or denies a command in a text.
 func isRefusal(text string) bool { return strings.Contains(text, "WRONGPASS") || isDenied(text) }
 
-// The sidecars of a namespace can use its semaphores. They cannot touch another
-// namespace's: neither read, acquire, release, wait, call nor list.
-func TestNamespacesAreIsolated(t *testing.T) {
-	t.Parallel()
-	s := startDeployedServers(t)
-	s.run(t, "shop-password\n", "sh namespace shop")
-	s.run(t, "other-password\n", "sh namespace shop-2")
-	rig.Must(t, s.live(t, "shop", "shop-password"))
-	rig.Must(t, s.live(t, "shop-2", "other-password"))
-
+// wantIsolated wants the user of the namespace shop, with this password, to reach nothing
+// of the namespace shop-2, and to run no script of its own.
+func (s *deployedServers) wantIsolated(t *testing.T, password string) {
+	t.Helper()
 	id := rig.ID{Namespace: "shop-2", Key: "web"}
 	token := s.tokens.Acquire(t, id, 2)
 	rig.Must(t, s.tokens.Maintain(id, rig.DefaultTiming, 2, true))
@@ -202,7 +162,7 @@ func TestNamespacesAreIsolated(t *testing.T) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
-	ofTokens := s.connect(t, s.tokens, "shop", "shop-password")
+	ofTokens := s.connect(t, s.tokens, "shop", password)
 	deadline := (int64(s.tokens.Now(t)) + 3600) * 1e6
 	for _, script := range []struct {
 		what, name string
@@ -231,7 +191,7 @@ func TestNamespacesAreIsolated(t *testing.T) {
 		_, err := ofTokens.Do(command[0].(string), command[1:]...)
 		wantDenied(fmt.Sprint(command), err)
 	}
-	ofLocks := s.connect(t, s.locks, "shop", "shop-password")
+	ofLocks := s.connect(t, s.locks, "shop", password)
 	for _, command := range [][]any{
 		{"SET", id.LockKey(), "x", "NX", "PX", 1000}, {"GET", id.LockKey()}, {"DEL", id.LockKey()},
 		{"EVAL", "return redis.call('DEL', KEYS[1])", 1, id.LockKey()},
@@ -260,13 +220,13 @@ func TestNamespacesAreIsolated(t *testing.T) {
 			t.Errorf("%v", line)
 		}
 	}
-	waiter := s.startWaiting(t, "shop", "shop-password", id)
-	holder := s.startSidecar(t, "shop", "shop-password", id)
+	waiter := s.startWaiting(t, "shop", password, id)
+	holder := s.startSidecar(t, "shop", password, id)
 	wantLoggedDenial(waiter, "no token yet, to be retried")
 	wantLoggedDenial(holder, "heartbeat failed, to be retried")
 	for _, shown := range []string{"shop-2", id.String()} {
-		p := s.program(t, namespaceUser("shop"), "shop-password",
-			"status", "--queue-redis-address="+s.tokens.Address, shown)
+		p := s.program(t, namespaceUser("shop"), password,
+			"status", "--queue-redis-address="+s.scheme+s.tokens.Address, shown)
 		p.WantExit(t, 1)
 		wantDenied("status "+shown, errors.New(p.Log.String()))
 	}
@@ -274,148 +234,5 @@ func TestNamespacesAreIsolated(t *testing.T) {
 	s.tokens.WantInflight(t, id, token)
 	if after := s.tokens.Dump(t, id); !slices.Equal(after, before) {
 		t.Error("the semaphore has changed")
-	}
-}
-
-// Passwords appear, change and go while the servers run. Connections stay. An old
-// password works until it is removed.
-func TestNamespaceUsersFollowTheirFiles(t *testing.T) {
-	t.Parallel()
-	s := startDeployedServers(t)
-	write := func(namespace, passwords string) {
-		t.Helper()
-		rig.Must(t, os.WriteFile(filepath.Join(s.folder, namespace), []byte(passwords), 0o600))
-	}
-	wantUsers := func(want ...string) {
-		t.Helper()
-		rig.Eventually(t, 30*time.Second, func() error {
-			for _, server := range []*rig.Redis{s.tokens, s.locks} {
-				users, err := redis.Strings(server.Control.Do("ACL", "USERS"))
-				users = slices.DeleteFunc(users, func(u string) bool {
-					return !strings.HasPrefix(u, namespaceUser(""))
-				})
-				slices.Sort(users)
-				if err != nil || !slices.Equal(users, want) {
-					return fmt.Errorf("%s has the users %q, want %q (%v)", server.Address, users, want, err)
-				}
-			}
-			return nil
-		})
-	}
-	follow := rig.NewProcessOf(s.command(". ./namespaces; follow"))
-	follow.Start(t)
-	write("shop", "first 2026-01-01T00:00:00Z\n")
-	wantUsers("sidecar/shop")
-	for server, rules := range map[*rig.Redis]string{s.tokens: withoutLock(rig.SidecarACL), s.locks: rig.LockACL} {
-		got := sorted(s.run(t, "", ". ./namespaces; users "+rig.Port(server.Address)))
-		if want := sorted("user sidecar/shop on >first " + rig.NamespaceRules(rules, "shop")); got != want {
-			t.Errorf("in the configuration is\n%s, want\n%s", got, want)
-		}
-	}
-	old := s.startWaiting(t, "shop", "first", rig.ID{Namespace: "shop", Key: "held"})
-	rig.Must(t, old.holds(t))
-	rig.Must(t, s.live(t, "shop", "first"))
-	connected := s.connect(t, s.tokens, "shop", "first")
-	wantConnected := func() {
-		t.Helper()
-		_, err := connected.Do("TIME")
-		rig.Must(t, err)
-	}
-
-	write("shop", "second 2026-01-02T00:00:00Z\nfirst 2026-01-01T00:00:00Z\n")
-	write("blog", "blog\n")
-	wantUsers("sidecar/blog", "sidecar/shop")
-	wantConnected()
-	old.wantBeat(t)
-	rig.Must(t, s.live(t, "shop", "second"))
-	rig.Must(t, s.live(t, "shop", "first"))
-	rig.Must(t, old.end(t))
-
-	// deploy/namespace.sh sends Redis a password before the file has it.
-	s.run(t, "third\n", "sh namespace shop")
-	announced := s.startWaiting(t, "shop", "third", rig.ID{Namespace: "shop", Key: "announced"})
-	rig.Must(t, announced.holds(t))
-	wantConnected()
-	write("shop", "third 2026-01-03T00:00:00Z\n")
-	rig.Must(t, os.Remove(filepath.Join(s.folder, "blog"))) // by mistake
-	rig.Eventually(t, 30*time.Second, func() error {
-		conn, err := redis.Dial("tcp", s.locks.Address,
-			redis.DialUsername(namespaceUser("shop")), redis.DialPassword("second"))
-		if err == nil {
-			conn.Close()
-			return errors.New("a removed password still works")
-		}
-		return nil
-	})
-	wantUsers("sidecar/blog", "sidecar/shop")
-	rig.Must(t, s.live(t, "shop", "third"))
-	if err := s.live(t, "shop", "second"); err == nil || !strings.Contains(err.Error(), "WRONGPASS") {
-		t.Errorf("with a removed password: %v", err)
-	}
-	follow.Kill() // it may be about to read the removed file, and would make the other user again
-	for _, namespace := range []string{"shop", "blog"} {
-		s.run(t, "", "sh namespace "+namespace)
-	}
-	wantUsers()
-	wrong := s.command("REPLICATION_PASSWORD=wrong sh namespace shop </dev/null")
-	if out, err := wrong.CombinedOutput(); err == nil || !strings.Contains(string(out), "WRONGPASS") {
-		t.Errorf("with a wrong password: %v: %s", err, out)
-	}
-}
-
-// The liveness probe fails while a server does not answer, or is BUSY with a script that
-// cannot be killed. It passes with any other answer: a restart would not help.
-func TestAlive(t *testing.T) {
-	t.Parallel()
-	s := startDeployedServers(t)
-	r := s.locks
-	alive := func() (string, error) {
-		out, err := s.command("sh alive " + rig.Port(r.Address)).CombinedOutput()
-		return string(out), err
-	}
-	wantAlive := func(when string) {
-		t.Helper()
-		rig.Eventually(t, 20*time.Second, func() error {
-			if out, err := alive(); err != nil {
-				return fmt.Errorf("%s: %v: %s", when, err, out)
-			}
-			return nil
-		})
-	}
-	wantDead := func(when, text string) {
-		t.Helper()
-		rig.Eventually(t, 20*time.Second, func() error {
-			if out, err := alive(); err == nil || !strings.Contains(out, text) {
-				return fmt.Errorf("%s: %v: %s", when, err, out)
-			}
-			return nil
-		})
-	}
-	wantAlive("at rest")
-	r.Do(t, "CONFIG", "SET", "maxclients", 1)
-	wantAlive("with as many connections as it accepts")
-	r.Do(t, "CONFIG", "SET", "maxclients", 100)
-	r.Do(t, "ACL", "SETUSER", namespacesUser, "resetpass", ">another")
-	wantAlive("with another password")
-	r.Do(t, "ACL", "SETUSER", namespacesUser, "resetpass", ">"+rig.Password)
-	r.Pause(t)
-	wantDead("paused", "no answer")
-	r.Resume(t)
-	wantAlive("resumed")
-	r.Do(t, "CONFIG", "SET", "busy-reply-threshold", 10)
-	rig.Must(t, r.Control.Send("EVAL", "redis.call('SET', KEYS[1], 1) while true do end", 1, "key"))
-	rig.Must(t, r.Control.Flush())
-	wantDead("busy", "BUSY")
-	r.Kill()
-	<-r.Done()
-	wantDead("gone", "Could not connect")
-}
-
-// Redis closes idle connections, also of clients that never log in.
-func TestIdleConnectionsAreClosed(t *testing.T) {
-	for _, name := range []string{"redis", "lock"} {
-		if n := strings.Count(deployedScripts(t)[name], "\ntimeout 300\n"); n != 1 {
-			t.Errorf("the configuration of %s sets the timeout %d times", name, n)
-		}
 	}
 }

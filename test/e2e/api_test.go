@@ -129,8 +129,23 @@ type openShell struct {
 	out     *bufio.Reader
 }
 
-// inRedis are shells beside the first Redis.
-var inRedis = &shells{pod: "redis-0", container: "redis"}
+// inRedis are shells beside Redis. redisCLI is a command in there that sends Redis commands
+// as the webhook's user.
+var (
+	inRedis  = &shells{pod: "deployment/redis", container: "redis"}
+	redisCLI string
+)
+
+// findRedis sets redisCLI for what is installed.
+func findRedis() error {
+	if installed == sentinelFolder {
+		inRedis.pod, redisCLI = "redis-0", "sh /etc/redis/cli.sh"
+		return nil
+	}
+	password, err := hook("get", "secret", "redis", "-o", `go-template={{index .data "webhook-password" | base64decode}}`)
+	redisCLI = "REDISCLI_AUTH=" + password + " redis-cli -s /run/redis/redis.sock --user webhook --no-auth-warning"
+	return err
+}
 
 // run runs a script that only asks, and so can be run twice: a shell that was open may
 // have ended with its container.

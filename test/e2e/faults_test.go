@@ -3,12 +3,10 @@
 package e2e
 
 import (
-	"encoding/base64"
 	"fmt"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 // bracketed returns a pattern that matches a text, but not the command line that contains
@@ -96,43 +94,67 @@ func (c *secretChange) reachDuring(command string, s *stream) {
 	must(c.T, <-done)
 }
 
-// The certificate is renewed by the documented command, and then in place. No admission
-// fails meanwhile.
+// deleteKey returns the command that deletes a key of a Secret. setup makes it anew.
+func deleteKey(secret, key string) string {
+	return fmt.Sprintf(`kubectl -n %s patch secret %s --type=json -p '[{"op": "remove", "path": "/data/%s"}]'`,
+		hookNamespace, secret, key)
+}
+
+// setup makes a new certificate where one is deleted. No admission fails meanwhile.
 func TestCertificateRenewed(t *testing.T) {
 	t.Parallel()
 	configuring.Lock()
 	defer configuring.Unlock()
 	n := newNamespace(t)
 	s := startStream(n)
-	newSecretChange(t, `"serialNumber":`).reachDuring("deploy/certificate.sh", s)
+	newSecretChange(t, `"serialNumber":`).reachDuring("kubectl -n "+hookNamespace+" delete secret webhook-certificate", s)
 	s.wantAllAdmitted()
+}
 
-	// In place, as cert-manager does it: no webhook restarts.
-	s = startStream(n)
-	dir := t.TempDir()
-	must(t, shell(fmt.Sprintf(`openssl req -x509 -newkey rsa:2048 -nodes -days 30 -subj /CN=renewed -set_serial 0x5EED \
-		-addext subjectAltName=DNS:webhook.%s.svc -keyout %s/tls.key -out %s/tls.crt 2>&1`, hookNamespace, dir, dir)))
-	renewed, err := os.ReadFile(filepath.Join(dir, "tls.crt"))
-	must(t, err)
-	configuration := "mutatingwebhookconfiguration/" + hookNamespace
-	encoded, err := kubectl("", "get", configuration, "-o", "jsonpath={.webhooks[0].clientConfig.caBundle}")
-	must(t, err)
-	old, err := base64.StdEncoding.DecodeString(encoded)
-	must(t, err)
-	trust := func(bundle []byte) {
-		encoded := base64.StdEncoding.EncodeToString(bundle)
-		must(t, errOf(kubectl("", "patch", configuration, "--type=json", "-p", fmt.Sprintf(`[
-			{"op": "add", "path": "/webhooks/0/clientConfig/caBundle", "value": %q},
-			{"op": "add", "path": "/webhooks/1/clientConfig/caBundle", "value": %q}]`, encoded, encoded))))
+// The password of the webhook changes, and no admission fails meanwhile.
+func TestPasswordChanged(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	s := startStream(n)
+	password := func() string {
+		out, err := hook("get", "secret", "redis", "-o", `go-template={{with index .data "webhook-password"}}{{. | base64decode}}{{end}}`)
+		must(t, err)
+		return out
 	}
-	trust(append(append([]byte{}, old...), renewed...))
-	secret, err := hook("create", "secret", "tls", "webhook-certificate", "--cert="+dir+"/tls.crt", "--key="+dir+"/tls.key",
-		"--dry-run=client", "-o", "yaml")
-	must(t, err)
-	change := newSecretChange(t, `"serialNumber":"5EED"`)
-	_, err = kubectl(secret, "-n", hookNamespace, "apply", "-f", "-")
-	must(t, err)
-	change.reach(func() { s.wantMore(10) })
-	trust(renewed)
+	before := password()
+	must(t, shell(deleteKey("redis", "webhook-password")))
+	eventually(t, patience, func() error {
+		if now := password(); now == "" || now == before {
+			return fmt.Errorf("the password is %q", now)
+		}
+		return nil
+	})
+	s.wantMore(30)
 	s.wantAllAdmitted()
+}
+
+// The only Redis goes while pods are created, hold tokens and wait for them, and another
+// one starts empty. The holders put themselves back, never too many apps work, no pod
+// loses its place, and the line moves on.
+func TestRedisGone(t *testing.T) {
+	l := newLine(newNamespace(t), 4)
+	for name, flags := range map[string][]string{"deleted": nil, "by force": {"--grace-period=0", "--force"}} {
+		if !t.Run(name, func(t *testing.T) {
+			l.T = t
+			s := startStream(l.namespace)
+			s.wantAdmittedSince(time.Now())
+			gone := time.Now()
+			deleteRedis(t, flags...)
+			s.wantAdmittedSince(time.Now())
+			back := time.Now()
+			t.Logf("a new pod was admitted %s after the loss; %d s of these are those of holders to come back",
+				inSeconds(back.Sub(gone)), heartbeatSeconds+3)
+			s.wantMore(10)
+			s.wantAdmitted(gone, back)
+			l.wantWhole()
+		}) {
+			return // its pods may have lost their places
+		}
+	}
+	l.T = t
 }

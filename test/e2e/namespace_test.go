@@ -6,33 +6,58 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 )
 
 // password returns the password of new sidecars of the namespace.
 func (n *namespace) password() string {
 	n.Helper()
 	return n.kubectl("get", "secret", "at-least-semaphore-pod-redis",
-		"-o", "go-template={{.data.password | base64decode}}")
+		"-o", "go-template={{with .data.password}}{{. | base64decode}}{{end}}")
+}
+
+// newPassword deletes the password of new sidecars, and waits until setup has made another.
+func (n *namespace) newPassword() {
+	n.Helper()
+	before := n.password()
+	n.kubectl("patch", "secret", "at-least-semaphore-pod-redis", "--type=json", "-p", `[{"op": "remove", "path": "/data/password"}]`)
+	eventually(n.T, patience, func() error {
+		if now := n.password(); now == "" || now == before {
+			return fmt.Errorf("the password is %q", now)
+		}
+		return nil
+	})
 }
 
 // good returns how many passwords of the namespace Redis accepts.
 func (n *namespace) good() int {
 	n.Helper()
-	out, err := hook("get", "secret", "redis-namespaces",
-		"-o", fmt.Sprintf("go-template={{index .data %q | base64decode}}", n.name))
+	out, err := hook("get", "secret", "redis-users", "-o", "go-template={{index .data \"passwords\" | base64decode}}")
 	must(n.T, err)
-	return strings.Count(out, "\n")
+	return strings.Count("\n"+out, "\nsidecar/"+n.name+" ")
 }
 
-// The webhook warns of a namespace without a user in Redis, and a pod there starts when
-// the command has made one. Pods keep their tokens when the password changes. The command
-// also removes the user. For passwords after a restart of Redis, see testAllRedisDeleted.
+// wantGood waits until Redis accepts so many passwords of the namespace.
+func (n *namespace) wantGood(want int) {
+	n.Helper()
+	eventually(n.T, patience, func() error {
+		if got := n.good(); got != want {
+			return fmt.Errorf("%d passwords are good, want %d", got, want)
+		}
+		return nil
+	})
+}
+
+// The webhook warns of a namespace without the label, and a pod there starts when the
+// namespace has got it. Pods keep their tokens when the password changes. Without the label,
+// user and Secret go with the last pod.
 func TestNamespace(t *testing.T) {
 	t.Parallel()
 	n := forgottenNamespace(t)
+	label := "kubectl label namespace " + n.name + " " + labelSidecars
 	eventually(t, patience, func() error { // a webhook asks for the users once a minute
 		warnings, err := n.createWarned(pod("first", "own", 3), "--dry-run=server")
-		if err == nil && !strings.Contains(warnings, "run deploy/namespace.sh "+n.name) {
+		if err == nil && !strings.Contains(warnings, label) {
 			err = fmt.Errorf("warned of %q", warnings)
 		}
 		return err
@@ -46,54 +71,33 @@ func TestNamespace(t *testing.T) {
 		}
 		return err
 	})
+	start := time.Now()
 	n.enable()
 	n.wantRunning("first")
+	t.Logf("a pod that waited for the label ran after %s", inSeconds(time.Since(start)))
 	warnings, err := n.createWarned(pod("second", "own", 3))
 	if err != nil || warnings != "" {
 		t.Errorf("warned of %q, %v", warnings, err)
 	}
 	n.wantRunning("second")
-	first := n.password()
-
-	n.enable()
-	if n.password() == first || n.good() != 2 {
-		t.Errorf("%d passwords are good; the password is the same: %v", n.good(), n.password() == first)
-	}
+	n.newPassword()
+	n.wantGood(2)
 	n.create(pod("third", "own", 3))
 	n.wantRunning("third")
 	n.delete("first", "second", "third")
 	n.wantCounts("own", 3, 0) // all sidecars could give back, with the passwords that they had
-	n.enable()
-	n.enable()
-	if n.good() != 2 { // no pod has an older password
-		t.Errorf("%d passwords are good", n.good())
-	}
+	n.wantGood(1)             // no pod has the older password
 
 	n.create(pod("last", "own", 3))
 	n.wantRunning("last")
-	err = shell("deploy/namespace.sh --delete " + n.name)
-	if err == nil || !strings.Contains(err.Error(), "delete these first: last") {
-		t.Errorf("with a pod: %v", err)
-	}
+	must(t, errOf(kubectl("", "label", "namespace", n.name, labelSidecars+"-")))
 	n.delete("last")
-	n.enable("--delete")
-	for i := range 3 {
-		for _, port := range []string{"6379", "6380"} {
-			again := fmt.Sprintf(`. /etc/redis/namespaces; echo "ACL DELUSER sidecar/%s" | acl %s`, n.name, port)
-			removed, err := hook("exec", fmt.Sprintf("redis-%d", i), "-c", "redis", "--", "sh", "-c", again)
-			if err != nil || strings.TrimSpace(removed) != "0" {
-				t.Errorf("port %s of redis-%d still had the user: %s, %v", port, i, removed, err)
-			}
+	n.wantCounts("own", 3, 0)
+	eventually(t, patience, func() error {
+		out, err := n.try("get", "secret", "at-least-semaphore-pod-redis", "--ignore-not-found")
+		if good := n.good(); err == nil && out+fmt.Sprint(good) != "0" {
+			err = fmt.Errorf("there are still %d passwords, and %s", good, out)
 		}
-	}
-	out, err := n.try("get", "secret", "at-least-semaphore-pod-redis", "--ignore-not-found")
-	if err != nil || out != "" {
-		t.Errorf("there is still %s, %v", out, err)
-	}
-	n.enable("--delete") // again
-	for _, wrong := range []string{"", "Shop", "--delete", "a b", "../shop", "no-such-namespace"} {
-		if err := shell("deploy/namespace.sh " + wrong); err == nil {
-			t.Errorf("it accepts %q", wrong)
-		}
-	}
+		return err
+	})
 }

@@ -45,10 +45,13 @@ func newNamespace(t *testing.T, labels ...string) *namespace {
 	return n
 }
 
-// enable runs namespace.sh, which gives the sidecars of the namespace a user in Redis.
-func (n *namespace) enable(flags ...string) {
+const labelSidecars = annotationPrefix + "sidecars"
+
+// enable labels the namespace, and waits until its sidecars have a user in Redis.
+func (n *namespace) enable() {
 	n.Helper()
-	must(n.T, shell("deploy/namespace.sh "+strings.Join(append(flags, n.name), " ")))
+	must(n.T, errOf(kubectl("", "label", "namespace", n.name, labelSidecars+"=true")))
+	eventually(n.T, patience, func() error { return errOf(n.try("get", "secret", "at-least-semaphore-pod-redis")) })
 }
 
 // forgottenNamespace makes a namespace whose sidecars have no user in Redis.
@@ -299,7 +302,7 @@ func (n *namespace) wantAdmitted(o object) {
 // redis runs Redis commands, in which KEY stands for a semaphore. It returns the words of
 // their replies.
 func (n *namespace) redis(key string, commands ...string) ([]string, error) {
-	script := "sh /etc/redis/cli <<'COMMANDS'\n"
+	script := redisCLI + " <<'COMMANDS'\n"
 	for _, c := range commands {
 		script += strings.ReplaceAll(c, "KEY", n.name+"/"+key) + "\n"
 	}

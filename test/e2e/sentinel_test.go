@@ -5,251 +5,318 @@ package e2e
 import (
 	"errors"
 	"fmt"
-	"strconv"
+	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 )
 
-// Each of these tests replaces the primary of Redis, or stops a Sentinel.
-func TestSentinels(t *testing.T) {
-	t.Run("HandOverIsToldToAll", testHandOverIsToldToAll)
-	t.Run("HandOverWaitsForReplicas", testHandOverWaitsForReplicas)
-	t.Run("NoZombies", testRedisHasNoZombies)
-	t.Run("BusyForNothing", testSentinelBusyForNothing)
-}
-
-// A Sentinel with a connection that was refused at first, and opened all the same, is
-// busy for nothing. It restarts only when the other Sentinels are there: two must be, to
-// replace a primary.
-func testSentinelBusyForNothing(t *testing.T) {
-	wantAtRest(t) // also after the faults that tests before have caused
-	address, err := hook("get", "pod", "redis-0", "-o", "jsonpath={.status.podIP}")
-	must(t, err)
-	// The rule refuses the first SYN of a connection, and not the second. The quota is
-	// for two SYNs of 60 bytes, one to each other Sentinel.
-	rule := fmt.Sprintf("FORWARD -s %s -p tcp --dport 26379 --syn -m quota --quota 120 -j REJECT", address)
-	for tries := 1; ; tries++ {
-		must(t, onNode("iptables -I "+rule))
-		remove := sync.OnceFunc(func() { must(t, onNode("iptables -D "+rule)) })
-		t.Cleanup(remove)
-		_, err = hook("exec", "redis-0", "-c", "sentinel", "--", "sh", "-c", "kill 1")
-		must(t, err)
-		var used int
-		eventually(t, patience, func() error {
-			used, err = usedBySentinel(0)
-			return err
-		})
-		remove()
-		t.Logf("it uses %d hundredths of a second in two seconds", used)
-		if used >= 50 {
-			break
-		}
-		if tries == 5 {
-			t.Fatal("it was never busy for nothing")
-		}
-	}
-	// Another Sentinel stands still.
-	signal := func(name string) {
-		_, err := hook("exec", "redis-1", "-c", "sentinel", "--", "sh", "-c", "kill -"+name+" "+sentinelProcess)
-		must(t, err)
-	}
-	signal("STOP")
-	resume := sync.OnceFunc(func() { signal("CONT") })
-	t.Cleanup(resume)
-	eventually(t, 2*patience, func() error {
-		log, err := hook("logs", "redis-0", "-c", "sentinel")
-		if err == nil && !strings.Contains(log, "busy for nothing, but needed: ") {
-			err = errors.New(log)
-		}
-		return err
-	})
-	resume()
-	wantAtRest(t)
-	log, err := hook("logs", "redis-0", "-c", "sentinel", "--previous")
-	if err != nil || !strings.Contains(log, "busy for nothing: ") {
-		t.Errorf("it did not end itself: %v, %s", err, log)
-	}
-}
-
-// cutOff drops or rejects the packets that one pod of Redis sends to the server of
-// another, until the function that it returns is called, or the test ends.
-func cutOff(t *testing.T, from, to, how string) (end func()) {
+// primaryPod returns the pod of the primary.
+func primaryPod(t *testing.T) string {
 	t.Helper()
-	var addresses []any
-	for _, name := range []string{from, to} {
-		address, err := hook("get", "pod", name, "-o", "jsonpath={.status.podIP}")
-		must(t, err)
-		addresses = append(addresses, address)
+	out, err := hook("exec", "redis-0", "--", "sh", "/etc/redis/primary.sh")
+	must(t, err)
+	name := strings.TrimSpace(out)
+	if name == "" {
+		t.Fatal("no Sentinel names a primary")
 	}
-	rule := fmt.Sprintf("FORWARD -s %s -d %s -p tcp --dport 6379 -j ", addresses...) + how
-	must(t, onNode("iptables -I "+rule))
-	end = sync.OnceFunc(func() { must(t, onNode("iptables -D "+rule)) })
-	t.Cleanup(end)
-	return end
+	return name
 }
 
-// A primary that hands over names the next primary to all its replicas. Here, the
-// Sentinels cannot reach the other replica, because packets get lost.
-func testHandOverIsToldToAll(t *testing.T) {
-	wantSettled(t)
-	t.Cleanup(func() { wantSettled(t) })
-	primary := primaryPod(t)
-	others := otherPods(primary)
-	cutOff(t, others[0], others[1], "DROP")
-	cutOff(t, others[1], others[0], "DROP")
-	for _, name := range others {
-		eventually(t, patience, func() error {
-			out, err := withFunctions(name, `sentinel "$me" SENTINEL REPLICAS tokens`)
-			if err == nil && strings.Count(out, "last-ping-sent\n0\n") > 1 {
-				err = fmt.Errorf("the Sentinel of %s reaches all replicas: %s", name, out)
+// opinion is what one pod of Redis says.
+type opinion struct {
+	text    string // all of it
+	named   string // the primary that its Sentinel names
+	primary bool
+	online  int // replicas, of a primary
+	err     error
+}
+
+// opinions asks all pods of Redis at the same time.
+func opinions() []opinion {
+	all := make([]opinion, 3)
+	var asked sync.WaitGroup
+	for i := range all {
+		asked.Go(func() {
+			out, err := withFunctions(fmt.Sprintf("redis-%d", i), `opinion_of "$me"; redis 127.0.0.1 INFO replication`)
+			said, info, _ := strings.Cut(out, "\n")
+			_, named, _ := strings.Cut(said, " ") // after the epoch
+			primary, online := strings.Contains(info, "role:master"), strings.Count(info, "state=online")
+			all[i] = opinion{out, named, primary, online, err}
+		})
+	}
+	asked.Wait()
+	return all
+}
+
+// agreed returns nil if there is one primary with that number of replicas, and the
+// Sentinels of at least that number of pods name it, and none another.
+func agreed(pods, replicas int) error {
+	var said strings.Builder
+	answers, primaries, online := 0, 0, 0
+	named := map[string]bool{}
+	for _, o := range opinions() {
+		if o.err != nil {
+			fmt.Fprintln(&said, o.err)
+			continue
+		}
+		answers++
+		said.WriteString(o.text)
+		named[o.named] = true
+		if o.primary {
+			primaries++
+			online = o.online
+		}
+	}
+	if answers < pods || primaries != 1 || online < replicas || len(named) != 1 {
+		return fmt.Errorf("%d pods answer, %d primaries, %d replicas online, %d primaries are named: %s",
+			answers, primaries, online, len(named), &said)
+	}
+	return nil
+}
+
+// wantSettled waits until all pods of Redis are ready, agree on one primary, and two
+// replicas are in sync with it. Two Sentinels may have promoted a replica each. Then that
+// takes ten seconds more than the first admission.
+func wantSettled(t *testing.T) {
+	t.Helper()
+	eventually(t, patience, func() error { return agreed(3, 2) })
+	must(t, rolledOut("statefulset/redis"))
+}
+
+// fault is something that happens to Redis.
+type fault struct {
+	cause  func(primary string)
+	mend   func()      // ends the fault, unless nil
+	outage bool        // admissions may fail, until the Sentinels agree on a primary
+	lost   func() bool // whether the data may be lost; if nil, it may not
+}
+
+// failover causes a fault while pods are created, hold tokens and wait for them. It
+// returns whether Redis still has all data.
+func (l *line) failover(f fault) (whole bool) {
+	l.Helper()
+	wantSettled(l.T)
+	l.Cleanup(func() { logRedis(l) })
+	alone := fmt.Sprintf("alone-%d", l.made)
+	l.create(pod(alone, alone, 2, held)) // only Redis knows of its token
+	l.wantCounts(alone, 1, 1)
+	s := startStream(l.namespace)
+	s.wantAdmittedSince(time.Now())
+	before, at := primaryPod(l.T), time.Now()
+	f.cause(before)
+	l.Logf("done with %s after %s", before, inSeconds(time.Since(at)))
+	s.wantAdmittedSince(time.Now())
+	if f.mend != nil {
+		f.mend()
+	}
+	agreedAt := at
+	if f.outage {
+		eventually(l.T, patience, func() error { return agreed(2, 1) })
+		s.wantAdmittedSince(time.Now())
+		agreedAt = time.Now()
+	}
+	wantSettled(l.T)
+	s.wantAdmittedSince(time.Now())
+	s.wantAdmitted(at, agreedAt)
+	l.Logf("the primary was %s, and is %s", before, primaryPod(l.T))
+	if f.lost != nil && f.lost() {
+		return false
+	}
+	l.wantCounts(alone, 1, 1)
+	l.wantWhole()
+	return true
+}
+
+// TestSentinelFaults causes one fault of Redis after the other. The same pods hold tokens
+// and wait all the time.
+func TestSentinelFaults(t *testing.T) {
+	if installed != sentinelFolder {
+		t.Skip("the installation has no Sentinels; run \"make e2e-sentinel\"")
+	}
+	var l *line
+	for _, f := range []struct {
+		name string
+		test func(l *line)
+	}{
+		{"PrimaryEvicted", testPrimaryEvicted},
+		{"PrimaryDeletedByForce", testPrimaryDeletedByForce},
+		{"PrimaryLosesItsVolume", testPrimaryLosesItsVolume},
+		{"PrimaryNodeLost", testPrimaryNodeLost},
+		{"AllDeleted", testAllRedisDeleted},
+		{"AllDeletedByForce", testAllRedisDeletedByForce},
+		{"RollingRestart", testRedisRollingRestart},
+	} {
+		if l == nil {
+			l = newLine(newNamespace(t), 3)
+		}
+		if !t.Run(f.name, func(t *testing.T) {
+			l.T = t
+			f.test(l)
+		}) || l.temporary {
+			l = nil // its pods may have lost their places
+			continue
+		}
+		l.T = t
+	}
+}
+
+// The primary is evicted, as when its node is drained. It ends when its replicas have all
+// data.
+func testPrimaryEvicted(l *line) {
+	l.failover(fault{outage: true, cause: func(primary string) {
+		eviction := object{"apiVersion": "policy/v1", "kind": "Eviction", "metadata": object{"name": primary}}
+		path := "/api/v1/namespaces/" + hookNamespace + "/pods/" + primary + "/eviction"
+		must(l.T, errOf(api.do(http.MethodPost, path, "application/json", eviction)))
+		_, err := hook("wait", "--for=delete", "pod/"+primary, "--timeout="+patience.String())
+		must(l.T, err)
+	}})
+}
+
+// All pods are restarted one after the other, as when a setting changes.
+func testRedisRollingRestart(l *line) {
+	l.failover(fault{outage: true, cause: func(string) {
+		_, err := hook("rollout", "restart", "statefulset/redis")
+		must(l.T, err)
+		must(l.T, rolledOut("statefulset/redis"))
+	}})
+}
+
+// The primary's pod is deleted by force: it comes back with another address.
+func testPrimaryDeletedByForce(l *line) {
+	l.failover(fault{outage: true, cause: func(primary string) {
+		_, err := hook("delete", "pod", primary, "--grace-period=0", "--force")
+		must(l.T, err)
+	}})
+}
+
+// The primary comes back at once, without the contents of its volume. It does not empty
+// the replicas: it waits until it is replaced.
+func testPrimaryLosesItsVolume(l *line) {
+	l.failover(fault{outage: true, cause: func(primary string) {
+		_, err := hook("exec", primary, "--", "sh", "-c", "rm -rf /data/*")
+		must(l.T, err)
+		killRedis(l.T, primary)
+		eventually(l.T, patience, func() error {
+			log, err := hook("logs", primary)
+			if err == nil && !strings.Contains(log, "nothing in /data") {
+				err = errors.New(log)
 			}
 			return err
 		})
-	}
-	start := time.Now()
-	must(t, resign(primary))
-	t.Logf("handed over after %s", inSeconds(time.Since(start)))
-	wantHandedOver(t, primary)
+	}})
 }
 
-// A primary takes writes until all replicas that may be promoted have its data. Only then
-// it hands over.
-func testHandOverWaitsForReplicas(t *testing.T) {
-	wantSettled(t)
-	t.Cleanup(func() { wantSettled(t) })
-	primary := primaryPod(t)
-	stats := func() (online, pauses int) {
-		t.Helper()
-		out, err := withFunctions(primary, "redis 127.0.0.1 INFO replication commandstats")
-		must(t, err)
-		if _, calls, found := strings.Cut(out, "cmdstat_client|pause:calls="); found {
-			_, err = fmt.Sscan(calls[:strings.IndexByte(calls, ',')], &pauses)
-			must(t, err)
-		}
-		return strings.Count(out, "state=online"), pauses
-	}
-	restore := cutOff(t, otherPods(primary)[1], primary, "REJECT")
-	must(t, errOf(withFunctions(primary, "redis 127.0.0.1 CLIENT KILL TYPE replica")))
-	eventually(t, patience, func() error {
-		if online, _ := stats(); online != 1 {
-			return fmt.Errorf("%d replicas are online", online)
-		}
-		return nil
-	})
-	_, before := stats()
-	done := make(chan error, 1)
-	go func() { done <- resign(primary) }()
-	for end := time.Now().Add(4 * time.Second); time.Now().Before(end); { // it waits for 15 seconds
-		select {
-		case err := <-done:
-			t.Fatalf("it has handed over: %v", err)
-		default:
-		}
-		if _, pauses := stats(); pauses != before {
-			t.Fatalf("it paused writes %d times", pauses-before)
-		}
-	}
-	restore()
-	must(t, <-done)
-	wantHandedOver(t, primary)
+// The primary's node is lost: its kubelet is silent, and all processes of the pod are
+// gone.
+func testPrimaryNodeLost(l *line) {
+	resume := sync.OnceFunc(func() { must(l.T, onNode("pkill -CONT -x kubelet")) })
+	defer resume()
+	l.failover(fault{outage: true, mend: resume, cause: func(primary string) {
+		must(l.T, onNode("pkill -STOP -x kubelet"))
+		killRedis(l.T, primary)
+	}})
 }
 
-// otherPods returns the pods of Redis apart from the primary.
-func otherPods(primary string) (names []string) {
-	for i := range 3 {
-		if name := fmt.Sprintf("redis-%d", i); name != primary {
-			names = append(names, name)
+// deleteRedis deletes all pods of Redis at the same time.
+func deleteRedis(t *testing.T, flags ...string) {
+	t.Helper()
+	_, err := hook(append([]string{"delete", "pod", "-l", "app.kubernetes.io/component=redis"}, flags...)...)
+	must(t, err)
+}
+
+// All pods end at the same time, in good order. Afterwards Redis still accepts the
+// passwords of all sidecars.
+func testAllRedisDeleted(l *line) {
+	n := newNamespace(l.T)
+	n.create(pod("old", "passwords", 2))
+	n.wantRunning("old")
+	n.newPassword()
+	n.create(pod("new", "passwords", 2))
+	n.wantRunning("new")
+	l.failover(fault{outage: true, cause: func(string) { deleteRedis(l.T) }})
+	n.wantCounts("passwords", 0, 2)
+	n.delete("old", "new")
+	n.wantCounts("passwords", 2, 0)
+}
+
+// All pods are gone at once, and redis-0, a replica, comes back without its volume. By
+// default it starts as the first primary, and it knows of no other. It must learn of the
+// other from the other Sentinels.
+//
+// On a slow node, the other primary comes back so late that the Sentinels replace it.
+// They may take redis-0, which has no data yet. Then the test tries again.
+func testAllRedisDeletedByForce(l *line) {
+	const tries = 3
+	for range tries {
+		if primaryPod(l.T) == "redis-0" {
+			must(l.T, errOf(withFunctions("redis-1", `sentinel "$me" SENTINEL FAILOVER tokens`)))
 		}
+		eventually(l.T, patience, func() error {
+			if primaryPod(l.T) == "redis-0" {
+				return errors.New("redis-0 is the primary")
+			}
+			return errOf(hook("exec", "redis-0", "--", "sh", "/etc/redis/ready.sh"))
+		})
+		address, err := withFunctions("redis-0", `echo "$me"`)
+		must(l.T, err)
+		if l.failover(fault{
+			outage: true,
+			cause: func(string) {
+				_, err := hook("exec", "redis-0", "--", "sh", "-c", "rm -rf /data/*")
+				must(l.T, err)
+				deleteRedis(l.T, "--grace-period=0", "--force")
+			},
+			lost: func() bool {
+				log, err := hook("logs", "redis-0")
+				must(l.T, err)
+				if strings.Contains(log, "the primary is "+address) || !strings.Contains(log, "the primary is ") {
+					l.Errorf("redis-0 started as the primary:\n%s", log)
+				}
+				return strings.Contains(log, "MASTER MODE enabled")
+			},
+		}) {
+			return
+		}
+		l.Log("the Sentinels have promoted redis-0")
+		*l = *newLine(newNamespace(l.T), 3)
+		l.temporary = true
 	}
-	return names
+	l.Errorf("the Sentinels have promoted redis-0 %d times", tries)
 }
 
 // withFunctions runs a script in a pod of Redis, with the functions of the scripts there.
 func withFunctions(pod, script string) (string, error) {
-	return hook("exec", pod, "--", "sh", "-c", ". /etc/redis/functions; "+script)
+	return hook("exec", pod, "--", "sh", "-c", ". /etc/redis/functions.sh; "+script)
 }
 
-// resign makes the primary hand over.
-func resign(primary string) error {
-	return errOf(hook("exec", primary, "--", "sh", "/etc/redis/resign"))
-}
-
-// wantHandedOver checks that there is another primary, and that all other servers follow
-// it.
-func wantHandedOver(t *testing.T, before string) {
+// killRedis kills all servers of a pod of Redis.
+func killRedis(t *testing.T, pod string) {
 	t.Helper()
-	primary := primaryPod(t)
-	if primary == before {
-		t.Errorf("%s is still the primary", before)
+	uid, err := hook("get", "pod", pod, "-o", "jsonpath={.metadata.uid}")
+	must(t, err)
+	must(t, onNode(fmt.Sprintf(`for p in $(grep -lsE "%s|%s" /proc/[0-9]*/cgroup | cut -d/ -f3); do
+		tr '\0' ' ' </proc/$p/cmdline | grep -q redis-server && kill -KILL $p && killed="$killed $p"
+	done
+	set -- $killed; test $# = 3 || { echo "killed: $*"; exit 1; }`, uid, strings.ReplaceAll(uid, "-", "_"))))
+}
+
+// logRedis logs the words of the servers, Sentinels and sidecars if the test has failed.
+func logRedis(l *line) {
+	if !l.Failed() {
+		return
 	}
 	for i := range 3 {
 		name := fmt.Sprintf("redis-%d", i)
-		want := "slave " + primary
-		if name == primary {
-			want = "master"
-		}
-		got, err := withFunctions(name, `redis 127.0.0.1 ROLE | {
-			read -r role && read -r primary
-			for pod in $pods; do
-				[ "$role $(address_of "$pod")" != "slave $primary" ] || role="slave $pod"
-			done
-			echo "$role"
-		}`)
-		if err != nil || strings.TrimSpace(got) != want {
-			t.Errorf("%s: %q, %v; want %q", name, got, err, want)
-		}
+		role, _ := withFunctions(name, "redis 127.0.0.1 INFO replication; known")
+		server, _ := hook("logs", name, "--tail=30")
+		sentinel, _ := hook("logs", name, "-c", "sentinel", "--tail=40")
+		l.Logf("%s:\n%s\n%s\n%s", name, role, server, sentinel)
 	}
-}
-
-// Processes whose parents have ended do not stay in the containers of Redis. A server
-// that is the first process there would read their ends one by one, and learn late that a
-// replica has all data.
-func testRedisHasNoZombies(t *testing.T) {
-	for i := range 3 {
-		name := fmt.Sprintf("redis-%d", i)
-		for _, container := range []string{"redis", "sentinel", "lock"} {
-			run := func(script string) (string, error) {
-				return hook("exec", name, "-c", container, "--", "sh", "-c", script)
-			}
-			must(t, errOf(run("for i in 1 2 3 4 5; do (sleep 0.1 & exit); done")))
-			eventually(t, patience, func() error {
-				out, err := run("cat /proc/[0-9]*/stat 2>/dev/null; true")
-				if err == nil && (strings.Contains(out, ") Z ") || !strings.Contains(out, "(redis-server)")) {
-					err = fmt.Errorf("%s of %s has:\n%s", container, name, out)
-				}
-				return err
-			})
-		}
+	for _, p := range slices.Concat(l.holders, l.waiters) {
+		log, _ := l.try("logs", p.Name, "-c", sidecarName)
+		l.Logf("%s:\n%s", p.Name, log)
 	}
-}
-
-// wantAtRest waits until each Sentinel takes less than a tenth of a processor. A busy
-// Sentinel restarts within a minute.
-func wantAtRest(t *testing.T) {
-	t.Helper()
-	eventually(t, patience, func() error {
-		for i := range 3 {
-			if used, err := usedBySentinel(i); err != nil || used >= 20 {
-				return fmt.Errorf("the Sentinel of redis-%d used %d hundredths of a second in two seconds, %v", i, used, err)
-			}
-		}
-		return nil
-	})
-}
-
-// sentinelProcess is the process of Sentinel, for a shell in its container.
-const sentinelProcess = "$(grep -lsx redis-server /proc/[0-9]*/comm | cut -d/ -f3)"
-
-// usedBySentinel returns the processor time that a Sentinel takes in two seconds, in
-// hundredths of a second.
-func usedBySentinel(ordinal int) (int, error) {
-	out, err := hook("exec", fmt.Sprintf("redis-%d", ordinal), "-c", "sentinel", "--", "sh", "-c", `pid=`+sentinelProcess+`
-		used() { read -r stat </proc/$pid/stat; set -- ${stat##*) }; echo $((${12} + ${13})); }
-		before=$(used); sleep 2; echo $(($(used) - before))`)
-	if err != nil {
-		return 0, err
-	}
-	return strconv.Atoi(strings.TrimSpace(out))
 }

@@ -23,11 +23,13 @@
 //	              supervisor starts it again. The Makefile has the command for kind
 //	API_CLIENT_CA the authority of the API server's client certificate, if it has one
 //	MEASURE       if not empty, the measurements (TestMeasure...) run, too
+//	DEPLOY        the folder that is installed, deploy if empty; deploy/sentinel for its own tests
 //	KEEP          if not empty, the installation stays
 package e2e
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -51,15 +53,15 @@ const (
 	heartbeatSeconds = 2
 	staleSeconds     = 15
 
-	webhookPassword     = "0123456789abcdef"
-	replicationPassword = "00112233445566778899"
-	statusPassword      = "99887766554433221100"
-	gatePassword        = "55667788990011223344"
-
 	// patience bounds the wait for what must happen. It only decides how late a failure
 	// is reported: no test depends on the speed of the node.
 	patience = 3 * time.Minute
 )
+
+const sentinelFolder = "deploy/sentinel"
+
+// installed is the folder of the installation.
+var installed = cmp.Or(os.Getenv("DEPLOY"), "deploy")
 
 func TestMain(m *testing.M) {
 	code := 1
@@ -205,22 +207,21 @@ func install() error {
 	if err := provideVolumes("redis", "etcd"); err != nil {
 		return err
 	}
-	text, err := manifests("deploy")
+	text, err := manifests(installed)
 	if err != nil {
 		return err
 	}
 	if _, err := kubectl(text, "apply", "-f", "-"); err != nil {
 		return err
 	}
-	if _, err := hook("create", "secret", "generic", "redis", "--from-literal=webhook-password="+webhookPassword,
-		"--from-literal=replication-password="+replicationPassword, "--from-literal=status-password="+statusPassword,
-		"--from-literal=gate-password="+gatePassword); err != nil {
+	redis := "deployment/redis"
+	if installed == sentinelFolder {
+		redis = "statefulset/redis"
+	}
+	if err := rolledOut("deployment/setup", redis, "deployment/webhook"); err != nil {
 		return err
 	}
-	if err := shell("deploy/certificate.sh"); err != nil {
-		return err
-	}
-	if err := rolledOut("statefulset/redis", "deployment/webhook"); err != nil {
+	if err := findRedis(); err != nil {
 		return err
 	}
 	// The API server reaches ready pods only after kube-proxy has learned of them.
@@ -256,20 +257,10 @@ func uninstall() error {
 	if err := poll(patience, func() error { return noPods("-l", label) }); err != nil {
 		return err
 	}
-	if err := remove("-k", filepath.Join(root, "deploy/gate")); err != nil {
-		return err
-	}
-	if err := remove("statefulset,deployment", "-n", hookNamespace, "--all"); err != nil {
-		return err
-	}
-	if err := poll(patience, func() error { return noPods(hookNamespace) }); err != nil {
-		return err
-	}
-	if err := remove("namespace", hookNamespace); err != nil {
-		return err
-	}
-	if err := remove("priorityclass", hookNamespace); err != nil {
-		return err
+	for _, folder := range []string{"deploy/gate", installed} {
+		if err := remove("-k", filepath.Join(root, folder)); err != nil {
+			return err
+		}
 	}
 	if err := remove("namespace", "-l", label); err != nil {
 		return err

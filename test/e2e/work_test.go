@@ -218,8 +218,8 @@ func rollingUpdate(maxSurge, maxUnavailable int) object {
 // Redis.
 func (n *namespace) watchLine(key string) func() map[string]float64 {
 	n.Helper()
-	cmd := exec.Command("kubectl", "-n", hookNamespace, "exec", "redis-0", "--", "sh", "-c", fmt.Sprintf(
-		"while sh /etc/redis/cli ZRANGE 'waiters/{%s}' 0 -1 WITHSCORES; do sleep 1; done", n.name+"/"+key))
+	cmd := exec.Command("kubectl", "-n", hookNamespace, "exec", inRedis.pod, "-c", inRedis.container, "--", "sh", "-c", fmt.Sprintf(
+		"while %s ZRANGE 'waiters/{%s}' 0 -1 WITHSCORES; do sleep 1; done", redisCLI, n.name+"/"+key))
 	out, err := cmd.StdoutPipe()
 	must(n.T, err)
 	must(n.T, cmd.Start())

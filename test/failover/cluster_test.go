@@ -53,7 +53,7 @@ func TestClusterSlotsMove(t *testing.T) {
 		}
 	}
 	f.strike(t, func() {
-		out, err := exec.Command("redis-cli", "--cluster", "reshard", from.Address,
+		out, err := exec.Command("redis-cli", "--user", rig.AdminUser, "--pass", rig.Password, "--cluster", "reshard", from.Address,
 			"--cluster-from", name(from), "--cluster-to", name(to),
 			"--cluster-slots", fmt.Sprint(slots), "--cluster-yes").CombinedOutput()
 		if err != nil {

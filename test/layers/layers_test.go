@@ -21,7 +21,7 @@ import (
 )
 
 // modes are the first files of the lines that are modes.
-var modes = []string{"webhook", "gate", "sidecar", "status"}
+var modes = []string{"webhook", "gate", "sidecar", "setup", "status"}
 
 func TestLayers(t *testing.T) {
 	list, err := os.ReadFile("layers.txt")

@@ -5,7 +5,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/gomodule/redigo/redis"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	"pgregory.net/rapid"
 )
@@ -134,6 +133,18 @@ func TestModelFindsBrokenScripts(t *testing.T) {
 		{"a holder does not report a loss of data",
 			"if evicted or since < created then",
 			"if evicted then"},
+		{"there is no birth guard",
+			"if age and age <= quiet then",
+			"if false then"},
+		{"the birth guard ends too early",
+			"if age and age <= quiet then",
+			"if age and 2 * age < interval then"},
+		{"the birth guard does not hold back newcomers",
+			"settled() or newcomer and now - lost > quiet",
+			"settled() or newcomer"},
+		{"the birth guard begins with the first command",
+			"    created = now - math.max(0, age)\n    lost = created",
+			"    created = now - math.max(0, age)\n    lost = now"},
 		{"a loss of data is reported for ever",
 			"if lost < created then",
 			"if now - lost > quiet then"},
@@ -243,9 +254,7 @@ func breakScripts(t *testing.T, from, to string) scripts {
 	if places != 1 {
 		t.Fatalf("%q is %d times in the scripts", from, places)
 	}
-	return scriptsOf(func(name string) *redis.Script {
-		return rig.NewScript(strings.Replace(rig.ScriptSource(name), from, to, 1))
-	})
+	return scriptsOf(t, func(name string) string { return strings.Replace(rig.ScriptSource(name), from, to, 1) })
 }
 
 // findBroken plays one sequence. It returns the rule that the scripts break, or "".

@@ -127,15 +127,19 @@ func (w *world) keep(gone, stay []*actor, places map[string]int) {
 
 // checkKept compares the reply of keep with the state.
 func (w *world) checkKept(rest []any, d dump, wantHeld []string) {
-	var created, inUse, waiters int
+	var created, inUse, waiters, doubt int
 	var served, held []string
 	var joined []any
-	_, err := redis.Scan(rest, &created, &inUse, &waiters, &served, &held, &joined)
+	_, err := redis.Scan(rest, &created, &inUse, &waiters, &served, &held, &joined, &doubt)
 	rig.Must(w.test, err)
 	if inUse != len(d.inflight) || waiters != len(d.waiters) || !slices.Equal(held, wantHeld) ||
 		created != d.state["created"] {
 		w.fail("keep answered created %d, %d in use, %d waiters, held %v; want %d, %d, %d, %v",
 			created, inUse, waiters, held, d.state["created"], len(d.inflight), len(d.waiters), wantHeld)
+	}
+	unsettled := int(w.second)-max(d.state["resumed"], d.state["lost"]) <= w.quiet
+	if want := d.free == 0 && inUse < d.state["length"] && unsettled; want != (doubt > 0) {
+		w.fail("keep answered a doubt of %d s", doubt)
 	}
 	if want := w.served(d); !slices.Equal(served, want) {
 		w.fail("keep answered that a token is free for %v, want %v", served, want)

@@ -14,7 +14,7 @@ import (
 // breaks a rule. RAPID_CHECKS=10000 plays more sequences, RAPID_STEPS=100 longer ones.
 func TestModel(t *testing.T) {
 	t.Parallel()
-	s := newStore(t, scriptsOf(rig.Script))
+	s := newStore(t, scriptsOf(t, rig.ScriptSource))
 	commands := 0
 	rapid.Check(t, func(t *rapid.T) {
 		commands += playModel(t, s, func(rule string) { t.Fatal(rule) })
@@ -39,7 +39,7 @@ func newStore(t *testing.T, scripts scripts) store {
 func playModel(t *rapid.T, s store, broken func(rule string)) (commands int) {
 	w := newWorld(t, s, broken)
 	defer func() {
-		s.redis.Do(s.test, "DEL", append(w.id.Keys(), w.replica()...)...)
+		s.redis.Do(s.test, "DEL", append(append(w.id.Keys(), w.startedKey()), w.replica()...)...)
 		if w.subscribed() {
 			s.unsubscribe()
 		}
@@ -297,6 +297,7 @@ func (w *world) playLateBack() {
 	}
 	w.liveUntilAllCame()
 	w.pass(w.quiet + lineQuiet)
+	w.expected.guard = nil
 	w.logf("Redis was away, and the first in line comes back late")
 	for _, p := range w.order {
 		if p.alive() {
@@ -325,6 +326,7 @@ func (w *world) playOutage() {
 	w.liveUntilAllCame()
 	seconds := rapid.SampledFrom([]int{1, 5, w.quiet, w.quiet + 1, w.threshold + 1, 600}).Draw(w.t, "seconds")
 	w.pass(seconds)
+	w.expected.guard = nil // the server may be older when the first command comes
 	w.logf("Redis was away for %d s", seconds)
 	for _, p := range w.order {
 		back := min(beatTimeout, p.settings.interval)
@@ -345,15 +347,22 @@ func (w *world) playClock() {
 		seconds = -seconds
 	}
 	w.step(seconds)
+	w.expected.guard = nil
 	w.logf("Redis's clock is set by %d s", seconds)
 }
 
 func (w *world) playLoss() {
 	w.liveUntilAllCame()
 	w.loseAll()
+	lost := w.expected
 	w.expected = newKnowledge()
+	if rapid.Bool().Draw(w.t, "another server takes its place") {
+		w.started = int(w.second)
+		w.setStarted(w.second)
+		w.expected.guard = w.newGuard(lost)
+	}
 	w.last = w.dump()
-	w.logf("Redis has lost its data")
+	w.logf("Redis has lost its data; it started %d s ago", int(w.second)-w.started)
 }
 
 // playFailover promotes a replica that lacks the last few commands.
@@ -374,6 +383,7 @@ func (w *world) playFailover() {
 	w.disconnect()
 	w.reigns++
 	w.expected, w.replicated = w.replicated, nil
+	w.expected.guard = nil
 	w.last = w.dump()
 	w.logf("a replica took over that lacks all commands since %d s", start)
 }

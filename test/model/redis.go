@@ -50,6 +50,10 @@ for base = 0, 6, 6 do
       redis.call('HSET', KEYS[base + 5], names[i], string.format('%.0f %s', since + by, pod))
     end
   end
+  local started = KEYS[base + 6] .. '/started'
+  if redis.call('EXISTS', started) == 1 then
+    redis.call('INCRBY', started, by)
+  end
   for i = 1, 6 do
     local left = redis.call('PTTL', KEYS[base + i])
     if left >= 0 then
@@ -119,8 +123,17 @@ func (d dump) inSeconds() dump {
 // scripts are the scripts under test.
 type scripts struct{ acquire, maintain, heartbeat, release, keep, hold *redis.Script }
 
-// scriptsOf loads the scripts by their names.
-func scriptsOf(script func(name string) *redis.Script) scripts {
+// scriptsOf makes the scripts from their texts. They take the age of the server from a key
+// of the model, see setStarted.
+func scriptsOf(t *testing.T, text func(name string) string) scripts {
+	script := func(name string) *redis.Script {
+		const asks = "redis.pcall('INFO', 'server')"
+		before, after, ok := strings.Cut(text(name), asks)
+		if !ok {
+			t.Fatalf("the script %s does not ask for the age by %s", name, asks)
+		}
+		return rig.NewScript(before + "'uptime_in_seconds:' .. (now - redis.call('GET', KEYS[6] .. '/started'))" + after)
+	}
 	return scripts{
 		acquire:   script("acquire"),
 		maintain:  script("maintain"),
@@ -266,6 +279,11 @@ func (s *store) replicate() { s.copy(s.id.Keys(), s.replica()) }
 
 // failover promotes the replica.
 func (s *store) failover() { s.copy(s.replica(), s.id.Keys()) }
+
+// setStarted sets when the server started, by its clock.
+func (s *store) setStarted(second int64) { s.redis.Do(s.test, "SET", s.startedKey(), second) }
+
+func (s *store) startedKey() string { return s.id.StateKey() + "/started" }
 
 // loseAll deletes the data of the semaphore.
 func (s *store) loseAll() { s.redis.Do(s.test, "DEL", s.id.Keys()...) }

@@ -35,6 +35,60 @@ type knowledge struct {
 	paused       int            // the end of the last pause between two, likewise
 	reign        int            // the reign that Redis knows
 	reigned      int            // since when, by its clock (microseconds)
+	guard        *guard         // nil: the server is old
+}
+
+// guard is what the pods know of the semaphore after another, empty server took the place of
+// Redis. The holders of then may still come back.
+type guard struct {
+	until   int             // in the model's time
+	holders map[*actor]bool // of then, and those that have put a token back since then
+	taken   map[*actor]bool // pods that have taken a token since then
+}
+
+// newGuard returns the guard of a server that starts now. lost is what Redis has lost.
+func (w *world) newGuard(lost *knowledge) *guard {
+	g := &guard{until: never, holders: map[*actor]bool{}, taken: map[*actor]bool{}}
+	for _, s := range w.settings { // the new server may only hear of the shortest
+		until := w.now + s.interval + min(beatTimeout, s.interval)
+		if g.until == never || until < g.until {
+			g.until = until
+		}
+	}
+	for token := range lost.holders {
+		g.holders[w.pods[token]] = true
+	}
+	for _, p := range w.order {
+		if p.alive() && p.holding {
+			g.holders[p] = true
+		}
+	}
+	return g
+}
+
+// checkGuard checks that p may have the token that it has just taken: while holders may come
+// back to a new server, a pod gets only a token that one of them has given back.
+func (w *world) checkGuard(p *actor, limit int) {
+	g := w.expected.guard
+	if g == nil || w.now > g.until {
+		return
+	}
+	used := 0
+	for holder := range g.holders {
+		if _, back := w.expected.holders[holder.token]; back || holder.alive() && holder.holding {
+			used++
+		}
+	}
+	for other := range g.taken {
+		if _, holds := w.expected.holders[other.token]; holds {
+			used++
+		}
+	}
+	if used >= max(limit, len(g.holders)) {
+		w.fail("%s was admitted by a server that is %d s old, and %d of %d may be back", p.token,
+			int(w.second)-w.started, used, len(g.holders))
+	}
+	g.taken[p] = true
 }
 
 // asking is a request for a length, and its time by Redis's clock.
@@ -275,6 +329,7 @@ func (w *world) checkTake(p *actor, arrival string, d dump) {
 	if w.last.free == 0 {
 		w.fail("%s took a token, and none was free", p.token)
 	}
+	w.checkGuard(p, limit)
 	first := 0
 	for _, token := range ahead {
 		if w.keepsPlace(token) && !w.isPassed(token, d) {

@@ -27,6 +27,7 @@ type world struct {
 	order      []*actor // in order of creation
 	expected   *knowledge
 	replicated *knowledge // of a replica that may be promoted; nil: none
+	started    int        // when the server started, by its clock
 	reigns     int        // the number of the present reign of Redis: a restart or a failover ends it
 	paused     int        // knowledge.paused, as the last script took it
 	last       dump
@@ -44,6 +45,7 @@ func (w *world) logf(format string, args ...any) {
 // shift moves all times that came from Redis's clock; see modelShift.
 func (w *world) shift(seconds int) {
 	w.store.shift(seconds)
+	w.started += seconds
 	for _, p := range w.order {
 		if p.arrival != 0 {
 			p.arrival += seconds * 1e6
@@ -99,11 +101,18 @@ func (w *world) arrive(by settings) {
 	}
 	k := w.expected
 	if len(w.last.state) == 0 { // deleted, or expired
+		guard := k.guard
 		*k = *newKnowledge()
-		k.born = int(w.second)
+		k.born, k.guard = int(w.second), guard
 	}
 	k.born = min(k.born, int(w.second))
 	w.judge(by)
+	if age := max(0, int(w.second)-w.started); len(w.last.state) == 0 && age <= w.quiet {
+		// The server may have replaced one that knew the semaphore: as if a caller had
+		// reported a loss when it started.
+		k.born = 0
+		k.lossReported, k.disturbed, k.resumed = w.now-age, w.now-age, int(w.second)-age
+	}
 	silence := w.quiet
 	if len(k.line) > 0 {
 		silence = lineQuiet
@@ -280,7 +289,7 @@ func (w *world) try(p *actor) rig.Acquired {
 	empty := len(w.last.state) == 0 // p's arrival may be later than now, if the clock was set back
 	w.arrive(p.settings)
 	k, arrival := w.expected, p.nextArrival()
-	if p.arrival != 0 && !p.kept && (empty || p.arrival < k.born*1e6) { // p is older than the data in Redis
+	if p.arrival != 0 && !p.kept && (empty && k.born != 0 || p.arrival < k.born*1e6) { // p is older than the data in Redis
 		w.noteLoss()
 	}
 	a, mustGet := w.ask(p, arrival)
@@ -352,6 +361,9 @@ func (w *world) beat(p *actor) {
 		w.fail("after a heartbeat of %s, %d tokens are free, not %d", p.token, d.free, free)
 	}
 	k.holders[p.token] = w.now
+	if k.guard != nil && !held {
+		k.guard.holders[p] = true
+	}
 	k.leave(p.token)
 	w.check(d, false)
 	w.last = d
@@ -404,6 +416,8 @@ func newWorld(t *rapid.T, s store, broken func(rule string)) *world {
 	}
 	w.length = rapid.IntRange(1, 4).Draw(t, "length")
 	w.id = rig.FreshID()
+	w.started = int(w.second) - 1e6
+	w.setStarted(int64(w.started))
 	w.logf("interval and threshold %v, length %d", w.settings, w.length)
 	w.last = w.dump()
 	w.judge(w.settings[0])

@@ -7,10 +7,10 @@ import "strings"
 const (
 	WebhookACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* " +
 		"+eval +evalsha +time +scan +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount " +
-		"+zrange +zrangebyscore +zscore +zremrangebyscore +ttl +expire +publish +info|replication +set +get"
+		"+zrange +zrangebyscore +zscore +zremrangebyscore +ttl +expire +publish +info|replication +info|server +set +get"
 	SidecarACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* " +
 		"+evalsha +time +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount " +
-		"+zrange +zrangebyscore +zrank +zscore +zremrangebyscore +ttl +expire +publish +subscribe +info|replication +set +get"
+		"+zrange +zrangebyscore +zrank +zscore +zremrangebyscore +ttl +expire +publish +subscribe +info|replication +info|server +set +get"
 	StatusACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* " +
 		"+time +scan +llen +zcard +zcount +zrange +zscore +hmget"
 
@@ -18,11 +18,9 @@ const (
 	ReleaseACL = "&waiters/* " +
 		"+evalsha +exists +hset +hdel +zrem +zrangebyscore +rpush +ltrim +del +ttl +expire +publish"
 
-	GateACL       = "+unsubscribe"              // of the gate, in addition to SidecarACL
-	ForgottenACL  = "+acl|users"                // of the webhook, to warn about namespaces without a user
-	EvictionACL   = "+info|memory"              // of the webhook, to warn about a Redis that may evict tokens
-	NamespacesACL = "+acl|setuser +acl|deluser" // of the user by which deploy/namespace.sh makes users
-	AliveACL      = "+ping"                     // of that user, in addition, for the liveness probes
+	GateACL      = "+unsubscribe" // of the gate, in addition to SidecarACL
+	ForgottenACL = "+acl|users"   // of the webhook, to warn about namespaces without a user
+	EvictionACL  = "+info|memory" // of the webhook, to warn about a Redis that may evict tokens
 
 	// Webhook and sidecar also need SentinelACL on servers that Sentinels watch, and
 	// OnSentinelsACL on the Sentinels.
@@ -35,6 +33,9 @@ const (
 	LockACL        = "~lock/* +evalsha +set +get +del" // of sidecar and gate
 	WebhookLockACL = "+eval"                           // of the webhook, in addition
 )
+
+// AdminUser is the user by which Sentinels and redis-cli log in; see Redis.hideAge.
+const AdminUser = "administrator"
 
 // NamespaceRules returns the rules of a namespace's user: the rules of all sidecars, with
 // the namespace in each key and channel.
@@ -51,6 +52,10 @@ func NamespaceRules(rules, namespace string) string {
 	}
 	return strings.Join(all, " ")
 }
+
+// Ageless returns rules of a user without the right to ask for the age of a server: a test's
+// server is young, and would let no pod in.
+func Ageless(rules string) string { return strings.ReplaceAll(rules, " +info|server", "") }
 
 // UserArgs returns the arguments of a redis-server for a user with the Password.
 func UserArgs(user, rules string) []string {

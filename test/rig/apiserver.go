@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
@@ -307,6 +308,10 @@ func (s *APIServer) NewNamespace(t testing.TB) string {
 	t.Helper()
 	name := "test-" + uuid.NewString()
 	if s.Store != nil {
+		_, status := s.Store.Namespaces.Create(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}})
+		if status != nil {
+			t.Fatal(status.Message)
+		}
 		return name
 	}
 	object := map[string]any{"apiVersion": "v1", "kind": "Namespace", "metadata": map[string]any{"name": name}}
@@ -363,4 +368,20 @@ func (s *APIServer) FailEvents(times int32) {
 		Respond(w, 0, nil, Failure(http.StatusServiceUnavailable, "", "no events now"))
 		return true
 	})
+}
+
+// CreateConfiguration creates the webhook's configuration as deploy/ does, without caBundle
+// and path.
+func (s *APIServer) CreateConfiguration(t testing.TB) {
+	t.Helper()
+	const name = "at-least-semaphore-pod-hook"
+	c := &admissionregistrationv1.MutatingWebhookConfiguration{ObjectMeta: metav1.ObjectMeta{Name: name}}
+	for _, webhook := range []string{"a", "warnings.a"} {
+		c.Webhooks = append(c.Webhooks, admissionregistrationv1.MutatingWebhook{Name: webhook,
+			ClientConfig: admissionregistrationv1.WebhookClientConfig{
+				Service: &admissionregistrationv1.ServiceReference{Namespace: name, Name: "webhook"}}})
+	}
+	if _, status := s.Store.Webhooks.Create(c); status != nil {
+		t.Fatal(status.Message)
+	}
 }

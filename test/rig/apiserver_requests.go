@@ -7,14 +7,11 @@ import (
 	"io"
 	"net/http"
 	"slices"
-	"strconv"
-	"time"
 
 	jsonpatch "gopkg.in/evanphx/json-patch.v4"
 	corev1 "k8s.io/api/core/v1"
 	eventsv1 "k8s.io/api/events/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/util/validation"
 )
 
@@ -32,93 +29,6 @@ func Respond(w http.ResponseWriter, code int, object any, status *metav1.Status)
 // Failure returns the Status of a failed request.
 func Failure(code int32, reason metav1.StatusReason, format string, args ...any) *metav1.Status {
 	return &metav1.Status{Code: code, Reason: reason, Message: fmt.Sprintf(format, args...)}
-}
-
-func (s *APIStore) servePods(w http.ResponseWriter, r *http.Request) {
-	query, namespace := r.URL.Query(), r.PathValue("namespace")
-	selector, err := labels.Parse(query.Get("labelSelector"))
-	if err != nil {
-		Respond(w, 0, nil, Failure(http.StatusBadRequest, metav1.StatusReasonBadRequest, "%v", err))
-		return
-	}
-	matches := func(p *corev1.Pod) bool {
-		return p != nil && (namespace == "" || p.Namespace == namespace) && selector.Matches(labels.Set(p.Labels))
-	}
-	if query.Get("watch") == "true" {
-		s.serveWatch(w, r, matches)
-		return
-	}
-	list, status := s.page(matches, query.Get("continue"), query.Get("limit"))
-	Respond(w, http.StatusOK, list, status)
-}
-
-// serveWatch sends the changes after a version.
-func (s *APIStore) serveWatch(w http.ResponseWriter, r *http.Request, matches func(*corev1.Pod) bool) {
-	query, flush := r.URL.Query(), http.NewResponseController(w).Flush
-	version, err := strconv.Atoi(query.Get("resourceVersion"))
-	if err != nil {
-		Respond(w, 0, nil, Failure(http.StatusBadRequest, metav1.StatusReasonBadRequest,
-			"a watch from no version is not served here"))
-		return
-	}
-	length, _ := strconv.Atoi(query.Get("timeoutSeconds"))
-	end, bookmark := time.After(time.Duration(length)*time.Second), time.NewTicker(s.BookmarkEvery)
-	defer bookmark.Stop()
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(http.StatusOK)
-	send := func(kind string, object any) bool {
-		return json.NewEncoder(w).Encode(map[string]any{"type": kind, "object": object}) == nil && flush() == nil
-	}
-	for flush() == nil {
-		changes, changed, upTo, ok := s.since(version)
-		if !ok {
-			send("ERROR", metav1.Status{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Status"},
-				Status: metav1.StatusFailure, Code: http.StatusGone, Reason: metav1.StatusReasonExpired,
-				Message: fmt.Sprintf("too old resource version: %d", version)})
-			return
-		}
-		for _, c := range changes {
-			if kind, p := c.event(matches(c.before), matches(c.after)); kind != "" && !send(kind, p) {
-				return
-			}
-		}
-		version = upTo
-		select {
-		case <-changed:
-		case <-bookmark.C:
-			mark := &corev1.Pod{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},
-				ObjectMeta: metav1.ObjectMeta{ResourceVersion: strconv.Itoa(version)}}
-			if query.Get("allowWatchBookmarks") == "true" && !send("BOOKMARK", mark) {
-				return
-			}
-			s.mu.Lock()
-			s.marked = version
-			s.mu.Unlock()
-		case <-end:
-			return
-		case <-r.Context().Done():
-			return
-		}
-	}
-}
-
-// event returns the watch event for a change. If the selector no longer matches after a
-// change, the event is a deletion: of the pod as it was before, with the new version.
-func (c podChange) event(matched, matches bool) (kind string, p *corev1.Pod) {
-	switch {
-	case matched && matches:
-		kind, p = "MODIFIED", c.after
-	case matches:
-		kind, p = "ADDED", c.after
-	case matched:
-		kind, p = "DELETED", c.before.DeepCopy()
-		p.ResourceVersion = strconv.Itoa(c.version)
-	default:
-		return "", nil
-	}
-	shown := *p
-	shown.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"}
-	return kind, &shown
 }
 
 func (s *APIStore) serveCreate(w http.ResponseWriter, r *http.Request) {

@@ -31,9 +31,10 @@ type Group interface {
 
 // GroupOptions are the options for the servers of a group.
 type GroupOptions struct {
-	Args []string                      // more arguments of the servers, not of Sentinels
-	Env  func(address string) []string // added to the environment of all; nil: nothing
-	Bare bool                          // see RedisOptions
+	Args  []string                      // more arguments of the servers, not of Sentinels
+	Env   func(address string) []string // added to the environment of all; nil: nothing
+	Bare  bool                          // see RedisOptions
+	Young bool                          // see RedisOptions
 }
 
 // SentinelGroup is a primary with two replicas, and three Sentinels.
@@ -63,14 +64,14 @@ func StartSentinelGroupWith(t testing.TB, o GroupOptions) *SentinelGroup {
 			return args
 		}
 		g.Servers = append(g.Servers, StartRedisWith(t, RedisOptions{Args: args, Env: o.Env, Kind: SingleQueue,
-			Bare: o.Bare}))
+			Bare: o.Bare, Young: o.Young}))
 	}
 	dir := t.TempDir()
 	for range 3 {
 		s := startSentinel(t, dir, o.Env)
 		s.Do(t, "SENTINEL", "MONITOR", "tokens", "127.0.0.1", Port(g.Servers[0].Address), 2)
 		s.Do(t, "SENTINEL", "SET", "tokens", "down-after-milliseconds", DownAfter.Milliseconds(),
-			"failover-timeout", 6000)
+			"failover-timeout", 6000, "auth-user", AdminUser, "auth-pass", Password)
 		g.Sentinels = append(g.Sentinels, s)
 	}
 	g.WantReady(t, 2)
@@ -111,9 +112,9 @@ func (g *SentinelGroup) WantReady(t testing.TB, replicas int) {
 		for _, s := range g.Sentinels {
 			m, err := redis.StringMap(s.Control.Do("SENTINEL", "MASTER", "tokens"))
 			if err != nil || m["num-other-sentinels"] != "2" || m["num-slaves"] < fmt.Sprint(replicas) ||
-				m["port"] != Port(primary.Address) || m["flags"] != "master" {
+				m["ip"]+":"+m["port"] != primary.Address || m["flags"] != "master" {
 				return fmt.Errorf("the Sentinel %s knows %s other Sentinels and %s replicas of %s (%s), %v", s.Address,
-					m["num-other-sentinels"], m["num-slaves"], m["port"], m["flags"], err)
+					m["num-other-sentinels"], m["num-slaves"], m["ip"]+":"+m["port"], m["flags"], err)
 			}
 		}
 		return nil
@@ -152,35 +153,35 @@ func (g *SentinelGroup) Address() string {
 // Holder returns the primary, as the first running Sentinel reports it.
 func (g *SentinelGroup) Holder(t testing.TB, _ fmt.Stringer) *Redis {
 	t.Helper()
-	for _, s := range g.Sentinels {
-		if s.Ended() {
-			continue
-		}
-		named, err := redis.Strings(s.Control.Do("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "tokens"))
-		Must(t, err)
-		for _, s := range g.Servers {
-			if Port(s.Address) == named[1] {
-				s.Redial(t)
-				return s
-			}
+	named := g.Named(t)
+	for _, s := range g.Servers {
+		if s.Address == named {
+			s.Redial(t)
+			return s
 		}
 	}
-	t.Fatal("no Sentinel knows a primary")
+	t.Fatalf("the Sentinels name %s, which is no server of the group", named)
 	return nil
 }
 
-// NamedPort returns the port of the primary that the first Sentinel reports.
-func (g *SentinelGroup) NamedPort(t testing.TB) string {
+// Named returns the address of the primary that the first running Sentinel reports.
+func (g *SentinelGroup) Named(t testing.TB) string {
 	t.Helper()
-	named, err := redis.Strings(g.Sentinels[0].Do(t, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", "tokens"), nil)
-	Must(t, err)
-	return named[1]
+	for _, s := range g.Sentinels {
+		if !s.Ended() {
+			named, err := redis.Strings(s.Do(t, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", "tokens"), nil)
+			Must(t, err)
+			return net.JoinHostPort(named[0], named[1])
+		}
+	}
+	t.Fatal("no Sentinel runs")
+	return ""
 }
 
-// Serves reports whether a server is the primary, by the first Sentinel.
+// Serves reports whether a server is the primary, by the first running Sentinel.
 func (g *SentinelGroup) Serves(t testing.TB, s *Redis, _ fmt.Stringer) bool {
 	t.Helper()
-	return g.NamedPort(t) == Port(s.Address)
+	return g.Named(t) == s.Address
 }
 
 // Cluster is a Redis Cluster of three masters and three replicas.
@@ -196,7 +197,8 @@ func StartCluster(t testing.TB) *Cluster {
 func StartClusterWith(t testing.TB, o GroupOptions) *Cluster {
 	t.Helper()
 	c := new(Cluster)
-	create := []string{"--cluster", "create", "--cluster-replicas", "1", "--cluster-yes"}
+	create := []string{"--user", AdminUser, "--pass", Password, "--no-auth-warning",
+		"--cluster", "create", "--cluster-replicas", "1", "--cluster-yes"}
 	for range 6 {
 		bus := FreeAddress(t)
 		args := func(port string) []string {
@@ -208,7 +210,7 @@ func StartClusterWith(t testing.TB, o GroupOptions) *Cluster {
 				"--cluster-allow-replica-migration", "no"}, o.Args...)
 		}
 		s := StartRedisWith(t, RedisOptions{Args: args, Env: o.Env, Kind: SingleQueue,
-			Bare: o.Bare})
+			Bare: o.Bare, Young: o.Young})
 		c.Nodes = append(c.Nodes, s)
 		create = append(create, s.Address)
 	}

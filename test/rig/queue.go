@@ -42,6 +42,10 @@ func QueueAddress(address string) string {
 	if err != nil && !strings.Contains(err.Error(), "Duplicate") {
 		panic(err)
 	}
+	_, err = sharedSentinel.Control.Do("SENTINEL", "SET", name, "auth-user", AdminUser, "auth-pass", Password)
+	if err != nil {
+		panic(err)
+	}
 	return "redis+sentinel://" + sharedSentinel.Address + "/" + name
 }
 

@@ -29,10 +29,12 @@ type Redis struct {
 	*Process
 	Control redis.Conn // the test's own connection
 
+	program    string // empty: RedisProgram
 	dial       []redis.DialOption
 	env        func(address string) []string
 	allSlots   bool // it is a Cluster of one node
 	hasScripts bool // it knows the scripts of lua/, as if a webhook had loaded them
+	young      bool // see RedisOptions
 }
 
 // RedisOptions are the options of a redis-server.
@@ -45,6 +47,10 @@ type RedisOptions struct {
 	Env  func(address string) []string // added to the environment; nil: nothing
 	Kind string                        // SingleQueue or ClusterQueue; empty: as TEST_QUEUE selects
 	Bare bool                          // it knows no script until a webhook loads it
+
+	// Young: clients learn its age, so the birth guard holds for a heartbeat interval and
+	// three seconds after each start. Otherwise, the user "default" may not ask for it.
+	Young bool
 }
 
 // PlainPort returns the arguments for a port without TLS.
@@ -77,7 +83,7 @@ func launchRedis(dir string, o RedisOptions) (*Redis, error) {
 			return nil, err
 		}
 		r := &Redis{Address: address, dial: append(o.Dial, redis.DialReadTimeout(5*time.Second)), env: o.Env,
-			hasScripts: !o.Bare}
+			hasScripts: !o.Bare, young: o.Young}
 		r.Args = append(o.Args(Port(address)), "--bind", "127.0.0.1", "--dir", dir, "--save", "",
 			"--appendonly", "yes", "--appendfsync", "always")
 		if cmp.Or(o.Kind, TestQueue) == ClusterQueue {
@@ -108,14 +114,27 @@ func unusedAddress() (string, error) {
 
 // Start starts or restarts the server, and waits until it answers.
 func (r *Redis) Start() error {
-	r.Process = NewProcess(RedisProgram, r.Args...)
+	if err := r.begin(); err != nil {
+		return err
+	}
+	return r.answered(5 * time.Second)
+}
+
+// begin starts the server, and does not wait.
+func (r *Redis) begin() error {
+	r.Process = NewProcess(cmp.Or(r.program, RedisProgram), r.Args...)
 	if r.env != nil {
 		r.Cmd.Env = append(os.Environ(), r.env(r.Address)...)
 	}
 	if err := r.Launch(); err != nil {
 		return fmt.Errorf("%s is needed (apt-get install redis-server): %w", RedisProgram, err)
 	}
-	err := poll(5*time.Second, func() error {
+	return nil
+}
+
+// answered waits until the server answers.
+func (r *Redis) answered(patience time.Duration) error {
+	err := poll(patience, func() error {
 		c, err := redis.Dial("tcp", r.Address, r.dial...)
 		if err != nil {
 			return err
@@ -135,10 +154,44 @@ func (r *Redis) Start() error {
 	if r.allSlots {
 		err = r.serveAllSlots()
 	}
+	if err == nil {
+		_, err = r.Control.Do("ACL", "SETUSER", AdminUser, "on", "nopass", "~*", "&*", "+@all")
+	}
+	if err == nil && !r.young {
+		err = r.hideAge()
+	}
 	if err == nil && r.hasScripts {
 		err = r.LoadScripts()
 	}
 	return err
+}
+
+// hideAge takes the right to ask for the age of the server from the user "default". Sentinels
+// and redis-cli need it: they log in as AdminUser.
+func (r *Redis) hideAge() error {
+	rules := []any{"SETUSER", "default", "-info"}
+	for _, section := range []string{"clients", "commandstats", "cpu", "latencystats", "memory", "replication", "stats"} {
+		rules = append(rules, "+info|"+section)
+	}
+	_, err := r.Control.Do("ACL", rules...)
+	return err
+}
+
+// LoseData deletes the data of a server that has ended, as if the next one ran elsewhere.
+func (r *Redis) LoseData(t testing.TB) {
+	t.Helper()
+	Must(t, os.RemoveAll(filepath.Join(r.Args[slices.Index(r.Args, "--dir")+1], "appendonlydir")))
+}
+
+// WantAge waits until a Young server is older than this.
+func (r *Redis) WantAge(t testing.TB, age time.Duration) {
+	t.Helper()
+	Eventually(t, age+patience, func() error {
+		if up := r.Info(t, "server", "uptime_in_seconds:"); up <= seconds(age) {
+			return fmt.Errorf("%s is %d s old, want more than %s", r.Address, up, age)
+		}
+		return nil
+	})
 }
 
 // Stop shuts the server down in order. A replica that writes its first append-only file after
@@ -359,16 +412,6 @@ func (s LockServers) ConnectionsLeft() error {
 		}
 	}
 	return nil
-}
-
-// UserLine splits a line of deploy/base/redis-scripts.yaml into words. The first word is
-// "user" if the line makes a user, with or without a password in the environment.
-func UserLine(line string) []string {
-	line = strings.TrimSpace(line)
-	if _, user, ok := strings.Cut(line, "_PASSWORD:+user "); ok && strings.HasPrefix(line, "${") {
-		line = "user " + strings.TrimSuffix(user, "}")
-	}
-	return strings.Fields(line)
 }
 
 // Anys converts texts to arguments of a command.

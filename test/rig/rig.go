@@ -111,6 +111,14 @@ func ReadFile(t testing.TB, path string) string {
 	return string(text)
 }
 
+// WriteFile writes a file into a new folder, and returns its path.
+func WriteFile(t testing.TB, name, text string) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), name)
+	Must(t, os.WriteFile(file, []byte(text), 0o600))
+	return file
+}
+
 // Main is the TestMain of a suite in its own folder. Without SUITE=1 in the environment,
 // it runs only the quick tests, if any, and prints the make target of the suite.
 func Main(m *testing.M, target string, quick ...string) {

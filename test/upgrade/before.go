@@ -15,6 +15,8 @@ import (
 
 	"github.com/gomodule/redigo/redis"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // programBuild is a build of the program. A webhook or the containers of a pod run it.
@@ -124,56 +126,46 @@ func untar(from io.Reader, folder string) error {
 	}
 }
 
-// sidecarUser is the Redis user of a namespace's sidecars.
-func sidecarUser(namespace string) string { return "sidecar/" + namespace }
-
-// deployedUsers returns the Redis users of a folder's deploy/, as arguments of
-// redis-server: the webhook, the sidecars of a namespace, and a user for the test. queue
-// is for the server of the tokens, lock for the lock servers.
-func deployedUsers(t *testing.T, folder, namespace string) (queue, lock []string) {
+func usersOf(t *testing.T, build programBuild, namespace string) (queue, lock []string) {
 	t.Helper()
-	passwords := t.TempDir()
-	rig.Must(t, os.WriteFile(filepath.Join(passwords, namespace), []byte(rig.Password+"\n"), 0o600))
-	namespaces := strings.ReplaceAll(deployedScript(t, folder, "namespaces"), "/etc/redis-namespaces", passwords)
-	read := func(server, port string) []string {
-		sidecars, err := exec.Command("sh", "-c", namespaces+"\nusers "+port).Output()
-		rig.Must(t, err)
-		args := strings.Fields("--user tester on >" + rig.Password + " ~* &* +@all")
-		for line := range strings.Lines(deployedScript(t, folder, server) + string(sidecars)) {
-			words := strings.Fields(line)
-			if len(words) < 4 || words[0] != "user" || words[2] != "on" {
-				continue
+	api := rig.StartAPIServer(t)
+	for name, open := range map[string]string{"at-least-semaphore-pod-hook": "false", namespace: "true"} {
+		n := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{
+			"at-least-semaphore-pod-hook.kaidotio.github.io/sidecars": open}}}
+		if _, status := api.Store.Namespaces.Create(n); status != nil {
+			t.Fatal(status.Message)
+		}
+	}
+	setup := rig.NewProcess(build.path, "setup", "--webhook-certificate=given", "--metrics-bind-address="+rig.FreeAddress(t),
+		"--user-redis-addresses="+rig.FreeAddress(t), "--user-lock-addresses="+rig.FreeAddress(t), // no server is there
+		"--kubernetes-address="+api.Address, "--kubernetes-ca-file="+api.CAFile, "--kubernetes-token-file="+api.TokenFile)
+	setup.Start(t)
+	read := func(file string) (args []string) {
+		args = strings.Fields("--user default on resetpass ~* &* +@all --user tester on >" + rig.Password + " ~* &* +@all")
+		rig.Eventually(t, patience, func() error {
+			s, missing := api.Store.Secrets.Get("at-least-semaphore-pod-hook", "redis-users")
+			if missing != nil {
+				return errors.New(missing.Message)
 			}
-			if user := words[1]; user == "webhook" || user == sidecarUser(namespace) {
-				args = append(args, "--user", user, "on", ">"+rig.Password)
-				args = append(args, words[4:]...) // words[3] is the password
+			found := 0
+			for line := range strings.Lines(string(s.Data[file])) {
+				words := strings.Fields(line)
+				if user := words[1]; user == "webhook" || user == "sidecar/"+namespace {
+					args = append(args, "--user", user, ">"+rig.Password)
+					args = append(args, words[2:]...)
+					found++
+				}
 			}
-		}
-		if n := strings.Count(strings.Join(args, " "), "--user"); n != 3 {
-			t.Fatalf("the script %s of %s makes %d users, want 2: %q", server, folder, n-1, args)
-		}
-		return append(args, "--user", "default", "on", "resetpass", "~*", "&*", "+@all") // see redis-scripts.yaml
+			if found != 2 {
+				return fmt.Errorf("%s has %d of 2 users:\n%s", file, found, s.Data[file])
+			}
+			return nil
+		})
+		return args
 	}
-	return read("redis", "6379"), read("lock", "6380")
-}
-
-// deployedScript returns a script of a folder's deploy/base/redis-scripts.yaml.
-func deployedScript(t *testing.T, folder, name string) string {
-	t.Helper()
-	text, err := os.ReadFile(filepath.Join(folder, "deploy/base/redis-scripts.yaml"))
-	rig.Must(t, err)
-	_, rest, ok := strings.Cut(string(text), "\n  "+name+": |\n")
-	if !ok {
-		t.Fatalf("no script %q in deploy/base/redis-scripts.yaml of %s", name, folder)
-	}
-	var script strings.Builder
-	for line := range strings.Lines(rest) {
-		if strings.TrimSpace(line) != "" && !strings.HasPrefix(line, "    ") {
-			break
-		}
-		script.WriteString(strings.TrimPrefix(line, "    "))
-	}
-	return script.String()
+	queue, lock = read("users.acl"), read("locks.acl")
+	setup.Kill()
+	return queue, lock
 }
 
 // startRedis starts a redis-server with users.

@@ -59,11 +59,11 @@ const (
 	patience          = 2 * time.Minute // for every wait: the machine may be busy
 )
 
-// startInstallation starts the Redis servers with the users of a folder's deploy/,
+// startInstallation starts the Redis servers with the users that the setup of a build makes,
 // without the rules in withoutRules.
-func startInstallation(t *testing.T, folder string, withoutRules ...string) *installation {
+func startInstallation(t *testing.T, users programBuild, withoutRules ...string) *installation {
 	t.Helper()
-	queueUsers, lockUsers := deployedUsers(t, folder, rig.FreshID().Namespace)
+	queueUsers, lockUsers := usersOf(t, users, rig.FreshID().Namespace)
 	queueUsers = slices.DeleteFunc(queueUsers, func(rule string) bool { return slices.Contains(withoutRules, rule) })
 	u := &installation{
 		t: t, queue: startRedis(t, queueUsers),
@@ -321,7 +321,7 @@ func (u *installation) container(c corev1.Container, p pod, podUID string) (proc
 	process.Cmd.Env = os.Environ()
 	known := map[string]string{
 		"POD_UID": podUID, "POD_NAME": p.name, "NODE_NAME": "node-1",
-		"REDIS_USERNAME": sidecarUser(p.id.Namespace), "REDIS_PASSWORD": rig.Password,
+		"REDIS_USERNAME": "sidecar/" + p.id.Namespace, "REDIS_PASSWORD": rig.Password,
 	}
 	for _, e := range c.Env {
 		value := cmp.Or(e.Value, known[e.Name])

@@ -34,9 +34,9 @@ func TestUpgrade(t *testing.T) {
 	now := programNow(t)
 	// Sidecars of a webhook that is gone go on after a loss of all scripts.
 	loses := released || maps.Equal(luaFiles(t, filepath.Join(folder, "lua")), luaFiles(t, rig.Path("lua")))
-	t.Run("users of now", func(t *testing.T) { thereAndBack(t, before, now, rig.Root(), loses) })
+	t.Run("users of now", func(t *testing.T) { thereAndBack(t, before, now, now, loses) })
 	if released && usersOfBeforeDo {
-		t.Run("users of before", func(t *testing.T) { thereAndBack(t, before, now, folder, loses) })
+		t.Run("users of before", func(t *testing.T) { thereAndBack(t, before, now, before, loses) })
 	}
 }
 
@@ -55,9 +55,9 @@ func TestPreviousScripts(t *testing.T) {
 	}
 }
 
-// thereAndBack upgrades and goes back, with the users of one folder's deploy/.
-func thereAndBack(t *testing.T, before, now programBuild, folder string, losesScripts bool) {
-	u := startInstallation(t, folder)
+// thereAndBack upgrades and goes back, with the users of one build.
+func thereAndBack(t *testing.T, before, now, users programBuild, losesScripts bool) {
+	u := startInstallation(t, users)
 	u.losesScripts = losesScripts
 	u.roll(before, now)
 	for _, p := range u.problems[:min(len(u.problems), 50)] {
@@ -296,7 +296,7 @@ func TestUpgradeFindsIncompatibility(t *testing.T) {
 			if c.edit != (rig.Edit{}) {
 				now.path = rig.BuildBroken(t, []rig.Edit{c.edit})
 			}
-			u := startInstallation(t, rig.Root(), c.without)
+			u := startInstallation(t, programNow(t), c.without)
 			u.roll(before, now)
 			for _, p := range u.problems {
 				for _, want := range c.want {

@@ -1,0 +1,94 @@
+package deploy
+
+import (
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+)
+
+const setupFile = "deploy/base/setup.yaml"
+
+// The account of setup may do what its work needs, and nothing else. Only its own policy
+// binds the creation of Secrets.
+func TestRightsOfSetup(t *testing.T) {
+	text := regexp.MustCompile(`(?m)^ *#.*\n`).ReplaceAllString(rig.ReadFile(t, setupFile), "")
+	rule := regexp.MustCompile(`  - apiGroups: \[(.*)\]\n    resources: \[(.*)\]\n(?:    resourceNames: \[(.*)\]\n)?    verbs: \[(.*)\]\n`)
+	rules := map[string][]string{}
+	kinds := map[string]int{}
+	for document := range strings.SplitSeq(text, "---\n") {
+		kind := regexp.MustCompile(`(?m)^kind: (\w+)$`).FindStringSubmatch(document)[1]
+		kinds[kind]++
+		if kind != "Role" && kind != "ClusterRole" {
+			continue
+		}
+		_, list, _ := strings.Cut(document, "\nrules:\n")
+		for _, m := range rule.FindAllStringSubmatch(list, -1) {
+			rules[kind] = append(rules[kind], strings.Join(m[1:], " | "))
+		}
+		if rest := rule.ReplaceAllString(list, ""); rest != "" {
+			t.Errorf("%s: not read: %q", kind, rest)
+		}
+	}
+	for kind, want := range map[string][]string{
+		"Role": {
+			`"" | secrets |  | get, list, watch, create, update, delete`,
+			`events.k8s.io | events |  | create`,
+		},
+		"ClusterRole": {
+			`"" | namespaces |  | get, list, watch`,
+			`"" | pods |  | list`,
+			`"" | secrets | at-least-semaphore-pod-redis | get, list, watch, update, delete`,
+			`"" | secrets |  | create`,
+			`admissionregistration.k8s.io | mutatingwebhookconfigurations | at-least-semaphore-pod-hook | get, patch`,
+		},
+	} {
+		if !slices.Equal(rules[kind], want) {
+			t.Errorf("%s: rules %q, want %q", kind, rules[kind], want)
+		}
+	}
+	for _, kind := range []string{"ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding",
+		"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding", "Deployment", "NetworkPolicy"} {
+		if kinds[kind] != 1 {
+			t.Errorf("%d objects of the kind %s, want 1", kinds[kind], kind)
+		}
+	}
+	for _, part := range []string{
+		`request.userInfo.username == "system:serviceaccount:at-least-semaphore-pod-hook:setup"`,
+		"failurePolicy: Fail", "operations: [CREATE, UPDATE]", "validationActions: [Deny]",
+		`variables.type in ["Opaque", "kubernetes.io/tls"]`,
+		`variables.type == "Opaque" && variables.opened && object.?metadata.?name.orValue("") == "at-least-semaphore-pod-redis"`,
+	} {
+		if !strings.Contains(text, part) {
+			t.Errorf("the policy has no %s", part)
+		}
+	}
+	// Manifests never set what setup owns: applying them again must not take it away.
+	files, err := filepath.Glob(rig.Path("deploy/base/*.yaml"))
+	rig.Must(t, err)
+	owned := regexp.MustCompile(`(?m)^ *(caBundle|path: /mutate)`)
+	for _, file := range files {
+		if found := owned.FindString(rig.ReadFile(t, "deploy/base/"+filepath.Base(file))); found != "" {
+			t.Errorf("%s sets %s, which setup owns", file, found)
+		}
+	}
+}
+
+// kubectl accepts the file as a part of a kustomization.
+func TestSetupIsKustomizable(t *testing.T) {
+	if _, err := exec.LookPath("kubectl"); err != nil {
+		t.Skip("kubectl, which has kustomize, is not installed")
+	}
+	folder := t.TempDir()
+	rig.Must(t, exec.Command("cp", rig.Path(setupFile), folder).Run())
+	rig.Must(t, exec.Command("sh", "-c", `printf 'resources: [setup.yaml]\nimages: [{name: ghcr.io/kaidotio/`+
+		`at-least-semaphore-pod-hook, newTag: v9}]\n' >"$1/kustomization.yaml"`, "sh", folder).Run())
+	out, err := exec.Command("kubectl", "kustomize", folder).CombinedOutput()
+	if err != nil || strings.Count(string(out), "at-least-semaphore-pod-hook:v9\n") != 1 {
+		t.Errorf("kubectl kustomize: %v\n%s", err, out)
+	}
+}
