@@ -116,13 +116,14 @@ func TestAlertRules(t *testing.T) {
 	w := rig.StartWebhook(t, rig.CommonRedis(t).Address)
 	w.WantAdmitted(t, rig.FreshID(), 1)
 	gate := rig.StartGate(t, rig.StartAPIServer(t), rig.CommonRedis(t).Address)
-	scraped := w.Metrics(t)
-	for _, text := range []string{scraped, gate.Metrics(t)} {
+	var scraped string
+	for _, s := range []*rig.Service{&w.Service, &gate.Service, startSetup(t)} {
+		text := s.Metrics(t)
 		if out := promtool(t, text, "check", "metrics"); out != "" {
 			t.Errorf("promtool check metrics: %s", out)
 		}
+		scraped += text
 	}
-	scraped += gate.Metrics(t)
 	var series []string // NAME or NAME{LABELS}
 	for line := range strings.Lines(scraped) {
 		if !strings.HasPrefix(line, "#") {
