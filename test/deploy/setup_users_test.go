@@ -10,7 +10,6 @@ import (
 
 	"github.com/gomodule/redigo/redis"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
-	admissionv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
@@ -69,12 +68,6 @@ func TestSetupMakesUsers(t *testing.T) {
 		if _, status := api.Store.Namespaces.Create(n); status != nil {
 			t.Fatal(status.Message)
 		}
-	}
-	configuration := &admissionv1.MutatingWebhookConfiguration{ObjectMeta: metav1.ObjectMeta{Name: home},
-		Webhooks: []admissionv1.MutatingWebhook{{Name: "a", ClientConfig: admissionv1.WebhookClientConfig{
-			Service: &admissionv1.ServiceReference{Namespace: home, Name: "webhook"}}}}}
-	if _, status := api.Store.Webhooks.Create(configuration); status != nil {
-		t.Fatal(status.Message)
 	}
 	health := rig.FreeAddress(t)
 	setup := &rig.Service{Process: rig.NewProcess(rig.Program(t), "setup", "--user-redis-addresses=rediss://"+r.Address,
