@@ -222,8 +222,14 @@ func (w *objectWatch[T]) list(ctx context.Context) error {
 			w.lose(o)
 		}
 	}
+	level := slog.LevelInfo
+	w.mu.Lock()
+	if w.listed && (w.failed == nil || errors.Is(w.failed, errWatchSilent)) {
+		level = slog.LevelDebug // where nothing changes, only a list tells so, again and again
+	}
+	w.mu.Unlock()
 	_ = w.hear(true)
-	w.log.Info(w.kind+" listed", w.kind, len(w.known), "milliseconds", time.Since(start).Milliseconds())
+	w.log.Log(ctx, level, w.kind+" listed", w.kind, len(w.known), "milliseconds", time.Since(start).Milliseconds())
 	w.synced()
 	return nil
 }

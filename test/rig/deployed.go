@@ -41,13 +41,13 @@ type DeployedGroup struct {
 }
 
 // usersOfGroup are the users of deploy/sentinel that have no other test, one for the test
-// itself, and those of clients.
-const usersOfGroup = `user default on resetpass ~* &* +@all
+// itself, and those of clients, which take the servers for old.
+var usersOfGroup = `user default on resetpass ~* &* +@all
 user replication on >PASSWORD +ping +psync +replconf
 user sentinel on >PASSWORD &__sentinel__:hello +ping +role +info +multi +exec +slaveof +replicaof +config|rewrite +publish +subscribe +client|setname +client|kill +script|kill +dbsize
 user control on >PASSWORD ~* &* +@all
-user webhook on >PASSWORD ` + WebhookACL + " " + SentinelACL + " " + EvictionACL + `
-user sidecar on >PASSWORD ` + SidecarACL + " " + SentinelACL + `
+user webhook on >PASSWORD ` + Ageless(WebhookACL) + " " + SentinelACL + " " + EvictionACL + `
+user sidecar on >PASSWORD ` + Ageless(SidecarACL) + " " + SentinelACL + `
 `
 
 const usersOfLocks = `user default off
