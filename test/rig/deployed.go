@@ -45,7 +45,7 @@ type DeployedGroup struct {
 var usersOfGroup = `user default on resetpass ~* &* +@all
 user replication on >PASSWORD +ping +psync +replconf
 user sentinel on >PASSWORD &__sentinel__:hello +ping +role +info +multi +exec +slaveof +replicaof +config|rewrite +publish +subscribe +client|setname +client|kill +script|kill +dbsize
-user control on >PASSWORD ~* &* +@all
+user control on >PASSWORD ~* &* +@all -info +info|replication +info|stats +info|clients
 user webhook on >PASSWORD ` + Ageless(WebhookACL) + " " + SentinelACL + " " + EvictionACL + `
 user sidecar on >PASSWORD ` + Ageless(SidecarACL) + " " + SentinelACL + `
 `
