@@ -17,6 +17,7 @@ func TestWebhooks(t *testing.T) {
 	t.Run("ClassicSidecar", testClassicSidecar)
 	t.Run("Settings", testSettings)
 	t.Run("EtcdLock", testEtcdLock)
+	t.Run("OwnRedis", testOwnRedis)
 	t.Run("RollingRestart", testRollingRestart)
 	if webhooksDiffer {
 		restartWebhooks(t)
@@ -132,6 +133,48 @@ func testEtcdLock(t *testing.T) {
 	if !strings.Contains(logs, `"lockMode":"etcd"`) || !strings.Contains(logs, `"msg":"maintained"`) {
 		t.Errorf("logs:\n%s", logs)
 	}
+}
+
+// The tokens move to a Redis of one's own, without TLS. setup makes its users there, with the
+// password of the administrator.
+func testOwnRedis(t *testing.T) {
+	n := newNamespace(t)
+	password, err := hook("get", "secret", "redis", "-o", `go-template={{index .data "setup-password" | base64decode}}`)
+	must(t, err)
+	n.create(object{"apiVersion": "v1", "kind": "Pod",
+		"metadata": object{"name": "own", "labels": object{"app": "own"}},
+		"spec": object{"terminationGracePeriodSeconds": 1, "containers": []object{{
+			"name": "redis", "image": "docker.io/valkey/valkey:8.1",
+			"command": []string{"redis-server", "--requirepass", password, "--maxmemory-policy", "noeviction"}}}}})
+	n.create(object{"apiVersion": "v1", "kind": "Service", "metadata": object{"name": "own"},
+		"spec": object{"selector": object{"app": "own"}, "ports": []object{{"port": 6379}}}})
+	n.wantRunning("own")
+	address := "own." + n.name + ".svc:6379"
+	_, err = hook("patch", "configmap", "settings", "-p", encode(object{"data": object{
+		"QUEUE_REDIS_ADDRESS": address, "REDIS_ADDRESSES": address, "USER_REDIS_ADDRESSES": address,
+		"REDIS_CA_FILE": "", "SIDECAR_REDIS_CA": "",
+	}}))
+	must(t, err)
+	restartSetup := func() {
+		_, err := hook("rollout", "restart", "deployment/setup")
+		must(t, err)
+		must(t, rolledOut("deployment/setup"))
+	}
+	t.Cleanup(func() {
+		webhooksDiffer = true
+		apply(t, "deploy")
+		restartSetup()
+	})
+	restartSetup()
+	restartWebhooks(t)
+	n.wantAdmitted(pod("p", "own", 2))
+	n.wantRunning("p")
+	out, err := n.try("exec", "own", "--", "sh", "-c", fmt.Sprintf(
+		"REDISCLI_AUTH=%s redis-cli --no-auth-warning ZCARD 'inflight/{%s/own}'", password, n.name))
+	if err != nil || strings.TrimSpace(out) != "1" {
+		t.Errorf("%s tokens are in use there, %v", out, err)
+	}
+	n.delete("p")
 }
 
 // The webhooks have settings for other clusters.
