@@ -57,6 +57,13 @@ var programs = []broken{
 		blow: dataLoss, every: 20 * time.Second,
 		rules: []string{ruleCount, ruleLetIn},
 	}, {
+		name: "there is no birth guard",
+		edits: []rig.Edit{{File: "lua/semaphore.lua",
+			From: "if age and age <= quiet then",
+			To:   "if false then"}},
+		blow: emptyStart, every: 15 * time.Second,
+		rules: []string{ruleCount, ruleLetIn},
+	}, {
 		name: "a repair does not reclaim",
 		edits: []rig.Edit{{File: "lua/maintain.lua",
 			From: "if settled() then\n  local stale",

@@ -64,6 +64,7 @@ func (n *nemesis) ready() {
 const (
 	longOutage = "all of the queue is paused for longer than the threshold"
 	dataLoss   = "all data is lost"
+	emptyStart = "an empty server takes the place of a primary"
 	briefPause = "sidecars are paused for less than the threshold"
 	death      = "all that work die"
 )
@@ -202,6 +203,28 @@ var serverBlows = []blow{
 	{dataLoss, true, func(n *nemesis, f *fault) {
 		f.loses = losesAll
 		n.primaryOf(f).Do(n.t, "FLUSHALL")
+	}},
+	{emptyStart, true, func(n *nemesis, f *fault) {
+		f.away, f.loses = true, losesByStart
+		s := n.primaryOf(f)
+		s.Crash(n.t)
+		s.LoseData(n.t)
+		n.queue.restart(n.t, s)
+		began, id := time.Now(), rig.ParseID(f.semaphores[0])
+		rig.Eventually(n.t, 20*time.Second, func() error {
+			_, err := s.Control.Do("SET", id.LockKey(), 1, "EX", 1)
+			if err != nil && !n.queue.Serves(n.t, s, id) {
+				return nil
+			}
+			return err
+		})
+		if !n.queue.Serves(n.t, s, id) {
+			f.loses = losesRecent // a replica was quicker
+			n.queue.rejoin(n.t, s)
+		} else if time.Since(began) > heartbeatInterval/2 {
+			f.loses = losesAll // it was young for too long before it took a heartbeat
+		}
+		n.ready()
 	}},
 	{"a primary is killed", true, func(n *nemesis, f *fault) {
 		f.away, f.loses = true, losesRecent

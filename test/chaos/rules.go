@@ -164,6 +164,9 @@ func (c *checker) excusesOf(p *podLife) (all []excuse) {
 		case !f.hits(p.semaphore):
 		case f.loses == losesAll && p.took.from <= f.to:
 			add(f.from, c.backBy(p, f.to), "Redis lost it: %s", f)
+		case f.loses == losesByStart && p.took.from <= f.to &&
+			slices.ContainsFunc(p.silences, span{f.from - c.quiet() - slack, f.to + c.quiet() + slack}.overlaps):
+			add(f.from, c.backBy(p, f.to), "Redis lost it, and it came back late: %s", f)
 		case f.loses == losesRecent && p.took.overlaps(span{f.from - recent, f.to}):
 			add(f.from-recent, c.backBy(p, f.to), "Redis lost it: %s", f)
 		}
