@@ -178,6 +178,7 @@ func (c *checker) excusesOf(p *podLife) (all []excuse) {
 	if p.started == notYet { // its sidecar may not run, or may not have confirmed
 		silences = append(silences, span{p.took.from, unending})
 	}
+	slices.SortFunc(silences, func(a, b span) int { return cmp.Compare(a.from, b.from) })
 	for i := 0; i < len(silences); i++ {
 		s := silences[i]
 		// Redis may have had no heartbeat between two silences.

@@ -102,6 +102,8 @@ func TestChaosChecker(t *testing.T) {
 			[]fault{during(fault{loses: losesByStart, away: true}, 4, 5)}, ruleCount},
 		"after an empty start in a silence": {[]*podLife{worker("a", 1, 1, 20).silent(4, 6), worker("b", 1, 6, 20)},
 			[]fault{during(fault{loses: losesByStart, away: true}, 4, 5)}, ""},
+		"after a death on a node that is cut off later": {[]*podLife{worker("a", 1, 1, 9).diesAt(5).silent(40, 44), worker("b", 1, 16, 20)},
+			nil, ""},
 		"long after a loss":   {[]*podLife{worker("a", 1, 1, 30), worker("b", 1, 20, 30)}, []fault{lost(5)}, ruleLetIn},
 		"before a loss":       {[]*podLife{worker("a", 1, 1, 20), worker("b", 1, 6, 20)}, []fault{lost(15)}, ruleCount},
 		"the loss of another": {[]*podLife{worker("a", 1, 1, 20), worker("b", 1, 6, 20)}, []fault{others}, ruleCount},
