@@ -160,10 +160,10 @@ func testOwnRedis(t *testing.T) {
 		must(t, err)
 		must(t, rolledOut("deployment/setup"))
 	}
-	t.Cleanup(func() {
-		webhooksDiffer = true
+	t.Cleanup(func() { // before the namespace goes, and its Redis
 		apply(t, "deploy")
 		restartSetup()
+		restartWebhooks(t)
 	})
 	restartSetup()
 	restartWebhooks(t)
