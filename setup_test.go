@@ -676,12 +676,12 @@ func TestSetupWithClientCertificates(t *testing.T) {
 	_, old := i.configured()
 	i.forget(secretOfPath, "secret")
 	i.reconcile(s)
-	i.pass(s.bounds.refresh - time.Second)
+	i.pass(s.bounds.refresh - time.Minute)
 	i.reconcile(s)
 	if _, path := i.configured(); path != old {
 		t.Error("the path has changed before the kubelets had their time")
 	}
-	i.pass(time.Second)
+	i.pass(time.Minute)
 	i.reconcile(s)
 	if _, path := i.configured(); path == old {
 		t.Error("the path has not changed")

@@ -26,12 +26,15 @@ func TestMain(m *testing.M) { os.Exit(rig.Run(m)) }
 // prometheusServer is a real Prometheus.
 type prometheusServer struct{ url string }
 
-// startPrometheus starts a Prometheus with the alert rules. It scrapes the webhooks, and a
-// gate, every second. As the Prometheus operator does, it gives its targets the label
+// startPrometheus starts a Prometheus with the alert rules. It scrapes the webhooks, a gate,
+// and a setup every second. As the Prometheus operator does, it gives its targets the label
 // "namespace"; the PodMonitor decides about labels that are there already.
 func startPrometheus(t *testing.T, gate *rig.Gate, webhooks ...*rig.Webhook) *prometheusServer {
 	t.Helper()
-	targets := []string{strings.TrimPrefix(gate.HealthURL, "http://")}
+	var targets []string
+	for _, s := range []*rig.Service{&gate.Service, startSetup(t)} {
+		targets = append(targets, strings.TrimPrefix(s.HealthURL, "http://"))
+	}
 	for _, w := range webhooks {
 		targets = append(targets, strings.TrimPrefix(w.HealthURL, "http://"))
 	}
