@@ -177,7 +177,7 @@ func (w *objectWatch[T]) silent() time.Duration {
 	return time.Since(w.heard)
 }
 
-// check returns why nobody must act on the objects: they may have changed long ago.
+// check returns why the program must not act on the objects: they may have changed long ago.
 func (w *objectWatch[T]) check() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()

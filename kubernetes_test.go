@@ -350,7 +350,7 @@ func TestKubernetesEvents(t *testing.T) {
 	}
 }
 
-// A Secret is created once, and changed only by who has read its version.
+// The client creates a Secret once, and changes only the version that it has read.
 func TestKubernetesSecrets(t *testing.T) {
 	t.Parallel()
 	s := newAPIServer(t)

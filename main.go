@@ -21,8 +21,8 @@
 //
 //	REDIS_USERNAME, REDIS_PASSWORD    credentials for all Redis servers; without a name, the default user
 //	STATUS_REDIS_USERNAME, STATUS_REDIS_PASSWORD, STATUS_REDIS_PASSWORD_FILE
-//	                                  of status: win over the two above if the password, or the file of
-//	                                  --redis-password-file, is set
+//	                                  of status: they win over the two above
+//	                                  if a password or its file is set
 //	REDIS_SENTINEL_USERNAME, REDIS_SENTINEL_PASSWORD
 //	                                  credentials for the Sentinels
 //	ETCD_USERNAME, ETCD_PASSWORD      credentials for the etcd servers

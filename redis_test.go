@@ -300,7 +300,7 @@ func startSecureRedis(t *testing.T, dir string) *rig.Redis {
 	r := rig.StartRedisWith(t, rig.RedisOptions{Args: listen, Young: true,
 		Dial: []redis.DialOption{redis.DialUseTLS(true), redis.DialTLSConfig(&tls.Config{RootCAs: roots}),
 			redis.DialPassword("admin")}})
-	r.WantAge(t, 2*time.Second) // it lets nobody in before, with an interval of a second
+	r.WantAge(t, 2*time.Second) // it admits no pod before, with an interval of a second
 	return r
 }
 
@@ -368,18 +368,6 @@ func TestRedisWithTLSAndACL(t *testing.T) {
 	p.WantExit(t, 0)
 	r.WantCounts(t, id, 1, 0)
 	p.WantNoSecret(t)
-}
-
-// inTime repeats work whose answers were late on a busy machine.
-func inTime(work func() error) error {
-	for end := time.Now().Add(time.Minute); ; {
-		var network net.Error
-		err := work()
-		late := errors.Is(err, context.DeadlineExceeded) || errors.As(err, &network) && network.Timeout()
-		if !late || time.Now().After(end) {
-			return err
-		}
-	}
 }
 
 // The ACL rules of the webhook and the sidecar suffice, and each is needed.

@@ -59,7 +59,7 @@ const (
 	// pingRules let a probe ask without a password.
 	pingRules = "nopass resetkeys resetchannels -@all +ping"
 
-	// loadRules have no password: nobody can log in. Redis reads an append-only file as the
+	// loadRules have no password: no client can log in. Redis reads an append-only file as the
 	// user default, and would drop what that user may not do.
 	loadRules = "resetpass ~* &* +@all"
 )
@@ -305,7 +305,7 @@ func (s *userServer) login(ctx context.Context, w userServerWants) error {
 			settings.username, settings.password = user, password
 			c, failed := dialRedis(ctx, s.address, settings, userServerTimeout)
 			if failed == nil && user == userOfEveryone {
-				// deploy/ lets everyone in as default, who may only PING.
+				// In deploy/, each client begins as default, and may only PING.
 				if _, refused := redis.DoContext(c, ctx, "ACL", "USERS"); refused != nil {
 					c.Close()
 					continue

@@ -52,6 +52,31 @@ type setup struct {
 	log        *slog.Logger
 }
 
+// ownPassword is a key of ownSecret, with the users that have its password.
+type ownPassword struct {
+	key   string
+	users []string
+}
+
+// ownPasswords returns the passwords of ownSecret.
+func (c setupConfig) ownPasswords() (all []ownPassword) {
+	for _, user := range []string{userOfSetup, "webhook", "gate", "status"} {
+		all = append(all, ownPassword{user + "-password", []string{user}})
+	}
+	if c.replicationUser {
+		all = append(all, ownPassword{"replication-password", []string{userOfReplicas, userOfSentinels}})
+	}
+	return all
+}
+
+// duties returns what the servers are for, those of the tokens first.
+func (c setupConfig) duties() []redisDuty {
+	if len(c.lockAddresses) > 0 {
+		return []redisDuty{holdsTokens, holdsLocks}
+	}
+	return []redisDuty{holdsAll}
+}
+
 // setupStep keeps one part of the installation. Its error does not stop the others.
 type setupStep struct {
 	name  string

@@ -73,31 +73,6 @@ func newUserTimes() userTimes {
 		pods: 30 * time.Second, old: 10 * time.Minute, handOut: 2 * time.Minute}
 }
 
-// ownPassword is a key of ownSecret, with the users that have its password.
-type ownPassword struct {
-	key   string
-	users []string
-}
-
-// ownPasswords returns the passwords of ownSecret.
-func (c setupConfig) ownPasswords() (all []ownPassword) {
-	for _, user := range []string{userOfSetup, "webhook", "gate", "status"} {
-		all = append(all, ownPassword{user + "-password", []string{user}})
-	}
-	if c.replicationUser {
-		all = append(all, ownPassword{"replication-password", []string{userOfReplicas, userOfSentinels}})
-	}
-	return all
-}
-
-// duties returns what the servers are for, those of the tokens first.
-func (c setupConfig) duties() []redisDuty {
-	if len(c.lockAddresses) > 0 {
-		return []redisDuty{holdsTokens, holdsLocks}
-	}
-	return []redisDuty{holdsAll}
-}
-
 // userKeeper makes the users of Redis, and what labelled namespaces need. It compares what
 // there is with what there should be: after each change, and every ten seconds. So it does
 // not matter what was done before, or by another process.

@@ -80,7 +80,7 @@ const (
 	losesNothing loss = iota
 	losesRecent       // the writes shortly before the fault and during it
 	losesAll
-	losesByStart // all, as an empty server starts: it lets nobody in until the holders are back
+	losesByStart // all, as an empty server starts: it admits no pod until the holders are back
 )
 
 // fault is a blow of the nemesis.

@@ -158,7 +158,7 @@ func startWorld(t *testing.T, program, kind string) *world {
 	}
 	w.queue = startQueue(t, kind, env)
 	for _, s := range w.queue.data() {
-		s.WantAge(t, heartbeatInterval+rig.BeatTimeout) // it lets nobody in before
+		s.WantAge(t, heartbeatInterval+rig.BeatTimeout) // it admits no pod before
 	}
 	w.locks = rig.StartLockServers(t, 3, rig.RedisOptions{Env: env, Kind: rig.SingleQueue, Bare: true,
 		Args: func(port string) []string { return append(rig.PlainPort(port), serverArgs(lockUsers)...) }})

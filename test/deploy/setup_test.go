@@ -1,7 +1,6 @@
 package deploy
 
 import (
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -75,20 +74,5 @@ func TestRightsOfSetup(t *testing.T) {
 		if found := owned.FindString(rig.ReadFile(t, "deploy/base/"+filepath.Base(file))); found != "" {
 			t.Errorf("%s sets %s, which setup owns", file, found)
 		}
-	}
-}
-
-// kubectl accepts the file as a part of a kustomization.
-func TestSetupIsKustomizable(t *testing.T) {
-	if _, err := exec.LookPath("kubectl"); err != nil {
-		t.Skip("kubectl, which has kustomize, is not installed")
-	}
-	folder := t.TempDir()
-	rig.Must(t, exec.Command("cp", rig.Path(setupFile), folder).Run())
-	rig.Must(t, exec.Command("sh", "-c", `printf 'resources: [setup.yaml]\nimages: [{name: ghcr.io/kaidotio/`+
-		`at-least-semaphore-pod-hook, newTag: v9}]\n' >"$1/kustomization.yaml"`, "sh", folder).Run())
-	out, err := exec.Command("kubectl", "kustomize", folder).CombinedOutput()
-	if err != nil || strings.Count(string(out), "at-least-semaphore-pod-hook:v9\n") != 1 {
-		t.Errorf("kubectl kustomize: %v\n%s", err, out)
 	}
 }
