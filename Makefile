@@ -8,15 +8,15 @@ help: ## show this help
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: build bin/demo ## show the main job from start to end; needs only Go. LOCK=etcd: the other lock, QUEUE=sentinel: a failover
-	@bin/demo $(demo-queue) $(demo-lock) story
+demo: build bin/demo ## show the main job from start to end; needs only Go. LOCK=etcd: the other lock, QUEUE=sentinel: a failover, V=-v: flags and patches
+	@bin/demo $(V) $(demo-queue) $(demo-lock) story
 
 .PHONY: test-demo
 test-demo: test-needs ## test the demo with each lock and queue, its printed commands, and Ctrl-C
 	SUITE=1 go test -race -count=1 -v ./test/demo
 
 .PHONY: run
-run: build bin/demo ## start the demo's set-up and keep it up, to try it by hand
+run: build bin/demo ## start the demo's set-up and keep it up; prints what to try by hand
 	@bin/demo $(demo-queue) $(demo-lock) run
 
 # etcd is built from its module; the go command caches it.
@@ -97,7 +97,7 @@ e2e-test = PROGRAM=$(CURDIR)/$(PROGRAM) IMAGE=at-least-semaphore-pod-hook:e2e-$$
 .PHONY: e2e
 e2e: build ## test deploy/ on the cluster of KUBECONFIG: installs and removes it; settings: test/e2e/setup_test.go
 	$(if $(E2E_FLAGS),,go test -count=1 -tags e2e -timeout 10m -parallel 8 -run '^TestKubernetes' .)
-	$(e2e-test) -tags e2e -timeout 55m -parallel 10 -v $(E2E_FLAGS) ./test/e2e
+	$(e2e-test) -tags e2e -timeout 55m -parallel 8 -v $(E2E_FLAGS) ./test/e2e
 
 .PHONY: e2e-sentinel
 e2e-sentinel: build ## the same for deploy/sentinel: lose its primary in all ways, under load

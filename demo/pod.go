@@ -45,13 +45,14 @@ func newUID() string {
 // expand expands args as the kubelet does.
 func (p *pod) expand(arg string) string { return strings.ReplaceAll(arg, "$(POD_UID)", p.uid) }
 
-func (p *pod) printPatch() {
+// detailPatch prints what the webhook adds to a pod.
+func (s *setup) detailPatch(p *pod) {
 	for _, o := range p.patch {
 		value := string(o.Value)
 		if strings.HasPrefix(value, "[") {
 			value = "sidecar, args " + strings.Join(p.args[1:], " ") + "; await"
 		}
-		fmt.Printf("          %s %s: %s\n", o.Op, o.Path, value)
+		s.detail("%s %s: %s", o.Op, o.Path, value)
 	}
 }
 
@@ -105,14 +106,6 @@ func (s *setup) end(name string) error {
 	if code, err := p.sidecar.end(syscall.SIGTERM); err != nil || code != 0 {
 		return fmt.Errorf("the sidecar of %s ended with %d, %v:\n%s", name, code, err, p.sidecar.log.String())
 	}
+	s.detail("the sidecar of %s exited with 0", name)
 	return nil
-}
-
-// wantEnd ends a pod, and prints that.
-func (s *setup) wantEnd(name string) error {
-	err := s.end(name)
-	if err == nil {
-		fmt.Printf("   %s  sidecar exited with 0\n", name)
-	}
-	return err
 }

@@ -179,19 +179,19 @@ func (s *setup) storyOfFailover(ctx context.Context, q *sentinelQueue) error {
 	if err != nil {
 		return err
 	}
-	printStep("The primary of Redis is killed. The Sentinels notice it after a second and promote a replica.\n" +
-		"   The webhook holds the request for a new pod until then. Then it refuses the pod: all tokens are in use.")
+	s.tell("The primary of Redis is killed. The webhook holds web-9 until a replica is promoted.")
 	if _, err := q.servers[primary].end(syscall.SIGKILL); err != nil {
 		return err
 	}
 	killed := time.Now()
-	err = s.wantRefused("web-9", allInUse)
+	_, err = s.refuse("web-9", allInUse)
 	for errors.Is(err, errUndecided) && time.Since(killed) < failoverTimeout { // the Sentinels vote again
-		err = s.wantRefused("web-9", allInUse)
+		_, err = s.refuse("web-9", allInUse)
 	}
 	if err != nil {
 		return err
 	}
+	refused := time.Since(killed)
 	next, err := q.primary()
 	if err != nil {
 		return err
@@ -199,23 +199,22 @@ func (s *setup) storyOfFailover(ctx context.Context, q *sentinelQueue) error {
 	if next == primary {
 		return fmt.Errorf("%s is still the primary", primary)
 	}
-	fmt.Printf("   %.1f s after the kill; the primary was %s, and now is %s\n",
-		time.Since(killed).Seconds(), primary, next)
-	if err := s.wantTokens(ctx, 0, 3); err != nil {
+	s.detail("the primary was %s", primary)
+	if err := s.wantTokens(ctx, "", tokens{0, 3, 0}); err != nil {
 		return err
 	}
-
-	printStep("web-5 ends and gives its token back to the new primary. web-9 is tried again. The webhook admits it.")
-	if err := s.wantEnd("web-5"); err != nil {
+	if err := s.end("web-5"); err != nil {
 		return err
 	}
-	if err := s.wantTokens(ctx, 1, 2); err != nil {
+	if err := s.wantTokens(ctx, "", tokens{1, 2, 0}); err != nil {
 		return err
 	}
 	if err := s.wantAdmitted(ctx, "web-9"); err != nil {
 		return err
 	}
-	return s.wantTokens(ctx, 0, 3)
+	text := fmt.Sprintf("web-9 refused %.1f s after the kill, the primary is %s; web-5 ended; web-9 admitted",
+		refused.Seconds(), next)
+	return s.wantTokens(ctx, text, tokens{0, 3, 0})
 }
 
 // isUsed reports whether a token is in flight.

@@ -37,6 +37,8 @@ type setupOptions struct {
 	etcd                           string // etcd's file; empty for the redlock
 	heartbeatSeconds, staleSeconds int
 	verbose                        bool // print the logs of the processes as they come
+	details                        bool // print flags, patches and outputs, too
+	terminal, colours              bool // a person reads along; the terminal shows colours
 }
 
 // setup has everything that a semaphore needs: Redis, a certificate and the webhook.
@@ -50,6 +52,7 @@ type setup struct {
 	lock       []string // the flags for the lock
 	options    setupOptions
 	pods       map[string]*pod
+	steps      int        // of the story, so far
 	markers    []string   // what the sidecars leave behind
 	processes  []*process // files that the sidecars leave behind
 }
@@ -71,7 +74,7 @@ func withSetup(ctx context.Context, o setupOptions, use func(context.Context, *s
 		}
 		s.removeMarkers()
 		if err != nil && ctx.Err() != nil {
-			err = errors.New("interrupted; everything is stopped")
+			err = fmt.Errorf("%w: everything is stopped", context.Cause(ctx))
 		}
 	}()
 	if err := s.startQueue(ctx); err != nil {

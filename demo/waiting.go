@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -14,27 +15,28 @@ const promptly = time.Second
 // storyOfWaiting is the part about pods that wait for a token. web-3, web-4 and web-5
 // have one before it.
 func (s *setup) storyOfWaiting(ctx context.Context) error {
-	printStep("Two pods with when-full: wait are created. The webhook admits both without a token.\n" +
-		"   Their sidecars wait in line. Until a sidecar has a token, the init container \"await\" holds back the app.")
-	if err := s.wantWaiting(ctx, "web-6", "1st"); err != nil {
+	s.tell("Two pods come that may wait. They are admitted without a token, and their sidecars stand in line.")
+	if _, err := s.wantWaiting(ctx, "web-6", "3 of 3 in use, 1st in line, "); err != nil {
 		return err
 	}
-	if err := s.wantWaiting(ctx, "web-7", "2nd"); err != nil {
+	text, err := s.wantWaiting(ctx, "web-7", "3 of 3 in use, 2nd in line, ")
+	if err != nil {
 		return err
 	}
 	six, seven := s.pods["web-6"], s.pods["web-7"]
-	if err := s.wantTokensAndLine(ctx, 0, 3, 2); err != nil {
+	text, _, _ = strings.Cut(text, "; in use by ")
+	if err := s.wantTokens(ctx, "web-6, web-7 admitted; web-7 logs: "+text, tokens{0, 3, 2}); err != nil {
 		return err
 	}
 
-	printStep("web-3 ends. Its token goes to web-6, whose await ends: the app would start. web-7 moves up.")
+	s.tell("web-3 ends. The first in line gets its token, and starts its app. The second moves up.")
 	for _, p := range []*pod{six, seven} {
 		if err := p.wantHeldBack(); err != nil {
 			return err
 		}
 	}
 	start := time.Now()
-	if err := s.wantEnd("web-3"); err != nil {
+	if err := s.end("web-3"); err != nil {
 		return err
 	}
 	took, err := s.wantHolding(ctx, six, start)
@@ -44,29 +46,26 @@ func (s *setup) storyOfWaiting(ctx context.Context) error {
 	if took > promptly {
 		return fmt.Errorf("web-6 was not called: it took %s", took)
 	}
-	fmt.Printf("   web-6  await exited with 0, %d ms after the SIGTERM of web-3\n", took.Milliseconds())
 	if c, err := s.queue.contents(); err != nil || !slices.Equal(c.line, []string{seven.token}) {
 		return fmt.Errorf("web-7 is not alone in line: %q, %v", c.line, err)
 	}
 	if err := seven.wantHeldBack(); err != nil {
 		return err
 	}
-	fmt.Println("   web-7  still waits, 1st in line")
-	if err := s.wantTokensAndLine(ctx, 0, 3, 1); err != nil {
+	text = fmt.Sprintf("web-6 starts %d ms after the SIGTERM of web-3; web-7 is 1st in line", took.Milliseconds())
+	if err := s.wantTokens(ctx, text, tokens{0, 3, 1}); err != nil {
 		return err
 	}
 
-	printStep("web-4 ends while the sidecar of web-7 is paused. The free token stays reserved: no pod overtakes web-7.")
+	s.tell("web-4 ends while the sidecar of web-7 is paused. The token is kept for web-7: no pod overtakes it.")
 	if err := seven.sidecar.pause(ctx); err != nil {
 		return err
 	}
-	if err := s.wantEnd("web-4"); err != nil {
+	if err := s.end("web-4"); err != nil {
 		return err
 	}
-	if err := s.wantRefused("web-8", "2 of 3 tokens in use", "; 1 waiting in line"); err != nil {
-		return err
-	}
-	if err := s.wantTokensAndLine(ctx, 1, 2, 1); err != nil {
+	err = s.wantRefused(ctx, "web-8", tokens{1, 2, 1}, "has 2 of 3 tokens in use", "; 1 waiting in line")
+	if err != nil {
 		return err
 	}
 	start = time.Now()
@@ -76,55 +75,57 @@ func (s *setup) storyOfWaiting(ctx context.Context) error {
 	if took, err = s.wantHolding(ctx, seven, start); err != nil {
 		return err
 	}
-	fmt.Printf("   web-7  await exited with 0, %d ms after its sidecar resumed\n", took.Milliseconds())
-	if err := s.wantTokens(ctx, 0, 3); err != nil {
+	text = fmt.Sprintf("web-7 starts %d ms after its sidecar resumed", took.Milliseconds())
+	if err := s.wantTokens(ctx, text, tokens{0, 3, 0}); err != nil {
 		return err
 	}
 
-	printStep("web-8 is created with when-full: wait, and deleted while it waits. Its sidecar leaves the line.")
-	if err := s.wantWaiting(ctx, "web-8", "1st"); err != nil {
+	s.tell("web-8 comes again, may wait now, and is deleted while it waits. Its sidecar leaves the line.")
+	if _, err := s.wantWaiting(ctx, "web-8", "3 of 3 in use, 1st in line, "); err != nil {
 		return err
 	}
-	if err := s.wantTokensAndLine(ctx, 0, 3, 1); err != nil {
+	if err := s.wantTokens(ctx, "", tokens{0, 3, 1}); err != nil {
 		return err
 	}
-	if err := s.wantEnd("web-8"); err != nil {
+	if err := s.end("web-8"); err != nil {
 		return err
 	}
-	text, err := s.pods["web-8"].wantLog(ctx, "left the line")
-	if err != nil {
+	if text, err = s.pods["web-8"].wantLog(ctx, "left the line"); err != nil {
 		return err
 	}
-	fmt.Printf("          its sidecar logged: %s\n", text)
-	return s.wantTokens(ctx, 0, 3)
+	return s.wantTokens(ctx, "web-8 admitted, and logs: "+text, tokens{0, 3, 0})
 }
 
 // wantWaiting creates a pod, which must be admitted without a token. It starts the pod's
-// sidecar, which must take that place in line, and its await.
-func (s *setup) wantWaiting(ctx context.Context, name, place string) error {
+// sidecar, whose log must say why it waits, with all texts in more, and its await. It
+// returns what the sidecar logs.
+func (s *setup) wantWaiting(ctx context.Context, name, why string, more ...string) (text string, err error) {
 	a, err := s.create(name, "wait")
 	if err != nil {
-		return err
+		return "", err
 	}
 	p, err := newPod(name, a)
 	if err != nil {
-		return fmt.Errorf("%s was not admitted: %+v: %w", name, *a, err)
+		return "", fmt.Errorf("%s was not admitted: %+v: %w", name, *a, err)
 	}
 	if !a.Allowed || len(a.Warnings) != 1 || p.token != p.uid || len(p.patch) != 1 {
-		return fmt.Errorf("%s was not admitted with a warning, to wait for a token: %+v, patch %s", name, *a, a.Patch)
+		return "", fmt.Errorf("%s was not admitted with a warning, to wait for a token: %+v, patch %s", name, *a, a.Patch)
 	}
-	fmt.Printf("   %s  admitted without a token, patched (POD_UID is %s):\n", name, p.token)
-	p.printPatch()
-	fmt.Printf("          warning: %s\n", a.Warnings[0])
+	s.detail("%s got no token; its POD_UID is %s", name, p.token)
+	s.detailPatch(p)
+	s.detail("warning: %s", a.Warnings[0])
 	if err := s.startSidecar(p); err != nil {
-		return err
+		return "", err
 	}
-	text, err := p.wantLog(ctx, "waiting for a token of shop/web: 3 of 3 in use, "+place+" in line, ")
-	if err != nil {
-		return err
+	if text, err = p.wantLog(ctx, "waiting for a token of shop/web: "+why); err != nil {
+		return "", err
 	}
-	fmt.Printf("          its sidecar logs: %s\n", text)
-	return s.startAwait(p)
+	for _, want := range more {
+		if !strings.Contains(text, want) {
+			return "", fmt.Errorf("the sidecar of %s logs no %q: %q", name, want, text)
+		}
+	}
+	return text, s.startAwait(p)
 }
 
 // wantHeldBack fails if the pod's await has ended.
