@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -65,12 +66,17 @@ const (
 		"a sidecar that does not reach Redis at once needs %d s to give the token back"
 	warningHostNetwork = "hostNetwork without dnsPolicy ClusterFirstWithHostNet: " +
 		"the sidecar may not find Redis, and the app not start"
-	warningLength = "this pod sets the length of its semaphore to %d, others set %d lately: " +
+	warningSet       = "the annotation length is %d, but the ConfigMap semaphores sets %d for %s: this counts"
+	warningHeadStart = "the annotation head-start is %d, but the ConfigMap semaphores allows %d for %s: this counts"
+	warningStays     = "the ConfigMap semaphores lets no pod of %s run beyond the length: the pod waits until it has a token"
+	warningLength    = "this pod sets the length of its semaphore to %d, others set %d lately: " +
 		"a greater one also helps pods ahead in line"
 	warningForgotten = "no sidecar starts here: kubectl label namespace %s " + labelSidecars + "=true"
 	warningStatic    = "a static pod gets no semaphore sidecar and no token: its semaphore does not count it"
 	warningJob       = "the pods of this %s will not complete: " +
 		"their sidecar is a classic container, which runs until they are deleted"
+	warningStuck = "updates of this Deployment will not end: with %d replicas on %d tokens, maxUnavailable must be " +
+		"at least %d, not %d; or choose the strategy Recreate"
 	warningMisplaced = annotationPrefix + "* does nothing on a %s: move it to %s.metadata"
 	warningRefused   = "the pods of this %s will be refused: %s"
 )
@@ -89,10 +95,13 @@ type admitter struct {
 	config     webhookConfig
 	semaphores *semaphores
 	users      *namespaceUsers
+	owners     ownerFile
+	changed    wakeup // there are other settings
 }
 
 func newAdmitter(c webhookConfig, s *semaphores) admitter {
-	a := admitter{config: c, semaphores: s}
+	a := admitter{config: c, semaphores: s, changed: newWakeup()}
+	a.owners = newOwnerFile(c.semaphoresFile, s.log, a.changed.wake)
 	if c.redis.username != "" && c.sidecarRedisSecret != "" {
 		a.users = &namespaceUsers{queue: s.queue}
 	}
@@ -128,8 +137,12 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 		d.deny(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, deniedWindows)
 		return d, nil
 	}
-	spec, problems := a.parse(p.Metadata.Annotations)
-	d.semaphore = semaphoreID{r.Namespace, truncate(spec.key, maxKey)}
+	spec, problems, err := a.parse(r.Namespace, p)
+	d.semaphore = newSemaphoreID(r.Namespace, truncate(spec.key, maxKey))
+	if err != nil {
+		d.verdict = verdictFailed
+		return d, err
+	}
 	if len(problems) > 0 {
 		d.verdict = verdictInvalid
 		d.deny(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid,
@@ -139,6 +152,7 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 	if a.users.forgotten(ctx, r.Namespace) {
 		d.warn(warningForgotten, r.Namespace)
 	}
+	d.warnOfSettings(spec, d.semaphore)
 	if spec.whenFull == whenFullGate && p.Spec.NodeName != "" {
 		spec.whenFull = whenFullWait
 		d.warn(warningNotGated)
@@ -152,6 +166,14 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 		case spec.whenFull == whenFullGate:
 			d.verdict = verdictGate
 		}
+		if spec.isSet && spec.set == 0 && !r.DryRun {
+			// Redis must know the pause before the sidecar asks, which may be hours
+			// later.
+			if err := a.semaphores.setLimit(ctx, d.semaphore, limit{true, 0}, limitLife, true); err != nil {
+				d.verdict = verdictFailed
+				return d, err
+			}
+		}
 		d.admit(a.config, p, spec, "")
 		return d, nil
 	}
@@ -161,8 +183,9 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 		return d, nil
 	}
 	var agreed int
-	name := newPodName(p.name(), "")
-	d.token, agreed, err = a.semaphores.acquire(ctx, d.semaphore, name, spec.length, spec.expiration)
+	name := newPodName(d.semaphore.podName(r.Namespace, p.name()), "")
+	set := limit{spec.isSet, spec.set}
+	d.token, agreed, err = a.semaphores.acquire(ctx, d.semaphore, name, spec.length, set, spec.expiration)
 	var full *fullError
 	if errors.As(err, &full) {
 		d.verdict = verdictFull
@@ -174,28 +197,82 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 		return d, err
 	}
 	d.verdict = verdictAdmitted
-	if agreed != 0 && agreed != spec.length {
+	if agreed != 0 && agreed != spec.length && !spec.isSet {
 		d.warn(warningLength, spec.length, agreed)
 	}
 	d.admit(a.config, p, spec, d.token)
 	return d, nil
 }
 
-// parse reads the annotations of a pod, and returns all problems for which this webhook
-// refuses it.
-func (a *admitter) parse(annotations map[string]string) (spec semaphoreSpec, problems []string) {
-	spec, problems = parseAnnotations(annotations, a.config.whenFull)
+// parse reads the annotations of a pod in a namespace, and returns all problems for which
+// this webhook refuses it. Its error is that the owner's settings are needed, and not
+// known.
+func (a *admitter) parse(namespace string, p *pod) (spec semaphoreSpec, problems []string, err error) {
+	annotations := p.Metadata.Annotations
+	owners, err := a.owners.settings()
+	spec, problems = parseAnnotations(namespace, annotations, a.config.whenFull, a.config.maxHeadStart, owners)
+	if err != nil && (annotations[annotationLength] == "" || spec.headStart > 0 || spec.wait.runs() ||
+		strings.HasPrefix(spec.key, shared)) {
+		return spec, nil, fmt.Errorf("the settings of semaphores are needed: %w", err)
+	}
 	if (spec.whenFull == whenFullWait || spec.whenFull == whenFullGate) && !a.config.enableSidecarContainers {
 		problems = append(problems, fmt.Sprintf("%s is %q: this needs native sidecars, "+
 			"and the webhook injects classic ones (--enable-sidecar-containers=false)",
 			annotationWhenFull, spec.whenFull))
 	}
-	return spec, problems
+	if policy := p.Spec.RestartPolicy; spec.wait.fails() && policy != "Never" && policy != "OnFailure" {
+		problems = append(problems, fmt.Sprintf("%s needs restartPolicy Never or OnFailure, as the pod fails then: "+
+			"with Always, it would wait again for ever; or set %s to %q",
+			annotationWait, strings.TrimPrefix(annotationWhenWaited, annotationPrefix), whenWaitedRun))
+	}
+	return spec, problems, nil
+}
+
+// limitsMissing is the time between two looks for semaphores of which Redis knows no
+// limit.
+const limitsMissing = 10 * time.Second
+
+// keepLimits makes Redis know the limits that it has lost or not heard of, and those that
+// have changed in the file. Where setup is at work, it has told Redis before.
+func (a *admitter) keepLimits(ctx context.Context) {
+	go a.owners.watch(ctx, fileInterval)
+	told, _ := a.owners.settings()
+	var untold map[semaphoreID]bool // of the changes
+	var warnings logLimiter
+	for ctx.Err() == nil {
+		_ = a.changed.waitFor(ctx, limitsMissing)
+		owners, err := a.owners.settings()
+		if err != nil || len(owners.lines)+len(told.lines) == 0 {
+			continue
+		}
+		look, cancel := context.WithTimeout(ctx, limitsMissing)
+		states, err := a.semaphores.survey(look, "")
+		if err = new(spoiltErrors).add(err); err == nil || len(states) > 0 {
+			failed, failure := a.semaphores.keepLimits(look, states, owners, func(id semaphoreID) bool {
+				return limitOf(owners, id) != limitOf(told, id) || untold[id]
+			})
+			if err == nil { // with another file, all that is left is what failed
+				told, untold = owners, failed
+			}
+			err = cmp.Or(err, failure)
+		}
+		cancel()
+		if err == nil || ctx.Err() != nil {
+			continue
+		}
+		if _, ok := warnings.allow(); ok {
+			a.semaphores.log.Warn("limits not told to Redis, to be retried", "error", err.Error())
+		}
+	}
 }
 
 // refusal is the denial of a pod that gets no token.
 func refusal(e *fullError) string {
-	text := fmt.Sprintf("no semaphore available: %s has %d of %d tokens in use", e.id, e.inUse, e.length)
+	text := fmt.Sprintf("no semaphore available: %s has %d of %d tokens in use", e.id, e.inUse,
+		e.setting.lengthFor(e.length))
+	if set := e.setting.text(); set != "" {
+		text = fmt.Sprintf("no semaphore available: %s is %s; %d in use", e.id, set, e.inUse)
+	}
 	if by := byHolders(e.holders, e.inUse); by != "" {
 		text += ", " + by
 	}
@@ -248,7 +325,10 @@ func (a *admitter) warnWorkload(ctx context.Context, d *decision, r *admissionRe
 	if annotations[annotationEnabled] != "true" {
 		return nil
 	}
-	spec, problems := a.parse(annotations)
+	spec, problems, err := a.parse(r.Namespace, p)
+	if err != nil { // its pods will hear of it
+		return nil
+	}
 	if p.isWindows() {
 		problems = []string{deniedWindows}
 	}
@@ -261,6 +341,10 @@ func (a *admitter) warnWorkload(ctx context.Context, d *decision, r *admissionRe
 	if a.users.forgotten(ctx, r.Namespace) {
 		d.warn(warningForgotten, r.Namespace)
 	}
+	d.warnOfSettings(spec, newSemaphoreID(r.Namespace, spec.key))
+	if unavailable, enough, ok := w.canRoll(spec.length); !ok && kind == "Deployment" {
+		d.warn(warningStuck, *w.Spec.Replicas, spec.length, enough, unavailable)
+	}
 	switch {
 	case kind != "Job" && kind != "CronJob":
 	case !a.config.enableSidecarContainers:
@@ -270,6 +354,19 @@ func (a *admitter) warnWorkload(ctx context.Context, d *decision, r *admissionRe
 	}
 	d.warnOfPod(a.config, p)
 	return nil
+}
+
+// warnOfSettings warns a user whose length, head start or when-waited does not count.
+func (d *decision) warnOfSettings(spec semaphoreSpec, id semaphoreID) {
+	if spec.isSet && spec.asked != 0 && spec.asked != spec.set {
+		d.warn(warningSet, spec.asked, spec.set, id)
+	}
+	if spec.headStart < spec.wishes {
+		d.warn(warningHeadStart, seconds(spec.wishes), seconds(spec.headStart), id)
+	}
+	if spec.stays {
+		d.warn(warningStays, id)
+	}
 }
 
 // warnOfWait warns a user whose pods may wait.
@@ -283,12 +380,13 @@ func (d *decision) warnOfWait(whenFull, waits, gated string) {
 }
 
 // audit adds the decision for the API server's audit log. Kubernetes prefixes these names
-// with the webhook's.
+// with the webhook's. The token of a pod that waits is its UID, which no request to create
+// it has. So the pod's name, or the beginning of it, leads from the audit log to status.
 func (d *decision) audit() {
 	if d.verdict == "" {
 		return
 	}
-	d.response.AuditAnnotations = map[string]string{"verdict": d.verdict}
+	d.response.AuditAnnotations = map[string]string{"verdict": d.verdict, "pod": d.pod}
 	if d.semaphore.key != "" {
 		d.response.AuditAnnotations["semaphore"] = d.semaphore.String()
 	}

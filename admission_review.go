@@ -12,6 +12,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
 // admissionReview is the part of the API server's request that we need. The pod is never
@@ -63,6 +64,13 @@ type pod struct {
 type workload struct {
 	metadata
 	Spec struct {
+		Replicas *int32 `json:"replicas"`
+		Strategy struct {
+			RollingUpdate *struct { // the API server sets its values
+				MaxUnavailable intstr.IntOrString `json:"maxUnavailable"`
+				MaxSurge       intstr.IntOrString `json:"maxSurge"`
+			} `json:"rollingUpdate"`
+		} `json:"strategy"` // of a Deployment
 		Template    pod `json:"template"`
 		JobTemplate struct {
 			metadata
@@ -101,6 +109,22 @@ func (w *workload) pod() *pod {
 		return t
 	}
 	return &w.Spec.Template
+}
+
+// canRoll reports whether an update of a Deployment ends, if no other pods use the
+// tokens. The controller ends an old pod only while fewer pods than unavailable, its
+// maxUnavailable, are not ready; enough is the least value with which it gets on.
+func (w *workload) canRoll(length int) (unavailable, enough int, ok bool) {
+	rolling := w.Spec.Strategy.RollingUpdate
+	if rolling == nil || w.Spec.Replicas == nil {
+		return 0, 0, true
+	}
+	replicas := int(*w.Spec.Replicas)
+	unavailable, err := intstr.GetScaledValueFromIntOrPercent(&rolling.MaxUnavailable, replicas, false)
+	surge, wrong := intstr.GetScaledValueFromIntOrPercent(&rolling.MaxSurge, replicas, true)
+	enough = replicas - min(length, replicas) + 1
+	free := length > replicas && surge > 0 // for a new pod
+	return unavailable, enough, err != nil || wrong != nil || replicas == 0 || free || unavailable >= enough
 }
 
 // misplaces reports whether an annotation under our prefix stands on the object and not

@@ -3,15 +3,26 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
 	"testing"
+	"time"
+	"unicode/utf8"
 
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+	jsonpatch "gopkg.in/evanphx/json-patch.v4"
+	admissionv1 "k8s.io/api/admission/v1"
 	corev1 "k8s.io/api/core/v1"
+	kjson "sigs.k8s.io/json"
 )
 
 // scannedRight reports whether the scanner reads a document. It fails if the result
@@ -121,6 +132,37 @@ func shortWarnings(a rig.Admission) []string {
 		short = append(short, strings.ReplaceAll(w, annotationPrefix, ""))
 	}
 	return short
+}
+
+// The creator of a Deployment whose updates would wait for ever for a token gets a
+// warning.
+func TestWarningOfStuckUpdates(t *testing.T) {
+	t.Parallel()
+	w := startWebhook(t, testConfig(rig.FreeAddress(t)))
+	for _, c := range []struct {
+		replicas, length   int
+		surge, unavailable any
+		enough             int // 0: the update ends
+	}{
+		{3, 3, "25%", "25%", 1}, {3, 3, 0, 1, 0}, {3, 3, 1, 1, 0}, {1, 1, "25%", "25%", 1}, {1, 2, "25%", "25%", 0},
+		{5, 3, "25%", "25%", 3}, {5, 3, 0, 2, 3}, {5, 3, 0, 3, 0}, {5, 3, 2, "60%", 0}, {5, 3, 2, "59%", 3},
+		{4, 5, 0, 1, 0}, {4, 5, 1, 0, 0}, {0, 1, "25%", "25%", 0}, {8, 8, "25%", "25%", 0},
+	} {
+		roll := func(request map[string]any) {
+			spec := request["object"].(map[string]any)["spec"].(map[string]any)
+			spec["replicas"] = c.replicas
+			spec["strategy"] = map[string]any{"type": "RollingUpdate",
+				"rollingUpdate": map[string]any{"maxSurge": c.surge, "maxUnavailable": c.unavailable}}
+		}
+		var want []string
+		if c.enough > 0 {
+			want = []string{fmt.Sprintf("on %d tokens, maxUnavailable must be at least %d, not ", c.length, c.enough)}
+		}
+		a := w.admit(t, rig.Review(t, freshID(), c.length, asWorkload("CREATE", "apps", "Deployment", nil), roll))
+		if len(a.Warnings) != len(want) || len(want) > 0 && !strings.Contains(a.Warnings[0], want[0]) {
+			t.Errorf("%+v: got %q, want %q", c, a.Warnings, want)
+		}
+	}
 }
 
 // wantWarned checks that an object is allowed unpatched, with these warnings, and without
@@ -259,7 +301,8 @@ func TestWarningsOfWorkloads(t *testing.T) {
 			wantWarned(t, w, what+" with its own", workload(all, none), misplaced)
 			wantWarned(t, w, what+" with all twice", workload(all, nil))
 			wantWarned(t, w, what+" with one misplaced", workload(all, map[string]string{"length": "-"}), misplaced,
-				refused+"length is missing: it must be a whole number from 1 to 10000")
+				refused+"length is missing: it must be a whole number from 1 to 10000, "+
+					"unless the ConfigMap semaphores sets a length for this key")
 			wantWarned(t, w, what+" that is disabled", workload(nil, map[string]string{
 				"at-least-semaphore-pod": "false", "length": "0"}))
 			wantWarned(t, w, what+" with a wrong template", workload(nil, map[string]string{
@@ -319,4 +362,131 @@ func TestWarningOfAPodThatMayNotFindRedis(t *testing.T) {
 				rig.Review(t, freshID(), 1, change, asWorkload("CREATE", kind[0], kind[1], nil)), c.want...)
 		}
 	}
+}
+
+// reviews are reviews that a real API server has sent.
+func reviews(f testing.TB) (all [][]byte) {
+	f.Helper()
+	files, err := filepath.Glob("test/testdata/admission-reviews/*.json")
+	if err != nil || len(files) == 0 {
+		f.Fatalf("testdata has the reviews %v, %v", files, err)
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			f.Fatal(err)
+		}
+		all = append(all, text)
+	}
+	return all
+}
+
+// fuzzedWebhook is a webhook without Redis: it makes all decisions that need no token.
+func fuzzedWebhook(f *testing.F) *webhook {
+	f.Helper()
+	c := testConfig("127.0.0.1:1")
+	c.whenFull = whenFullWait
+	log := slog.New(slog.DiscardHandler)
+	who, err := newCallers(c, log)
+	if err != nil {
+		f.Fatal(err)
+	}
+	s := newSemaphores(c.settings, nil, 1, log)
+	// after a long outage, the webhook does not wait for Redis
+	s.outages.parts[0] = outage{began: time.Now().Add(-time.Hour), last: time.Now()}
+	return &webhook{admitter: newAdmitter(c, s), callers: who, bounds: newBounds(), log: log}
+}
+
+// For any body, the reply is an AdmissionReview of the same UID, or names the problem of
+// the request.
+func FuzzReview(f *testing.F) {
+	for _, text := range reviews(f) {
+		f.Add(text)
+		f.Add(bytes.Replace(text, []byte(`"dryRun":false`), []byte(`"dryRun":true`), 1))
+	}
+	f.Add([]byte(`{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","request":{"uid":"a",` +
+		`"operation":"CREATE","kind":{"group":"batch","kind":"Job"},"object":null}}`))
+	w := fuzzedWebhook(f)
+	f.Fuzz(func(t *testing.T, body []byte) {
+		request := httptest.NewRequest(http.MethodPost, "/mutate", bytes.NewReader(body))
+		request.Header.Set("Content-Type", "application/json")
+		rec := httptest.NewRecorder()
+		w.routes().ServeHTTP(rec, request)
+		text := rec.Body.String()
+		switch {
+		case rec.Code >= 400 && rec.Code < 500:
+			return
+		case rec.Code == http.StatusInternalServerError && strings.Contains(text, "queue Redis"):
+			// a pod that needs a token now
+			return
+		case rec.Code != http.StatusOK:
+			t.Fatalf("got %d %s", rec.Code, text)
+		}
+		d := json.NewDecoder(rec.Body)
+		d.DisallowUnknownFields()
+		var answer admissionv1.AdmissionReview
+		rig.Must(t, d.Decode(&answer))
+		asked, err := decodeReview(body)
+		rig.Must(t, err)
+		if r := answer.Response; r == nil || answer.APIVersion != "admission.k8s.io/v1" ||
+			answer.Kind != "AdmissionReview" || string(r.UID) != strings.ToValidUTF8(string(asked.UID), "\ufffd") {
+			t.Fatalf("got %s", text)
+		} else if r.Patch != nil {
+			wantApplies(t, asked.Object, r.Patch)
+		}
+	})
+}
+
+// For any pod that Kubernetes could send, the patch applies, and the result is a pod.
+func FuzzPod(f *testing.F) {
+	for _, text := range reviews(f) {
+		r, err := decodeReview(text)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add([]byte(r.Object), true)
+	}
+	f.Add([]byte(`{"metadata":{"annotations":{}},"spec":{"containers":[]}}`), false)
+	f.Fuzz(func(t *testing.T, object []byte, native bool) {
+		p, err := decodePod(&admissionRequest{Namespace: "shop", Object: object})
+		var wrong *badRequest
+		if err != nil && !errors.As(err, &wrong) {
+			t.Fatal(err)
+		}
+		if err != nil {
+			return
+		}
+		c := testConfig("redis:6379")
+		c.enableSidecarContainers = native
+		c.sidecarImagePullSecret, c.sidecarRedisCA = "pull", objectReference{"secret", "ca"}
+		wantApplies(t, object, sidecarPatch(c, p, testID, testSpec, testToken))
+	})
+}
+
+// wantApplies applies a patch if the object is a pod as Kubernetes sends it: with exact
+// field names, and, if annotated, with annotations and containers.
+func wantApplies(t *testing.T, object, patch []byte) {
+	t.Helper()
+	var before corev1.Pod
+	problems, err := kjson.UnmarshalStrict(object, &before)
+	if err != nil || len(problems) > 0 || before.Annotations == nil || before.Spec.Containers == nil ||
+		!utf8.Valid(object) {
+		return
+	}
+	steps, err := jsonpatch.DecodePatch(patch)
+	rig.Must(t, err)
+	result, err := steps.Apply(object)
+	if err != nil {
+		t.Fatalf("%v: %s does not apply to %s", err, patch, object)
+	}
+	var after corev1.Pod
+	if problems, err := kjson.UnmarshalStrict(result, &after); err != nil || len(problems) > 0 {
+		t.Fatalf("%v, %v: %s", err, problems, result)
+	}
+	for _, c := range append(after.Spec.InitContainers, after.Spec.Containers...) {
+		if c.Name == sidecarName {
+			return
+		}
+	}
+	t.Fatalf("no sidecar in %s", result)
 }

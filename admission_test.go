@@ -11,6 +11,8 @@ import (
 	"maps"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -34,25 +36,211 @@ func TestDryRunTakesNothing(t *testing.T) {
 	}
 }
 
-// The audit log of the API server gets the verdict, the semaphore and the token. Pods
-// without our annotation get no entry.
+// Each line of the owners' settings is read, or named with what is wrong. The most exact
+// line counts.
+func TestOwnerSettings(t *testing.T) {
+	t.Parallel()
+	s, err := parseOwnerSettings([][]byte{[]byte("# a comment\n\nshop/web length=3\r\nshop/* length=10 # more\n" +
+		"*/web length=7\nshop/held length=0\n@matlab length=5 namespaces=shop,ci-*\n")})
+	rig.Must(t, err)
+	for id, want := range map[string]int{"shop/web": 3, "shop/cart": 10, "lab/web": 7, "lab/cart": -1, "shop/held": 0,
+		"@matlab": 5, "@other": -1} {
+		semaphore, _ := parseSemaphoreID(id)
+		if got := limitOf(s, semaphore); got.length != want || got.isSet() != (want >= 0) {
+			t.Errorf("%s: got %v, want %d", id, got, want)
+		}
+	}
+	for namespace, want := range map[string]string{"shop": "[matlab]", "ci-7": "[matlab]", "ci": "[]", "shop-2": "[]"} {
+		if got := fmt.Sprint(s.sharedBy(namespace)); got != want {
+			t.Errorf("%s shares %s, want %s", namespace, got, want)
+		}
+	}
+	for line, want := range map[string]string{
+		"shop/web":                          "length=N is missing",
+		"shop/web length=":                  "length is \"\": it must be a whole number from 0 to 10000",
+		"shop/web length=10001":             "length is \"10001\"",
+		"shop/web length=-1":                "length is \"-1\"",
+		"shop/web length=3 length=4":        "\"length=4\" is unknown, or there twice",
+		"shop/web length=3 colour=red":      "\"colour=red\" is unknown",
+		"shop/web length=3 head-start=-1":   "head-start is \"-1\": it must be a whole number from 0 to 604800",
+		"shop/web length=3 head-start=9e9":  "head-start is \"9e9\"",
+		"shop/web head-start=1 head-start=": "\"head-start=\" is unknown, or there twice",
+		"shop/web when-waited=fail":         "\"when-waited=fail\" is unknown",
+		"shop length=3":                     "\"shop\" is no semaphore",
+		"*/* length=3":                      "\"*/*\" is no semaphore",
+		"sh*p/web length=3":                 "is no semaphore",
+		"Shop/web length=3":                 "is no semaphore",
+		"shop/-web length=3":                "is no semaphore",
+		"@ length=3 namespaces=shop":        "is no semaphore",
+		"@matlab length=3":                  "namespaces=NAME,... is missing",
+		"@matlab length=3 namespaces=":      "namespaces has \"\"",
+		"@matlab length=3 namespaces=a,[b]": "namespaces has \"[b]\"",
+		"shop/web length=3 namespaces=lab":  "only a semaphore that begins with @ has namespaces",
+		"a/b length=1\na/b length=2":        "line 2: \"a/b\" has line 1 already",
+		"@m length=1 namespaces=a\n@m x=1":  "line 2: \"x=1\" is unknown",
+		"a/b length=1\n\n\n\x00/c length=2": "line 4: \"\\x00/c\" is no semaphore",
+	} {
+		_, err := parseOwnerSettings([][]byte{[]byte(line)})
+		if err == nil || !strings.Contains(err.Error(), want) || !strings.HasPrefix(err.Error(), "line ") {
+			t.Errorf("%q: got %v, want %s", line, err, want)
+		}
+	}
+}
+
+// ownersWebhook starts a webhook with the settings of owners, and returns their file.
+func ownersWebhook(t *testing.T, address, text string) (w *testWebhook, file string) {
+	t.Helper()
+	c := testConfig(address)
+	c.semaphoresFile = filepath.Join(t.TempDir(), "semaphores")
+	rig.Must(t, os.WriteFile(c.semaphoresFile, []byte(text), 0o600))
+	return startWebhook(t, c), c.semaphoresFile
+}
+
+// A length that the owner has set replaces that of the annotation, which may be missing.
+func TestOwnersLength(t *testing.T) {
+	t.Parallel()
+	r, id, shares := rig.StartRedis(t), freshID(), freshID().key
+	w, _ := ownersWebhook(t, r.Address, id.String()+" length=1\n"+id.namespace+"/held length=0\n"+
+		"@"+shares+" length=1 namespaces="+id.namespace)
+	asks := func(key, length string) func(map[string]any) {
+		return func(request map[string]any) {
+			a := rig.AnnotationsOf(request)
+			a[annotationKey], a[annotationLength] = key, length
+			if length == "" {
+				delete(a, annotationLength)
+			}
+		}
+	}
+	elsewhere := func(request map[string]any) { request["namespace"] = "elsewhere" }
+	first := w.admit(t, rig.Review(t, id, 1, asks(id.key, "5")))
+	if want := fmt.Sprintf(warningSet, 5, 1, id); !first.Allowed || len(first.Warnings) != 1 || first.Warnings[0] != want {
+		t.Errorf("got %+v, want the warning %s", first, want)
+	}
+	if patch := string(first.Patch); !strings.Contains(patch, "--length=1\"") {
+		t.Errorf("the sidecar gets another length: %s", patch)
+	}
+	for name, c := range map[string]struct {
+		code    int32
+		want    string
+		changes []func(map[string]any)
+	}{
+		"greater": {http.StatusTooManyRequests, "1 of 1 tokens in use", []func(map[string]any){asks(id.key, "5")}},
+		"none":    {http.StatusTooManyRequests, "1 of 1 tokens in use", []func(map[string]any){asks(id.key, "")}},
+		"wrong": {http.StatusUnprocessableEntity, "length is \"x\": it must be a whole number",
+			[]func(map[string]any){asks(id.key, "x")}},
+		"paused": {http.StatusTooManyRequests, id.namespace + "/held is paused by the ConfigMap semaphores; 0 in use",
+			[]func(map[string]any){asks("held", "2")}},
+		"nowhere": {http.StatusUnprocessableEntity,
+			"length is missing: it must be a whole number from 1 to 10000, unless the ConfigMap semaphores sets a length",
+			[]func(map[string]any){asks("other", "")}},
+		"not shared": {http.StatusUnprocessableEntity, "@other is not in the ConfigMap semaphores",
+			[]func(map[string]any){asks("@other", "2")}},
+		"not listed": {http.StatusUnprocessableEntity, "is not for the namespace elsewhere: by the ConfigMap semaphores, it is for " + id.namespace,
+			[]func(map[string]any){asks("@"+shares, ""), elsewhere}},
+	} {
+		if a := w.admit(t, rig.Review(t, id, 1, c.changes...)); a.Allowed || a.Code != c.code || !strings.Contains(a.Message, c.want) {
+			t.Errorf("%s: got %+v, want %d %s", name, a, c.code, c.want)
+		}
+	}
+	a := w.admit(t, rig.Review(t, id, 1, asks("@"+shares, "")))
+	if !a.Allowed || !strings.Contains(string(a.Patch), "POD_NAMESPACE") || !strings.Contains(string(a.Patch), "\"@"+shares+"\"") {
+		t.Errorf("got %+v", a)
+	}
+	d, err := w.semaphores.inspect(t.Context(), semaphoreID{shared, shares})
+	if err != nil || len(d.holders) != 1 || !strings.HasPrefix(d.holders[0].pod, id.namespace+"/web-") {
+		t.Errorf("the shared semaphore has the holders %+v, %v", d.holders, err)
+	}
+}
+
+// Redis learns of a pause before the sidecar of the first pod asks, whatever length it
+// says.
+func TestOwnersPauseHoldsBackWaitingPods(t *testing.T) {
+	t.Parallel()
+	r, id := rig.StartRedis(t), freshID()
+	w, _ := ownersWebhook(t, r.Address, id.namespace+"/* length=0")
+	if a := w.admit(t, rig.Review(t, id, 3, whenFull(whenFullWait))); !a.Allowed {
+		t.Fatalf("got %+v", a)
+	}
+	r.Shift(t, id, -time.Hour) // it pulls its image
+	a, err := w.semaphores.runAcquire(t.Context(), id, acquireRequest{token: uuid.NewString(), length: 3, arrival: joinLine})
+	if text := waitingText(id, 3, waitEnd{}, a); err != nil || a.status != acquireFull || !strings.Contains(text, "paused by the ConfigMap semaphores; 0 in use, 1st in line") {
+		t.Errorf("got %s, %v", text, err)
+	}
+}
+
+// A webhook keeps the limits in Redis: those that Redis has lost, and those that change
+// in its file. A bad file changes nothing, and is logged with the line.
+func TestWebhookKeepsLimits(t *testing.T) {
+	t.Parallel()
+	r, id := rig.StartRedis(t), freshID()
+	w, file := ownersWebhook(t, r.Address, "nonsense")
+	status, text, err := w.post(t.Context(), rig.Review(t, id, 1, func(request map[string]any) {
+		delete(rig.AnnotationsOf(request), annotationLength)
+	}), "5s")
+	if err != nil || status != http.StatusInternalServerError || !strings.Contains(text, "line 1: \"nonsense\" is no semaphore") {
+		t.Errorf("got %d %s, %v", status, text, err)
+	}
+	w.wantAdmitted(t, id, 5)
+	go w.keepLimits(t.Context())
+	want := func(length int, known bool) {
+		t.Helper()
+		rig.Eventually(t, 20*time.Second, func() error {
+			d, err := w.semaphores.inspect(t.Context(), id)
+			if got := d.setting.limit; err != nil || got.isSet() != known || known && got.length != length {
+				return fmt.Errorf("the limit is %+v, %v; want %d, %t", got, err, length, known)
+			}
+			return nil
+		})
+	}
+	write := func(text string) {
+		t.Helper()
+		rig.Must(t, os.WriteFile(file+".new", []byte(text), 0o600))
+		rig.Must(t, os.Rename(file+".new", file))
+	}
+	write(id.namespace + "/* length=1")
+	want(1, true)
+	w.wantFull(t, id, 1, 1)
+	write(id.String() + " length=2\n" + id.String() + "/ length=2")
+	rig.Eventually(t, 10*time.Second, func() error {
+		lines := w.log.Lines(t, "changed files not taken, what they held before stays in use")
+		if len(lines) != 1 || !strings.Contains(fmt.Sprint(lines[0]["error"]), "line 2: ") {
+			return fmt.Errorf("logged %v", lines)
+		}
+		return nil
+	})
+	write(id.String() + " length=2")
+	want(2, true)
+	r.Do(t, "DEL", id.keys()...)
+	want(2, true)
+	rig.Must(t, os.Remove(file))
+	want(0, false)
+}
+
+// The audit log of the API server gets the verdict, the semaphore, the pod's name or the
+// beginning of it, and a token that the webhook took. The token of a pod that waits is its
+// UID, which it has not got yet. Pods without our annotation get no entry.
 func TestAuditAnnotations(t *testing.T) {
 	r := rig.StartRedis(t)
 	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
 	admitted := w.admit(t, rig.Review(t, id, 1))
-	audit := func(verdict string, id semaphoreID, token string) string {
-		annotations := map[string]string{"semaphore": id.String(), "verdict": verdict}
+	audit := func(verdict, pod, token string) string {
+		annotations := map[string]string{"semaphore": id.String(), "verdict": verdict, "pod": pod}
 		if token != "" {
 			annotations["token"] = token
 		}
 		return fmt.Sprint(annotations)
 	}
+	const generated = "web-67d4947b99-"
+	named := func(request map[string]any) {
+		request["object"].(map[string]any)["metadata"].(map[string]any)["name"] = "web-1"
+	}
 	for want, a := range map[string]rig.Admission{
-		audit("admitted", id, admitted.Token): admitted,
-		audit("full", id, ""):                 w.admit(t, rig.Review(t, id, 1)),
-		audit("invalid", id, ""):              w.admit(t, rig.Review(t, id, 0)),
-		audit("wait", id, ""):                 w.admit(t, rig.Review(t, id, 1, whenFull(whenFullWait))),
+		audit("admitted", generated, admitted.Token): admitted,
+		audit("full", generated, ""):                 w.admit(t, rig.Review(t, id, 1)),
+		audit("invalid", generated, ""):              w.admit(t, rig.Review(t, id, 0)),
+		audit("wait", generated, ""):                 w.admit(t, rig.Review(t, id, 1, whenFull(whenFullWait))),
+		audit("gate", "web-1", ""):                   w.admit(t, rig.Review(t, id, 1, whenFull(whenFullGate), named)),
 		"map[]": w.admit(t, rig.Review(t, id, 1, func(request map[string]any) {
 			rig.AnnotationsOf(request)[annotationEnabled] = "false"
 		})),
@@ -98,6 +286,7 @@ func TestInvalidAnnotations(t *testing.T) {
 	}
 	for name, cases := range map[string]map[string]string{
 		"length": number("length", 10000), "expiration": number("expiration", 3600), "key": keys,
+		"wait-seconds": number("wait-seconds", 604800),
 	} {
 		for value, want := range cases {
 			a := w.admit(t, rig.Review(t, freshID(), 1, func(request map[string]any) {
@@ -216,7 +405,7 @@ func TestUnanswerableRequests(t *testing.T) {
 		{"more behind", "POST", "/mutate", "application/json", good + "{}", 400, "after top-level value"},
 		{"oversized", "POST", "/mutate", "application/json", strings.Repeat(" ", maxBody+1), 413,
 			"the body is larger than 10485760 bytes"},
-		{"nested", "POST", "/mutate", "application/json", strings.Repeat("[", maxBody), 400, "exceeded max depth"},
+		{"nested", "POST", "/mutate", "application/json", strings.Repeat("[", 2*smallBody), 400, "exceeded max depth"},
 		{"many objects", "POST", "/mutate", "application/json",
 			`{"request":` + strings.Repeat(`{"a":`, maxObjects), 413,
 			"the body has 50001 objects: at most 50000 are decoded"},
@@ -347,6 +536,55 @@ func whenFull(value string) func(map[string]any) {
 	return func(request map[string]any) { rig.AnnotationsOf(request)[annotationWhenFull] = value }
 }
 
+// A pod's head start goes to its sidecar, as far as the webhook and the owner allow it.
+func TestHeadStart(t *testing.T) {
+	t.Parallel()
+	c := testConfig(rig.FreeAddress(t))
+	c.maxHeadStart, c.semaphoresFile = 900*time.Second, filepath.Join(t.TempDir(), "semaphores")
+	rig.Must(t, os.WriteFile(c.semaphoresFile, []byte("shop/none length=3 head-start=0\nshop/some length=3 head-start=60\n"), 0o600))
+	w := startWebhook(t, c)
+	admit := func(key, headStart, whenFull string) rig.Admission {
+		return w.admit(t, rig.Review(t, semaphoreID{"shop", key}, 3, func(request map[string]any) {
+			a := rig.AnnotationsOf(request)
+			a[annotationHeadStart], a[annotationWhenFull] = headStart, whenFull
+		}))
+	}
+	for key, c := range map[string]struct{ asks, args, warning string }{
+		"web":  {"600", "--head-start-seconds=600", ""},
+		"most": {"900", "--head-start-seconds=900", ""},
+		"zero": {"0", "", ""},
+		"less": {"0", "", ""},
+		"none": {"600", "", fmt.Sprintf(warningHeadStart, 600, 0, "shop/none")},
+		"some": {"600", "--head-start-seconds=60", fmt.Sprintf(warningHeadStart, 600, 60, "shop/some")},
+	} {
+		for _, whenFull := range []string{whenFullWait, whenFullGate} {
+			a := admit(key, c.asks, whenFull)
+			_, arg, _ := strings.Cut(string(a.Patch), "--head-start-seconds=")
+			arg, _, _ = strings.Cut(arg, "\"")
+			if !a.Allowed || strings.TrimPrefix(c.args, "--head-start-seconds=") != arg {
+				t.Errorf("%s: got %q, %+v", key, arg, a)
+			}
+			if warned := slices.Contains(a.Warnings, c.warning); warned != (c.warning != "") {
+				t.Errorf("%s: got the warnings %q, want %q", key, a.Warnings, c.warning)
+			}
+		}
+	}
+	for asks, want := range map[string]string{
+		"901": `head-start is "901": it must be a whole number from 0 to 900`,
+		"-1":  `head-start is "-1": it must be a whole number from 0 to 900`,
+		"":    `head-start is "": it must be`,
+		"1h":  `head-start is "1h": it must be`,
+	} {
+		if a := admit("web", asks, whenFullWait); a.Allowed || a.Code != http.StatusUnprocessableEntity || !strings.Contains(a.Message, want) {
+			t.Errorf("%q: got %+v, want %s", asks, a, want)
+		}
+	}
+	want := `head-start is "600": with when-full deny, a pod stands in no line; choose wait or gate`
+	if a := admit("web", "600", whenFullDeny); a.Allowed || a.Code != http.StatusUnprocessableEntity || !strings.Contains(a.Message, want) {
+		t.Errorf("got %+v, want %s", a, want)
+	}
+}
+
 // A pod in mode wait is admitted without a token and without Redis. Its sidecar acquires
 // the token.
 func TestWaitingPodIsAdmitted(t *testing.T) {
@@ -414,6 +652,53 @@ func TestWaitingWithClassicSidecarIsDenied(t *testing.T) {
 	if a.Allowed || !strings.Contains(a.Message, annotationLength+` is "0"`) ||
 		!strings.HasSuffix(a.Message, "; "+annotationWhenFull+` is "queue": it must be deny, wait or gate`) {
 		t.Errorf("got %+v", a)
+	}
+}
+
+// A pod that stops waiting says so to its sidecar. Where that would do nothing, or would
+// start its wait again and again, the webhook refuses it.
+func TestPodThatStopsWaiting(t *testing.T) {
+	t.Parallel()
+	w, _ := ownersWebhook(t, rig.FreeAddress(t), "shop/no length=3\nshop/yes length=3 when-waited=run")
+	for key, warning := range map[string]string{"no": fmt.Sprintf(warningStays, "shop/no"), "yes": "", "other": ""} {
+		a := w.admit(t, rig.Review(t, semaphoreID{"shop", key}, 3, whenFull(whenFullWait), func(r map[string]any) {
+			own := rig.AnnotationsOf(r)
+			own[annotationWait], own[annotationWhenWaited] = "60", whenWaitedRun
+		}))
+		runs := strings.Contains(string(a.Patch), `"--when-waited=run"`)
+		if !a.Allowed || runs != (warning == "") || slices.Contains(a.Warnings, warning) == runs {
+			t.Errorf("%s: got %+v", key, a)
+		}
+	}
+	for _, c := range []struct{ whenFull, wait, then, policy, args, problem string }{
+		{whenFullWait, "600", "", "Never", `"--wait-seconds=600","--when-waited=fail"`, ""},
+		{whenFullGate, "600", "fail", "OnFailure", `"--wait-seconds=600","--when-waited=fail"`, ""},
+		{whenFullWait, "604800", "run", "Always", `"--wait-seconds=604800","--when-waited=run"`, ""},
+		{whenFullGate, "1", "run", "", `"--wait-seconds=1","--when-waited=run"`, ""},
+		{whenFullWait, "", "", "Always", "", ""},
+		{whenFullWait, "600", "", "Always", "", "wait-seconds needs restartPolicy Never or OnFailure, as the pod fails then: " +
+			`with Always, it would wait again for ever; or set when-waited to "run"`},
+		{whenFullGate, "600", "fail", "", "", "wait-seconds needs restartPolicy Never or OnFailure"},
+		{whenFullDeny, "600", "run", "Never", "", `wait-seconds is for pods that wait: with when-full "deny", none does`},
+		{whenFullWait, "", "run", "Never", "", "when-waited is not used without wait-seconds"},
+		{whenFullWait, "600", "start", "Never", "", `when-waited is "start": it must be fail or run`},
+	} {
+		a := w.admit(t, rig.Review(t, freshID(), 1, whenFull(c.whenFull), func(r map[string]any) {
+			for name, value := range map[string]string{annotationWait: c.wait, annotationWhenWaited: c.then} {
+				if value != "" {
+					rig.AnnotationsOf(r)[name] = value
+				}
+			}
+			r["object"].(map[string]any)["spec"].(map[string]any)["restartPolicy"] = c.policy
+		}))
+		switch patch := string(a.Patch); {
+		case c.problem != "":
+			if a.Allowed || a.Code != http.StatusUnprocessableEntity || !strings.Contains(a.Message, c.problem) {
+				t.Errorf("%+v: got %+v", c, a)
+			}
+		case !a.Allowed || !strings.Contains(patch, c.args) || c.args == "" && strings.Contains(patch, "wait-seconds"):
+			t.Errorf("%+v: got %t %s, %s", c, a.Allowed, a.Message, patch)
+		}
 	}
 }
 
@@ -542,8 +827,8 @@ func TestSidecarReadsItsArguments(t *testing.T) {
 	parsed, err = parseSidecarConfig(sidecar.Args[1:], func(string) string { return "" })
 	rig.Must(t, err)
 	if parsed.length != 0 || parsed.token != testToken || parsed.takenAs != "" || sidecar.RestartPolicy != nil ||
-		len(sidecar.Env) != 7 || sidecar.Env[4].Name != "POD_NAME" || sidecar.Env[5].Name != "NODE_NAME" ||
-		sidecar.Env[6].Name != "POD_UID" {
+		len(sidecar.Env) != 8 || sidecar.Env[5].Name != "POD_NAME" || sidecar.Env[6].Name != "NODE_NAME" ||
+		sidecar.Env[7].Name != "POD_UID" {
 		t.Errorf("a classic sidecar: %+v, %+v", parsed, sidecar)
 	}
 }
@@ -681,7 +966,7 @@ func BenchmarkScript(b *testing.B) {
 	s := newSemaphores(c.settings, locks, idleConnections, slog.New(slog.DiscardHandler))
 	defer s.close(context.Background())
 	id, pod := freshID(), newPodName("web-1", "")
-	token, _, err := s.acquire(b.Context(), id, pod, maxLength, 10*time.Second) // makes the tokens
+	token, _, err := s.acquire(b.Context(), id, pod, maxLength, limit{}, 10*time.Second) // makes the tokens
 	rig.Must(b, err)
 	b.ReportAllocs()
 	for b.Loop() {
@@ -739,4 +1024,40 @@ func deployedRedis(t testing.TB) *rig.Redis {
 	r := rig.StartRedis(t)
 	r.Do(t, "CONFIG", "SET", "appendfsync", "everysec")
 	return r
+}
+
+// Parsed annotations are within bounds; any problem names its annotation.
+func FuzzAnnotations(f *testing.F) {
+	f.Add("web", "3", "10", "wait")
+	f.Add("a/b", "10000", "3600", "deny")
+	f.Add("/", "-1", "0x10", "")
+	f.Fuzz(func(t *testing.T, key, length, expiration, whenFull string) {
+		spec, problems := parseAnnotations("shop", map[string]string{annotationKey: key, annotationLength: length,
+			annotationExpiration: expiration, annotationWhenFull: whenFull}, whenFullDeny, time.Hour, ownerSettings{})
+		for _, p := range problems {
+			if !strings.Contains(p, annotationPrefix) || strings.Contains(p, "\n") || len(p) > 400 {
+				t.Errorf("the problem %q is long, has a newline, or names no annotation", p)
+			}
+		}
+		if len(problems) > 0 {
+			return
+		}
+		if spec.length < 1 || spec.length > maxLength || spec.expiration < time.Second ||
+			spec.expiration > maxExpiration*time.Second || checkKey(spec.key) != "" {
+			t.Errorf("out of bounds: %+v", spec)
+		}
+		id := semaphoreID{"shop", spec.key}
+		if read, ok := idOfStateKey(id.stateKey()); !ok || read != id {
+			t.Errorf("%s is parsed as %s", id, read)
+		}
+	})
+}
+
+// Without --semaphores-file, nothing is read, and nothing is set.
+func TestNoSemaphoresFile(t *testing.T) {
+	f := newOwnerFile("", slog.New(slog.DiscardHandler), func() { t.Error("there are other settings") })
+	f.watch(t.Context(), time.Millisecond) // returns at once
+	if s, err := f.settings(); err != nil || len(s.lines) != 0 {
+		t.Errorf("settings %v, %v", s, err)
+	}
 }

@@ -18,12 +18,15 @@ const (
 	annotationLength     = annotationPrefix + "length"                 // number of tokens
 	annotationExpiration = annotationPrefix + "expiration"             // seconds after which a repair's lock expires
 	annotationWhenFull   = annotationPrefix + "when-full"              // deny, wait or gate; else --when-full
+	annotationHeadStart  = annotationPrefix + "head-start"             // seconds that its place is before its arrival
+	annotationWait       = annotationPrefix + "wait-seconds"           // how long it waits in line; else for ever
+	annotationWhenWaited = annotationPrefix + "when-waited"            // fail or run
 	annotationToken      = annotationPrefix + "token"                  // set by the patch: the token that the webhook took
 )
 
 // annotationNames are all of them.
 var annotationNames = []string{annotationEnabled, annotationKey, annotationLength, annotationExpiration,
-	annotationWhenFull, annotationToken}
+	annotationWhenFull, annotationHeadStart, annotationWait, annotationWhenWaited, annotationToken}
 
 // Bounds of the annotations. Without them, one large number in a pod could make the
 // webhook allocate or loop for long.
@@ -31,6 +34,8 @@ const (
 	maxKey        = 253
 	maxLength     = 10000
 	maxExpiration = 3600
+	mostHeadStart = 604800
+	maxWait       = 604800 // seconds: a week
 )
 
 var keyPattern = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$`)
@@ -38,41 +43,107 @@ var keyPattern = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$
 // semaphoreSpec is the semaphore that a pod's annotations describe.
 type semaphoreSpec struct {
 	key        string
-	length     int
+	length     int // the one that is set, unless that is 0; or else the pod's
+	isSet      bool
+	set        int // by the owner, if isSet
+	asked      int // by the pod; 0: nothing
 	expiration time.Duration
 	whenFull   string // one of whenFullChoices
+	headStart  time.Duration
+	wishes     time.Duration // the head start that the pod asks for
+	wait       waitEnd
+	stays      bool // it asks to run beyond the length, which the owner does not allow: it waits on
 }
 
-// parseAnnotations reads a pod's annotations and returns all their problems. whenFull
-// applies to pods without the annotation when-full.
-func parseAnnotations(annotations map[string]string, whenFull string) (spec semaphoreSpec, problems []string) {
+// waitEnd is when a pod stops waiting in line. Zero: when it has a token.
+type waitEnd struct {
+	after time.Duration
+	then  string // one of whenWaitedChoices
+}
+
+// runs reports whether the pod takes a token beyond the length then.
+func (e waitEnd) runs() bool { return e.after > 0 && e.then == whenWaitedRun }
+
+// fails reports whether the pod fails then.
+func (e waitEnd) fails() bool { return e.after > 0 && !e.runs() }
+
+// parseAnnotations reads the annotations of a pod in a namespace, and returns all their
+// problems. whenFull applies to pods without the annotation when-full; maxHeadStart bounds
+// head starts.
+func parseAnnotations(namespace string, annotations map[string]string, whenFull string,
+	maxHeadStart time.Duration, owners ownerSettings) (spec semaphoreSpec, problems []string) {
 	problem := func(name, format string, args ...any) {
 		problems = append(problems, name+" "+fmt.Sprintf(format, args...))
 	}
-	number := func(name string, most int) int {
+	number := func(name string, least, most int, or string) int {
 		text, ok := annotations[name]
 		n, isNumber := parseDigits(text)
 		switch {
 		case !ok:
-			problem(name, "is missing: it must be a whole number from 1 to %d", most)
-		case !isNumber || n < 1 || n > most:
-			problem(name, "is %s: it must be a whole number from 1 to %d", quoteShort(text), most)
+			problem(name, "is missing: it must be a whole number from %d to %d%s", least, most, or)
+		case !isNumber || n < least || n > most:
+			problem(name, "is %s: it must be a whole number from %d to %d", quoteShort(text), least, most)
 		}
 		return n
 	}
-	if key, ok := annotations[annotationKey]; !ok {
+	spec = semaphoreSpec{key: annotations[annotationKey]}
+	key, isShared := strings.CutPrefix(spec.key, shared)
+	wrong := checkKey(key)
+	var line ownerLine
+	switch _, ok := annotations[annotationKey]; {
+	case !ok:
 		problem(annotationKey, "is missing")
-	} else if wrong := checkKey(key); wrong != "" {
-		problem(annotationKey, "is %s: %s", quoteShort(key), wrong)
+	case wrong != "":
+		problem(annotationKey, "is %s: %s", quoteShort(spec.key), wrong)
+	case isShared:
+		if err := owners.mayShare(namespace, key); err != nil {
+			problem(annotationKey, "is %s: %v", quoteShort(spec.key), err)
+		}
+		line, spec.isSet = owners.lineOf(shared, key)
+	default:
+		line, spec.isSet = owners.lineOf(namespace, key)
 	}
-	spec = semaphoreSpec{
-		key:        annotations[annotationKey],
-		length:     number(annotationLength, maxLength),
-		expiration: time.Duration(number(annotationExpiration, maxExpiration)) * time.Second,
-		whenFull:   whenFullOf(annotations, whenFull),
+	spec.set = line.length
+	if _, ok := annotations[annotationLength]; ok || !spec.isSet {
+		spec.asked = number(annotationLength, 1, maxLength, ", unless the ConfigMap semaphores sets a length for this key")
 	}
+	if spec.length = spec.asked; spec.set > 0 {
+		spec.length = spec.set
+	} else if spec.isSet {
+		spec.length = max(1, spec.asked) // paused
+	}
+	spec.expiration = time.Duration(number(annotationExpiration, 1, maxExpiration, "")) * time.Second
+	spec.whenFull = whenFullOf(annotations, whenFull)
 	if text, ok := annotations[annotationWhenFull]; ok && !slices.Contains(whenFullChoices, text) {
 		problem(annotationWhenFull, "is %s: it must be deny, wait or gate", quoteShort(text))
+	}
+	if text, ok := annotations[annotationHeadStart]; ok {
+		spec.wishes = time.Duration(number(annotationHeadStart, 0, seconds(maxHeadStart), "")) * time.Second
+		if spec.wishes > 0 && spec.whenFull == whenFullDeny {
+			problem(annotationHeadStart, "is %s: with when-full deny, a pod stands in no line; choose wait or gate",
+				quoteShort(text))
+		}
+		if spec.headStart = spec.wishes; line.capped {
+			spec.headStart = min(spec.headStart, line.headStart)
+		}
+	}
+	then, hasThen := annotations[annotationWhenWaited]
+	_, ends := annotations[annotationWait]
+	if ends {
+		spec.wait = waitEnd{time.Duration(number(annotationWait, 1, maxWait, "")) * time.Second, whenWaitedFail}
+	}
+	switch {
+	case ends && spec.whenFull == whenFullDeny:
+		problem(annotationWait, "is for pods that wait: with when-full %q, none does", spec.whenFull)
+	case hasThen && !ends:
+		problem(annotationWhenWaited, "is not used without wait-seconds: the pod waits until it has a token")
+	case hasThen && !slices.Contains(whenWaitedChoices, then):
+		problem(annotationWhenWaited, "is %s: it must be fail or run", quoteShort(then))
+	case hasThen:
+		spec.wait.then = then
+	}
+	if spec.wait.runs() && spec.isSet && !line.runs {
+		spec.wait, spec.stays = waitEnd{}, true
 	}
 	return spec, problems
 }
@@ -157,6 +228,10 @@ func parseDigits(s string) (int, bool) {
 const (
 	gateName = annotationPrefix + "token" // the scheduling gate
 
+	conditionGaveUp = annotationPrefix + "GaveUp" // of a gated pod that gave up
+
+	conditionScheduled = "PodScheduled"
+
 	// labelGated is "true" at first, and the Unix time of the lift once the gate is
 	// lifted. It goes when the sidecar takes over.
 	labelGated = annotationPrefix + "gated"
@@ -171,6 +246,10 @@ const (
 	awaitName   = "at-least-semaphore-pod-await"
 )
 
+// exitGaveUp is the exit code of an await whose pod gave up waiting, for a podFailurePolicy:
+// EX_TEMPFAIL of sysexits.h.
+const exitGaveUp = 75
+
 // The choices for a pod that finds no free token.
 const (
 	whenFullDeny = "deny" // the webhook refuses the pod
@@ -180,6 +259,15 @@ const (
 
 // whenFullChoices are the values of --when-full and of the annotation when-full.
 var whenFullChoices = []string{whenFullDeny, whenFullWait, whenFullGate}
+
+// The choices for a pod whose time in line is over.
+const (
+	whenWaitedFail = "fail" // it leaves the line, and fails
+	whenWaitedRun  = "run"  // it takes a token beyond the length
+)
+
+// whenWaitedChoices are the values of the annotation when-waited.
+var whenWaitedChoices = []string{whenWaitedFail, whenWaitedRun}
 
 // named is a part of a pod of which only the name matters.
 type named struct {

@@ -12,6 +12,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/google/uuid"
 	corev1 "k8s.io/api/core/v1"
@@ -44,10 +46,12 @@ type webhookConfig struct {
 	restartAwait            bool
 	enableSidecarContainers bool
 	whenFull                string
+	maxHeadStart            time.Duration
 	sidecarRedisSecret      string
 	sidecarRedisCA          objectReference
 	sidecarEtcdSecret       string
 	metricsBindAddress      string
+	semaphoresFile          string
 }
 
 // sidecarConfig is the settings of the mode sidecar.
@@ -58,6 +62,8 @@ type sidecarConfig struct {
 	podUID                 string        // empty outside of a pod: there is no await to answer
 	takenAs                string        // the name under which the webhook took the token; empty if it took none
 	pod                    podName
+
+	podNamespace, podNameAlone, node string // of the pod, as its environment says
 }
 
 // tokenConfig is the token that a sidecar keeps, as its arguments name it.
@@ -65,13 +71,16 @@ type tokenConfig struct {
 	semaphore  semaphoreID
 	token      string
 	length     int // zero: the webhook has already taken the token, so the sidecar waits for nothing
+	headStart  time.Duration
 	expiration time.Duration
+	wait       waitEnd
 }
 
 // gateConfig is the settings of the mode gate.
 type gateConfig struct {
 	settings
 	kubernetes         kubernetesSettings
+	semaphoresFile     string
 	unschedulable      time.Duration // for this long, a pod keeps its token without the lift, and then without starting
 	metricsBindAddress string
 }
@@ -82,15 +91,36 @@ const (
 	outputJSON  = "json"
 )
 
+// The operands by which the mode status changes a semaphore.
+const (
+	statusRelease = "release"
+	statusSet     = "set"
+	statusPause   = "pause"
+	statusFirst   = "first"
+)
+
+// statusOperands are what follows the operand that names the change.
+var statusOperands = map[string]string{
+	statusRelease: "NAMESPACE/KEY TOKEN|POD",
+	statusSet:     "NAMESPACE/KEY length=NUMBER",
+	statusPause:   "NAMESPACE/KEY",
+	statusFirst:   "NAMESPACE/KEY TOKEN|POD",
+}
+
 // statusConfig is the settings of the mode status.
 type statusConfig struct {
 	settings
 	output    string
 	watch     bool
 	yes       bool
-	namespace string      // empty for all
-	semaphore semaphoreID // zero for all of the namespace
-	release   string      // token or pod to release; empty for none
+	own       semaphoreID   // of the container; zero: of none
+	namespace string        // empty for all
+	semaphore semaphoreID   // zero for all of the namespace
+	change    string        // one of statusOperands; empty: only show
+	pod       string        // that is to be released or moved, or its token
+	clear     bool          // set: end the override
+	override  override      // set and pause: the new one, without its end
+	lasts     time.Duration // set and pause: how long the override lasts
 }
 
 // The values of --webhook-certificate.
@@ -104,6 +134,7 @@ type setupConfig struct {
 	kubernetes         kubernetesSettings
 	namespace          string   // of the installation
 	webhookCertificate string   // certificateOwn or certificateGiven
+	queue              settings // of the queue, where setup keeps the limits: its address, which may be empty, and times
 	redisAddresses     []string // servers that get the users of tokens; empty for none
 	lockAddresses      []string // servers of locks only, which get others; empty for none
 	redisCAFile        string   // empty for the authority of setup
@@ -143,8 +174,12 @@ func parseSetupConfig(args []string, getenv func(string) string) (c setupConfig,
 // parseStatusConfig reads the command line of the mode status. Its error is a *usageError
 // or a *helpRequest.
 func parseStatusConfig(args []string, getenv func(string) string) (c statusConfig, err error) {
-	const arguments = "[flags] [NAMESPACE | NAMESPACE/KEY]\n" +
-		"       at-least-semaphore-pod-hook status [flags] release NAMESPACE/KEY TOKEN|POD"
+	const arguments = "[flags] [NAMESPACE | NAMESPACE/KEY | @KEY]\n" +
+		"       at-least-semaphore-pod-hook status [flags] release NAMESPACE/KEY TOKEN|POD\n" +
+		"       at-least-semaphore-pod-hook status [flags] set NAMESPACE/KEY length=NUMBER --for DURATION\n" +
+		"       at-least-semaphore-pod-hook status [flags] set NAMESPACE/KEY --clear\n" +
+		"       at-least-semaphore-pod-hook status [flags] pause NAMESPACE/KEY --for DURATION\n" +
+		"       at-least-semaphore-pod-hook status [flags] first NAMESPACE/KEY TOKEN|POD"
 	err = parseFlags(&c, "status", arguments, args, getenv)
 	return c, err
 }
@@ -160,17 +195,27 @@ func (c *settings) declareFlags(f *flags, getenv func(string) string) {
 // has only these.
 func (c *settings) declareQueueFlags(f *flags, getenv func(string) string) {
 	c.redis.username, c.redis.password = getenv("REDIS_USERNAME"), getenv("REDIS_PASSWORD")
-	c.redis.sentinelUsername = getenv("REDIS_SENTINEL_USERNAME")
-	c.redis.sentinelPassword = getenv("REDIS_SENTINEL_PASSWORD")
+	c.readSentinelLogin(getenv)
 	declare(f, &c.queueRedisAddress, readQueueAddress, "queue-redis-address", "127.0.0.1:6379",
 		"Redis that holds the tokens: `HOST:PORT`, or "+sentinelExample+", or "+clusterExample+
 			"; for TLS, rediss instead of redis")
+	c.declareTimeFlags(f)
+	declare(f, &c.redis.caFile, readCAFile, "redis-ca-file", "",
+		"`FILE` of the PEM CA certificates for rediss://; without it, the system's")
+}
+
+// readSentinelLogin reads the credentials for the Sentinels.
+func (c *settings) readSentinelLogin(getenv func(string) string) {
+	c.redis.sentinelUsername = getenv("REDIS_SENTINEL_USERNAME")
+	c.redis.sentinelPassword = getenv("REDIS_SENTINEL_PASSWORD")
+}
+
+// declareTimeFlags declares the times by which holders are judged.
+func (c *settings) declareTimeFlags(f *flags) {
 	declare(f, &c.heartbeatInterval, readSeconds(1, 3600), "heartbeat-interval-seconds", "30",
 		"`SECONDS` between two heartbeats of a sidecar")
 	declare(f, &c.staleThreshold, readSeconds(2, 86400), "stale-threshold-seconds", "120",
 		"`SECONDS` without a heartbeat after which a token is reclaimed; at least twice the heartbeat interval")
-	declare(f, &c.redis.caFile, readCAFile, "redis-ca-file", "",
-		"`FILE` of the PEM CA certificates for rediss://; without it, the system's")
 }
 
 // declarePasswordFile declares the file of the password for Redis, for the modes whose
@@ -209,27 +254,35 @@ func (c *settings) validate(f *flags) {
 	if c.redis.caFile != "" && !anyHas("rediss://", slices.Concat(c.queueRedisAddress.servers, c.redisAddresses)...) {
 		f.problem("--redis-ca-file: is not used: no address of Redis begins with rediss://")
 	}
-	bothRead := !f.wrong["stale-threshold-seconds"] && !f.wrong["heartbeat-interval-seconds"]
-	if bothRead && c.staleThreshold < 2*c.heartbeatInterval {
-		f.problem("--stale-threshold-seconds: %d is less than twice --heartbeat-interval-seconds %d: "+
-			"one late heartbeat would cost a running pod its token",
-			seconds(c.staleThreshold), seconds(c.heartbeatInterval))
-	}
+	c.validateTimes(f)
 	if c.redis.username != "" && !c.redis.hasPassword() && !f.wrong["redis-password-file"] {
 		f.problem("REDIS_USERNAME is set and REDIS_PASSWORD is not")
 	}
 	if c.redis.password != "" && c.redis.passwordFile != "" && !f.wrong["redis-password-file"] {
 		f.problem("--redis-password-file: a password is in the environment, too: set one of them")
 	}
+	c.validateSentinels(f)
+	if (c.etcd.username == "") != (c.etcd.password == "") {
+		f.problem("ETCD_USERNAME and ETCD_PASSWORD go together")
+	}
+}
+
+func (c *settings) validateTimes(f *flags) {
+	bothRead := !f.wrong["stale-threshold-seconds"] && !f.wrong["heartbeat-interval-seconds"]
+	if bothRead && c.staleThreshold < 2*c.heartbeatInterval {
+		f.problem("--stale-threshold-seconds: %d is less than twice --heartbeat-interval-seconds %d: "+
+			"one late heartbeat would cost a running pod its token",
+			seconds(c.staleThreshold), seconds(c.heartbeatInterval))
+	}
+}
+
+func (c *settings) validateSentinels(f *flags) {
 	if c.redis.sentinelUsername != "" && c.redis.sentinelPassword == "" {
 		f.problem("REDIS_SENTINEL_USERNAME is set and REDIS_SENTINEL_PASSWORD is not")
 	}
 	if c.redis.sentinelPassword != "" && c.queueRedisAddress.kind != queueSentinel && !f.wrong["queue-redis-address"] {
 		f.problem("REDIS_SENTINEL_PASSWORD is not used: --queue-redis-address names no Sentinels, as %s does",
 			sentinelExample)
-	}
-	if (c.etcd.username == "") != (c.etcd.password == "") {
-		f.problem("ETCD_USERNAME and ETCD_PASSWORD go together")
 	}
 }
 
@@ -258,6 +311,9 @@ func (c *webhookConfig) declareFlags(f *flags, getenv func(string) string) {
 		"`HOST:PORT` to serve /metrics, /healthz and /readyz on, over plain HTTP")
 	declare(f, &c.whenFull, readChoice(whenFullChoices...), "when-full", whenFullDeny,
 		"for a pod that finds no free token: `deny|wait|gate`; its annotation when-full takes precedence")
+	declareSemaphoresFile(f, &c.semaphoresFile)
+	declare(f, &c.maxHeadStart, readSeconds(0, mostHeadStart), "max-head-start", "3600",
+		"`SECONDS`: the greatest head start in line that a pod may ask for")
 	declare(f, &c.unstarted, readSeconds(1, 86400), "unstarted-seconds", "",
 		"`SECONDS` after which the token of an admitted pod is reclaimed if its sidecar has not started, "+
 			"with when-full deny; without it, the stale threshold")
@@ -353,7 +409,7 @@ func (c *webhookConfig) sidecarRedisAddresses() []string {
 func (c *sidecarConfig) declareFlags(f *flags, getenv func(string) string) {
 	c.settings.declareFlags(f, getenv)
 	c.podUID = getenv("POD_UID")
-	c.pod = newPodName(getenv("POD_NAME"), getenv("NODE_NAME"))
+	c.podNamespace, c.podNameAlone, c.node = getenv("POD_NAMESPACE"), getenv("POD_NAME"), getenv("NODE_NAME")
 	c.tokenConfig.declareFlags(f, getenv)
 	declare(f, &c.terminationGracePeriod, readSeconds(1, 3600),
 		"termination-grace-period-seconds", strconv.Itoa(giveBackSeconds),
@@ -363,6 +419,7 @@ func (c *sidecarConfig) declareFlags(f *flags, getenv func(string) string) {
 func (c *sidecarConfig) validate(f *flags) {
 	c.settings.validate(f)
 	c.tokenConfig.validate(f)
+	c.pod = newPodName(c.semaphore.podName(c.podNamespace, c.podNameAlone), c.node)
 	// A copy of the pod has the same arguments. So a pod's own name of its token is its UID.
 	if c.podUID != "" && c.podUID != c.token {
 		c.token, c.takenAs = c.podUID, c.token
@@ -373,20 +430,33 @@ func (c *tokenConfig) declareFlags(f *flags, _ func(string) string) {
 	declare(f, &c.length, readNumber(1, maxLength), "length", "",
 		"`NUMBER` of tokens of the semaphore: the sidecar waits for one, and await ends when the sidecar has it; "+
 			"without it, the webhook has already taken the token")
+	declare(f, &c.headStart, readSeconds(0, mostHeadStart), "head-start-seconds", "0",
+		"`SECONDS` that its place in line is before its arrival")
 	declare(f, &c.expiration, readSeconds(1, maxExpiration), "expiration-seconds", "10",
 		"`SECONDS` after which the lock of a repair expires")
+	declare(f, &c.wait.after, readSeconds(1, maxWait), "wait-seconds", "",
+		"`SECONDS` in line after which the pod stops waiting; without it, it waits until it has a token")
+	declare(f, &c.wait.then, readChoice(whenWaitedChoices...), "when-waited", "",
+		"`fail|run`: what the pod does then, give up or take a token beyond the length; without it, fail")
 }
 
 // validate also reads the arguments after the flags.
 func (c *tokenConfig) validate(f *flags) {
+	if c.wait.after > 0 && c.length == 0 && !f.wrong["length"] {
+		f.problem("--wait-seconds: is not used without --length: the sidecar waits for no token")
+	}
+	if c.wait.then != "" && c.wait.after == 0 && !f.wrong["wait-seconds"] {
+		f.problem("--when-waited: is not used without --wait-seconds")
+	}
 	if f.NArg() != 2 {
 		f.problem("%d arguments after the flags; they are NAMESPACE/KEY TOKEN", f.NArg())
 		return
 	}
-	namespace, key, _ := strings.Cut(f.Arg(0), "/")
-	c.semaphore, c.token = semaphoreID{namespace, key}, f.Arg(1)
-	if namespace == "" || checkKey(key) != "" {
-		f.problem("NAMESPACE/KEY: %q is not a namespace, a slash and a key", f.Arg(0))
+	var ok bool
+	c.semaphore, ok = parseSemaphoreID(f.Arg(0))
+	c.token = f.Arg(1)
+	if !ok {
+		f.problem("NAMESPACE/KEY: %q is not a namespace, a slash and a key, nor @ and a key", f.Arg(0))
 	}
 	if uuid.Validate(c.token) != nil {
 		f.problem("TOKEN: %q is not a UUID", c.token)
@@ -423,10 +493,17 @@ func (c *gateConfig) declareFlags(f *flags, getenv func(string) string) {
 	c.kubernetes.declareFlags(f, getenv)
 	declare(f, &c.kubernetes.namespaces, readNamespaces, "namespaces", "",
 		"`NAMESPACE,...` to watch for gated pods; without it, all")
+	declareSemaphoresFile(f, &c.semaphoresFile)
 	declare(f, &c.unschedulable, readSeconds(1, 86400), "unschedulable-seconds", "300",
 		"`SECONDS` until a pod loses its token if its gate cannot be lifted, or if it has not started since the lift")
 	declare(f, &c.metricsBindAddress, readAddress(), "metrics-bind-address", "0.0.0.0:8080",
 		"`HOST:PORT` to serve /metrics, /healthz and /readyz on, over plain HTTP")
+}
+
+// declareSemaphoresFile declares the file of the ConfigMap semaphores.
+func declareSemaphoresFile(f *flags, field *string) {
+	declare(f, field, readText, "semaphores-file", "",
+		"`FILE` of the lengths that owners set, reread when it changes; it may be missing")
 }
 
 func (c *gateConfig) validate(f *flags) {
@@ -447,6 +524,11 @@ func (c *setupConfig) declareFlags(f *flags, getenv func(string) string) {
 	declare(f, &c.redisAddresses, readAddresses("redis://", "rediss://"), "user-redis-addresses", "",
 		"Redis servers that setup makes the users on, as `HOST:PORT,...`; for TLS, rediss://HOST:PORT; "+
 			"without it, setup only keeps the Secrets")
+	declare(f, &c.queue.queueRedisAddress, readQueueAddress, "queue-redis-address", "",
+		"`HOST:PORT` of the Redis that holds the tokens, where setup keeps the lengths of the ConfigMap semaphores, "+
+			"as the webhook has it; without it, setup keeps none")
+	c.queue.readSentinelLogin(getenv)
+	c.queue.declareTimeFlags(f)
 	declare(f, &c.lockAddresses, readAddresses("redis://", "rediss://"), "user-lock-addresses", "",
 		"Redis servers of the lock, as `HOST:PORT,...`, where they are others than those of the tokens; "+
 			"for TLS, rediss://HOST:PORT")
@@ -462,7 +544,10 @@ func (c *setupConfig) declareFlags(f *flags, getenv func(string) string) {
 
 func (c *setupConfig) validate(f *flags) {
 	c.kubernetes.validate(f)
-	if c.redisCAFile != "" && !anyHas("rediss://", slices.Concat(c.redisAddresses, c.lockAddresses)...) {
+	c.queue.validateTimes(f)
+	c.queue.validateSentinels(f)
+	servers := slices.Concat(c.queue.queueRedisAddress.servers, c.redisAddresses, c.lockAddresses)
+	if c.redisCAFile != "" && !anyHas("rediss://", servers...) {
 		f.problem("--redis-ca-file: is not used: no address of Redis begins with rediss://")
 	}
 	if len(c.lockAddresses) > 0 && len(c.redisAddresses) == 0 {
@@ -482,6 +567,10 @@ var queueVariables = map[string]string{
 	"redis-ca-file":              "REDIS_CA_FILE",
 }
 
+// semaphoreVariable is the semaphore that status shows in the container of a sidecar,
+// whose user may not list semaphores.
+const semaphoreVariable = "SEMAPHORE"
+
 func (c *statusConfig) declareFlags(f *flags, getenv func(string) string) {
 	c.declareQueueFlags(f, getenv)
 	password, file := getenv("STATUS_REDIS_PASSWORD"), getenv("STATUS_REDIS_PASSWORD_FILE")
@@ -496,37 +585,136 @@ func (c *statusConfig) declareFlags(f *flags, getenv func(string) string) {
 	}
 	declare(f, &c.output, readChoice(outputTable, outputJSON), "o", outputTable, "output format: `table|json`")
 	declare(f, &c.watch, readBool, "watch", "false", "`true|false`: repeat the output every two seconds")
-	declare(f, &c.yes, readBool, "yes", "false", "`true|false`: release without confirmation")
+	declare(f, &c.yes, readBool, "yes", "false", "`true|false`: release, set, pause or move without confirmation")
+	declare(f, &c.lasts, readOverrideTime, "for", "",
+		"`DURATION` of set or pause, from 1m to 7d, such as 30m, 2h or 2d: then it ends by itself")
+	declare(f, &c.override.note, readNote, "note", "",
+		"`TEXT` that says why, for set and pause; status, refusals and waiting pods show it")
+	declare(f, &c.clear, readBool, "clear", "false", "`true|false`: with set, end what set or pause has set")
+	if id, ok := parseSemaphoreID(getenv(semaphoreVariable)); ok {
+		c.own = id
+	}
+	c.override.by = changedBy(getenv("USER"), getenv("HOSTNAME"))
+}
+
+// readOverrideTime reads how long an override lasts: a duration of Go, which days may
+// precede.
+func readOverrideTime(text string) (time.Duration, error) {
+	var days int
+	var err error
+	rest := text
+	if before, after, found := strings.Cut(text, "d"); found {
+		days, err = readNumber(0, int(mostOverride/(24*time.Hour)))(before)
+		rest = cmp.Or(after, "0s")
+	}
+	lasts, wrong := time.ParseDuration(rest)
+	lasts += time.Duration(days) * 24 * time.Hour
+	if err != nil || wrong != nil || lasts < leastOverride || lasts > mostOverride {
+		err = fmt.Errorf("%s is not a duration from 1m to 7d, such as 30m, 2h or 2d", quoteShort(text))
+	}
+	return lasts, err
+}
+
+// readNote reads a text that fits on one line of a terminal.
+func readNote(text string) (string, error) {
+	switch {
+	case len(text) > mostNote:
+		return text, fmt.Errorf("%s has %d bytes: at most %d are allowed", quoteShort(text), len(text), mostNote)
+	case !utf8.ValidString(text) || strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) }):
+		return text, fmt.Errorf("%s is not printable text on one line", quoteShort(text))
+	}
+	return text, nil
+}
+
+// changedBy names the user of this process, as far as the environment does.
+func changedBy(user, host string) string {
+	if user != "" && host != "" {
+		user += "@"
+	}
+	return truncate(user+host, mostNote)
 }
 
 func (c *statusConfig) validate(f *flags) {
 	c.settings.validate(f)
-	operands := f.operands
-	releases := len(operands) > 0 && operands[0] == "release"
-	if releases {
-		operands = operands[1:]
-		if len(operands) != 2 {
-			f.problem("release: %d arguments; they are NAMESPACE/KEY TOKEN|POD", len(operands))
-			return
+	operands, wanted := f.operands, ""
+	if len(operands) > 0 {
+		if wanted = statusOperands[operands[0]]; wanted != "" {
+			c.change, operands = operands[0], operands[1:]
 		}
-		c.release = operands[1]
-		operands = operands[:1]
+	}
+	switch second := len(operands) == 2; {
+	case c.change == "" && len(operands) > 1:
+		f.problem("%d arguments: there may be one, NAMESPACE or NAMESPACE/KEY", len(operands))
+	case (c.change == statusRelease || c.change == statusFirst) && second:
+		c.pod = operands[1]
+	case c.change == statusSet && second && c.clear:
+		f.problem("set: %s and --clear do not go together", quoteShort(operands[1]))
+	case c.change == statusSet && second:
+		c.readLength(f, operands[1])
+	case c.change == statusSet && c.clear && len(operands) == 1:
+	case c.change != "" && len(operands) != len(strings.Fields(wanted)):
+		f.problem("%s: %d arguments; they are %s", c.change, len(operands), wanted)
+	}
+	if len(operands) > 0 && (c.change != "" || len(operands) == 1) {
+		c.readSemaphore(f, operands[0])
+	} else if len(operands) == 0 {
+		c.semaphore = c.own
+	}
+	if c.watch && c.change != "" {
+		f.problem("--watch and %s do not go together", c.change)
+	}
+	c.validateChange(f)
+}
+
+// readSemaphore reads the operand NAMESPACE or NAMESPACE/KEY.
+func (c *statusConfig) readSemaphore(f *flags, operand string) {
+	id, isOne := parseSemaphoreID(operand)
+	switch _, err := readNamespace(id.namespace); {
+	case !isOne && (c.change != "" || id.namespace == "" || strings.ContainsAny(operand, shared+"/")):
+		f.problem("%q is not a namespace, a slash and a key, nor @ and a key", operand)
+	case err != nil && id.namespace != shared && (c.change == statusSet || c.change == statusPause):
+		f.problem("%s: %v", c.change, err) // it would make a semaphore that no pod can use
+	}
+	c.namespace = id.namespace
+	if isOne {
+		c.semaphore = id
+	}
+}
+
+// readLength reads the operand length=NUMBER.
+func (c *statusConfig) readLength(f *flags, operand string) {
+	number, found := strings.CutPrefix(operand, "length=")
+	if !found {
+		f.problem("set: %s is not length=NUMBER, such as length=1", quoteShort(operand))
+		return
+	}
+	var err error
+	if c.override.length, err = readNumber(0, maxLength)(number); err != nil {
+		f.problem("length: %v", err)
+	}
+}
+
+// validateChange checks the flags of set and pause.
+func (c *statusConfig) validateChange(f *flags) {
+	sets := c.change == statusSet || c.change == statusPause
+	lasts, note := c.lasts != 0 || f.wrong["for"], c.override.note != ""
+	switch {
+	case c.clear && c.change == statusPause:
+		f.problem("--clear: to end a pause, run status set NAMESPACE/KEY --clear")
+	case c.clear && !sets:
+		f.problem("--clear: is not used: it is for set")
+	case c.clear && lasts:
+		f.problem("--for: is not used with --clear, which ends at once what was set")
+	case sets && !c.clear && !lasts:
+		f.problem("--for: is needed, such as --for 2h: the length counts for a time, at most 7d")
+	case !sets && lasts:
+		f.problem("--for: is not used: it is for set and pause")
 	}
 	switch {
-	case len(operands) > 1:
-		f.problem("%d arguments: there may be one, NAMESPACE or NAMESPACE/KEY", len(operands))
-	case len(operands) == 1:
-		namespace, key, isOne := strings.Cut(operands[0], "/")
-		if namespace == "" || isOne && checkKey(key) != "" || releases && !isOne {
-			f.problem("%q is not a namespace, a slash and a key", operands[0])
-		}
-		c.namespace = namespace
-		if isOne {
-			c.semaphore = semaphoreID{namespace, key}
-		}
-	}
-	if c.watch && releases {
-		f.problem("--watch and release do not go together")
+	case note && sets && c.clear:
+		f.problem("--note: is not used with --clear")
+	case note && !sets:
+		f.problem("--note: is not used: it is for set and pause")
 	}
 }
 

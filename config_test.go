@@ -120,7 +120,13 @@ func TestWrongUsage(t *testing.T) {
 		"sidecar --length=0 --expiration-seconds=3601 a/b " + token: {
 			"2 wrong settings", `--length: "0" is not a whole number from 1 to 10000`, "--expiration-seconds",
 		},
-		"await": {"await takes no arguments, and asks the sidecar of the pod that POD_UID names"},
+		"sidecar --wait-seconds=604801 --when-waited=go a/b " + token: {
+			"3 wrong settings", `--wait-seconds: "604801" is not a whole number from 1 to 604800`,
+			`--when-waited: "go" is not fail or run`,
+		},
+		"sidecar --when-waited=run a/b " + token: {"--when-waited: is not used without --wait-seconds"},
+		"sidecar --wait-seconds=1 a/b " + token:  {"--wait-seconds: is not used without --length"},
+		"await":                                  {"await takes no arguments, and asks the sidecar of the pod that POD_UID names"},
 		"sidecar --termination-grace-period-seconds=0 --stale-threshold-seconds=1 a/b " + token: {
 			"2 wrong settings", "--termination-grace-period-seconds", "--stale-threshold-seconds",
 		},
@@ -201,8 +207,10 @@ func TestFlagDefaults(t *testing.T) {
 		"sidecar-resources": "cpu=100m,memory=64Mi", "sidecar-run-as-user": "65532",
 		"sidecar-requests": "cpu=5m,memory=32Mi", "await-restart": "false", "pod-annotations": "",
 		"sidecar-redis-secret": "", "sidecar-redis-ca": "", "sidecar-etcd-secret": "", "unstarted-seconds": "",
+		"max-head-start": "3600",
 	}
-	sidecar := map[string]string{"length": "", "expiration-seconds": "10", "termination-grace-period-seconds": "10"}
+	sidecar := map[string]string{"length": "", "expiration-seconds": "10", "termination-grace-period-seconds": "10",
+		"head-start-seconds": "0", "wait-seconds": "", "when-waited": ""}
 	gate := map[string]string{
 		"kubernetes-address": "", "kubernetes-ca-file": "", "kubernetes-token-file": "", "namespaces": "",
 		"unschedulable-seconds": "300", "metrics-bind-address": "0.0.0.0:8080",
@@ -211,6 +219,7 @@ func TestFlagDefaults(t *testing.T) {
 	maps.Copy(webhook, shared)
 	maps.Copy(sidecar, shared)
 	gate["redis-password-file"], webhook["redis-password-file"] = "", ""
+	gate["semaphores-file"], webhook["semaphores-file"] = "", ""
 	flagPattern := regexp.MustCompile(`(?m)^  --(\S+) \S+\n        .*?(?: \(default (.*)\))?$`)
 	for mode, want := range map[string]map[string]string{"webhook": webhook, "sidecar": sidecar, "gate": gate} {
 		_, help, _ := runArgs(nil, mode, "--help")
@@ -555,14 +564,12 @@ func flagsPage(t *testing.T) string {
 		code, help, _ := runArgs(nil, mode, "--help")
 		head, rest, hasFlags := strings.Cut(help, "\n\nFlags:\n")
 		flagLines, environment, hasEnvironment := strings.Cut(rest, "\n\nEnvironment:\n")
-		if code != 0 || !hasFlags || hasEnvironment == (mode == "setup") {
+		if code != 0 || !hasFlags || !hasEnvironment {
 			t.Fatalf("%s --help: exit code %d, %q", mode, code, help)
 		}
 		usages[mode] = strings.ReplaceAll(strings.TrimPrefix(head, "Usage: "), "\n       ", "\n")
 		flags = addSettings(t, flags, mode, strings.TrimRight(flagLines, "\n"), flagInHelp)
-		if hasEnvironment {
-			variables = addSettings(t, variables, mode, environment, variableInHelp)
-		}
+		variables = addSettings(t, variables, mode, environment, variableInHelp)
 	}
 
 	var b strings.Builder
@@ -665,7 +672,7 @@ func documents(t *testing.T) []string {
 	if len(pages) < 10 {
 		t.Fatalf("only %d pages in docs/: %q", len(pages), pages)
 	}
-	return append(pages, "README.md", "CHANGELOG.md", "CONTRIBUTING.md", ".github/SECURITY.md")
+	return append(pages, "README.md", "CHANGELOG.md", ".github/SECURITY.md")
 }
 
 // Documents are short, and each page of docs/ begins with the question that it answers.
@@ -736,6 +743,43 @@ func TestDocsLinksResolve(t *testing.T) {
 	}
 }
 
+// Tests that the documents name exist, and each report about others names one that shows
+// what excludes it here.
+func TestDocsNameTests(t *testing.T) {
+	t.Parallel()
+	declared, named := regexp.MustCompile(`(?m)^func (Test\w+)\(`), regexp.MustCompile(`\bTest[A-Z]\w+`)
+	exist := map[string]bool{}
+	for _, pattern := range []string{"*_test.go", "test/*/*_test.go"} {
+		files, err := filepath.Glob(pattern)
+		rig.Must(t, err)
+		for _, file := range files {
+			for _, m := range declared.FindAllStringSubmatch(rig.ReadFile(t, file), -1) {
+				exist[m[1]] = true
+			}
+		}
+	}
+	for _, page := range documents(t) {
+		for _, name := range named.FindAllString(rig.ReadFile(t, page), -1) {
+			if !exist[name] {
+				t.Errorf("%s names %s: there is no such test", page, name)
+			}
+		}
+	}
+	_, reports, _ := strings.Cut(rig.ReadFile(t, "docs/compare.md"), "| shown by |\n")
+	found := 0
+	for line := range strings.Lines(reports) {
+		if strings.Contains(line, "](https://") {
+			found++
+			if !named.MatchString(line) {
+				t.Errorf("docs/compare.md names no test in %s", line)
+			}
+		}
+	}
+	if found < 9 {
+		t.Errorf("only %d reports were found", found)
+	}
+}
+
 // withoutCode returns a page with the lines of its code blocks emptied.
 func withoutCode(text string) string {
 	inCode := false
@@ -764,4 +808,30 @@ func sectionsOf(t *testing.T, page string) (sections []string) {
 		}
 	}
 	return sections
+}
+
+// Any command line is parsed, or the error names its problems.
+func FuzzFlags(f *testing.F) {
+	f.Add("webhook", "--queue-redis-address=redis+sentinel://a:1,b:2/c\n--sidecar-resources=cpu=1,memory=1Gi")
+	f.Add("sidecar", "--length=3\nshop/web\n0a7b9d10-0000-4000-8000-000000000000")
+	f.Add("status", "release\nshop/web\nweb-1\n--yes\n-o\njson")
+	f.Add("status", "set\nshop/web\nlength=1\n--for\n1d2h\n--note\ndb upgrade")
+	f.Fuzz(func(t *testing.T, mode, line string) {
+		args := strings.Split(line, "\n")
+		none := func(string) string { return "" }
+		var err error
+		switch mode {
+		case "webhook":
+			_, err = parseWebhookConfig(args, none)
+		case "sidecar":
+			_, err = parseSidecarConfig(args, none)
+		default:
+			_, err = parseStatusConfig(args, none)
+		}
+		var usage *usageError
+		var help *helpRequest
+		if err != nil && !errors.As(err, &usage) && !errors.As(err, &help) {
+			t.Errorf("%q: %v", args, err)
+		}
+	})
 }

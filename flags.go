@@ -160,25 +160,30 @@ func (f *flags) help() string {
 		}
 		b.WriteByte('\n')
 	})
-	if f.Name() == "setup" { // its secrets are in Kubernetes
+	b.WriteString("\nEnvironment:\n")
+	if f.Name() != "setup" { // its other secrets are in Kubernetes
+		b.WriteString("  REDIS_USERNAME, REDIS_PASSWORD    credentials for all Redis servers; without a name, the default user\n")
+	}
+	b.WriteString("  REDIS_SENTINEL_USERNAME, REDIS_SENTINEL_PASSWORD\n" +
+		"                                    credentials for the Sentinels\n")
+	if f.Name() == "setup" {
 		return b.String()
 	}
-	b.WriteString("\nEnvironment:\n" +
-		"  REDIS_USERNAME, REDIS_PASSWORD    credentials for all Redis servers; without a name, the default user\n" +
-		"  REDIS_SENTINEL_USERNAME, REDIS_SENTINEL_PASSWORD\n" +
-		"                                    credentials for the Sentinels\n")
 	if f.Name() == "status" {
 		b.WriteString("  STATUS_REDIS_USERNAME, STATUS_REDIS_PASSWORD, STATUS_REDIS_PASSWORD_FILE\n" +
 			"                                    replace REDIS_USERNAME and REDIS_PASSWORD if the password or the file is set; " +
 			"the file is the default of --redis-password-file\n" +
 			"  QUEUE_REDIS_ADDRESS, REDIS_CA_FILE, HEARTBEAT_INTERVAL_SECONDS, STALE_THRESHOLD_SECONDS\n" +
-			"                                    defaults of the flags; set in the containers of webhook, gate and sidecar\n")
+			"                                    defaults of the flags; set in the containers of webhook, gate and sidecar\n" +
+			"  SEMAPHORE                         what status shows without an argument; set in the container of a sidecar\n" +
+			"  USER, HOSTNAME                    who sets or pauses, as status shows it\n")
 		return b.String()
 	}
 	b.WriteString("  ETCD_USERNAME, ETCD_PASSWORD      credentials for the etcd servers\n")
 	if f.Name() == "sidecar" {
 		b.WriteString("  POD_UID                           the pod's UID, by which await finds the sidecar\n" +
-			"  POD_NAME, NODE_NAME               the pod's name and its node, which status shows\n")
+			"  POD_NAME, NODE_NAME               the pod's name and its node, which status shows\n" +
+			"  POD_NAMESPACE                     its namespace, for a semaphore that several share\n")
 	}
 	return b.String()
 }

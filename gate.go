@@ -22,6 +22,7 @@ const (
 	reasonBlocked = "WaitingForGates"
 	reasonTaken   = "TokenTaken"
 	reasonLate    = "TokenLetGo"
+	reasonGaveUp  = "GaveUp" // also of a pod's status
 	reasonInvalid = "InvalidAnnotations"
 )
 
@@ -48,9 +49,11 @@ type gate struct {
 
 	views map[string]*podWatch // by namespace; "" is all namespaces
 
+	owners ownerFile
+
 	mu        sync.Mutex
 	lines     map[semaphoreID]*gateLine
-	strangers map[string]bool // UIDs of pods that have our label, and no sidecar of the webhook
+	strangers map[string]*watchedPod // by UID: pods that have our label, and no sidecar of the webhook
 }
 
 // runGate runs the gate mode until ctx is done.
@@ -103,12 +106,14 @@ func newGate(c gateConfig, log *slog.Logger) (*gate, error) {
 		log:           log,
 		views:         map[string]*podWatch{},
 		lines:         map[semaphoreID]*gateLine{},
-		strangers:     map[string]bool{},
+		strangers:     map[string]*watchedPod{},
 	}
+	g.owners = newOwnerFile(c.semaphoresFile, log, g.readmit)
 	for _, namespace := range namespaces {
 		g.views[namespace] = k.newPodWatch(labelGated, namespace, g)
 	}
 	g.metrics = newGateMetrics(g)
+	s.metrics.watchSettings(g.owners)
 	return g, nil
 }
 
@@ -119,6 +124,7 @@ func (g *gate) run(ctx context.Context) {
 	g.background.Go(func() { g.kubernetes.run(ctx) })
 	g.background.Go(func() { g.subscription.receiveRetrying(ctx) })
 	g.background.Go(func() { g.pulse(ctx) })
+	g.background.Go(func() { g.owners.watch(ctx, fileInterval) })
 	for _, view := range g.views {
 		g.background.Go(func() { view.run(ctx) })
 	}
@@ -128,25 +134,71 @@ func (g *gate) run(ctx context.Context) {
 
 // setPod receives each gated pod, and each change of it.
 func (g *gate) setPod(p *watchedPod) {
-	c, err := gatedToken(strings.Split(p.sidecarArgs, argsSeparator), p.namespace, p.uid)
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	g.admit(p)
+}
+
+// admit puts a pod in the line of its semaphore, unless it must not be there. Call it
+// with mu.
+func (g *gate) admit(p *watchedPod) {
+	c, err := gatedToken(strings.Split(p.sidecarArgs, argsSeparator), p.namespace, p.uid)
+	why := "invalid arguments of " + sidecarName
+	if err == nil {
+		why, err = "it stays gated", g.mayShare(p, c.semaphore)
+	}
 	if err != nil { // the webhook admits no such pod
-		if text := strings.ReplaceAll(err.Error(), "\n", ""); !g.strangers[p.uid] {
-			g.log.Warn("a gated pod has no sidecar that waits for its token, and stays gated",
+		if text := strings.ReplaceAll(err.Error(), "\n", ""); g.strangers[p.uid] == nil {
+			g.log.Warn("a gated pod has no sidecar that waits for a token of its own, and stays gated",
 				"namespace", p.namespace, "pod", p.name, "error", text)
-			g.event(p, true, reasonInvalid, "Waiting", "1", "invalid arguments of "+sidecarName+": "+text)
+			g.event(p, true, reasonInvalid, "Waiting", "1", why+": "+text)
 		}
-		g.strangers[p.uid] = true
+		g.strangers[p.uid] = p
 		return
 	}
+	delete(g.strangers, p.uid)
 	l := g.lines[c.semaphore]
 	if l == nil {
 		l = newGateLine(g, c.semaphore)
 		g.lines[c.semaphore] = l
 		g.background.Go(func() { l.run(g.ctx) })
 	}
-	l.set(p, semaphoreSpec{key: c.semaphore.key, length: c.length, expiration: c.expiration})
+	if owners, err := g.owners.settings(); err == nil {
+		line, isSet := owners.lineOf(c.semaphore.namespace, c.semaphore.key)
+		if line.capped {
+			c.headStart = min(c.headStart, line.headStart)
+		}
+		if isSet && !line.runs && c.wait.runs() {
+			c.wait = waitEnd{}
+		}
+	}
+	l.set(p, semaphoreSpec{key: c.semaphore.key, length: c.length, headStart: c.headStart,
+		expiration: c.expiration, wait: c.wait})
+}
+
+// mayShare returns why a pod that is still gated may not use a shared semaphore, or nil.
+// A pod that is in line keeps its place. Call it with mu.
+func (g *gate) mayShare(p *watchedPod, id semaphoreID) error {
+	if id.namespace != shared || !slices.Contains(p.gates, gateName) {
+		return nil
+	}
+	if l := g.lines[id]; l != nil && l.has(p.uid) {
+		return nil
+	}
+	owners, err := g.owners.settings()
+	if err != nil {
+		return err
+	}
+	return owners.mayShare(p.namespace, id.key)
+}
+
+// readmit looks again at the pods that were refused: there are other settings.
+func (g *gate) readmit() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, p := range slices.Collect(maps.Values(g.strangers)) {
+		g.admit(p)
+	}
 }
 
 // dropPod receives each pod that is gone, or no longer needs the gate.
@@ -165,7 +217,7 @@ func (g *gate) synced(namespace string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for id, l := range g.lines {
-		if namespace == "" || namespace == id.namespace {
+		if namespace == "" || namespace == id.namespace || id.namespace == shared {
 			l.wake()
 		}
 	}
@@ -178,6 +230,15 @@ func (g *gate) checkView(namespace string) error {
 		return all.check()
 	}
 	return g.views[namespace].check()
+}
+
+// checkLine is checkView for the pods of a line. Those of a shared semaphore may be in
+// several views: see gateLine.snapshot.
+func (g *gate) checkLine(id semaphoreID) error {
+	if id.namespace == shared && g.views[""] == nil {
+		return nil
+	}
+	return g.checkView(id.namespace)
 }
 
 // closeIfEmpty removes a line without pods.
@@ -205,22 +266,58 @@ func (g *gate) event(p *watchedPod, warning bool, reason, action, id, note strin
 		action: action, note: note, id: id})
 }
 
-// lift lifts the gate of a pod that has held a token since taken.
-func (g *gate) lift(ctx context.Context, id semaphoreID, p *watchedPod, taken time.Time) error {
-	index := slices.Index(p.gates, gateName)
-	var steps patch
+// testGated makes a patch fail unless the pod has our gate at this place, and, if it may
+// have given up, has not failed.
+func (p *gatedPod) testGated(steps *patch) (index int) {
+	index = slices.Index(p.gates, gateName)
 	steps.test(p.uid, "metadata", "uid")
 	steps.test(gateName, "spec", "schedulingGates", strconv.Itoa(index), "name")
+	if p.spec.wait.fails() {
+		steps.test("Pending", "status", "phase")
+	}
+	return index
+}
+
+// fail makes the status of a gated pod Failed. It has given up.
+func (g *gate) fail(ctx context.Context, id semaphoreID, p *podSnapshot) error {
+	var steps patch
+	p.testGated(&steps)
+	steps.add("Failed", "status", "phase")
+	steps.add(reasonGaveUp, "status", "reason")
+	steps.add(p.gaveUp, "status", "message")
+	condition := map[string]string{"type": conditionGaveUp, "status": "True", "reason": reasonGaveUp,
+		"message": p.gaveUp, "lastTransitionTime": time.Now().UTC().Format(time.RFC3339)}
+	if i := slices.Index(p.conditions, conditionScheduled); i >= 0 { // its reason is what kubectl shows
+		steps.test(conditionScheduled, "status", "conditions", strconv.Itoa(i), "type")
+		steps.add(reasonGaveUp, "status", "conditions", strconv.Itoa(i), "reason")
+	}
+	if len(p.conditions) > 0 {
+		steps.add(condition, "status", "conditions", "-")
+	} else {
+		steps.add([]any{condition}, "status", "conditions")
+	}
+	if err := g.kubernetes.patchPodStatus(ctx, p.namespace, p.name, steps.json()); err != nil {
+		return err
+	}
+	g.log.Info("pod failed", "namespace", id.namespace, "key", id.key, "pod", p.name, "token", p.uid, "reason", p.gaveUp)
+	g.event(p.watchedPod, true, reasonGaveUp, "Failing", "1", p.gaveUp)
+	return nil
+}
+
+// lift lifts the gate of a pod that holds a token.
+func (g *gate) lift(ctx context.Context, id semaphoreID, p *podSnapshot) error {
+	var steps patch
+	index := p.testGated(&steps)
 	steps.remove("spec", "schedulingGates", strconv.Itoa(index))
 	steps.add(strconv.FormatInt(time.Now().Unix(), 10), "metadata", "labels", labelGated)
 	if err := g.kubernetes.patchPod(ctx, p.namespace, p.name, steps.json()); err != nil {
 		return err
 	}
 	waited := time.Since(p.created)
-	g.metrics.lifted(waited, taken)
+	g.metrics.lifted(waited, p.taken)
 	g.log.Info("gate lifted", "namespace", id.namespace, "key", id.key, "pod", p.name, "token", p.uid,
 		"waitedSeconds", seconds(waited))
-	g.event(p, false, reasonTaken, "LiftingGate", "1",
+	g.event(p.watchedPod, false, reasonTaken, "LiftingGate", "1",
 		fmt.Sprintf("token of %s taken after %s in line", id, roughly(max(0, waited))))
 	return nil
 }

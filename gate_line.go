@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"math/bits"
 	"slices"
 	"strconv"
 	"strings"
@@ -23,20 +24,24 @@ const (
 	podHolds                    // its token is in flight, its gate is or will be lifted, its sidecar has not taken over
 	podEnded                    // failed, completed or deleted: the gate gives back its token or place
 	podDone                     // it needs the gate no longer: its sidecar has taken over, or its time is up
+	podGaveUp                   // its time in line is over, it is in no line, and the gate makes it fail
 )
 
 // gatedPod is a pod of a gateLine.
 type gatedPod struct {
 	*watchedPod
 	spec      semaphoreSpec // as it was when the gate first saw the pod
-	arrival   int64         // its place in line: Unix microseconds; 0 while it has none
+	arrival   int64         // its place in line: Unix microseconds, less its head start; 0 while it has none
 	state     lineState
 	gone      bool      // the watch has lost it: it was deleted, or has lost the label
 	released  bool      // it has ended, and its token or place is given back
 	placed    bool      // Redis has its place, and it has no token yet
-	announced bool      // an event has said where it stands
+	announced int       // the position in line that an event said last; 0: this gate knows of none
 	taken     time.Time // when it got its token, or later its gate was lifted; see isLate
-	refusal   error     // why its gate could not be lifted since then
+	refusal   error     // why its gate could not be lifted since then, or why it could not be made to fail
+	unblocked time.Time // when it lost its other scheduling gates or its token; zero: this process did not see that
+	askAgain  time.Time // its time in line is over, and Redis has answered that it still waits until then
+	gaveUp    string    // with podGaveUp: after how long, and which pods had the tokens
 	busy      bool      // a change of it is under way
 	wake      time.Time // when it may be changed again
 }
@@ -73,6 +78,25 @@ func (p *gatedPod) hasEnded() bool { return p.phase == "Succeeded" || p.phase ==
 // gate of a pod that is being deleted.
 func (p *gatedPod) neverRuns() bool { return p.hasEnded() || p.deleted && p.isGated() }
 
+// arrived returns when the pod arrived: its place, without its head start. Unix
+// microseconds.
+func (p *gatedPod) arrived() int64 { return p.arrival + p.spec.headStart.Microseconds() }
+
+// ends returns when the pod stops waiting, from its arrival on. The time that it spent
+// behind other scheduling gates, or with a token that it lost, does not count.
+func (p *gatedPod) ends() waitEnd {
+	e := p.spec.wait
+	if blocked := p.unblocked.Sub(time.UnixMicro(p.arrived())); e.after > 0 && !p.unblocked.IsZero() && blocked > 0 {
+		e.after += blocked.Truncate(time.Second) + time.Second
+	}
+	return e
+}
+
+// endsIn returns the time until the pod stops waiting, by the clock of Redis.
+func (p *gatedPod) endsIn(micros int64) time.Duration {
+	return time.Duration(p.arrived()-micros)*time.Microsecond + p.ends().after
+}
+
 // hasStarted reports whether the pod's sidecar has confirmed the token, and keeps it from
 // now on.
 func (p *gatedPod) hasStarted() bool {
@@ -102,6 +126,12 @@ const (
 
 	// servedMost caps the pods that acquire without success in one reconcile.
 	servedMost = 32
+
+	// endedMost caps the pods whose time in line is over, and that ask in one reconcile.
+	endedMost = 100
+
+	// endedRetry is the least pause until such a pod asks again that still waits.
+	endedRetry = time.Second
 )
 
 // gateLine waits in the line of one semaphore for all its pods that do not run yet.
@@ -123,6 +153,7 @@ type gateLine struct {
 	subscribed map[string]bool // tokens
 	retry      *backoff
 	limit      logLimiter
+	setting    setting // as Redis said it last
 }
 
 func newGateLine(g *gate, id semaphoreID) *gateLine {
@@ -186,7 +217,7 @@ func (l *gateLine) set(w *watchedPod, spec semaphoreSpec) {
 			"waiting for its other scheduling gates, %s; then it takes its place in the line of %s, by its creation time",
 			strings.Join(others, ", "), l.id))
 	case p.state == podBlocked && len(others) == 0:
-		p.state = podWaits
+		p.state, p.unblocked = podWaits, time.Now()
 	}
 	l.wake()
 }
@@ -223,7 +254,7 @@ func (l *gateLine) run(ctx context.Context) {
 
 // reconcile does what is due, and returns the time until the next work.
 func (l *gateLine) reconcile(ctx context.Context) time.Duration {
-	if l.gate.checkView(l.id.namespace) != nil {
+	if l.gate.checkLine(l.id) != nil {
 		l.created, l.placesAt = 0, time.Time{} // it goes on like a gate that has just started
 		return placesEvery
 	}
@@ -233,6 +264,7 @@ func (l *gateLine) reconcile(ctx context.Context) time.Duration {
 	due, held := l.refreshTokens(ctx, pods) // even if others cannot get theirs
 	err = errors.Join(err, held)
 	l.lift(ctx, pods)
+	l.fail(ctx, pods)
 	switch {
 	case err == nil:
 		l.retry = newGateBackoff()
@@ -247,12 +279,23 @@ func (l *gateLine) reconcile(ctx context.Context) time.Duration {
 	return min(pause, due, placesEvery)
 }
 
-// snapshot returns all pods, in their order.
+// has reports whether the line has a pod.
+func (l *gateLine) has(uid string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.pods[uid] != nil
+}
+
+// snapshot returns the pods, in their order, without those of namespaces whose view may
+// be old.
 func (l *gateLine) snapshot() []*podSnapshot {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	var pods []*podSnapshot
 	for _, p := range l.pods {
+		if l.id.namespace == shared && l.gate.checkView(p.namespace) != nil {
+			continue
+		}
 		pods = append(pods, &podSnapshot{*p, p})
 	}
 	slices.SortFunc(pods, func(a, b *podSnapshot) int {
@@ -313,8 +356,11 @@ func (l *gateLine) setState(seen *podSnapshot, from, to lineState) {
 			p.taken = time.Now()
 		}
 		seen.taken = p.taken
-	case to == podWaits && errors.As(p.refusal, new(*apiError)): // behind those that it has kept waiting
-		p.arrival = time.Now().UnixMicro()
+	case to == podWaits:
+		p.unblocked = time.Now()
+		if errors.As(p.refusal, new(*apiError)) { // behind those that it has kept waiting
+			p.arrival, p.spec.headStart = p.unblocked.UnixMicro(), 0
+		}
 	}
 }
 
@@ -454,34 +500,76 @@ func (l *gateLine) lift(ctx context.Context, pods []*podSnapshot) {
 			continue
 		}
 		l.change(p, func() time.Duration {
-			err := l.gate.lift(ctx, l.id, p.watchedPod, p.taken)
+			err := l.gate.lift(ctx, l.id, p)
 			if err == nil {
 				return watchPatience
 			}
-			return l.noteRefusal(ctx, p, err)
+			again, _ := l.noteRefusal(ctx, p, err)
+			return again
 		})
 	}
 }
 
-// noteRefusal notes that the gate of a pod could not be lifted. It returns the pause
-// before the next attempt, which grows if the API server has refused.
-func (l *gateLine) noteRefusal(ctx context.Context, p *podSnapshot, refusal error) (again time.Duration) {
+// fail makes the pods fail that have given up. It is out of the line, and holds nothing. So
+// it can wait, and the gate tries for as long as the API server refuses.
+func (l *gateLine) fail(ctx context.Context, pods []*podSnapshot) {
+	for _, p := range pods {
+		if state, gone := l.stateOf(p); state != podGaveUp || gone {
+			continue
+		}
+		if !p.isGated() { // its sidecar hears that it gave up
+			l.setState(p, podGaveUp, podDone)
+			continue
+		}
+		l.change(p, func() time.Duration {
+			err := l.gate.kubernetes.whenQuiet(ctx, func() error {
+				if state, gone := l.stateOf(p); state != podGaveUp || gone { // the other gate was quicker
+					return nil
+				}
+				return l.gate.fail(ctx, l.id, p)
+			})
+			if err == nil {
+				return watchPatience
+			}
+			again, same := l.noteRefusal(ctx, p, err)
+			if same && errors.As(err, new(*apiError)) && !errors.Is(err, errTryAgain) {
+				l.gate.event(p.watchedPod, true, reasonGaveUp, "Failing", "refused", fmt.Sprintf(
+					"%s; its status could not be made Failed (%v): it stays gated, and is not in line", p.gaveUp, err))
+			}
+			return again
+		})
+	}
+}
+
+// noteRefusal notes that the gate of a pod could not be lifted, or that it could not be made
+// to fail. It returns the pause before the next attempt, which grows if the API server has
+// refused, and whether the pod is the same as before.
+func (l *gateLine) noteRefusal(ctx context.Context, p *podSnapshot, refusal error) (again time.Duration, same bool) {
 	if errors.Is(refusal, errNotFound) || errors.Is(refusal, errChanged) {
 		if same, again := l.isUnchanged(ctx, p); !same {
-			return again
+			return again, false
 		}
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if before := p.live.refusal; ctx.Err() == nil && (before == nil || before.Error() != refusal.Error()) {
+	gaveUp := p.live.state == podGaveUp
+	switch before := p.live.refusal; {
+	case ctx.Err() != nil || before != nil && before.Error() == refusal.Error():
+	case gaveUp:
+		l.log.Warn("a pod that gave up not made to fail, to be retried", "pod", p.name, "token", p.uid,
+			"error", refusal.Error())
+	default:
 		l.log.Warn("gate not lifted, to be retried", "pod", p.name, "token", p.uid, "error", refusal.Error())
 	}
 	p.live.refusal = refusal
 	if errors.Is(refusal, errTryAgain) {
-		return time.Second
+		return time.Second, true
 	}
 	held := time.Since(p.live.taken)
-	return max(time.Second, min(held/4, l.gate.unschedulable-held))
+	if gaveUp {
+		return max(time.Second, min(held/4, l.gate.unschedulable)), true
+	}
+	return max(time.Second, min(held/4, l.gate.unschedulable-held)), true
 }
 
 // isUnchanged reads a pod and reports whether it still has the gates that the watch has
@@ -489,7 +577,7 @@ func (l *gateLine) noteRefusal(ctx context.Context, p *podSnapshot, refusal erro
 func (l *gateLine) isUnchanged(ctx context.Context, p *podSnapshot) (same bool, again time.Duration) {
 	now, err := l.gate.kubernetes.getPod(ctx, p.namespace, p.name, p.uid)
 	switch {
-	case err == nil && slices.Equal(now.gates, p.gates) && !now.deleted && now.labels[labelGated] != "":
+	case err == nil && slices.Equal(now.gates, p.gates) && now.phase == p.phase && !now.deleted && now.labels[labelGated] != "":
 		return true, 0
 	case err == nil:
 		l.set(now, p.spec)
@@ -520,6 +608,10 @@ func (l *gateLine) standAgain(ctx context.Context, p *podSnapshot) (again time.D
 	return 0
 }
 
+func (l *gateLine) podName(p *podSnapshot) podName {
+	return newPodName(l.id.podName(p.namespace, p.name), "")
+}
+
 func (l *gateLine) setArrival(p *podSnapshot) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -537,7 +629,7 @@ func (l *gateLine) waitInLine(ctx context.Context, pods []*podSnapshot) (pause t
 			leaving = append(leaving, p)
 		}
 		if p.arrival == 0 { // blocked pods reserve their place among those of their second
-			p.arrival = l.place(p.created)
+			p.arrival = l.place(p.created) - p.spec.headStart.Microseconds()
 			l.setArrival(p)
 		}
 		if state != podWaits || p.state != podWaits || gone { // one that waits again has a new arrival
@@ -582,7 +674,7 @@ func (l *gateLine) refreshPlaces(ctx context.Context, waiting, leaving []*podSna
 	var places []placeRequest
 	for _, p := range waiting {
 		byToken[p.uid] = p
-		places = append(places, placeRequest{p.uid, p.arrival, p.spec.length, newPodName(p.name, "")})
+		places = append(places, l.placeOf(p))
 	}
 	var gone []string
 	for _, p := range leaving {
@@ -592,6 +684,9 @@ func (l *gateLine) refreshPlaces(ctx context.Context, waiting, leaving []*podSna
 		return all, err
 	}
 	l.created = all.created
+	if len(places)+len(gone) > 0 {
+		l.setting.learn(all.setting)
+	}
 	if whole {
 		l.placesAt = time.Now()
 	}
@@ -601,7 +696,14 @@ func (l *gateLine) refreshPlaces(ctx context.Context, waiting, leaving []*podSna
 	for _, token := range all.held {
 		l.setState(byToken[token], podWaits, podHolds)
 	}
+	if whole {
+		l.announceMoved(waiting, all)
+	}
 	return all, nil
+}
+
+func (l *gateLine) placeOf(p *podSnapshot) placeRequest {
+	return placeRequest{p.uid, p.arrived(), p.spec.headStart.Microseconds(), p.spec.length, l.podName(p), p.ends()}
 }
 
 func (l *gateLine) setPlaced(pods []*podSnapshot, placed bool) {
@@ -621,48 +723,102 @@ func (l *gateLine) place(created time.Time) int64 {
 	return second*1_000_000 + n
 }
 
-// forgetSeconds drops the seconds before that of the first in line: a line may live for
-// years.
+// forgetSeconds drops the seconds before the first in which a waiting pod was created: a
+// line may live for years.
 func (l *gateLine) forgetSeconds(waiting []*podSnapshot) {
 	if len(l.next) <= secondsMost || len(waiting) == 0 {
 		return
 	}
-	first := waiting[0].created.Unix()
+	first := slices.MinFunc(waiting, func(a, b *podSnapshot) int { return a.created.Compare(b.created) }).created.Unix()
 	maps.DeleteFunc(l.next, func(second, _ int64) bool { return second < first })
 }
 
-// acquireServed acquires for the first pod, and for the pods that a token is free for.
-// After each success it also tries the next pod. It stops after servedMost acquires
-// without success.
+// acquireServed acquires for the first pod, for the pods that a token is free for, and for
+// those whose time in line is over. After each success it also tries the next pod. It stops
+// after servedMost acquires without success.
 func (l *gateLine) acquireServed(ctx context.Context, waiting []*podSnapshot,
 	served map[string]bool) (pause time.Duration, err error) {
 	pause = pollMost
 	asked := 0 // acquires since the last success
+	ended := 0 // acquires because the time was over
+	now := l.redisTime(ctx)
 	for _, p := range waiting {
-		if state, gone := l.stateOf(p); state != podWaits || gone || asked > 0 && !served[p.uid] {
+		left := pollMost
+		if p.spec.wait.after > 0 {
+			left = max(p.endsIn(now), time.Until(p.askAgain))
+		}
+		isOver := left <= 0 && ended < endedMost
+		pause = min(pause, max(0, left))
+		if state, gone := l.stateOf(p); state != podWaits || gone || asked > 0 && !served[p.uid] && !isOver {
 			continue
 		}
 		if asked == servedMost {
 			break
 		}
-		asked++
-		w := &waiter{semaphores: l.gate.semaphores, id: l.id, token: p.uid, pod: newPodName(p.name, ""),
-			length: p.spec.length, expiration: p.spec.expiration, report: func(string) {}, log: l.log}
+		if isOver {
+			ended++
+		} else {
+			asked++
+		}
+		w := &waiter{semaphores: l.gate.semaphores, id: l.id, token: p.uid, pod: l.podName(p),
+			length: p.spec.length, expiration: p.spec.expiration, ends: p.ends(), setting: l.setting,
+			report: func(string) {}, log: l.log}
 		a, err := l.acquire(ctx, w, p)
 		if err != nil {
 			return 0, err
 		}
 		if a.status == acquireTaken {
+			if a.beyond {
+				w.log = l.log.With("pod", p.name, "token", p.uid)
+				w.logBeyond()
+			}
 			l.setState(p, podWaits, podHolds)
 			asked = 0 // the next one may be served, too
 			continue
 		}
+		if a.status == acquireGaveUp {
+			l.giveUp(p, w.gaveUp(a).text)
+			continue
+		}
+		if isOver { // holders may come back
+			l.askAgainIn(p, max(endedRetry, a.place.freeIn))
+		}
 		if !a.place.reachable {
 			l.gate.subscription.redial(l.id, p.uid)
+		}
+		if position := a.place.position; position > 0 {
+			l.announceAt(p, position, ordinal(position), a.setting, a.inUse, a.doubt)
 		}
 		pause = min(pause, untilPoll(a))
 	}
 	return pause, nil
+}
+
+// redisTime returns the time of the line's Redis, in Unix microseconds; 0 if it is not known.
+func (l *gateLine) redisTime(ctx context.Context) int64 {
+	server, err := l.gate.semaphores.queue.find(ctx, l.id)
+	if err != nil {
+		return 0
+	}
+	return server.clock.at(time.Now())
+}
+
+// giveUp notes that a pod has given up, and is out of the line.
+func (l *gateLine) giveUp(seen *podSnapshot, why string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if p := seen.live; p.state == podWaits {
+		p.state, p.gaveUp, p.placed, p.refusal, p.taken = podGaveUp, why, false, nil, time.Now()
+		seen.gaveUp = why
+		l.wake()
+	}
+}
+
+// askAgainIn notes how long a pod whose time is over still waits.
+func (l *gateLine) askAgainIn(p *podSnapshot, pause time.Duration) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	p.live.askAgain = time.Now().Add(pause)
 }
 
 // acquire acquires the token of a pod, within acquireTimeout. If the semaphore needs a
@@ -671,11 +827,12 @@ func (l *gateLine) acquireServed(ctx context.Context, waiting []*podSnapshot,
 func (l *gateLine) acquire(ctx context.Context, w *waiter, p *podSnapshot) (acquireReply, error) {
 	ctx, cancel := context.WithTimeout(ctx, acquireTimeout)
 	defer cancel()
-	a, err := l.gate.semaphores.runAcquire(ctx, l.id, acquireRequest{token: w.token, length: w.length, arrival: joinLine, pod: w.pod})
+	a, err := l.gate.semaphores.runAcquire(ctx, l.id, acquireRequest{token: w.token, length: w.length,
+		arrival: joinLine, pod: w.pod, limit: l.setting.limit, wait: w.ends})
 	if err != nil || a.status != acquireRepair {
 		return a, err
 	}
-	places := []placeRequest{{p.uid, p.arrival, p.spec.length, w.pod}}
+	places := []placeRequest{l.placeOf(p)}
 	if _, err := l.gate.semaphores.refreshPlaces(ctx, l.id, l.created, nil, places); err != nil {
 		return a, err
 	}
@@ -687,16 +844,62 @@ func (l *gateLine) acquire(ctx context.Context, w *waiter, p *podSnapshot) (acqu
 func (l *gateLine) announceJoined(pods map[string]*podSnapshot, all placesReply) {
 	for token, position := range all.joined {
 		p := pods[token]
-		if p == nil || p.announced {
+		if p == nil {
 			continue
 		}
 		l.mu.Lock()
-		p.live.announced = true
+		isFirst := p.live.announced == 0
+		if isFirst {
+			p.live.announced = position
+		}
 		l.mu.Unlock()
-		l.gate.event(p.watchedPod, false, reasonWaiting, "Waiting", "1",
-			fmt.Sprintf("waiting for a token of %s: %d of %d in use, %s in line%s",
-				l.id, all.inUse, p.spec.length, ordinal(position), doubtText(all.doubt)))
+		if isFirst {
+			l.announce(p, "1", ordinal(position), all.setting, all.inUse, all.doubt)
+		}
 	}
+}
+
+// announceMoved creates events for the pods in line that have moved up; see announceAt.
+// Redis does not tell it their positions: it knows which pods of this gate are ahead, and
+// counts all other waiters as ahead.
+func (l *gateLine) announceMoved(waiting []*podSnapshot, all placesReply) {
+	inLine := slices.DeleteFunc(slices.Clone(waiting), func(p *podSnapshot) bool {
+		state, _ := l.stateOf(p)
+		return state != podWaits
+	})
+	others := max(0, all.waiters-len(inLine))
+	for i, p := range inLine {
+		position := i + 1 + others
+		text := ordinal(position)
+		if others > 0 {
+			text = "at most " + text
+		}
+		l.announceAt(p, position, text, all.setting, all.inUse, all.doubt)
+	}
+}
+
+// announceAt creates an event for a pod that has moved up to half of the position that an
+// event said last, or further. While others wait to be sent, it leaves that to the next
+// refresh: no event says an old position, or displaces another event. A gate that has just
+// started does not know what events have said, and begins with what it finds.
+func (l *gateLine) announceAt(p *podSnapshot, position int, text string, s setting, inUse int, doubt time.Duration) {
+	l.mu.Lock()
+	said := p.live.announced
+	hasMoved := 2*position <= said && l.gate.kubernetes.hasRoomForEvents()
+	if said == 0 || hasMoved {
+		p.live.announced = position
+	}
+	l.mu.Unlock()
+	if hasMoved { // two gates that find about the same position create one event
+		l.announce(p, fmt.Sprintf("moved %d", bits.Len(uint(position))), text, s, inUse, doubt)
+	}
+}
+
+// announce creates an event that says where a pod stands in line.
+func (l *gateLine) announce(p *podSnapshot, id, position string, s setting, inUse int, doubt time.Duration) {
+	text := fmt.Sprintf("waiting for a token of %s: %s, %s in line%s",
+		l.id, s.inUse(inUse, p.spec.length), position, doubtText(doubt))
+	l.gate.event(p.watchedPod, false, reasonWaiting, "Waiting", id, text)
 }
 
 // subscribe subscribes to the channels of the waiting pods, and to no others.

@@ -3,8 +3,13 @@ package main
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -12,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/gomodule/redigo/redis"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 	corev1 "k8s.io/api/core/v1"
 )
@@ -63,6 +69,120 @@ func TestGateOtherGates(t *testing.T) {
 	g.redis.WantLine(t, g.id, tokens["c"])
 	unblock("d")
 	g.redis.WantLine(t, g.id, d, tokens["c"])
+}
+
+// created returns a pod that was created some time ago, and that stops waiting.
+func (g *gateTest) created(name string, ago time.Duration, wait int, then string) *corev1.Pod {
+	p := rig.StopWaiting(g.admitted(name), wait, then)
+	p.CreationTimestamp.Time = time.Now().Add(-ago).Truncate(time.Second)
+	return p
+}
+
+// wantFailed waits until the gate has made a pod fail.
+func (g *gateTest) wantFailed(name string) {
+	g.Helper()
+	rig.Eventually(g.T, 20*time.Second, func() error {
+		p := g.pod(name)
+		i := slices.IndexFunc(p.Status.Conditions, func(c corev1.PodCondition) bool { return c.Type == conditionGaveUp })
+		if p.Status.Phase != corev1.PodFailed || p.Status.Reason != reasonGaveUp || i < 0 ||
+			!strings.HasPrefix(p.Status.Message, gaveUpPrefix) || p.Status.Conditions[i].Status != corev1.ConditionTrue ||
+			p.Status.Conditions[0].Reason != reasonGaveUp { // of PodScheduled: kubectl shows it
+			return fmt.Errorf("the status of %s is %+v", name, p.Status)
+		}
+		return nil
+	})
+}
+
+// When the time of a gated pod in line is over, the gate makes it fail, or lifts its gate.
+// The pod need not be the first.
+func TestGateEndsWaits(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	_, _, stop := g.start()
+	g.start()
+	a := g.createAs(g.created("a", 100*time.Second, 1, whenWaitedFail)) // a token is free
+	g.wantLifted([]string{"a"})
+	g.run("a")
+	first := g.createAs(g.created("first", 90*time.Second, 600, whenWaitedFail))
+	fails := g.createAs(g.created("fails", 80*time.Second, 60, whenWaitedFail))
+	runs := g.createAs(g.created("runs", 70*time.Second, 60, whenWaitedRun))
+	g.wantFailed("fails")
+	g.wantEvent("fails", reasonGaveUp, " of 1 in use by ")
+	g.wantLifted([]string{"runs"}, "first")
+	g.wantHolders(a, runs)
+	g.redis.WantLine(t, g.id, first)
+	wantStatus(t, g.redis, []string{g.id.String()}, `.*: 2 of 1 tokens in use .*`, `1st +first +\? +\d+ s +in 8 min .*`)
+	rig.Eventually(t, 10*time.Second, func() error { return gaveUpNote(g.redis, g.id, fails, false) })
+	stop()
+
+	// The time behind other scheduling gates does not count.
+	blocked := g.createBlocked(g.created("blocked", 2*time.Minute, 60, whenWaitedFail))
+	g.wantEvent("blocked", reasonBlocked, "example.org/other")
+	g.change("blocked", func(p *corev1.Pod) { p.Spec.SchedulingGates = p.Spec.SchedulingGates[1:] })
+	g.redis.WantLine(t, g.id, blocked, first)
+	g.api.DeletePod(t, g.id.namespace, "runs")
+	giveBack(t, g.owner, g.id, a)
+	g.wantLifted([]string{"blocked"}, "first")
+}
+
+// A pod whose time is over does not run beyond a length that the owner set.
+func TestGateOwnersLengthEndsNoWaits(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	file := filepath.Join(t.TempDir(), "semaphores")
+	rig.Must(t, os.WriteFile(file, []byte(g.id.String()+" length=1"), 0o600))
+	g.start(func(c *gateConfig) { c.semaphoresFile = file })
+	a := g.create("a")
+	g.wantLifted([]string{"a"})
+	runs := g.createAs(g.created("runs", 3*time.Minute, 60, whenWaitedRun))
+	g.createAs(g.created("fails", 2*time.Minute, 60, whenWaitedFail))
+	g.wantFailed("fails")
+	g.redis.WantLine(t, g.id, runs)
+	g.wantHolders(a)
+}
+
+// If the API server refuses to make a pod fail, the pod stays gated and out of the line, and
+// an event says why. The gate tries again.
+func TestGateMayNotFailAPod(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	g.api.Fail(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Method != http.MethodPatch || !strings.HasSuffix(r.URL.Path, "/status") {
+			return false
+		}
+		rig.Respond(w, 0, nil, rig.Failure(http.StatusForbidden, "Forbidden", "on purpose"))
+		return true
+	})
+	_, log, _ := g.start()
+	holder := g.create("a")
+	g.wantLifted([]string{"a"})
+	g.createAs(g.created("b", 2*time.Minute, 60, whenWaitedFail))
+	g.wantEvent("b", reasonGaveUp, "on purpose")
+	if len(log.Lines(t, "a pod that gave up not made to fail, to be retried")) == 0 {
+		t.Error("the gate has not logged the refusal")
+	}
+	g.redis.WantLine(t, g.id)
+	g.wantHolders(holder)
+	g.api.Fail(nil)
+	g.wantFailed("b")
+	g.wantLifted(nil, "b")
+}
+
+// A whole line of pods whose time is over ends soon.
+func TestGateEndsManyWaits(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	acquire(t, g.owner, g.id, 1)
+	const pods = 150
+	for i := range pods {
+		g.createAs(g.created(fmt.Sprintf("p-%d", i), 2*time.Minute, 60, whenWaitedFail))
+	}
+	g.start()
+	g.wantFailed(fmt.Sprintf("p-%d", pods-1))
+	g.redis.WantLine(t, g.id)
+	for i := range pods {
+		g.wantFailed(fmt.Sprintf("p-%d", i))
+	}
 }
 
 // If a pod does not start in time, the gate stops its heartbeats, and the next pod gets
@@ -251,6 +371,177 @@ func TestGateManyLeave(t *testing.T) {
 	}
 }
 
+// placesSaid returns the positions that the events of each gated pod say, in their order.
+func (g *gateTest) placesSaid(t *testing.T) map[string][]int {
+	t.Helper()
+	said := map[string][]int{}
+	place := regexp.MustCompile(`in use, (?:at most )?(\d+)[a-z]{2} in line$`)
+	for _, e := range g.api.Store.EventsOf(g.id.namespace) {
+		if e.Reason == reasonWaiting {
+			m := place.FindStringSubmatch(e.Note)
+			if m == nil {
+				t.Fatalf("an event says no place: %s", e.Note)
+			}
+			n, _ := strconv.Atoi(m[1])
+			said[e.Regarding.Name] = append(said[e.Regarding.Name], n)
+		}
+	}
+	return said
+}
+
+// wantPlacesSaid waits until the last event of each pod in line says a position that is
+// less than twice its own. It returns what all events say.
+func (g *gateTest) wantPlacesSaid(t *testing.T, names ...string) (said map[string][]int) {
+	t.Helper()
+	rig.Eventually(t, 30*time.Second, func() error {
+		said = g.placesSaid(t)
+		for i, name := range names {
+			if last := said[name]; len(last) == 0 || last[len(last)-1] >= 2*(i+1) {
+				return fmt.Errorf("the events of %s, number %d in line, say %v", name, i+1, last)
+			}
+		}
+		return nil
+	})
+	return said
+}
+
+// numbered returns names that are in order.
+func numbered(n int) (names []string) {
+	for i := range n {
+		names = append(names, fmt.Sprintf("p%02d", i+1))
+	}
+	return names
+}
+
+// The events of a gated pod say its position again each time that it has halved.
+func TestGateSaysNewPlaces(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	acquire(t, g.owner, g.id, 1)
+	names := numbered(9)
+	g.createAll(names...)
+	_, _, stop := g.start()
+	g.wantPlacesSaid(t, names...)
+	for _, leaving := range []int{1, 3, 3} {
+		for _, name := range names[:leaving] {
+			g.api.DeletePod(t, g.id.namespace, name)
+		}
+		names = names[leaving:]
+		g.wantPlacesSaid(t, names...)
+	}
+	said := g.placesSaid(t)
+	for name, places := range said {
+		for i := 1; i < len(places); i++ {
+			if 2*places[i] > places[i-1] {
+				t.Errorf("the events of %s say %v: %d is more than half of the one before", name, places, places[i])
+			}
+		}
+	}
+	if got := said["p02"]; !slices.Equal(got, []int{2, 1}) {
+		t.Errorf("the events of p02 say %v", got)
+	}
+
+	// Another gate does not repeat what was said. It goes on from there.
+	stop()
+	g.start()
+	g.create("last")
+	rig.Eventually(t, 20*time.Second, func() error {
+		now := g.placesSaid(t)
+		if len(now["last"]) == 0 {
+			return errors.New("no event of the last pod")
+		}
+		if delete(now, "last"); !maps.EqualFunc(now, said, slices.Equal[[]int]) {
+			t.Errorf("the events say %v, want %v as before", now, said)
+		}
+		return nil
+	})
+	for _, name := range names {
+		g.api.DeletePod(t, g.id.namespace, name)
+	}
+	g.wantPlacesSaid(t, "last")
+}
+
+// Beside waiters of others, the gate knows the position of its first pod, and of the next
+// ones that it is at most so much.
+func TestGateSaysPlacesBesideOthers(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	acquire(t, g.owner, g.id, 1)
+	names := numbered(6)
+	g.createAll(names...)
+	g.start()
+	g.wantPlacesSaid(t, names...)
+	queueUp(t, t.Context(), g.owner, g.id, 1, g.redis)
+	for _, name := range names[:4] {
+		g.api.DeletePod(t, g.id.namespace, name)
+	}
+	rig.Eventually(t, 20*time.Second, func() error {
+		notes := map[string]string{}
+		for _, e := range g.api.Store.EventsOf(g.id.namespace) {
+			notes[e.Regarding.Name] = e.Note
+		}
+		for name, want := range map[string]string{"p05": ", 1st in line", "p06": ", at most 3rd in line"} {
+			if !strings.HasSuffix(notes[name], want) {
+				return fmt.Errorf("the last event of %s is %q, want %q", name, notes[name], want)
+			}
+		}
+		return nil
+	})
+}
+
+// While events wait to be sent, the gate creates none about new positions: they would be
+// old, and leave no room for others. It lifts gates meanwhile.
+func TestGateSaysNoOldPlaces(t *testing.T) {
+	t.Parallel()
+	const leaving = 30
+	g := newGateTest(t, 1)
+	holder := acquire(t, g.owner, g.id, 1)
+	names := numbered(leaving + 11)
+	g.createAll(names...)
+	answer := make(chan struct{})
+	release := sync.OnceFunc(func() { close(answer) })
+	t.Cleanup(release)
+	g.api.Fail(func(_ http.ResponseWriter, r *http.Request) bool {
+		if r.Method == http.MethodPost {
+			<-answer
+		}
+		return false
+	})
+	gate, _, _ := g.start()
+	waiting := func() int { return len(gate.kubernetes.events.waiting) }
+	rig.Eventually(t, 20*time.Second, func() error {
+		if n := waiting(); n < len(names)-1 {
+			return fmt.Errorf("%d events wait to be sent", n)
+		}
+		return nil
+	})
+	for _, name := range names[:leaving] {
+		g.api.DeletePod(t, g.id.namespace, name)
+	}
+	names = names[leaving:]
+	giveBack(t, g.owner, g.id, holder)
+	g.wantLifted(names[:1], names[1:]...)
+	names = names[1:]
+	lifted := g.redis.Now(t)
+	rig.Eventually(t, 20*time.Second, func() error { // until the gate has refreshed all places twice
+		early, err := redis.Int(g.redis.Control.Do("ZCOUNT", g.id.seenKey(), "-inf", fmt.Sprintf("(%d", lifted+5)))
+		if err == nil && early > 0 {
+			err = fmt.Errorf("%d of the places are older", early)
+		}
+		return err
+	})
+	if n := waiting(); n > leaving+12 {
+		t.Errorf("%d events wait to be sent", n)
+	}
+	release()
+	said := g.wantPlacesSaid(t, names...)
+	for i, name := range names {
+		if got := said[name]; got[len(got)-1] != i+1 {
+			t.Errorf("the events of %s, number %d in line, say %v", name, i+1, got)
+		}
+	}
+}
+
 // While the API server does not let the gate remove the label of a pod that runs, the gate
 // leaves the pod's token alone, and serves the others.
 func TestGateLabelStays(t *testing.T) {
@@ -350,8 +641,9 @@ func TestGateTokenLost(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 1)
 	_, log, _ := g.start(func(c *gateConfig) { c.heartbeatInterval, c.staleThreshold = time.Second, 8*time.Second })
-	a := g.create("a")
+	a := g.createAs(g.created("a", 2*time.Minute, 60, whenWaitedFail)) // the time with a token is no wait
 	g.wantLifted([]string{"a"})
+	g.redis.Do(t, "ZADD", g.id.inflightKey(), g.redis.Now(t), "other")
 	g.redis.Do(t, "ZREM", g.id.inflightKey(), a)
 	rig.Eventually(t, 20*time.Second, func() error {
 		text := "the token was not in flight (reclaimed as stale, or lost with Redis): the pod stands in line again"
@@ -360,6 +652,8 @@ func TestGateTokenLost(t *testing.T) {
 		}
 		return nil
 	})
+	g.redis.WantLine(t, g.id, a)
+	giveBack(t, g.owner, g.id, "other")
 	g.wantHolders(a)
 	g.run("a")
 	giveBack(t, g.owner, g.id, a)
@@ -379,6 +673,33 @@ func TestGatedPodsOfTwoLengths(t *testing.T) {
 	c := g.create("c")
 	g.wantLifted([]string{"b", "c"})
 	g.wantHolders(holder, b, c)
+}
+
+// A gated pod with a head start stands before those that were created up to so long before
+// it, also after the gate has restarted.
+func TestGateHeadStart(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	holder := acquire(t, g.owner, g.id, 1)
+	a := g.create("a")
+	urgent := g.admitted("b")
+	args := &urgent.Spec.InitContainers[0].Args
+	*args = slices.Insert(*args, 1, "--head-start-seconds=600")
+	b := g.createAs(urgent)
+	_, _, stop := g.start()
+	g.redis.WantLine(t, g.id, b, a)
+	c := g.create("c")
+	g.redis.WantLine(t, g.id, b, a, c)
+	d, err := g.owner.inspect(t.Context(), g.id)
+	if err != nil || d.line[0].ahead != 600*time.Second || d.line[0].held > time.Minute {
+		t.Errorf("the first in line is %+v, %v", d.line[0], err)
+	}
+	stop()
+	g.redis.Do(t, "DEL", g.id.keys()[2:5]...)
+	g.start()
+	g.redis.WantLine(t, g.id, b, a, c)
+	giveBack(t, g.owner, g.id, holder)
+	g.wantLifted([]string{"b"})
 }
 
 // A gate that was paused may have taken a token for a pod that ran and ended meanwhile.

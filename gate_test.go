@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -444,7 +446,7 @@ func TestGateWrongSidecar(t *testing.T) {
 	gate.mu.Unlock()
 	g.create("last")
 	g.wantLifted([]string{"last"}) // so the gate has heard of the changes before it
-	log.WantLines(t, "a gated pod has no sidecar that waits for its token, and stays gated", len(changes))
+	log.WantLines(t, "a gated pod has no sidecar that waits for a token of its own, and stays gated", len(changes))
 	for name := range changes {
 		g.api.DeletePod(t, g.id.namespace, name)
 	}
@@ -456,6 +458,55 @@ func TestGateWrongSidecar(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// A gate lifts the gates of pods that share a semaphore with other namespaces, in one
+// line. It does nothing for a pod whose namespace is not listed until it is.
+func TestGateOfSharedSemaphore(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 1)
+	there, key := *g, freshID().key
+	there.id.namespace = g.api.NewNamespace(t)
+	file := filepath.Join(t.TempDir(), "semaphores")
+	list := func(namespaces string) {
+		t.Helper()
+		rig.Must(t, os.WriteFile(file+".new", []byte("@"+key+" length=1 namespaces="+namespaces), 0o600))
+		rig.Must(t, os.Rename(file+".new", file))
+	}
+	list(g.id.namespace)
+	gate, _, _ := g.start(func(c *gateConfig) { c.semaphoresFile = file })
+	create := func(g *gateTest, name string) (token string) {
+		p := g.admitted(name)
+		p.Spec.InitContainers[0].Args[4] = "@" + key
+		return g.createAs(p)
+	}
+	first := create(g, "a")
+	g.wantLifted([]string{"a"})
+	second := create(g, "b")
+	create(&there, "c")
+	there.wantEvent("c", reasonInvalid, "is not for the namespace "+there.id.namespace)
+	shares := semaphoreID{shared, key}
+	wantInLine := func(n int) {
+		t.Helper()
+		rig.Eventually(t, 20*time.Second, func() error {
+			d, err := gate.semaphores.inspect(t.Context(), shares)
+			if err != nil || len(d.holders) != 1 || d.holders[0].pod != g.id.namespace+"/a" || len(d.line) != n {
+				return fmt.Errorf("holders %+v, line %+v, %v", d.holders, d.line, err)
+			}
+			return nil
+		})
+	}
+	wantInLine(1)
+	list(g.id.namespace + "," + there.id.namespace)
+	wantInLine(2)
+	list(g.id.namespace) // a pod in line keeps its place
+	g.api.DeletePod(t, g.id.namespace, "a")
+	giveBack(t, g.owner, shares, first)
+	g.wantLifted([]string{"b"})
+	there.wantLifted(nil, "c")
+	g.api.DeletePod(t, g.id.namespace, "b")
+	giveBack(t, g.owner, shares, second)
+	there.wantLifted([]string{"c"})
 }
 
 // A gate of some namespaces starts when it has listed the pods of them all. It lifts no
@@ -529,7 +580,7 @@ func TestGatedPatch(t *testing.T) {
 		t.Errorf("the gated pod has the init containers %s, want those of a waiting pod, %s", got, want)
 	}
 	const uid = "1d3e5f70-0000-4000-8000-000000000000"
-	wantToken := tokenConfig{semaphoreID{"shop", "web"}, uid, 3, 10 * time.Second}
+	wantToken := tokenConfig{semaphore: semaphoreID{"shop", "web"}, token: uid, length: 3, expiration: 10 * time.Second}
 	if got, err := gatedToken(p.Spec.InitContainers[0].Args, "shop", uid); err != nil || got != wantToken {
 		t.Errorf("the gate reads %+v from the sidecar, %v; want %+v", got, err, wantToken)
 	}
@@ -623,7 +674,10 @@ func TestGateUser(t *testing.T) {
 	g := newGateTest(t, 1)
 	rules := strings.Fields(sidecarACL + " " + gateACL + " " + sentinelACL + " " + clusterACL)
 	g.redis.Do(t, "ACL", append([]any{"SETUSER", "gate", "on", ">" + rig.Password}, rig.Anys(rules)...)...)
-	_, log, _ := g.start(func(c *gateConfig) { c.redis = redisSettings{username: "gate", password: rig.Password} })
+	_, log, _ := g.start(func(c *gateConfig) {
+		c.redis = redisSettings{username: "gate", password: rig.Password}
+		c.heartbeatInterval = time.Second // this user may ask for the age of Redis: the birth guard is short
+	})
 	a := g.create("a")
 	g.wantLifted([]string{"a"}) // the gate ends the subscription for a
 	b := g.create("b")

@@ -372,8 +372,15 @@ func queueUp(
 	t.Helper()
 	before, err := r.Line(id)
 	rig.Must(t, err)
-	result := make(chan error, 1)
 	w := newWaiter(s, id, length)
+	done = w.start(t, ctx)
+	r.WantLine(t, id, append(before, w.token)...)
+	return w.token, done
+}
+
+// start starts to wait. done receives the error of wait.
+func (w *waiter) start(t *testing.T, ctx context.Context) (done <-chan error) {
+	result := make(chan error, 1)
 	ctx, cancel := context.WithCancel(ctx)
 	ended := make(chan struct{})
 	go func() {
@@ -384,8 +391,7 @@ func queueUp(
 		cancel()
 		<-ended
 	})
-	r.WantLine(t, id, append(before, w.token)...)
-	return w.token, result
+	return result
 }
 
 func wantDone(t *testing.T, done <-chan error) {
@@ -483,14 +489,14 @@ func maintain(t *testing.T, s *semaphores, id semaphoreID, length int) {
 
 func acquire(t *testing.T, s *semaphores, id semaphoreID, length int) string {
 	t.Helper()
-	token, _, err := s.acquire(context.Background(), id, "", length, 10*time.Second)
+	token, _, err := s.acquire(context.Background(), id, "", length, limit{}, 10*time.Second)
 	rig.Must(t, err)
 	return token
 }
 
 func wantFullError(t *testing.T, s *semaphores, id semaphoreID, length, inUse int) {
 	t.Helper()
-	_, _, err := s.acquire(context.Background(), id, "", length, 10*time.Second)
+	_, _, err := s.acquire(context.Background(), id, "", length, limit{}, 10*time.Second)
 	var full *fullError
 	if !errors.As(err, &full) || full.inUse != inUse || full.length != length {
 		t.Fatalf("got %v, want %d of %d in use", err, inUse, length)

@@ -172,6 +172,12 @@ func (k *kubernetes) patchPod(ctx context.Context, namespace, name string, patch
 	return k.call(ctx, http.MethodPatch, podPath(namespace, name), "application/json-patch+json", patch, nil)
 }
 
+// patchPodStatus is patchPod for the status of a pod.
+func (k *kubernetes) patchPodStatus(ctx context.Context, namespace, name string, patch []byte) error {
+	path := podPath(namespace, name) + "/status"
+	return k.call(ctx, http.MethodPatch, path, "application/json-patch+json", patch, nil)
+}
+
 func podsPath(namespace string) string {
 	if namespace == "" {
 		return "/api/v1/pods"
@@ -346,6 +352,9 @@ func (k *kubernetes) createEvent(e objectEvent) {
 		k.logEventFailure(fmt.Errorf("%d events wait to be sent", eventsWaiting))
 	}
 }
+
+// hasRoomForEvents reports whether an event that is created now is sent within a second.
+func (k *kubernetes) hasRoomForEvents() bool { return len(k.events.waiting) < eventsPerSecond }
 
 // sendEvents sends the queued events one by one until ctx is done.
 func (k *kubernetes) sendEvents(ctx context.Context) {

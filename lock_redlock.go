@@ -13,13 +13,21 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// redlockTimeout bounds a command to one lock server.
-const redlockTimeout = 500 * time.Millisecond
+const (
+	// redlockTimeout bounds a command to one of several lock servers: the others may make a
+	// majority.
+	redlockTimeout = 500 * time.Millisecond
+
+	// loneLockTimeout bounds a command to the only lock server, and its connection before: on
+	// a starved node, a name, a connection and TLS take long.
+	loneLockTimeout = time.Second
+)
 
 // redlock is the Redlock algorithm over independent Redis servers: a process that has set
 // the key on a majority holds the lock. With one server it is a plain lock there.
 type redlock struct {
 	addresses []string
+	timeout   time.Duration // of a command
 	pools     []*redisPool
 	sync      *redsync.Redsync
 	attempts  attempts
@@ -29,10 +37,13 @@ type redlock struct {
 const lockConnections = 32
 
 func newRedlock(addresses []string, settings redisSettings, maxIdle int) *redlock {
-	l := &redlock{addresses: addresses}
+	l := &redlock{addresses: addresses, timeout: redlockTimeout}
+	if len(addresses) == 1 {
+		l.timeout = loneLockTimeout
+	}
 	var pools []redsyncredis.Pool
 	for _, a := range addresses {
-		p := newRedisPool(a, settings, maxIdle, redlockTimeout)
+		p := newRedisPool(a, settings, maxIdle, l.timeout)
 		l.pools = append(l.pools, p)
 		pools = append(pools, lockPool{p, settings.loadsScripts})
 	}
@@ -121,13 +132,13 @@ func (l *redlock) scripted() (all []scriptedServer) {
 	return all
 }
 
-// tryLock implements locker. An attempt takes at most redlockTimeout, and as long again
+// tryLock implements locker. An attempt takes at most the timeout, and as long again
 // to undo its changes.
 func (l *redlock) tryLock(ctx context.Context, name string, expiration time.Duration) (unlockFunc, error) {
 	return l.attempts.do(ctx, l.servers(), func(ctx context.Context) (unlockFunc, error) {
 		mutex := l.sync.NewMutex(name,
 			redsync.WithExpiry(expiration),
-			redsync.WithTimeoutFactor(float64(redlockTimeout)/float64(expiration)))
+			redsync.WithTimeoutFactor(float64(l.timeout)/float64(expiration)))
 		err := mutex.TryLockContext(ctx)
 		if err == nil {
 			return func(ctx context.Context) error { return l.unlock(ctx, mutex) }, nil

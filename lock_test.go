@@ -417,6 +417,7 @@ func TestLockServersBehindSlowDNS(t *testing.T) {
 // One of three lock servers, whichever, is killed or hangs. Admissions that need the lock
 // still succeed within a second.
 func TestOneLockServerDown(t *testing.T) {
+	t.Parallel()
 	for _, down := range []string{"hangs", "first killed", "last killed"} { // of etcd, the first is the leader
 		t.Run(down, func(t *testing.T) {
 			t.Parallel()
@@ -674,7 +675,7 @@ func TestManyWebhooks(t *testing.T) {
 			one.locks = lockers[i]
 			wg.Go(func() {
 				<-start
-				token, _, err := one.acquire(context.Background(), id, "", length, 10*time.Second)
+				token, _, err := one.acquire(context.Background(), id, "", length, limit{}, 10*time.Second)
 				var full *fullError
 				if err == nil {
 					admitted <- token

@@ -13,8 +13,8 @@
 //   - gate waits in line for pods that stay unscheduled until they have a token.
 //   - setup makes what an installation needs, and keeps it so: certificates, passwords, the
 //     secret path, and what a labelled namespace needs.
-//   - status prints the holders of the tokens and the waiting pods, and releases a token
-//     by hand.
+//   - status prints the holders of the tokens and the waiting pods. By hand, it releases
+//     a token, and sets the length of a semaphore for a time.
 //
 // Settings are flags: see config.go, or run a mode with --help. Secrets, and facts about
 // the container, come from the environment:
@@ -27,14 +27,17 @@
 //	                                  credentials for the Sentinels
 //	ETCD_USERNAME, ETCD_PASSWORD      credentials for the etcd servers
 //	POD_UID, POD_NAME, NODE_NAME      the pod's UID, name and node, in injected containers
+//	POD_NAMESPACE                     its namespace, if it shares a semaphore with others
+//	SEMAPHORE                         of status: what it shows in the container of a sidecar
 //	QUEUE_REDIS_ADDRESS, REDIS_CA_FILE, HEARTBEAT_INTERVAL_SECONDS, STALE_THRESHOLD_SECONDS
 //	                                  of status: defaults of the flags with these names, in
 //	                                  the containers of webhook, gate and sidecar
+//	USER, HOSTNAME                    of status: who sets a length
 //	KUBERNETES_SERVICE_HOST, KUBERNETES_SERVICE_PORT
 //	                                  of gate and setup: default of --kubernetes-address
 //
 // Exit codes: 0 done, 1 failed, 2 wrong mode, flag or value, 143 an await that was
-// stopped before the token was held. A sidecar that was stopped ends with 0, whatever it
+// stopped before the token was held, 75 an await whose pod gave up waiting. A sidecar that was stopped ends with 0, whatever it
 // left to go stale.
 package main
 
@@ -61,7 +64,7 @@ Modes:
   await     wait until the sidecar of the pod POD_UID holds its token; log the reason of the wait
   gate      wait in line for the pods with our scheduling gate; lift the gate when a pod has a token
   setup     make what an installation needs: certificates, passwords, users, Secrets of namespaces
-  status    print the holders of the tokens and the waiting pods; release a token by hand
+  status    print the holders of the tokens and the waiting pods; release a token, or set a length for a time
   version   print the version
   help      print this text
 
@@ -162,8 +165,11 @@ func exitCode(err error, stderr io.Writer) int {
 		return 2
 	}
 	slog.New(slog.NewJSONHandler(stderr, nil)).Error("failed", "error", err.Error())
-	if errors.Is(err, errNotHeld) {
+	switch {
+	case errors.Is(err, errNotHeld):
 		return exitStopped
+	case errors.As(err, new(*gaveUpError)):
+		return exitGaveUp
 	}
 	return 1
 }

@@ -88,6 +88,18 @@ func (m *metrics) watchCertificate(c *certificate) {
 		func() float64 { return float64(c.current.Load().Leaf.NotAfter.Unix()) }))
 }
 
+// watchSettings adds whether the file of the owners' settings is bad.
+func (m *metrics) watchSettings(f ownerFile) {
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: metricsPrefix + "settings_refused",
+		Help: "1 while the file of the lengths that owners set is bad, and its last good content counts; else 0."},
+		func() float64 {
+			if f.refused.Load() != nil {
+				return 1
+			}
+			return 0
+		}))
+}
+
 // handler serves the metrics, and logs errors.
 func (m *metrics) handler(log *slog.Logger) http.Handler {
 	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{

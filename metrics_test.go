@@ -4,11 +4,14 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -226,16 +229,92 @@ func TestSemaphoreMetrics(t *testing.T) {
 		}
 		all.want(t, map[string]float64{"survey_success": 1, "semaphores_left_out": 0})
 	}
+	left := semaphoreID{id.namespace, "left"}
+	acquire(t, s, left, 1)
+	for _, then := range whenWaitedChoices {
+		r.Do(t, "ZADD", left.waitersKey(), 1, then) // since long
+		_, err := r.Run("acquire", left, rig.DefaultTiming, 1, then, joinLine, "", "", "", "", "", 1, then)
+		rig.Must(t, err)
+	}
 	giveBack(t, s, id, tokens[0])
 	maintain(t, s, id, 3)
 	all := startWebhook(t, testConfig(r.Address)).scrape(t)
+	for _, reason := range whenWaitedChoices {
+		series := fmt.Sprintf("left_total{key=%q,namespace=%q,reason=%q}", left.key, left.namespace, reason)
+		all.want(t, map[string]float64{series: 1})
+	}
 	if got, _ := all.of("reclaimed_tokens_total", id); got != 1 {
 		t.Errorf("%v tokens were reclaimed, want 1", got)
 	}
 }
 
+// The metrics tell the length that the owner has set, and pauses.
+func TestMetricsOfASetLength(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	ctx := t.Context()
+	acquire(t, s, id, 3)
+	want := func(limit, paused float64) {
+		t.Helper()
+		all := startWebhook(t, testConfig(r.Address)).scrape(t)
+		if got, ok := all.of("limit", id); ok != (limit >= 0) || ok && got != limit {
+			t.Errorf("limit is %v (exported: %t), want %v", got, ok, limit)
+		}
+		if got, ok := all.of("paused", id); !ok || got != paused {
+			t.Errorf("paused is %v (exported: %t), want %v", got, ok, paused)
+		}
+		if got, _ := all.of("length", id); got != 3 {
+			t.Errorf("length is %v, want 3", got)
+		}
+	}
+	const none = -1
+	override := func(length int) {
+		t.Helper()
+		_, _, err := s.setOverride(ctx, id, override{length: length}, time.Hour)
+		rig.Must(t, err)
+	}
+	want(none, 0)
+	rig.Must(t, s.setLimit(ctx, id, limit{known: true, length: 2}, time.Hour, false))
+	want(2, 0)
+	override(0)
+	want(0, 1)
+	override(5)
+	want(5, 0)
+	r.Do(t, "HSET", id.stateKey(), "ends", r.Now(t)) // the override has ended
+	want(2, 0)
+	rig.Must(t, s.setLimit(ctx, id, limit{known: true, length: 0}, time.Hour, false))
+	want(0, 1)
+	rig.Must(t, s.setLimit(ctx, id, limit{known: true, length: -1}, time.Hour, false))
+	want(none, 0)
+}
+
 // With too many semaphores, those in use have metrics, and the others are counted.
 // Reading a thousand semaphores is quick.
+// A semaphore whose keys a namespace's user has spoilt keeps no other out of a survey.
+func TestSurveyOfSpoiltSemaphores(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
+	acquire(t, s, id, 2)
+	odd, wrong := freshID(), freshID()
+	r.Do(t, "HSET", odd.stateKey(), "length", "x", "interval", "", "touched", "1e9", "limit", "-3", "override", "y", "ends", "9999999999")
+	r.Do(t, "HSET", wrong.stateKey(), "length", 3)
+	r.Do(t, "SADD", wrong.inflightKey(), "x")
+	states, err := s.survey(t.Context(), "")
+	if err == nil || !strings.Contains(err.Error(), wrong.String()+": WRONGTYPE") || strings.Contains(err.Error(), id.String()) {
+		t.Errorf("got the error %v", err)
+	}
+	var found []string
+	for _, st := range states {
+		found = append(found, fmt.Sprintf("%s %d %+v", st.id, st.inUse, st.setting))
+	}
+	for _, want := range []string{fmt.Sprintf("%s 1 %+v", id, setting{}),
+		fmt.Sprintf("%s 0 %+v", odd, setting{limit: limit{true, -1}})} {
+		if !slices.Contains(found, want) {
+			t.Errorf("found %q, want %q", found, want)
+		}
+	}
+}
+
 func TestMetricsOfManySemaphores(t *testing.T) {
 	t.Parallel()
 	r, s, _ := newSemaphoreOn(t, rig.StartRedis(t))
@@ -323,9 +402,9 @@ func TestReadStatesDuringSlotMigration(t *testing.T) {
 	s := testSemaphores(t, rig.CommonRedis(t).Address)
 	now := "*2\r\n$10\r\n1700000010\r\n$1\r\n0\r\n"
 	moved := "-MOVED 1 127.0.0.1:7000\r\n"
-	state := "*6\r\n$1\r\n3\r\n" + strings.Repeat("$-1\r\n", 5)
-	counts := ":1\r\n:2\r\n:0\r\n:0\r\n*2\r\n$1\r\na\r\n$10\r\n1700000000\r\n:0\r\n*0\r\n:0\r\n"
-	all := now + moved + state + state + strings.Repeat(moved, 8) + counts
+	state := fmt.Sprintf("*%d\r\n$1\r\n3\r\n", len(stateFields)) + strings.Repeat("$-1\r\n", len(stateFields)-1) + "*0\r\n"
+	counts := ":1\r\n:2\r\n:0\r\n:0\r\n*2\r\n$1\r\na\r\n$10\r\n1700000000\r\n:0\r\n*0\r\n*1\r\n$-1\r\n:0\r\n"
+	all := now + moved + moved + state + state + strings.Repeat(moved, 9) + counts
 	conn := redis.NewConn(answering{Reader: bytes.NewReader([]byte(all))}, time.Second, time.Second)
 	states, err := s.readStates(t.Context(), conn, []semaphoreID{{"shop", "moved"}, {"shop", "moves"}, {"shop", "there"}})
 	if err != nil || len(states) != 1 || states[0].id.key != "there" || states[0].inUse != 2 ||
@@ -426,6 +505,36 @@ func TestAbandonedSemaphore(t *testing.T) {
 	}
 }
 
+// What the owner has set outlives the pods of an abandoned semaphore, and nothing else
+// does. Once it has ended, all expires as elsewhere.
+func TestAbandonedSemaphoreWithASetLength(t *testing.T) {
+	t.Parallel()
+	r, s, id, _ := shownSemaphore(t, "abandoned-"+uuid.NewString()[:8])
+	_, _, err := s.setOverride(t.Context(), id, override{length: 0}, 2*time.Hour)
+	rig.Must(t, err)
+	r.Shift(t, id, -time.Hour)
+	want := func(paused float64, least, most int64) {
+		t.Helper()
+		all := startWebhook(t, testConfig(r.Address)).scrape(t)
+		inUse, _ := all.of("inflight", id)
+		if got, ok := all.of("paused", id); !ok || got != paused || inUse != 0 {
+			t.Errorf("paused is %v (exported: %t), want %v; %v in use", got, ok, paused, inUse)
+		}
+		for _, key := range id.keys() {
+			least, most := least, most
+			if key != id.stateKey() {
+				least, most = 200, 300
+			}
+			if left := r.Do(t, "TTL", key).(int64); left != -2 && (left < least || left > most) { // -2: no such key
+				t.Errorf("%s expires in %d s, want %d to %d", key, left, least, most)
+			}
+		}
+	}
+	want(1, 7200-60, 100000)
+	r.Do(t, "HSET", id.stateKey(), "ends", r.Now(t))
+	want(0, 200, 300)
+}
+
 // Redis does not note commands while it is full. The heartbeats show that pods live.
 func TestFullRedisIsNotAbandoned(t *testing.T) {
 	t.Parallel()
@@ -438,4 +547,64 @@ func TestFullRedisIsNotAbandoned(t *testing.T) {
 	if states, err := s.survey(t.Context(), ""); err != nil || len(states) != 1 || states[0].inUse != 1 {
 		t.Errorf("got %+v, %v", states, err)
 	}
+}
+
+// The metric tells of a file that is bad, or not where the ConfigMap has it. New settings
+// count before anyone hears of them.
+func TestSettingsRefused(t *testing.T) {
+	t.Parallel()
+	mount := t.TempDir()
+	rig.Must(t, os.Mkdir(filepath.Join(mount, "..data"), 0o700))
+	write := func(name, text string) { // as the kubelet does
+		t.Helper()
+		rig.Must(t, os.WriteFile(filepath.Join(mount, "..data", name), []byte(text), 0o600))
+		if err := os.Symlink("..data/"+name, filepath.Join(mount, name)); !errors.Is(err, os.ErrExist) {
+			rig.Must(t, err)
+		}
+	}
+	none := newOwnerFile("", slog.New(slog.DiscardHandler), func() { t.Error("there are settings without a file") })
+	none.watch(t.Context(), time.Millisecond) // it ends
+	if s, err := none.settings(); err != nil || len(s.lines) > 0 {
+		t.Errorf("without a file: %d lines, %v", len(s.lines), err)
+	}
+	var f ownerFile
+	heard := -1
+	changed := func() {
+		if f.watchedFile != nil {
+			s, err := f.settings()
+			rig.Must(t, err)
+			heard = len(s.lines)
+		}
+	}
+	f = newOwnerFile(filepath.Join(mount, "semaphores"), slog.New(slog.DiscardHandler), changed)
+	m := newMetrics(new(redisCounts))
+	m.watchSettings(f)
+	want := func(lines int, refused float64) {
+		t.Helper()
+		_, _ = f.reload()
+		families, err := m.registry.Gather()
+		rig.Must(t, err)
+		for _, family := range families {
+			if family.GetName() == metricsPrefix+"settings_refused" && family.GetMetric()[0].GetGauge().GetValue() != refused {
+				t.Errorf("refused is not %v", refused)
+			}
+		}
+		s, err := f.settings()
+		rig.Must(t, err)
+		if len(s.lines) != lines || heard >= 0 && heard != lines {
+			t.Errorf("%d lines count, and %d were heard of; want %d", len(s.lines), heard, lines)
+		}
+	}
+	want(0, 0)
+	write("semaphores", "shop/web length=3\nshop/mail length=1")
+	want(2, 0)
+	write("semaphores", "shop/web")
+	want(2, 1)
+	write("semaphores", "shop/web length=3")
+	want(1, 0)
+	rig.Must(t, os.Remove(filepath.Join(mount, "..data", "semaphores")))
+	write("lengths.txt", "shop/web length=4")
+	want(1, 1)
+	rig.Must(t, os.Remove(filepath.Join(mount, "..data", "lengths.txt")))
+	want(0, 0)
 }

@@ -89,7 +89,7 @@ func sidecarPatch(c webhookConfig, p *pod, id semaphoreID, spec semaphoreSpec, t
 	steps.removeNamed("volumes", namesOf(p.Spec.Volumes), caVolumeName, etcdVolumeName)
 	resources := injectedResources(c, p)
 	sidecar, volumes := sidecarContainer(c, resources, id, spec, token)
-	switch await := awaitContainer(c, resources); {
+	switch await := awaitContainer(c, p, spec, resources); {
 	case !c.enableSidecarContainers:
 		steps.add(sidecar, "spec", "containers", "-")
 	case p.Spec.InitContainers == nil:
@@ -154,6 +154,8 @@ var (
 	podUIDVariable   = fieldVariable("POD_UID", "metadata.uid")
 	podNameVariable  = fieldVariable("POD_NAME", "metadata.name")
 	nodeNameVariable = fieldVariable("NODE_NAME", "spec.nodeName")
+
+	podNamespaceVariable = fieldVariable("POD_NAMESPACE", "metadata.namespace") // to share a semaphore
 )
 
 // oneProcessor sets GOMAXPROCS for the injected containers, which need no more. Go keeps
@@ -211,6 +213,10 @@ func sidecarContainer(c webhookConfig, resources corev1.ResourceRequirements, id
 		sidecar.Args = append(sidecar.Args, "--"+flag+"="+value)
 		sidecar.Env = append(sidecar.Env, corev1.EnvVar{Name: queueVariables[flag], Value: value}) // for status
 	}
+	sidecar.Env = append(sidecar.Env, corev1.EnvVar{Name: semaphoreVariable, Value: id.String()})
+	if id.namespace == shared {
+		sidecar.Env = append(sidecar.Env, podNamespaceVariable)
+	}
 	sidecar.Env = append(sidecar.Env, podNameVariable, nodeNameVariable, podUIDVariable)
 	var volumes []corev1.Volume
 	if c.sidecarRedisSecret != "" {
@@ -245,7 +251,13 @@ func sidecarContainer(c webhookConfig, resources corev1.ResourceRequirements, id
 const (
 	lengthPrefix     = "--length="
 	expirationPrefix = "--expiration-seconds="
+	headStartPrefix  = "--head-start-seconds="
+	waitPrefix       = "--wait-seconds="
+	whenWaitedPrefix = "--when-waited="
 )
+
+// tokenPrefixes begin the flags of tokenConfig.
+var tokenPrefixes = []string{lengthPrefix, expirationPrefix, headStartPrefix, waitPrefix, whenWaitedPrefix}
 
 // gatedToken reads from the arguments of a gated pod's sidecar which token the pod
 // waits for. It leaves out all flags but those of tokenConfig: the others name files that
@@ -255,7 +267,8 @@ func gatedToken(args []string, namespace, uid string) (c tokenConfig, err error)
 		return c, errors.New("the pod has no sidecar of the webhook")
 	}
 	own := slices.DeleteFunc(slices.Clone(args[1:]), func(arg string) bool {
-		return strings.HasPrefix(arg, "-") && !strings.HasPrefix(arg, lengthPrefix) && !strings.HasPrefix(arg, expirationPrefix)
+		ours := func(prefix string) bool { return strings.HasPrefix(arg, prefix) }
+		return strings.HasPrefix(arg, "-") && !slices.ContainsFunc(tokenPrefixes, ours)
 	})
 	for i := range own {
 		own[i] = strings.ReplaceAll(own[i], podUIDReference, uid) // as the kubelet does
@@ -263,7 +276,7 @@ func gatedToken(args []string, namespace, uid string) (c tokenConfig, err error)
 	err = parseFlags(&c, "sidecar", "", own, func(string) string { return "" })
 	switch {
 	case err != nil:
-	case c.semaphore.namespace != namespace:
+	case c.semaphore.namespace != namespace && c.semaphore.namespace != shared:
 		err = fmt.Errorf("%s is a semaphore of another namespace", c.semaphore)
 	case c.token != uid:
 		err = fmt.Errorf("the token %s is not the UID of the pod", c.token)
@@ -281,6 +294,13 @@ func addNative(sidecar *corev1.Container, c webhookConfig, spec semaphoreSpec) (
 		lengthPrefix+strconv.Itoa(spec.length),
 		expirationPrefix+strconv.Itoa(seconds(spec.expiration)),
 		"--lock-mode="+c.lockMode)
+	if spec.headStart > 0 {
+		sidecar.Args = append(sidecar.Args, headStartPrefix+strconv.Itoa(seconds(spec.headStart)))
+	}
+	if spec.wait.after > 0 {
+		sidecar.Args = append(sidecar.Args, waitPrefix+strconv.Itoa(seconds(spec.wait.after)),
+			whenWaitedPrefix+spec.wait.then)
+	}
 	if c.lockMode != lockModeEtcd {
 		sidecar.Args = append(sidecar.Args, "--redis-addresses="+strings.Join(c.redisAddresses, ","))
 		return nil
@@ -314,10 +334,22 @@ func addNative(sidecar *corev1.Container, c webhookConfig, spec semaphoreSpec) (
 }
 
 // awaitContainer returns the init container that ends when the sidecar holds the token.
-func awaitContainer(c webhookConfig, resources corev1.ResourceRequirements) corev1.Container {
+//
+// With restartAwait, the kubelet restarts it whenever it fails. But a pod with restartPolicy
+// Never that gave up must fail, and not wait again: then a rule leaves out that exit code.
+func awaitContainer(c webhookConfig, p *pod, spec semaphoreSpec, resources corev1.ResourceRequirements) corev1.Container {
 	await := injectedContainer(c, awaitName, resources, "await")
 	await.Env = append(await.Env, podUIDVariable)
-	if c.restartAwait {
+	switch {
+	case !c.restartAwait:
+	case spec.wait.fails() && p.Spec.RestartPolicy == "Never":
+		await.RestartPolicy = new(corev1.ContainerRestartPolicyNever)
+		await.RestartPolicyRules = []corev1.ContainerRestartRule{{
+			Action: corev1.ContainerRestartRuleActionRestart,
+			ExitCodes: &corev1.ContainerRestartRuleOnExitCodes{
+				Operator: corev1.ContainerRestartRuleOnExitCodesOpNotIn, Values: []int32{0, exitGaveUp}},
+		}}
+	default:
 		await.RestartPolicy = new(corev1.ContainerRestartPolicyOnFailure)
 	}
 	return await

@@ -87,6 +87,7 @@ func wantSidecar(native bool, token string) map[string]any {
 		map[string]any{"name": "QUEUE_REDIS_ADDRESS", "value": "redis:6379"},
 		map[string]any{"name": "HEARTBEAT_INTERVAL_SECONDS", "value": "30"},
 		map[string]any{"name": "STALE_THRESHOLD_SECONDS", "value": "120"},
+		map[string]any{"name": "SEMAPHORE", "value": "shop/web"},
 		fromField("POD_NAME", "metadata.name"),
 		fromField("NODE_NAME", "spec.nodeName"),
 		fromField("POD_UID", "metadata.uid"),
@@ -385,6 +386,30 @@ func TestAwaitRestart(t *testing.T) {
 	}
 }
 
+// With --await-restart, a pod that gave up must fail, and not wait again, unless its own
+// restart policy says so.
+func TestAwaitRestartOfAPodThatGivesUp(t *testing.T) {
+	c := testConfig("redis:6379")
+	c.restartAwait = true
+	for _, policy := range []string{"Never", "OnFailure"} {
+		for _, then := range whenWaitedChoices {
+			spec := semaphoreSpec{key: "web", length: 3, wait: waitEnd{time.Minute, then}}
+			p := new(pod)
+			p.Spec.RestartPolicy = policy
+			await := awaitContainer(c, p, spec, corev1.ResourceRequirements{})
+			rules := string(mustJSON(t, await.RestartPolicyRules))
+			want := `[{"action":"Restart","exitCodes":{"operator":"NotIn","values":[0,75]}}]`
+			wantPolicy := corev1.ContainerRestartPolicyNever
+			if policy != "Never" || then == whenWaitedRun {
+				want, wantPolicy = "null", corev1.ContainerRestartPolicyOnFailure
+			}
+			if *await.RestartPolicy != wantPolicy || rules != want {
+				t.Errorf("%s, %s: restart policy %s, rules %s", policy, then, *await.RestartPolicy, rules)
+			}
+		}
+	}
+}
+
 // With --sidecar-run-as-user=none, the injected containers have no user and no group, but
 // all else that PodSecurity "restricted" and the SCC "restricted-v2" of OpenShift want.
 func TestPatchWithoutAUser(t *testing.T) {
@@ -421,7 +446,7 @@ func TestPatchForSecureRedis(t *testing.T) {
 				wantEnv := `[{"name":"GOMAXPROCS","value":"1"},` +
 					`{"name":"QUEUE_REDIS_ADDRESS","value":"rediss://redis:6379"},` +
 					`{"name":"HEARTBEAT_INTERVAL_SECONDS","value":"30"},{"name":"STALE_THRESHOLD_SECONDS","value":"120"},` +
-					`{"name":"POD_NAME","valueFrom":{"fieldRef":{"fieldPath":"metadata.name"}}},` +
+					`{"name":"SEMAPHORE","value":"shop/web"},{"name":"POD_NAME","valueFrom":{"fieldRef":{"fieldPath":"metadata.name"}}},` +
 					`{"name":"NODE_NAME","valueFrom":{"fieldRef":{"fieldPath":"spec.nodeName"}}},` +
 					`{"name":"POD_UID","valueFrom":{"fieldRef":{"fieldPath":"metadata.uid"}}},` +
 					`{"name":"REDIS_USERNAME","valueFrom":{"secretKeyRef":` +

@@ -19,17 +19,44 @@ import (
 // semaphoreID names a semaphore: a namespace, and the key that its pods share.
 type semaphoreID struct{ namespace, key string }
 
-func (id semaphoreID) String() string { return id.namespace + "/" + id.key }
+// newSemaphoreID returns the semaphore that a pod of a namespace names by a key.
+func newSemaphoreID(namespace, key string) semaphoreID {
+	if shares, ok := strings.CutPrefix(key, shared); ok {
+		return semaphoreID{shared, shares}
+	}
+	return semaphoreID{namespace, key}
+}
+
+// parseSemaphoreID reads what String writes; ok is false if that is no name of a
+// semaphore.
+func parseSemaphoreID(text string) (id semaphoreID, ok bool) {
+	if strings.HasPrefix(text, shared) {
+		id = newSemaphoreID("", text)
+	} else {
+		id.namespace, id.key, _ = strings.Cut(text, "/")
+	}
+	return id, id.namespace != "" && checkKey(id.key) == ""
+}
+
+// String returns the name for people: NAMESPACE/KEY, or @KEY if it is shared.
+func (id semaphoreID) String() string {
+	if id.namespace == shared {
+		return shared + id.key
+	}
+	return id.tag()
+}
+
+func (id semaphoreID) tag() string { return id.namespace + "/" + id.key }
 
 // The keys in Redis. The braces are a hash tag of Redis Cluster: all keys of a semaphore
 // are in one slot.
-func (id semaphoreID) queueKey() string    { return "queue/{" + id.String() + "}" }
-func (id semaphoreID) inflightKey() string { return "inflight/{" + id.String() + "}" }
-func (id semaphoreID) waitersKey() string  { return "waiters/{" + id.String() + "}" }
-func (id semaphoreID) seenKey() string     { return "seen/{" + id.String() + "}" }
-func (id semaphoreID) namesKey() string    { return "names/{" + id.String() + "}" }
-func (id semaphoreID) stateKey() string    { return "state/{" + id.String() + "}" }
-func (id semaphoreID) lockKey() string     { return "lock/{" + id.String() + "}" }
+func (id semaphoreID) queueKey() string    { return "queue/{" + id.tag() + "}" }
+func (id semaphoreID) inflightKey() string { return "inflight/{" + id.tag() + "}" }
+func (id semaphoreID) waitersKey() string  { return "waiters/{" + id.tag() + "}" }
+func (id semaphoreID) seenKey() string     { return "seen/{" + id.tag() + "}" }
+func (id semaphoreID) namesKey() string    { return "names/{" + id.tag() + "}" }
+func (id semaphoreID) stateKey() string    { return "state/{" + id.tag() + "}" }
+func (id semaphoreID) lockKey() string     { return "lock/{" + id.tag() + "}" }
 
 // channel is the Pub/Sub channel of a waiter. Redis publishes to it when a token is free
 // for the waiter.

@@ -1,14 +1,18 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"flag"
 	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"io"
 	"log/slog"
+	"net"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -211,7 +215,7 @@ func TestClusterSlotHalfMoved(t *testing.T) {
 	}
 	done := make(chan error, 1)
 	ask := func() {
-		token, _, err := s.acquire(context.Background(), id, "", 3, time.Second)
+		token, _, err := s.acquire(context.Background(), id, "", 3, limit{}, time.Second)
 		tokens = append(tokens, token)
 		done <- err
 	}
@@ -413,7 +417,7 @@ func TestRefusedCommandsKeepTheirConnection(t *testing.T) {
 	r.Fill(t)
 	before := connectionsMade(t, r)
 	for range 50 {
-		if _, _, err := s.acquire(t.Context(), id, "", 1, time.Second); err == nil || !strings.Contains(err.Error(), "OOM") {
+		if _, _, err := s.acquire(t.Context(), id, "", 1, limit{}, time.Second); err == nil || !strings.Contains(err.Error(), "OOM") {
 			t.Fatalf("got %v, want OOM", err)
 		}
 	}
@@ -444,3 +448,68 @@ func TestSideQuestionKeepsConnections(t *testing.T) {
 		t.Errorf("%d of 8 idle connections are left", idle)
 	}
 }
+
+// answering is a connection to a server with fixed replies.
+type answering struct {
+	net.Conn
+	io.Reader
+}
+
+func (a answering) Read(b []byte) (int, error)         { return a.Reader.Read(b) }
+func (answering) Write(b []byte) (int, error)          { return len(b), nil }
+func (answering) Close() error                         { return nil }
+func (answering) SetDeadline(time.Time) error          { return nil }
+func (a answering) SetReadDeadline(t time.Time) error  { return nil }
+func (a answering) SetWriteDeadline(t time.Time) error { return nil }
+
+// Any reply of Redis, to scripts and to a survey, is parsed or gives an error.
+func FuzzAnswers(f *testing.F) {
+	for _, text := range []string{
+		"*3\r\n:1\r\n:1700000000000000\r\n:3\r\n",
+		"*3\r\n:2\r\n:1700000000000000\r\n:1\r\n",
+		"*6\r\n:0\r\n:1700000000000000\r\n:3\r\n:0\r\n:0\r\n*2\r\n:5\r\n$5\r\nweb-1\r\n",
+		"*11\r\n:0\r\n:1700000000000000\r\n:3\r\n:2\r\n:9\r\n*0\r\n:2\r\n" +
+			"$16\r\n1700000000000000\r\n:41\r\n:7\r\n:1\r\n",
+		"*2\r\n$10\r\n1700000000\r\n$6\r\n123456\r\n" +
+			"*8\r\n:1\r\n:2\r\n:0\r\n:0\r\n*2\r\n$1\r\na\r\n$10\r\n1700000000\r\n:0\r\n*0\r\n*3\r\n$1\r\n3\r\n$-1\r\n$-1\r\n",
+		"-MOVED 1 127.0.0.1:7000\r\n", "$-1\r\n", "*-1\r\n", "+OK\r\n",
+	} {
+		f.Add([]byte(text))
+	}
+	ctx := context.Background()
+	// redigo allocates as much as Redis announces.
+	huge := regexp.MustCompile(`[*$]\d{7}`)
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if huge.Match(data) {
+			t.Skip()
+		}
+		dial := func() redis.Conn {
+			return redis.NewConn(answering{Reader: bytes.NewReader(data)}, time.Second, time.Second)
+		}
+		if values, err := redis.Values(dial().Do("EVALSHA")); err == nil {
+			var status int
+			var micros int64
+			if rest, err := redis.Scan(values, &status, &micros); err == nil {
+				if a, err := parseReply(status, rest); err == nil {
+					_ = waitingText(testID, 3, waitEnd{}, a)
+					_ = refusal(&fullError{testID, a.inUse, 3, a.waiters, a.holders, a.doubt, a.setting})
+				}
+			}
+		}
+		s := newSemaphores(testConfig("127.0.0.1:1").settings, nil, 1, slog.New(slog.DiscardHandler))
+		states, _ := s.readStates(ctx, dial(), []semaphoreID{testID})
+		var d semaphoreDetail
+		d.id = testID
+		_ = s.readTokens(ctx, dial(), &d)
+		var page strings.Builder
+		printTable(&page, states, "")
+		printDetail(&page, d)
+		rig.Must(t, printJSON(&page, d.report()))
+		if strings.Contains(page.String(), "\x1b") {
+			t.Errorf("status prints unprintable text: %q", page.String())
+		}
+		_, _ = readSlots("127.0.0.1:1", first(dial().Do("CLUSTER", "SLOTS")))
+	})
+}
+
+func first(reply any, _ error) any { return reply }

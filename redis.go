@@ -51,7 +51,7 @@ func (s redisSettings) hasPassword() bool { return s.password != "" || s.passwor
 // ofSentinels returns the settings for connections to Sentinels.
 func (s redisSettings) ofSentinels() redisSettings {
 	return redisSettings{username: s.sentinelUsername, password: s.sentinelPassword, caFile: s.caFile,
-		counts: s.counts, resolver: s.resolver}
+		ca: s.ca, counts: s.counts, resolver: s.resolver}
 }
 
 // roots returns the certificates to trust. It reads their file at each dial, so that a new

@@ -19,9 +19,8 @@ import (
 
 	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
-	"golang.org/x/net/dns/dnsmessage"
-
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+	"golang.org/x/net/dns/dnsmessage"
 )
 
 // dnsReply is the reply of a test's DNS to one lookup.
@@ -402,7 +401,7 @@ func TestACLsAreMinimal(t *testing.T) {
 			}
 			r.ForgetLength(t, id)
 		}
-		token, _, err := s.acquire(ctx, id, "", 1, time.Second)
+		token, _, err := s.acquire(ctx, id, "", 1, limit{}, time.Second)
 		if err != nil {
 			return s, id, err
 		}
@@ -464,9 +463,10 @@ func TestACLsAreMinimal(t *testing.T) {
 		}
 	}
 	webhookWork := func() error {
-		s, _, err := commonWork("webhook")
+		s, id, err := commonWork("webhook")
 		defer s.close(ctx)
-		return errors.Join(err, s.check(ctx), errOf(s.survey(ctx, "")))
+		return errors.Join(err, s.check(ctx), errOf(s.survey(ctx, "")),
+			s.setLimit(ctx, id, limit{known: true, length: 1}, time.Hour, false))
 	}
 	for user, c := range map[string]struct {
 		rule string
@@ -509,6 +509,7 @@ func TestACLsAreMinimal(t *testing.T) {
 	for _, command := range []string{
 		"FLUSHALL", "KEYS *", "CONFIG GET *", "ACL LIST", "PING", "GET other", "SET other 1", "PUBLISH other x",
 		"LRANGE queue/{a/b} 0 -1", "ZADD other 1 a", "RPUSH other a", "SCRIPT FLUSH", "SHUTDOWN", "MONITOR",
+		"PERSIST state/{a/b}",
 		"SUBSCRIBE c", "EVAL return 0", "EVAL_RO return 0", "SCRIPT LOAD x", "SCRIPT KILL", "FUNCTION LIST", "FCALL f 0",
 	} {
 		words := strings.Fields(command)
@@ -524,6 +525,7 @@ func TestACLsAreMinimal(t *testing.T) {
 
 // Errors of credentials and certificates name the reason, without the password.
 func TestRedisErrorsOfCredentials(t *testing.T) {
+	t.Parallel()
 	dir, elsewhere := t.TempDir(), t.TempDir()
 	rig.WriteCertificate(t, dir, 1)
 	rig.WriteCertificate(t, elsewhere, 2)
@@ -648,7 +650,7 @@ func TestWaitingForScripts(t *testing.T) {
 	t.Parallel()
 	r := rig.StartRedisWith(t, rig.RedisOptions{Bare: true})
 	s, id, token := semaphoresOf(t, sidecarConfigOf(r.Address)), freshID(), uuid.NewString()
-	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	_, err := s.heartbeat(ctx, id, token, "", "", 0)
 	if err == nil || !isNoScript(err) || !strings.Contains(err.Error(), "no webhook has loaded the scripts yet") {
@@ -689,7 +691,7 @@ func TestMissingScriptsAreASilence(t *testing.T) {
 		},
 		"release": func(ctx context.Context) error { return errOf(sidecar.release(ctx, id, holder, "")) },
 	} {
-		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 		if err := command(ctx); err == nil || !isNoScript(err) {
 			t.Errorf("%s: got %v, want NOSCRIPT", name, err)
 		}
@@ -746,7 +748,7 @@ func TestPasswordFileIsReread(t *testing.T) {
 	s, id := semaphoresOf(t, c), freshID()
 	work := func(when string) {
 		t.Helper()
-		token, _, err := s.acquire(t.Context(), id, "", 1, time.Second)
+		token, _, err := s.acquire(t.Context(), id, "", 1, limit{}, time.Second)
 		if err == nil {
 			_, err = s.release(t.Context(), id, token, "")
 		}

@@ -47,6 +47,9 @@ const (
 		"+zadd +zrem +zcard +zcount +zrange +zrangebyscore +zscore +zremrangebyscore +ttl +expire +publish " +
 		"+info|replication +info|server"
 
+	// setRules are the right to set a length: sidecars and gate have none.
+	setRules = "+persist"
+
 	sidecarRules = scriptRules + " +zrank +subscribe"
 
 	// groupRules find the server of a semaphore in a Sentinel group or a Cluster.
@@ -75,10 +78,12 @@ type redisUser struct {
 // its warnings, about namespaces without a user and about a Redis that may evict tokens.
 var redisUsers = []redisUser{
 	{userOfSetup, setupRules, setupRules},
-	{"webhook", scriptRules + " +eval +scan " + groupRules + " +acl|users +info|memory", lockRules + " +eval"},
+	{"webhook", scriptRules + " " + setRules + " +eval +scan " + groupRules + " +acl|users +info|memory",
+		lockRules + " +eval"},
 	{"gate", sidecarRules + " +unsubscribe " + groupRules, lockRules},
 	{"status", tokenKeys + " &waiters/* +time +scan +llen +zcard +zcount +zrange +zscore +hmget " +
-		"+evalsha +exists +hset +hdel +zrem +zrangebyscore +rpush +ltrim +del +ttl +expire +publish " + groupRules, ""},
+		"+evalsha +exists +hset +hdel +zrem +zrangebyscore +rpush +ltrim +del +ttl +expire +publish " +
+		setRules + " +zadd +info|server +info|replication " + groupRules, ""},
 	{userOfReplicas, "+ping +psync +replconf", ""},
 	{userOfSentinels, "&__sentinel__:hello +ping +role +info +multi +exec +slaveof +replicaof +config|rewrite +publish " +
 		"+subscribe +client|setname +client|kill +client|pause +client|unpause +script|kill +dbsize", ""},
@@ -93,9 +98,28 @@ const (
 	holdsLocks                   // the lock only
 )
 
+// sharedKeys are the keys of the shared semaphores that users of namespaces may use, by
+// user.
+type sharedKeys map[string][]string
+
+// parseSharedKeys reads them from the users as Redis reads them at its start.
+func parseSharedKeys(file string) sharedKeys {
+	all := sharedKeys{}
+	for line := range strings.Lines(file) {
+		words := strings.Fields(line)
+		for _, word := range words {
+			key, found := strings.CutPrefix(word, "~queue/{"+shared+"/")
+			if found && words[0] == "user" {
+				all[words[1]] = append(all[words[1]], strings.TrimSuffix(key, "}"))
+			}
+		}
+	}
+	return all
+}
+
 // rules returns the rules of a user on a server. They are empty if there is no such user
 // there.
-func (d redisDuty) rules(user string) string {
+func (d redisDuty) rules(user string, sharing sharedKeys) string {
 	namespace, isSidecar := strings.CutPrefix(user, sidecarUsers)
 	u := redisUser{user, sidecarRules + " " + groupRules, lockRules}
 	if !isSidecar {
@@ -113,20 +137,30 @@ func (d redisDuty) rules(user string) string {
 		rules += " " + lockKeys + " +set +get"
 	}
 	if isSidecar {
-		rules = ofNamespace(rules, namespace)
+		rules = ofNamespace(rules, namespace, sharing[user])
 	}
 	return rules
 }
 
-// ofNamespace limits the rules of sidecars to the semaphores of a namespace.
-func ofNamespace(rules, namespace string) string {
-	all := strings.Fields(rules)
-	for i, rule := range all {
+// ofNamespace limits the rules of sidecars to the semaphores of a namespace, and to
+// shared ones.
+func ofNamespace(rules, namespace string, shares []string) string {
+	var all []string
+	for _, rule := range strings.Fields(rules) {
+		begin := strings.TrimSuffix(rule, "*")
 		switch rule[0] {
 		case '~':
-			all[i] = strings.TrimSuffix(rule, "*") + "{" + namespace + "/*}"
+			all = append(all, begin+"{"+namespace+"/*}")
+			for _, key := range shares {
+				all = append(all, begin+"{"+shared+"/"+key+"}")
+			}
 		case '&':
-			all[i] = strings.TrimSuffix(rule, "*") + "{" + namespace + "/*"
+			all = append(all, begin+"{"+namespace+"/*")
+			for _, key := range shares {
+				all = append(all, begin+"{"+shared+"/"+key+"}/*")
+			}
+		default:
+			all = append(all, rule)
 		}
 	}
 	return strings.Join(all, " ")
@@ -147,7 +181,11 @@ func hashPassword(password string) string {
 	return hex.EncodeToString(sum[:])
 }
 
-var passwordHash = regexp.MustCompile(`^[0-9a-f]{64}$`)
+// passwordHash matches a hash of hashLength digits. A pattern that counts them takes 16 KB of
+// each sidecar.
+var passwordHash = regexp.MustCompile(`^[0-9a-f]+$`)
+
+const hashLength = 2 * sha256.Size
 
 // parseUserPasswords reads lines of USER SHA256 SINCE. Users that need no rules here are
 // dropped.
@@ -160,7 +198,7 @@ func parseUserPasswords(text string) (userPasswords, error) {
 		if len(words) == 0 {
 			continue
 		}
-		if len(words) != 3 || !passwordHash.MatchString(words[1]) {
+		if len(words) != 3 || len(words[1]) != hashLength || !passwordHash.MatchString(words[1]) {
 			return nil, fmt.Errorf("line %d is not USER SHA256 SINCE", n)
 		}
 		since, err := time.Parse(time.RFC3339, words[2])
@@ -184,10 +222,10 @@ func (p userPasswords) text() string {
 }
 
 // users returns what each user of a server may do, with its passwords.
-func (p userPasswords) users(d redisDuty) map[string]string {
+func (p userPasswords) users(d redisDuty, sharing sharedKeys) map[string]string {
 	users := make(map[string]string, len(p))
 	for user, passwords := range p {
-		rules := d.rules(user)
+		rules := d.rules(user, sharing)
 		if rules == "" || len(passwords) == 0 {
 			continue
 		}
@@ -201,8 +239,8 @@ func (p userPasswords) users(d redisDuty) map[string]string {
 }
 
 // file returns the users as Redis reads them at its start (aclfile).
-func (p userPasswords) file(d redisDuty) string {
-	users := p.users(d)
+func (p userPasswords) file(d redisDuty, sharing sharedKeys) string {
+	users := p.users(d, sharing)
 	everyone := pingRules
 	if len(p[userOfReplicas]) > 0 && d != holdsLocks {
 		everyone = loadRules

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -67,6 +68,9 @@ var keepSource string
 //go:embed lua/hold.lua
 var holdSource string
 
+//go:embed lua/set.lua
+var setSource string
+
 // scriptKeys is the number of keys that each script takes: all keys of a semaphore.
 const scriptKeys = 6
 
@@ -77,6 +81,7 @@ var (
 	releaseScript   = newScript("release", noToken, commonSource, releaseSource)
 	keepScript      = newScript("keep", noToken, commonSource, keepSource)
 	holdScript      = newScript("hold", noToken, commonSource, holdSource)
+	setScript       = newScript("set", noToken, commonSource, setSource)
 )
 
 // script is a Redis script. Its text is built on first use: it takes 25 KB of memory, and
@@ -107,11 +112,14 @@ const (
 	acquireFull   = 0
 	acquireTaken  = 1
 	acquireRepair = 2
+	acquireGaveUp = 3
 
 	heartbeatRejoined = 0
 
 	releaseDone = 1
 	releaseLeft = 2
+
+	setDone = 1
 )
 
 const (
@@ -288,9 +296,11 @@ const refreshMost = 250
 // placeRequest is the place in line of one pod.
 type placeRequest struct {
 	token   string
-	arrival int64 // Unix microseconds: orders the line
+	arrival int64 // Unix microseconds: orders the line, less ahead
+	ahead   int64 // microseconds: its head start
 	length  int
 	pod     podName
+	ends    waitEnd
 }
 
 // placesReply is the state of a line after its places were refreshed.
@@ -301,6 +311,7 @@ type placesReply struct {
 	held           []string       // tokens that are in flight already
 	joined         map[string]int // tokens that were not in line, and their new positions
 	doubt          time.Duration  // see acquireReply
+	setting        setting
 }
 
 // refreshPlaces keeps the places of pods in a semaphore's line, and adds those that are
@@ -315,16 +326,19 @@ func (s *semaphores) refreshPlaces(ctx context.Context, id semaphoreID, known in
 		gone, pods = gone[len(leaving):], pods[len(staying):]
 		args := append([]any{all.created, len(leaving)}, anySlice(leaving)...)
 		for _, p := range staying {
-			args = append(args, p.token, p.arrival, p.length, p.pod)
+			args = append(args, p.token, p.arrival, p.length, p.pod.waiting(p.ends), p.ahead)
 		}
 		_, rest, err := s.run(ctx, keepScript, id, args...)
 		if err != nil {
 			return all, fmt.Errorf("keep the line of %s: %w", id, err)
 		}
 		var served, held []string
-		var joined []any
+		var joined, set []any
 		var doubt int
-		_, err = redis.Scan(rest, &all.created, &all.inUse, &all.waiters, &served, &held, &joined, &doubt)
+		_, err = redis.Scan(rest, &all.created, &all.inUse, &all.waiters, &served, &held, &joined, &doubt, &set)
+		if err == nil {
+			all.setting, err = parseSetting(set)
+		}
 		all.doubt = time.Duration(doubt) * time.Second
 		for ; err == nil && len(joined) >= 2; joined = joined[2:] {
 			var token string
@@ -358,19 +372,272 @@ func (s *semaphores) refreshTokens(ctx context.Context, id semaphoreID, tokens [
 	return lost, nil
 }
 
+// setting is the length of a semaphore that the owner of the resource has set. It counts
+// for all pods, whatever they ask for. Zero is: nothing is set.
+type setting struct {
+	limit    limit
+	override override
+}
+
+// limit is the length that the settings of semaphores say. Zero is: not known, as Redis
+// may have lost it.
+type limit struct {
+	known  bool
+	length int // 0: paused; less: there is none
+}
+
+// isSet reports whether there is a limit.
+func (l limit) isSet() bool { return l.known && l.length >= 0 }
+
+// String returns the limit as the scripts take it.
+func (l limit) String() string {
+	if !l.isSet() {
+		return ""
+	}
+	return strconv.Itoa(l.length)
+}
+
+// override is a length for a time. It precedes the limit.
+type override struct {
+	length int       // 0: paused
+	until  time.Time // zero: there is none
+	note   string    // why
+	by     string    // who; only in a survey
+}
+
+// in reports whether the override is in force, by a clock.
+func (o override) in(now time.Time) bool { return now.Before(o.until) }
+
+// lengthFor returns the length that counts for a pod that asks for another.
+func (s setting) lengthFor(length int) int {
+	switch {
+	case !s.override.until.IsZero():
+		return s.override.length
+	case s.limit.isSet():
+		return s.limit.length
+	}
+	return length
+}
+
+// learn notes what a reply of Redis says. It keeps a limit that Redis may have lost.
+func (s *setting) learn(reply setting) {
+	s.override = reply.override
+	if reply.limit.known {
+		s.limit = reply.limit
+	}
+}
+
+// text says what is set, for a refusal or a waiter; empty if nothing of note is.
+func (s setting) text() string {
+	o := s.override
+	var text string
+	switch {
+	case o.until.IsZero() && s.limit.isSet() && s.limit.length == 0:
+		return "paused by the ConfigMap semaphores"
+	case o.until.IsZero():
+		return ""
+	case o.length == 0:
+		text = "paused until " + clockTime(o.until)
+	default:
+		text = fmt.Sprintf("set to %d until %s", o.length, clockTime(o.until))
+	}
+	if o.note != "" {
+		text += ": " + displayNote(o.note)
+	}
+	return text
+}
+
+// inUse says how many tokens are in use, of how many, and what is set: "1 of 3 in use".
+func (s setting) inUse(inUse, length int) string {
+	text, of := s.text(), s.lengthFor(length)
+	switch {
+	case text == "":
+		return fmt.Sprintf("%d of %d in use", inUse, of)
+	case of == 0:
+		return fmt.Sprintf("%s; %d in use", text, inUse)
+	}
+	return fmt.Sprintf("%d of %d in use (%s)", inUse, of, text)
+}
+
+// parseSetting parses what the scripts return of the setting; see setting in
+// semaphore.lua.
+func parseSetting(list []any) (s setting, err error) {
+	const unknown = -2
+	if len(list) > 0 {
+		list, err = redis.Scan(list, &s.limit.length)
+		s.limit.known = s.limit.length != unknown
+	}
+	if err == nil && len(list) > 0 {
+		var ends int64
+		_, err = redis.Scan(list, &s.override.length, &ends, &s.override.note)
+		s.override.until = time.Unix(ends, 0)
+	}
+	return s, err
+}
+
+const (
+	// mostNote bounds the note of an override, in bytes.
+	mostNote = 200
+
+	// The shortest and longest override: a forgotten one ends by itself.
+	leastOverride, mostOverride = time.Minute, 7 * 24 * time.Hour
+)
+
+// displayNote is a note that is safe to show: see displayName.
+func displayNote(note string) string {
+	return strings.Map(func(r rune) rune {
+		if !strconv.IsPrint(r) {
+			return '?'
+		}
+		return r
+	}, truncate(note, mostNote))
+}
+
+// setLimit sets the limit of a semaphore; unlessKnown, only if Redis knows none. The keys
+// live for life at least.
+func (s *semaphores) setLimit(ctx context.Context, id semaphoreID, l limit, life time.Duration, unlessKnown bool) error {
+	what := "limit"
+	if unlessKnown {
+		what = "default"
+	}
+	_, _, err := s.run(ctx, setScript, id, what, l.String(), seconds(life), "", "")
+	if err != nil {
+		return fmt.Errorf("set %s: %w", id, err)
+	}
+	return nil
+}
+
+// limitLife is how long the keys of a semaphore live at least whose name is in the
+// owners' settings. keepLimits renews it.
+const limitLife = 24 * time.Hour
+
+// limitOf returns what the owners' settings say of a semaphore.
+func limitOf(o ownerSettings, id semaphoreID) limit {
+	line, ok := o.lineOf(id.namespace, id.key)
+	if !ok {
+		line.length = -1
+	}
+	return limit{known: true, length: line.length}
+}
+
+// keepLimits makes Redis know the limits of the semaphores that a survey has found, and
+// of those that the settings name. It replaces a limit that Redis knows only if
+// mayReplace. failed are those that it could not set.
+func (s *semaphores) keepLimits(ctx context.Context, states []semaphoreState, o ownerSettings,
+	mayReplace func(semaphoreID) bool) (failed map[semaphoreID]bool, err error) {
+	failed = map[semaphoreID]bool{}
+	var errs serverErrors
+	keep := func(id semaphoreID, life time.Duration, replaces bool) {
+		if failed[id] = true; ctx.Err() != nil && len(errs) > 0 {
+			return
+		}
+		if err := s.setLimit(ctx, id, limitOf(o, id), life, !replaces); err != nil {
+			errs = append(errs, err)
+		} else {
+			delete(failed, id)
+		}
+	}
+	named := map[semaphoreID]time.Duration{} // how long they live at least; those that are left are missing
+	for _, name := range o.named() {
+		namespace, key, _ := strings.Cut(name, "/")
+		named[semaphoreID{namespace, key}] = limitLife
+	}
+	var unset []semaphoreID
+	for _, st := range states {
+		life, want, have := named[st.id], limitOf(o, st.id), st.setting.limit
+		delete(named, st.id)
+		switch {
+		case have == want && st.kept >= life/2, !have.known && !want.isSet():
+		case have == want, !have.known:
+			keep(st.id, life, false)
+		case !mayReplace(st.id):
+		case want.isSet():
+			keep(st.id, life, true)
+		default: // last: the users of namespaces can make many of them
+			unset = append(unset, st.id)
+		}
+	}
+	for id, life := range named {
+		keep(id, life, false)
+	}
+	for _, id := range unset {
+		keep(id, 0, true)
+	}
+	if len(errs) > 0 {
+		return failed, errs
+	}
+	return nil, nil
+}
+
+// setOverride sets another length of a semaphore for a time. It returns the numbers of
+// tokens in use and of waiters.
+func (s *semaphores) setOverride(ctx context.Context, id semaphoreID, o override, lasts time.Duration) (
+	inUse, waiting int, err error) {
+	return s.changeOverride(ctx, id, strconv.Itoa(o.length), seconds(lasts), o.note, o.by)
+}
+
+// clearOverride ends the override of a semaphore. It returns what setOverride does.
+func (s *semaphores) clearOverride(ctx context.Context, id semaphoreID) (inUse, waiting int, err error) {
+	return s.changeOverride(ctx, id, "", 0, "", "")
+}
+
+// moveFirst moves a waiter to the front of the line. ok is false if it is not in line.
+func (s *semaphores) moveFirst(ctx context.Context, id semaphoreID, token string) (ok bool, err error) {
+	status, _, err := s.run(ctx, setScript, id, "first", token, 0, "", "")
+	return status == setDone, err
+}
+
+func (s *semaphores) changeOverride(ctx context.Context, id semaphoreID, args ...any) (inUse, waiting int, err error) {
+	_, rest, err := s.run(ctx, setScript, id, append([]any{"override"}, args...)...)
+	if err == nil {
+		_, err = redis.Scan(rest, &inUse, &waiting)
+	}
+	if err != nil {
+		return 0, 0, fmt.Errorf("set %s: %w", id, err)
+	}
+	return inUse, waiting, nil
+}
+
+// podName returns the name of a pod for a semaphore: with its namespace if that is not
+// the semaphore's.
+func (id semaphoreID) podName(namespace, name string) string {
+	if id.namespace == shared && namespace != "" && name != "" {
+		return namespace + "/" + name
+	}
+	return name
+}
+
 // podName is the pod of a token, for people, as "NAME NODE". NAME is the pod's name, or
 // the generateName from which the API server makes one. NODE is empty until it is known.
 // An unknown pod is empty.
 type podName string
 
 func newPodName(name, node string) podName {
-	if !isObjectName(name) {
+	if !isPodName(name) {
 		return ""
 	}
 	if !isObjectName(node) {
 		node = ""
 	}
 	return podName(name + " " + node)
+}
+
+// waiting returns what Redis keeps of a pod in line; see names in semaphore.lua.
+func (p podName) waiting(e waitEnd) string {
+	text := string(p)
+	if p != "" && e.after > 0 {
+		text += " " + strconv.Itoa(seconds(e.after))
+	}
+	if p != "" && e.runs() {
+		text += " " + whenWaitedRun
+	}
+	return text
+}
+
+// isPodName reports whether a name is that of a pod, with or without its namespace.
+func isPodName(name string) bool {
+	namespace, rest, found := strings.Cut(name, "/")
+	return isObjectName(namespace) && (!found || isObjectName(rest))
 }
 
 // holder is a pod that has a token.
@@ -402,7 +669,7 @@ func parseHolders(list []any) (holders []holder, err error) {
 // displayName is the name of a pod, or a token, that is safe to show: any client that can
 // write to Redis may have stored anything.
 func displayName(name string) string {
-	if isObjectName(name) {
+	if isPodName(name) {
 		return name
 	}
 	return printable(truncate(name, 40))

@@ -22,7 +22,7 @@ const (
 	repairTimeout = 10 * time.Second
 
 	// lockPatience is how long an acquire retries lock servers that do not answer.
-	lockPatience = 2 * time.Second
+	lockPatience = 4 * time.Second
 
 	// lockRetryLeast and lockRetryMost bound the pause while another process repairs.
 	lockRetryLeast = 5 * time.Millisecond
@@ -39,30 +39,36 @@ type acquireRequest struct {
 	token   string // the name of the new token; it is used once only, so that a retry is safe
 	length  int
 	arrival string // empty: does not wait; joinLine: joins the line; else the arrival of the last reply
+	ahead   int64  // microseconds that its place is before its arrival: first its head start, then as in the last reply
 	pod     podName
 	takenAs string // the name under which the webhook took the token for this pod, or empty
 
 	unstarted time.Duration // after this time, the token is stale if no pod confirms it; zero: the stale threshold
+	limit     limit         // that the caller knows, in case that Redis has lost it
+	wait      waitEnd       // of a waiter
 }
 
 // joinLine is the arrival of a waiter that joins the line now.
 const joinLine = "0"
 
-// newcomer reports whether the pod was not in line before.
-func (q acquireRequest) newcomer() bool { return q.arrival == "" || q.arrival == joinLine }
-
 // acquireReply is the reply of the acquire script.
 type acquireReply struct {
-	status int // acquireTaken, acquireRepair or acquireFull
+	status int // acquireTaken, acquireRepair, acquireFull or acquireGaveUp
 
-	agreed int // with acquireTaken: the greatest length that others asked for lately, or 0
-	stale  int // with acquireRepair: the number of stale tokens; if it is 0, tokens are missing
+	// With acquireTaken:
+	agreed int  // the greatest length that others asked for lately, or 0
+	beyond bool // the token is beyond the length, as the wait was over
 
-	// With acquireFull:
+	// With acquireRepair:
+	stale    int  // the number of stale tokens; if it is 0, tokens are missing
+	newcomer bool // see maintain
+
+	// With acquireFull or acquireGaveUp:
 	inUse   int
 	waiters int
 	holders []holder // some of them
-	place   place    // of a waiter
+	setting setting
+	place   place // of a waiter
 
 	// doubt is not zero after a start, an outage or a data loss of Redis: only after this
 	// time does Redis know which holders or waiters are gone.
@@ -73,7 +79,8 @@ type acquireReply struct {
 type place struct {
 	position  int           // 1 for the first
 	arrival   string        // when it joined; goes into its next request
-	waited    time.Duration // since then
+	ahead     int64         // microseconds that its place is before that; goes into its next request
+	waited    time.Duration // since its arrival
 	freeIn    time.Duration // until a token may come free for it: one goes stale, or others are passed
 	reachable bool          // Redis delivered a message to its subscription
 }
@@ -84,7 +91,12 @@ func (s *semaphores) runAcquire(ctx context.Context, id semaphoreID, q acquireRe
 	if q.unstarted > 0 {
 		unstarted = strconv.Itoa(seconds(q.unstarted))
 	}
-	status, rest, err := s.run(ctx, acquireScript, id, q.length, q.token, q.arrival, q.pod, q.takenAs, unstarted)
+	wait, then := "", ""
+	if q.wait.after > 0 {
+		wait, then = strconv.Itoa(seconds(q.wait.after)), q.wait.then
+	}
+	status, rest, err := s.run(ctx, acquireScript, id, q.length, q.token, q.arrival, q.pod, q.takenAs, unstarted,
+		q.limit, q.ahead, wait, then)
 	if err != nil {
 		return acquireReply{}, fmt.Errorf("acquire %s: %w", id, err)
 	}
@@ -99,18 +111,21 @@ func parseReply(status int, rest []any) (a acquireReply, err error) {
 	a.status = status
 	switch status {
 	case acquireTaken:
-		_, err = redis.Scan(rest, &a.agreed)
+		_, err = redis.Scan(rest, &a.agreed, &a.beyond)
 	case acquireRepair:
-		_, err = redis.Scan(rest, &a.stale)
-	case acquireFull:
+		_, err = redis.Scan(rest, &a.stale, &a.newcomer)
+	case acquireFull, acquireGaveUp:
 		var doubt, waited, freeIn, reachable int
-		var holders []any
-		rest, err = redis.Scan(rest, &a.inUse, &a.waiters, &doubt, &holders)
+		var holders, set []any
+		rest, err = redis.Scan(rest, &a.inUse, &a.waiters, &doubt, &holders, &set)
 		if err == nil {
 			a.holders, err = parseHolders(holders)
 		}
+		if err == nil {
+			a.setting, err = parseSetting(set)
+		}
 		if err == nil && len(rest) > 0 {
-			_, err = redis.Scan(rest, &a.place.position, &a.place.arrival, &waited, &freeIn, &reachable)
+			_, err = redis.Scan(rest, &a.place.position, &a.place.arrival, &waited, &freeIn, &reachable, &a.place.ahead)
 		}
 		a.doubt = time.Duration(doubt) * time.Second
 		a.place.waited = time.Duration(waited) * time.Second
@@ -128,21 +143,22 @@ type fullError struct {
 	inUse, length, waiters int
 	holders                []holder
 	doubt                  time.Duration
+	setting                setting
 }
 
 func (e *fullError) Error() string {
 	return fmt.Sprintf("all tokens of %s are in use, or kept for its line", e.id)
 }
 
-// acquire takes a token for a pod that does not wait; pod may be empty. If no pod confirms
-// the token within s.unstarted, it is stale. If needed, acquire first repairs the
-// semaphore, under a lock that may be held for expiration. agreed is the greatest length
-// that others asked for lately, or 0. Its errors are *fullError,
-// ctx's, or that Redis or the lock servers are unreachable. With an error, no token is
-// held, or it is given back in the background.
-func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, length int,
+// acquire takes a token for a pod that does not wait; pod may be empty. If no pod
+// confirms the token within s.unstarted, it is stale. If needed, acquire first repairs
+// the semaphore, under a lock that may be held for expiration. set is the limit that the
+// caller knows. agreed is the greatest length that others asked for lately, or 0. Its
+// errors are *fullError, ctx's, or that Redis or the lock servers are unreachable. With
+// an error, no token is held, or it is given back in the background.
+func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, length int, set limit,
 	expiration time.Duration) (token string, agreed int, err error) {
-	q := acquireRequest{token: uuid.NewString(), length: length, pod: pod, unstarted: s.unstarted}
+	q := acquireRequest{token: uuid.NewString(), length: length, pod: pod, unstarted: s.unstarted, limit: set}
 	unsettled := false // an attempt may have taken a token, or may yet take it
 	defer func() {
 		if err != nil && unsettled {
@@ -169,10 +185,10 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, l
 			if a.doubt > 0 {
 				s.repairAfterDoubt(id, length, expiration, a.doubt)
 			}
-			return "", 0, &fullError{id, a.inUse, length, a.waiters, a.holders, a.doubt}
+			return "", 0, &fullError{id, a.inUse, length, a.waiters, a.holders, a.doubt, a.setting}
 		}
 		start := time.Now()
-		err = s.repair(ctx, id, length, expiration, true)
+		err = s.repair(ctx, id, length, expiration, a.newcomer)
 		var wait time.Duration
 		var unlocked *lockError
 		switch {
@@ -338,8 +354,9 @@ func (s *semaphores) repairAfterDoubt(id semaphoreID, length int, expiration, do
 	})
 }
 
-// maintain reclaims, refills and trims. A newcomer was not in line before: for it, Redis
-// refills without waiting for holders whose tokens it may have lost.
+// maintain reclaims, refills and trims. A newcomer was not in line before the last
+// silence of Redis: for it, Redis refills without waiting for holders whose tokens it may
+// have lost.
 func (s *semaphores) maintain(ctx context.Context, id semaphoreID, length int, newcomer bool) error {
 	var reclaimed, refilled, trimmed int
 	var err error

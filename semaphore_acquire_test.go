@@ -304,7 +304,7 @@ func TestRaisedLengthStarvesNobody(t *testing.T) {
 	old, done := queueUp(t, t.Context(), s, id, 1, r)
 	admitted := 0
 	for range 10 {
-		_, _, err := s.acquire(t.Context(), id, "", 5, 10*time.Second)
+		_, _, err := s.acquire(t.Context(), id, "", 5, limit{}, 10*time.Second)
 		var full *fullError
 		if err == nil {
 			admitted++
@@ -517,14 +517,14 @@ func TestTooManyAcquiresInAnOutage(t *testing.T) {
 	fullOf(t, serverOf(t, s, id).acquires)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
-	if _, _, err := s.acquire(ctx, id, "", 1, 10*time.Second); !errors.Is(err, errTooMany) {
+	if _, _, err := s.acquire(ctx, id, "", 1, limit{}, 10*time.Second); !errors.Is(err, errTooMany) {
 		t.Errorf("got %v, want errTooMany", err)
 	}
 	if s.outages.failed(part); s.outages.parts[part].began != began {
 		t.Error("the outage started again")
 	}
 	s.outages.parts[part] = outage{time.Now().Add(-failoverPatience - time.Second), time.Now()}
-	_, _, err := s.acquire(t.Context(), id, "", 1, 10*time.Second)
+	_, _, err := s.acquire(t.Context(), id, "", 1, limit{}, 10*time.Second)
 	if !errors.Is(err, errUnreached) || !strings.Contains(err.Error(), "has not answered for 11s") {
 		t.Errorf("after a long outage: %v", err)
 	}
@@ -554,7 +554,7 @@ func TestAcquireMovesToNewServer(t *testing.T) {
 	free, before := fullOf(t, old.acquires), q.found.Load()
 	taken := make(chan error)
 	go func() {
-		_, _, err := s.acquire(t.Context(), id, "", 2, 10*time.Second)
+		_, _, err := s.acquire(t.Context(), id, "", 2, limit{}, 10*time.Second)
 		taken <- err
 	}()
 	rig.Eventually(t, 5*time.Second, func() error {
@@ -601,7 +601,7 @@ func TestRepairsAreCapped(t *testing.T) {
 	for i := range fresh {
 		fresh[i] = freshID()
 		all.Go(func() {
-			if _, _, err := s.acquire(context.Background(), fresh[i], "", 1, 10*time.Second); err != nil {
+			if _, _, err := s.acquire(context.Background(), fresh[i], "", 1, limit{}, 10*time.Second); err != nil {
 				t.Error(err)
 			}
 		})
@@ -617,7 +617,7 @@ func TestRepairsAreCapped(t *testing.T) {
 	})
 	late, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
-	if _, _, err := s.acquire(late, freshID(), "", 1, 10*time.Second); !errors.Is(err, errTooMany) {
+	if _, _, err := s.acquire(late, freshID(), "", 1, limit{}, 10*time.Second); !errors.Is(err, errTooMany) {
 		t.Errorf("got %v, want errTooMany", err)
 	}
 	close(l.open)
@@ -634,7 +634,7 @@ func TestRepairWithoutASlot(t *testing.T) {
 	s.failRepairs(id, fmt.Errorf("repairs: %w", errTooMany))
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
-	_, _, err := s.acquire(ctx, id, "", 1, 10*time.Second)
+	_, _, err := s.acquire(ctx, id, "", 1, limit{}, 10*time.Second)
 	if !errors.Is(err, errTooMany) || !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("got %v, want errTooMany and the deadline exceeded", err)
 	}

@@ -66,26 +66,56 @@ type waiter struct {
 	takenAs    string // the name under which the webhook took the token, or empty; see acquireOnce
 	pod        podName
 	length     int
+	headStart  time.Duration
+	ahead      int64 // see acquireRequest
 	expiration time.Duration
+	ends       waitEnd
+	setting    setting      // as Redis said it last
 	report     func(string) // receives a text that says why the pod waits
 	log        *slog.Logger
 
 	logged         time.Time // when it last logged its place
 	loggedPosition int
+	loggedSetting  string     // the text of what was set then
 	limit          logLimiter // of warnings
+}
+
+// gaveUpError says that the time of a pod in line was over, and it is out of the line.
+type gaveUpError struct{ text string }
+
+func (e *gaveUpError) Error() string { return e.text }
+
+// logBeyond logs that the pod may run, although as many others do as may.
+func (w *waiter) logBeyond() {
+	w.log.Info("took a token beyond the length: the time in line is over", "waitSeconds", seconds(w.ends.after))
+}
+
+// gaveUpPrefix begins the text of each gaveUpError.
+const gaveUpPrefix = "gave up after "
+
+func (w *waiter) gaveUp(a acquireReply) *gaveUpError {
+	text := fmt.Sprintf(gaveUpPrefix+"%s in line of %s: %s",
+		roughly(a.place.waited), w.id, a.setting.inUse(a.inUse, w.length))
+	if by := byHolders(a.holders, a.inUse); by != "" {
+		text += " " + by
+	}
+	return &gaveUpError{text}
 }
 
 // wait returns once the token is in flight. asked is when the successful request was
 // sent; inLine reports whether the waiter stood in line before. If ctx is done first,
 // wait returns its error. The caller must then release the token, which may be in line or
-// in flight.
+// in flight. If the error is a *gaveUpError, the caller must release the token once the
+// pod knows.
 func (w *waiter) wait(ctx context.Context) (asked time.Time, inLine bool, err error) {
 	asked, a, err := w.acquireOnce(ctx, "")
-	if err == nil && a.status == acquireTaken {
-		return asked, false, nil
-	}
-	if err != nil {
+	switch {
+	case err != nil:
 		w.reportError(err)
+	case a.status == acquireTaken:
+		return asked, false, nil
+	case a.status == acquireGaveUp:
+		return asked, false, w.gaveUp(a)
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -103,6 +133,7 @@ func (w *waiter) wait(ctx context.Context) (asked time.Time, inLine bool, err er
 // waitInLine joins the line and stays there until the token is in flight, or ctx is done.
 func (w *waiter) waitInLine(ctx context.Context, sub *subscription, wakeup wakeup) (asked time.Time, err error) {
 	arrival := joinLine
+	w.ahead = w.headStart.Microseconds()
 	for retry := w.newBackoff(); ; {
 		asked, a, err := w.acquireOnce(ctx, arrival)
 		pause := untilPoll(a)
@@ -116,9 +147,14 @@ func (w *waiter) waitInLine(ctx context.Context, sub *subscription, wakeup wakeu
 				pause = min(pause, max(0, time.Until(asked.Add(pollMost))))
 			}
 		case a.status == acquireTaken:
+			if a.beyond {
+				w.logBeyond()
+			}
 			return asked, nil
+		case a.status == acquireGaveUp:
+			return asked, w.gaveUp(a)
 		default:
-			arrival, retry = a.place.arrival, w.newBackoff()
+			arrival, w.ahead, retry = a.place.arrival, a.place.ahead, w.newBackoff()
 			if !a.place.reachable {
 				sub.redial(w.id, w.token)
 			}
@@ -138,12 +174,16 @@ func (w *waiter) newBackoff() *backoff { return newBackoff(250*time.Millisecond,
 func (w *waiter) acquireOnce(ctx context.Context, arrival string) (asked time.Time, a acquireReply, err error) {
 	ctx, cancel := context.WithTimeout(ctx, acquireTimeout)
 	defer cancel()
-	q := acquireRequest{token: w.token, length: w.length, arrival: arrival, pod: w.pod, takenAs: w.takenAs}
+	q := acquireRequest{token: w.token, length: w.length, arrival: arrival, ahead: w.ahead, pod: w.pod,
+		takenAs: w.takenAs, limit: w.setting.limit, wait: w.ends}
 	for repaired := false; ; repaired = true {
 		asked = time.Now()
 		a, err = w.semaphores.runAcquire(ctx, w.id, q)
 		if err == nil && a.status != acquireTaken {
 			w.takenAs = ""
+		}
+		if err == nil && (a.status == acquireFull || a.status == acquireGaveUp) {
+			w.setting.learn(a.setting)
 		}
 		if err != nil || a.status != acquireRepair {
 			return asked, a, err
@@ -151,18 +191,18 @@ func (w *waiter) acquireOnce(ctx context.Context, arrival string) (asked time.Ti
 		if repaired {
 			return asked, a, fmt.Errorf("acquire %s: %w", w.id, errKeptRepairing)
 		}
-		if err := w.repair(ctx, asked, q); err != nil {
+		if err := w.repair(ctx, asked, a.newcomer); err != nil {
 			return asked, a, err
 		}
 	}
 }
 
-// repair repairs the semaphore for a request sent at asked. It returns in time for the
-// next request; the repair itself goes on.
-func (w *waiter) repair(ctx context.Context, asked time.Time, q acquireRequest) error {
+// repair repairs the semaphore for a request sent at asked; for newcomer, see maintain.
+// It returns in time for the next request; the repair itself goes on.
+func (w *waiter) repair(ctx context.Context, asked time.Time, newcomer bool) error {
 	ctx, cancel := context.WithDeadline(ctx, asked.Add(pollMost))
 	defer cancel()
-	return w.semaphores.repair(ctx, w.id, w.length, w.expiration, q.newcomer())
+	return w.semaphores.repair(ctx, w.id, w.length, w.expiration, newcomer)
 }
 
 // reportError reports why there is no token yet.
@@ -183,22 +223,26 @@ func untilPoll(a acquireReply) time.Duration {
 	return max(min(poll, a.place.freeIn+rand.N(freeJitter)), 50*time.Millisecond)
 }
 
-// reportPlace reports the waiter's place. It logs a new place every logMoved, and the
-// same place every logEvery.
+// reportPlace reports the waiter's place. It logs a new place, or another length that is
+// set, every logMoved, and the same every logEvery.
 func (w *waiter) reportPlace(a acquireReply) {
-	text := waitingText(w.id, w.length, a)
+	text := waitingText(w.id, w.length, w.ends, a)
 	w.report(text)
-	since := time.Since(w.logged)
-	if since > logEvery || a.place.position != w.loggedPosition && since > logMoved {
+	since, set := time.Since(w.logged), a.setting.text()
+	isNew := a.place.position != w.loggedPosition || set != w.loggedSetting
+	if since > logEvery || isNew && since > logMoved {
 		w.log.Info(text)
-		w.logged, w.loggedPosition = time.Now(), a.place.position
+		w.logged, w.loggedPosition, w.loggedSetting = time.Now(), a.place.position, set
 	}
 }
 
 // waitingText describes what a waiter waits for.
-func waitingText(id semaphoreID, length int, a acquireReply) string {
-	text := fmt.Sprintf("waiting for a token of %s: %d of %d in use, %s in line, %s",
-		id, a.inUse, length, ordinal(a.place.position), roughly(a.place.waited))
+func waitingText(id semaphoreID, length int, ends waitEnd, a acquireReply) string {
+	text := fmt.Sprintf("waiting for a token of %s: %s, %s in line, %s",
+		id, a.setting.inUse(a.inUse, length), ordinal(a.place.position), roughly(a.place.waited))
+	if ends.after > 0 {
+		text += " of " + roughly(ends.after)
+	}
 	if by := byHolders(a.holders, a.inUse); by != "" {
 		text += "; in use " + by
 	}

@@ -17,6 +17,46 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
+// A pause makes Redis forget nothing: when it ends, a pod that came meanwhile gets a
+// token at once, even if no command had come for long before the pause.
+func TestPauseOfAnIdleSemaphore(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
+	giveBack(t, s, id, acquire(t, s, id, 2))
+	r.Shift(t, id, -10*time.Minute)
+	_, _, err := s.setOverride(t.Context(), id, override{note: "upgrade"}, time.Minute)
+	rig.Must(t, err)
+	w := newWaiter(s, id, 2)
+	_, a, err := w.acquireOnce(t.Context(), joinLine)
+	if text := waitingText(id, 2, waitEnd{}, a); err != nil || a.status != acquireFull || !strings.Contains(text, "paused until ") ||
+		!strings.Contains(text, ": upgrade; 0 in use, 1st in line") {
+		t.Fatalf("got %s, %v", text, err)
+	}
+	_, _, err = s.clearOverride(t.Context(), id)
+	rig.Must(t, err)
+	if _, a, err = w.acquireOnce(t.Context(), a.place.arrival); err != nil || a.status != acquireTaken {
+		t.Errorf("after the pause: got %+v, %v", a, err)
+	}
+}
+
+// A pod that does not wait gets the token that the line leaves to it, though the free
+// ones are kept for the line.
+func TestTokenBeyondTheLine(t *testing.T) {
+	t.Parallel()
+	_, s, id := newSemaphore(t)
+	tokens := []string{acquire(t, s, id, 3), acquire(t, s, id, 3), acquire(t, s, id, 3)}
+	for range 3 {
+		_, a, err := newWaiter(s, id, 1).acquireOnce(t.Context(), joinLine)
+		if err != nil || a.status != acquireFull {
+			t.Fatalf("got %+v, %v", a, err)
+		}
+	}
+	giveBack(t, s, id, tokens[0])
+	giveBack(t, s, id, tokens[1]) // kept for the first and the second, once a length is lent to them
+	acquire(t, s, id, 5)
+	wantFullError(t, s, id, 5, 2)
+}
+
 // Waiters are served in order and by wake-ups: ten polls would take more than twenty
 // seconds.
 func TestLineIsServedInOrder(t *testing.T) {
@@ -67,6 +107,74 @@ func TestNobodyOvertakesTheLine(t *testing.T) {
 	w.wantAdmitted(t, id, 1)
 	r.WantLine(t, id)
 }
+
+// A gate that does not know yet that a pod gave up puts it in line again. When it asks for
+// the pod, Redis takes the pod out, and calls the pod that it has held back.
+func TestPodThatGaveUpCallsTheNext(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	holder := acquire(t, s, id, 1)
+	gaveUp := acquireRequest{token: "gave-up", length: 1, arrival: joinLine, wait: waitEnd{time.Minute, whenWaitedFail}}
+	place := []placeRequest{{gaveUp.token, 1, 0, 1, "", gaveUp.wait}}
+	keep := func() {
+		t.Helper()
+		_, err := s.refreshPlaces(t.Context(), id, 0, nil, place)
+		rig.Must(t, err)
+	}
+	ask := func() {
+		t.Helper()
+		if a, err := s.runAcquire(t.Context(), id, gaveUp); err != nil || a.status != acquireGaveUp {
+			t.Fatalf("the pod was answered %+v, %v", a, err)
+		}
+	}
+	keep()
+	ask()
+	_, err := s.runAcquire(t.Context(), id, acquireRequest{token: "next", length: 1, arrival: joinLine})
+	rig.Must(t, err)
+	called, woken := make(calls, 10), newSubscription(s.queue, id, slog.New(slog.DiscardHandler))
+	woken.add(called, id, "next")
+	go woken.receiveRetrying(t.Context())
+	<-called // the subscription
+	keep()
+	giveBack(t, s, id, holder)
+	ask()
+	select {
+	case token := <-called:
+		if token != "next" {
+			t.Errorf("called %q", token)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("the next pod was not called")
+	}
+	ask()
+	keep()
+	giveBack(t, s, id, gaveUp.token)
+	rig.Must(t, gaveUpNote(r, id, gaveUp.token, false))
+}
+
+// Redis knows of the last thousand pods that gave up.
+func TestNotesOfPodsThatGaveUpAreBounded(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	acquire(t, s, id, 1)
+	r.Do(t, "HSET", id.stateKey(), "gaveUp", 999)
+	r.Do(t, "HSET", id.namesKey(), "gaveUp/0", "old", "old/gaveUp", "60 gaveUp/0")
+	place := []placeRequest{{"new", 1, 0, 1, "", waitEnd{time.Minute, whenWaitedFail}}}
+	_, err := s.refreshPlaces(t.Context(), id, 0, nil, place)
+	rig.Must(t, err)
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{token: "new", length: 1, arrival: joinLine, wait: place[0].ends})
+	if err != nil || a.status != acquireGaveUp {
+		t.Fatalf("got %+v, %v", a, err)
+	}
+	rig.Must(t, gaveUpNote(r, id, "old", false))
+	rig.Must(t, gaveUpNote(r, id, "new", true))
+}
+
+// calls receives the events of a subscription: "" for wake, else the token.
+type calls chan string
+
+func (c calls) wake()                  { c <- "" }
+func (c calls) tokenFree(token string) { c <- token }
 
 // Redis drops a waiter that does not poll for some seconds, even if its connection is
 // open.
@@ -185,6 +293,53 @@ func TestPlaceInLineIsKept(t *testing.T) {
 	giveBack(t, s, id, holder)
 	wantDone(t, firstDone)
 	r.WantLine(t, id, second, third)
+}
+
+// A waiter with a head start stands before those that came up to so long before it, and
+// behind those with the same head start. One that was moved to the front stays there. All
+// places are the same after a loss of data.
+func TestHeadStartInLine(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
+	holder := acquire(t, s, id, 1)
+	done := map[string]<-chan error{}
+	wait := func(headStart time.Duration) string {
+		w := newWaiter(s, id, 1)
+		w.headStart = headStart
+		done[w.token] = w.start(t, t.Context())
+		r.WantLineLength(t, id, len(done))
+		return w.token
+	}
+	loseLine := func() { r.Do(t, "DEL", id.waitersKey(), id.seenKey(), id.namesKey()) }
+	a, b, c, d := wait(0), wait(600*time.Second), wait(0), wait(600*time.Second)
+	r.WantLine(t, id, b, d, a, c)
+	loseLine()
+	r.WantLine(t, id, b, d, a, c)
+	old := acquireRequest{token: uuid.NewString(), length: 1, arrival: fmt.Sprint(r.Now(t)-700) + "000000"}
+	rig.Must(t, errOf(s.runAcquire(t.Context(), id, old)))
+	r.WantLine(t, id, old.token, b, d, a, c)
+	rig.Must(t, errOf(s.release(t.Context(), id, old.token, "")))
+
+	for _, want := range []bool{true, true, false} { // again, it changes nothing
+		token := c
+		if !want {
+			token = old.token
+		}
+		if ok, err := s.moveFirst(t.Context(), id, token); ok != want || err != nil {
+			t.Errorf("got %t, %v, want %t", ok, err, want)
+		}
+		r.WantLine(t, id, c, b, d, a)
+	}
+	r.Do(t, "ZREM", id.seenKey(), c)
+	rig.Eventually(t, 20*time.Second, func() error { return errOf(redis.Float64(r.Do(t, "ZSCORE", id.seenKey(), c), nil)) })
+	loseLine()
+	r.WantLine(t, id, c, b, d, a)
+	for _, token := range []string{c, b, d} {
+		giveBack(t, s, id, holder)
+		wantDone(t, done[token])
+		holder = token
+	}
+	r.WantLine(t, id, a)
 }
 
 // Waiters reclaim a stale token, even without new admissions.
@@ -330,7 +485,7 @@ func TestWaitingText(t *testing.T) {
 			"Redis has just started, was away or has lost data: in 20 s it knows which holders are gone": {1,
 			acquireReply{doubt: 20 * time.Second, place: place{position: 1, waited: 5 * time.Second}}},
 	} {
-		if got := waitingText(testID, c.length, c.a); got != want {
+		if got := waitingText(testID, c.length, waitEnd{}, c.a); got != want {
 			t.Errorf("got %q, want %q", got, want)
 		}
 	}
@@ -363,7 +518,7 @@ func (l *lineUp) beat(t *testing.T, token string) {
 // and one that joins the line.
 func (l *lineUp) wantNoOvertaking(t *testing.T, length int) {
 	t.Helper()
-	token, _, err := l.s.acquire(context.Background(), l.id, "", length, 10*time.Second)
+	token, _, err := l.s.acquire(context.Background(), l.id, "", length, limit{}, 10*time.Second)
 	var full *fullError
 	if !errors.As(err, &full) {
 		t.Fatalf("a pod that does not wait got token %q, %v; %d holders, %d in line",

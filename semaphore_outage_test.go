@@ -754,7 +754,7 @@ func TestHolderReportsLoss(t *testing.T) {
 					t.Fatalf("rejoined %t, %v", rejoined, err)
 				}
 				r.WantCounts(t, id, 0, newcomers+i+1)
-				_, _, err := s.acquire(t.Context(), id, "", 4, time.Second)
+				_, _, err := s.acquire(t.Context(), id, "", 4, limit{}, time.Second)
 				var full *fullError
 				if !errors.As(err, &full) ||
 					newcomers+i+1 < 4 && !strings.Contains(refusal(full), "; Redis has just started, was away or has lost data: in ") {

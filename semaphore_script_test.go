@@ -192,6 +192,7 @@ func TestSilentConnections(t *testing.T) {
 // All connections of a waiter fall silent, the subscribed one too. The waiter still gets
 // a free token within four seconds, whenever it polled last.
 func TestSilentConnectionsOfAWaiter(t *testing.T) {
+	t.Parallel()
 	r := rig.CommonRedis(t)
 	for i := range 8 {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
@@ -586,7 +587,7 @@ func TestAbandonedAdmissions(t *testing.T) {
 			}
 			ctx, cancel := context.WithTimeout(context.Background(), timeout)
 			defer cancel()
-			if token, _, err := w.semaphores.acquire(ctx, id, "", length, 10*time.Second); err == nil {
+			if token, _, err := w.semaphores.acquire(ctx, id, "", length, limit{}, 10*time.Second); err == nil {
 				mu.Lock()
 				defer mu.Unlock()
 				got = append(got, token)
@@ -629,7 +630,7 @@ func TestScriptsAndProgramAgree(t *testing.T) {
 	value := func(name string) string {
 		t.Helper()
 		for i, source := range []string{
-			commonSource, acquireSource, maintainSource, heartbeatSource, releaseSource, keepSource, holdSource,
+			commonSource, acquireSource, maintainSource, heartbeatSource, releaseSource, keepSource, holdSource, setSource,
 		} {
 			want := 0
 			if i == 0 {
@@ -665,6 +666,7 @@ func TestScriptsAndProgramAgree(t *testing.T) {
 			t.Errorf("%s is %s in test/rig, and %s in the program", name, c.suites, c.program)
 		}
 	}
+	wantSeconds("overrideMost", scriptOverrideMost)
 	if got := value("yourTurn"); got != yourTurn || rig.YourTurn != yourTurn {
 		t.Errorf("the scripts call waiters by %q, waiters wait for %q, and suites for %q", got, yourTurn, rig.YourTurn)
 	}
@@ -727,14 +729,14 @@ func guardsAgainstNewPods(t *testing.T, interval time.Duration) bool {
 		if b.status != acquireFull {
 			t.Fatalf("a waiter got %+v with %d of %d holders back", b, back, length)
 		}
-		places, err := s.refreshPlaces(t.Context(), id, 0, nil, []placeRequest{{"gated", 1, length, "gated "}})
+		places, err := s.refreshPlaces(t.Context(), id, 0, nil, []placeRequest{{"gated", 1, 0, length, "gated ", waitEnd{}}})
 		rig.Must(t, err)
 		if len(places.served) > 0 {
 			t.Fatalf("a gate is told of a free token with %d of %d holders back", back, length)
 		}
 		maintain(t, s, id, length)
 		for name, text := range map[string]string{"a pod that does not wait": a.Message,
-			"a waiter": waitingText(id, length, b), "a gated pod": doubtText(places.doubt)} {
+			"a waiter": waitingText(id, length, waitEnd{}, b), "a gated pod": doubtText(places.doubt)} {
 			if back < length && !strings.Contains(text, "; Redis has just started, was away or has lost data: in ") {
 				t.Fatalf("with %d of %d holders back, %s was told %q", back, length, name, text)
 			}
@@ -772,7 +774,7 @@ func TestBirthGuardEnds(t *testing.T) {
 	s := semaphoresOf(t, configWithInterval(r.Address, interval))
 	start := time.Now()
 	rig.Eventually(t, 30*time.Second, func() error {
-		_, _, err := s.acquire(t.Context(), freshID(), "", 1, time.Second)
+		_, _, err := s.acquire(t.Context(), freshID(), "", 1, limit{}, time.Second)
 		return err
 	})
 	t.Logf("the first token came after %s", time.Since(start))

@@ -36,8 +36,14 @@ type semaphoreState struct {
 	oldestHeartbeat time.Duration // since the oldest
 	reclaimed       int           // stale tokens that were taken back since Redis knows the semaphore
 	rejoined        int           // tokens that their holders put back
+	gaveUp          int           // waiters whose time was over, and that left the line
+	ranBeyond       int           // and those that took a token beyond the length
+	setting         setting       // what the owner has set; an override only while it is in force
+	kept            time.Duration // that the keys live at least, for what the owner has set
+	created         time.Time     // when Redis began to know the semaphore
 	abandoned       bool          // no command came for long: its tokens and places count no more
 	touched         float64       // when the last command came, in Unix seconds
+	first           string        // the first in line, when the survey began to read the semaphore
 	timing                        // of its holders
 }
 
@@ -64,9 +70,32 @@ func (t timing) staleAfter() time.Duration { return max(t.threshold, 2*t.lateAft
 // timing returns the timing of this process. That of a semaphore may be longer.
 func (s *semaphores) timing() timing { return timing{s.heartbeatInterval, s.staleThreshold} }
 
+// spoiltErrors are semaphores whose keys another client has replaced: the user of a
+// namespace can. They must not keep others out.
+type spoiltErrors struct{ serverErrors }
+
+// orNil returns the errors as one, or nil.
+func (e *spoiltErrors) orNil() error {
+	if len(e.serverErrors) == 0 {
+		return nil
+	}
+	return *e
+}
+
+// add adds an error of this kind, and returns one of another kind.
+func (e *spoiltErrors) add(err error) (other error) {
+	var more spoiltErrors
+	if err != nil && !errors.As(err, &more) {
+		return err
+	}
+	e.serverErrors = append(e.serverErrors, more.serverErrors...)
+	return nil
+}
+
 // survey returns the state of all semaphores of a namespace, or of all namespaces, in the
 // order of their names. If it cannot read all before ctx is done, it returns those that
-// it has read, and an error.
+// it has read, and an error. The error is spoiltErrors if only such semaphores are left
+// out.
 func (s *semaphores) survey(ctx context.Context, namespace string) ([]semaphoreState, error) {
 	servers, err := s.queue.primaries(ctx)
 	if err != nil {
@@ -82,6 +111,7 @@ func (s *semaphores) survey(ctx context.Context, namespace string) ([]semaphoreS
 	}
 	var states []semaphoreState
 	var errs serverErrors
+	var spoilt spoiltErrors
 	_ = fanOut(ctx, servers, func(ctx context.Context, server *queueServer) (some result, _ error) {
 		if some.states, some.err = s.surveyServer(ctx, server, pattern); some.err != nil {
 			some.err = fmt.Errorf("%s: %w", server, some.err)
@@ -89,8 +119,8 @@ func (s *semaphores) survey(ctx context.Context, namespace string) ([]semaphoreS
 		return some, nil
 	}, func(some result) (enough bool) {
 		states = append(states, some.states...)
-		if some.err != nil {
-			errs = append(errs, some.err)
+		if err := spoilt.add(some.err); err != nil {
+			errs = append(errs, err)
 		}
 		return false
 	})
@@ -98,9 +128,9 @@ func (s *semaphores) survey(ctx context.Context, namespace string) ([]semaphoreS
 	// A semaphore that moved between nodes meanwhile may be there twice.
 	states = slices.CompactFunc(states, func(a, b semaphoreState) bool { return a.id == b.id })
 	if len(errs) > 0 {
-		return states, errs
+		return states, append(errs, spoilt.serverErrors...)
 	}
-	return states, nil
+	return states, spoilt.orNil()
 }
 
 // globQuote escapes the wildcards of a Redis pattern.
@@ -119,6 +149,7 @@ func (s *semaphores) surveyServer(ctx context.Context, server *queueServer,
 	}
 	defer conn.Close()
 	seen := map[semaphoreID]bool{} // SCAN may return a key twice
+	var spoilt spoiltErrors
 	for cursor := "0"; ; {
 		reply, err := redis.Values(redis.DoContext(conn, ctx, "SCAN", cursor, "MATCH", pattern, "COUNT", scanCount))
 		var keys []string
@@ -138,12 +169,12 @@ func (s *semaphores) surveyServer(ctx context.Context, server *queueServer,
 		for batch := range slices.Chunk(ids, surveyBatch) {
 			some, err := s.readStates(ctx, conn, batch)
 			states = append(states, some...)
-			if err != nil {
+			if err := spoilt.add(err); err != nil {
 				return states, err
 			}
 		}
 		if cursor == "0" {
-			return states, nil
+			return states, spoilt.orNil()
 		}
 	}
 }
@@ -158,7 +189,7 @@ func idOfStateKey(key string) (id semaphoreID, ok bool) {
 }
 
 // readStates reads semaphores in three round trips. It leaves out a semaphore that is
-// moving to another node of a Cluster.
+// moving to another node of a Cluster. If it cannot read some, its error is serverErrors.
 func (s *semaphores) readStates(ctx context.Context, conn redis.Conn,
 	ids []semaphoreID) (states []semaphoreState, err error) {
 	now, err := redisTime(ctx, conn)
@@ -166,14 +197,20 @@ func (s *semaphores) readStates(ctx context.Context, conn redis.Conn,
 		return nil, err
 	}
 	for _, id := range ids {
-		err = errors.Join(err, conn.Send("HMGET", append([]any{id.stateKey()}, anySlice(stateFields)...)...))
+		err = errors.Join(err, conn.Send("HMGET", append([]any{id.stateKey()}, anySlice(stateFields)...)...),
+			conn.Send("ZRANGE", id.waitersKey(), 0, 0))
 	}
-	states, err = readEach(ctx, conn, err, ids, 1, func(id semaphoreID, replies []any) (semaphoreState, error) {
-		return s.readState(id, replies[0])
+	states, err = readEach(ctx, conn, err, ids, 2, func(id semaphoreID, replies []any) (semaphoreState, error) {
+		st, err := s.readState(id, now, replies[0])
+		first, wrong := redis.Strings(replies[1], nil)
+		st.first = strings.Join(first, "")
+		return st, errors.Join(err, wrong)
 	})
-	if err != nil {
+	var spoilt spoiltErrors
+	if err := spoilt.add(err); err != nil {
 		return nil, err
 	}
+	err = nil
 	for _, st := range states {
 		id := st.id
 		late, stale := now-st.lateAfter().Seconds(), now-st.staleAfter().Seconds()
@@ -185,17 +222,22 @@ func (s *semaphores) readStates(ctx context.Context, conn redis.Conn,
 			conn.Send("ZRANGE", id.inflightKey(), 0, 0, "WITHSCORES"),
 			conn.Send("ZCARD", id.waitersKey()),
 			conn.Send("ZRANGE", id.waitersKey(), 0, 0, "WITHSCORES"),
+			conn.Send("HMGET", id.namesKey(), st.first+aheadSuffix),
 			conn.Send("ZCOUNT", id.seenKey(), exclusive(now-unheardMost.Seconds()), "+inf"))
 	}
-	return readEach(ctx, conn, err, states, 8, func(st semaphoreState, replies []any) (semaphoreState, error) {
+	states, err = readEach(ctx, conn, err, states, 9, func(st semaphoreState, replies []any) (semaphoreState, error) {
 		err := st.count(now, replies)
 		return st, err
 	})
+	if err := spoilt.add(err); err != nil {
+		return nil, err
+	}
+	return states, spoilt.orNil()
 }
 
 // readEach receives the replies to the commands that were sent for some semaphores, a
 // number for each. sent is the error of sending them. It leaves out a semaphore that is
-// moving.
+// moving; and one that cannot be read, which its error names.
 func readEach[T any](ctx context.Context, conn redis.Conn, sent error, some []T, commands int,
 	read func(one T, replies []any) (semaphoreState, error)) (states []semaphoreState, err error) {
 	if sent != nil || len(some) == 0 {
@@ -205,6 +247,7 @@ func readEach[T any](ctx context.Context, conn redis.Conn, sent error, some []T,
 	if err != nil {
 		return nil, err
 	}
+	var spoilt spoiltErrors
 	for i, one := range some {
 		st, err := read(one, replies[commands*i:commands*(i+1)])
 		var answered redis.Error
@@ -212,11 +255,12 @@ func readEach[T any](ctx context.Context, conn redis.Conn, sent error, some []T,
 			continue
 		}
 		if err != nil {
-			return states, fmt.Errorf("%s: %w", st.id, err)
+			spoilt.serverErrors = append(spoilt.serverErrors, fmt.Errorf("%s: %w", st.id, err))
+			continue
 		}
 		states = append(states, st)
 	}
-	return states, nil
+	return states, spoilt.orNil()
 }
 
 // exclusive formats an exclusive bound of a range of scores.
@@ -234,21 +278,58 @@ func redisTime(ctx context.Context, conn redis.Conn) (float64, error) {
 	return float64(now[0]) + float64(now[1])/1e6, nil
 }
 
+// scriptOverrideMost is the bound of an override that the scripts believe; see
+// overrideMost in semaphore.lua.
+const scriptOverrideMost = mostOverride + 24*time.Hour
+
 // stateFields are the fields of the state that readState reads.
-var stateFields = []string{"length", "reclaimed", "rejoined", "interval", "threshold", "touched"}
+var stateFields = []string{"length", "reclaimed", "rejoined", "interval", "threshold", "touched",
+	"limit", "override", "ends", "note", "by", "kept", "created", "gaveUp", "ranBeyond"}
 
 // readState parses the state of a semaphore.
-func (s *semaphores) readState(id semaphoreID, reply any) (semaphoreState, error) {
+func (s *semaphores) readState(id semaphoreID, now float64, reply any) (semaphoreState, error) {
 	st := semaphoreState{id: id}
 	fields, err := redis.Values(reply, nil)
-	var interval, threshold int
-	if err == nil {
-		_, err = redis.Scan(fields, &st.length, &st.reclaimed, &st.rejoined, &interval, &threshold, &st.touched)
+	if err == nil && len(fields) != len(stateFields) {
+		err = fmt.Errorf("%d fields of the state, not %d", len(fields), len(stateFields))
 	}
+	if err != nil {
+		return st, err
+	}
+	text := func(name string) string {
+		text, _ := redis.String(fields[slices.Index(stateFields, name)], nil)
+		return text
+	}
+	number := func(name string) int { // 0 if it is none: the namespace's user may have written anything
+		n, _ := parseDigits(text(name))
+		return n
+	}
+	st.length, st.reclaimed, st.rejoined = number("length"), number("reclaimed"), number("rejoined")
+	st.gaveUp, st.ranBeyond = number("gaveUp"), number("ranBeyond")
+	st.touched, st.created = float64(number("touched")), time.Unix(int64(number("created")), 0)
 	own := s.timing()
-	st.timing = timing{max(own.interval, time.Duration(interval)*time.Second),
-		max(own.threshold, time.Duration(threshold)*time.Second)}
-	return st, err
+	st.timing = timing{max(own.interval, time.Duration(number("interval"))*time.Second),
+		max(own.threshold, time.Duration(number("threshold"))*time.Second)}
+	if limit, err := redis.Bytes(fields[slices.Index(stateFields, "limit")], nil); err == nil {
+		st.setting.limit = readLimit(limit)
+	}
+	length, hasLength := parseDigits(text("override"))
+	ends := number("ends")
+	if left := float64(ends) - now; hasLength && left > 0 && left <= scriptOverrideMost.Seconds() {
+		st.setting.override = override{length, time.Unix(int64(ends), 0), text("note"), text("by")}
+		st.kept = since(float64(ends), now)
+	}
+	st.kept = max(st.kept, since(float64(number("kept")), now))
+	return st, nil
+}
+
+// readLimit parses the limit in the state. As for the scripts, there is none unless it is
+// a number.
+func readLimit(text []byte) limit {
+	if n, ok := parseDigits(string(text)); ok {
+		return limit{known: true, length: n}
+	}
+	return limit{known: true, length: -1}
 }
 
 // count parses the replies to the commands of readStates about holders and waiters.
@@ -258,19 +339,20 @@ func (st *semaphoreState) count(now float64, replies []any) error {
 			return err
 		}
 	}
-	var oldest, first []any
+	var oldest, first, ahead []any
 	var inLine int
-	_, err := redis.Scan(replies, &st.free, &st.inUse, &st.late, &st.stale, &oldest, &inLine, &first, &st.waiting)
+	_, err := redis.Scan(replies, &st.free, &st.inUse, &st.late, &st.stale, &oldest, &inLine, &first, &ahead, &st.waiting)
 	quiet := since(now, st.touched) > max(unheardMost, st.staleAfter())
 	if left := st.inUse + inLine; left > 0 && quiet && st.inUse == st.stale && st.waiting == 0 {
 		st.abandoned = true
 		st.inUse, st.late, st.stale = 0, 0, 0
 	}
 	if err == nil && st.inUse > 0 {
-		st.oldestHeartbeat, err = age(now, oldest, 1)
+		st.oldestHeartbeat, err = age(now, oldest)
 	}
-	if err == nil && st.waiting > 0 {
-		st.longestWait, err = age(now, first, 1e6)
+	if texts, _ := redis.Strings(slices.Concat(first, ahead), nil); st.waiting > 0 && len(texts) == 3 && texts[0] == st.first {
+		place, _ := strconv.ParseFloat(texts[1], 64)
+		st.longestWait = since(now, (place+readAhead(texts[2]))/1e6)
 	}
 	return err
 }
@@ -278,17 +360,21 @@ func (st *semaphoreState) count(now float64, replies []any) error {
 // expireAbandoned shortens the time to live of abandoned semaphores. Their holders and
 // waiters are gone, or were cut off from Redis for longer than the threshold. If a holder
 // or waiter comes back before the end, the semaphore keeps all. If it comes later, that is
-// as after a loss of data.
+// as after a loss of data. A semaphore stays as long as what the owner has set.
 func (s *semaphores) expireAbandoned(ctx context.Context, states []semaphoreState) error {
 	for _, st := range states {
 		if !st.abandoned {
 			continue
 		}
+		keys := st.id.keys()
+		if st.kept > 0 { // what the owner has set stays
+			keys = slices.DeleteFunc(keys, func(key any) bool { return key == st.id.stateKey() })
+		}
 		server, err := s.queue.find(ctx, st.id)
 		if err != nil {
 			return err
 		}
-		set, err := expireKeys(ctx, server, st.id.keys(), max(abandonedLife, st.staleAfter()))
+		set, err := expireKeys(ctx, server, keys, max(abandonedLife, st.staleAfter()))
 		if err != nil {
 			return fmt.Errorf("%s: %w", server, err)
 		}
@@ -316,14 +402,14 @@ func expireKeys(ctx context.Context, server *queueServer, keys []any, life time.
 	return slices.Contains(replies, 1), err
 }
 
-// age returns the age of the only member of a range, by its score; zero if the range is
-// empty. unit is the number of score units in a second.
-func age(now float64, memberAndScore []any, unit float64) (time.Duration, error) {
+// age returns the age of the only member of a range, by its score in seconds; zero if the
+// range is empty.
+func age(now float64, memberAndScore []any) (time.Duration, error) {
 	if len(memberAndScore) != 2 {
 		return 0, nil
 	}
 	score, err := redis.Float64(memberAndScore[1], nil)
-	return since(now, score/unit), err
+	return since(now, score), err
 }
 
 // since returns how long ago a time was; zero if it is in the future, because the clock
@@ -347,11 +433,18 @@ type tokenState struct {
 	held      time.Duration // or waited; heldUnknown if unknown
 	idle      time.Duration // since its last heartbeat, or since its last request
 	length    int           // of a waiter
-	arrival   float64       // of a waiter: its place in line
+	place     float64       // of a waiter: what orders the line, in Unix microseconds
+	ahead     time.Duration // of a waiter: its place is so much before its arrival
+	ends      waitEnd       // of a waiter
 	stale     bool          // of a token in use
 }
 
 func (t tokenState) name() string { return cmp.Or(t.pod, t.token) }
+
+// left returns the time until a waiter's wait ends, if it does.
+func (t tokenState) left() (left time.Duration, ok bool) {
+	return max(0, t.ends.after-t.held), t.ends.after > 0
+}
 
 // started reports whether a sidecar has confirmed the token of a holder: only a sidecar
 // knows its node. It is true if the pod is unknown.
@@ -423,14 +516,14 @@ func (s *semaphores) readTokens(ctx context.Context, conn redis.Conn, d *semapho
 			stale: idle > d.staleAfter()})
 	}
 	for token, at := range arrivals {
-		d.line = append(d.line, tokenState{token: token, arrival: at, held: since(now, at/1e6)})
+		d.line = append(d.line, tokenState{token: token, place: at})
 	}
 	err = errors.Join(readHolders(ctx, conn, d.id, now, d.holders), readLine(ctx, conn, d.id, now, d.line))
 	d.line = slices.DeleteFunc(d.line, func(w tokenState) bool { return w.idle > unheardMost })
 	byAge := func(a, b tokenState) int { return cmp.Or(cmp.Compare(b.held, a.held), cmp.Compare(a.token, b.token)) }
 	slices.SortFunc(d.holders, byAge)
 	slices.SortFunc(d.line, func(a, b tokenState) int {
-		return cmp.Or(cmp.Compare(a.arrival, b.arrival), cmp.Compare(a.token, b.token))
+		return cmp.Or(cmp.Compare(a.place, b.place), cmp.Compare(a.token, b.token))
 	})
 	return err
 }
@@ -441,7 +534,7 @@ func readHolders(ctx context.Context, conn redis.Conn, id semaphoreID, now float
 	for i, text := range texts {
 		h := &holders[i]
 		var at float64
-		if h.pod, h.node, at = parseName(text); h.pod != "" {
+		if h.pod, h.node, at, _ = parseName(text); h.pod != "" {
 			h.held = since(now, at)
 		}
 	}
@@ -461,10 +554,16 @@ func readLine(ctx context.Context, conn redis.Conn, id semaphoreID, now float64,
 	if err != nil {
 		return err
 	}
+	aheads, err := readNames(ctx, conn, id, line, aheadSuffix)
+	if err != nil {
+		return err
+	}
 	for i := range line {
 		w := &line[i]
-		w.pod, w.node, _ = parseName(texts[i])
+		w.pod, w.node, _, w.ends = parseName(texts[i])
 		w.length, _ = strconv.Atoi(strings.TrimLeft(lengths[i], "+-")) // empty if it has left meanwhile
+		ahead := readAhead(aheads[i])
+		w.ahead, w.held = time.Duration(ahead)*time.Microsecond, since(now, (w.place+ahead)/1e6)
 		err = errors.Join(err, conn.Send("ZSCORE", id.seenKey(), w.token))
 	}
 	if err != nil {
@@ -493,15 +592,30 @@ func readNames(ctx context.Context, conn redis.Conn, id semaphoreID, tokens []to
 	return redis.Strings(redis.DoContext(conn, ctx, "HMGET", fields...))
 }
 
+// aheadSuffix ends the name of a waiter's head start in the hash of names.
+const aheadSuffix = "/ahead"
+
+// readAhead parses a head start, in microseconds: 0 if there is none, or none that a
+// script wrote.
+func readAhead(text string) float64 {
+	n, _ := parseDigits(text)
+	return float64(n)
+}
+
 // parseName parses what the scripts store of a pod; see semaphore.lua.
-func parseName(text string) (pod, node string, since float64) {
+func parseName(text string) (pod, node string, since float64, ends waitEnd) {
 	at, name, _ := strings.Cut(text, " ")
-	pod, node, _ = strings.Cut(name, " ")
+	pod, name, _ = strings.Cut(name, " ")
+	node, name, _ = strings.Cut(name, " ")
+	wait, then, _ := strings.Cut(name, " ")
 	since, err := strconv.ParseFloat(at, 64)
 	if err != nil || newPodName(pod, node) == "" {
-		return "", "", 0
+		return "", "", 0, waitEnd{}
 	}
-	return pod, node, since
+	if n, ok := parseDigits(wait); ok {
+		ends = waitEnd{time.Duration(n) * time.Second, then}
+	}
+	return pod, node, since, ends
 }
 
 const (
@@ -521,24 +635,52 @@ type semaphoreGauge struct {
 	desc  *prometheus.Desc
 	kind  prometheus.ValueType
 	value func(semaphoreState) float64
+	has   func(semaphoreState) bool // nil: all semaphores have the metric
 }
 
 func gauge(name, help string, value func(semaphoreState) float64) semaphoreGauge {
-	return newSemaphoreGauge(name, help, prometheus.GaugeValue, value)
+	return newSemaphoreGauge(name, help, nil, prometheus.GaugeValue, value)
 }
 
 func counter(name, help string, value func(semaphoreState) float64) semaphoreGauge {
-	return newSemaphoreGauge(name, help, prometheus.CounterValue, value)
+	return newSemaphoreGauge(name, help, nil, prometheus.CounterValue, value)
 }
 
-func newSemaphoreGauge(name, help string, kind prometheus.ValueType,
-	value func(semaphoreState) float64) semaphoreGauge {
-	return semaphoreGauge{prometheus.NewDesc(metricsPrefix+name, help, []string{"namespace", "key"}, nil), kind, value}
+// leftCounter counts the pods whose time in line was over, and that did then what reason says.
+func leftCounter(reason string, value func(semaphoreState) float64) semaphoreGauge {
+	return newSemaphoreGauge("left_total", "Pods of the semaphore whose time in line was over: "+
+		"they failed, or run with a token beyond the length.",
+		prometheus.Labels{"reason": reason}, prometheus.CounterValue, value)
 }
+
+func newSemaphoreGauge(name, help string, labels prometheus.Labels, kind prometheus.ValueType,
+	value func(semaphoreState) float64) semaphoreGauge {
+	desc := prometheus.NewDesc(metricsPrefix+name, help, []string{"namespace", "key"}, labels)
+	return semaphoreGauge{desc: desc, kind: kind, value: value}
+}
+
+// only limits a metric to the semaphores that have it.
+func (g semaphoreGauge) only(has func(semaphoreState) bool) semaphoreGauge {
+	g.has = has
+	return g
+}
+
+// isSet reports whether a length is set that counts for all pods.
+func (s setting) isSet() bool { return !s.override.until.IsZero() || s.limit.isSet() }
 
 var semaphoreGauges = []semaphoreGauge{
 	gauge("length", "Greatest length that pods of the semaphore asked for lately.",
 		func(s semaphoreState) float64 { return float64(s.length) }),
+	gauge("limit", "Length in force that the owner of the resource has set; missing if none is set.",
+		func(s semaphoreState) float64 { return float64(s.setting.lengthFor(s.length)) }).
+		only(func(s semaphoreState) bool { return s.setting.isSet() }),
+	gauge("paused", "1 while the length that the owner has set is 0, else 0.",
+		func(s semaphoreState) float64 {
+			if s.setting.isSet() && s.setting.lengthFor(s.length) == 0 {
+				return 1
+			}
+			return 0
+		}),
 	gauge("queue", "Free tokens of the semaphore.",
 		func(s semaphoreState) float64 { return float64(s.free) }),
 	gauge("inflight", "Tokens of the semaphore in use.",
@@ -558,6 +700,8 @@ var semaphoreGauges = []semaphoreGauge{
 	counter("rejoined_tokens_total",
 		"Tokens of the semaphore that their holders put back: they had been reclaimed, or lost with Redis.",
 		func(s semaphoreState) float64 { return float64(s.rejoined) }),
+	leftCounter(whenWaitedFail, func(s semaphoreState) float64 { return float64(s.gaveUp) }),
+	leftCounter(whenWaitedRun, func(s semaphoreState) float64 { return float64(s.ranBeyond) }),
 }
 
 // Metrics of the survey itself.
@@ -579,6 +723,9 @@ type surveyor struct {
 	surveys    flights[struct{}, *surveyResult]
 	limit      logLimiter
 }
+
+// mostSpoilt bounds what a line of the log says of spoilt semaphores, in bytes.
+const mostSpoilt = 1000
 
 // surveyResult is the part of a survey that scrapes export.
 type surveyResult struct {
@@ -613,6 +760,9 @@ func (v *surveyor) Collect(metrics chan<- prometheus.Metric) {
 	result := survey.state
 	for _, st := range result.shown {
 		for _, g := range semaphoreGauges {
+			if g.has != nil && !g.has(st) {
+				continue
+			}
 			metrics <- prometheus.MustNewConstMetric(g.desc, g.kind, g.value(st), st.id.namespace, st.id.key)
 		}
 	}
@@ -636,10 +786,16 @@ func (v *surveyor) read(result *surveyResult) error {
 	defer cancel()
 	start := time.Now()
 	states, err := v.semaphores.survey(ctx, "")
+	var spoilt spoiltErrors
+	if err = spoilt.add(err); spoilt.orNil() != nil {
+		if _, ok := v.limit.allow(); ok {
+			v.semaphores.log.Warn("semaphores are spoilt, and have no metrics", "error", truncate(spoilt.Error(), mostSpoilt))
+		}
+	}
 	err = errors.Join(err, v.semaphores.expireAbandoned(ctx, states))
 	result.took = time.Since(start)
 	states = slices.DeleteFunc(states, func(st semaphoreState) bool { // keys of another program may not even be text
-		return !isObjectName(st.id.namespace) || checkKey(st.id.key) != ""
+		return st.id.namespace != shared && !isObjectName(st.id.namespace) || checkKey(st.id.key) != ""
 	})
 	slices.SortStableFunc(states, func(a, b semaphoreState) int {
 		return cmp.Or(cmp.Compare(b.waiting, a.waiting), cmp.Compare(b.inUse, a.inUse))

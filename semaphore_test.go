@@ -151,7 +151,7 @@ func TestDisagreementOnLength(t *testing.T) {
 	for i := range 20 {
 		wg.Go(func() {
 			for range 10 {
-				token, _, err := s.acquire(ctx, id, "", 20+i, 10*time.Second)
+				token, _, err := s.acquire(ctx, id, "", 20+i, limit{}, 10*time.Second)
 				if err == nil {
 					_, err = s.release(ctx, id, token, "")
 				}
@@ -254,7 +254,7 @@ func TestLockOnlyForRepair(t *testing.T) {
 	wantFullError(t, s, id, 3, 3)
 
 	r.MakeStale(t, id, token)
-	_, _, err := s.acquire(context.Background(), id, "", 3, 10*time.Second)
+	_, _, err := s.acquire(context.Background(), id, "", 3, limit{}, 10*time.Second)
 	if err == nil || !strings.Contains(err.Error(), "lock Redis "+r.Address) {
 		t.Errorf("got %v, want an error about the unreachable lock server", err)
 	}
@@ -268,13 +268,13 @@ func TestAdmissionWaitsForTheLock(t *testing.T) {
 
 	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 	defer cancel()
-	_, _, err = s.acquire(ctx, id, "", 1, 10*time.Second)
+	_, _, err = s.acquire(ctx, id, "", 1, limit{}, 10*time.Second)
 	if !errors.Is(err, context.DeadlineExceeded) {
 		t.Fatalf("got %v, want the deadline exceeded", err)
 	}
 	done := make(chan error)
 	go func() {
-		_, _, err := s.acquire(context.Background(), id, "", 1, 10*time.Second)
+		_, _, err := s.acquire(context.Background(), id, "", 1, limit{}, 10*time.Second)
 		done <- err
 	}()
 	rig.Must(t, unlock(context.Background()))
@@ -309,7 +309,7 @@ func TestOneRepairPerProcess(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 100 {
 		wg.Go(func() {
-			if _, _, err := s.acquire(context.Background(), id, "", 100, 10*time.Second); err != nil {
+			if _, _, err := s.acquire(context.Background(), id, "", 100, limit{}, 10*time.Second); err != nil {
 				t.Error(err)
 			}
 		})
@@ -326,7 +326,7 @@ func TestOneRepairPerProcess(t *testing.T) {
 func places(n int, arrival int64, length int) (all []placeRequest) {
 	for i := range n {
 		name := newPodName(fmt.Sprintf("pod-%d", i), "")
-		all = append(all, placeRequest{uuid.NewString(), arrival + int64(i), length, name})
+		all = append(all, placeRequest{uuid.NewString(), arrival + int64(i), 0, length, name, waitEnd{}})
 	}
 	return all
 }
@@ -490,7 +490,7 @@ func TestHoldersAreNamed(t *testing.T) {
 // stores since when it holds its token.
 func TestWaitersAreNamed(t *testing.T) {
 	r, s, id := newSemaphore(t)
-	holder, _, err := s.acquire(t.Context(), id, "web-a node-1", 1, time.Second)
+	holder, _, err := s.acquire(t.Context(), id, "web-a node-1", 1, limit{}, time.Second)
 	rig.Must(t, err)
 	t.Setenv("POD_NAME", "web-b")
 	t.Setenv("NODE_NAME", "node-2")
@@ -517,7 +517,7 @@ func TestWaitersAreNamed(t *testing.T) {
 func TestReclaimDeletesNames(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	const stale = 2500
-	live, _, err := s.acquire(t.Context(), id, "live node-1", maxLength, time.Second)
+	live, _, err := s.acquire(t.Context(), id, "live node-1", maxLength, limit{}, time.Second)
 	rig.Must(t, err)
 	var tokens, names []any
 	for range stale {
@@ -597,7 +597,7 @@ func TestRefusedForTheLine(t *testing.T) {
 	token := acquire(t, s, id, 1)
 	standInLine(t, r, s, id, false)
 	giveBack(t, s, id, token)
-	_, _, err := s.acquire(context.Background(), id, "", 1, time.Second)
+	_, _, err := s.acquire(context.Background(), id, "", 1, limit{}, time.Second)
 	var full *fullError
 	want := fmt.Sprintf("no semaphore available: %s has 0 of 1 tokens in use; 1 waiting in line", id)
 	if !errors.As(err, &full) || refusal(full) != want {
@@ -682,7 +682,7 @@ func TestStrayAcquireDuringARepair(t *testing.T) {
 		giveUp()
 		<-ctx.Done()
 	}}
-	if _, _, err := s.acquire(ctx, id, "", 1, time.Second); err == nil {
+	if _, _, err := s.acquire(ctx, id, "", 1, limit{}, time.Second); err == nil {
 		t.Fatal("the acquire has not given up")
 	}
 	r.WantCounts(t, id, 1, 0)
@@ -698,7 +698,7 @@ func TestLossOfInflight(t *testing.T) {
 	const length = 3
 	var tokens []string
 	for i := range length {
-		token, _, err := s.acquire(ctx, id, newPodName(fmt.Sprintf("web-%d", i), "node"), length, time.Second)
+		token, _, err := s.acquire(ctx, id, newPodName(fmt.Sprintf("web-%d", i), "node"), length, limit{}, time.Second)
 		rig.Must(t, err)
 		tokens = append(tokens, token)
 	}

@@ -560,7 +560,7 @@ func TestSetupTwice(t *testing.T) {
 	i.start("webhook-1")
 	i.start("webhook-2")
 	i.load()
-	for range 3 {
+	for range 2 {
 		i.forget(secretAuthority, "")
 		i.forget(secretOfPath, "secret")
 		for n := range 12 {

@@ -66,11 +66,15 @@ type userTimes struct {
 	// A pod that is created within handOut of the making of a password may have got the one
 	// before. What is not handed out within half of that is dated anew.
 	handOut time.Duration
+
+	// unlisted is how long a namespace keeps a shared semaphore that the settings no
+	// longer give it: the kubelet takes up to two minutes to write the webhooks' file.
+	unlisted time.Duration
 }
 
 func newUserTimes() userTimes {
 	return userTimes{every: 10 * time.Second, retry: 2 * time.Second, gather: 100 * time.Millisecond,
-		pods: 30 * time.Second, old: 10 * time.Minute, handOut: 2 * time.Minute}
+		pods: 30 * time.Second, old: 10 * time.Minute, handOut: 2 * time.Minute, unlisted: 3 * time.Minute}
 }
 
 // userKeeper makes the users of Redis, and what labelled namespaces need. It compares what
@@ -87,7 +91,8 @@ type userKeeper struct {
 	ofHome   *mirror[*corev1.Secret]
 	ofAll    *mirror[*corev1.Secret]    // for the sidecars, in all namespaces
 	labelled *mirror[*corev1.Namespace] // with labelSidecars
-	changed  wakeup                     // something that a watch tells has changed
+	owners   func() (s ownerSettings, known bool)
+	changed  wakeup // something that a watch tells has changed
 	log      *slog.Logger
 
 	// Only look uses these.
@@ -98,6 +103,8 @@ type userKeeper struct {
 	login   string                          // the newest password of setup that all servers accept
 	pods    map[string]podsSeen             // by namespace
 	said    map[string]saidProblem          // by subject
+
+	unlisted map[string]time.Time // when the settings stopped to give a user a shared key, by USER KEY
 
 	shownMu sync.Mutex // guards the fields below
 	shown   userCounts
@@ -116,7 +123,8 @@ type writtenSecret struct {
 // podsSeen is what a look at the pods of a namespace has found.
 type podsSeen struct {
 	at     time.Time
-	oldest time.Time // creation of the oldest pod with a sidecar; zero: there is none
+	oldest time.Time       // creation of the oldest pod with a sidecar; zero: there is none
+	shared map[string]bool // keys of shared semaphores that a sidecar names
 }
 
 // userCounts are the values of metrics.
@@ -127,9 +135,9 @@ type userCounts struct {
 
 // newUserKeeper returns a userKeeper that reads the Secrets of our own namespace from
 // ofHome, whose changes wake it.
-func newUserKeeper(c setupConfig, k *kubernetes, ofHome *mirror[*corev1.Secret], changed wakeup,
-	log *slog.Logger) *userKeeper {
-	u := &userKeeper{config: c, times: newUserTimes(), k: k, ofHome: ofHome, changed: changed, log: log,
+func newUserKeeper(c setupConfig, k *kubernetes, ofHome *mirror[*corev1.Secret],
+	owners func() (s ownerSettings, known bool), changed wakeup, log *slog.Logger) *userKeeper {
+	u := &userKeeper{config: c, times: newUserTimes(), k: k, ofHome: ofHome, owners: owners, changed: changed, log: log,
 		written: map[string]writtenSecret{}, made: map[string]string{}, pods: map[string]podsSeen{},
 		said: map[string]saidProblem{}}
 	u.ofAll = k.secretsNamed(c.sidecarRedisSecret, changed.wake)
@@ -185,6 +193,7 @@ type userLook struct {
 	namespaces map[string]*corev1.Namespace // by name
 
 	accepted userPasswords     // what Redis should accept
+	sharing  sharedKeys        // and for which shared semaphores
 	pending  map[string]string // passwords to hand out, by namespace
 	counts   userCounts
 	soon     bool // something is to be done soon
@@ -324,7 +333,61 @@ func (l *userLook) decide(ctx context.Context) {
 	for namespace := range rest {
 		l.leave(ctx, namespace)
 	}
+	l.share(ctx)
 	l.fit(listed)
+}
+
+// share works out which shared semaphores each namespace may use: those of the settings;
+// and those that it could use before, while one of its pods does, or a webhook that has
+// not heard of the change may admit one. Without settings, each keeps what it has.
+func (l *userLook) share(ctx context.Context) {
+	owners, known := l.owners()
+	before := parseSharedKeys(value(l.users, usersFile))
+	l.sharing = sharedKeys{}
+	unlisted, isMore := map[string]time.Time{}, false
+	for user := range l.accepted {
+		namespace, ok := strings.CutPrefix(user, sidecarUsers)
+		if !ok {
+			continue
+		}
+		var keys []string
+		if _, isOpen := l.namespaces[namespace]; isOpen && known {
+			keys = owners.sharedBy(namespace)
+		}
+		isMore = isMore || slices.ContainsFunc(keys, func(key string) bool { return !slices.Contains(before[user], key) })
+		for _, key := range before[user] {
+			if slices.Contains(keys, key) {
+				continue
+			}
+			if subject := user + " " + key; known {
+				if unlisted[subject] = time.Now(); !l.unlisted[subject].IsZero() {
+					unlisted[subject] = l.unlisted[subject]
+				}
+				if time.Since(unlisted[subject]) >= l.times.unlisted && !l.usesShared(ctx, namespace, key) {
+					continue
+				}
+			}
+			keys = append(keys, key)
+		}
+		if slices.Sort(keys); keys != nil {
+			l.sharing[user] = keys
+		}
+	}
+	l.unlisted = unlisted
+	if isMore && l.size() > maxSecret {
+		for user, keys := range l.sharing {
+			l.sharing[user] = slices.DeleteFunc(keys, func(key string) bool { return !slices.Contains(before[user], key) })
+		}
+		l.problem("Secret "+usersSecret, fmt.Errorf("it holds at most %d bytes: no namespace gets more shared semaphores; "+
+			"list fewer namespaces in the ConfigMap %s", maxSecret, ownerMap))
+	}
+}
+
+// usesShared reports whether a namespace has a pod whose sidecar uses a shared semaphore,
+// or may have.
+func (l *userLook) usesShared(ctx context.Context, namespace, key string) bool {
+	_, err := l.oldestPod(ctx, namespace)
+	return err != nil || l.pods[namespace].shared[key]
 }
 
 // accept makes users accept a password, and returns it. If there is none, it makes one.
@@ -452,11 +515,14 @@ func (l *userLook) oldestPod(ctx context.Context, namespace string) (time.Time, 
 	if seen, ok := l.pods[namespace]; ok && time.Since(seen.at) < l.times.pods {
 		return seen.oldest, nil
 	}
-	seen := podsSeen{at: time.Now()}
+	seen := podsSeen{at: time.Now(), shared: map[string]bool{}}
 	err := l.k.eachPod(ctx, namespace, "", func(p *corev1.Pod) {
 		created := p.CreationTimestamp.Time
 		if hasSidecar(p) && (seen.oldest.IsZero() || created.Before(seen.oldest)) {
 			seen.oldest = created
+		}
+		for _, key := range sharedKeysOf(p) {
+			seen.shared[key] = true
 		}
 	})
 	if err != nil {
@@ -474,13 +540,26 @@ func hasSidecar(p *corev1.Pod) bool {
 		slices.ContainsFunc(slices.Concat(p.Spec.InitContainers, p.Spec.Containers), isSidecar)
 }
 
+// sharedKeysOf returns the keys of the shared semaphores that the sidecar of a pod may
+// use.
+func sharedKeysOf(p *corev1.Pod) (keys []string) {
+	if !hasSidecar(p) {
+		return nil
+	}
+	for _, c := range slices.Concat(p.Spec.InitContainers, p.Spec.Containers) {
+		if n := len(c.Args); c.Name == sidecarName && n > 1 && strings.HasPrefix(c.Args[n-2], shared) {
+			keys = append(keys, strings.TrimPrefix(c.Args[n-2], shared))
+		}
+	}
+	return keys
+}
+
 // fit leaves out new namespaces, the last by name, if usersSecret would be too large for
 // Kubernetes.
 func (l *userLook) fit(listed userPasswords) {
-	size, open := 1<<10, 0 // for the user default, and setupLogin
+	size, open := l.size(), 0
 	var added []string
 	for user := range l.accepted {
-		size += l.sizeOf(user)
 		if namespace, ok := strings.CutPrefix(user, sidecarUsers); ok {
 			open++
 			if listed[user] == nil {
@@ -504,12 +583,21 @@ func (l *userLook) fit(listed userPasswords) {
 	}
 }
 
+// size returns the bytes of usersSecret, or a few more.
+func (l *userLook) size() int {
+	size := 1 << 10 // for the user default, and setupLogin
+	for user := range l.accepted {
+		size += l.sizeOf(user)
+	}
+	return size
+}
+
 // sizeOf returns the bytes of a user in usersSecret.
 func (l *userLook) sizeOf(user string) int {
 	one := userPasswords{user: l.accepted[user]}
 	size := len(one.text())
 	for _, duty := range l.config.duties() {
-		size += len("user  \n") + len(user) + len(one.users(duty)[user])
+		size += len("user  \n") + len(user) + len(one.users(duty, l.sharing)[user])
 	}
 	return size
 }
@@ -522,9 +610,9 @@ func (l *userLook) save(ctx context.Context) error {
 	}
 	duties, text := l.config.duties(), l.accepted.text()
 	data := map[string][]byte{passwordsFile: []byte(text), setupLogin: []byte(login),
-		usersFile: []byte(l.accepted.file(duties[0]))}
+		usersFile: []byte(l.accepted.file(duties[0], l.sharing))}
 	if len(duties) > 1 {
-		data[locksFile] = []byte(l.accepted.file(holdsLocks))
+		data[locksFile] = []byte(l.accepted.file(holdsLocks, l.sharing))
 	}
 	if l.users == nil || !maps.EqualFunc(data, l.users.Data, bytes.Equal) {
 		var err error
@@ -532,10 +620,10 @@ func (l *userLook) save(ctx context.Context) error {
 			return err
 		}
 	}
-	if l.wanted == nil || text != l.saved {
-		l.wanted, l.saved = map[redisDuty]map[string]string{}, text
+	if saved := text + string(data[usersFile]); l.wanted == nil || saved != l.saved {
+		l.wanted, l.saved = map[redisDuty]map[string]string{}, saved
 		for _, duty := range duties {
-			l.wanted[duty] = l.accepted.users(duty)
+			l.wanted[duty] = l.accepted.users(duty, l.sharing)
 		}
 	}
 	return nil

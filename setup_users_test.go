@@ -5,15 +5,18 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
+	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
@@ -24,6 +27,9 @@ type usersTest struct {
 	api    *rig.APIServer
 	config setupConfig
 	times  userTimes
+	owners atomic.Pointer[ownerSettings]
+
+	unheard atomic.Bool // the settings are not known
 }
 
 const (
@@ -33,12 +39,23 @@ const (
 
 func newUsersTest(t *testing.T) *usersTest {
 	t.Helper()
-	u := &usersTest{t, rig.StartAPIServer(t),
-		setupConfig{namespace: usersHome, sidecarRedisSecret: sidecarSecret}, newUserTimes()}
+	u := &usersTest{T: t, api: rig.StartAPIServer(t), times: newUserTimes(),
+		config: setupConfig{namespace: usersHome, sidecarRedisSecret: sidecarSecret}}
 	u.times.every, u.times.retry, u.times.gather = time.Second, 200*time.Millisecond, 10*time.Millisecond
 	u.times.pods = 100 * time.Millisecond
 	u.namespace(usersHome)
 	return u
+}
+
+// settings returns what owners have set.
+func (u *usersTest) settings() (s ownerSettings, known bool) {
+	if u.unheard.Load() {
+		return s, false
+	}
+	if s := u.owners.Load(); s != nil {
+		return *s, true
+	}
+	return ownerSettings{}, true
 }
 
 // namespace creates a namespace without the label.
@@ -83,7 +100,7 @@ func (u *usersTest) start() (keeper *userKeeper, log *rig.Log, stop func()) {
 	rig.Must(u.T, err)
 	changed := newWakeup()
 	ofHome := k.secretsOf(usersHome, changed.wake)
-	keeper = newUserKeeper(u.config, k, ofHome, changed, to)
+	keeper = newUserKeeper(u.config, k, ofHome, u.settings, changed, to)
 	keeper.times = u.times
 	ctx, cancel := context.WithCancel(context.Background())
 	var all sync.WaitGroup
@@ -571,7 +588,7 @@ func TestTooManyNamespaces(t *testing.T) {
 		}
 	}
 	l.fit(listed)
-	n, size := 0, len(l.accepted.text())+len(l.accepted.file(holdsAll))
+	n, size := 0, len(l.accepted.text())+len(l.accepted.file(holdsAll, l.sharing))
 	for user := range l.accepted {
 		if strings.HasPrefix(user, sidecarUsers) {
 			n++
@@ -604,4 +621,324 @@ func TestUserHasFewPasswords(t *testing.T) {
 	if all := l.accepted["sidecar/shop"]; len(all) != maxPasswords || all[0].hash != hashPassword("99") {
 		t.Errorf("%d passwords, want %d, the newest first", len(all), maxPasswords)
 	}
+}
+
+// limitsTest is a limitKeeper with a Redis of our users, as a webhook serves it.
+type limitsTest struct {
+	*usersTest
+	redis  *rig.Redis
+	reader *semaphores
+	keeper *limitKeeper
+	log    *rig.Log
+}
+
+// startLimits starts a limitKeeper on a queue, after begin.
+func startLimits(t *testing.T, r *rig.Redis, address string, begin ...func(*limitsTest)) *limitsTest {
+	t.Helper()
+	u := newUsersTest(t)
+	c := testConfig(address)
+	c.queueRedisAddress = mustAddress(address)
+	c.redis = redisSettings{username: "webhook", password: "webhook"}
+	u.config.queue = settings{queueRedisAddress: c.queueRedisAddress, heartbeatInterval: 30 * time.Second,
+		staleThreshold: 2 * time.Minute}
+	_, status := u.api.Store.Secrets.Create(&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: usersHome, Name: ownSecret},
+		Data: map[string][]byte{"status-password": []byte("status")}})
+	u.wantOK(status)
+	l := &limitsTest{usersTest: u, redis: r, reader: semaphoresOf(t, c), log: new(rig.Log)}
+	log := slog.New(slog.NewJSONHandler(l.log, nil))
+	k, err := newKubernetes(clientSettings(u.api), log)
+	rig.Must(t, err)
+	secrets := k.secretsOf(usersHome, func() {})
+	l.keeper = newLimitKeeper(u.config, k, secrets, func() {}, log)
+	for _, do := range begin {
+		do(l)
+	}
+	for _, run := range []func(context.Context){k.run, secrets.run, l.keeper.run} {
+		inBackground(t, run)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("log of setup:\n%s", l.log)
+		}
+	})
+	return l
+}
+
+// write writes the ConfigMap.
+func (l *limitsTest) write(lines ...string) *corev1.ConfigMap {
+	l.Helper()
+	data := map[string]string{ownerMap: strings.Join(lines, "\n") + "\n"}
+	m, missing := l.api.Store.ConfigMaps.Change(usersHome, ownerMap, func(m *corev1.ConfigMap) { m.Data = data })
+	if missing != nil {
+		var status *metav1.Status
+		m, status = l.api.Store.ConfigMaps.Create(&corev1.ConfigMap{
+			ObjectMeta: metav1.ObjectMeta{Namespace: usersHome, Name: ownerMap}, Data: data})
+		l.wantOK(status)
+	}
+	return m
+}
+
+// refuseMaps makes the API server refuse all requests for ConfigMaps while refuses says so.
+func (l *limitsTest) refuseMaps(refuses func() bool) {
+	l.api.Fail(func(w http.ResponseWriter, r *http.Request) bool {
+		isRefused := strings.Contains(r.URL.Path, "/configmaps") && refuses()
+		if isRefused {
+			rig.Respond(w, 0, nil, rig.Failure(http.StatusForbidden, metav1.StatusReasonForbidden, "said on purpose"))
+		}
+		return isRefused
+	})
+}
+
+// wantLimits waits until Redis knows these limits; -1 is: there is none.
+func (l *limitsTest) wantLimits(want map[semaphoreID]int) {
+	l.Helper()
+	rig.Eventually(l.T, 20*time.Second, func() error {
+		for id, length := range want {
+			d, err := l.reader.inspect(l.Context(), id)
+			if err != nil || d.setting.limit != (limit{true, length}) {
+				return fmt.Errorf("%s has %+v, %v; want %d", id, d.setting.limit, err, length)
+			}
+		}
+		return nil
+	})
+}
+
+// wantFailing waits until the metric of the step has a value, and returns its error.
+func (l *limitsTest) wantFailing(want float64) (text string) {
+	l.Helper()
+	registry := prometheus.NewRegistry()
+	l.keeper.register(registry)
+	rig.Eventually(l.T, 20*time.Second, func() error {
+		families, err := registry.Gather()
+		rig.Must(l.T, err)
+		_, failed := l.keeper.state()
+		if text = fmt.Sprint(failed); families[0].GetMetric()[0].GetGauge().GetValue() != want {
+			return fmt.Errorf("failing is not %v: %s", want, text)
+		}
+		return nil
+	})
+	return text
+}
+
+// use makes Redis know a semaphore, as a sidecar does.
+func (l *limitsTest) use(id semaphoreID) {
+	l.Helper()
+	l.redis.Heartbeat(l.T, rig.ID{Namespace: id.namespace, Key: id.key}, uuid.NewString(), "", 0)
+}
+
+var web, mail = semaphoreID{"shop", "web"}, semaphoreID{"shop", "mail"}
+
+// Redis knows what the ConfigMap says, also of semaphores that are made later, and again
+// after it has lost all. A bad ConfigMap changes nothing, and tells its owner.
+func TestLimitsOfTheConfigMap(t *testing.T) {
+	t.Parallel()
+	r := startUsersRedis(t, samplePasswords())
+	rig.Must(t, r.LoadScripts())
+	l := startLimits(t, r.Redis, r.Address)
+	l.use(web)
+	l.wantFailing(0)
+	if d, err := l.reader.inspect(t.Context(), web); err != nil || d.setting.limit.known {
+		t.Errorf("without a ConfigMap, Redis knows of %+v, %v", d.setting.limit, err)
+	}
+
+	l.write("shop/web length=3", "shop/* length=10", "@matlab length=5 namespaces=shop")
+	matlab := semaphoreID{shared, "matlab"}
+	l.wantLimits(map[semaphoreID]int{web: 3, matlab: 5})
+	l.use(mail)
+	l.wantLimits(map[semaphoreID]int{mail: 10})
+	l.write("shop/web length=0")
+	l.wantLimits(map[semaphoreID]int{web: 0, mail: -1, matlab: -1})
+
+	bad := l.write("shop/web length=7", "shop/mail length=many")
+	if text := l.wantFailing(1); !strings.Contains(text, `line 2: length is "many"`) {
+		t.Errorf("the step says %s", text)
+	}
+	rig.Eventually(t, 10*time.Second, func() error {
+		for _, e := range l.api.Store.EventsOf(usersHome) {
+			if about := e.Regarding; e.Reason == reasonSettings && about.Kind == "ConfigMap" && about.UID == bad.UID &&
+				strings.Contains(e.Note, "line 2: ") {
+				return nil
+			}
+		}
+		return errors.New("no event of the ConfigMap tells of line 2")
+	})
+	r.Do(t, "FLUSHALL")
+	l.use(mail)
+	l.wantLimits(map[semaphoreID]int{web: 0})
+	l.log.WantLines(t, "the ConfigMap of semaphores is not taken, what it held before stays in force", 1)
+	if lines := l.log.Lines(t, "a step failed, to be repeated"); len(lines) > 0 {
+		t.Errorf("logged again: %v", lines)
+	}
+
+	l.write("shop/web length=7")
+	l.wantLimits(map[semaphoreID]int{web: 7})
+	l.wantFailing(0)
+	_, status := l.api.Store.ConfigMaps.Delete(usersHome, ownerMap)
+	l.wantOK(status)
+	l.wantLimits(map[semaphoreID]int{web: -1})
+}
+
+// A setup that starts with a bad ConfigMap leaves Redis alone. So does one that does not
+// hear of it.
+func TestLimitsAreUnknownAtTheStart(t *testing.T) {
+	t.Parallel()
+	for name, begin := range map[string]func(*limitsTest){
+		"bad": func(l *limitsTest) { l.write("shop/web") },
+		"no key": func(l *limitsTest) {
+			l.write()
+			_, status := l.api.Store.ConfigMaps.Change(usersHome, ownerMap, func(m *corev1.ConfigMap) {
+				m.Data = map[string]string{"lengths.txt": "shop/web length=4"}
+			})
+			l.wantOK(status)
+		},
+		"unheard": func(l *limitsTest) {
+			l.refuseMaps(func() bool { return true })
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := startUsersRedis(t, samplePasswords())
+			rig.Must(t, r.LoadScripts())
+			l := startLimits(t, r.Redis, r.Address, func(l *limitsTest) {
+				rig.Must(t, l.reader.setLimit(t.Context(), web, limit{true, 3}, time.Hour, false))
+				begin(l)
+			})
+			l.wantFailing(1)
+			if _, known := l.keeper.settings(); known {
+				t.Error("the settings are known")
+			}
+			l.wantLimits(map[semaphoreID]int{web: 3})
+			if n := r.CommandCalls(t)["scan"]; n > 0 {
+				t.Errorf("setup has read Redis %d times", n)
+			}
+			l.api.Fail(nil)
+			l.write("shop/web length=4")
+			l.wantLimits(map[semaphoreID]int{web: 4})
+			l.wantFailing(0)
+		})
+	}
+}
+
+// A limit that Redis knows is replaced only if the API server confirms the ConfigMap now:
+// a webhook, or another setup, may have heard of a newer one. A missing limit is written.
+func TestLimitsOfAnOldView(t *testing.T) {
+	t.Parallel()
+	r := startUsersRedis(t, samplePasswords())
+	rig.Must(t, r.LoadScripts())
+	l := startLimits(t, r.Redis, r.Address)
+	l.write("shop/web length=3", "shop/mail length=2")
+	l.wantLimits(map[semaphoreID]int{web: 3, mail: 2})
+	var cut atomic.Bool
+	cut.Store(true)
+	l.refuseMaps(cut.Load)
+	rig.Must(t, l.reader.setLimit(t.Context(), web, limit{true, 0}, time.Hour, false))
+	r.Do(t, "DEL", mail.stateKey())
+	l.wantLimits(map[semaphoreID]int{mail: 2})
+	if text := l.wantFailing(1); !strings.Contains(text, "said on purpose") {
+		t.Errorf("the step fails: %s", text)
+	}
+	l.wantLimits(map[semaphoreID]int{web: 0})
+	cut.Store(false)
+	l.wantLimits(map[semaphoreID]int{web: 3})
+	l.wantFailing(0)
+}
+
+// A semaphore that a namespace's user has spoilt keeps setup neither from the limits of
+// others, nor from telling of overrides.
+func TestLimitsBesideASpoiltSemaphore(t *testing.T) {
+	t.Parallel()
+	r := startUsersRedis(t, samplePasswords())
+	rig.Must(t, r.LoadScripts())
+	r.Do(t, "RPUSH", semaphoreID{"blog", "spoilt"}.stateKey(), "x")
+	l := startLimits(t, r.Redis, r.Address)
+	l.write("shop/web length=3")
+	l.wantLimits(map[semaphoreID]int{web: 3})
+	_, _, err := l.reader.setOverride(t.Context(), web, override{length: 1}, time.Hour)
+	rig.Must(t, err)
+	l.log.WantLines(t, "override seen", 1)
+	l.wantFailing(0)
+}
+
+// The log tells overrides that Redis has lost from those that a person has cleared.
+func TestOverridesThatEnd(t *testing.T) {
+	t.Parallel()
+	r := startUsersRedis(t, samplePasswords())
+	rig.Must(t, r.LoadScripts())
+	l := startLimits(t, r.Redis, r.Address)
+	l.write("shop/web length=3")
+	l.wantLimits(map[semaphoreID]int{web: 3})
+	set := func(id semaphoreID, seen int) {
+		t.Helper()
+		_, _, err := l.reader.setOverride(t.Context(), id, override{length: 1, note: "db\nupgrade", by: "anna"}, time.Hour)
+		rig.Must(t, err)
+		lines := l.log.WantLines(t, "override seen", seen)
+		if note := lines[seen-1]["note"]; note != "db?upgrade" {
+			t.Errorf("the note is %s", note)
+		}
+	}
+	set(web, 1)
+	set(mail, 2)
+	_, _, err := l.reader.clearOverride(t.Context(), mail)
+	rig.Must(t, err)
+	if line := l.log.WantLines(t, "override cleared", 1)[0]; line["key"] != "mail" {
+		t.Errorf("cleared is %v", line)
+	}
+	const lost = "Redis has lost an override with its data: set it again"
+	if lines := l.log.Lines(t, lost); len(lines) > 0 {
+		t.Errorf("logged as lost: %v", lines)
+	}
+	r.Crash(t)
+	r.LoseData(t)
+	rig.Must(t, r.Start())
+	rig.Must(t, r.LoadScripts())
+	l.use(web) // it is there again, without the override
+	if line := l.log.WantLines(t, lost, 1)[0]; line["key"] != "web" || line["length"] != 1.0 {
+		t.Errorf("lost is %v", line)
+	}
+	l.log.WantLines(t, "override cleared", 1)
+}
+
+// A new password of the user status counts as soon as its Secret has it. Redis that
+// refuses it fails the step only if there is something to tell.
+func TestLimitsOfANewPassword(t *testing.T) {
+	t.Parallel()
+	r := startUsersRedis(t, samplePasswords())
+	rig.Must(t, r.LoadScripts())
+	l := startLimits(t, r.Redis, r.Address)
+	l.write("shop/web length=3")
+	l.wantLimits(map[semaphoreID]int{web: 3})
+	r.Do(t, "ACL", "SETUSER", "status", "resetpass", ">new")
+	r.Do(t, "CLIENT", "KILL", "USER", "status")
+	l.write("shop/web length=4")
+	if text := l.wantFailing(1); !strings.Contains(text, "WRONGPASS") {
+		t.Errorf("the step says %s", text)
+	}
+	_, status := l.api.Store.ConfigMaps.Delete(usersHome, ownerMap)
+	l.wantOK(status)
+	if text := l.wantFailing(0); !strings.Contains(text, "WRONGPASS") {
+		t.Errorf("without settings, the step says %s", text)
+	}
+	l.write("shop/web length=5")
+	l.wantFailing(1)
+	_, status = l.api.Store.Secrets.Change(usersHome, ownSecret, func(s *corev1.Secret) {
+		s.Data["status-password"] = []byte("new")
+	})
+	l.wantOK(status)
+	l.wantLimits(map[semaphoreID]int{web: 5})
+	l.wantFailing(0)
+}
+
+// In deploy/sentinel, setup asks the Sentinels without a password.
+func TestLimitsOfASentinelGroup(t *testing.T) {
+	t.Parallel()
+	g := rig.StartDeployedGroup(t)
+	primary := g.Primary(t)
+	rig.Must(t, primary.LoadScripts())
+	for user, text := range samplePasswords().users(holdsTokens, nil) {
+		primary.Do(t, "ACL", append([]any{"SETUSER", user, "reset"}, anySlice(strings.Fields(text))...)...)
+	}
+	l := startLimits(t, primary, g.Address())
+	l.write("shop/web length=3")
+	l.wantLimits(map[semaphoreID]int{web: 3})
+	l.wantFailing(0)
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"time"
@@ -95,39 +96,66 @@ func (s *sidecar) guard(ctx context.Context, c sidecarConfig) (held bool) {
 		defer time.AfterFunc(awaitMissed, server.warnNotAsked).Stop()
 	}
 	for ctx.Err() == nil {
-		if !s.holdBack(ctx, c, server) {
+		err := s.holdBack(ctx, c, server)
+		if gaveUp := (*gaveUpError)(nil); errors.As(err, &gaveUp) {
+			s.log.Info(gaveUp.Error())
+			err = s.giveUp(ctx, c, server, gaveUp)
+		} else if err == nil {
+			s.loop(ctx, s.interval, server.asked)
+		}
+		if err != nil {
 			return false
 		}
-		s.loop(ctx, s.interval, server.asked)
 	}
 	return true
 }
 
-// holdBack acquires the token and lets the pod's await pass. It returns false if ctx is
-// done first. Until the app may run, it keeps the token by acquiring it again, not by
+// giveUp tells the pod's await that the pod has given up, and returns when the next await
+// asks: then the pod joins the line again. Redis keeps its answer until this await knows,
+// for a sidecar that is killed before. Its error is ctx's, or gaveUp if there is no await.
+func (s *sidecar) giveUp(ctx context.Context, c sidecarConfig, server *awaitServer, gaveUp *gaveUpError) error {
+	if c.podUID == "" {
+		return gaveUp
+	}
+	if err := server.tellGaveUp(ctx, gaveUp.Error()); err != nil {
+		return err
+	}
+	if _, err := s.semaphores.releaseWithin(ctx, s.id, s.token, s.takenAs); err != nil {
+		return err
+	}
+	select {
+	case <-server.asked:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// holdBack acquires the token and lets the pod's await pass. Its error is that the pod gave
+// up, or ctx's. Until the app may run, it keeps the token by acquiring it again, not by
 // heartbeats: a pod whose token is lost meanwhile goes back to the line.
-func (s *sidecar) holdBack(ctx context.Context, c sidecarConfig, server *awaitServer) (held bool) {
+func (s *sidecar) holdBack(ctx context.Context, c sidecarConfig, server *awaitServer) error {
 	<-s.locksClosed // by the last call
 	s.semaphores.locks = newLocker(c.settings, 0)
 	defer s.closeLocks()
 	w := &waiter{semaphores: s.semaphores, id: s.id, token: s.token, takenAs: s.takenAs, pod: s.pod, length: c.length,
-		expiration: c.expiration, report: server.setStatus, log: s.log}
+		headStart: c.headStart, expiration: c.expiration, ends: c.wait, report: server.setStatus, log: s.log}
 	fresh := min(c.heartbeatInterval, c.staleThreshold/4)
 	for first := true; ; first = false {
 		asked, inLine, err := w.wait(ctx)
 		s.takenAs = w.takenAs
 		if err != nil {
-			return false
+			return err
 		}
 		if first || inLine {
 			s.held = asked
 			s.logHeld()
 		}
 		if c.podUID == "" { // there is no await
-			return true
+			return nil
 		}
 		if passed, err := server.admitOne(ctx, asked.Add(fresh)); passed || err != nil {
-			return true
+			return nil
 		}
 	}
 }

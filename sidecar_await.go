@@ -45,6 +45,10 @@ const (
 	askMost  = time.Second
 
 	heldText = "holding the token"
+
+	// terminationMessage is the file whose text Kubernetes shows as the reason why a
+	// container ended. The container runtime makes it.
+	terminationMessage = "/dev/termination-log"
 )
 
 // errNotHeld is the error of an await that was stopped.
@@ -83,7 +87,8 @@ func awaitSocket(podUID string) *net.UnixAddr {
 }
 
 // runAwait is the mode "await": it returns nil once the sidecar of its pod holds the
-// token. It waits without a limit; its only error is errNotHeld, when ctx is done.
+// token. It waits without a limit. Its errors are errNotHeld, when ctx is done, and
+// *gaveUpError.
 func runAwait(ctx context.Context, podUID string, log *slog.Logger) error {
 	debug.FreeOSMemory() // the wait may be long
 	return newAwait(podUID, log).run(ctx)
@@ -92,7 +97,8 @@ func runAwait(ctx context.Context, podUID string, log *slog.Logger) error {
 // await asks a pod's sidecar.
 type await struct {
 	podUID   string
-	user     int // of the sidecar
+	message  string // the file terminationMessage
+	user     int    // of the sidecar
 	log      *slog.Logger
 	now      func() time.Time
 	status   string     // the sidecar's last answer
@@ -101,7 +107,7 @@ type await struct {
 }
 
 func newAwait(podUID string, log *slog.Logger) *await {
-	return &await{podUID: podUID, user: os.Geteuid(), log: log, now: time.Now, answered: time.Now()}
+	return &await{podUID: podUID, message: terminationMessage, user: os.Geteuid(), log: log, now: time.Now, answered: time.Now()}
 }
 
 func (a *await) run(ctx context.Context) error {
@@ -113,6 +119,8 @@ func (a *await) run(ctx context.Context) error {
 		case held && took < answerFresh:
 			a.log.Info(heldText)
 			return nil
+		case errors.As(err, new(*gaveUpError)):
+			return err
 		case ctx.Err() != nil:
 			return errNotHeld
 		case took >= answerFresh: // the sidecar was there: ask again at once
@@ -126,8 +134,8 @@ func (a *await) run(ctx context.Context) error {
 	}
 }
 
-// ask connects to the sidecar and logs its answers until it says that the token is held,
-// or the connection ends.
+// ask connects to the sidecar and logs its answers until it says that the token is held, or
+// that the pod gave up (*gaveUpError), or the connection ends.
 func (a *await) ask(ctx context.Context) (held bool, err error) {
 	conn, err := new(net.Dialer).DialUnix(ctx, "unix", nil, awaitSocket(a.podUID))
 	if err != nil {
@@ -148,10 +156,24 @@ func (a *await) ask(ctx context.Context) (held bool, err error) {
 		if text == heldText {
 			return true, nil
 		}
+		if strings.HasPrefix(text, gaveUpPrefix) {
+			a.writeMessage(text)
+			_, _ = fmt.Fprintln(conn, text) // tells the sidecar that this await knows
+			return false, &gaveUpError{text}
+		}
 		if text != a.status {
 			a.status = text
 			a.log.Info(text)
 		}
+	}
+}
+
+// writeMessage writes the termination message. Without the file, Kubernetes takes the last
+// lines of the log: see injectedContainer.
+func (a *await) writeMessage(text string) {
+	if file, err := os.OpenFile(a.message, os.O_WRONLY|os.O_TRUNC, 0); err == nil {
+		defer file.Close()
+		_, _ = file.WriteString(text)
 	}
 }
 
@@ -182,6 +204,8 @@ type awaitServer struct {
 
 	mu       sync.Mutex
 	status   string        // what the pod waits for
+	gaveUp   string        // the open server says this, and not that the token is held; or empty
+	asking   int           // awaits that are connected
 	open     chan struct{} // closed while the server is open
 	until    time.Time     // when it shuts by itself; zero while it is shut
 	admitted bool          // the last await was admitted
@@ -240,6 +264,42 @@ func (s *awaitServer) admitOne(ctx context.Context, until time.Time) (passed boo
 	}
 }
 
+// tellGaveUp opens the server until an await knows that the pod gave up. Its error is ctx's.
+func (s *awaitServer) tellGaveUp(ctx context.Context, text string) error {
+	s.mu.Lock()
+	s.gaveUp = text
+	s.mu.Unlock()
+	s.openUntil(time.Now())
+	select {
+	case <-s.passed:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// getGaveUp returns what the open server says of a pod that gave up, or "".
+func (s *awaitServer) getGaveUp() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.gaveUp
+}
+
+// noteTold notes that an await knows that the pod gave up.
+func (s *awaitServer) noteTold() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.gaveUp == "" {
+		return
+	}
+	s.gaveUp = ""
+	s.shutLocked()
+	if s.admitted = s.asking == 1; !s.admitted { // the next await asks already
+		s.asked <- struct{}{}
+	}
+	s.passed <- struct{}{}
+}
+
 // opened returns a channel that is closed once the server is open.
 func (s *awaitServer) opened() <-chan struct{} {
 	s.mu.Lock()
@@ -265,11 +325,19 @@ func (s *awaitServer) noteAsked() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.wasAsked = true
+	s.asking++
 	if s.admitted {
 		s.admitted = false
 		s.mark.remove(s.log)
 		s.asked <- struct{}{} // never blocks: the last value was received before an await was admitted
 	}
+}
+
+// noteClosed notes that an await asks no more.
+func (s *awaitServer) noteClosed() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.asking--
 }
 
 // warnNotAsked logs that no await has asked so far.
@@ -286,6 +354,9 @@ func (s *awaitServer) warnNotAsked() {
 func (s *awaitServer) pass() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.gaveUp != "" { // the server stays open for that
+		return false
+	}
 	ok := time.Now().Before(s.until)
 	s.shutLocked()
 	if ok {
@@ -323,7 +394,8 @@ func (s *awaitServer) serve(ctx context.Context, podUID string) {
 	}
 }
 
-// answer sends an await what its pod waits for, and then that the token is held. If that
+// answer sends an await what its pod waits for, and then that the token is held, or that
+// the pod gave up. If that
 // is no longer fresh, it closes the connection, and the await asks again.
 func (s *awaitServer) answer(conn *net.UnixConn) {
 	defer conn.Close()
@@ -335,12 +407,13 @@ func (s *awaitServer) answer(conn *net.UnixConn) {
 		return
 	}
 	asked := time.Now()
-	closed := make(chan struct{})
-	go func() { // an await sends nothing
-		_, _ = io.Copy(io.Discard, conn)
-		close(closed)
+	closed := make(chan bool, 1) // receives whether the await knows that the pod gave up
+	go func() {                  // an await sends nothing else
+		n, _ := io.Copy(io.Discard, conn)
+		closed <- n > 0
 	}()
 	s.noteAsked()
+	defer s.noteClosed()
 	send := func(text string) {
 		_ = conn.SetWriteDeadline(time.Now().Add(time.Second))
 		_, _ = fmt.Fprintln(conn, text) // if this fails, the await asks again
@@ -351,6 +424,13 @@ func (s *awaitServer) answer(conn *net.UnixConn) {
 		select {
 		case <-s.opened():
 			if time.Since(asked) >= answerFresh/2 {
+				return
+			}
+			if gaveUp := s.getGaveUp(); gaveUp != "" {
+				send(gaveUp)
+				if <-closed {
+					s.noteTold()
+				}
 				return
 			}
 			if s.pass() {

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
@@ -62,6 +63,121 @@ func TestAwaitOutlivesItsSidecar(t *testing.T) {
 	giveBack(t, s, id, holder)
 	a.WantExit(t, 0)
 	r.WantInflight(t, id, token)
+}
+
+// A pod whose time in line is over ends its await with 75, and leaves the line. If the await
+// starts again, the pod joins the end of the line. Its app starts only with a token.
+func TestPodGivesUp(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	holder := acquire(t, s, id, 1)
+	token := uuid.NewString()
+	rig.InPod(t, token)
+	first := rig.StartAwait(t)
+	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1, "--wait-seconds=1")
+	text := " s in line of " + id.String() + ": 1 of 1 in use by " + holder
+	first.WantExit(t, exitGaveUp)
+	if log := first.Log.String(); !strings.Contains(log, `"error":"gave up after `) || !strings.Contains(log, text) {
+		t.Errorf("the await logged %s, want %q in it", log, text)
+	}
+	r.WantLine(t, id)
+	rig.Eventually(t, 10*time.Second, func() error { return gaveUpNote(r, id, token, false) })
+	second := rig.StartAwait(t)
+	second.WantExit(t, exitGaveUp)
+	third := rig.StartAwait(t)
+	giveBack(t, s, id, holder)
+	third.WantExit(t, 0)
+	r.WantInflight(t, id, token)
+	p.Signal(t, syscall.SIGTERM)
+	p.WantExit(t, 0)
+	r.WantCounts(t, id, 1, 0)
+}
+
+// gaveUpNote returns an error unless Redis knows, or does not know, that a pod gave up.
+func gaveUpNote(r *rig.Redis, id semaphoreID, token string, want bool) error {
+	known, err := redis.Bool(r.Control.Do("HEXISTS", id.namesKey(), token+"/gaveUp"))
+	if err == nil && known != want {
+		err = fmt.Errorf("Redis knows that %s gave up: %t", token, known)
+	}
+	return err
+}
+
+// A sidecar that is killed before an await knows that the pod gave up gets the same answer,
+// although a token is free by then.
+func TestSidecarKilledAfterItsPodGaveUp(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	holder := acquire(t, s, id, 1)
+	token := uuid.NewString()
+	podUID := rig.InPod(t, token)
+	start := func() *rig.Process {
+		return rig.StartWaitingSidecar(t, r.Address, id, token, 1, "--wait-seconds=1", "--when-waited=fail")
+	}
+	p := start()
+	p.WantLogPrefix(t, gaveUpPrefix)
+	r.WantLine(t, id)
+	giveBack(t, s, id, holder)
+	for range 2 {
+		p.Signal(t, syscall.SIGKILL)
+		<-p.Done()
+		p = start()
+		p.WantLogPrefix(t, gaveUpPrefix)
+	}
+	rig.Must(t, gaveUpNote(r, id, token, true))
+	// An await that is killed before it knows leaves all as it is.
+	conn, err := net.DialUnix("unix", nil, awaitSocket(podUID))
+	rig.Must(t, err)
+	line := make([]byte, len(gaveUpPrefix))
+	_, err = io.ReadFull(conn, line)
+	rig.Must(t, err)
+	conn.Close()
+	rig.Must(t, gaveUpNote(r, id, token, true))
+	rig.StartAwait(t).WantExit(t, exitGaveUp)
+	rig.Eventually(t, 10*time.Second, func() error { return gaveUpNote(r, id, token, false) })
+	r.WantCounts(t, id, 1, 0)
+	rig.StartAwait(t).WantExit(t, 0)
+	r.WantInflight(t, id, token)
+}
+
+// A pod may run beyond the length when its time in line is over. Others wait for it.
+func TestPodRunsBeyondTheLength(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	holder := acquire(t, s, id, 1)
+	token := uuid.NewString()
+	rig.InPod(t, token)
+	a := rig.StartAwait(t)
+	p := rig.StartWaitingSidecar(t, r.Address, id, token, 1, "--wait-seconds=1", "--when-waited=run")
+	a.WantExit(t, 0)
+	p.WantLog(t, "took a token beyond the length: the time in line is over")
+	r.WantInflight(t, id, holder, token)
+	wantStatus(t, r, []string{id.String()}, `.*: 2 of 1 tokens in use .*`)
+	giveBack(t, s, id, holder)
+	wantFullError(t, s, id, 1, 1)
+	giveBack(t, s, id, token)
+	acquire(t, s, id, 1)
+}
+
+// The await writes why its pod gave up where Kubernetes looks for it. Without the file, it
+// makes none.
+func TestTerminationMessage(t *testing.T) {
+	t.Parallel()
+	const text = gaveUpPrefix + "1 s in line of shop/web: 1 of 1 in use"
+	for _, exists := range []bool{true, false} {
+		podUID := uuid.NewString()
+		fakeSidecar(t, podUID, func(_ int, conn net.Conn) { fmt.Fprintln(conn, text) })
+		a := newAwait(podUID, slog.New(slog.DiscardHandler))
+		a.message = filepath.Join(t.TempDir(), "message")
+		if exists {
+			rig.Must(t, os.WriteFile(a.message, []byte("older, and longer"+text), 0o600))
+		}
+		if err := a.run(t.Context()); exitCode(err, io.Discard) != exitGaveUp || err.Error() != text {
+			t.Errorf("the await ended with %v", err)
+		}
+		if got, err := os.ReadFile(a.message); exists && string(got) != text || !exists && !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("the message is %q, %v", got, err)
+		}
+	}
 }
 
 // On OpenShift, the containers of a pod run as a user that no image knows, in the group

@@ -460,7 +460,7 @@ func TestFirstPodOwnsTheToken(t *testing.T) {
 	for _, full := range []bool{false, true} {
 		for name, do := range confirm {
 			id, uid := freshID(), uuid.NewString()
-			taken, _, err := s.acquire(ctx, id, newPodName("web-", ""), 1, time.Second)
+			taken, _, err := s.acquire(ctx, id, newPodName("web-", ""), 1, limit{}, time.Second)
 			rig.Must(t, err)
 			since, _, _ := strings.Cut(r.Pods(t, id)[taken], " ")
 			if full {

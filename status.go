@@ -13,6 +13,8 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+
+	"github.com/google/uuid"
 )
 
 const (
@@ -23,12 +25,18 @@ const (
 	statusEvery = 2 * time.Second
 )
 
-// runStatus prints the semaphores, or one of them, or releases a token.
+// runStatus prints the semaphores, or one of them. Or it releases a token, moves a waiter
+// to the front, or sets a length for a time.
 func runStatus(ctx context.Context, c statusConfig, stdin io.Reader, stdout io.Writer, log *slog.Logger) error {
 	s := newSemaphores(c.settings, nil, 1, log)
 	defer s.queue.close()
-	if c.release != "" {
+	switch c.change {
+	case statusRelease:
 		return releaseByHand(ctx, s, c, stdin, stdout)
+	case statusSet, statusPause:
+		return setByHand(ctx, s, c, stdin, stdout, log)
+	case statusFirst:
+		return firstByHand(ctx, s, c, stdin, stdout, log)
 	}
 	for {
 		var page strings.Builder
@@ -99,7 +107,7 @@ func printTable(w io.Writer, states []semaphoreState, namespace string) {
 			heartbeat = roughly(st.oldestHeartbeat) + " ago"
 		}
 		fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%d\t%d\t%d\t%s\t%s\n",
-			printable(st.id.namespace), printable(st.id.key), lengthText(st.length),
+			printable(st.id.namespace), printable(st.id.key), st.lengthText(),
 			st.free, st.inUse, st.stale, st.waiting, wait, heartbeat)
 	}
 	t.Flush()
@@ -113,9 +121,53 @@ func lengthText(length int) string {
 	return fmt.Sprint(length)
 }
 
+// lengthText formats the length in force: what pods ask for, or what the owner has set.
+func (st semaphoreState) lengthText() string {
+	o, limit := st.setting.override, ""
+	if l := st.setting.limit; l.isSet() {
+		if limit = "paused"; l.length > 0 {
+			limit = fmt.Sprintf("%d set", l.length)
+		}
+	}
+	if o.until.IsZero() {
+		return cmp.Or(limit, lengthText(st.length))
+	}
+	text := "paused"
+	if o.length > 0 {
+		text = fmt.Sprint(o.length)
+	}
+	text += " until " + clockTime(o.until)
+	if limit != "" {
+		text += " (" + limit + ")"
+	}
+	return text
+}
+
+// setText says who has set the length in force for a time, and why; empty if nobody has.
+func (st semaphoreState) setText() (text string) {
+	o := st.setting.override
+	if o.until.IsZero() {
+		return ""
+	}
+	if o.by != "" {
+		text += ", by " + displayNote(o.by)
+	}
+	if o.note != "" {
+		text += ": " + displayNote(o.note)
+	}
+	return text
+}
+
 func printDetail(w io.Writer, d semaphoreDetail) {
+	of := lengthText(d.length)
+	if d.setting.isSet() {
+		of = fmt.Sprint(d.setting.lengthFor(d.length))
+	}
 	fmt.Fprintf(w, "%s: %d of %s tokens in use (%d stale), %d free, %d waiting in line\n",
-		d.id, d.inUse, lengthText(d.length), d.stale, d.free, d.waiting)
+		d.id, d.inUse, of, d.stale, d.free, d.waiting)
+	if d.setting.isSet() {
+		fmt.Fprintf(w, "length: %s%s\n", d.lengthText(), d.setText())
+	}
 	if len(d.holders) > 0 {
 		t := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 		fmt.Fprintln(t, "\nHOLDER\tNODE\tHELD\tHEARTBEAT\t\tTOKEN")
@@ -138,15 +190,42 @@ func printDetail(w io.Writer, d semaphoreDetail) {
 	}
 	if len(d.line) > 0 {
 		t := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
-		fmt.Fprintln(t, "\nLINE\tWAITER\tNODE\tWAITS\tASKED\tLENGTH\tTOKEN")
+		leaves := ""
+		if slices.ContainsFunc(d.line, func(l tokenState) bool { return l.ends.after > 0 }) {
+			leaves = "LEAVES\t"
+		}
+		fmt.Fprintln(t, "\nLINE\tWAITER\tNODE\tWAITS\t"+leaves+"ASKED\tLENGTH\tTOKEN")
 		for i, l := range d.line {
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s ago\t%s\t%s\n",
-				ordinal(i+1), podText(l.pod), cmp.Or(l.node, "?"), roughly(l.held), roughly(l.idle),
+			if leaves != "" {
+				leaves = l.leavesText() + "\t"
+			}
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s%s ago\t%s\t%s\n",
+				ordinal(i+1), podText(l.pod), cmp.Or(l.node, "?"), l.waits(), leaves, roughly(l.idle),
 				lengthText(l.length), printable(l.token))
 		}
 		t.Flush()
 		printMore(w, d.waiting-len(d.line))
 	}
+}
+
+// waits says how long a waiter waits, and by how many seconds it stands ahead.
+func (t tokenState) waits() string {
+	if t.ahead < time.Second {
+		return roughly(t.held)
+	}
+	return fmt.Sprintf("%s (+%.0f)", roughly(t.held), t.ahead.Seconds())
+}
+
+// leavesText says when a pod in line stops waiting, and if it runs then.
+func (t tokenState) leavesText() string {
+	left, ok := t.left()
+	switch {
+	case !ok:
+		return "-"
+	case t.ends.runs():
+		return "in " + roughly(left) + ", runs"
+	}
+	return "in " + roughly(left)
 }
 
 func printMore(w io.Writer, n int) {
@@ -187,9 +266,18 @@ type (
 		Reclaimed       int     `json:"reclaimed"`
 		Rejoined        int     `json:"rejoined"`
 
+		Limit    *int            `json:"limit"`    // the length that the owner has set; 0: paused; null: none
+		Override *overrideReport `json:"override"` // precedes the limit; null: none
+
 		// Only of "status NAMESPACE/KEY", and at most a thousand of each.
 		Holders []holderReport `json:"holders,omitempty"`
 		Line    []waiterReport `json:"line,omitempty"`
+	}
+	overrideReport struct {
+		Length int    `json:"length"` // 0: paused
+		Until  string `json:"until"`  // RFC 3339, in UTC
+		Note   string `json:"note"`   // why; empty: not known
+		By     string `json:"by"`     // who has set it; empty: not known
 	}
 	holderReport struct {
 		Token     string   `json:"token"`
@@ -206,8 +294,12 @@ type (
 		Pod    string  `json:"pod"`
 		Node   string  `json:"node"`
 		Waited float64 `json:"waitedSeconds"`
+		Ahead  float64 `json:"aheadSeconds"` // its place is so much before its arrival: a head start, or moved by hand
 		Asked  float64 `json:"askedSeconds"`
 		Length int     `json:"length"`
+
+		Leaves     *float64 `json:"leavesSeconds"` // until it stops waiting; null: when it has a token
+		WhenWaited string   `json:"whenWaited"`    // what it does then: fail or run; empty if it does not stop
 	}
 )
 
@@ -223,7 +315,7 @@ func reportOf(states []semaphoreState, err error) statusReport {
 }
 
 func (st semaphoreState) report() semaphoreReport {
-	return semaphoreReport{
+	r := semaphoreReport{
 		Namespace:       st.id.namespace,
 		Key:             st.id.key,
 		Length:          st.length,
@@ -237,7 +329,16 @@ func (st semaphoreState) report() semaphoreReport {
 		Reclaimed:       st.reclaimed,
 		Rejoined:        st.rejoined,
 	}
+	if l := st.setting.limit; l.isSet() {
+		r.Limit = new(l.length)
+	}
+	if o := st.setting.override; !o.until.IsZero() {
+		r.Override = &overrideReport{o.length, rfc3339(o.until), o.note, o.by}
+	}
+	return r
 }
+
+func rfc3339(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
 func (d semaphoreDetail) report() semaphoreReport {
 	r := d.semaphoreState.report()
@@ -250,8 +351,15 @@ func (d semaphoreDetail) report() semaphoreReport {
 		r.Holders = append(r.Holders, one)
 	}
 	for i, l := range d.line {
-		r.Line = append(r.Line, waiterReport{Place: i + 1, Token: l.token, Pod: l.pod, Node: l.node,
-			Waited: inMillis(l.held), Asked: inMillis(l.idle), Length: l.length})
+		one := waiterReport{Place: i + 1, Token: l.token, Pod: l.pod, Node: l.node,
+			Waited: inMillis(l.held), Ahead: inMillis(l.ahead), Asked: inMillis(l.idle), Length: l.length}
+		if left, ok := l.left(); ok {
+			one.Leaves, one.WhenWaited = new(inMillis(left)), whenWaitedFail
+		}
+		if l.ends.runs() {
+			one.WhenWaited = whenWaitedRun
+		}
+		r.Line = append(r.Line, one)
 	}
 	return r
 }
@@ -270,7 +378,7 @@ func releaseByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.
 	if err != nil {
 		return err
 	}
-	t, isHeld, err := d.find(c.release)
+	t, isHeld, err := d.find(c.pod)
 	if err != nil {
 		return err
 	}
@@ -288,12 +396,8 @@ func releaseByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.
 		fmt.Fprintln(stdout, "Its sidecar is alive: it will be counted again within a heartbeat interval. "+
 			"To free the token for good, delete the pod.")
 	}
-	if !c.yes {
-		fmt.Fprint(stdout, "Release it? [y/N] ")
-		text, _ := bufio.NewReader(stdin).ReadString('\n')
-		if text = strings.ToLower(strings.TrimSpace(text)); text != "y" && text != "yes" {
-			return errors.New("nothing was released: answer y, or use --yes")
-		}
+	if !c.confirms(stdin, stdout, "Release it?") {
+		return errors.New("nothing was released: answer y, or use --yes")
 	}
 	ctx, cancel = context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
@@ -309,6 +413,61 @@ func releaseByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.
 		fmt.Fprintln(stdout, "there was nothing to release any more")
 	}
 	return nil
+}
+
+// firstByHand moves a waiter to the front of its line, after a confirmation.
+func firstByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.Reader, stdout io.Writer,
+	log *slog.Logger) error {
+	look, cancel := context.WithTimeout(ctx, statusTimeout)
+	defer cancel()
+	d, err := s.inspect(look, c.semaphore)
+	if err != nil {
+		return err
+	}
+	t, isHeld, err := d.find(c.pod)
+	place := slices.IndexFunc(d.line, func(l tokenState) bool { return l.token == t.token }) + 1
+	if unseen := d.waiting > len(d.line); err != nil && unseen && uuid.Validate(c.pod) == nil {
+		t, place, err = tokenState{token: c.pod}, 0, nil
+	} else if unseen && (err != nil || t.token != c.pod) {
+		return fmt.Errorf("%d wait in line of %s, and only %d of them are shown: name the pod by its UID",
+			d.waiting, d.id, len(d.line))
+	}
+	switch {
+	case err != nil:
+		return err
+	case isHeld:
+		return fmt.Errorf("%s has a token of %s: it stands in no line", podText(t.pod), d.id)
+	}
+	where := fmt.Sprintf("Pod %s is %s", podText(t.pod), ordinal(place))
+	if place == 0 {
+		where = fmt.Sprintf("Pod %s is not among the first %d", t.token, len(d.line))
+	}
+	fmt.Fprintf(stdout, "%s of %d in line of %s. It will be first.\n", where, d.waiting, d.id)
+	if !c.confirms(stdin, stdout, "Move it?") {
+		return errors.New("nothing was moved: answer y, or use --yes")
+	}
+	ctx, cancel = context.WithTimeout(ctx, statusTimeout)
+	defer cancel()
+	ok, err := s.moveFirst(ctx, d.id, t.token)
+	switch {
+	case err != nil:
+		return mayNotSet(err, "move a waiter")
+	case !ok:
+		return fmt.Errorf("%s stands in no line: see status %s", cmp.Or(t.pod, t.token), d.id)
+	}
+	log.Info("moved to the front", "namespace", d.id.namespace, "key", d.id.key, "pod", t.pod, "token", t.token,
+		"by", c.override.by)
+	fmt.Fprintln(stdout, "moved to the front")
+	return nil
+}
+
+// mayNotSet adds to an error who may change what, if this user may not.
+func mayNotSet(err error, what string) error {
+	if isPermissionError(err.Error()) || strings.Contains(err.Error(), "NOPERM") {
+		return fmt.Errorf("%w: only the users status and webhook of Redis may %s; "+
+			"run status in a container of the webhook", err, what)
+	}
+	return err
 }
 
 // find returns the holder or waiter of that token or pod.
@@ -328,4 +487,100 @@ func (d semaphoreDetail) find(tokenOrPod string) (t tokenState, isHeld bool, err
 	}
 	return t, false, fmt.Errorf("%d tokens of %s are used or waited for by %q: name one by its token, from status %s",
 		len(found), d.id, tokenOrPod, d.id)
+}
+
+// confirms asks a question, unless --yes answers it.
+func (c statusConfig) confirms(stdin io.Reader, stdout io.Writer, question string) bool {
+	if c.yes {
+		return true
+	}
+	fmt.Fprint(stdout, question+" [y/N] ")
+	text, _ := bufio.NewReader(stdin).ReadString('\n')
+	text = strings.ToLower(strings.TrimSpace(text))
+	return text == "y" || text == "yes"
+}
+
+// setByHand sets the override of a semaphore, or clears it, after a confirmation.
+func setByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.Reader, stdout io.Writer,
+	log *slog.Logger) error {
+	look, cancel := context.WithTimeout(ctx, statusTimeout)
+	defer cancel()
+	d, err := s.inspect(look, c.semaphore)
+	if err != nil {
+		return err
+	}
+	before := d.setting.override
+	printSetting(stdout, d.semaphoreState)
+	if c.clear && before.until.IsZero() {
+		fmt.Fprintln(stdout, "Nothing is set for a time.")
+		return nil
+	}
+	if !c.clear && d.inUse+d.waiting == 0 && d.length == 0 {
+		fmt.Fprintln(stdout, "No pod has used it in the last minutes: check its name.")
+	}
+	after, question := d.semaphoreState, "Set it?"
+	if c.clear {
+		after.setting.override, question = override{}, "Clear it?"
+	} else {
+		after.setting.override = c.override
+		after.setting.override.until = time.Now().Add(c.lasts)
+	}
+	fmt.Fprintf(stdout, "It will be %s. Nobody is stopped; %s.\n", after.lengthInWords(), after.effect())
+	if !c.confirms(stdin, stdout, question) {
+		return errors.New("nothing was set: answer y, or use --yes")
+	}
+	ctx, cancel = context.WithTimeout(ctx, statusTimeout)
+	defer cancel()
+	if c.clear {
+		after.inUse, after.waiting, err = s.clearOverride(ctx, d.id)
+	} else {
+		after.inUse, after.waiting, err = s.setOverride(ctx, d.id, c.override, c.lasts)
+	}
+	if err != nil {
+		return mayNotSet(err, "set a length")
+	}
+	// Redis ends the override by its own clock.
+	if now, err := s.inspect(ctx, d.id); err == nil {
+		after = now.semaphoreState
+	}
+	what, o := "override set", c.override
+	o.until = after.setting.override.until
+	if c.clear {
+		what, o = "override cleared", before
+	}
+	log.Info(what, "namespace", d.id.namespace, "key", d.id.key, "length", o.length, "until", rfc3339(o.until),
+		"note", o.note, "by", c.override.by)
+	printSetting(stdout, after)
+	return nil
+}
+
+// printSetting says how a semaphore is used, and which length is in force.
+func printSetting(w io.Writer, st semaphoreState) {
+	fmt.Fprintf(w, "%s: %d tokens in use, %d waiting in line; length in force: %s%s\n",
+		st.id, st.inUse, st.waiting, st.lengthInWords(), st.setText())
+}
+
+// lengthInWords is lengthText in a sentence.
+func (st semaphoreState) lengthInWords() string {
+	switch {
+	case st.setting.isSet():
+		return st.lengthText()
+	case st.length == 0:
+		return "what pods ask for"
+	}
+	return lengthText(st.length) + ", as pods ask for"
+}
+
+// effect says which pods get a token while a length is in force.
+func (st semaphoreState) effect() string {
+	switch length := st.setting.lengthFor(st.length); {
+	case !st.setting.isSet() && length == 0:
+		return "pods get tokens as they ask for"
+	case length == 0:
+		return "no pod gets a token meanwhile"
+	case st.inUse >= length:
+		return fmt.Sprintf("the next pod gets a token once fewer than %d are in use", length)
+	default:
+		return fmt.Sprintf("pods that may get a token now: %d", length-st.inUse)
+	}
 }

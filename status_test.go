@@ -2,10 +2,12 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
@@ -55,7 +57,7 @@ func shownSemaphore(t *testing.T, namespace string) (r *rig.Redis, s *semaphores
 	r, s, id = newSemaphore(t)
 	id.namespace = namespace
 	for i, pod := range []podName{"web-a node-1", "web-b "} {
-		token, _, err := s.acquire(t.Context(), id, pod, 2, time.Second)
+		token, _, err := s.acquire(t.Context(), id, pod, 2, limit{}, time.Second)
 		rig.Must(t, err)
 		r.Do(t, "HSET", id.namesKey(), token+"/pod", fmt.Sprintf("%d %s", r.Now(t)-14400/(i+1), pod))
 		tokens = append(tokens, token)
@@ -104,6 +106,13 @@ func TestStatusDetail(t *testing.T) {
 		`LINE +WAITER +NODE +WAITS +ASKED +LENGTH +TOKEN`,
 		`1st +web-c +node-2 +\d s +\d s ago +2 +`+tokens[2],
 		`2nd +\? +\? +\d s +\d s ago +2 +`+tokens[3])
+	for then, want := range map[string]string{"": `in 9 min`, whenWaitedRun: `in 9 min, runs`} {
+		_, err := r.Run("acquire", id, rig.DefaultTiming, 2, "token-"+then, joinLine, "web-e node-2", "", "", "", "", 600, then)
+		rig.Must(t, err)
+		wantStatus(t, r, []string{id.String()}, `LINE +WAITER +NODE +WAITS +LEAVES +ASKED +LENGTH +TOKEN`,
+			`1st +web-c +node-2 +\d s +- +\d s ago +2 +`+tokens[2],
+			`... +web-e +node-2 +\d s +`+want+` +\d s ago +2 +token-`+then)
+	}
 	wantStatus(t, r, []string{"shop/nothing"},
 		`shop/nothing: 0 of \? tokens in use \(0 stale\), 0 free, 0 waiting in line`)
 }
@@ -152,8 +161,196 @@ func TestStatusJSON(t *testing.T) {
 	if h := one.Holders[2]; h.Pod != "web-d" || *h.Held < 60 || *h.Held > 120 {
 		t.Errorf("the rejoined holder is %+v", h)
 	}
-	if l := one.Line[1]; l.Place != 2 || l.Token != tokens[3] || l.Pod != "" || l.Length != 2 {
+	if l := one.Line[1]; l.Place != 2 || l.Token != tokens[3] || l.Pod != "" || l.Length != 2 || l.Leaves != nil {
 		t.Errorf("the second in line is %+v", l)
+	}
+	_, err := r.Run("acquire", id, rig.DefaultTiming, 2, "token", joinLine, "web-e node-2", "", "", "", "", 600, "")
+	rig.Must(t, err)
+	decode(&one, id.String())
+	if l := one.Line[2]; l.WhenWaited != whenWaitedFail || *l.Leaves < 500 || *l.Leaves > 600 {
+		t.Errorf("the third in line is %+v", l)
+	}
+}
+
+// setStatus runs status set or pause. It returns what that prints, and its log.
+func setStatus(t *testing.T, r *rig.Redis, stdin string, args ...string) (stdout, log string, err error) {
+	t.Helper()
+	var out, logged bytes.Buffer
+	args = append([]string{"status", "--queue-redis-address=" + rig.QueueAddress(r.Address)}, args...)
+	env := map[string]string{"USER": "alice", "HOSTNAME": "laptop"}
+	err = run(t.Context(), args, func(name string) string { return env[name] }, strings.NewReader(stdin), &out, &logged)
+	return out.String(), logged.String(), err
+}
+
+// overrideOf returns the override in force, by its raw fields in Redis.
+func overrideOf(t *testing.T, r *rig.Redis, id semaphoreID) string {
+	t.Helper()
+	fields, err := redis.Strings(r.Do(t, "HMGET", id.stateKey(), "override", "note", "by"), nil)
+	rig.Must(t, err)
+	return strings.Join(fields, "|")
+}
+
+// An operator sets the length of a semaphore for a time. status shows it, pods obey it,
+// and running pods stay.
+func TestStatusSet(t *testing.T) {
+	r, s, id := newSemaphore(t)
+	ctx := t.Context()
+	first := acquire(t, s, id, 3)
+	acquire(t, s, id, 3)
+	set := func(stdin string, args ...string) (string, string, error) {
+		t.Helper()
+		return setStatus(t, r, stdin, args...)
+	}
+	name := id.String()
+
+	for _, stdin := range []string{"", "n\n", "what?\n"} {
+		out, log, err := set(stdin, "set", name, "length=1", "--for", "2h")
+		if err == nil || !strings.Contains(err.Error(), "nothing was set: answer y, or use --yes") || log != "" ||
+			!strings.HasSuffix(out, "Set it? [y/N] ") {
+			t.Errorf("answer %q: got %v, %s%s", stdin, err, out, log)
+		}
+	}
+	if got := overrideOf(t, r, id); got != "||" {
+		t.Errorf("the override is %s, want none", got)
+	}
+
+	out, log, err := set("y\n", "set", name, "length=1", "--for", "2h", "--note", "db upgrade")
+	rig.Must(t, err)
+	const until = `1 until (\d+ \w+ )?\d\d:\d\d UTC`
+	want := "^" + name + `: 2 tokens in use, 0 waiting in line; length in force: 3, as pods ask for
+It will be ` + until + `\. Nobody is stopped; the next pod gets a token once fewer than 1 are in use\.
+Set it\? \[y/N\] ` + name + `: 2 tokens in use, 0 waiting in line; length in force: ` + until +
+		`, by alice@laptop: db upgrade
+$`
+	if !regexp.MustCompile(want).MatchString(out) {
+		t.Errorf("got\n%s, want\n%s", out, want)
+	}
+	ends, err := redis.Int64(r.Do(t, "HGET", id.stateKey(), "ends"), nil)
+	rig.Must(t, err)
+	if left := ends - int64(r.Now(t)); left < 7100 || left > 7200 {
+		t.Errorf("the override ends in %d s, want 7200", left)
+	}
+	var line map[string]any
+	rig.Must(t, json.Unmarshal([]byte(log), &line))
+	delete(line, "time")
+	if got, want := fmt.Sprint(line), fmt.Sprint(map[string]any{"level": "INFO", "msg": "override set",
+		"namespace": id.namespace, "key": id.key, "length": 1.0, "note": "db upgrade", "by": "alice@laptop",
+		"until": time.Unix(ends, 0).UTC().Format(time.RFC3339)}); got != want {
+		t.Errorf("the log is %s, want %s", got, want)
+	}
+	wantFullError(t, s, id, 3, 2)
+	r.WantInflightCount(t, id, 2)
+	wantStatus(t, r, []string{name}, name+`: 2 of 1 tokens in use \(0 stale\), 0 free, 0 waiting in line`,
+		`length: `+until+`, by alice@laptop: db upgrade`, `HOLDER .*`)
+
+	rig.Must(t, s.setLimit(ctx, id, limit{known: true, length: 3}, time.Hour, false))
+	wantStatus(t, r, []string{name}, `length: `+until+` \(3 set\), by alice@laptop: db upgrade`)
+
+	// A pause replaces it.
+	out, _, err = set("", "pause", name, "--for", "2d", "--yes")
+	if err != nil || !strings.Contains(out, "It will be paused until ") ||
+		!strings.Contains(out, "Nobody is stopped; no pod gets a token meanwhile.\n") || strings.Contains(out, "[y/N]") {
+		t.Errorf("got %v, %s", err, out)
+	}
+	if got := overrideOf(t, r, id); got != "0||alice@laptop" {
+		t.Errorf("the override is %s, want a pause", got)
+	}
+	giveBack(t, s, id, first)
+	wantFullError(t, s, id, 3, 1)
+
+	out, log, err = set("yes\n", "set", name, "--clear")
+	if err != nil || !strings.Contains(log, `"msg":"override cleared"`) || !strings.Contains(log, `"length":0,`) ||
+		!strings.HasSuffix(out, name+": 1 tokens in use, 0 waiting in line; length in force: 3 set\n") ||
+		!strings.Contains(out, "It will be 3 set. Nobody is stopped; pods that may get a token now: 2.\n") {
+		t.Errorf("got %v, %s%s", err, out, log)
+	}
+	acquire(t, s, id, 3)
+	out, log, err = set("", "set", name, "--clear")
+	if err != nil || log != "" || !strings.HasSuffix(out, "Nothing is set for a time.\n") {
+		t.Errorf("got %v, %s%s", err, out, log)
+	}
+}
+
+// A mistyped name is seen before anything is set. A set semaphore without pods is shown.
+func TestStatusSetOfAnUnusedSemaphore(t *testing.T) {
+	r, s, id := newSemaphore(t)
+	id.namespace = "status-" + uuid.NewString()[:8]
+	out, _, err := setStatus(t, r, "n\n", "pause", id.String(), "--for=30m")
+	if err == nil || !strings.Contains(out, "No pod has used it in the last minutes: check its name.\n") ||
+		!strings.Contains(out, "length in force: what pods ask for\n") {
+		t.Errorf("got %v, %s", err, out)
+	}
+	if r.Do(t, "EXISTS", id.stateKey()) != int64(0) {
+		t.Error("it is in Redis, though nothing was set")
+	}
+	_, _, err = setStatus(t, r, "y\n", "pause", id.String(), "--for=30m")
+	rig.Must(t, err)
+	wantStatus(t, r, []string{id.namespace}, id.namespace+` +`+id.key+` +paused until .* UTC +0 +0 +0 +0 *`)
+	out, _, err = setStatus(t, r, "y\n", "set", id.String(), "--clear")
+	const text = "It will be what pods ask for. Nobody is stopped; pods get tokens as they ask for.\n"
+	if err != nil || !strings.Contains(out, text) {
+		t.Errorf("got %v, %s", err, out)
+	}
+	acquire(t, s, id, 1)
+}
+
+// status reads what Redis has of a limit and an override as the scripts do.
+func TestStatusLength(t *testing.T) {
+	r, s, id := newSemaphore(t)
+	id.namespace = "status-" + uuid.NewString()[:8]
+	acquire(t, s, id, 3)
+	now := r.Now(t)
+	const at = `(\d+ \w+ )?\d\d:\d\d UTC`
+	three, none := 3, 0
+	for _, c := range []struct {
+		fields   []any
+		length   string // a pattern
+		detail   string // the line of the detail
+		limit    *int
+		override *overrideReport
+	}{
+		{nil, "3", "", nil, nil},
+		{[]any{"limit", ""}, "3", "", nil, nil},
+		{[]any{"limit", "3"}, "3 set", "length: 3 set", &three, nil},
+		{[]any{"limit", "0"}, "paused", "length: paused", &none, nil},
+		{[]any{"override", "1", "ends", now + 3600, "note", "n\x1b", "by", "b"}, "1 until " + at,
+			"length: 1 until " + at + `, by b: n\?`, nil,
+			&overrideReport{1, rfc3339(time.Unix(int64(now)+3600, 0)), "n\x1b", "b"}},
+		{[]any{"override", "1", "ends", now + 3600, "limit", "3"}, `1 until ` + at + ` \(3 set\)`,
+			`length: 1 until ` + at + ` \(3 set\)`, &three,
+			&overrideReport{1, rfc3339(time.Unix(int64(now)+3600, 0)), "", ""}},
+		{[]any{"override", "0", "ends", now + 90000}, `paused until \d+ \w+ \d\d:\d\d UTC`,
+			"length: paused until .*", nil, &overrideReport{0, rfc3339(time.Unix(int64(now)+90000, 0)), "", ""}},
+		{[]any{"override", "1", "ends", now + 3600, "limit", "0"}, `1 until ` + at + ` \(paused\)`,
+			`length: .*`, &none, &overrideReport{1, rfc3339(time.Unix(int64(now)+3600, 0)), "", ""}},
+		{[]any{"override", "1", "ends", now, "note", "over"}, "3", "", nil, nil}, // it has ended
+		{[]any{"override", "x", "ends", now + 3600, "limit", "y"}, "3", "", nil, nil},
+		{[]any{"override", "1", "ends", "soon"}, "3", "", nil, nil},
+	} {
+		r.Do(t, "HDEL", id.stateKey(), "limit", "override", "ends", "note", "by")
+		if c.fields != nil {
+			r.Do(t, "HSET", append([]any{id.stateKey()}, c.fields...)...)
+		}
+		wantStatus(t, r, []string{id.namespace}, id.namespace+` +`+id.key+` +`+c.length+` +\d +1 +0 +0 +\d+ s ago`)
+		out := wantStatus(t, r, []string{id.String()}, id.String()+`: 1 of .*`, cmp.Or(c.detail, "HOLDER .*"))
+		if c.detail == "" && strings.Contains(out, "length:") {
+			t.Errorf("%v: got\n%s", c.fields, out)
+		}
+		out, err := statusOf(t, r, "", id.String(), "-o", "json")
+		rig.Must(t, err)
+		var got semaphoreReport
+		rig.Must(t, json.Unmarshal([]byte(out), &got))
+		if got.Length != 3 || !reflect.DeepEqual(got.Limit, c.limit) || !reflect.DeepEqual(got.Override, c.override) {
+			t.Errorf("%v: got %s", c.fields, out)
+		}
+		// The scripts judge the same.
+		token, _, err := s.acquire(t.Context(), id, "", 3, limit{}, 10*time.Second)
+		if free := c.length == "3" || c.length == "3 set"; free != (err == nil) {
+			t.Errorf("%v: acquire: got %v", c.fields, err)
+		}
+		if err == nil {
+			giveBack(t, s, id, token)
+		}
 	}
 }
 
@@ -196,12 +393,86 @@ func TestStatusRelease(t *testing.T) {
 	r.WantLine(t, id, tokens[3])
 }
 
+// The longest wait is that of the first in line since its arrival. It is 0 if another pod
+// has become first while the survey read the semaphore: then its head start is not known.
+func TestLongestWait(t *testing.T) {
+	for name, c := range map[string]struct {
+		first string
+		line  []any
+		ahead any
+		want  time.Duration
+	}{
+		"no head start": {"a", []any{[]byte("a"), []byte("940000000")}, nil, time.Minute},
+		"a head start":  {"a", []any{[]byte("a"), []byte("340000000")}, []byte("600000000"), time.Minute},
+		"a forged one":  {"a", []any{[]byte("a"), []byte("940000000")}, []byte("-1e300"), time.Minute},
+		"just joined":   {"", []any{[]byte("a"), []byte("340000000")}, nil, 0},
+		"another":       {"b", []any{[]byte("a"), []byte("340000000")}, []byte("600000000"), 0},
+		"just left":     {"a", []any{}, nil, 0},
+	} {
+		st := semaphoreState{first: c.first}
+		none := int64(0)
+		err := st.count(1000, []any{none, none, none, none, []any{}, int64(1), c.line, []any{c.ahead}, int64(1)})
+		if err != nil || st.longestWait != c.want {
+			t.Errorf("%s: got %s, %v, want %s", name, st.longestWait, err, c.want)
+		}
+	}
+}
+
+// An operator moves a waiter to the front of the line. status shows by how much it stands
+// ahead.
+func TestStatusFirst(t *testing.T) {
+	r, s, id, tokens := shownSemaphore(t, "shop")
+	name := id.String()
+	urgent := acquireRequest{token: uuid.NewString(), length: 2, arrival: joinLine, ahead: 600e6, pod: "web-e node-2"}
+	rig.Must(t, errOf(s.runAcquire(t.Context(), id, urgent)))
+	wantStatus(t, r, []string{name}, `1st +web-e +node-2 +\d s \(\+600\) +.*`, `2nd +web-c +node-2 +\d s +\d s ago .*`)
+	wantStatus(t, r, []string{"shop"}, `shop +`+id.key+` +2 +0 +2 +1 +3 +\d s +2 h ago`)
+
+	for _, stdin := range []string{"", "n\n"} {
+		out, log, err := setStatus(t, r, stdin, "first", name, "web-c")
+		if err == nil || !strings.Contains(err.Error(), "nothing was moved: answer y, or use --yes") || log != "" ||
+			out != "Pod web-c is 2nd of 3 in line of "+name+". It will be first.\nMove it? [y/N] " {
+			t.Errorf("answer %q: got %v, %s%s", stdin, err, out, log)
+		}
+	}
+	r.WantLine(t, id, urgent.token, tokens[2], tokens[3])
+	out, log, err := setStatus(t, r, "y\n", "first", name, "web-c")
+	if err != nil || !strings.HasSuffix(out, "Move it? [y/N] moved to the front\n") {
+		t.Errorf("got %v, %s", err, out)
+	}
+	for _, want := range []string{`"msg":"moved to the front"`, `"pod":"web-c"`, `"by":"alice@laptop"`, tokens[2]} {
+		if !strings.Contains(log, want) {
+			t.Errorf("the log is %s, want %s in it", log, want)
+		}
+	}
+	r.WantLine(t, id, tokens[2], urgent.token, tokens[3])
+	_, _, err = setStatus(t, r, "", "first", name, tokens[3], "--yes")
+	rig.Must(t, err)
+	r.WantLine(t, id, tokens[3], tokens[2], urgent.token)
+	var d semaphoreReport
+	out, err = statusOf(t, r, "", name, "-o", "json")
+	rig.Must(t, err)
+	rig.Must(t, json.Unmarshal([]byte(out), &d))
+	first, last := d.Line[0], d.Line[2]
+	if last.Ahead != 600 || last.Waited > 60 || d.LongestWait > 60 || first.Ahead < 500 || first.Waited > 60 {
+		t.Errorf("the line is %+v, the longest wait %v s", d.Line, d.LongestWait)
+	}
+	for pod, want := range map[string]string{
+		"web-a":  "web-a has a token of " + name + ": it stands in no line",
+		"nobody": `used or waited for by "nobody"`,
+	} {
+		if _, _, err := setStatus(t, r, "", "first", name, pod, "--yes"); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: got %v, want %s", pod, err, want)
+		}
+	}
+}
+
 // Two pods can have one name, for example after a forced deletion in a StatefulSet. Their
 // tokens tell them apart.
 func TestStatusReleaseOfSameName(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	for range 2 {
-		_, _, err := s.acquire(t.Context(), id, "web-0 node-1", 2, time.Second)
+		_, _, err := s.acquire(t.Context(), id, "web-0 node-1", 2, limit{}, time.Second)
 		rig.Must(t, err)
 	}
 	_, err := statusOf(t, r, "", "release", id.String(), "web-0", "--yes")
@@ -212,16 +483,51 @@ func TestStatusReleaseOfSameName(t *testing.T) {
 }
 
 func TestStatusUsage(t *testing.T) {
+	longNote := strings.Repeat("n", mostNote+1)
 	for args, want := range map[string]string{
-		"release":                  "release: 0 arguments; they are NAMESPACE/KEY TOKEN|POD",
-		"release shop/web":         "release: 1 arguments",
-		"release shop web-1":       `"shop" is not a namespace, a slash and a key`,
-		"shop/":                    `"shop/" is not a namespace, a slash and a key`,
-		"shop web":                 "2 arguments: there may be one, NAMESPACE or NAMESPACE/KEY",
-		"-o yaml":                  `-o: "yaml"`,
-		"release a/b c --watch":    "--watch and release do not go together",
-		"--length=3":               "flag provided but not defined: -length",
-		"--redis-addresses=a:6379": "flag provided but not defined",
+		"release":               "release: 0 arguments; they are NAMESPACE/KEY TOKEN|POD",
+		"release shop/web":      "release: 1 arguments",
+		"release shop web-1":    `"shop" is not a namespace, a slash and a key`,
+		"shop/":                 `"shop/" is not a namespace, a slash and a key`,
+		"shop web":              "2 arguments: there may be one, NAMESPACE or NAMESPACE/KEY",
+		"-o yaml":               `-o: "yaml"`,
+		"release a/b c --watch": "--watch and release do not go together",
+
+		"set":                                      "set: 0 arguments; they are NAMESPACE/KEY length=NUMBER",
+		"set shop/web --for 1h":                    "set: 1 arguments; they are NAMESPACE/KEY length=NUMBER",
+		"pause shop/web 3 --for 1h":                "pause: 2 arguments; they are NAMESPACE/KEY",
+		"set shop/web 3 --for 1h":                  `set: "3" is not length=NUMBER, such as length=1`,
+		"set shop/web length=x --for 1h":           `length: "x" is not a whole number from 0 to 10000`,
+		"set shop/web length=10001 --for 1h":       `length: "10001" is not a whole number from 0 to 10000`,
+		"set shop length=1 --for 1h":               `"shop" is not a namespace, a slash and a key`,
+		"set Shop/web length=1 --for 1h":           `set: "Shop" is not the name of a namespace`,
+		"pause @/web --for 1h":                     `"@/web" is not a namespace, a slash and a key, nor @ and a key`,
+		"set shop/web length=1":                    "--for: is needed, such as --for 2h: the length counts for a time",
+		"pause shop/web":                           "--for: is needed",
+		"first shop/web":                           "first: 1 arguments; they are NAMESPACE/KEY TOKEN|POD",
+		"first shop web-1":                         `"shop" is not a namespace, a slash and a key`,
+		"first shop/web web-1 --for 1h":            "--for: is not used: it is for set and pause",
+		"first shop/web web-1 --clear":             "--clear: is not used: it is for set",
+		"pause shop/web --for=59s":                 `--for: "59s" is not a duration from 1m to 7d, such as 30m, 2h or 2d`,
+		"pause shop/web --for=7d1s":                `--for: "7d1s" is not a duration`,
+		"pause shop/web --for=-1d":                 `--for: "-1d" is not a duration`,
+		"pause shop/web --for=90":                  `--for: "90" is not a duration`,
+		"pause shop/web --for=d":                   `--for: "d" is not a duration`,
+		"pause shop/web --for=99999999999999999d":  `--for: "99999999999999999d" is not a duration`,
+		"set shop/web --clear --for 1h":            "--for: is not used with --clear, which ends at once what was set",
+		"set shop/web --clear --note x":            "--note: is not used with --clear",
+		"set shop/web length=1 --clear":            `set: "length=1" and --clear do not go together`,
+		"pause shop/web --clear":                   "--clear: to end a pause, run status set NAMESPACE/KEY --clear",
+		"shop/web --clear":                         "--clear: is not used: it is for set",
+		"shop/web --for 1h":                        "--for: is not used: it is for set and pause",
+		"release a/b c --note x":                   "--note: is not used: it is for set and pause",
+		"pause shop/web --for 1h --watch":          "--watch and pause do not go together",
+		"pause shop/web --for 1h --note=\x1b[2J":   `--note: "\x1b[2J" is not printable text on one line`,
+		"pause shop/web --for 1h --note=\xff":      "is not printable text on one line",
+		"pause a/b --for 1h --note=" + longNote:    "has 201 bytes: at most 200 are allowed",
+		"set Shop/web length=-1 --for x --note=\a": "4 wrong settings",
+		"--length=3":                               "flag provided but not defined: -length",
+		"--redis-addresses=a:6379":                 "flag provided but not defined",
 	} {
 		code, _, stderr := runArgs(nil, append([]string{"status"}, strings.Fields(args)...)...)
 		if code != 2 || !strings.Contains(stderr, want) {
@@ -229,9 +535,39 @@ func TestStatusUsage(t *testing.T) {
 		}
 	}
 	code, stdout, _ := runArgs(map[string]string{"QUEUE_REDIS_ADDRESS": "queue:6379"}, "status", "--help")
-	for _, want := range []string{"release NAMESPACE/KEY TOKEN|POD", "(default queue:6379)", "STATUS_REDIS_PASSWORD"} {
+	for _, want := range []string{"release NAMESPACE/KEY TOKEN|POD",
+		"set NAMESPACE/KEY length=NUMBER --for DURATION", "pause NAMESPACE/KEY --for DURATION",
+		"(default queue:6379)", "STATUS_REDIS_PASSWORD"} {
 		if code != 0 || !strings.Contains(stdout, want) {
 			t.Errorf("no %q in\n%s", want, stdout)
+		}
+	}
+}
+
+// What the command line of set and pause means.
+func TestStatusSetFlags(t *testing.T) {
+	env := map[string]string{"USER": "alice", "HOSTNAME": "laptop"}
+	none := override{by: "alice@laptop"}
+	for args, want := range map[string]statusConfig{
+		"set shop/web length=2 --for 1h":   {change: statusSet, override: override{length: 2, by: none.by}, lasts: time.Hour},
+		"set shop/web length=0 --for 1m":   {change: statusSet, override: none, lasts: leastOverride},
+		"--for 7d pause shop/web":          {change: statusPause, override: none, lasts: mostOverride},
+		"pause shop/web --for 1d12h --yes": {change: statusPause, override: none, lasts: 36 * time.Hour, yes: true},
+		"set --clear shop/web":             {change: statusSet, override: none, clear: true},
+		"set shop/web length=10000 --for 2h --note=größer": {change: statusSet,
+			override: override{length: maxLength, note: "größer", by: none.by}, lasts: 2 * time.Hour},
+	} {
+		got, err := parseStatusConfig(strings.Fields(args), func(name string) string { return env[name] })
+		rig.Must(t, err)
+		want.settings, want.output = got.settings, outputTable
+		want.namespace, want.semaphore = "shop", semaphoreID{"shop", "web"}
+		if !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: got %+v, want %+v", args, got, want)
+		}
+	}
+	for want, c := range map[string][2]string{"a@b": {"a", "b"}, "a": {"a", ""}, "b": {"", "b"}, "": {}} {
+		if got := changedBy(c[0], c[1]); got != want {
+			t.Errorf("%q: got %s, want %s", c, got, want)
 		}
 	}
 }
@@ -279,7 +615,12 @@ func TestStatusEnvironment(t *testing.T) {
 	if _, err = parseStatusConfig(nil, getenv); err == nil || err.Error() != want {
 		t.Errorf("with two passwords: got %v, want %s", err, want)
 	}
-	env["STATUS_REDIS_PASSWORD"] = ""
+	env["STATUS_REDIS_PASSWORD"], env["SEMAPHORE"] = "", "shop/web"
+	for want, args := range map[semaphoreID][]string{{"shop", "web"}: nil, {"shop", "cart"}: {"shop/cart"}, {}: {"shop"}} {
+		if c, err = parseStatusConfig(args, getenv); err != nil || c.semaphore != want {
+			t.Errorf("status %q in a sidecar shows %s, %v; want %s", args, c.semaphore, err, want)
+		}
+	}
 	c, err = parseStatusConfig(nil, getenv)
 	if want := (redisSettings{username: "status", passwordFile: env["STATUS_REDIS_PASSWORD_FILE"]}); err != nil ||
 		c.redis != want {
@@ -371,8 +712,8 @@ func TestSurveyIsBounded(t *testing.T) {
 	rig.WantWithin(t, time.Since(start), 2*time.Second, "a survey of a Redis that hangs")
 }
 
-// The user of status can inspect and release, but not acquire. It needs each of its ACL
-// rules.
+// The user of status can inspect, release and set a length, but not acquire. It needs
+// each of its ACL rules.
 func TestStatusUser(t *testing.T) {
 	t.Parallel()
 	r := rig.StartRedis(t)
@@ -406,6 +747,18 @@ func TestStatusUser(t *testing.T) {
 		}
 		return nil
 	}
+	set := func() error {
+		id := freshID() // Redis does not know it, and asks for its own age
+		r.Do(t, "ZADD", id.inflightKey(), r.Now(t)+1000, "from before the clock was set back")
+		for _, length := range []int{0, 2} {
+			_, _, err := s.setOverride(t.Context(), id, override{length: length}, time.Hour)
+			if err != nil {
+				return err
+			}
+		}
+		_, _, err := s.clearOverride(t.Context(), id)
+		return err
+	}
 	rules := rig.Anys(strings.Fields(statusACL))
 	r.Do(t, "ACL", append([]any{"SETUSER", "status", "on", ">" + rig.Password}, rules...)...)
 	if rig.TestQueue != "" {
@@ -422,6 +775,7 @@ func TestStatusUser(t *testing.T) {
 			if !isCommand {
 				continue
 			}
+			command, _, _ = strings.Cut(command, "|")
 			r.Do(t, "ACL", "SETUSER", "status", "-"+command)
 			r.Do(t, "ACL", "LOG", "RESET")
 			err := do()
@@ -438,9 +792,11 @@ func TestStatusUser(t *testing.T) {
 	wantNeeded(statusACL, look)
 	r.Do(t, "ACL", append([]any{"SETUSER", "status"}, rig.Anys(strings.Fields(releaseACL))...)...)
 	wantNeeded(releaseACL, release)
+	r.Do(t, "ACL", append([]any{"SETUSER", "status"}, rig.Anys(strings.Fields(rig.SetACL))...)...)
+	wantNeeded(rig.SetACL, set)
 	id := freshID()
 	maintain(t, admin, id, 1)
-	if _, _, err := s.acquire(t.Context(), id, "", 1, time.Second); err == nil || !isDenied(err) {
+	if _, _, err := s.acquire(t.Context(), id, "", 1, limit{}, time.Second); err == nil || !isDenied(err) {
 		t.Errorf("acquire: got %v, want NOPERM", err)
 	}
 	r.WantCounts(t, id, 1, 0)

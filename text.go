@@ -47,6 +47,15 @@ func roughly(d time.Duration) string {
 	return fmt.Sprintf("%d h", d/time.Hour)
 }
 
+// clockTime writes a time for people: of today, or of another day.
+func clockTime(t time.Time) string {
+	layout := "15:04 MST"
+	if t = t.UTC(); time.Until(t).Abs() > 20*time.Hour {
+		layout = "2 Jan 15:04 MST"
+	}
+	return t.Format(layout)
+}
+
 // printable quotes a text from Redis unless a terminal can show it as it is. Any client
 // with the password can write control characters there.
 func printable(text string) string {

@@ -15,35 +15,56 @@
 --                  ARGV[6]
 -- ARGV[10] unstarted  seconds after which the token is stale if no pod confirms it; empty:
 --                  the threshold
+-- ARGV[11] limit   the limit that the caller knows; empty: none. It counts if Redis knows
+--                  nothing of one: it may have lost its data
+-- ARGV[12] ahead   microseconds that a waiter's place is before its arrival: its head start
+--                  when it joins the line, or else as the script returned it before; empty:
+--                  none
+-- ARGV[13] wait    seconds after its arrival at which a waiter gives up; empty: never
+-- ARGV[14] run     "run": it does not give up then, but takes a token beyond the length
 --
--- Returns {1, time, agreed}  taken: the token is in use. agreed: the greatest length that
---                            other callers asked for lately, or 0
---         {2, time, stale}   the caller has to repair first: this number of tokens is
---                            stale; if 0, tokens are missing
---         {0, time, tokens in use, waiters, doubt, holders, position, arrival,
---          seconds waited, milliseconds until a token may come free, reachable}
+-- Returns {1, time, agreed, beyond}  taken: the token is in use. agreed: the greatest length
+--                            that other callers asked for lately, or 0. beyond: 1 if this
+--                            command took it beyond the length, as its wait was over
+--         {2, time, stale, newcomer}   the caller has to repair first: this number of
+--                            tokens is stale; if 0, tokens are missing. newcomer: see
+--                            maintain.lua
+--         {0, time, tokens in use, waiters, doubt, holders, setting, position, arrival,
+--          seconds waited, milliseconds until a token may come free, reachable, ahead}
 --                            full. doubt: 0, or the seconds until Redis knows if some
 --                            holders or waiters are gone. holders: three items for some
 --                            tokens in use: the seconds that the pod has had the token,
 --                            the pod, and 1 if its sidecar has not started; or -1, the
---                            token, and 0. position and all after it: for a waiter
-local length = tonumber(ARGV[5])
+--                            token, and 0. setting: see semaphore.lua. position and all after
+--                            it: for a waiter
+--         {3, ... as with 0} gave up: the waiter is out of the line. It gets the same answer
+--                            again until it releases its token
+local asksFor = tonumber(ARGV[5])
 local token = ARGV[6]
 local arrival = ARGV[7]
 local pod = ARGV[8]
 local takenAs = ARGV[9] or ''
 local unstarted = math.min(tonumber(ARGV[10] or '') or threshold, threshold)
 local waits = arrival ~= ''
+local wait, runs = tonumber(ARGV[13] or ''), ARGV[14] == 'run'
 local held = heldAs(token, takenAs)
-local agreed = greatest > 0 and now - asked <= lengthMemory and greatest or 0
-noteLength(length)
+local agreed = not set and asks > 0 and now - asked <= lengthMemory and asks or 0
+noteLength(asksFor)
+if not limit and (ARGV[11] or '') ~= '' then
+  limit = ARGV[11]
+  findLengths()
+end
+local length = set or asksFor -- counts for the caller, whatever its place
 if waits and arrival ~= '0' and (not state[1] or tonumber(arrival) < created * 1000000) then
   noteLoss()
 end
 touch(held and redis.pcall)
+if limit and not state[10] then
+  redis.pcall('HSET', KEYS[6], 'limit', limit)
+end
 if held then
   -- A full Redis continues a script whose first write needs no memory.
-  redis.call('EXPIRE', KEYS[2], ARGV[4])
+  redis.call('EXPIRE', KEYS[2], life(ARGV[4]))
 end
 clampFuture(KEYS[2])
 if lineLength > 0 then
@@ -51,7 +72,7 @@ if lineLength > 0 then
 end
 local inflight = redis.call('ZCARD', KEYS[2])
 
-local function take()
+local function take(beyond)
   grown = grown or inflight == 0
   redis.call('ZADD', KEYS[2], now - threshold + unstarted, token)
   if lineLength > 0 then
@@ -62,87 +83,11 @@ local function take()
   end
   callServed()
   notePod(token, pod, now)
-  return finish({1, micros, agreed}, 'busy')
+  return finish({1, micros, agreed, beyond or 0}, 'busy')
 end
 
 if held then
   return take()
-end
-
-dropGone()
-if waits then
-  if lineLength == 0 then
-    openLine()
-  end
-  if not redis.call('ZSCORE', KEYS[3], token) then
-    local joined = arrival
-    if arrival == '0' then
-      -- Behind all others, even if the clock was set back, and behind those to whom a length
-      -- is lent.
-      local last = tonumber(redis.call('ZRANGE', KEYS[3], -1, -1, 'WITHSCORES')[2]) or 0
-      joined = string.format('%.0f', math.max(micros, last + 1, line.lentTo + 1))
-    end
-    grown = true
-    redis.call('ZADD', KEYS[3], joined, token)
-    redis.call('HSET', KEYS[5], token, length)
-    notePod(token, pod, 0)
-    line.sameReign()
-  end
-  redis.call('ZADD', KEYS[4], line.seconds, token)
-  lineLength = redis.call('ZCARD', KEYS[3])
-end
-
--- limit is the length that counts for the caller. See limitsOf.
-local limit, rank = length, 0
-if waits then
-  rank = redis.call('ZRANK', KEYS[3], token)
-  if length < greatest then
-    local behind = redis.call('ZRANGE', KEYS[3], rank, rank - rank % 100 + 99)
-    limit = line.limitsOf(redis.call('HMGET', KEYS[5], unpack(behind)), rank, length)[1]
-  end
-end
-
--- isMine reports whether the waiters ahead leave a free token to the caller. If not, it
--- calls them again.
-local function isMine()
-  if lineLength == 0 then
-    return true
-  end
-  local free, used, most = line.eachServed(line.call, token, waits and 0 or length)
-  return free > 0 and used < most
-end
-
-local kept = false -- a token is free, and kept for the waiters ahead
-if inflight < limit and redis.call('LLEN', KEYS[1]) > 0 then
-  local mine = isMine()
-  if lineLength > 0 and not waits then
-    line.lend(length)
-  end
-  if mine then
-    redis.call('LPOP', KEYS[1])
-    return take()
-  end
-  kept = true
-end
-
--- Holders that are about to come back may hold the missing tokens. A newcomer cannot tell
--- a semaphore that has lost its data from a new one.
-local old = redis.call('ZCOUNT', KEYS[2], '-inf', '(' .. (now - threshold))
-local newcomer = arrival == '' or arrival == '0'
-local missing = inflight < limit and redis.call('LLEN', KEYS[1]) == 0
-local reclaimable = old > 0 and inflight - old < limit
-if missing and mayRefill(newcomer) or reclaimable and settled() then
-  if waits then
-    redis.call('HSET', KEYS[5], token, length) -- whether it is reachable, only a full answer tells
-  end
-  return finish({2, micros, old})
-end
-
-local doubt = 0
-if (missing or reclaimable) and not settled() then
-  doubt = untilSettled()
-elseif now - resumed <= linePatience and redis.call('ZCOUNT', KEYS[4], '-inf', '(' .. (now - lineQuiet)) > 0 then
-  doubt = resumed + linePatience + 1 - now
 end
 
 -- holders returns the holders of the five tokens with the oldest heartbeats.
@@ -156,41 +101,166 @@ local function holders()
   for i, used in ipairs(tokens) do
     local since, name, node = string.match(pods[i] or '', '^(%d+) (%S+) ?(%S*)')
     list[3 * i - 2] = since and math.max(0, now - since) or -1
-    list[3 * i - 1] = name or used
+    list[3 * i - 1] = string.sub(name or used, 1, nameMost)
     list[3 * i] = node == '' and 1 or 0 -- only a sidecar knows its node
   end
   return list
+end
+
+-- giveUp takes the waiter out of the line. waited is how long it has waited, in seconds.
+local function giveUp(waited)
+  leaveLine(token)
+  callServed()
+  return finish({3, micros, inflight, redis.call('ZCARD', KEYS[3]), 0, holders(), setting(), 0, arrival, waited, 0, 0, 0})
+end
+
+if wait then
+  local before = redis.call('HMGET', KEYS[5], token .. '/gaveUp')[1]
+  if before then
+    return giveUp(tonumber(string.match(before, '^%d+')) or 0)
+  end
+end
+
+dropGone()
+if waits then
+  if lineLength == 0 then
+    openLine()
+  end
+  if not redis.call('ZSCORE', KEYS[3], token) then
+    local joined, ahead = tonumber(arrival), tonumber(ARGV[12] or '') or 0
+    if arrival == '0' then
+      -- Behind all others, even if the clock was set back, and behind those to whom a length
+      -- is lent.
+      local last = tonumber(redis.call('ZRANGE', KEYS[3], -1, -1, 'WITHSCORES')[2]) or 0
+      joined = math.max(micros, last + 1, line.lentTo + 1, lineLength > 0 and line.joined + 1 or 0)
+      if ahead > 0 then
+        line.comesAfterLoan(joined - ahead)
+      end
+    end
+    grown = true
+    redis.call('ZADD', KEYS[3], string.format('%.0f', joined - ahead), token)
+    redis.call('HSET', KEYS[5], token, asksFor)
+    if ahead > 0 then
+      redis.call('HSET', KEYS[5], token .. '/ahead', ahead)
+      redis.call('HSET', KEYS[6], 'joined', string.format('%.0f', math.max(joined, lineLength > 0 and line.joined or 0)))
+    end
+    local known = wait and pod ~= '' and string.format('%s %.0f%s', pod, wait, runs and ' run' or '') or pod
+    notePod(token, known, 0)
+    line.sameReign()
+  end
+  redis.call('ZADD', KEYS[4], line.seconds, token)
+  lineLength = redis.call('ZCARD', KEYS[3])
+end
+
+-- most is the length that counts for the caller at its place. See limitsOf.
+local most, rank = length, 0
+if waits then
+  rank = redis.call('ZRANK', KEYS[3], token)
+  if length < greatest then
+    local behind = redis.call('ZRANGE', KEYS[3], rank, rank - rank % 100 + 99)
+    most = line.limitsOf(redis.call('HMGET', KEYS[5], unpack(behind)), rank, length)[1]
+  end
+end
+
+-- isMine reports whether the waiters ahead leave a free token to the caller. If not, it
+-- calls them again.
+local function isMine()
+  if lineLength == 0 then
+    return true
+  end
+  local free, used, here = line.eachServed(line.call, token, waits and 0 or length)
+  return free > 0 and used < here
+end
+
+local reserved = false -- a token is free, and kept for the waiters ahead
+if inflight < most and redis.call('LLEN', KEYS[1]) > 0 then
+  local mine = isMine()
+  if lineLength > 0 and not waits then
+    line.lend(asksFor)
+  end
+  if mine then
+    redis.call('LPOP', KEYS[1])
+    return take()
+  end
+  reserved = true
+end
+
+-- Holders that are about to come back may hold the missing tokens. A newcomer cannot tell
+-- a semaphore that has lost its data from a new one, nor can a waiter that has come since
+-- the last silence.
+local old = redis.call('ZCOUNT', KEYS[2], '-inf', '(' .. (now - threshold))
+local newcomer = not waits or arrival == '0' or tonumber(arrival) >= resumed * 1000000
+-- A caller that does not wait is refused now: then it is not enough that a token is free
+-- for those in line.
+local free = redis.call('LLEN', KEYS[1])
+local missing = inflight < most and (free == 0 or not waits and free < math.min(portion, most - inflight))
+local reclaimable = old > 0 and inflight - old < most
+if missing and mayRefill(newcomer) or reclaimable and settled() then
+  if waits then
+    redis.call('HSET', KEYS[5], token, asksFor) -- whether it is reachable, only a full answer tells
+  end
+  return finish({2, micros, old, newcomer and 1 or 0})
+end
+
+local doubt = 0
+if (missing or reclaimable) and not settled() then
+  doubt = untilSettled()
+elseif now - resumed <= linePatience and redis.call('ZCOUNT', KEYS[4], '-inf', '(' .. (now - lineQuiet)) > 0 then
+  doubt = resumed + linePatience + 1 - now
 end
 
 -- untilFree returns the seconds until a token may come free for the waiter: one goes
 -- stale, or others ahead are passed. While a token is kept for those, it is short: a longer
 -- pause between two commands could hide an outage.
 local function untilFree()
-  if kept then
+  if reserved then
     local exact = micros / 1000000
     local oldest = redis.call('ZRANGEBYSCORE', KEYS[4], exact - linePass, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)[2]
     return math.max(0.05, math.min(0.8,
       math.max((oldest or 0) + linePass - exact, line.paused / 1000000 + stall - exact)))
-  elseif rank >= limit then
+  elseif rank >= most then
     return pollMost
   end
   -- So many have to go first, for the length.
-  local over = math.max(0, inflight - limit)
+  local over = math.max(0, inflight - most)
   local oldest = tonumber(redis.call('ZRANGE', KEYS[2], over, over, 'WITHSCORES')[2]) or now
   return math.max(0, oldest + threshold + 1 - now, untilSettled())
 end
 
-local full = {0, micros, inflight, redis.call('ZCARD', KEYS[3]), doubt, holders()}
+local known = waits and redis.call('HMGET', KEYS[5], token, token .. '/ahead')
+local ahead = known and math.min(whole(known[2]) or 0, aheadMost)
+local at = waits and redis.call('ZSCORE', KEYS[3], token) + ahead
+local givesUp = wait and at and at / 1000000 + wait
+-- While holders may come back, Redis does not know how many tokens are in use.
+if givesUp and givesUp <= micros / 1000000 and settled() then
+  if runs then
+    redis.call('LPOP', KEYS[1]) -- a pod that runs counts
+    count('ranBeyond', 1)
+    return take(1)
+  end
+  local waited = now - math.floor(at / 1000000)
+  noteGaveUp(token, waited)
+  return giveUp(waited)
+end
+
+local full = {0, micros, inflight, redis.call('ZCARD', KEYS[3]), doubt, holders(), setting()}
 if waits then
-  local at = redis.call('ZSCORE', KEYS[3], token)
-  full[7] = rank + 1
-  full[8] = at
-  full[9] = math.max(0, now - math.floor(tonumber(at) / 1000000))
-  full[10] = math.ceil(untilFree() * 1000)
+  full[8] = rank + 1
+  full[9] = string.format('%.0f', at)
+  full[10] = math.max(0, now - math.floor(at / 1000000))
+  local pause = untilFree()
+  if rank < 3 and ends > now then -- the first may be dead
+    pause = math.min(pause, ends - micros / 1000000) -- then another length counts
+  end
+  if givesUp then
+    pause = math.min(pause, math.max(givesUp - micros / 1000000, settled() and 0 or untilSettled()))
+  end
+  full[11] = math.ceil(pause * 1000)
   local hears = publish(token, 'can you hear me')
-  full[11] = hears and 1 or 0
-  local known, text = redis.call('HMGET', KEYS[5], token)[1], (hears and '+' or '') .. length
-  if known ~= text then
+  full[12] = hears and 1 or 0
+  full[13] = string.format('%.0f', ahead)
+  local text = (hears and '+' or '') .. asksFor
+  if known[1] ~= text then
     redis.call('HSET', KEYS[5], token, text)
     if not hears then
       line.sameReign() -- a restart is a reason

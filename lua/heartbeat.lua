@@ -31,7 +31,7 @@ if not held then
 end
 touch(redis.pcall)
 -- A full Redis continues a script whose first write needs no memory.
-redis.call('EXPIRE', KEYS[2], ARGV[4])
+redis.call('EXPIRE', KEYS[2], life(ARGV[4]))
 if held == takenAs then
   rename(token, takenAs)
 end

@@ -7,7 +7,7 @@
 -- Returns {1, time, lost}  lost: list of the tokens that are not in use
 touch(redis.pcall)
 -- A full Redis continues a script whose first write needs no memory.
-redis.call('EXPIRE', KEYS[2], ARGV[4])
+redis.call('EXPIRE', KEYS[2], life(ARGV[4]))
 local gone = {}
 for i = 5, #ARGV do
   if redis.call('ZSCORE', KEYS[2], ARGV[i]) then

@@ -7,22 +7,24 @@
 -- ARGV[5] known   created, as the script returned it before (Unix seconds); 0 the first
 --                 time
 -- ARGV[6] gone    number of pods that leave
--- ARGV[7...]      their tokens. Then four for each pod in line: token, arrival (Unix
---                 microseconds), length, and "NAME NODE" or the part that is known
+-- ARGV[7...]      their tokens. Then five for each pod in line: token, arrival (Unix
+--                 microseconds), length, "NAME NODE" or the part that is known, and its head
+--                 start in microseconds
 --
--- Returns {1, time, created, tokens in use, waiters, served, held, joined, doubt}
+-- Returns {1, time, created, tokens in use, waiters, served, held, joined, doubt, setting}
 --   served  list of the tokens in line, also of other processes, that may take a free one
 --   held    list of the given tokens that are in use already
 --   joined  list of the given tokens that were not in line, each followed by its position
 --   doubt   0, or the seconds until Redis knows which holders are gone: it makes no token
 --           before that
+--   setting see semaphore.lua
 local known = tonumber(ARGV[5])
 local first = 7 + tonumber(ARGV[6])
 if known > 0 and (not state[1] or created > known) then
   noteLoss()
 end
 local tokens, texts, most = {}, {}, 0
-for i = first, #ARGV, 4 do
+for i = first, #ARGV, 5 do
   tokens[#tokens + 1] = ARGV[i]
   most = math.max(most, tonumber(ARGV[i + 2]))
 end
@@ -43,15 +45,19 @@ for i = 7, first - 1 do
   end
 end
 for n, token in ipairs(tokens) do
-  local i = first + 4 * (n - 1)
-  local arrival, length = ARGV[i + 1], ARGV[i + 2]
+  local i = first + 5 * (n - 1)
+  local length, ahead = ARGV[i + 2], tonumber(ARGV[i + 4])
+  local wanted = tonumber(ARGV[i + 1]) - ahead
   if redis.call('ZSCORE', KEYS[2], token) then
     held[#held + 1] = token
   else
     local place = redis.call('ZSCORE', KEYS[3], token)
-    if not place or tonumber(place) > tonumber(arrival) then
+    if not place or tonumber(place) > wanted then
       grown = true
-      redis.call('ZADD', KEYS[3], arrival, token)
+      redis.call('ZADD', KEYS[3], string.format('%.0f', wanted), token)
+      if ahead > 0 then
+        redis.call('HSET', KEYS[5], token .. '/ahead', ahead)
+      end
       notePod(token, ARGV[i + 3], 0)
     end
     if not place or texts[n] ~= length then -- with a sign: it may hear nothing any more
@@ -60,6 +66,7 @@ for n, token in ipairs(tokens) do
     redis.call('ZADD', KEYS[4], line.seconds, token)
     if not place then
       new[#new + 1] = token
+      line.comesAfterLoan(wanted)
     end
   end
 end
@@ -81,4 +88,4 @@ if lineLength > 0 then
 end
 local inflight = redis.call('ZCARD', KEYS[2])
 local doubt = inflight < greatest and redis.call('LLEN', KEYS[1]) == 0 and not settled() and untilSettled() or 0
-return finish({1, micros, created, inflight, redis.call('ZCARD', KEYS[3]), served, held, joined, doubt})
+return finish({1, micros, created, inflight, redis.call('ZCARD', KEYS[3]), served, held, joined, doubt, setting()})

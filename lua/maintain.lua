@@ -8,12 +8,11 @@
 --
 -- KEYS, ARGV[1..4], and what every script returns: see semaphore.lua
 -- ARGV[5] length    the caller's
--- ARGV[6] newcomer  "1": the caller was not in line before, and does not wait for tokens
---                   that Redis may have lost
+-- ARGV[6] newcomer  "1": the caller was not in line before the last silence, and does not
+--                   wait for tokens that Redis may have lost
 --
 -- Returns {0, time, reclaimed, refilled, trimmed, left}  left: number of tokens that are
 --                                                        still stale
-local portion = 256 -- most free tokens to have in the queue for callers to come
 local most = 500 -- most stale tokens to reclaim at once
 
 noteLength(tonumber(ARGV[5]))
@@ -40,19 +39,7 @@ if settled() then
     left = redis.call('ZCOUNT', KEYS[2], '-inf', before)
   end
 end
-if mayRefill(ARGV[6] == '1') then
-  -- Others ask for the greatest length, and it counts for the caller if they are behind it.
-  local wanted = math.min(portion, greatest - redis.call('ZCARD', KEYS[2]))
-  local free = {}
-  for i = 1, wanted - redis.call('LLEN', KEYS[1]) do
-    free[i] = 'free'
-  end
-  refilled = #free
-  if refilled > 0 then
-    grown = true
-    redis.call('RPUSH', KEYS[1], unpack(free))
-  end
-end
+refilled = refill(ARGV[6] == '1')
 local trimmed = trim()
 callServed()
 return finish({0, micros, reclaimed, refilled, trimmed, left})

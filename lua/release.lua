@@ -9,7 +9,7 @@
 --
 -- Returns {0, time}  the token was neither in use nor in line
 --         {1, time}  released
---         {2, time}  left the line
+--         {2, time}  left the line, or forgotten that it had given up
 touch(redis.pcall)
 -- This comes first: a full Redis continues a script whose first write needs no memory.
 local token = ARGV[5]
@@ -19,6 +19,11 @@ local released = redis.call('ZREM', KEYS[2], token)
 if released + status == 0 and takenAs ~= '' then
   redis.call('HDEL', KEYS[5], takenAs .. '/pod')
   released = redis.call('ZREM', KEYS[2], takenAs)
+end
+local gaveUp = released == 0 and redis.call('HMGET', KEYS[5], token .. '/gaveUp')[1]
+if gaveUp then
+  redis.call('HDEL', KEYS[5], token .. '/gaveUp', string.match(gaveUp, '%S*$'))
+  status = 2
 end
 if released == 1 then
   grown = redis.call('RPUSH', KEYS[1], 'free') == 1

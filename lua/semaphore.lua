@@ -6,14 +6,20 @@
 --                   has the name that the webhook gave it, until the first pod that
 --                   confirms it gives it its UID; see heldAs. Until then, its score may
 --                   be earlier, so that it is stale sooner
--- KEYS[3] waiters   Sorted Set, token of a waiter -> its arrival (Unix microseconds)
+-- KEYS[3] waiters   Sorted Set, token of a waiter -> its place: its arrival (Unix
+--                   microseconds), less its head start
 -- KEYS[4] seen      Sorted Set, token of a waiter -> its last request (Unix seconds, with
 --                   fractions)
 -- KEYS[5] names     Hash, token of a waiter -> the length that it asks for, with a sign:
 --                   "+" if it received a message at its last request, "-" if it then
 --                   missed a call; and TOKEN/pod of each token in use or waited for ->
 --                   "SINCE NAME NODE": when its pod took it (Unix seconds; 0 of a
---                   waiter), the pod's name, and its node if that is known
+--                   waiter), the pod's name, and its node if that is known. Of a waiter
+--                   that waits for a time, "0 NAME NODE SECONDS" or "... SECONDS run".
+--                   TOKEN/gaveUp -> "WAITED gaveUp/N", how many seconds it waited, until
+--                   it releases its token; and gaveUp/N -> TOKEN: so there are gaveUpMost
+--                   of these at most
+--                   TOKEN/ahead of a waiter with a head start -> microseconds
 -- KEYS[6] state     Hash, times in Unix seconds:
 --                     created    when Redis began to know the semaphore; while it was young,
 --                                when it started
@@ -28,14 +34,22 @@
 --                     sent       when a caller sent one of these, ten seconds too early at most
 --                     reclaimed  number of stale tokens taken back so far, for people
 --                     rejoined   number of tokens put back by holders so far, for people
+--                     gaveUp     number of waiters that gave up so far
+--                     ranBeyond  number of tokens taken beyond the length so far, for people
+--                     limit      the length that the owner of the resource set; empty: none
+--                     override   another length for a time, which precedes the limit
+--                     ends       when the override ends
+--                     note, by   why and by whom it was set, for people
+--                     kept       the keys live until then at least, for the limit
 --                     lent       the length that a caller outside of the line asked for
 --                     lentAt     when it asked
---                     lentTo     the arrival of the last waiter at that time
+--                     lentTo     the arrival of the last waiter that may use it
 --                   and, in Unix microseconds, while there is a line:
 --                     heard      the last command
 --                     paused     the end of the last pause between two commands
 --                     reign      a part of the server's replication ID
 --                     reigned    when Redis noted that
+--                     joined     the arrival of the last waiter with a head start
 -- ARGV[1] deadline      Unix microseconds; the script refuses a command that comes later
 -- ARGV[2] interval      seconds between two heartbeats of a holder
 -- ARGV[3] threshold     seconds without a heartbeat after which a token is stale
@@ -80,13 +94,38 @@ local lengthMemory = 300 -- seconds; the scripts forget an older greatest length
 local settingsEvery = 10 -- seconds; the scripts note the same settings again after this time
 local settingsMemory = 300 -- seconds, or twice the threshold; they forget older greatest settings
 local idleLife = 300 -- seconds; the time to live without holders and waiters
+local overrideMost = 8 * 86400 -- seconds; no override lasts longer, whatever the clock was
+local aheadMost = 2 ^ 50 -- microseconds; a client may have written more than a script
+local noteMost = 200 -- bytes of a note; a client may have written a longer one
+local nameMost = 510 -- bytes of the name of a pod, likewise
+local gaveUpMost = 1000 -- waiters that gave up and have not released their tokens
 
 local state = redis.call('HMGET', KEYS[6], 'created', 'touched', 'resumed', 'lost', 'length', 'asked',
-  'interval', 'threshold', 'sent')
+  'interval', 'threshold', 'sent', 'limit', 'override', 'ends', 'kept')
 -- A time in the future is from before the clock was set back.
 local created, touched = math.min(tonumber(state[1]) or now, now), tonumber(state[2])
 local resumed, lost = math.min(tonumber(state[3]) or 0, now), math.min(tonumber(state[4]) or 0, now)
-local greatest, asked = tonumber(state[5]) or 0, math.min(tonumber(state[6]) or 0, now)
+local asks, asked = tonumber(state[5]) or 0, math.min(tonumber(state[6]) or 0, now)
+
+-- whole returns a number that was written by a script, not by a client in another form.
+local function whole(text)
+  return text and string.match(text, '^%d+$') and tonumber(text)
+end
+
+-- The length that counts for all, whatever they ask for: of an override that has not
+-- ended, or else the limit. It is nil if there is neither.
+local limit, override, ends = state[10], whole(state[11]), whole(state[12]) or 0
+if ends > now + overrideMost then
+  ends = 0
+end
+local kept = math.min(whole(state[13]) or 0, now + overrideMost)
+local set
+local greatest -- the greatest length that counts for anybody
+local function findLengths()
+  set = ends > now and override or whole(limit)
+  greatest = set or asks
+end
+findLengths()
 
 -- The greatest interval and threshold that callers sent lately judge all holders: one with
 -- longer settings than this caller's may live. A live one sends them again in time. A
@@ -139,9 +178,13 @@ local function touch(write)
     -- the time now.
     resumed = math.max(resumed, now - interval)
   end
+  if ends > 0 and ends <= now then -- a clock that is set back must not bring it back
+    redis.call('HDEL', KEYS[6], 'override', 'ends', 'note', 'by')
+    override, ends = nil, 0
+  end
   write = write or redis.call
   write('HSET', KEYS[6], 'created', created, 'touched', now, 'resumed', resumed, 'lost', lost,
-    'length', greatest, 'asked', asked)
+    'length', asks, 'asked', asked)
   if newSettings then
     write('HSET', KEYS[6], 'interval', interval, 'threshold', patience, 'sent', now)
   end
@@ -162,8 +205,9 @@ end
 
 -- noteLength notes the length that a caller asks for; touch writes it.
 local function noteLength(length)
-  if length >= greatest or now - asked > lengthMemory then
-    greatest, asked = length, now
+  if length >= asks or now - asked > lengthMemory then
+    asks, asked = length, now
+    findLengths()
   end
 end
 
@@ -199,8 +243,14 @@ end
 -- leaveLine takes a token out of the line, and forgets its pod.
 local function leaveLine(token)
   redis.call('ZREM', KEYS[4], token)
-  redis.call('HDEL', KEYS[5], token, token .. '/pod')
+  redis.call('HDEL', KEYS[5], token, token .. '/pod', token .. '/ahead')
   return redis.call('ZREM', KEYS[3], token)
+end
+
+-- life returns a time to live of the keys, in seconds: at least as long as something is
+-- set that has to last.
+local function life(seconds)
+  return math.max(tonumber(seconds), kept - now, ends - now)
 end
 
 local grown = false -- this command may have created a key; see finish
@@ -262,21 +312,24 @@ end
 
 -- openLine makes the functions for a semaphore with a line. Most have none.
 local function openLine()
-  local known = redis.call('HMGET', KEYS[6], 'heard', 'paused', 'lent', 'lentAt', 'lentTo', 'reign', 'reigned')
+  local known = redis.call('HMGET', KEYS[6], 'heard', 'paused', 'lent', 'lentAt', 'lentTo', 'reign', 'reigned',
+    'joined')
   local heard, paused = tonumber(known[1]) or 0, tonumber(known[2]) or 0
   if heard > micros or paused > micros or micros - heard > stall * 1000000 then
     paused = micros
   end
   local lent, lentTo = tonumber(known[3]) or 0, tonumber(known[5]) or 0
+  local noted = lentTo
   if math.abs(now - (tonumber(known[4]) or 0)) > linePatience then
     lent, lentTo = 0, 0
   end
   local reign, reigned = tonumber(known[6]) or 0, tonumber(known[7]) or 0
   local exact = micros / 1000000 -- Unix seconds, with a fraction
 
-  -- lengthOf returns the length that a waiter asks for. text is what names has about it.
+  -- lengthOf returns the length that counts for a waiter alone. text is what names has
+  -- about it.
   local function lengthOf(text)
-    return math.abs(tonumber(text) or greatest)
+    return set or math.abs(tonumber(text) or greatest)
   end
 
   -- limitsOf returns the length that counts for each of some consecutive waiters, the
@@ -298,6 +351,15 @@ local function openLine()
     local last = tonumber(redis.call('ZRANGE', KEYS[3], -1, -1, 'WITHSCORES')[2]) or 0
     if length >= lent or last > lentTo then
       redis.call('HSET', KEYS[6], 'lent', length, 'lentAt', now, 'lentTo', string.format('%.0f', last))
+    end
+  end
+
+  -- comesAfterLoan ends a loan for the waiters from an arrival on: the pod came after the
+  -- loan. By its clock, which is not Redis's, it may have come before.
+  local function comesAfterLoan(arrival)
+    if arrival <= noted then -- also of one that has ended: the clock may be set
+      noted, lentTo = arrival - 1, math.min(lentTo, arrival - 1)
+      redis.call('HSET', KEYS[6], 'lentTo', string.format('%.0f', noted))
     end
   end
 
@@ -417,7 +479,8 @@ local function openLine()
 
   line = {
     seconds = string.format('%d.%03d', time[1], math.floor(time[2] / 1000)), -- Unix seconds, with milliseconds
-    paused = paused, lentTo = lentTo, call = call, eachServed = eachServed, lend = lend, limitsOf = limitsOf, sameReign = sameReign,
+    paused = paused, joined = tonumber(known[8]) or 0, lentTo = lentTo, lend = lend, call = call,
+    eachServed = eachServed, comesAfterLoan = comesAfterLoan, limitsOf = limitsOf, sameReign = sameReign,
   }
 end
 if lineLength > 0 then
@@ -430,6 +493,26 @@ local function callServed()
     dropGone()
     line.eachServed(line.call, '', 0)
   end
+end
+
+-- refill makes missing free tokens, at most portion of them in all, if mayRefill. It
+-- returns their number.
+local portion = 256
+local function refill(newcomer)
+  local free = {}
+  if mayRefill(newcomer) then
+    -- Others ask for the greatest length, and it counts for the caller if they are behind
+    -- it.
+    local wanted = math.min(portion, greatest - redis.call('ZCARD', KEYS[2]))
+    for i = 1, wanted - redis.call('LLEN', KEYS[1]) do
+      free[i] = 'free'
+    end
+  end
+  if #free > 0 then
+    grown = true
+    redis.call('RPUSH', KEYS[1], unpack(free))
+  end
+  return #free
 end
 
 -- trim takes free tokens beyond the greatest length out of the queue. After a loss of
@@ -449,21 +532,45 @@ local function trim()
   return surplus
 end
 
--- count adds to a number of state that people read.
+-- count adds to a number of state that people read, and returns it.
 local function count(field, n)
-  local before = redis.call('HMGET', KEYS[6], field)[1]
-  redis.pcall('HSET', KEYS[6], field, string.format('%.0f', (tonumber(before) or 0) + n)) -- a full Redis does without
+  local after = (tonumber(redis.call('HMGET', KEYS[6], field)[1]) or 0) + n
+  redis.pcall('HSET', KEYS[6], field, string.format('%.0f', after)) -- a full Redis does without
+  return after
+end
+
+-- noteGaveUp notes that a waiter has given up, until it releases its token. Redis forgets
+-- the oldest of these notes if there are more than gaveUpMost.
+local function noteGaveUp(token, waited)
+  local place = string.format('gaveUp/%.0f', count('gaveUp', 1) % gaveUpMost)
+  local oldest = redis.call('HMGET', KEYS[5], place)[1]
+  if oldest then
+    redis.call('HDEL', KEYS[5], oldest .. '/gaveUp')
+  end
+  grown = true
+  redis.call('HSET', KEYS[5], place, token, token .. '/gaveUp', string.format('%.0f %s', waited, place))
+end
+
+-- setting returns what the owner set: {}, {limit}, or {limit, override, when it ends,
+-- note}. A limit of -1 is none. If Redis knows nothing of one, it is -2, or missing.
+local function setting()
+  local known = limit and (whole(limit) or -1) or -2
+  if override and ends > now then
+    return {known, override, ends, string.sub(redis.call('HMGET', KEYS[6], 'note')[1] or '', 1, noteMost)}
+  end
+  return known > -2 and {known} or {}
 end
 
 -- finish sets the time to live of the keys: minutes if there are neither holders nor
--- waiters. All keys have the time to live of state, unless this command may have created
--- one (grown). busy says that there are holders or waiters.
+-- waiters, and nothing is set that has to last. All keys have the time to live of state,
+-- unless this command may have created one (grown). busy says that there are holders or
+-- waiters.
 local function finish(answer, busy)
   -- One key at a time: in a Cluster, a script may name only one key of a slot that moves.
   busy = busy or redis.call('EXISTS', KEYS[2]) + redis.call('EXISTS', KEYS[3]) > 0
-  local seconds = busy and tonumber(ARGV[4]) or idleLife
+  local seconds = life(busy and ARGV[4] or idleLife)
   local left = redis.call('TTL', KEYS[6])
-  if grown or left < seconds / 2 or left > seconds then
+  if grown or left < seconds / 2 or left > seconds + 1 then
     for _, key in ipairs(KEYS) do
       redis.call('EXPIRE', key, seconds)
     end

@@ -4,7 +4,8 @@
 // rules.
 //
 // "make chaos" runs it. pod.go has the life of a pod, nemesis.go the faults, tenant.go what
-// a tenant tries all the time, rules.go and liveness.go the rules.
+// a tenant tries all the time, owner.go what the owners of semaphores set, rules.go and
+// liveness.go the rules.
 package chaos
 
 import (
@@ -21,7 +22,7 @@ import (
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
 
-func TestMain(m *testing.M) { rig.Main(m, "make chaos", "TestChaosChecker") }
+func TestMain(m *testing.M) { rig.Main(m, "make chaos", "TestChaosChecker.*") }
 
 var (
 	runTime    = flag.Duration("chaos.time", time.Minute, "how long the nemesis rages, with each queue")
@@ -30,12 +31,16 @@ var (
 	podCount   = flag.Int("chaos.pods", 28, "the number of pods that live at a time")
 )
 
+// calmTime is longer than the time after faults in which some rules do not hold.
+const calmTime = 40 * time.Second
+
 func TestChaos(t *testing.T) {
 	for queue := range strings.SplitSeq(*queuesFlag, ",") {
 		t.Run(queue, func(t *testing.T) {
 			w := startWorld(t, rig.Program(t), queue)
 			n := newNemesis(w, *seedFlag)
 			w.populate(*seedFlag, *podCount)
+			stopOwners := w.startOwners(*seedFlag)
 			// In the second third, blows may excuse more pods at work than the length
 			// allows. In the first and last third, they never do.
 			n.strikeUntil(*runTime/3, false)
@@ -46,6 +51,8 @@ func TestChaos(t *testing.T) {
 				w.lengths[name] = 5 // earlier pods with a greater length keep their tokens for a while
 			}
 			w.mu.Unlock()
+			time.Sleep(calmTime) // what the owners set is judged without faults, too
+			stopOwners()
 			time.Sleep(staleThreshold + 5*time.Second) // pods that end by themselves end now
 			c := w.verdict(*seedFlag)
 			if !t.Failed() {
@@ -57,8 +64,11 @@ func TestChaos(t *testing.T) {
 				w.wantNothingLeft()
 			}
 			w.wantTenantRefused()
-			worked, gated := 0, 0
+			worked, gated, gaveUp := 0, 0, 0
 			for _, p := range c.pods {
+				if p.gaveUp != notYet {
+					gaveUp++
+				}
 				if p.started != notYet {
 					worked++
 					if p.gated {
@@ -66,8 +76,8 @@ func TestChaos(t *testing.T) {
 					}
 				}
 			}
-			t.Logf("%d pods, %d worked, %d of them had been gated; more than the length worked for %.1f %% "+
-				"of the time, explained by %d losses and silences", len(c.pods), worked, gated,
+			t.Logf("%d pods, %d worked, %d of them had been gated, %d gave up; more than the length worked for %.1f %% "+
+				"of the time, explained by %d losses and silences", len(c.pods), worked, gated, gaveUp,
 				100*c.over.Seconds()/c.total.Seconds(), len(c.named))
 			for _, name := range slices.Sorted(maps.Keys(n.counts)) {
 				t.Logf("%3d times: %s", n.counts[name], name)

@@ -1,6 +1,7 @@
 package chaos
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"net/http"
 	"slices"
@@ -25,7 +26,8 @@ func (w *world) startGates() {
 		api := rig.StartProxy(w.t, w.api.Address)
 		args := []string{"gate", "--kubernetes-address=" + api.Address, "--kubernetes-ca-file=" + w.api.CAFile,
 			"--kubernetes-token-file=" + w.api.TokenFile}
-		g := &gate{restarted{binary: w.binary, user: "gate", args: append(args, w.flags(w.nodes[i])...)}, api}
+		g := &gate{restarted{binary: w.binary, user: "gate", args: append(args, w.flags(w.nodes[i])...),
+			onLine: w.readNamedWarning}, api}
 		g.launch(w.t)
 		w.gates = append(w.gates, g)
 	}
@@ -45,11 +47,11 @@ func (w *world) watchEvents() {
 		seen = len(events)
 		w.mu.Lock()
 		for _, p := range w.pods {
-			if waiting[p.life.name] {
-				p.mu.Lock()
+			p.mu.Lock()
+			if waiting[p.life.name] && p.life.inLine == notYet { // later events tell that it has moved up
 				p.life.inLine = w.now()
-				p.mu.Unlock()
 			}
+			p.mu.Unlock()
 		}
 		w.mu.Unlock()
 	}
@@ -70,6 +72,11 @@ func (p *pod) namespace() string { return rig.ParseID(p.life.semaphore).Namespac
 func (p *pod) passGate(rng *rand.Rand) bool {
 	made := rig.AdmittedPod(p.life.name, rig.ParseID(p.life.semaphore), p.life.length, 2)
 	made.Namespace = p.namespace()
+	args := &made.Spec.InitContainers[0].Args
+	*args = slices.Insert(*args, 1, fmt.Sprintf("--head-start-seconds=%.0f", p.life.headStart.Seconds()))
+	if p.life.wait > 0 {
+		rig.StopWaiting(made, int(p.life.wait.Seconds()), p.life.whenWaited())
+	}
 	if blocked := rng.IntN(4) == 0; blocked {
 		made.Spec.SchedulingGates = append(made.Spec.SchedulingGates, corev1.PodSchedulingGate{Name: otherGate})
 		time.AfterFunc(within(rng, p.w.patience), func() { p.show(removeOtherGate) })
@@ -88,6 +95,17 @@ func (p *pod) passGate(rng *rand.Rand) bool {
 		switch gates := now.Spec.SchedulingGates; {
 		case len(gates) == 1 && gates[0].Name == otherGate:
 			p.w.complain("the gate of %s was lifted, and the pod has another one", p.life.name)
+			return false
+		case now.Status.Phase == corev1.PodFailed:
+			p.mu.Lock()
+			p.over = true
+			p.life.gaveUp = p.w.now()
+			p.life.ended = p.life.gaveUp
+			p.mu.Unlock()
+			_ = rig.Sleep(p.w.ctx, time.Second)
+			if now, status := p.w.api.Store.Get(p.namespace(), p.life.name); status == nil && len(now.Spec.SchedulingGates) == 0 {
+				p.w.complain("the gate of %s was lifted, and it had given up", p.life.name)
+			}
 			return false
 		case len(gates) == 0:
 			p.mu.Lock()

@@ -14,6 +14,9 @@ type history struct {
 	interval, threshold time.Duration
 	pods                []*podLife
 	faults              []fault
+	settings            []setting  // of one semaphore in their order
+	lines               []sighting // what owners saw of the lines
+	warnings            []warning
 	end                 time.Duration
 }
 
@@ -38,6 +41,10 @@ type podLife struct {
 	limit     int  // the greatest length that may have counted when it got its token
 	waits     bool // if no token is free: true: it waits in line; false: the webhook refuses it
 	gated     bool // it waits unscheduled
+	headStart time.Duration
+	wait      time.Duration // in line; then it gives up, or runs; zero: for ever
+	runs      bool          // it may then take a token beyond the length
+	gaveUp    time.Duration // when this test learned that it gave up
 	started   time.Duration
 	asked     time.Duration // when the API server asked for its admission
 	answered  time.Duration // when a webhook answered, or failed to
@@ -62,15 +69,30 @@ func (p *podLife) works(at time.Duration) bool {
 	return p.started != notYet && p.started <= at && at < cmp.Or(p.ended, p.died, unending)
 }
 
+// whenWaited is what the pod does when its time in line is over, as an annotation.
+func (p *podLife) whenWaited() string {
+	if p.runs {
+		return "run"
+	}
+	return "fail"
+}
+
 // manner names what the pod does if no token is free.
 func (p *podLife) manner() string {
+	text := "does not wait"
 	switch {
 	case p.gated:
-		return "waits gated"
+		text = "waits gated"
 	case p.waits:
-		return "waits"
+		text = "waits"
 	}
-	return "does not wait"
+	switch {
+	case p.wait == 0:
+		return text
+	case p.runs:
+		return fmt.Sprintf("%s for %s, then runs", text, p.wait)
+	}
+	return fmt.Sprintf("%s for %s, then gives up", text, p.wait)
 }
 
 // loss is the data that Redis loses by a fault.
@@ -122,6 +144,25 @@ func (h *history) around(semaphore string, s span) string {
 			add(f.to, "fault ends: %s", f.name)
 		}
 	}
+	last := map[string]setting{} // by kind
+	for _, s := range h.settings {
+		if s.semaphore != semaphore {
+			continue
+		}
+		switch {
+		case !s.look:
+			add(s.from, "the owner sets %s", s)
+			add(s.to, "that is over: answered %t", s.sure)
+		case s.length != last[s.kind].length:
+			add(s.to, "Redis has %s", s)
+		}
+		last[s.kind] = s
+	}
+	for _, w := range h.warnings {
+		if w.semaphore == semaphore {
+			add(w.at, "a process logs %s", strings.TrimSpace(w.text))
+		}
+	}
 	for _, p := range h.pods {
 		if p.semaphore != semaphore {
 			continue
@@ -129,6 +170,7 @@ func (h *history) around(semaphore string, s span) string {
 		add(p.asked, "%s asks, length %d, %s", p.name, p.length, p.manner())
 		add(p.answered, "%s is answered: admitted %t, refused %t, failed %t", p.name, p.admitted, p.refused, p.failed)
 		add(p.inLine, "%s is in line", p.name)
+		add(p.gaveUp, "%s has given up", p.name)
 		add(p.lifted.to, "the gate of %s is lifted, its token taken within %s", p.name, p.lifted)
 		add(p.took.to, "%s has a token, taken within %s", p.name, p.took)
 		add(p.started, "%s works", p.name)

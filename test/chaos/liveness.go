@@ -114,19 +114,21 @@ func (c *checker) checkUnused(pods []*podLife) {
 			}
 		}
 		for _, p := range pods {
-			waits := p.inLine != notYet && p.inLine <= at && at < c.ended(p) &&
+			waits := p.inLine != notYet && p.inLine <= at && at < c.leaves(p) &&
 				(p.took.to == 0 || at < p.took.from) && !in(occupied[p], at)
 			if waits && (waiter == nil || p.length > waiter.length) {
 				waiter = p
 			}
 		}
-		if in(disturbed, at) || waiter == nil || used >= waiter.length {
+		if in(disturbed, at) || waiter == nil || used >= c.leastOf(waiter, span{at - step, at}) {
 			since = at
 			continue
 		}
 		most := taken
 		if death != 0 && at-death < rig.LinePatience && c.calm(pods, span{death - rig.LinePatience, at}) {
 			most = takenCalm
+		} else if c.overrideEnded(waiter.semaphore, span{since - step, since}, at) {
+			most = takenAfter
 		}
 		if at-since > most {
 			c.fail(ruleUnused, waiter.semaphore, at,
@@ -161,7 +163,7 @@ func (c *checker) checkRefused(pods []*podLife) {
 				used++
 			}
 		}
-		if used < p.length {
+		if used < c.leastOf(p, asks) {
 			c.fail(ruleFree, p.semaphore, p.answered,
 				"%s of length %d was refused, and at most %d others had a token or waited",
 				p.name, p.length, used)

@@ -34,6 +34,7 @@ type pod struct {
 	sidecar *rig.Process
 	await   *rig.Process
 	lost    bool // it had a token and is in line again
+	holds   bool // its sidecar has said that it holds the token, and since then not that it waits
 	over    bool // it ends or has ended: no process starts again
 	log     bytes.Buffer
 }
@@ -65,6 +66,7 @@ func signal(p *rig.Process, s syscall.Signal) {
 
 // readLog records a log line of the sidecar about its token.
 func (p *pod) readLog(line string) {
+	p.w.readWarning(p.life.semaphore, line)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	now := p.w.now()
@@ -73,14 +75,19 @@ func (p *pod) readLog(line string) {
 	switch l := &p.life; {
 	case l.started != notYet && l.took.to != 0: // the line of its token may come after its start
 	case strings.Contains(line, `"msg":"waiting for a token of `):
-		p.lost = true
+		p.lost, p.holds = true, false
 		if l.inLine == notYet {
 			l.inLine = now
 		}
+	case held && l.gaveUp != notYet:
+		p.w.complain("%s gave up, and holds a token", l.name)
 	case held && l.gated && !p.lost:
 		l.took = span{l.lifted.from, now}
+	case held && p.holds: // the sidecar is another; it may have found the token, or taken a new one
+		l.took.to = now
 	case held && (l.waits || p.lost):
 		l.took = span{max(l.asked, now-noticeDelay), now}
+		p.holds = true
 	}
 }
 
@@ -192,10 +199,16 @@ func (p *pod) live(rng *rand.Rand) {
 		case <-p.awaitDone():
 			p.mu.Lock()
 			now := p.w.now()
+			code := p.await.ExitCode()
+			if code == rig.ExitGaveUp { // the pod fails
+				p.life.gaveUp = now
+				p.mu.Unlock()
+				break
+			}
 			switch {
 			case p.life.started != notYet || p.over:
 				p.await = nil
-			case p.await.ExitCode() == 0:
+			case code == 0:
 				p.life.started = now
 				p.await = nil
 				p.show(rig.MarkRunning)
@@ -351,6 +364,14 @@ func (p *pod) review(whenFull string) []byte {
 		request["uid"] = p.uid
 		maps.Copy(rig.AnnotationsOf(request), map[string]any{
 			rig.AnnotationWhenFull: whenFull, rig.AnnotationExpiration: "2"})
+		if p.life.headStart > 0 {
+			rig.AnnotationsOf(request)[rig.AnnotationHeadStart] = fmt.Sprintf("%.0f", p.life.headStart.Seconds())
+		}
+		if p.life.wait > 0 {
+			maps.Copy(rig.AnnotationsOf(request), map[string]any{
+				rig.AnnotationWait: fmt.Sprint(p.life.wait.Seconds()), rig.AnnotationWhenWaited: p.life.whenWaited()})
+			request["object"].(map[string]any)["spec"].(map[string]any)["restartPolicy"] = "Never"
+		}
 	})
 }
 

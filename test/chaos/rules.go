@@ -57,7 +57,11 @@ const (
 	ruleUnused  = "no free token stays unused"
 	ruleDecided = "admissions are decided"
 	ruleFree    = "nobody is refused where a token is free"
+	ruleGaveUp  = "no app of a pod that gave up runs"
+	ruleOver    = "no pod gives up before its time"
 )
+
+// owner.go has the rules about settings.
 
 // excuse is a reason why Redis may not count a pod, and its span.
 type excuse struct {
@@ -73,6 +77,7 @@ type checker struct {
 	found       []violation
 	over, total time.Duration   // time with more pods at work than the length; with any
 	named       map[string]bool // the excuses that explain over
+	byKind      map[string][]setting
 }
 
 // check returns a checker with the rules that a history breaks.
@@ -100,6 +105,9 @@ func check(h *history) *checker {
 		c.checkUnused(pods)
 		c.checkRefused(pods)
 		c.checkDecided(pods)
+		c.checkGaveUp(pods)
+		c.checkSettings(pods)
+		c.checkWarnings(pods)
 	}
 	slices.SortFunc(c.found, func(a, b violation) int { return int(a.at - b.at) })
 	return c
@@ -193,6 +201,9 @@ func (c *checker) excusesOf(p *podLife) (all []excuse) {
 			}
 		}
 		stale := s.from - c.interval - slack/2 + c.threshold
+		if c.clockMayJump(p.semaphore, s) {
+			stale -= c.quiet() // Redis notices no smaller jump, and takes it for time that has passed
+		}
 		if stale < s.to {
 			add(stale, c.backBy(p, s.to), "%s was silent, %s", p.name, s)
 		}
@@ -210,10 +221,21 @@ func (c *checker) excuseWithin(p *podLife, s span) (e excuse, ok bool) {
 	return e, false
 }
 
-// limitOf returns the greatest length that may have counted for a pod in a span: its own,
-// that of a pod behind it in line, or that of a pod that asked lately, while the pod was in
-// line.
+// limitOf returns the greatest length that may have counted for a pod in a span: what the
+// owner set, or else what pods ask for.
 func (c *checker) limitOf(pods []*podLife, p *podLife, s span) int {
+	return slices.Max(c.inForce(p.semaphore, s, c.askedFor(pods, p, s)))
+}
+
+// leastOf returns the least length that may have counted for a pod alone in a span.
+func (c *checker) leastOf(p *podLife, s span) int {
+	return slices.Min(c.inForce(p.semaphore, s, p.length))
+}
+
+// askedFor returns the greatest length that may have counted for a pod in a span if
+// nothing was set: its own, that of a pod behind it in line, or that of a pod that asked
+// lately, while the pod was in line.
+func (c *checker) askedFor(pods []*podLife, p *podLife, s span) int {
 	limit := p.length
 	for _, q := range pods {
 		word := q.answered
@@ -269,6 +291,10 @@ func (c *checker) checkCount(pods []*podLife) {
 				continue
 			}
 			lengths = append(lengths, p.limit)
+			if p.runs {
+				because = append(because, excuse{span{at, at}, p.name, "it may run beyond the length"})
+				continue
+			}
 			if e, ok := c.excuseWithin(p, span{p.took.from, at}); ok {
 				because = append(because, e)
 				continue
@@ -310,7 +336,7 @@ func (c *checker) certain(pods []*podLife, s span, but ...*podLife) (all []*podL
 // then count: so an overshoot ends by itself.
 func (c *checker) checkLetIn(pods []*podLife) {
 	for _, p := range pods {
-		if p.took.to == 0 {
+		if p.took.to == 0 || p.runs {
 			continue
 		}
 		if others := c.certain(pods, p.took, p); len(others) >= p.limit {
@@ -324,7 +350,7 @@ func (c *checker) checkLetIn(pods []*podLife) {
 // checkLifted is checkLetIn for the moments in which a gate lifted a scheduling gate.
 func (c *checker) checkLifted(pods []*podLife) {
 	for _, p := range pods {
-		if p.lifted.to == 0 {
+		if p.lifted.to == 0 || p.runs {
 			continue
 		}
 		if others := c.certain(pods, p.lifted, p); len(others) >= c.limitOf(pods, p, p.lifted) {
@@ -339,15 +365,16 @@ func (c *checker) checkLifted(pods []*podLife) {
 // surely before it in line.
 func (c *checker) checkOrder(pods []*podLife) {
 	for _, q := range pods {
-		if q.took.to == 0 {
+		if q.took.to == 0 || q.runs {
 			continue
 		}
 		for _, p := range pods {
-			if p == q || p.inLine == notYet || p.inLine > q.asked ||
+			if p == q || p.inLine == notYet || p.inLine-p.headStart > q.asked-q.headStart || p.inLine > q.took.from ||
 				p.took.to != 0 && p.took.from <= q.took.to {
 				continue
 			}
-			if c.ended(p) <= q.took.to || c.displaced(p, q.took.to) || c.mayPass(q, p) {
+			if c.leaves(p) <= q.took.to || c.displaced(p, q.took.to) || c.mayPass(q, p) ||
+				q.waits && c.reordered(p, q.took.to) {
 				continue
 			}
 			others := c.certain(pods, q.took, p, q)
@@ -365,7 +392,8 @@ func (c *checker) checkOrder(pods []*podLife) {
 // pod whose sidecar waits joined by the clock of Redis.
 func (c *checker) mayPass(q, p *podLife) bool {
 	recovering := func(f fault) bool { return f.recovering && f.from <= q.took.to }
-	return q.gated && (p.inLine+time.Second > q.asked || !p.gated && slices.ContainsFunc(c.faults, recovering))
+	return q.gated && (p.inLine-p.headStart+time.Second > q.asked-q.headStart ||
+		!p.gated && slices.ContainsFunc(c.faults, recovering))
 }
 
 // ended returns when a pod ended, by itself or not.
@@ -377,6 +405,55 @@ func (c *checker) ended(p *podLife) time.Duration {
 		}
 	}
 	return end
+}
+
+// reordered reports whether others in line may pass a pod whose sidecar waits: Redis has
+// lost its data, and made the line again of arrivals by different clocks.
+func (c *checker) reordered(p *podLife, at time.Duration) bool {
+	since := func(from time.Duration, is func(f fault) bool) bool {
+		return slices.ContainsFunc(c.faults, func(f fault) bool {
+			return f.hits(p.semaphore) && is(f) && f.to >= from && f.from <= at
+		})
+	}
+	return !p.gated && since(p.inLine-recent, func(f fault) bool { return f.loses != losesNothing }) &&
+		since(p.asked, func(f fault) bool { return f.away || f.recovering })
+}
+
+// leaves returns from when on a pod may be out of the line: it ended, or its time was over.
+func (c *checker) leaves(p *podLife) time.Duration {
+	end := c.ended(p)
+	if p.wait == 0 {
+		return end
+	}
+	if c.clocksMayDiffer(p) {
+		return min(end, p.asked)
+	}
+	return min(end, p.asked+p.wait-time.Second) // the place of a gated pod has whole seconds
+}
+
+// clocksMayDiffer reports whether Redis may have counted another time in line than this test:
+// its clock was set meanwhile; or, for a gated pod, before, as the API server has another.
+func (c *checker) clocksMayDiffer(p *podLife) bool {
+	since := span{p.asked - time.Second, p.asked + p.wait + slack}
+	if p.gated {
+		since.from = 0
+	}
+	return c.clockMayJump(p.semaphore, since)
+}
+
+// checkGaveUp checks the pods whose time in line was over.
+func (c *checker) checkGaveUp(pods []*podLife) {
+	for _, p := range pods {
+		switch {
+		case p.gaveUp == notYet:
+		case p.started != notYet || p.took.to > p.gaveUp || p.lifted.to > p.gaveUp:
+			c.fail(ruleGaveUp, p.semaphore, max(p.started, p.took.to, p.lifted.to), "%s gave up at %.2f s, and has a token or works",
+				p.name, p.gaveUp.Seconds())
+		case p.wait == 0 || p.runs || !c.clocksMayDiffer(p) && p.gaveUp < p.asked+p.wait-time.Second:
+			c.fail(ruleOver, p.semaphore, p.gaveUp, "%s, which %s, asked at %.2f s, and gave up", p.name, p.manner(),
+				p.asked.Seconds())
+		}
+	}
 }
 
 // displaced reports whether others may pass a pod in line at a time: Redis may have lost

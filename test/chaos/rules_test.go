@@ -46,6 +46,18 @@ func gatedSince(name string, length, from, to, end int) *podLife {
 	return l
 }
 
+// waitsFor makes a pod wait for some seconds at most.
+func (p *podLife) waitsFor(seconds int, runs bool) *podLife {
+	p.wait, p.runs = time.Duration(seconds)*time.Second, runs
+	return p
+}
+
+// givesUpAt makes a pod give up.
+func (p *podLife) givesUpAt(at int) *podLife {
+	p.gaveUp = time.Duration(at) * time.Second
+	return p.deletedAt(at)
+}
+
 func refusedAt(name string, length, at int) *podLife {
 	asked := time.Duration(at) * time.Second
 	answered := asked + 50*time.Millisecond
@@ -74,6 +86,11 @@ func (p *podLife) diesAt(at int) *podLife {
 	return p
 }
 
+func (p *podLife) ahead(seconds int) *podLife {
+	p.headStart = time.Duration(seconds) * time.Second
+	return p
+}
+
 // The checker accepts histories that keep the rules, and names the broken rule of the
 // others.
 func TestChaosChecker(t *testing.T) {
@@ -93,6 +110,16 @@ func TestChaosChecker(t *testing.T) {
 	}{
 		"one after the other": {[]*podLife{worker("a", 1, 1, 5), worker("b", 1, 6, 9)}, nil, ""},
 		"two at once":         {[]*podLife{worker("a", 1, 1, 9), worker("b", 1, 6, 9)}, nil, ruleCount},
+		"one runs beyond the length": {[]*podLife{worker("a", 1, 1, 20),
+			inLineSince("b", 1, 2, 7, 20).waitsFor(5, true)}, nil, ""},
+		"others wait for it": {[]*podLife{inLineSince("b", 1, 2, 7, 20).waitsFor(5, true), worker("a", 1, 9, 20)}, nil,
+			ruleLetIn},
+		"one gives up": {[]*podLife{worker("a", 1, 1, 20), inLineSince("b", 1, 2, 0, 0).waitsFor(5, false).givesUpAt(7),
+			inLineSince("c", 1, 3, 21, 30)}, nil, ""},
+		"one gives up too early": {[]*podLife{worker("a", 1, 1, 20),
+			inLineSince("b", 1, 2, 0, 0).waitsFor(9, false).givesUpAt(7)}, nil, ruleOver},
+		"one gives up, and works": {[]*podLife{worker("a", 1, 1, 6),
+			inLineSince("b", 1, 2, 8, 20).waitsFor(5, false).givesUpAt(7)}, nil, ruleGaveUp},
 		"two of two, and a third": {[]*podLife{worker("a", 2, 1, 9), worker("b", 2, 2, 9), worker("c", 2, 3, 9)},
 			nil, ruleCount},
 		"a greater length": {[]*podLife{worker("a", 1, 1, 9), worker("b", 2, 6, 9)}, nil, ""},
@@ -102,7 +129,8 @@ func TestChaosChecker(t *testing.T) {
 			[]fault{during(fault{loses: losesByStart, away: true}, 4, 5)}, ruleCount},
 		"after an empty start in a silence": {[]*podLife{worker("a", 1, 1, 20).silent(4, 6), worker("b", 1, 6, 20)},
 			[]fault{during(fault{loses: losesByStart, away: true}, 4, 5)}, ""},
-		"after a death on a node that is cut off later": {[]*podLife{worker("a", 1, 1, 9).diesAt(5).silent(40, 44), worker("b", 1, 16, 20)},
+		"after a death on a node that is cut off later": {
+			[]*podLife{worker("a", 1, 1, 9).diesAt(5).silent(40, 44), worker("b", 1, 16, 20)},
 			nil, ""},
 		"long after a loss":   {[]*podLife{worker("a", 1, 1, 30), worker("b", 1, 20, 30)}, []fault{lost(5)}, ruleLetIn},
 		"before a loss":       {[]*podLife{worker("a", 1, 1, 20), worker("b", 1, 6, 20)}, []fault{lost(15)}, ruleCount},
@@ -118,6 +146,8 @@ func TestChaosChecker(t *testing.T) {
 			[]fault{during(fault{recovering: true}, 5, 5)}, ruleCount},
 		"a long silence":  {[]*podLife{worker("a", 1, 1, 20).silent(2, 14), worker("b", 1, 11, 20)}, nil, ""},
 		"a short silence": {[]*podLife{worker("a", 1, 1, 20).silent(2, 6), worker("b", 1, 7, 20)}, nil, ruleCount},
+		"a silence, and a failover to a clock that is ahead": {
+			[]*podLife{worker("a", 1, 1, 20).silent(2, 6), worker("b", 1, 7, 20)}, []fault{during(fault{away: true}, 5, 5)}, ""},
 		"too early in a silence": {[]*podLife{worker("a", 1, 1, 20).silent(6, 18), worker("b", 1, 8, 20)},
 			nil, ruleCount},
 		"long after a silence": {[]*podLife{worker("a", 1, 1, 40).silent(2, 14), worker("b", 1, 30, 40)},
@@ -136,6 +166,22 @@ func TestChaosChecker(t *testing.T) {
 			[]*podLife{worker("a", 1, 1, 10), inLineSince("b", 1, 2, 20, 30), inLineSince("c", 1, 4, 10, 20)},
 			nil, ruleOrder,
 		},
+		"passed with a head start": {
+			[]*podLife{worker("a", 1, 1, 10), inLineSince("b", 1, 2, 20, 30), inLineSince("c", 1, 4, 10, 20).ahead(3)},
+			nil, "",
+		},
+		"passed with a short head start": {
+			[]*podLife{worker("a", 1, 1, 10), inLineSince("b", 1, 2, 20, 30), inLineSince("c", 1, 4, 10, 20).ahead(1)},
+			nil, ruleOrder,
+		},
+		"in line, and passed though it has a head start": {
+			[]*podLife{worker("a", 1, 1, 10), inLineSince("b", 1, 4, 20, 30).ahead(5), inLineSince("c", 1, 2, 10, 20)},
+			nil, ruleOrder,
+		},
+		"gated, and passed with a head start": {
+			[]*podLife{worker("a", 1, 1, 10), gatedSince("b", 1, 2, 20, 30), gatedSince("c", 1, 4, 10, 20).ahead(4)},
+			nil, "",
+		},
 		"overtaken by a pod that does not wait": {
 			[]*podLife{worker("a", 1, 1, 10), inLineSince("b", 1, 2, 20, 30), worker("c", 1, 10, 20)},
 			nil, ruleOrder,
@@ -143,6 +189,14 @@ func TestChaosChecker(t *testing.T) {
 		"out of order after a loss": {
 			[]*podLife{worker("a", 1, 1, 10), inLineSince("b", 1, 2, 20, 30), inLineSince("c", 1, 4, 10, 20)},
 			[]fault{lost(9)}, "",
+		},
+		"out of order long after a loss": {
+			[]*podLife{worker("a", 1, 1, 30), inLineSince("b", 1, 2, 40, 50), inLineSince("c", 1, 12, 30, 40)},
+			[]fault{lost(9)}, ruleOrder,
+		},
+		"out of order long after a loss, and a failover before it": {
+			[]*podLife{worker("a", 1, 1, 30), inLineSince("b", 1, 2, 40, 50), inLineSince("c", 1, 12, 30, 40)},
+			[]fault{during(fault{away: true}, 5, 6), lost(9)}, "",
 		},
 		"gated, and in order": {
 			[]*podLife{worker("a", 1, 1, 10), gatedSince("b", 1, 2, 10, 20), gatedSince("c", 1, 4, 20, 30)},
@@ -233,15 +287,201 @@ func TestChaosChecker(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			h := &history{interval: 2 * time.Second, threshold: 8 * time.Second, end: 50 * time.Second,
 				pods: c.pods, faults: c.faults}
-			found := check(h).found
-			switch {
-			case c.rule == "" && len(found) > 0:
-				t.Errorf("refused: %s", found[0])
-			case c.rule != "" && len(found) == 0:
-				t.Errorf("accepted, and it breaks the rule %q", c.rule)
-			case c.rule != "" && !slices.ContainsFunc(found, func(v violation) bool { return v.rule == c.rule }):
-				t.Errorf("refused by %s, want the rule %q", found[0], c.rule)
+			wantRule(t, h, c.rule)
+		})
+	}
+}
+
+// wantRule checks that a history breaks a rule, perhaps with others; empty: none.
+func wantRule(t *testing.T, h *history, rule string) {
+	t.Helper()
+	found := check(h).found
+	switch {
+	case rule == "" && len(found) > 0:
+		t.Errorf("refused: %s", found[0])
+	case rule != "" && len(found) == 0:
+		t.Errorf("accepted, and it breaks the rule %q", rule)
+	case rule != "" && !slices.ContainsFunc(found, func(v violation) bool { return v.rule == rule }):
+		t.Errorf("refused by %s, want the rule %q", found[0], rule)
+	}
+}
+
+// limitAt returns a limit that is set at a second.
+func limitAt(at, length int) setting {
+	from := time.Duration(at) * time.Second
+	return setting{span: span{from, from + 50*time.Millisecond}, semaphore: "shop/web", kind: kindLimit, length: length,
+		sure: true}
+}
+
+// overrideAt returns an override that is set at a second, for some seconds.
+func overrideAt(at, length, lasts int) setting {
+	s := limitAt(at, length)
+	s.kind, s.lasts = kindOverride, time.Duration(lasts)*time.Second
+	return s
+}
+
+// unanswered returns the same setting, without a reply.
+func (s setting) unanswered() setting {
+	s.to, s.sure = s.from+3*time.Second, false
+	return s
+}
+
+// seen returns the same setting as a look that finds it.
+func (s setting) seen() setting {
+	s.look = true
+	return s
+}
+
+// The checker knows what the owner of a semaphore has set.
+func TestChaosCheckerOfSettings(t *testing.T) {
+	t.Parallel()
+	at := func(second int) span {
+		return span{time.Duration(second) * time.Second, time.Duration(second) * time.Second}
+	}
+	lost := fault{span: at(5), loses: losesAll}
+	failover := fault{span: span{6 * time.Second, 7 * time.Second}, loses: losesRecent, away: true}
+	clock := fault{span: at(5), recovering: true}
+	two := func(length, from int) []*podLife {
+		return []*podLife{worker("a", length, 1, 49), worker("b", length, from, 49)}
+	}
+	waits := func(to int) []*podLife { return []*podLife{inLineSince("a", 1, 4, to, 45)} }
+	for name, c := range map[string]struct {
+		pods     []*podLife
+		settings []setting
+		faults   []fault
+		rule     string // the rule that the history breaks, perhaps with others; empty: none
+	}{
+		"above the limit":         {two(2, 10), []setting{limitAt(5, 1)}, nil, ruleLetIn},
+		"too many for the limit":  {two(2, 10), []setting{limitAt(0, 1)}, nil, ruleCount},
+		"a limit that allows it":  {two(1, 10), []setting{limitAt(5, 2)}, nil, ""},
+		"above a limit that ends": {two(2, 10), []setting{limitAt(5, 1), limitAt(8, unset)}, nil, ""},
+		"before the limit":        {two(2, 10), []setting{limitAt(12, 1)}, nil, ""},
+		"while the limit is set": {
+			two(2, 10),
+			[]setting{limitAt(5, 1), {span: span{9 * time.Second, 11 * time.Second}, semaphore: "shop/web",
+				kind: kindLimit, length: 2, sure: true}},
+			nil, "",
+		},
+		"as another limit may be set": {
+			two(2, 10), []setting{limitAt(5, 1), limitAt(6, 2).unanswered()}, nil, "",
+		},
+		"as another limit was not set": {
+			two(2, 10), []setting{limitAt(5, 1), limitAt(6, 2).unanswered(), limitAt(9, 1).seen()}, nil, ruleLetIn,
+		},
+		"the limit of another": {
+			two(2, 10), []setting{{span: at(5), semaphore: "shop/other", kind: kindLimit, sure: true}}, nil, "",
+		},
+		"above a limit that Redis lost": {two(2, 6), []setting{limitAt(2, 1)}, []fault{lost}, ""},
+		"above a limit that is set again": {
+			two(2, 20), []setting{limitAt(2, 1), limitAt(7, 1)}, []fault{lost}, ruleLetIn,
+		},
+		"a limit that pods remember":   {two(1, 20), []setting{limitAt(1, 2), limitAt(2, 1)}, []fault{lost}, ""},
+		"a limit that no pod can know": {two(1, 20), []setting{limitAt(2, 1)}, []fault{lost}, ruleLetIn},
+		"just before a failover": {
+			two(2, 10), []setting{limitAt(2, 2), limitAt(5, 1)}, []fault{failover}, "",
+		},
+		"well before a failover": {
+			two(2, 10), []setting{limitAt(1, 2), limitAt(3, 1)}, []fault{failover}, ruleLetIn,
+		},
+		"above an override":              {two(2, 10), []setting{overrideAt(5, 1, 10)}, nil, ruleLetIn},
+		"after an override":              {two(2, 16), []setting{overrideAt(5, 1, 10)}, nil, ""},
+		"an override precedes the limit": {two(1, 10), []setting{limitAt(5, 1), overrideAt(6, 2, 10)}, nil, ""},
+		"after an override, above the limit": {
+			two(2, 17), []setting{limitAt(5, 1), overrideAt(6, 2, 10)}, nil, ruleLetIn,
+		},
+		"as a clock is set": {two(2, 10), []setting{overrideAt(3, 1, 10)}, []fault{clock}, ""},
+		"as a clock is set, and an owner looks": {
+			two(2, 10), []setting{overrideAt(3, 1, 10), overrideAt(7, 1, 10).seen()},
+			[]fault{clock}, ruleLetIn},
+		"a clock is set, and an override lives again": {
+			nil, []setting{overrideAt(2, 0, 1), overrideAt(4, unset, 0).seen(), overrideAt(6, 0, 9).seen()},
+			[]fault{clock}, "",
+		},
+		"started in a pause": {[]*podLife{worker("a", 1, 10, 20)}, []setting{overrideAt(5, 0, 10)}, nil, ruleLetIn},
+		"lifted in a pause": {[]*podLife{gatedSince("a", 1, 4, 10, 20)}, []setting{overrideAt(2, 0, 10)}, nil,
+			ruleLifted},
+		"works on in a pause": {
+			[]*podLife{worker("a", 1, 1, 20)}, []setting{overrideAt(5, 0, 10)}, nil, "",
+		},
+		"in line in a pause":              {waits(31), []setting{overrideAt(2, 0, 28)}, nil, ""},
+		"in line after a pause, too long": {waits(36), []setting{overrideAt(2, 0, 28)}, nil, ruleUnused},
+		"in line after a pause that is cleared": {
+			waits(35), []setting{limitAt(2, 0), limitAt(30, unset)}, nil, "",
+		},
+		"in line after a pause, too long after that": {
+			waits(39), []setting{limitAt(2, 0), limitAt(30, unset)}, nil, ruleUnused,
+		},
+		"in line after a pause, with a silence": {waits(36), []setting{overrideAt(2, 0, 28)},
+			[]fault{{span: at(29), silent: true}}, ""},
+		"in line, as a limit may be 0": {waits(40), []setting{limitAt(2, 0).unanswered()}, nil, ""},
+		"in line below a greater limit": {[]*podLife{worker("a", 1, 1, 49), inLineSince("b", 1, 4, 40, 45)},
+			[]setting{limitAt(10, 2)}, nil, ruleUnused},
+		"out of order below a limit": {
+			[]*podLife{worker("a", 1, 1, 10), inLineSince("b", 1, 2, 20, 30), inLineSince("c", 1, 4, 10, 20)},
+			[]setting{limitAt(0, 1)}, nil, ruleOrder,
+		},
+		"refused in a pause": {[]*podLife{refusedAt("a", 1, 10)}, []setting{overrideAt(5, 0, 10)}, nil, ""},
+		"refused after a pause": {
+			[]*podLife{refusedAt("a", 1, 20)}, []setting{overrideAt(5, 0, 10)}, nil, ruleFree,
+		},
+		"refused below a limit": {
+			[]*podLife{worker("a", 1, 1, 49), refusedAt("b", 1, 10)}, []setting{limitAt(5, 2)}, nil, ruleFree,
+		},
+		"a limit stays":              {nil, []setting{limitAt(5, 1), limitAt(6, 1).seen()}, nil, ""},
+		"a limit vanishes":           {nil, []setting{limitAt(5, 1), limitAt(6, unset).seen()}, nil, ruleStays},
+		"a limit vanishes in a loss": {nil, []setting{limitAt(2, 1), limitAt(6, unset).seen()}, []fault{lost}, ""},
+		"an override ends":           {nil, []setting{overrideAt(5, 1, 10), overrideAt(16, unset, 0).seen()}, nil, ""},
+		"an override ends too early": {
+			nil, []setting{overrideAt(5, 1, 10), overrideAt(14, unset, 0).seen()}, nil, ruleStays,
+		},
+		"an override does not end": {
+			nil, []setting{overrideAt(5, 1, 10), overrideAt(16, 1, 4).seen()}, nil, ruleStays,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			pods := append(c.pods, refusedAt("asks first", 0, 0)) // a semaphore has a pod
+			wantRule(t, &history{interval: 2 * time.Second, threshold: 8 * time.Second, end: 50 * time.Second,
+				pods: pods, faults: c.faults, settings: c.settings}, c.rule)
+		})
+	}
+}
+
+// The checker knows what an owner saw of the line, and what processes logged.
+func TestChaosCheckerOfPauses(t *testing.T) {
+	t.Parallel()
+	const at = 20 * time.Second
+	pods := func() []*podLife { return []*podLife{inLineSince("a", 1, 4, 0, 0), inLineSince("b", 1, 5, 31, 40)} }
+	away := []fault{{span: span{15 * time.Second, 16 * time.Second}, away: true}}
+	both, one := []string{"a", "b"}, []string{"b"}
+	for name, c := range map[string]struct {
+		pods     []*podLife
+		line     []string
+		settings []setting
+		faults   []fault
+		logs     bool
+		rule     string
+	}{
+		"all are in line":               {pods(), both, []setting{limitAt(1, 0)}, nil, false, ""},
+		"a pod is dropped":              {pods(), one, []setting{limitAt(1, 0)}, nil, false, rulePlaces},
+		"a pod is dropped by an outage": {pods(), one, []setting{limitAt(1, 0)}, away, false, ""},
+		"a pod that died is dropped": {[]*podLife{inLineSince("a", 1, 4, 0, 0).diesAt(6), pods()[1]}, one,
+			[]setting{limitAt(1, 0)}, nil, false, ""},
+		"a process warns":                 {pods(), both, []setting{limitAt(1, 0)}, nil, true, rulePause},
+		"a process warns of an outage":    {pods(), both, []setting{limitAt(1, 0)}, away, true, ""},
+		"a process warns without a pause": {nil, nil, []setting{limitAt(1, 1)}, nil, true, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			all := append(c.pods, refusedAt("asks first", 0, 0))
+			if len(c.pods) > 0 { // they start after the pause
+				c.settings = append(c.settings, limitAt(30, unset))
+				c.pods[0].ended = 29 * time.Second
 			}
+			h := &history{interval: 2 * time.Second, threshold: 8 * time.Second, end: 50 * time.Second, pods: all,
+				faults: c.faults, settings: c.settings, lines: []sighting{{span{at, at}, "shop/web", c.line}}}
+			if c.logs {
+				h.warnings = []warning{{at, "shop/web", "no token yet"}}
+			}
+			wantRule(t, h, c.rule)
 		})
 	}
 }

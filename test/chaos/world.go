@@ -55,6 +55,9 @@ type world struct {
 	extra      []*podLife     // unanswered admissions, which may have taken a token
 	pods       []*pod
 	faults     []fault
+	settings   []*setting
+	lines      []sighting
+	warnings   []warning
 	complaints []string
 	refused    int // commands of the tenant with scripts of its own
 }
@@ -82,12 +85,14 @@ type restarted struct {
 	binary string
 	user   string // of Redis
 	args   []string
+	onLine func(line string)
 	all    []*rig.Process // so far
 }
 
 func (s *restarted) launch(t *testing.T) {
 	s.Process = rig.NewProcess(s.binary, s.args...)
 	s.Process.Cmd.Env = loginAs(s.user)
+	s.Process.OnLine = s.onLine
 	s.all = append(s.all, s.Process)
 	s.Process.Start(t)
 }
@@ -208,7 +213,8 @@ func (w *world) newWebhook(on *node) *webhook {
 	args := []string{"webhook", "--host=127.0.0.1", "--port=" + rig.Port(address), "--certDir=" + dir,
 		"--sidecar-redis-secret=redis"}
 	transport := &http.Transport{MaxIdleConnsPerHost: 25, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}
-	h := &webhook{restarted: restarted{binary: w.binary, user: "webhook", args: append(args, w.flags(on)...)}, address: address,
+	h := &webhook{restarted: restarted{binary: w.binary, user: "webhook", args: append(args, w.flags(on)...),
+		onLine: w.readNamedWarning}, address: address,
 		client: &http.Client{Timeout: 4 * time.Second, Transport: transport}}
 	h.launch(w.t)
 	return h
@@ -261,6 +267,12 @@ func (w *world) populate(seed uint64, many int) {
 				name := fmt.Sprintf("pod-%d-%d", slot, n)
 				p := w.newPod(name, semaphore, w.length(semaphore), waits, w.nodes[rng.IntN(len(w.nodes))])
 				p.life.gated = waits && w.gating && rng.IntN(3) == 0
+				if waits && rng.IntN(4) == 0 {
+					p.life.headStart = time.Duration(1+rng.IntN(4)) * time.Second
+				}
+				if waits && rng.IntN(3) == 0 {
+					p.life.wait, p.life.runs = time.Duration(2+rng.IntN(8))*time.Second, rng.IntN(2) == 0
+				}
 				w.mu.Lock()
 				w.pods = append(w.pods, p)
 				w.mu.Unlock()
@@ -304,7 +316,8 @@ func (w *world) wantTurns() {
 		p.mu.Lock()
 		l := p.life
 		p.mu.Unlock()
-		if l.waits && l.admitted && l.started == notYet && l.died == notYet && (l.ended == notYet || l.ended > begun) {
+		gone := l.died != notYet || l.gaveUp != notYet
+		if l.waits && l.admitted && l.started == notYet && !gone && (l.ended == notYet || l.ended > begun) {
 			w.t.Errorf("%s of %s never had its turn", l.name, l.semaphore)
 		}
 	}
@@ -326,7 +339,11 @@ func (w *world) alive() (all []*pod) {
 func (w *world) history() *history {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	h := &history{interval: heartbeatInterval, threshold: staleThreshold, end: w.now(), faults: slices.Clone(w.faults)}
+	h := &history{interval: heartbeatInterval, threshold: staleThreshold, end: w.now(), faults: slices.Clone(w.faults),
+		lines: slices.Clone(w.lines), warnings: slices.Clone(w.warnings)}
+	for _, s := range w.settings {
+		h.settings = append(h.settings, *s)
+	}
 	for _, p := range w.pods {
 		p.mu.Lock()
 		l := p.life
@@ -358,13 +375,19 @@ func (w *world) wantNothingLeft() {
 				return fmt.Errorf("%s has %d tokens free and %d in flight, of %d, and no pod is left",
 					name, free, inflight, w.length(name))
 			}
-			for _, key := range []string{id.WaitersKey(), id.SeenKey(), id.NamesKey()} {
+			for _, key := range []string{id.WaitersKey(), id.SeenKey()} {
 				if there, err := redis.Bool(server.Control.Do("EXISTS", key)); err != nil || there {
 					return fmt.Errorf("%s is there, %v", key, err)
 				}
 			}
-			for _, key := range []string{id.QueueKey(), id.StateKey()} {
-				if left, err := redis.Int(server.Control.Do("TTL", key)); err != nil || left < 0 || left > 300 {
+			names, err := redis.Strings(server.Control.Do("HKEYS", id.NamesKey()))
+			names = slices.DeleteFunc(names, func(name string) bool { return strings.Contains(name, "gaveUp") }) // of a pod that died
+			if err != nil || len(names) > 0 {
+				return fmt.Errorf("%s has %v, %v", id.NamesKey(), names, err)
+			}
+			for _, key := range []string{id.QueueKey(), id.StateKey(), id.NamesKey()} {
+				left, err := redis.Int(server.Control.Do("TTL", key))
+				if err != nil || left < 0 && key != id.NamesKey() || left == -1 || left > 300 {
 					return fmt.Errorf("%s expires in %d s, %v", key, left, err)
 				}
 			}

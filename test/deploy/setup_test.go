@@ -12,6 +12,38 @@ import (
 
 const setupFile = "deploy/base/setup.yaml"
 
+// Webhook and gate read the ConfigMap semaphores where it is mounted. It is the user's
+// own: no manifest has it, or applying that again would reset it.
+func TestSettingsOfOwnersAreMounted(t *testing.T) {
+	const folder = "/var/run/at-least-semaphore-pod-hook/semaphores"
+	for _, file := range []string{"deploy/base/webhook.yaml", "deploy/gate/gate.yaml"} {
+		text := rig.ReadFile(t, file)
+		for _, part := range []string{
+			"- --semaphores-file=" + folder + "/semaphores\n",
+			"- name: semaphores\n              mountPath: " + folder + "\n              readOnly: true\n",
+			"- name: semaphores\n          configMap:\n            name: semaphores\n            optional: true\n",
+		} {
+			if !strings.Contains(text, part) {
+				t.Errorf("%s lacks %s", file, part)
+			}
+		}
+	}
+	for _, name := range []string{"queue-redis-address", "heartbeat-interval-seconds", "stale-threshold-seconds"} {
+		variable := strings.ToUpper(strings.ReplaceAll(name, "-", "_"))
+		if !strings.Contains(rig.ReadFile(t, setupFile), "- --"+name+"=$("+variable+")\n") {
+			t.Errorf("setup does not get --%s", name)
+		}
+	}
+	files, err := filepath.Glob(rig.Path("deploy/*/*.yaml"))
+	rig.Must(t, err)
+	owned := regexp.MustCompile(`kind: ConfigMap\nmetadata:\n *name: semaphores\n`)
+	for _, file := range files {
+		if owned.MatchString(rig.ReadFile(t, "deploy/"+filepath.Base(filepath.Dir(file))+"/"+filepath.Base(file))) {
+			t.Errorf("%s has the ConfigMap", file)
+		}
+	}
+}
+
 // The account of setup may do what its work needs, and nothing else. Only its own policy
 // binds the creation of Secrets.
 func TestRightsOfSetup(t *testing.T) {
@@ -36,6 +68,7 @@ func TestRightsOfSetup(t *testing.T) {
 	for kind, want := range map[string][]string{
 		"Role": {
 			`"" | secrets |  | get, list, watch, create, update, delete`,
+			`"" | configmaps | semaphores | get, list, watch`,
 			`events.k8s.io | events |  | create`,
 		},
 		"ClusterRole": {

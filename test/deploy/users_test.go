@@ -20,6 +20,7 @@ func TestACLsAreDocumented(t *testing.T) {
 	for _, rules := range []string{
 		rig.WebhookACL, rig.SidecarACL,
 		"status on >PASSWORD " + rig.StatusACL + "\n", "SETUSER status " + rig.ReleaseACL + "\n",
+		"SETUSER status " + rig.SetACL + "\n",
 		"`" + rig.GateACL + "`", "`" + rig.ForgottenACL + "`", "`" + rig.EvictionACL + "`", "`" + rig.SentinelACL + "`",
 		"`" + rig.OnSentinelsACL + "`", "`" + rig.ClusterACL + "`", "`" + rig.LockACL + "`",
 		"`" + rig.WebhookLockACL + "`",

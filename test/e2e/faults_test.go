@@ -37,8 +37,8 @@ func TestSidecarKilled(t *testing.T) {
 	n.wantFull("q", "killed", 1, 1)
 }
 
-// secretChange follows the webhooks while a Secret of theirs changes. Each logs the text
-// when it has read the change.
+// secretChange follows the webhooks while a Secret or ConfigMap of theirs changes. Each
+// logs the text when it has read the change.
 type secretChange struct {
 	*testing.T
 	text   string
@@ -145,6 +145,7 @@ func TestRedisGone(t *testing.T) {
 			s.wantAdmittedSince(time.Now())
 			gone := time.Now()
 			deleteRedis(t, flags...)
+			s.wantRefusedSince(gone) // one that is deleted by force may answer for a while
 			s.wantAdmittedSince(time.Now())
 			back := time.Now()
 			t.Logf("a new pod was admitted %s after the loss; %d s of these are those of holders to come back",

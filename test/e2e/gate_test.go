@@ -81,6 +81,7 @@ func TestGate(t *testing.T) {
 		"Line":          testGateLine,
 		"Unschedulable": testGateUnschedulable,
 		"Refused":       testGateRefused,
+		"EndsWaits":     testGateEndsWaits,
 		"LeavesRoom":    func(t *testing.T) { roomBesideGated(t, "250m", "260m") },
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -103,9 +103,18 @@ func (n *namespace) createWarned(o object, flags ...string) (warnings string, er
 	return warnings, err
 }
 
+// create creates an object. Like a controller it tries again while Redis does not know its
+// holders yet, or a busy node does not let the webhook reach Redis in time.
 func (n *namespace) create(o object) {
 	n.Helper()
-	must(n.T, n.tryCreate(o))
+	eventually(n.T, patience, func() error {
+		err := n.tryCreate(o)
+		if err != nil && !strings.Contains(err.Error(), "Redis has just started") &&
+			!strings.Contains(err.Error(), "out of reach: context deadline exceeded") {
+			n.Fatal(err)
+		}
+		return err
+	})
 }
 
 func encode(o object) string {

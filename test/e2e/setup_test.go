@@ -33,6 +33,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/http"
 	"os"
 	"os/exec"
@@ -211,12 +212,15 @@ func install() error {
 	if err != nil {
 		return err
 	}
-	if _, err := kubectl(text, "apply", "-f", "-"); err != nil {
-		return err
-	}
 	redis := "deployment/redis"
 	if installed == sentinelFolder {
 		redis = "statefulset/redis"
+		// The objects may come in any order. Those that come before the namespace are refused.
+		text = shuffled(text)
+		_, _ = kubectl(text, "apply", "-f", "-")
+	}
+	if _, err := kubectl(text, "apply", "-f", "-"); err != nil {
+		return err
 	}
 	if err := rolledOut("deployment/setup", redis, "deployment/webhook"); err != nil {
 		return err
@@ -229,6 +233,15 @@ func install() error {
 		first := encode(pod("first", "install", 1))
 		return errOf(kubectl(first, "-n", "default", "create", "--dry-run=server", "-f", "-"))
 	})
+}
+
+// shuffled returns the objects of a file in a random order, and prints its seed.
+func shuffled(text string) string {
+	objects := strings.Split(text, "\n---\n")
+	seed := rand.Uint64()
+	rand.New(rand.NewPCG(seed, 0)).Shuffle(len(objects), func(i, j int) { objects[i], objects[j] = objects[j], objects[i] })
+	fmt.Printf("%d objects in a random order, seed %d\n", len(objects), seed)
+	return strings.Join(objects, "\n---\n")
 }
 
 func rolledOut(workloads ...string) error {

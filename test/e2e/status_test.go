@@ -42,6 +42,10 @@ func TestStatus(t *testing.T) {
 		`holder +`+node+` +\d+ s +\d+ s ago +[-0-9a-f]{36}`,
 		`1st +waiter +`+node+` +\d+ s +\d s ago +1 +[-0-9a-f]{36}`)
 	n.wantSidecarLog("waiter", "; in use by holder (")
+	own, err := n.try("exec", "waiter", "-c", sidecarName, "--", "/at-least-semaphore-pod-hook", "status")
+	if err != nil || !strings.Contains(own, n.name+"/seen: 1 of 1 tokens in use") || !strings.Contains(own, "1st    waiter") {
+		t.Errorf("in a sidecar: %s, %v", own, err)
+	}
 	want := "1 of 1 tokens in use, by holder ("
 	if got := n.wantRefused(pod("late", "seen", 1)); !strings.Contains(got, want) {
 		t.Errorf("refused with %q, want %q", got, want)

@@ -5,6 +5,7 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 )
@@ -68,6 +69,19 @@ func startStream(n *namespace) *stream {
 		}
 	})
 	return s
+}
+
+// wantRefusedSince waits until a creation fails that started after that time.
+func (s *stream) wantRefusedSince(after time.Time) {
+	s.Helper()
+	eventually(s.T, patience, func() error {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if !slices.ContainsFunc(s.all, func(a admission) bool { return a.start.After(after) && a.err != nil }) {
+			return errors.New("no creation has failed")
+		}
+		return nil
+	})
 }
 
 // wantAdmittedSince waits until a pod is admitted whose creation started after that time.

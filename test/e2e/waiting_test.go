@@ -99,6 +99,34 @@ func TestLeavingTheLine(t *testing.T) {
 	n.wantHolders("leaving", line[2])
 }
 
+// A pod with a head start goes before those that came shortly before it, and a pod that
+// was moved to the front before all.
+func TestHeadStart(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	create := func(name, headStart string) corev1.Pod {
+		o := waiting(pod(name, "urgent", 1))
+		o["metadata"].(object)["annotations"].(object)[annotationPrefix+"head-start"] = headStart
+		n.create(o)
+		return n.wantWaiting(name)
+	}
+	n.create(waiting(pod("holder", "urgent", 1)))
+	n.wantRunning("holder")
+	ordinary, urgent, last := create("ordinary", "0"), create("urgent", "600"), create("last", "0")
+	n.wantWaiters("urgent", urgent, ordinary, last)
+	wantStatus(t, n.name+"/urgent", `1st +urgent .* \(\+600\) .*`, `2nd +ordinary .*`)
+	out, err := status("first", n.name+"/urgent", "last", "--yes")
+	if err != nil || !strings.Contains(out, "moved to the front") {
+		t.Errorf("got %v, %s", err, out)
+	}
+	n.wantWaiters("urgent", last, urgent, ordinary)
+	n.delete("holder")
+	n.wantRunning("last")
+	n.delete("last")
+	n.wantRunning("urgent")
+	n.wantWaiters("urgent", ordinary)
+}
+
 // A pod in deny mode is refused while others wait.
 func TestWaitersGoFirst(t *testing.T) {
 	t.Parallel()

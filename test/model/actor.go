@@ -1,6 +1,7 @@
 package model
 
 import (
+	"fmt"
 	"slices"
 	"strconv"
 
@@ -15,24 +16,52 @@ type actor struct {
 	name      string // of the pod
 	length    int
 	settings  settings
-	isWaiter  bool // it joins the line; else it is an admission
-	waiting   bool // it believes that it is in line
-	holding   bool // it believes that it has a token
-	unstarted int  // seconds after which its token is stale if its sidecar does not start; 0: the threshold
-	pending   bool // admitted with a token; its sidecar has not started
-	kept      bool // another process refreshes its place and asks for it
-	silent    bool // paused or killed: it sends nothing, but may resume
-	listens   bool // it subscribes whenever it can
-	reachable bool // it receives the calls of Redis
-	arrival   int  // as Redis replied (Unix microseconds); 0: no reply yet
-	pace      int  // seconds between two requests
-	due       int  // the time of its next request or heartbeat
-	since     int  // when it took its token
-	missed    bool // it has sent no command since Redis was away or its clock was set
+	isWaiter  bool  // it joins the line; else it is an admission
+	waiting   bool  // it believes that it is in line
+	holding   bool  // it believes that it has a token
+	unstarted int   // seconds after which its token is stale if its sidecar does not start; 0: the threshold
+	pending   bool  // admitted with a token; its sidecar has not started
+	kept      bool  // another process refreshes its place and asks for it
+	silent    bool  // paused or killed: it sends nothing, but may resume
+	wait      int   // seconds in line after which it gives up; 0: never
+	runs      bool  // then it takes a token beyond the length instead
+	gaveUp    bool  // it was told that it gave up
+	listens   bool  // it subscribes whenever it can
+	reachable bool  // it receives the calls of Redis
+	arrival   int   // as Redis replied (Unix microseconds); 0: no reply yet
+	headStart int   // seconds
+	ahead     int   // microseconds that its place is before its arrival, as Redis replied
+	pace      int   // seconds between two requests
+	due       int   // the time of its next request or heartbeat
+	since     int   // when it took its token
+	limit     limit // that it knows, from Redis or, for an admission, from the owner
+	missed    bool  // it has sent no command since Redis was away or its clock was set
 }
 
 // pod returns p's pod, as the scripts take it.
 func (p *actor) pod() string { return p.name + " node" }
+
+// waitingPod returns p's pod as Redis knows it while p is in line.
+func (p *actor) waitingPod() string {
+	switch {
+	case p.wait == 0:
+		return p.pod()
+	case p.runs:
+		return fmt.Sprintf("%s %d run", p.pod(), p.wait)
+	}
+	return fmt.Sprintf("%s %d", p.pod(), p.wait)
+}
+
+// ending returns when p stops waiting, as the acquire script takes it.
+func (p *actor) ending() []any {
+	switch {
+	case p.wait == 0:
+		return []any{"", ""}
+	case p.runs:
+		return []any{p.wait, "run"}
+	}
+	return []any{p.wait, ""}
+}
 
 // alive reports whether p sends its commands in time.
 func (p *actor) alive() bool { return !p.silent && !p.pending && (p.waiting || p.holding) }
@@ -59,6 +88,17 @@ func (p *actor) nextArrival() string {
 	return strconv.Itoa(p.arrival)
 }
 
+// place returns p's place in line, as Redis replied.
+func (p *actor) place() int { return p.arrival - p.ahead }
+
+// nextAhead returns how far p's next request says that it stands ahead.
+func (p *actor) nextAhead() int {
+	if p.arrival == 0 || p.kept {
+		return p.headStart * 1e6
+	}
+	return p.ahead
+}
+
 // drawLength draws the length that a pod asks for.
 func (w *world) drawLength() int {
 	if rapid.IntRange(0, 2).Draw(w.t, "another length") == 2 {
@@ -76,9 +116,20 @@ func (w *world) drawSettings() settings {
 func (w *world) newPod() *actor {
 	name := "p" + strconv.Itoa(len(w.order)+1)
 	p := &actor{token: name, name: name, length: w.drawLength(), settings: w.drawSettings()}
+	if rapid.IntRange(0, 3).Draw(w.t, "a head start") == 3 {
+		p.headStart = rapid.SampledFrom([]int{1, 10, 600}).Draw(w.t, "seconds of head start")
+	}
 	w.pods[p.token] = p
 	w.order = append(w.order, p)
 	return p
+}
+
+// drawWait draws for how long p waits in line.
+func (w *world) drawWait(p *actor) {
+	if rapid.IntRange(0, 3).Draw(w.t, "waits for a time") == 3 {
+		p.wait = rapid.SampledFrom([]int{1, 5, 20}).Draw(w.t, "its seconds")
+		p.runs = rapid.Bool().Draw(w.t, "runs then")
+	}
 }
 
 // rename gives p, whose token the webhook took as takenAs, its own name.
@@ -172,10 +223,21 @@ func (w *world) readAnswer(p *actor, a rig.Acquired) {
 		return
 	}
 	p.takenAs = ""
+	if a.Status == rig.AcquireGaveUp {
+		p.waiting, p.gaveUp = false, true
+		return
+	}
 	p.waiting, p.due = true, w.now+p.pace
 	at, err := strconv.Atoi(a.Arrival)
 	rig.Must(w.test, err)
-	p.arrival = at
+	if p.arrival != 0 && p.arrival != at {
+		w.fail("%s arrived at %d, and is told %d", p.token, p.arrival, at)
+	}
+	p.arrival, p.ahead = at, a.Ahead
+	if p.place() != w.expected.line[p.token] {
+		w.fail("%s is told that it arrived at %d and stands %d ahead; its place is %d", p.token, at, p.ahead,
+			w.expected.line[p.token])
+	}
 }
 
 // live passes time. All live actors send their commands when they are due.

@@ -68,9 +68,11 @@ func (w *world) playKeep() {
 	if rapid.Bool().Draw(w.t, "a new one") {
 		p := w.newPod()
 		p.isWaiter, p.kept, p.waiting, p.pace, p.due = true, true, true, pollMost, w.now+pollMost
+		w.drawWait(p)
 		age := rapid.SampledFrom([]int{0, 10, 1000}).Draw(w.t, "seconds old")
 		p.arrival = (int(w.second)-age)*1e6 + len(w.order)
-		stay, places[p.token] = append(stay, p), p.arrival
+		p.ahead = p.headStart * 1e6
+		stay, places[p.token] = append(stay, p), p.place()
 	}
 	w.keep(gone, stay, places)
 }
@@ -83,7 +85,8 @@ func (w *world) keep(gone, stay []*actor, places map[string]int) {
 		args = append(args, p.token)
 	}
 	for _, p := range stay {
-		args = append(args, p.token, places[p.token], p.length, p.pod())
+		ahead := p.headStart * 1e6
+		args = append(args, p.token, places[p.token]+ahead, p.length, p.waitingPod(), ahead)
 	}
 	k := w.expected
 	if len(stay) > 0 {
@@ -107,7 +110,11 @@ func (w *world) keep(gone, stay []*actor, places map[string]int) {
 			held = append(held, p.token)
 			continue
 		}
-		if at, ok := k.line[p.token]; !ok || places[p.token] < at {
+		at, ok := k.line[p.token]
+		if !ok && k.lentTo >= places[p.token] {
+			k.lentTo = places[p.token] - 1 // it was not in line when a caller lent its length
+		}
+		if !ok || places[p.token] < at {
 			k.line[p.token] = places[p.token]
 		}
 		k.asked[p.token], k.askedAt[p.token] = w.now, w.micros()
@@ -129,8 +136,8 @@ func (w *world) keep(gone, stay []*actor, places map[string]int) {
 func (w *world) checkKept(rest []any, d dump, wantHeld []string) {
 	var created, inUse, waiters, doubt int
 	var served, held []string
-	var joined []any
-	_, err := redis.Scan(rest, &created, &inUse, &waiters, &served, &held, &joined, &doubt)
+	var joined, set []any
+	_, err := redis.Scan(rest, &created, &inUse, &waiters, &served, &held, &joined, &doubt, &set)
 	rig.Must(w.test, err)
 	if inUse != len(d.inflight) || waiters != len(d.waiters) || !slices.Equal(held, wantHeld) ||
 		created != d.state["created"] {
@@ -138,7 +145,10 @@ func (w *world) checkKept(rest []any, d dump, wantHeld []string) {
 			created, inUse, waiters, held, d.state["created"], len(d.inflight), len(d.waiters), wantHeld)
 	}
 	unsettled := int(w.second)-max(d.state["resumed"], d.state["lost"]) <= w.quiet
-	if want := d.free == 0 && inUse < d.state["length"] && unsettled; want != (doubt > 0) {
+	if want := w.setting(); !slices.Equal(numbers(set), want) {
+		w.fail("keep answered the setting %v, want %v", set, want)
+	}
+	if want := d.free == 0 && inUse < w.lengthFor(d.state["length"]) && unsettled; want != (doubt > 0) {
 		w.fail("keep answered a doubt of %d s", doubt)
 	}
 	if want := w.served(d); !slices.Equal(served, want) {

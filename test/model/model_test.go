@@ -54,6 +54,7 @@ func playModel(t *rapid.T, s store, broken func(rule string)) (commands int) {
 		"start":    {2, w.playStart},
 		"copy":     {1, w.playCopy},
 		"act":      {3, w.playAct},
+		"gaveup":   {2, w.playGaveUp},
 		"release":  {4, w.playRelease},
 		"silence":  {2, w.playSilence},
 		"wake":     {2, w.playWake},
@@ -65,6 +66,8 @@ func playModel(t *rapid.T, s store, broken func(rule string)) (commands int) {
 		"maintain": {1, w.playMaintain},
 		"keep":     {3, w.playKeep},
 		"hold":     {1, w.playHold},
+		"set":      {2, w.playSet},
+		"first":    {1, w.playFirst},
 		"live":     {6, w.playLive},
 		"outage":   {1, w.playOutage},
 		"clock":    {1, w.playClock},
@@ -128,6 +131,26 @@ func (w *world) playCopy() {
 // playWaiter starts a pod that joins the line if no token is free for it.
 func (w *world) playWaiter() {
 	p := w.newPod()
+	w.drawWait(p)
+	w.startWaiting(p)
+}
+
+// playGaveUp starts the sidecar of a pod again that gave up. Or the pod has ended its wait:
+// it releases its token, and joins the line again.
+func (w *world) playGaveUp() {
+	p := w.pick(func(p *actor) bool { return p.gaveUp && !p.waiting && !p.holding })
+	told := rapid.Bool().Draw(w.t, "it was told")
+	if told {
+		w.giveBack(p)
+		p.gaveUp = false
+	}
+	if p.kept {
+		if !told { // another process keeps its place, and asks
+			w.readAnswer(p, w.try(p))
+		}
+		return
+	}
+	p.silent, p.isWaiter, p.arrival = false, false, 0
 	w.startWaiting(p)
 }
 
@@ -135,8 +158,12 @@ func (w *world) playWaiter() {
 // it.
 func (w *world) startWaiting(p *actor) {
 	p.pace = rapid.IntRange(2, pollMost).Draw(w.t, "seconds between two requests")
-	if w.try(p).Status == rig.AcquireTaken {
+	switch a := w.try(p); a.Status {
+	case rig.AcquireTaken:
 		w.startHolding(p)
+		return
+	case rig.AcquireGaveUp:
+		w.readAnswer(p, a)
 		return
 	}
 	p.takenAs = ""

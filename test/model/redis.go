@@ -36,8 +36,8 @@ for base = 0, 6, 6 do
   shiftScores(KEYS[base + 2], by)
   shiftScores(KEYS[base + 3], by * 1000000)
   shiftScores(KEYS[base + 4], by)
-  for field, unit in pairs({created = 1, touched = 1, resumed = 1, lost = 1, asked = 1, sent = 1, lentAt = 1, lentTo = 1e6,
-      heard = 1e6, paused = 1e6, reigned = 1e6}) do
+  for field, unit in pairs({created = 1, touched = 1, resumed = 1, lost = 1, asked = 1, sent = 1, lentAt = 1, lentTo = 1e6, joined = 1e6, ends = 1,
+      kept = 1, heard = 1e6, paused = 1e6, reigned = 1e6}) do
     local at = redis.call('HGET', KEYS[base + 6], field)
     if at and tonumber(at) ~= 0 then -- 0 is never
       redis.call('HSET', KEYS[base + 6], field, string.format('%.0f', at + by * unit))
@@ -90,10 +90,13 @@ type dump struct {
 	lengths  map[string]int
 	hears    map[string]bool   // waiters that received a message at their last request
 	passed   map[string]bool   // waiters that missed a call since then
+	aheads   map[string]int    // token of a waiter -> microseconds that it stands ahead
 	since    map[string]int    // token -> when its pod took it; 0: a waiter
 	pods     map[string]string // token -> its pod
-	state    map[string]int
-	expiry   []int // Unix milliseconds; -1: never; -2: no such key
+	gaveUp   map[string]string // token that gave up -> how long it waited; and the places of these notes
+	state    map[string]int    // without the texts
+	limit    string            // in state; empty: there is none, or it is not known
+	expiry   []int             // Unix milliseconds; -1: never; -2: no such key
 }
 
 func (d dump) equal(other dump) bool {
@@ -103,9 +106,9 @@ func (d dump) equal(other dump) bool {
 func (d dump) equalButExpiry(other dump) bool {
 	return d.free == other.free && maps.Equal(d.inflight, other.inflight) &&
 		maps.Equal(d.waiters, other.waiters) && maps.Equal(d.seen, other.seen) &&
-		maps.Equal(d.lengths, other.lengths) && maps.Equal(d.since, other.since) &&
+		maps.Equal(d.lengths, other.lengths) && maps.Equal(d.aheads, other.aheads) && maps.Equal(d.since, other.since) &&
 		maps.Equal(d.hears, other.hears) && maps.Equal(d.passed, other.passed) &&
-		maps.Equal(d.pods, other.pods) && maps.Equal(d.state, other.state)
+		maps.Equal(d.pods, other.pods) && maps.Equal(d.gaveUp, other.gaveUp) && maps.Equal(d.state, other.state) && d.limit == other.limit
 }
 
 // inSeconds returns d without the fractions of seconds: a repeated command changes these.
@@ -121,7 +124,7 @@ func (d dump) inSeconds() dump {
 }
 
 // scripts are the scripts under test.
-type scripts struct{ acquire, maintain, heartbeat, release, keep, hold *redis.Script }
+type scripts struct{ acquire, maintain, heartbeat, release, keep, hold, set *redis.Script }
 
 // scriptsOf makes the scripts from their texts. They take the age of the server from a key
 // of the model, see setStarted.
@@ -141,6 +144,7 @@ func scriptsOf(t *testing.T, text func(name string) string) scripts {
 		release:   script("release"),
 		keep:      script("keep"),
 		hold:      script("hold"),
+		set:       script("set"),
 	}
 }
 
@@ -300,9 +304,18 @@ func (s *store) dump() (d dump) {
 	values, err := redis.Values(modelDump.Do(s.redis.Control, s.id.Keys()...))
 	rig.Must(s.test, err)
 	d.free = int(values[0].(int64))
-	for i, m := range map[int]*map[string]int{1: &d.inflight, 2: &d.waiters, 5: &d.state} {
+	for i, m := range map[int]*map[string]int{1: &d.inflight, 2: &d.waiters} {
 		*m, err = redis.IntMap(values[i], nil)
 		rig.Must(s.test, err)
+	}
+	state, err := redis.StringMap(values[5], nil)
+	rig.Must(s.test, err)
+	d.state, d.limit = map[string]int{}, state["limit"]
+	for field, text := range state {
+		if !slices.Contains([]string{"limit", "note", "by"}, field) {
+			d.state[field], err = strconv.Atoi(text)
+			rig.Must(s.test, err)
+		}
 	}
 	seen, err := redis.Float64Map(values[3], nil)
 	rig.Must(s.test, err)
@@ -312,13 +325,18 @@ func (s *store) dump() (d dump) {
 	}
 	names, err := redis.StringMap(values[4], nil)
 	rig.Must(s.test, err)
-	d.lengths, d.since, d.pods = map[string]int{}, map[string]int{}, map[string]string{}
+	d.lengths, d.aheads, d.since, d.pods = map[string]int{}, map[string]int{}, map[string]int{}, map[string]string{}
+	d.gaveUp = map[string]string{}
 	for field, text := range names {
 		var err error
-		if token, ok := strings.CutSuffix(field, "/pod"); ok {
+		if token, ok := strings.CutSuffix(field, "/ahead"); ok {
+			d.aheads[token], err = strconv.Atoi(text)
+		} else if token, ok := strings.CutSuffix(field, "/pod"); ok {
 			since, pod, _ := strings.Cut(text, " ")
 			d.pods[token] = pod
 			d.since[token], err = strconv.Atoi(since)
+		} else if strings.HasSuffix(field, "/gaveUp") || strings.HasPrefix(field, "gaveUp/") {
+			d.gaveUp[field] = text
 		} else {
 			d.lengths[field], _ = strconv.Atoi(strings.TrimLeft(text, "+-")) // 0 if a broken script wrote it
 			if strings.HasPrefix(text, "+") {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
@@ -13,29 +14,59 @@ import (
 // so does knowledge. Times are in seconds of the model's time, or by Redis's clock (Unix
 // seconds).
 type knowledge struct {
-	holders      map[string]int // token that counts as in use -> its last heartbeat
-	line         map[string]int // token in line -> its arrival
-	asked        map[string]int // token in line -> its last request
-	askedAt      map[string]int // the same, by Redis's clock (microseconds)
-	heardIn      map[string]int // token in line -> the reign in which it last received a message at a request
-	born         int            // when the data began, by Redis's clock; 0: Redis knows that it has lost data
-	touched      int            // the last command, by Redis's clock
-	resumed      int            // the end of the last silence that Redis notices, or a report of a loss, by its clock
-	silence      int            // the end of the last silence that Redis notices, by its clock
-	disturbed    int            // the same, in the model's time; also after a clock change too small to notice
-	lossReported int            // when a caller reported a loss of data
-	clockSet     bool           // since the last request or repair
-	greatest     []asking       // the lengths that callers asked for
-	length       asking         // the greatest of them that Redis remembers
-	settings     settings       // the greatest interval and threshold that Redis remembers
-	settingsAt   int            // when a caller sent one of them, by Redis's clock
-	lent         asking         // the length that a caller outside of the line asked for
-	lentTo       int            // the arrival of the last waiter at that time
-	heard        int            // the last command while there was a line, by Redis's clock (microseconds)
-	paused       int            // the end of the last pause between two, likewise
-	reign        int            // the reign that Redis knows
-	reigned      int            // since when, by its clock (microseconds)
-	guard        *guard         // nil: the server is old
+	holders      map[string]int  // token that counts as in use -> its last heartbeat
+	line         map[string]int  // token in line -> its place
+	asked        map[string]int  // token in line -> its last request
+	askedAt      map[string]int  // the same, by Redis's clock (microseconds)
+	heardIn      map[string]int  // token in line -> the reign in which it last received a message at a request
+	born         int             // when the data began, by Redis's clock; 0: Redis knows that it has lost data
+	touched      int             // the last command, by Redis's clock
+	resumed      int             // the end of the last silence that Redis notices, or a report of a loss, by its clock
+	silence      int             // the end of the last silence that Redis notices, by its clock
+	disturbed    int             // the same, in the model's time; also after a clock change too small to notice
+	lossReported int             // when a caller reported a loss of data
+	clockSet     bool            // since the last request or repair
+	greatest     []asking        // the lengths that callers asked for
+	length       asking          // the greatest of them that Redis remembers
+	settings     settings        // the greatest interval and threshold that Redis remembers
+	settingsAt   int             // when a caller sent one of them, by Redis's clock
+	lent         asking          // the length that a caller outside of the line asked for
+	lentTo       int             // the place of the last waiter at that time
+	joined       int             // the arrival of the last waiter with a head start
+	heard        int             // the last command while there was a line, by Redis's clock (microseconds)
+	paused       int             // the end of the last pause between two, likewise
+	reign        int             // the reign that Redis knows
+	reigned      int             // since when, by its clock (microseconds)
+	guard        *guard          // nil: the server is old
+	gaveUp       map[string]bool // tokens whose pods gave up and have not released them
+	limit        limit           // that the owner has set
+	override     override        // the same, for a time
+}
+
+// limit is a length that the owner has set.
+type limit struct {
+	known  bool // Redis knows it, or that there is none
+	isSet  bool
+	length int
+}
+
+// override is a length for a time.
+type override struct{ length, ends int } // ends: by Redis's clock
+
+// set returns the length that counts for all pods, at a second of Redis's clock.
+func (k *knowledge) set(second int) (length int, ok bool) {
+	if k.override.ends > second {
+		return k.override.length, true
+	}
+	return k.limit.length, k.limit.isSet
+}
+
+// lengthFor returns the length that counts for a pod that asks for another.
+func (w *world) lengthFor(length int) int {
+	if set, ok := w.expected.set(int(w.second)); ok {
+		return set
+	}
+	return length
 }
 
 // guard is what the pods know of the semaphore after another, empty server took the place of
@@ -102,7 +133,7 @@ const never = -1 << 30
 func newKnowledge() *knowledge {
 	return &knowledge{
 		holders: map[string]int{}, line: map[string]int{}, asked: map[string]int{},
-		askedAt: map[string]int{}, heardIn: map[string]int{},
+		askedAt: map[string]int{}, heardIn: map[string]int{}, gaveUp: map[string]bool{},
 		touched: never, resumed: never, silence: never, disturbed: never, lossReported: never,
 	}
 }
@@ -111,7 +142,7 @@ func (k *knowledge) clone() *knowledge {
 	c := *k
 	c.holders, c.line, c.asked = maps.Clone(k.holders), maps.Clone(k.line), maps.Clone(k.asked)
 	c.askedAt, c.heardIn = maps.Clone(k.askedAt), maps.Clone(k.heardIn)
-	c.greatest = slices.Clone(k.greatest)
+	c.greatest, c.gaveUp = slices.Clone(k.greatest), maps.Clone(k.gaveUp)
 	return &c
 }
 
@@ -214,12 +245,33 @@ func (w *world) ahead(p *actor, arrival string) []string {
 		return line[:i]
 	}
 	if arrival != "" && arrival != joinLine {
-		i, _ := slices.BinarySearchFunc(line, p.arrival, func(token string, at int) int {
-			return cmp.Compare(w.expected.line[token], at)
-		})
-		return line[:i]
+		return w.before(p.place())
+	}
+	if arrival == joinLine && p.headStart > 0 {
+		return w.before(w.nextPlace(p))
 	}
 	return line
+}
+
+// nextPlace returns the place of p, which joins the line by the last script.
+func (w *world) nextPlace(p *actor) int {
+	k, arrival := w.expected, w.micros()
+	if line := k.inLine(); len(line) > 0 {
+		arrival = max(arrival, k.line[line[len(line)-1]]+1, k.joined+1)
+	}
+	if w.lends() {
+		arrival = max(arrival, k.lentTo+1)
+	}
+	return arrival - p.headStart*1e6
+}
+
+// before returns the tokens in line before a place.
+func (w *world) before(place int) []string {
+	line := w.expected.inLine()
+	i, _ := slices.BinarySearchFunc(line, place, func(token string, at int) int {
+		return cmp.Compare(w.expected.line[token], at)
+	})
+	return line[:i]
 }
 
 // limits returns the length that counts for each waiter of a line: the greatest of its
@@ -227,12 +279,18 @@ func (w *world) ahead(p *actor, arrival string) []string {
 // greater one.
 func (w *world) limits(line []string, floor int) map[string]int {
 	k, limits := w.expected, map[string]int{}
+	if set, ok := k.set(int(w.second)); ok {
+		for _, token := range line {
+			limits[token] = set
+		}
+		return limits
+	}
 	for _, token := range slices.Backward(line) {
 		floor = max(floor, w.pods[token].length)
 		limit := floor
 		at, ok := k.line[token]
 		if !ok { // it comes back
-			at = w.pods[token].arrival
+			at = w.pods[token].place()
 		}
 		if at > 0 && at <= k.lentTo && w.lends() {
 			limit = max(limit, k.lent.length)
@@ -261,7 +319,7 @@ func (w *world) isPassed(token string, d dump) bool {
 func (w *world) mustMiss(token string, d dump) bool {
 	k := w.expected
 	return d.hears[token] && !w.pods[token].reachable && k.heardIn[token] == w.reigns && k.reign == w.reigns &&
-		k.askedAt[token] >= k.reigned
+		k.askedAt[token] >= max(k.reigned, w.repeated)
 }
 
 // checkMissed checks the waiters that Redis has passed because nobody received its call.
@@ -281,7 +339,7 @@ func (w *world) checkMissed(d dump) {
 // follows the request, before the rest of what Redis knows is brought up to date.
 func (w *world) mustGet(p *actor, arrival string) bool {
 	used, free := len(w.expected.holders), w.last.free
-	ahead, limit := w.ahead(p, arrival), p.length
+	ahead, limit := w.ahead(p, arrival), w.lengthFor(p.length)
 	if arrival != "" {
 		line := w.expected.inLine()
 		if !slices.Contains(line, p.token) {
@@ -301,7 +359,8 @@ func (w *world) mustGet(p *actor, arrival string) bool {
 		return true
 	}
 	newcomer := arrival == "" || arrival == joinLine
-	if newcomer && free == 0 && first == 0 && used < limit && w.now-w.expected.lossReported > w.quiet {
+	if (free == 0 && first == 0 && newcomer || arrival == "") && used+first < min(limit, portion) &&
+		w.now-w.expected.lossReported > w.quiet {
 		return true // a newcomer cannot know that holders may come back
 	}
 	for token := range w.expected.holders {
@@ -312,9 +371,45 @@ func (w *world) mustGet(p *actor, arrival string) bool {
 	return w.settled() && used < limit && first == 0
 }
 
+// isOver reports whether p's time in line is over, by Redis's clock. It follows the request,
+// before the rest of what Redis knows is brought up to date.
+func (w *world) isOver(p *actor, arrival string) bool {
+	at, ok := w.expected.line[p.token]
+	at += w.last.aheads[p.token]
+	if !ok {
+		at = p.arrival // it comes back
+	}
+	return p.wait > 0 && arrival != "" && (ok || arrival != joinLine) && w.micros() >= at+p.wait*1e6
+}
+
+// mayEnd reports whether Redis may end the wait of a pod: it knows how many tokens are in
+// use, as all holders have had time to come back.
+func (w *world) mayEnd() bool { return int(w.second)-w.expected.resumed > w.quiet }
+
+// checkEnd checks an answer to p, which had gave up before or not.
+func (w *world) checkEnd(p *actor, arrival string, before bool, a rig.Acquired) {
+	over := w.isOver(p, arrival)
+	switch gaveUp := a.Status == rig.AcquireGaveUp; {
+	case before && p.wait > 0 && !gaveUp:
+		w.fail("%s gave up, and was answered %d when it asked again", p.token, a.Status)
+	case before || a.Status == rig.AcquireRepair:
+	case gaveUp && (!over || p.runs):
+		w.fail("%s gave up too early, or had to run", p.token)
+	case gaveUp && !w.mayEnd():
+		w.fail("%s gave up, and holders may come back", p.token)
+	case a.Status == rig.AcquireFull && over && w.settled():
+		w.fail("%s waits longer than for %d s", p.token, p.wait)
+	}
+}
+
+// runsBeyond reports whether p may have taken a token beyond the length.
+func (w *world) runsBeyond(p *actor, arrival string) bool {
+	return p.runs && w.isOver(p, arrival) && w.mayEnd()
+}
+
 // checkTake checks that p may have the token that it has just taken.
 func (w *world) checkTake(p *actor, arrival string, d dump) {
-	used, limit := len(w.expected.holders), p.length
+	used, limit := len(w.expected.holders), w.lengthFor(p.length)
 	ahead := w.ahead(p, arrival)
 	if arrival != "" {
 		line := w.expected.inLine()
@@ -322,6 +417,9 @@ func (w *world) checkTake(p *actor, arrival string, d dump) {
 			line = slices.Insert(line, len(ahead), p.token)
 		}
 		limit = w.limits(line, 0)[p.token]
+	}
+	if w.runsBeyond(p, arrival) {
+		return
 	}
 	if used >= limit {
 		w.fail("%s was admitted with %d in flight, and the length that counts for it is %d", p.token, used, limit)
@@ -389,7 +487,12 @@ func (w *world) checkCalled(d dump) {
 
 // checkRoom checks that no more tokens are free than callers can use.
 func (w *world) checkRoom(d dump) {
-	if greatest := w.expected.greatestLength(); greatest > 0 && d.free > max(0, greatest-len(d.inflight)) {
+	greatest := w.expected.greatestLength()
+	set, ok := w.expected.set(int(w.second))
+	if ok {
+		greatest = set
+	}
+	if (ok || greatest > 0) && d.free > max(0, greatest-len(d.inflight)) {
 		w.fail("%d free and %d in flight, and callers asked for at most %d", d.free, len(d.inflight), greatest)
 	}
 }
@@ -403,7 +506,7 @@ func (w *world) checkReclaims(p *actor) {
 			dead++
 		}
 	}
-	if dead > 0 && len(w.expected.holders)-dead < p.length {
+	if dead > 0 && len(w.expected.holders)-dead < w.lengthFor(p.length) {
 		w.fail("%s asked, and %d dead holders were not reclaimed", p.token, dead)
 	}
 }
@@ -445,12 +548,21 @@ func (w *world) check(d dump, reclaims bool) {
 			w.fail("%s is in line, and Redis does not know its last request or its length", token)
 		}
 	}
+	for token := range d.aheads {
+		if _, ok := d.waiters[token]; !ok {
+			w.fail("Redis knows how far %s stands ahead, and it is not in line", token)
+		}
+	}
 	if len(d.seen) != len(d.waiters) || len(d.lengths) != len(d.waiters) {
 		w.fail("Redis knows more waiters than are in line")
 	}
 	for token, since := range d.since {
 		_, held := d.inflight[token]
-		if _, waits := d.waiters[token]; held == waits || held != (since > 0) || d.pods[token] != w.pods[token].pod() {
+		pod := w.pods[token].pod()
+		if !held {
+			pod = w.pods[token].waitingPod()
+		}
+		if _, waits := d.waiters[token]; held == waits || held != (since > 0) || d.pods[token] != pod {
 			w.fail("%s has pod %q since %d", token, d.pods[token], since)
 		}
 	}
@@ -462,9 +574,20 @@ func (w *world) check(d dump, reclaims bool) {
 		w.fail("Redis knows %d pods, and %d tokens are in use or waited for",
 			len(d.since), len(d.inflight)+len(d.waiters))
 	}
+	for field := range d.gaveUp {
+		if token, ok := strings.CutSuffix(field, "/gaveUp"); ok && !w.expected.gaveUp[token] {
+			w.fail("Redis knows that %s gave up, which has released its token since", token)
+		}
+	}
+	if len(d.gaveUp) != 2*len(w.expected.gaveUp) {
+		w.fail("%d pods gave up, and Redis knows of them %v", len(w.expected.gaveUp), d.gaveUp)
+	}
 	for i, at := range d.expiry {
 		if at == -1 {
 			w.fail("key %d does not expire", i+1)
+		}
+		if last := max(w.expected.override.ends, d.state["kept"]); at >= 0 && at/1000 < last {
+			w.fail("key %d expires %d s before what was set ends", i+1, last-at/1000)
 		}
 	}
 }

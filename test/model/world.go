@@ -30,6 +30,7 @@ type world struct {
 	started    int        // when the server started, by its clock
 	reigns     int        // the number of the present reign of Redis: a restart or a failover ends it
 	paused     int        // knowledge.paused, as the last script took it
+	repeated   int        // until then, by its clock, Redis may see times again: it was set back (microseconds)
 	last       dump
 	confirmed  confirmed
 	commands   int
@@ -46,6 +47,7 @@ func (w *world) logf(format string, args ...any) {
 func (w *world) shift(seconds int) {
 	w.store.shift(seconds)
 	w.started += seconds
+	w.repeated += seconds * 1e6
 	for _, p := range w.order {
 		if p.arrival != 0 {
 			p.arrival += seconds * 1e6
@@ -69,6 +71,8 @@ func (w *world) shift(seconds int) {
 		k.settingsAt += seconds
 		k.lent.at += seconds
 		k.lentTo += seconds * 1e6
+		k.joined += seconds * 1e6
+		k.override.ends += seconds
 		for token := range k.askedAt {
 			k.askedAt[token] += seconds * 1e6
 		}
@@ -89,6 +93,7 @@ func (w *world) pass(seconds int) {
 
 // step sets Redis's clock.
 func (w *world) step(seconds int) {
+	w.repeated = max(w.repeated, w.micros())
 	w.shift(-seconds)
 	w.setClock(seconds)
 	w.expected.clockSet = true
@@ -161,6 +166,9 @@ func (w *world) command(script *redis.Script, args ...any) (status int, rest []a
 	status, rest, elapsed := w.run(script, args...)
 	w.now += elapsed
 	w.expected.touched += elapsed
+	if k := w.expected; k.override.ends <= int(w.second) {
+		k.override = override{}
+	}
 	k, now := w.expected, w.micros()
 	if script != w.scripts.heartbeat && script != w.scripts.release && script != w.scripts.hold {
 		k.forgetFuture(now)
@@ -204,16 +212,27 @@ func (w *world) ask(p *actor, arrival string) (a rig.Acquired, must bool) {
 	w.note(p.length)
 	held := w.confirm(p)
 	used, free := len(w.expected.holders), w.last.free
-	status, rest, d := w.command(w.scripts.acquire, p.length, p.token, arrival, p.pod(), p.takenAs, p.stalesAfter())
-	must = w.mustGet(p, arrival)
+	gaveUp := w.expected.gaveUp[p.token] && p.wait > 0 && !held
+	if k := w.expected; p.limit.isSet && !k.limit.known {
+		k.limit = p.limit
+	}
+	args := []any{p.length, p.token, arrival, p.pod(), p.takenAs, p.stalesAfter(), p.limit.text(), p.nextAhead()}
+	status, rest, d := w.command(w.scripts.acquire, append(args, p.ending()...)...)
+	must = !gaveUp && w.mustGet(p, arrival)
 	a, err := rig.ReadAcquired(rig.Reply{Status: status, Rest: rest})
 	rig.Must(w.test, err)
+	if !held {
+		w.checkEnd(p, arrival, gaveUp, a)
+	}
 	k := w.expected
 	switch {
 	case a.Status == rig.AcquireTaken:
 		if !held {
 			w.checkTake(p, arrival, d)
-			if d.free != w.last.free-1 {
+			if _, ok := k.line[p.token]; !ok && arrival == joinLine {
+				w.noteHeadStart(p, arrival, w.nextPlace(p))
+			}
+			if d.free != w.last.free-1 && !(w.last.free == 0 && w.runsBeyond(p, arrival)) {
 				w.fail("%s took a token, and then %d of %d are free", p.token, d.free, w.last.free)
 			}
 		} else if d.free != w.last.free {
@@ -226,14 +245,18 @@ func (w *world) ask(p *actor, arrival string) (a rig.Acquired, must bool) {
 		k.leave(p.token)
 	case held:
 		w.fail("holder %s asked and was answered %d", p.token, a.Status)
+	case a.Status == rig.AcquireGaveUp:
+		if _, ok := k.line[p.token]; !ok && !gaveUp { // it came back
+			w.noteReign()
+		}
+		k.leave(p.token)
+		k.gaveUp[p.token] = true
 	case d.free != w.last.free:
 		w.fail("%s took no token, and then %d of %d are free", p.token, d.free, w.last.free)
 	case arrival != "":
 		if _, ok := k.line[p.token]; !ok {
 			w.join(p, arrival, d)
-			if k.reign != w.reigns {
-				k.reign, k.reigned = w.reigns, w.micros()
-			}
+			w.noteReign()
 		}
 		k.asked[p.token], k.askedAt[p.token] = w.now, w.micros()
 		if delete(k.heardIn, p.token); p.reachable {
@@ -245,29 +268,57 @@ func (w *world) ask(p *actor, arrival string) (a rig.Acquired, must bool) {
 		}
 	}
 	w.check(d, false)
-	if arrival == "" && !held && free > 0 && used < p.length {
+	w.checkSetting(p, a)
+	if arrival == "" && !held && !gaveUp && free > 0 && used < w.lengthFor(p.length) {
 		w.lend(p.length)
 	}
-	if a.Status == rig.AcquireTaken {
+	if a.Status == rig.AcquireTaken || a.Status == rig.AcquireGaveUp {
 		w.checkCalled(d)
 	}
 	w.last = d
 	return a, must
 }
 
+// noteReign records that Redis has noted its present reign, as it does when a pod joins.
+func (w *world) noteReign() {
+	if k := w.expected; k.reign != w.reigns {
+		k.reign, k.reigned = w.reigns, w.micros()
+	}
+}
+
 // join updates p, which has just joined the line.
 func (w *world) join(p *actor, arrival string, d dump) {
-	at := d.waiters[p.token]
+	at, k := d.waiters[p.token], w.expected
+	ahead := p.nextAhead()
 	if arrival == joinLine {
 		for token, other := range d.waiters {
-			if token != p.token && other >= at {
-				w.fail("%s joined the line, and is not the last in it", p.token)
+			if token != p.token && (other >= at+ahead || ahead > 0 && !w.pods[token].kept && other+d.aheads[token] >= at+ahead) {
+				w.fail("%s joined the line, and did not arrive last", p.token)
 			}
 		}
-	} else if at != p.arrival {
+		if at+ahead < w.micros() || at > w.nextPlace(p) {
+			w.fail("%s joined the line at %d with the head start %d, and the time is %d", p.token, at, ahead, w.micros())
+		}
+	} else if at != p.place() {
 		w.fail("%s came back to the line, and has another place", p.token)
 	}
-	w.expected.line[p.token] = at
+	w.noteHeadStart(p, arrival, at)
+	k.line[p.token] = at
+}
+
+// noteHeadStart notes that p joins the line at a place.
+func (w *world) noteHeadStart(p *actor, arrival string, place int) {
+	k, ahead := w.expected, p.nextAhead()
+	if ahead == 0 {
+		return
+	}
+	if len(k.line) == 0 {
+		k.joined = never * 1e6 // a line that is gone keeps nobody back
+	}
+	k.joined = max(k.joined, place+ahead)
+	if arrival == joinLine {
+		k.lentTo = min(k.lentTo, place-1) // it was not in line when a caller lent its length
+	}
 }
 
 // noteLoss handles a waiter or holder that is older than the data in Redis. Callers that
@@ -284,17 +335,21 @@ func (w *world) noteLoss() {
 func (w *world) try(p *actor) rig.Acquired {
 	if p.kept { // the process that refreshes its place does so before it asks
 		w.arrive(w.settings[0])
-		w.keep(nil, []*actor{p}, map[string]int{p.token: p.arrival})
+		w.keep(nil, []*actor{p}, map[string]int{p.token: p.place()})
 	}
 	empty := len(w.last.state) == 0 // p's arrival may be later than now, if the clock was set back
 	w.arrive(p.settings)
 	k, arrival := w.expected, p.nextArrival()
+	gaveUp := k.gaveUp[p.token]
 	if p.arrival != 0 && !p.kept && (empty && k.born != 0 || p.arrival < k.born*1e6) { // p is older than the data in Redis
 		w.noteLoss()
 	}
 	a, mustGet := w.ask(p, arrival)
 	if a.Status == rig.AcquireRepair {
-		w.maintain(p.length, arrival == "" || arrival == joinLine, p.settings)
+		if isNew := arrival == "" || arrival == joinLine; isNew && !a.Newcomer || !isNew && a.Newcomer && p.arrival < k.silence*1e6 {
+			w.fail("%s is told that it is a newcomer: %t", p.token, a.Newcomer)
+		}
+		w.maintain(p.length, a.Newcomer, p.settings)
 		w.arrive(p.settings)
 		arrival = p.nextArrival() // the same unless a new second has begun
 		again, must := w.ask(p, arrival)
@@ -306,12 +361,12 @@ func (w *world) try(p *actor) rig.Acquired {
 	if mustGet && a.Status != rig.AcquireTaken {
 		w.fail("%s is entitled to a token, but does not get it", p.token)
 	}
-	if a.Status != rig.AcquireTaken {
+	if a.Status != rig.AcquireTaken && !(gaveUp && a.Status == rig.AcquireGaveUp) {
 		w.checkReclaims(p)
 	}
 	w.logf("%s of length %d asks with arrival %s: %s; %d in flight, %d free, line %v", p.token, p.length,
 		map[bool]string{true: "that it was answered", false: strconv.Quote(arrival)}[len(arrival) > 1],
-		map[int]string{rig.AcquireTaken: "taken", rig.AcquireFull: "full"}[a.Status],
+		map[int]string{rig.AcquireTaken: "taken", rig.AcquireFull: "full", rig.AcquireGaveUp: "gave up"}[a.Status],
 		len(w.last.inflight), w.last.free, w.expected.inLine())
 	return a
 }
@@ -329,7 +384,7 @@ func (w *world) maintain(length int, newcomer bool, by settings) {
 	w.checkRoom(d)
 	w.checkCalled(d)
 	total, before := d.free+len(d.inflight), w.last.free+len(w.last.inflight)
-	if w.settled() && total < min(length, portion) {
+	if w.settled() && total < min(w.lengthFor(length), portion) {
 		w.fail("a repair left %d tokens of %d", total, length)
 	}
 	if int(w.second)-w.expected.resumed <= w.quiet && !newcomer && total > before {
@@ -384,9 +439,13 @@ func (w *world) giveBack(p *actor) {
 		if n := len(k.greatest); n > 0 {
 			last = k.greatest[n-1].length
 		}
+		last = w.lengthFor(last)
 		free = min(free+1, max(0, last-len(k.holders)+1))
 	} else if _, ok := k.line[p.token]; ok {
 		want = rig.ReleaseLeft
+	} else if k.gaveUp[p.token] {
+		want = rig.ReleaseLeft
+		delete(k.gaveUp, p.token)
 	}
 	status, _, d := w.command(w.scripts.release, p.token, p.takenAs)
 	delete(k.holders, p.token)

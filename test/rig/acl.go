@@ -7,7 +7,7 @@ import "strings"
 const (
 	WebhookACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* " +
 		"+eval +evalsha +time +scan +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount " +
-		"+zrange +zrangebyscore +zscore +zremrangebyscore +ttl +expire +publish +info|replication +info|server +set +get"
+		"+zrange +zrangebyscore +zscore +zremrangebyscore +ttl +expire +persist +publish +info|replication +info|server +set +get"
 	SidecarACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* " +
 		"+evalsha +time +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount " +
 		"+zrange +zrangebyscore +zrank +zscore +zremrangebyscore +ttl +expire +publish +subscribe +info|replication +info|server +set +get"
@@ -17,6 +17,9 @@ const (
 	// "status release" needs these in addition to StatusACL.
 	ReleaseACL = "&waiters/* " +
 		"+evalsha +exists +hset +hdel +zrem +zrangebyscore +rpush +ltrim +del +ttl +expire +publish"
+
+	// "status set" needs these in addition to both.
+	SetACL = "+persist +zadd +info|server +info|replication"
 
 	GateACL      = "+unsubscribe" // of the gate, in addition to SidecarACL
 	ForgottenACL = "+acl|users"   // of the webhook, to warn about namespaces without a user

@@ -262,6 +262,14 @@ func AdmittedPod(name string, id ID, length, expiration int) *corev1.Pod {
 	return p
 }
 
+// StopWaiting makes the sidecar of an admitted pod stop waiting after some seconds.
+func StopWaiting(p *corev1.Pod, seconds int, whenWaited string) *corev1.Pod {
+	sidecar := &p.Spec.InitContainers[0]
+	sidecar.Args = append([]string{"sidecar", fmt.Sprintf("--wait-seconds=%d", seconds), "--when-waited=" + whenWaited},
+		sidecar.Args[1:]...)
+	return p
+}
+
 // MarkScheduled changes a pod as if its sidecar and await ran on a node.
 func MarkScheduled(p *corev1.Pod) {
 	now := corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"slices"
+	"strings"
 
 	jsonpatch "gopkg.in/evanphx/json-patch.v4"
 	corev1 "k8s.io/api/core/v1"
@@ -54,7 +55,8 @@ func (s *APIStore) servePatch(w http.ResponseWriter, r *http.Request) {
 	var status *metav1.Status
 	after, missing := s.Change(r.PathValue("namespace"), r.PathValue("name"), func(p *corev1.Pod) {
 		var patched *corev1.Pod
-		if patched, status = applySteps(p, steps); status == nil && s.policy != nil {
+		patched, status = applySteps(p, steps, strings.HasSuffix(r.URL.Path, "/status"))
+		if status == nil && s.policy != nil {
 			if refusal := s.policy(p, patched); refusal != "" {
 				status = Failure(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "pods %q is forbidden: "+
 					"ValidatingAdmissionPolicy 'test' with binding 'test' denied request: %s", p.Name, refusal)
@@ -67,7 +69,8 @@ func (s *APIStore) servePatch(w http.ResponseWriter, r *http.Request) {
 	Respond(w, http.StatusOK, after, cmp.Or(missing, status))
 }
 
-func applySteps(p *corev1.Pod, steps jsonpatch.Patch) (*corev1.Pod, *metav1.Status) {
+// applySteps applies a patch to a pod, or to its status, which is a subresource.
+func applySteps(p *corev1.Pod, steps jsonpatch.Patch, toStatus bool) (*corev1.Pod, *metav1.Status) {
 	text, err := json.Marshal(p)
 	if err == nil {
 		text, err = steps.Apply(text)
@@ -88,7 +91,12 @@ func applySteps(p *corev1.Pod, steps jsonpatch.Patch) (*corev1.Pod, *metav1.Stat
 	if patched.Spec.NodeName != p.Spec.NodeName || patched.UID != p.UID {
 		return nil, Failure(http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, "field is immutable")
 	}
-	patched.Status = p.Status // the status is a subresource
+	if toStatus {
+		changed := p.DeepCopy()
+		changed.Status = patched.Status
+		return changed, nil
+	}
+	patched.Status = p.Status
 	return patched, nil
 }
 

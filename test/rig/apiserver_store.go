@@ -19,6 +19,7 @@ type APIStore struct {
 	*http.ServeMux
 	*Collection[*corev1.Pod]
 	Secrets    *Collection[*corev1.Secret]
+	ConfigMaps *Collection[*corev1.ConfigMap]
 	Namespaces *Collection[*corev1.Namespace] // pods need none
 	Webhooks   *Collection[*admissionv1.MutatingWebhookConfiguration]
 
@@ -42,11 +43,13 @@ func (s *APIStore) SetPolicy(p PodPolicy) {
 func NewAPIStore() *APIStore {
 	s := &APIStore{ServeMux: http.NewServeMux(), Collection: newCollection[corev1.Pod]("v1", "Pod", "pods"),
 		Secrets:    newCollection[corev1.Secret]("v1", "Secret", "secrets"),
+		ConfigMaps: newCollection[corev1.ConfigMap]("v1", "ConfigMap", "configmaps"),
 		Namespaces: newCollection[corev1.Namespace]("v1", "Namespace", "namespaces"),
 		Webhooks: newCollection[admissionv1.MutatingWebhookConfiguration]("admissionregistration.k8s.io/v1",
 			"MutatingWebhookConfiguration", "mutatingwebhookconfigurations")}
 	s.prepare, s.Secrets.prepare, s.Secrets.check = preparePod, prepareSecret, s.checkSecret
 	s.Secrets.serve(s.ServeMux, "/api/v1", true)
+	s.ConfigMaps.serve(s.ServeMux, "/api/v1", true)
 	s.Namespaces.serve(s.ServeMux, "/api/v1", false)
 	s.Webhooks.serve(s.ServeMux, "/apis/admissionregistration.k8s.io/v1", false)
 	const pods, pod = "/api/v1/namespaces/{namespace}/pods", "/api/v1/namespaces/{namespace}/pods/{name}"
@@ -63,6 +66,7 @@ func NewAPIStore() *APIStore {
 		Respond(w, http.StatusOK, p, status)
 	})
 	s.HandleFunc("PATCH "+pod, s.servePatch)
+	s.HandleFunc("PATCH "+pod+"/status", s.servePatch)
 	const events = "/apis/events.k8s.io/v1/namespaces/{namespace}/events"
 	s.HandleFunc("POST "+events, s.serveEvent)
 	s.HandleFunc("GET "+events, func(w http.ResponseWriter, r *http.Request) {

@@ -22,6 +22,9 @@ const (
 	AnnotationLength     = AnnotationPrefix + "length"
 	AnnotationExpiration = AnnotationPrefix + "expiration"
 	AnnotationWhenFull   = AnnotationPrefix + "when-full"
+	AnnotationHeadStart  = AnnotationPrefix + "head-start"
+	AnnotationWait       = AnnotationPrefix + "wait-seconds"
+	AnnotationWhenWaited = AnnotationPrefix + "when-waited"
 	AnnotationToken      = AnnotationPrefix + "token"
 	GateName             = AnnotationPrefix + "token" // a scheduling gate
 	LabelGated           = AnnotationPrefix + "gated"
@@ -36,6 +39,9 @@ const (
 	WhenFullWait = "wait"
 	WhenFullGate = "gate"
 )
+
+// ExitGaveUp is the exit code of an await whose pod gave up waiting.
+const ExitGaveUp = 75
 
 // MaxLength is the greatest length that a pod may ask for.
 const MaxLength = 10000

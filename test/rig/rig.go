@@ -137,11 +137,15 @@ func Main(m *testing.M, target string, quick ...string) {
 	os.Exit(finish(m))
 }
 
-// Run builds the program, runs the tests, and stops the shared servers.
+// Run builds the program, runs the tests, and stops the shared servers. Fuzzing needs no
+// program, and each of its processes would build one.
 func Run(m *testing.M) (code int) {
-	if _, err := program(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
+	flag.Parse()
+	if flag.Lookup("test.fuzz").Value.String() == "" {
+		if _, err := program(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
 	}
 	return finish(m)
 }

@@ -27,6 +27,7 @@ const (
 	AcquireFull   = 0
 	AcquireTaken  = 1
 	AcquireRepair = 2
+	AcquireGaveUp = 3
 
 	HeartbeatRejoined = 0
 
@@ -150,18 +151,23 @@ func RunScript(
 // Acquired is the reply of the acquire script.
 type Acquired struct {
 	Status int
-	Agreed int // with AcquireTaken: the greatest length that others have asked for recently, or 0
-	Stale  int // with AcquireRepair: the number of stale tokens; if 0, tokens are missing
+	Beyond bool // with AcquireTaken: this command took it beyond the length
+	Agreed int  // with AcquireTaken: the greatest length that others have asked for recently, or 0
+	Stale  int  // with AcquireRepair: the number of stale tokens; if 0, tokens are missing
 
-	// With AcquireFull:
+	Newcomer bool // with AcquireRepair: see lua/maintain.lua
+
+	// With AcquireFull or AcquireGaveUp:
 	InUse   int
 	Waiters int
 	Doubt   time.Duration // if not 0, Redis knows only after this time which holders and waiters are gone
 	Holders []any         // for some tokens in use: seconds that it is held, or -1; the pod or the token; 1: not started
+	Setting []any         // what the owner has set; see setting in lua/semaphore.lua
 
-	// With AcquireFull, for a waiter:
+	// With AcquireFull or AcquireGaveUp, for a waiter:
 	Position  int
 	Arrival   string
+	Ahead     int // microseconds that its place is before its arrival
 	Waited    time.Duration
 	FreeIn    time.Duration // until a token may come free for it
 	Reachable bool
@@ -172,15 +178,15 @@ func ReadAcquired(reply Reply) (a Acquired, err error) {
 	a.Status = reply.Status
 	switch reply.Status {
 	case AcquireTaken:
-		_, err = redis.Scan(reply.Rest, &a.Agreed)
+		_, err = redis.Scan(reply.Rest, &a.Agreed, &a.Beyond)
 	case AcquireRepair:
-		_, err = redis.Scan(reply.Rest, &a.Stale)
-	case AcquireFull:
+		_, err = redis.Scan(reply.Rest, &a.Stale, &a.Newcomer)
+	case AcquireFull, AcquireGaveUp:
 		var doubt, waited, freeIn, reachable int
 		var rest []any
-		rest, err = redis.Scan(reply.Rest, &a.InUse, &a.Waiters, &doubt, &a.Holders)
+		rest, err = redis.Scan(reply.Rest, &a.InUse, &a.Waiters, &doubt, &a.Holders, &a.Setting)
 		if err == nil && len(rest) > 0 {
-			_, err = redis.Scan(rest, &a.Position, &a.Arrival, &waited, &freeIn, &reachable)
+			_, err = redis.Scan(rest, &a.Position, &a.Arrival, &waited, &freeIn, &reachable, &a.Ahead)
 		}
 		a.Doubt = time.Duration(doubt) * time.Second
 		a.Waited, a.FreeIn = time.Duration(waited)*time.Second, time.Duration(freeIn)*time.Millisecond

@@ -19,8 +19,11 @@ type ID struct{ Namespace, Key string }
 
 func (id ID) String() string { return id.Namespace + "/" + id.Key }
 
-// ParseID parses the String of an ID.
+// ParseID parses the String of an ID, or @KEY of a shared semaphore.
 func ParseID(text string) ID {
+	if key, ok := strings.CutPrefix(text, "@"); ok {
+		return ID{"@", strings.TrimPrefix(key, "/")}
+	}
 	namespace, key, _ := strings.Cut(text, "/")
 	return ID{namespace, key}
 }

@@ -287,7 +287,7 @@ func TestUpgradeFindsIncompatibility(t *testing.T) {
 		},
 		{
 			name: "arrivals have another unit",
-			edit: rig.Edit{File: "lua/acquire.lua", From: "math.max(micros, last + 1, line.lentTo + 1)", To: "math.max(now, 1)"},
+			edit: rig.Edit{File: "lua/acquire.lua", From: "math.max(micros, last + 1, line.lentTo + 1,", To: "math.max(now, 1,"},
 			want: []string{"in the order"},
 		},
 	} {

@@ -315,7 +315,7 @@ func TestWatchedPod(t *testing.T) {
 		namespace: "shop", name: "p", uid: "some-uid", version: "7", created: at.Time, deleted: true,
 		labels: map[string]string{rig.LabelGated: "true"}, annotations: map[string]string{annotationKey: "web"},
 		gates: []string{"example.org/other", rig.GateName}, sidecarArgs: "sidecar\x00--length=3",
-		phase: "Pending", unscheduledReason: "Unschedulable",
+		phase: "Pending", unscheduledReason: "Unschedulable", conditions: []string{"Ready", conditionScheduled},
 		initContainers: []initContainer{{sidecarName, "running"}, {awaitName, "terminated"}},
 	})
 	if got != want {
