@@ -204,6 +204,36 @@ func TestKubernetesRights(t *testing.T) {
 			t.Errorf("%s by an administrator: got %d %s", name, w.Code, w.Body)
 		}
 	}
+	fail := func(p *patch) {
+		p.add("Failed", "status", "phase")
+		p.add(reasonGaveUp, "status", "reason")
+	}
+	for name, steps := range map[string]func(*patch){
+		"no reason": func(p *patch) { p.add("Failed", "status", "phase") },
+		"no phase":  func(p *patch) { p.add(reasonGaveUp, "status", "reason") },
+		"completed": func(p *patch) {
+			fail(p)
+			p.add("Succeeded", "status", "phase")
+		},
+		"address": func(p *patch) {
+			fail(p)
+			p.add("10.0.0.1", "status", "podIP")
+		},
+		"condition of another": func(p *patch) {
+			fail(p)
+			p.add(map[string]string{"type": "Ready", "status": "True"}, "status", "conditions", "-")
+		},
+		"label": func(p *patch) {
+			fail(p)
+			p.add("x", "metadata", "labels", "app")
+		},
+	} {
+		var p patch
+		steps(&p)
+		if err := k.patchPodStatus(t.Context(), n, "p", p.json()); !isPolicy(err) {
+			t.Errorf("status: %s: got %v, want a refusal by the policy", name, err)
+		}
+	}
 	for _, steps := range []func(*patch){
 		func(p *patch) { p.add("false", label...) },
 		func(p *patch) { p.remove(label...) },
@@ -226,10 +256,18 @@ func TestKubernetesRights(t *testing.T) {
 		about: got.reference(), reporter: "gate", reason: "TokenTaken", action: "Lifting", note: "token taken after 41 s in line",
 	}))
 
+	var failed patch
+	fail(&failed)
+	if err := k.patchPodStatus(t.Context(), n, "p", failed.json()); !isPolicy(err) {
+		t.Errorf("a pod without our gate: got %v, want a refusal by the policy", err)
+	}
+	s.CreatePod(t, n, rig.GatedPod("q"))
+	rig.Must(t, k.patchPodStatus(t.Context(), n, "q", failed.json()))
+
 	// RBAC refuses all other requests.
 	for _, c := range []struct{ method, path string }{
 		{http.MethodDelete, podPath(n, "p")},
-		{http.MethodPatch, podPath(n, "p") + "/status"},
+		{http.MethodPut, podPath(n, "p") + "/status"},
 		{http.MethodPatch, podPath(n, "p") + "/ephemeralcontainers"},
 		{http.MethodGet, podPath(n, "p") + "/log"},
 		{http.MethodPost, podPath(n, "p") + "/binding"},

@@ -349,7 +349,7 @@ func (s *APIServer) FailWatches(times int32, code int32) {
 }
 
 // ExpireWatches makes the API server drop its history: the version of the next watch is
-// too old.
+// too old. A real one drops its history when it likes, so here it only seems to.
 func (s *APIServer) ExpireWatches() {
 	if s.Store != nil {
 		s.Store.Compact()
@@ -357,13 +357,21 @@ func (s *APIServer) ExpireWatches() {
 		return
 	}
 	var once atomic.Bool
-	s.Fail(func(_ http.ResponseWriter, r *http.Request) bool {
-		if query := r.URL.Query(); IsWatch(r) && once.CompareAndSwap(false, true) {
-			query.Set("resourceVersion", "1")
-			r.URL.RawQuery = query.Encode()
+	s.Fail(func(w http.ResponseWriter, r *http.Request) bool {
+		if !IsWatch(r) || !once.CompareAndSwap(false, true) {
+			return false
 		}
-		return false
+		event := map[string]any{"type": "ERROR", "object": tooOld(r.URL.Query().Get("resourceVersion"))}
+		_ = json.NewEncoder(w).Encode(event)
+		return true
 	})
+}
+
+// tooOld is what the API server sends to a watch from a version that it no longer knows.
+func tooOld(version string) metav1.Status {
+	return metav1.Status{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Status"},
+		Status: metav1.StatusFailure, Code: http.StatusGone, Reason: metav1.StatusReasonExpired,
+		Message: "too old resource version: " + version}
 }
 
 // FailEvents makes the next events fail.

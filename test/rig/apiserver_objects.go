@@ -407,9 +407,7 @@ func (s *Collection[T]) serveWatch(w http.ResponseWriter, r *http.Request, match
 	for flush() == nil {
 		changes, changed, upTo, ok := s.since(version)
 		if !ok {
-			send("ERROR", metav1.Status{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "Status"},
-				Status: metav1.StatusFailure, Code: http.StatusGone, Reason: metav1.StatusReasonExpired,
-				Message: fmt.Sprintf("too old resource version: %d", version)})
+			send("ERROR", tooOld(fmt.Sprint(version)))
 			return
 		}
 		for _, c := range changes {
