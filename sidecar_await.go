@@ -395,8 +395,8 @@ func (s *awaitServer) serve(ctx context.Context, podUID string) {
 }
 
 // answer sends an await what its pod waits for, and then that the token is held, or that
-// the pod gave up. If that
-// is no longer fresh, it closes the connection, and the await asks again.
+// the pod gave up. If the token is no longer fresh, it closes the connection, and the await
+// asks again.
 func (s *awaitServer) answer(conn *net.UnixConn) {
 	defer conn.Close()
 	if err := checkPeer(conn, s.user); err != nil {

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -76,40 +75,17 @@ func launchRedis(dir string, o RedisOptions) (*Redis, error) {
 	if o.Args == nil {
 		o.Args = PlainPort
 	}
-	var last error
-	for range 5 { // another process may take the port first
-		address, err := unusedAddress()
-		if err != nil {
-			return nil, err
-		}
-		r := &Redis{Address: address, dial: append(o.Dial, redis.DialReadTimeout(5*time.Second)), env: o.Env,
-			hasScripts: !o.Bare, young: o.Young}
-		r.Args = append(o.Args(Port(address)), "--bind", "127.0.0.1", "--dir", dir, "--save", "",
-			"--appendonly", "yes", "--appendfsync", "always")
-		if cmp.Or(o.Kind, TestQueue) == ClusterQueue {
-			bus, err := unusedAddress()
-			if err != nil {
-				return nil, err
-			}
-			r.allSlots = true
-			r.Args = append(r.Args, "--cluster-enabled", "yes",
-				"--cluster-config-file", "nodes-"+Port(address)+".conf", "--cluster-port", Port(bus))
-		}
-		if last = r.Start(); last == nil {
-			return r, nil
-		}
+	address := freeAddress()
+	r := &Redis{Address: address, dial: append(o.Dial, redis.DialReadTimeout(5*time.Second)), env: o.Env,
+		hasScripts: !o.Bare, young: o.Young}
+	r.Args = append(o.Args(Port(address)), "--bind", "127.0.0.1", "--dir", dir, "--save", "",
+		"--appendonly", "yes", "--appendfsync", "always")
+	if cmp.Or(o.Kind, TestQueue) == ClusterQueue {
+		r.allSlots = true
+		r.Args = append(r.Args, "--cluster-enabled", "yes",
+			"--cluster-config-file", "nodes-"+Port(address)+".conf", "--cluster-port", Port(freeAddress()))
 	}
-	return nil, last
-}
-
-// unusedAddress returns an address that the system has just chosen.
-func unusedAddress() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	defer l.Close()
-	return l.Addr().String(), nil
+	return r, r.Start()
 }
 
 // Start starts or restarts the server, and waits until it answers.
@@ -117,7 +93,7 @@ func (r *Redis) Start() error {
 	if err := r.begin(); err != nil {
 		return err
 	}
-	return r.answered(5 * time.Second)
+	return r.answered(30 * time.Second)
 }
 
 // begin starts the server, and does not wait.
@@ -424,24 +400,14 @@ func Anys(texts []string) (all []any) {
 
 // launchSentinel starts a Sentinel that watches no primary yet.
 func launchSentinel(dir string, env func(address string) []string) (*Redis, error) {
-	var last error
-	for range 5 {
-		address, err := unusedAddress()
-		if err != nil {
-			return nil, err
-		}
-		s := &Redis{Address: address, dial: []redis.DialOption{redis.DialReadTimeout(5 * time.Second)}, env: env}
-		file := filepath.Join(dir, "sentinel-"+Port(s.Address)+".conf")
-		config := fmt.Sprintf("port %s\nbind 127.0.0.1\ndir %s\n", Port(s.Address), dir)
-		if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
-			return nil, err
-		}
-		s.Args = []string{file, "--sentinel"}
-		if last = s.Start(); last == nil {
-			return s, nil
-		}
+	s := &Redis{Address: freeAddress(), dial: []redis.DialOption{redis.DialReadTimeout(5 * time.Second)}, env: env}
+	file := filepath.Join(dir, "sentinel-"+Port(s.Address)+".conf")
+	config := fmt.Sprintf("port %s\nbind 127.0.0.1\ndir %s\n", Port(s.Address), dir)
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		return nil, err
 	}
-	return nil, last
+	s.Args = []string{file, "--sentinel"}
+	return s, s.Start()
 }
 
 // serveAllSlots makes the server a Cluster of one node. A node does not serve for its

@@ -242,9 +242,14 @@ func JSON(t testing.TB, value any) []byte {
 }
 
 // FreeAddress returns an unused address. No other test process gets it while this one runs,
-// so that a server can be stopped and started again.
+// so that a server can be stopped and started again, and no test talks to the server of
+// another one.
 func FreeAddress(t testing.TB) string {
 	t.Helper()
+	return freeAddress()
+}
+
+func freeAddress() string {
 	for {
 		port := 10000 + lastPort.Add(1)%20000
 		mark, err := net.Listen("unix", fmt.Sprintf("@at-least-semaphore-test-port/%d", port))
