@@ -65,7 +65,7 @@ CHAOS_FLAGS ?=
 
 .PHONY: chaos
 chaos: test-needs ## fail pods, gates and servers at random, check the history, prove that broken scripts fail; CHAOS_TIME=1h CHAOS_SEED=2
-	SUITE=1 go test -count=1 -timeout 0 -v -run '^TestChaos' ./test/chaos -chaos.time=$(CHAOS_TIME) -chaos.seed=$(CHAOS_SEED) $(CHAOS_FLAGS)
+	SUITE=1 go test -count=1 -parallel 4 -timeout 0 -v -run '^TestChaos' ./test/chaos -chaos.time=$(CHAOS_TIME) -chaos.seed=$(CHAOS_SEED) $(CHAOS_FLAGS)
 	SUITE=1 go test -count=1 -v -run '^TestModelFindsBrokenScripts$$' ./test/model
 
 FUZZ_TIME ?= 10s
