@@ -29,6 +29,7 @@ var programs = []broken{
 			From: "return now - math.max(resumed, lost) > quiet",
 			To:   "return true"}},
 		blow: longOutage, every: 10 * time.Second,
+		rush:  true, // after an outage, an admission has to come before the heartbeats
 		rules: []string{ruleCount, ruleLetIn},
 	}, {
 		name: "a length is taken for one more",
