@@ -586,8 +586,22 @@ func TestOneTooManyInFlightKeepsTheOrder(t *testing.T) {
 			l.beat(t, late.token)
 		}},
 		"Redis has lost all": {2, func(t *testing.T, l *lineUp) {
-			l.r.Do(t, "DEL", l.id.keys()...)
-			l.hold(t, 2) // the first acquires cannot know of the loss
+			var tokens []string
+			rig.Eventually(t, 20*time.Second, func() error { // until no pod in line asks before both
+				l.r.Do(t, "DEL", l.id.keys()...)
+				tokens = nil
+				for range 2 { // the first acquires cannot know of the loss
+					token, _, err := l.s.acquire(t.Context(), l.id, "", 2, limit{}, 10*time.Second)
+					if err != nil {
+						return err
+					}
+					tokens = append(tokens, token)
+				}
+				return nil
+			})
+			for _, token := range tokens {
+				l.holding = append(l.holding, linePod{token: token, length: 2})
+			}
 			for _, p := range l.holding[:2] {
 				l.beat(t, p.token)
 			}
