@@ -53,6 +53,7 @@ if what == 'first' then
     local ahead = math.min(whole(redis.call('HMGET', KEYS[5], token .. '/ahead')[1]) or 0, aheadMost)
     redis.call('ZADD', KEYS[3], string.format('%.0f', place - moved), token)
     redis.call('HSET', KEYS[5], token .. '/ahead', string.format('%.0f', ahead + moved))
+    redis.call('HSET', KEYS[6], 'joined', string.format('%.0f', math.max(line.joined, place + ahead)))
   end
 end
 grown = true

@@ -62,6 +62,7 @@ func (w *world) playFirst() {
 	if _, ok := k.line[p.token]; ok != (status == 1) {
 		w.fail("first answered %d, and %s is in line: %t", status, p.token, ok)
 	} else if ok && line[0] != p.token {
+		k.joined = max(k.joined, k.line[p.token]+w.last.aheads[p.token])
 		k.line[p.token] = k.line[line[0]] - 1
 	}
 	w.check(d, false)

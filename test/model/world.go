@@ -335,7 +335,7 @@ func (w *world) noteLoss() {
 func (w *world) try(p *actor) rig.Acquired {
 	if p.kept { // the process that refreshes its place does so before it asks
 		w.arrive(w.settings[0])
-		w.keep(nil, []*actor{p}, map[string]int{p.token: p.place()})
+		w.keep(nil, []*actor{p}, map[string]int{p.token: p.arrival - p.headStart*1e6}) // also if it was moved
 	}
 	empty := len(w.last.state) == 0 // p's arrival may be later than now, if the clock was set back
 	w.arrive(p.settings)
