@@ -37,8 +37,8 @@
 //	                                  of gate and setup: default of --kubernetes-address
 //
 // Exit codes: 0 done, 1 failed, 2 wrong mode, flag or value, 143 an await that was
-// stopped before the token was held, 75 an await whose pod gave up waiting. A sidecar that was stopped ends with 0, whatever it
-// left to go stale.
+// stopped before the token was held, 75 an await whose pod gave up waiting. A sidecar that
+// was stopped ends with 0, whatever it left to go stale.
 package main
 
 import (

@@ -369,12 +369,17 @@ func inMillis(d time.Duration) float64 { return float64(d.Milliseconds()) / 1000
 
 func printJSON(w io.Writer, v any) error { return json.NewEncoder(w).Encode(v) }
 
+// look reads the semaphore that a change is about. A person may take long to confirm it.
+func (c statusConfig) look(ctx context.Context, s *semaphores) (semaphoreDetail, error) {
+	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
+	defer cancel()
+	return s.inspect(ctx, c.semaphore)
+}
+
 // releaseByHand releases a token, or takes a waiter out of its line, after a
 // confirmation.
 func releaseByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.Reader, stdout io.Writer) error {
-	look, cancel := context.WithTimeout(ctx, statusTimeout)
-	defer cancel()
-	d, err := s.inspect(look, c.semaphore)
+	d, err := c.look(ctx, s)
 	if err != nil {
 		return err
 	}
@@ -399,7 +404,7 @@ func releaseByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.
 	if !c.confirms(stdin, stdout, "Release it?") {
 		return errors.New("nothing was released: answer y, or use --yes")
 	}
-	ctx, cancel = context.WithTimeout(ctx, statusTimeout)
+	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
 	status, err := s.releaseWithin(ctx, d.id, t.token, "")
 	switch {
@@ -418,9 +423,7 @@ func releaseByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.
 // firstByHand moves a waiter to the front of its line, after a confirmation.
 func firstByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.Reader, stdout io.Writer,
 	log *slog.Logger) error {
-	look, cancel := context.WithTimeout(ctx, statusTimeout)
-	defer cancel()
-	d, err := s.inspect(look, c.semaphore)
+	d, err := c.look(ctx, s)
 	if err != nil {
 		return err
 	}
@@ -446,7 +449,7 @@ func firstByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.Re
 	if !c.confirms(stdin, stdout, "Move it?") {
 		return errors.New("nothing was moved: answer y, or use --yes")
 	}
-	ctx, cancel = context.WithTimeout(ctx, statusTimeout)
+	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
 	ok, err := s.moveFirst(ctx, d.id, t.token)
 	switch {
@@ -503,9 +506,7 @@ func (c statusConfig) confirms(stdin io.Reader, stdout io.Writer, question strin
 // setByHand sets the override of a semaphore, or clears it, after a confirmation.
 func setByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.Reader, stdout io.Writer,
 	log *slog.Logger) error {
-	look, cancel := context.WithTimeout(ctx, statusTimeout)
-	defer cancel()
-	d, err := s.inspect(look, c.semaphore)
+	d, err := c.look(ctx, s)
 	if err != nil {
 		return err
 	}
@@ -529,7 +530,7 @@ func setByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.Read
 	if !c.confirms(stdin, stdout, question) {
 		return errors.New("nothing was set: answer y, or use --yes")
 	}
-	ctx, cancel = context.WithTimeout(ctx, statusTimeout)
+	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
 	if c.clear {
 		after.inUse, after.waiting, err = s.clearOverride(ctx, d.id)
