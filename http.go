@@ -26,22 +26,24 @@ import (
 // four times that: maxLarge follows.
 const maxBody = 10 << 20
 
-// Limits on all clients together. A stranger is a connection without an authenticated
-// request yet; a caller is one with such a request. Servers with these limits speak
-// HTTP/1.1, as API servers do with webhooks. So they also limit the requests in hand.
+// Limits on all clients together. A connection is authenticated once a request on it was.
+// Servers with these limits speak HTTP/1.1, as API servers do with webhooks. So they also
+// limit the requests in hand.
 const (
-	maxStrangers  = 1024 // beyond that, the oldest is closed
-	maxCallers    = 1024 // beyond that, the one that was idle longest is closed
-	maxHeaderSize = 16 << 10
+	maxUnauthenticated = 1024 // beyond that, the oldest is closed
+	maxAuthenticated   = 1024 // beyond that, the one that was idle longest is closed
+	maxHeaderSize      = 16 << 10
 
 	// A body is large if it has more than smallBody bytes, or more than smallObjects JSON
 	// objects, which take more memory than their text. At most maxLarge are held, each
-	// until its pod is decided; others wait. A large body must arrive within largeBodyTime.
+	// until its pod is decided; others wait. A body must arrive within bodyTime, the rest of
+	// a large one within largeBodyTime.
 	// A body of more than maxObjects is refused.
 	smallBody     = 32 << 10
 	smallObjects  = 1000
 	maxObjects    = 50000
 	maxLarge      = 2
+	bodyTime      = 10 * time.Second
 	largeBodyTime = 2 * time.Second
 )
 
@@ -49,9 +51,9 @@ const (
 type bounds struct {
 	large slots // for large bodies
 
-	mu                 sync.Mutex
-	connections        map[net.Conn]*httpConnection
-	strangers, callers list.List // of *httpConnection, those first that had no request for longest
+	mu                             sync.Mutex
+	connections                    map[net.Conn]*httpConnection
+	unauthenticated, authenticated list.List // of *httpConnection, those first that had no request for longest
 }
 
 func newBounds() *bounds {
@@ -61,7 +63,7 @@ func newBounds() *bounds {
 // httpConnection is an open connection of a client.
 type httpConnection struct {
 	net.Conn
-	in    *list.List // strangers or callers
+	in    *list.List // unauthenticated or authenticated
 	place *list.Element
 	busy  bool // it has a request in hand
 }
@@ -86,9 +88,9 @@ func (b *bounds) note(conn net.Conn, state http.ConnState) {
 	if state == http.StateNew {
 		c := &httpConnection{Conn: conn}
 		b.connections[conn] = c
-		c.enter(&b.strangers)
-		if b.strangers.Len() > maxStrangers {
-			b.strangers.Front().Value.(*httpConnection).end()
+		c.enter(&b.unauthenticated)
+		if b.unauthenticated.Len() > maxUnauthenticated {
+			b.unauthenticated.Front().Value.(*httpConnection).end()
 		}
 		return
 	}
@@ -116,18 +118,18 @@ func (c *httpConnection) end() {
 	go raw.Close()
 }
 
-// authenticated makes a caller of the request's connection. If there are too many
-// callers, it closes the one that was idle longest, or fails if all are busy.
-func (b *bounds) authenticated(r *http.Request) error {
+// noteAuthenticated notes that the client of the request is known. If there are too many
+// known ones, it closes the one that was idle longest, or fails if all are busy.
+func (b *bounds) noteAuthenticated(r *http.Request) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	conn, _ := r.Context().Value(connectionKey{}).(net.Conn)
 	c := b.connections[conn]
-	if c == nil || c.in == &b.callers { // nil: evicted, or in a test
+	if c == nil || c.in == &b.authenticated { // nil: evicted, or in a test
 		return nil
 	}
-	if b.callers.Len() >= maxCallers {
-		idle := b.callers.Front()
+	if b.authenticated.Len() >= maxAuthenticated {
+		idle := b.authenticated.Front()
 		for idle != nil && idle.Value.(*httpConnection).busy {
 			idle = idle.Next()
 		}
@@ -137,7 +139,7 @@ func (b *bounds) authenticated(r *http.Request) error {
 		idle.Value.(*httpConnection).end()
 	}
 	c.in.Remove(c.place)
-	c.enter(&b.callers)
+	c.enter(&b.authenticated)
 	return nil
 }
 
@@ -154,7 +156,7 @@ func (b *bounds) open() int {
 func (b *bounds) readJSON(ctx context.Context, rw http.ResponseWriter, r *http.Request,
 	decode func(text []byte) error) (release func(), err error) {
 	release = func() {}
-	if err := b.authenticated(r); err != nil {
+	if err := b.noteAuthenticated(r); err != nil {
 		return release, err
 	}
 	if r.Method != http.MethodPost {
@@ -176,6 +178,7 @@ func (b *bounds) readJSON(ctx context.Context, rw http.ResponseWriter, r *http.R
 	if r.ContentLength > 0 {
 		buffer.Grow(int(min(r.ContentLength, smallBody)) + bytes.MinRead)
 	}
+	control := http.NewResponseController(rw)
 	_, failed := io.CopyN(&buffer, limited, smallBody)
 	more := failed == nil
 	if more || objects(buffer.Bytes()) > smallObjects {
@@ -187,11 +190,11 @@ func (b *bounds) readJSON(ctx context.Context, rw http.ResponseWriter, r *http.R
 		if r.ContentLength > 0 {
 			buffer.Grow(int(r.ContentLength) - buffer.Len() + bytes.MinRead)
 		}
-		control := http.NewResponseController(rw)
 		_ = control.SetReadDeadline(time.Now().Add(largeBodyTime)) // fails without a connection, as in a test
-		if _, failed = buffer.ReadFrom(limited); failed == nil {
-			_ = control.SetReadDeadline(time.Time{})
-		}
+		_, failed = buffer.ReadFrom(limited)
+	}
+	if failed == nil || failed == io.EOF {
+		_ = control.SetReadDeadline(time.Time{}) // else the request's context would end with the deadline
 	}
 	var over *http.MaxBytesError
 	switch n := objects(buffer.Bytes()); {

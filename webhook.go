@@ -130,13 +130,18 @@ func drain(b *bounds) {
 
 // newWebhookServer makes the server that the API server calls.
 func newWebhookServer(handler http.Handler, tls *tls.Config, b *bounds) *http.Server {
+	// An API server closes a connection after 90 s without a request. In a burst it opens
+	// some that it does not use at once, and does not repeat a request on one that the
+	// webhook closed just then. So the webhook also waits long for the first request.
 	s := &http.Server{
-		Handler:           handler,
+		Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+			_ = http.NewResponseController(rw).SetReadDeadline(time.Now().Add(bodyTime))
+			handler.ServeHTTP(rw, r)
+		}),
 		TLSConfig:         tls,
-		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       10 * time.Second,
+		ReadHeaderTimeout: 2 * time.Minute,
 		WriteTimeout:      maxTimeout + 5*time.Second,
-		IdleTimeout:       2 * time.Minute, // an API server closes its idle connections after 90 s
+		IdleTimeout:       2 * time.Minute,
 	}
 	b.apply(s)
 	return s

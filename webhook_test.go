@@ -677,7 +677,7 @@ func (b *bounds) opened(n int) (all []*fakeConn) {
 func (b *bounds) call(c *fakeConn) error {
 	b.note(c, http.StateActive)
 	r := new(http.Request)
-	return b.authenticated(r.WithContext(context.WithValue(context.Background(), connectionKey{}, net.Conn(c))))
+	return b.noteAuthenticated(r.WithContext(context.WithValue(context.Background(), connectionKey{}, net.Conn(c))))
 }
 
 // wantEnded checks which connection was closed for a newer one: the only one of all.
@@ -695,28 +695,40 @@ func wantEnded(t *testing.T, all []*fakeConn, want int) {
 	}
 }
 
-// Beyond the cap, the oldest stranger is closed, and no caller.
-func TestTooManyStrangers(t *testing.T) {
+// Beyond the cap, the oldest unauthenticated connection is closed, and no other.
+func TestTooManyUnauthenticated(t *testing.T) {
 	b := newBounds()
 	caller := b.opened(1)
 	rig.Must(t, b.call(caller[0]))
 	b.note(caller[0], http.StateIdle)
-	strangers := b.opened(maxStrangers)
-	b.note(strangers[0], http.StateClosed)
-	all := append(append(caller, strangers[1:]...), b.opened(2)...)
+	unauthenticated := b.opened(maxUnauthenticated)
+	b.note(unauthenticated[0], http.StateClosed)
+	all := append(append(caller, unauthenticated[1:]...), b.opened(2)...)
 	wantEnded(t, all, 1)
 	b.note(all[1], http.StateClosed)
-	if n := b.open(); n != maxStrangers+1 {
-		t.Errorf("%d connections are open, want %d", n, maxStrangers+1)
+	if n := b.open(); n != maxUnauthenticated+1 {
+		t.Errorf("%d connections are open, want %d", n, maxUnauthenticated+1)
+	}
+}
+
+// An API server closes a connection after 90 s without a request, and loses an admission
+// on one that the webhook closed just then. The same holds for one that it did not use
+// yet. A limit of the whole request would end the context of one that waits for Redis.
+func TestAPIServerClosesConnections(t *testing.T) {
+	s := newWebhookServer(http.NotFoundHandler(), nil, newBounds())
+	if s.ReadHeaderTimeout <= 90*time.Second || s.IdleTimeout <= 90*time.Second || s.ReadTimeout != 0 {
+		t.Errorf("the webhook closes a connection after %s without a first request, %s without another, "+
+			"a request's after %s: want more than 90 s, and no limit of the whole request",
+			s.ReadHeaderTimeout, s.IdleTimeout, s.ReadTimeout)
 	}
 }
 
 // Beyond the cap, the caller that was idle longest is closed. If all are busy, the new
 // one is refused.
-func TestTooManyCallers(t *testing.T) {
+func TestTooManyAuthenticated(t *testing.T) {
 	b := newBounds()
 	var all []*fakeConn
-	for range maxCallers {
+	for range maxAuthenticated {
 		c := b.opened(1)[0]
 		rig.Must(t, b.call(c))
 		all = append(all, c)
