@@ -154,7 +154,10 @@ func TestPlainRedisBusyAndIdle(t *testing.T) {
 		}
 		return nil
 	})
-	rig.Must(t, errOf(killer.Do("SCRIPT", "KILL")))
+	rig.Must(t, errOf(killer.Do("SCRIPT", "KILL"))) // this only asks the script to end
+	if reply, err := admin.Receive(); err == nil {
+		t.Errorf("the script that does not end has returned %v", reply)
+	}
 	if out, err := s.probe(); err != nil {
 		t.Errorf("the probe after the script: %v: %s", err, out)
 	}
