@@ -783,7 +783,7 @@ func (l *gateLine) acquireServed(ctx context.Context, waiting []*podSnapshot,
 		if isOver { // holders may come back
 			l.askAgainIn(p, max(endedRetry, a.place.freeIn))
 		}
-		if !a.place.reachable {
+		if !a.place.reachable && l.sharesServer(ctx) {
 			l.gate.subscription.redial(l.id, p.uid)
 		}
 		if position := a.place.position; position > 0 {
@@ -795,6 +795,14 @@ func (l *gateLine) acquireServed(ctx context.Context, waiting []*podSnapshot,
 }
 
 // redisTime returns the time of the line's Redis, in Unix microseconds; 0 if it is not known.
+// sharesServer reports whether the server of the line is that of the gate's subscription. In
+// a Cluster, only the node of a semaphore knows who receives its messages there.
+func (l *gateLine) sharesServer(ctx context.Context) bool {
+	server, err := l.gate.semaphores.queue.find(ctx, l.id)
+	other, err2 := l.gate.semaphores.queue.find(ctx, auxiliaryID)
+	return err == nil && err2 == nil && server == other
+}
+
 func (l *gateLine) redisTime(ctx context.Context) int64 {
 	server, err := l.gate.semaphores.queue.find(ctx, l.id)
 	if err != nil {

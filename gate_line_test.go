@@ -702,6 +702,33 @@ func TestGateHeadStart(t *testing.T) {
 	g.wantLifted([]string{"b"})
 }
 
+// In a Cluster, no message of another node proves that the gate's subscription is alive, nor
+// the lack of one that it is not. The gate opens no other connection then: in between, it
+// could miss a call, and others would pass its pods.
+func TestGateKeepsItsSubscription(t *testing.T) {
+	t.Parallel()
+	c := rig.StartCluster(t)
+	g := newGateTestOn(t, nil, groupConfig(t, c.Address()), 1)
+	for n := 0; c.Holder(t, g.id) == c.Holder(t, auxiliaryID); n++ {
+		g.id.key = fmt.Sprintf("web-%d", n)
+	}
+	g.redis = c.Holder(t, g.id)
+	acquire(t, g.owner, g.id, 1)
+	_, log, _ := g.start()
+	token := g.create("a")
+	asked := map[string]bool{}
+	rig.Eventually(t, time.Minute, func() error {
+		at, err := redis.String(g.redis.Control.Do("ZSCORE", g.id.seenKey(), token))
+		if asked[at] = true; err != nil || len(asked) < 8 {
+			return fmt.Errorf("%d requests, %v", len(asked), err)
+		}
+		return nil
+	})
+	if lines := log.Lines(t, "not notified of free tokens, asks every few seconds instead"); len(lines) > 0 {
+		t.Errorf("the gate has closed its subscription: %v", lines)
+	}
+}
+
 // A gate that was paused may have taken a token for a pod that ran and ended meanwhile.
 // When the pod is gone, the gate gives the token back.
 func TestGateGivesBackAfterThePodRan(t *testing.T) {
