@@ -108,7 +108,7 @@ func startWebhook(t testing.TB, c webhookConfig) *testWebhook {
 	w := &webhook{admitter: a, callers: who, bounds: newBounds(), limit: logLimiter{most: badRequestsLogged}, log: log}
 	w.semaphores.metrics = newMetrics(c.redis.counts)
 	w.semaphores.metrics.countVerdicts()
-	w.semaphores.metrics.watchSemaphores(w.semaphores)
+	w.semaphores.metrics.watchSemaphores(w.semaphores, surveyTimeout)
 	w.semaphores.metrics.watchGate(w.semaphores.queue)
 	server := httptest.NewUnstartedServer(w.routes())
 	w.bounds.apply(server.Config)

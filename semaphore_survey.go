@@ -720,6 +720,7 @@ var (
 // values of several webhooks must not be added.
 type surveyor struct {
 	semaphores *semaphores
+	timeout    time.Duration // of a survey
 	surveys    flights[struct{}, *surveyResult]
 	limit      logLimiter
 }
@@ -734,14 +735,16 @@ type surveyResult struct {
 	seen  int              // all semaphores
 }
 
-func newSurveyor(s *semaphores) *surveyor {
-	v := &surveyor{semaphores: s}
+func newSurveyor(s *semaphores, timeout time.Duration) *surveyor {
+	v := &surveyor{semaphores: s, timeout: timeout}
 	v.surveys.keep = surveyFresh
 	return v
 }
 
-// watchSemaphores registers the metrics of the semaphores.
-func (m *metrics) watchSemaphores(s *semaphores) { m.registry.MustRegister(newSurveyor(s)) }
+// watchSemaphores registers the metrics of the semaphores. timeout bounds their survey.
+func (m *metrics) watchSemaphores(s *semaphores, timeout time.Duration) {
+	m.registry.MustRegister(newSurveyor(s, timeout))
+}
 
 // Describe implements prometheus.Collector.
 func (v *surveyor) Describe(descs chan<- *prometheus.Desc) {
@@ -782,7 +785,7 @@ func (v *surveyor) Collect(metrics chan<- prometheus.Metric) {
 
 // read reads the semaphores and keeps the busiest.
 func (v *surveyor) read(result *surveyResult) error {
-	ctx, cancel := context.WithTimeout(context.Background(), surveyTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), v.timeout)
 	defer cancel()
 	start := time.Now()
 	states, err := v.semaphores.survey(ctx, "")

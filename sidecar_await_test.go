@@ -635,17 +635,25 @@ func wantInUse(t *testing.T, s *rig.Redis, id semaphoreID, token string) {
 
 // holdReply starts a sidecar, which takes its token, and holds Redis's reply until
 // deliver is called.
-func holdReply(t *testing.T, p *rig.Proxy, start func()) (deliver func()) {
+func holdReply(t *testing.T, r *rig.Redis, p *rig.Proxy, id semaphoreID, token string, start func()) (deliver func()) {
 	t.Helper()
 	first := p.HoldFirst(t, acquireScript.made().Hash(), false) // the reply has Redis's time only
 	start()
 	<-first.Held
-	second := p.HoldFirst(t, acquireScript.made().Hash(), false)
+	next := p.HoldFirst(t, acquireScript.made().Hash(), false)
 	first.Deliver()
-	<-second.Held
-	p.Answers.Lock()
-	second.Deliver()
-	return p.Answers.Unlock
+	for {
+		<-next.Held
+		p.Answers.Lock()
+		next.Deliver()
+		for end := time.Now().Add(time.Second); time.Now().Before(end); {
+			if r.LastHeartbeat(t, id, token) != 0 {
+				return p.Answers.Unlock
+			}
+		}
+		next = p.HoldFirst(t, acquireScript.made().Hash(), false) // that one came late
+		p.Answers.Unlock()
+	}
 }
 
 // A sidecar is stopped after its token is taken and before its app starts: before it
@@ -673,8 +681,7 @@ func TestStoppedSidecarStartsNoApp(t *testing.T) {
 					sidecar = rig.StartWaitingSidecar(t, p.Address, id, token, 1)
 				}
 				if when == beforeReply {
-					deliver := holdReply(t, p, start)
-					wantInUse(t, r, id, token)
+					deliver := holdReply(t, r, p, id, token, start)
 					sidecar.Pause(t)
 					deliver()
 				} else {
@@ -746,12 +753,11 @@ func lateReply(t *testing.T) bool {
 	rig.InPod(t, token)
 	await := rig.StartAwait(t)
 	started := time.Now()
-	deliver := holdReply(t, p, func() {
+	deliver := holdReply(t, r, p, id, token, func() {
 		// with this threshold, an attempt times out after 1 s
 		rig.StartWaitingSidecar(t, p.Address, id, token, 1, "--stale-threshold-seconds=2")
 	})
 	sent := time.Now()
-	wantInUse(t, r, id, token)
 	r.MakeStale(t, id, token)
 	other := acquire(t, s, id, 1)
 	if time.Since(started) > time.Second {

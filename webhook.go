@@ -65,7 +65,7 @@ func runWebhook(ctx context.Context, c webhookConfig, log *slog.Logger) error {
 	s.metrics = newMetrics(c.redis.counts)
 	s.metrics.countVerdicts()
 	s.metrics.watchCertificate(cert)
-	s.metrics.watchSemaphores(s)
+	s.metrics.watchSemaphores(s, surveyTimeout)
 	s.metrics.watchGate(s.queue)
 	s.keepScripts()
 	w := &webhook{
