@@ -75,7 +75,7 @@ const (
 	warningStatic    = "a static pod gets no semaphore sidecar and no token: its semaphore does not count it"
 	warningJob       = "the pods of this %s will not complete: " +
 		"their sidecar is a classic container, which runs until they are deleted"
-	warningStuck = "updates of this Deployment will not end: with %d replicas on %d tokens, maxUnavailable must be " +
+	warningStuck = "updates of this Deployment will not end: with %d replicas on %d tokens%s, maxUnavailable must be " +
 		"at least %d, not %d; or choose the strategy Recreate"
 	warningMisplaced = annotationPrefix + "* does nothing on a %s: move it to %s.metadata"
 	warningRefused   = "the pods of this %s will be refused: %s"
@@ -169,7 +169,7 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 		if spec.isSet && spec.set == 0 && !r.DryRun {
 			// Redis must know the pause before the sidecar asks, which may be hours
 			// later.
-			if err := a.semaphores.setLimit(ctx, d.semaphore, limit{true, 0}, limitLife, true); err != nil {
+			if err := a.semaphores.setLimit(ctx, d.semaphore, limit{known: true}, limitLife, true); err != nil {
 				d.verdict = verdictFailed
 				return d, err
 			}
@@ -184,7 +184,7 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 	}
 	var agreed int
 	name := newPodName(d.semaphore.podName(r.Namespace, p.name()), "")
-	set := limit{spec.isSet, spec.set}
+	set := limit{known: spec.isSet, length: spec.set}
 	d.token, agreed, err = a.semaphores.acquire(ctx, d.semaphore, name, spec.length, set, spec.expiration)
 	var full *fullError
 	if errors.As(err, &full) {
@@ -268,8 +268,8 @@ func (a *admitter) keepLimits(ctx context.Context) {
 
 // refusal is the denial of a pod that gets no token.
 func refusal(e *fullError) string {
-	text := fmt.Sprintf("no semaphore available: %s has %d of %d tokens in use", e.id, e.inUse,
-		e.setting.lengthFor(e.length))
+	text := fmt.Sprintf("no semaphore available: %s has %d of %d tokens in use%s", e.id, e.inUse,
+		e.setting.lengthFor(e.length), byPods(podsOf(e.holders, e.inUse)))
 	if set := e.setting.text(); set != "" {
 		text = fmt.Sprintf("no semaphore available: %s is %s; %d in use", e.id, set, e.inUse)
 	}
@@ -342,8 +342,12 @@ func (a *admitter) warnWorkload(ctx context.Context, d *decision, r *admissionRe
 		d.warn(warningForgotten, r.Namespace)
 	}
 	d.warnOfSettings(spec, newSemaphoreID(r.Namespace, spec.key))
-	if unavailable, enough, ok := w.canRoll(spec.length); !ok && kind == "Deployment" {
-		d.warn(warningStuck, *w.Spec.Replicas, spec.length, enough, unavailable)
+	each := ""
+	if spec.tokens > 1 {
+		each = fmt.Sprintf(", %d each", spec.tokens)
+	}
+	if unavailable, enough, ok := w.canRoll(spec.length / spec.tokens); !ok && kind == "Deployment" {
+		d.warn(warningStuck, *w.Spec.Replicas, spec.length, each, enough, unavailable)
 	}
 	switch {
 	case kind != "Job" && kind != "CronJob":

@@ -65,6 +65,8 @@ func TestOwnerSettings(t *testing.T) {
 		"shop/web length=3 head-start=-1":   "head-start is \"-1\": it must be a whole number from 0 to 604800",
 		"shop/web length=3 head-start=9e9":  "head-start is \"9e9\"",
 		"shop/web head-start=1 head-start=": "\"head-start=\" is unknown, or there twice",
+		"shop/web length=3 overtake=0":      "overtake is \"0\": it must be a whole number from 1 to 604800",
+		"shop/web length=3 overtake=":       "overtake is \"\"",
 		"shop/web when-waited=fail":         "\"when-waited=fail\" is unknown",
 		"shop length=3":                     "\"shop\" is no semaphore",
 		"*/* length=3":                      "\"*/*\" is no semaphore",
@@ -163,7 +165,7 @@ func TestOwnersPauseHoldsBackWaitingPods(t *testing.T) {
 	}
 	r.Shift(t, id, -time.Hour) // it pulls its image
 	a, err := w.semaphores.runAcquire(t.Context(), id, acquireRequest{token: uuid.NewString(), length: 3, arrival: joinLine})
-	if text := waitingText(id, 3, waitEnd{}, a); err != nil || a.status != acquireFull || !strings.Contains(text, "paused by the ConfigMap semaphores; 0 in use, 1st in line") {
+	if text := waitingText(id, 3, 1, waitEnd{}, a); err != nil || a.status != acquireFull || !strings.Contains(text, "paused by the ConfigMap semaphores; 0 in use, 1st in line") {
 		t.Errorf("got %s, %v", text, err)
 	}
 }
@@ -582,6 +584,42 @@ func TestHeadStart(t *testing.T) {
 	want := `head-start is "600": with when-full deny, a pod stands in no line; choose wait or gate`
 	if a := admit("web", "600", whenFullDeny); a.Allowed || a.Code != http.StatusUnprocessableEntity || !strings.Contains(a.Message, want) {
 		t.Errorf("got %+v, want %s", a, want)
+	}
+}
+
+// The number of tokens that a pod needs goes to its sidecar, if it can ever have so many.
+func TestTokensOfAPod(t *testing.T) {
+	t.Parallel()
+	c := testConfig(rig.FreeAddress(t))
+	c.semaphoresFile = filepath.Join(t.TempDir(), "semaphores")
+	rig.Must(t, os.WriteFile(c.semaphoresFile, []byte("shop/set length=5 overtake=60\nshop/paused length=0\n"), 0o600))
+	w := startWebhook(t, c)
+	admit := func(key, tokens, whenFull string) rig.Admission {
+		return w.admit(t, rig.Review(t, semaphoreID{"shop", key}, 8, func(request map[string]any) {
+			a := rig.AnnotationsOf(request)
+			a[annotationTokens], a[annotationWhenFull] = tokens, whenFull
+			request["dryRun"] = key == "paused" // else Redis has to know the pause
+		}))
+	}
+	for key, tokens := range map[string]string{"web": "8", "set": "5", "paused": "8", "one": "1"} {
+		for _, whenFull := range []string{whenFullWait, whenFullGate} {
+			a := admit(key, tokens, whenFull)
+			if has := strings.Contains(string(a.Patch), `"--tokens=`+tokens+`"`); !a.Allowed || has != (tokens != "1") {
+				t.Errorf("%s tokens of %s: got %d %s, %s", tokens, key, a.Code, a.Message, a.Patch)
+			}
+		}
+	}
+	for _, c := range []struct{ key, tokens, whenFull, want string }{
+		{"web", "9", whenFullWait, `tokens is "9", and the length is 8: the pod could never run`},
+		{"set", "8", whenFullGate, `tokens is "8", and the length is 5: the pod could never run`},
+		{"web", "101", whenFullWait, `tokens is "101": it must be a whole number from 1 to 100`},
+		{"web", "0", whenFullWait, `tokens is "0": it must be`},
+		{"web", "two", whenFullWait, `tokens is "two": it must be`},
+		{"web", "2", whenFullDeny, `tokens is "2": with when-full deny, a pod that needs several tokens would hardly ever`},
+	} {
+		if a := admit(c.key, c.tokens, c.whenFull); a.Code != http.StatusUnprocessableEntity || !strings.Contains(a.Message, c.want) {
+			t.Errorf("%+v: got %+v", c, a)
+		}
 	}
 }
 

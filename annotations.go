@@ -18,6 +18,7 @@ const (
 	annotationLength     = annotationPrefix + "length"                 // number of tokens
 	annotationExpiration = annotationPrefix + "expiration"             // seconds after which a repair's lock expires
 	annotationWhenFull   = annotationPrefix + "when-full"              // deny, wait or gate; else --when-full
+	annotationTokens     = annotationPrefix + "tokens"                 // that the pod needs, all or none; else 1
 	annotationHeadStart  = annotationPrefix + "head-start"             // seconds that its place is before its arrival
 	annotationWait       = annotationPrefix + "wait-seconds"           // how long it waits in line; else for ever
 	annotationWhenWaited = annotationPrefix + "when-waited"            // fail or run
@@ -26,15 +27,17 @@ const (
 
 // annotationNames are all of them.
 var annotationNames = []string{annotationEnabled, annotationKey, annotationLength, annotationExpiration,
-	annotationWhenFull, annotationHeadStart, annotationWait, annotationWhenWaited, annotationToken}
+	annotationWhenFull, annotationTokens, annotationHeadStart, annotationWait, annotationWhenWaited, annotationToken}
 
 // Bounds of the annotations. Without them, one large number in a pod could make the
 // webhook allocate or loop for long.
 const (
 	maxKey        = 253
 	maxLength     = 10000
+	maxTokens     = 100 // as in semaphore.lua
 	maxExpiration = 3600
 	mostHeadStart = 604800
+	mostOvertake  = 604800 // seconds
 	maxWait       = 604800 // seconds: a week
 )
 
@@ -48,6 +51,7 @@ type semaphoreSpec struct {
 	set        int // by the owner, if isSet
 	asked      int // by the pod; 0: nothing
 	expiration time.Duration
+	tokens     int    // that the pod needs
 	whenFull   string // one of whenFullChoices
 	headStart  time.Duration
 	wishes     time.Duration // the head start that the pod asks for
@@ -116,6 +120,16 @@ func parseAnnotations(namespace string, annotations map[string]string, whenFull 
 	spec.whenFull = whenFullOf(annotations, whenFull)
 	if text, ok := annotations[annotationWhenFull]; ok && !slices.Contains(whenFullChoices, text) {
 		problem(annotationWhenFull, "is %s: it must be deny, wait or gate", quoteShort(text))
+	}
+	spec.tokens = 1
+	if text, ok := annotations[annotationTokens]; ok {
+		switch spec.tokens = number(annotationTokens, 1, maxTokens, ""); {
+		case spec.tokens > 1 && spec.whenFull == whenFullDeny:
+			problem(annotationTokens, "is %s: with when-full deny, a pod that needs several tokens would hardly ever "+
+				"find them free at one time; choose wait or gate", quoteShort(text))
+		case spec.tokens > spec.length && spec.length > 0 && (spec.set > 0 || spec.asked > 0):
+			problem(annotationTokens, "is %s, and the length is %d: the pod could never run", quoteShort(text), spec.length)
+		}
 	}
 	if text, ok := annotations[annotationHeadStart]; ok {
 		spec.wishes = time.Duration(number(annotationHeadStart, 0, seconds(maxHeadStart), "")) * time.Second

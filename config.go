@@ -71,6 +71,7 @@ type tokenConfig struct {
 	semaphore  semaphoreID
 	token      string
 	length     int // zero: the webhook has already taken the token, so the sidecar waits for nothing
+	tokens     int // that the pod needs
 	headStart  time.Duration
 	expiration time.Duration
 	wait       waitEnd
@@ -430,6 +431,8 @@ func (c *tokenConfig) declareFlags(f *flags, _ func(string) string) {
 	declare(f, &c.length, readNumber(1, maxLength), "length", "",
 		"`NUMBER` of tokens of the semaphore: the sidecar waits for one, and await ends when the sidecar has it; "+
 			"without it, the webhook has already taken the token")
+	declare(f, &c.tokens, readNumber(1, maxTokens), "tokens", "1",
+		"`NUMBER` of tokens that the pod needs, all or none")
 	declare(f, &c.headStart, readSeconds(0, mostHeadStart), "head-start-seconds", "0",
 		"`SECONDS` that its place in line is before its arrival")
 	declare(f, &c.expiration, readSeconds(1, maxExpiration), "expiration-seconds", "10",
@@ -444,6 +447,9 @@ func (c *tokenConfig) declareFlags(f *flags, _ func(string) string) {
 func (c *tokenConfig) validate(f *flags) {
 	if c.wait.after > 0 && c.length == 0 && !f.wrong["length"] {
 		f.problem("--wait-seconds: is not used without --length: the sidecar waits for no token")
+	}
+	if c.tokens > 1 && c.length == 0 && !f.wrong["length"] {
+		f.problem("--tokens: is not used without --length: the webhook has taken one token")
 	}
 	if c.wait.then != "" && c.wait.after == 0 && !f.wrong["wait-seconds"] {
 		f.problem("--when-waited: is not used without --wait-seconds")

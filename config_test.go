@@ -210,7 +210,7 @@ func TestFlagDefaults(t *testing.T) {
 		"max-head-start": "3600",
 	}
 	sidecar := map[string]string{"length": "", "expiration-seconds": "10", "termination-grace-period-seconds": "10",
-		"head-start-seconds": "0", "wait-seconds": "", "when-waited": ""}
+		"tokens": "1", "head-start-seconds": "0", "wait-seconds": "", "when-waited": ""}
 	gate := map[string]string{
 		"kubernetes-address": "", "kubernetes-ca-file": "", "kubernetes-token-file": "", "namespaces": "",
 		"unschedulable-seconds": "300", "metrics-bind-address": "0.0.0.0:8080",

@@ -209,6 +209,7 @@ type ownerLine struct {
 	headStart  time.Duration // the greatest of a pod, if capped
 	capped     bool
 	runs       bool // a pod whose time in line is over may run beyond the length
+	overtake   int  // seconds for which others may pass a pod that needs several tokens and does not fit
 }
 
 // shared is in the place of the namespace of a semaphore that several namespaces share,
@@ -275,6 +276,12 @@ func parseOwnerLine(pattern string, words []string) (line ownerLine, err error) 
 				return line, fmt.Errorf("head-start is %s: it must be a whole number from 0 to %d",
 					quoteShort(value), mostHeadStart)
 			}
+		case name == "overtake" && line.overtake == 0:
+			var ok bool
+			if line.overtake, ok = parseDigits(value); !ok || line.overtake < 1 || line.overtake > mostOvertake {
+				return line, fmt.Errorf("overtake is %s: it must be a whole number from 1 to %d",
+					quoteShort(value), mostOvertake)
+			}
 		case word == "when-waited=run" && !line.runs:
 			line.runs = true
 		case name == "namespaces" && isShared && line.namespaces == nil:
@@ -288,8 +295,8 @@ func parseOwnerLine(pattern string, words []string) (line ownerLine, err error) 
 		case name == "namespaces" && !isShared:
 			return line, fmt.Errorf("only a semaphore that begins with %s has namespaces", shared)
 		default:
-			return line, fmt.Errorf("%s is unknown, or there twice: there are length=N, head-start=SECONDS, when-waited=run and, "+
-				"with @KEY, namespaces=LIST", quoteShort(word))
+			return line, fmt.Errorf("%s is unknown, or there twice: there are length=N, head-start=SECONDS, overtake=SECONDS, "+
+				"when-waited=run and, with @KEY, namespaces=LIST", quoteShort(word))
 		}
 	}
 	if !hasLength {

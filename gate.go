@@ -172,7 +172,7 @@ func (g *gate) admit(p *watchedPod) {
 			c.wait = waitEnd{}
 		}
 	}
-	l.set(p, semaphoreSpec{key: c.semaphore.key, length: c.length, headStart: c.headStart,
+	l.set(p, semaphoreSpec{key: c.semaphore.key, length: c.length, tokens: c.tokens, headStart: c.headStart,
 		expiration: c.expiration, wait: c.wait})
 }
 

@@ -380,10 +380,10 @@ func (l *gateLine) refreshTokens(ctx context.Context, pods []*podSnapshot) (paus
 		return due, nil
 	}
 	byToken := map[string]*podSnapshot{}
-	var tokens []string
+	var tokens []heldTokens
 	for _, p := range pods {
 		if state, gone := l.stateOf(p); state == podHolds && !gone && !l.isLate(p) {
-			byToken[p.uid], tokens = p, append(tokens, p.uid)
+			byToken[p.uid], tokens = p, append(tokens, heldTokens{p.uid, p.spec.tokens})
 		}
 	}
 	if len(tokens) == 0 {
@@ -703,7 +703,8 @@ func (l *gateLine) refreshPlaces(ctx context.Context, waiting, leaving []*podSna
 }
 
 func (l *gateLine) placeOf(p *podSnapshot) placeRequest {
-	return placeRequest{p.uid, p.arrived(), p.spec.headStart.Microseconds(), p.spec.length, l.podName(p), p.ends()}
+	return placeRequest{p.uid, p.arrived(), p.spec.headStart.Microseconds(), p.spec.length, p.spec.tokens,
+		l.podName(p), p.ends()}
 }
 
 func (l *gateLine) setPlaced(pods []*podSnapshot, placed bool) {
@@ -761,7 +762,7 @@ func (l *gateLine) acquireServed(ctx context.Context, waiting []*podSnapshot,
 			asked++
 		}
 		w := &waiter{semaphores: l.gate.semaphores, id: l.id, token: p.uid, pod: l.podName(p),
-			length: p.spec.length, expiration: p.spec.expiration, ends: p.ends(), setting: l.setting,
+			length: p.spec.length, tokens: p.spec.tokens, expiration: p.spec.expiration, ends: p.ends(), setting: l.setting,
 			report: func(string) {}, log: l.log}
 		a, err := l.acquire(ctx, w, p)
 		if err != nil {
@@ -794,7 +795,6 @@ func (l *gateLine) acquireServed(ctx context.Context, waiting []*podSnapshot,
 	return pause, nil
 }
 
-// redisTime returns the time of the line's Redis, in Unix microseconds; 0 if it is not known.
 // sharesServer reports whether the server of the line is that of the gate's subscription. In
 // a Cluster, only the node of a semaphore knows who receives its messages there.
 func (l *gateLine) sharesServer(ctx context.Context) bool {
@@ -803,6 +803,7 @@ func (l *gateLine) sharesServer(ctx context.Context) bool {
 	return err == nil && err2 == nil && server == other
 }
 
+// redisTime returns the time of the line's Redis, in Unix microseconds; 0 if it is not known.
 func (l *gateLine) redisTime(ctx context.Context) int64 {
 	server, err := l.gate.semaphores.queue.find(ctx, l.id)
 	if err != nil {
@@ -835,7 +836,7 @@ func (l *gateLine) askAgainIn(p *podSnapshot, pause time.Duration) {
 func (l *gateLine) acquire(ctx context.Context, w *waiter, p *podSnapshot) (acquireReply, error) {
 	ctx, cancel := context.WithTimeout(ctx, acquireTimeout)
 	defer cancel()
-	a, err := l.gate.semaphores.runAcquire(ctx, l.id, acquireRequest{token: w.token, length: w.length,
+	a, err := l.gate.semaphores.runAcquire(ctx, l.id, acquireRequest{token: w.token, length: w.length, tokens: w.tokens,
 		arrival: joinLine, pod: w.pod, limit: l.setting.limit, wait: w.ends})
 	if err != nil || a.status != acquireRepair {
 		return a, err
@@ -905,8 +906,8 @@ func (l *gateLine) announceAt(p *podSnapshot, position int, text string, s setti
 
 // announce creates an event that says where a pod stands in line.
 func (l *gateLine) announce(p *podSnapshot, id, position string, s setting, inUse int, doubt time.Duration) {
-	text := fmt.Sprintf("waiting for a token of %s: %s, %s in line%s",
-		l.id, s.inUse(inUse, p.spec.length), position, doubtText(doubt))
+	text := fmt.Sprintf("%s: %s, %s in line%s", waitsFor(l.id, p.spec.tokens, s.lengthFor(p.spec.length)),
+		s.inUse(inUse, p.spec.length, 0), position, doubtText(doubt))
 	l.gate.event(p.watchedPod, false, reasonWaiting, "Waiting", id, text)
 }
 

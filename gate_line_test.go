@@ -702,6 +702,36 @@ func TestGateHeadStart(t *testing.T) {
 	g.wantLifted([]string{"b"})
 }
 
+// A gated pod that needs several tokens gets all at one time. Until then, none goes to the
+// pod behind it. The gate keeps all of them until the sidecar does.
+func TestGateSeveralTokens(t *testing.T) {
+	t.Parallel()
+	g := newGateTest(t, 3)
+	one, two := acquire(t, g.owner, g.id, 3), acquire(t, g.owner, g.id, 3)
+	g.start(func(c *gateConfig) { c.heartbeatInterval = time.Second })
+	heavy := g.admitted("a")
+	args := &heavy.Spec.InitContainers[0].Args
+	*args = slices.Insert(*args, 1, "--tokens=2")
+	a := g.createAs(heavy)
+	g.wantEvent("a", reasonWaiting, "waiting for 2 tokens of "+g.id.String()+": 2 of 3 in use, 1st in line")
+	b := g.create("b")
+	g.redis.WantLine(t, g.id, a, b)
+	g.wantLifted(nil, "a", "b")
+	giveBack(t, g.owner, g.id, one)
+	g.wantLifted([]string{"a"}, "b")
+	g.wantHolders(two, a, a+"/2")
+	taken := g.redis.LastHeartbeat(t, g.id, a+"/2")
+	rig.Eventually(t, 30*time.Second, func() error {
+		if g.redis.LastHeartbeat(t, g.id, a+"/2") <= taken {
+			return errors.New("the gate does not keep the second token")
+		}
+		return nil
+	})
+	g.api.DeletePod(t, g.id.namespace, "a")
+	g.wantLifted([]string{"b"})
+	g.wantHolders(two, b)
+}
+
 // In a Cluster, no message of another node proves that the gate's subscription is alive, nor
 // the lack of one that it is not. The gate opens no other connection then: in between, it
 // could miss a call, and others would pass its pods.

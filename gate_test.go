@@ -171,7 +171,7 @@ func TestGateOrder(t *testing.T) {
 			t.Errorf("the gate of %s was lifted", name)
 		}
 	}
-	if _, err := g.owner.heartbeat(t.Context(), g.id, holder, "", "", 0); err != nil {
+	if _, err := g.owner.heartbeat(t.Context(), g.id, holder, "", "", 0, 1); err != nil {
 		t.Error(err)
 	}
 	stop()
@@ -580,7 +580,7 @@ func TestGatedPatch(t *testing.T) {
 		t.Errorf("the gated pod has the init containers %s, want those of a waiting pod, %s", got, want)
 	}
 	const uid = "1d3e5f70-0000-4000-8000-000000000000"
-	wantToken := tokenConfig{semaphore: semaphoreID{"shop", "web"}, token: uid, length: 3, expiration: 10 * time.Second}
+	wantToken := tokenConfig{semaphore: semaphoreID{"shop", "web"}, token: uid, length: 3, tokens: 1, expiration: 10 * time.Second}
 	if got, err := gatedToken(p.Spec.InitContainers[0].Args, "shop", uid); err != nil || got != wantToken {
 		t.Errorf("the gate reads %+v from the sidecar, %v; want %+v", got, err, wantToken)
 	}

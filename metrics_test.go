@@ -152,7 +152,7 @@ func TestKindsOfErrors(t *testing.T) {
 	r := rig.StartRedis(t)
 	s := testSemaphores(t, r.Address)
 	r.Do(t, "ACL", "SETUSER", "default", "-zadd")
-	_, err := s.heartbeat(t.Context(), freshID(), "token", "", "", 0)
+	_, err := s.heartbeat(t.Context(), freshID(), "token", "", "", 0, 1)
 	if kind := kindOfError(err); err == nil || kind != "NOPERM" {
 		t.Errorf("%v: kind %s, want NOPERM", err, kind)
 	}
@@ -160,7 +160,7 @@ func TestKindsOfErrors(t *testing.T) {
 	r.Stop()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
-	_, err = s.heartbeat(ctx, freshID(), "token", "", "", 0)
+	_, err = s.heartbeat(ctx, freshID(), "token", "", "", 0, 1)
 	if kind := kindOfError(err); err == nil || kind != kindUnreached {
 		t.Errorf("%v: kind %s, want unreached", err, kind)
 	}
@@ -203,7 +203,7 @@ func (s samples) of(name string, id semaphoreID) (float64, bool) {
 func TestSemaphoreMetrics(t *testing.T) {
 	t.Parallel()
 	r, s, id, tokens := shownSemaphore(t, "metrics-"+uuid.NewString()[:8])
-	rig.Must(t, errOf(s.heartbeat(t.Context(), id, uuid.NewString(), "", "", 0))) // a rejoin
+	rig.Must(t, errOf(s.heartbeat(t.Context(), id, uuid.NewString(), "", "", 0, 1))) // a rejoin
 	free := semaphoreID{id.namespace, "free"}
 	giveBack(t, s, free, acquire(t, s, free, 3))
 	acquire(t, s, semaphoreID{id.namespace, "strange\xff"}, 1)
@@ -309,7 +309,7 @@ func TestSurveyOfSpoiltSemaphores(t *testing.T) {
 		found = append(found, fmt.Sprintf("%s %d %+v", st.id, st.inUse, st.setting))
 	}
 	for _, want := range []string{fmt.Sprintf("%s 1 %+v", id, setting{}),
-		fmt.Sprintf("%s 0 %+v", odd, setting{limit: limit{true, -1}})} {
+		fmt.Sprintf("%s 0 %+v", odd, setting{limit: limit{known: true, length: -1}})} {
 		if !slices.Contains(found, want) {
 			t.Errorf("found %q, want %q", found, want)
 		}
@@ -432,7 +432,7 @@ func TestShorterSettingsMakeNoHolderStale(t *testing.T) {
 	holder = acquire(t, short, id, 1)
 
 	// A long silence of Redis, or a clock that was set, ends no memory.
-	rig.Must(t, errOf(long.heartbeat(ctx, id, holder, "", "", 0)))
+	rig.Must(t, errOf(long.heartbeat(ctx, id, holder, "", "", 0, 1)))
 	r.Shift(t, id, -time.Hour)
 	for range 2 {
 		rig.Must(t, short.maintain(ctx, id, 1, false))
@@ -490,11 +490,11 @@ func TestAbandonedSemaphore(t *testing.T) {
 		t.Errorf("the keys expire in %d s, want at most 250", left)
 	}
 
-	rig.Must(t, errOf(s.heartbeat(t.Context(), id, tokens[0], "", "", 0)))
+	rig.Must(t, errOf(s.heartbeat(t.Context(), id, tokens[0], "", "", 0, 1)))
 	want(2, 1, 0)                                    // the waiters have not asked yet
 	rig.Eventually(t, 10*time.Second, func() error { // the survey of another test may have begun before
 		if left := timeToLive(); left < 80000 {
-			rig.Must(t, errOf(s.heartbeat(t.Context(), id, tokens[0], "", "", 0)))
+			rig.Must(t, errOf(s.heartbeat(t.Context(), id, tokens[0], "", "", 0, 1)))
 			return fmt.Errorf("the keys expire in %d s, though a holder is back", left)
 		}
 		return nil
@@ -542,7 +542,7 @@ func TestFullRedisIsNotAbandoned(t *testing.T) {
 	token := acquire(t, s, id, 1)
 	r.Shift(t, id, -time.Hour)
 	r.Do(t, "CONFIG", "SET", "maxmemory", 1)
-	rig.Must(t, errOf(s.heartbeat(t.Context(), id, token, "", "", 0)))
+	rig.Must(t, errOf(s.heartbeat(t.Context(), id, token, "", "", 0, 1)))
 	if states, err := s.survey(t.Context(), ""); err != nil || len(states) != 1 || states[0].inUse != 1 {
 		t.Errorf("got %+v, %v", states, err)
 	}

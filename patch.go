@@ -252,12 +252,13 @@ const (
 	lengthPrefix     = "--length="
 	expirationPrefix = "--expiration-seconds="
 	headStartPrefix  = "--head-start-seconds="
+	tokensPrefix     = "--tokens="
 	waitPrefix       = "--wait-seconds="
 	whenWaitedPrefix = "--when-waited="
 )
 
 // tokenPrefixes begin the flags of tokenConfig.
-var tokenPrefixes = []string{lengthPrefix, expirationPrefix, headStartPrefix, waitPrefix, whenWaitedPrefix}
+var tokenPrefixes = []string{lengthPrefix, expirationPrefix, headStartPrefix, tokensPrefix, waitPrefix, whenWaitedPrefix}
 
 // gatedToken reads from the arguments of a gated pod's sidecar which token the pod
 // waits for. It leaves out all flags but those of tokenConfig: the others name files that
@@ -294,6 +295,9 @@ func addNative(sidecar *corev1.Container, c webhookConfig, spec semaphoreSpec) (
 		lengthPrefix+strconv.Itoa(spec.length),
 		expirationPrefix+strconv.Itoa(seconds(spec.expiration)),
 		"--lock-mode="+c.lockMode)
+	if spec.tokens > 1 {
+		sidecar.Args = append(sidecar.Args, tokensPrefix+strconv.Itoa(spec.tokens))
+	}
 	if spec.headStart > 0 {
 		sidecar.Args = append(sidecar.Args, headStartPrefix+strconv.Itoa(seconds(spec.headStart)))
 	}

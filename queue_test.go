@@ -284,7 +284,7 @@ func TestClusterSlotMoving(t *testing.T) {
 		rig.Eventually(t, 20*time.Second, func() error { // on a loaded machine, a look-up may take too long
 			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 			defer cancel()
-			_, err := fresh.heartbeat(ctx, id, holder, "", "", 0)
+			_, err := fresh.heartbeat(ctx, id, holder, "", "", 0, 1)
 			if err == nil || !strings.Contains(err.Error(), "NOPERM") {
 				return fmt.Errorf("without %s: got %v, want NOPERM", rule, err)
 			}
@@ -299,7 +299,7 @@ func TestClusterSlotMoving(t *testing.T) {
 		n.Do(t, "CLUSTER", "SETSLOT", id.slot(), "NODE", name(to))
 	}
 	to.WantInflight(t, id, holder, taken)
-	if _, err := s.heartbeat(t.Context(), id, taken, "", "", 0); err != nil {
+	if _, err := s.heartbeat(t.Context(), id, taken, "", "", 0, 1); err != nil {
 		t.Error(err)
 	}
 }
@@ -491,7 +491,7 @@ func FuzzAnswers(f *testing.F) {
 			var micros int64
 			if rest, err := redis.Scan(values, &status, &micros); err == nil {
 				if a, err := parseReply(status, rest); err == nil {
-					_ = waitingText(testID, 3, waitEnd{}, a)
+					_ = waitingText(testID, 3, 1, waitEnd{}, a)
 					_ = refusal(&fullError{testID, a.inUse, 3, a.waiters, a.holders, a.doubt, a.setting})
 				}
 			}

@@ -431,7 +431,7 @@ func TestACLsAreMinimal(t *testing.T) {
 		}
 		token := uuid.NewString()
 		for range 2 { // a rejoin, then a refresh
-			if _, err := s.heartbeat(ctx, id, token, "", "", 0); err != nil {
+			if _, err := s.heartbeat(ctx, id, token, "", "", 0, 1); err != nil {
 				return err
 			}
 		}
@@ -445,7 +445,7 @@ func TestACLsAreMinimal(t *testing.T) {
 		if _, err := s.release(ctx, id, token, ""); err != nil { // into the queue, so that the heartbeat removes it there
 			return err
 		}
-		if _, err := s.heartbeat(ctx, id, token, "", "", 0); err != nil {
+		if _, err := s.heartbeat(ctx, id, token, "", "", 0, 1); err != nil {
 			return err
 		}
 		attempt, cancel := context.WithCancel(ctx)
@@ -652,13 +652,13 @@ func TestWaitingForScripts(t *testing.T) {
 	s, id, token := semaphoresOf(t, sidecarConfigOf(r.Address)), freshID(), uuid.NewString()
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
-	_, err := s.heartbeat(ctx, id, token, "", "", 0)
+	_, err := s.heartbeat(ctx, id, token, "", "", 0, 1)
 	if err == nil || !isNoScript(err) || !strings.Contains(err.Error(), "no webhook has loaded the scripts yet") {
 		t.Errorf("without scripts, the error is %v", err)
 	}
 	done := make(chan error, 1)
 	go func() {
-		_, err := s.heartbeat(t.Context(), id, token, "", "", 0)
+		_, err := s.heartbeat(t.Context(), id, token, "", "", 0, 1)
 		done <- err
 	}()
 	rig.Eventually(t, 10*time.Second, func() error {
@@ -685,7 +685,7 @@ func TestMissingScriptsAreASilence(t *testing.T) {
 	r.Do(t, "SCRIPT", "FLUSH")
 	before := r.Dump(t, id)
 	for name, command := range map[string]func(ctx context.Context) error{
-		"heartbeat": func(ctx context.Context) error { return errOf(sidecar.heartbeat(ctx, id, holder, "", "", 0)) },
+		"heartbeat": func(ctx context.Context) error { return errOf(sidecar.heartbeat(ctx, id, holder, "", "", 0, 1)) },
 		"acquire": func(ctx context.Context) error {
 			return errOf(sidecar.runAcquire(ctx, id, acquireRequest{token: uuid.NewString(), length: 1, arrival: joinLine}))
 		},
@@ -703,7 +703,7 @@ func TestMissingScriptsAreASilence(t *testing.T) {
 	r.Shift(t, id, -2*webhook.timing().staleAfter())
 	rig.Must(t, r.LoadScripts())
 	wantFullError(t, webhook, id, 1, 1)
-	if rejoined, err := sidecar.heartbeat(t.Context(), id, holder, "", "", 0); err != nil || rejoined {
+	if rejoined, err := sidecar.heartbeat(t.Context(), id, holder, "", "", 0, 1); err != nil || rejoined {
 		t.Errorf("the holder comes back: rejoined %t, %v", rejoined, err)
 	}
 }

@@ -461,7 +461,7 @@ func TestUsersOfSharedSemaphores(t *testing.T) {
 		if errors.As(full, new(*fullError)) { // by a young Redis
 			full = nil
 		}
-		_, lost := s.heartbeat(ctx, id, token, "", "", 0)
+		_, lost := s.heartbeat(ctx, id, token, "", "", 0, 1)
 		_, failed := s.release(ctx, id, token, "")
 		return map[string]error{"acquire": full, "heartbeat": lost, "release": failed}
 	}
@@ -477,7 +477,7 @@ func TestUsersOfSharedSemaphores(t *testing.T) {
 			}
 		}
 	}
-	if err := s.setLimit(ctx, matlab, limit{true, 9}, time.Hour, false); err == nil || !isDenied(err) {
+	if err := s.setLimit(ctx, matlab, limit{known: true, length: 9}, time.Hour, false); err == nil || !isDenied(err) {
 		t.Errorf("set: got %v, want NOPERM", err)
 	}
 

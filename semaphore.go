@@ -213,12 +213,12 @@ func (s *semaphores) timeToLive() int {
 	return int(max(24*time.Hour, 10*s.staleThreshold) / time.Second)
 }
 
-// heartbeat keeps a token in flight. If the token had been reclaimed or lost, Redis
-// counts it again, and rejoined is true. The heartbeat names the token's pod, and how
-// long the pod has held it. For takenAs, see heartbeat.lua.
+// heartbeat keeps the tokens of a pod in flight. If they had been reclaimed or lost, Redis
+// counts them again, and rejoined is true. The heartbeat names the pod, how long it has
+// held them, and their number. For takenAs, see heartbeat.lua.
 func (s *semaphores) heartbeat(ctx context.Context, id semaphoreID, token, takenAs string, pod podName,
-	held time.Duration) (rejoined bool, err error) {
-	status, _, err := s.run(ctx, heartbeatScript, id, token, pod, seconds(held), takenAs)
+	held time.Duration, tokens int) (rejoined bool, err error) {
+	status, _, err := s.run(ctx, heartbeatScript, id, token, pod, seconds(held), takenAs, max(1, tokens))
 	if err != nil {
 		return false, fmt.Errorf("heartbeat %s: %w", id, err)
 	}
@@ -299,6 +299,7 @@ type placeRequest struct {
 	arrival int64 // Unix microseconds: orders the line, less ahead
 	ahead   int64 // microseconds: its head start
 	length  int
+	tokens  int
 	pod     podName
 	ends    waitEnd
 }
@@ -326,7 +327,7 @@ func (s *semaphores) refreshPlaces(ctx context.Context, id semaphoreID, known in
 		gone, pods = gone[len(leaving):], pods[len(staying):]
 		args := append([]any{all.created, len(leaving)}, anySlice(leaving)...)
 		for _, p := range staying {
-			args = append(args, p.token, p.arrival, p.length, p.pod.waiting(p.ends), p.ahead)
+			args = append(args, p.token, p.arrival, wish(p.length, p.tokens), p.pod.waiting(p.ends), p.ahead)
 		}
 		_, rest, err := s.run(ctx, keepScript, id, args...)
 		if err != nil {
@@ -354,11 +355,21 @@ func (s *semaphores) refreshPlaces(ctx context.Context, id semaphoreID, known in
 	return all, nil
 }
 
-// refreshTokens keeps tokens in flight. It returns those that are not in flight, and does
-// not put them back.
-func (s *semaphores) refreshTokens(ctx context.Context, id semaphoreID, tokens []string) (lost []string, err error) {
-	for chunk := range slices.Chunk(tokens, refreshMost) {
-		_, rest, err := s.run(ctx, holdScript, id, anySlice(chunk)...)
+// heldTokens are the tokens of one pod that holds them.
+type heldTokens struct {
+	token string
+	n     int
+}
+
+// refreshTokens keeps the tokens of pods in flight. It returns those that are not in
+// flight, and does not put them back.
+func (s *semaphores) refreshTokens(ctx context.Context, id semaphoreID, pods []heldTokens) (lost []string, err error) {
+	for chunk := range slices.Chunk(pods, refreshMost) {
+		var args []any
+		for _, h := range chunk {
+			args = append(args, h.token, max(1, h.n))
+		}
+		_, rest, err := s.run(ctx, holdScript, id, args...)
 		if err != nil {
 			return lost, fmt.Errorf("hold tokens of %s: %w", id, err)
 		}
@@ -382,8 +393,9 @@ type setting struct {
 // limit is the length that the settings of semaphores say. Zero is: not known, as Redis
 // may have lost it.
 type limit struct {
-	known  bool
-	length int // 0: paused; less: there is none
+	known    bool
+	length   int // 0: paused; less: there is none
+	overtake int // seconds for which others may pass a waiter that needs several tokens and does not fit
 }
 
 // isSet reports whether there is a limit.
@@ -448,15 +460,30 @@ func (s setting) text() string {
 }
 
 // inUse says how many tokens are in use, of how many, and what is set: "1 of 3 in use".
-func (s setting) inUse(inUse, length int) string {
-	text, of := s.text(), s.lengthFor(length)
+// pods is the number of pods that have them, if some have several, or else 0.
+func (s setting) inUse(inUse, length, pods int) string {
+	text, of, used := s.text(), s.lengthFor(length), "in use"
+	if pods > 0 {
+		used = "tokens in use" + byPods(pods)
+	}
 	switch {
 	case text == "":
-		return fmt.Sprintf("%d of %d in use", inUse, of)
+		return fmt.Sprintf("%d of %d %s", inUse, of, used)
 	case of == 0:
-		return fmt.Sprintf("%s; %d in use", text, inUse)
+		return fmt.Sprintf("%s; %d %s", text, inUse, used)
 	}
-	return fmt.Sprintf("%d of %d in use (%s)", inUse, of, text)
+	return fmt.Sprintf("%d of %d %s (%s)", inUse, of, used, text)
+}
+
+// byPods says how many pods have the tokens in use, if that is known.
+func byPods(pods int) string {
+	switch pods {
+	case 0:
+		return ""
+	case 1:
+		return " by 1 pod"
+	}
+	return fmt.Sprintf(" by %d pods", pods)
 }
 
 // parseSetting parses what the scripts return of the setting; see setting in
@@ -500,7 +527,7 @@ func (s *semaphores) setLimit(ctx context.Context, id semaphoreID, l limit, life
 	if unlessKnown {
 		what = "default"
 	}
-	_, _, err := s.run(ctx, setScript, id, what, l.String(), seconds(life), "", "")
+	_, _, err := s.run(ctx, setScript, id, what, l.String(), seconds(life), "", "", l.overtake)
 	if err != nil {
 		return fmt.Errorf("set %s: %w", id, err)
 	}
@@ -517,7 +544,7 @@ func limitOf(o ownerSettings, id semaphoreID) limit {
 	if !ok {
 		line.length = -1
 	}
-	return limit{known: true, length: line.length}
+	return limit{known: true, length: line.length, overtake: line.overtake}
 }
 
 // keepLimits makes Redis know the limits of the semaphores that a survey has found, and
@@ -548,7 +575,7 @@ func (s *semaphores) keepLimits(ctx context.Context, states []semaphoreState, o 
 		delete(named, st.id)
 		switch {
 		case have == want && st.kept >= life/2, !have.known && !want.isSet():
-		case have == want, !have.known:
+		case have.known && have.length == want.length, !have.known:
 			keep(st.id, life, false)
 		case !mayReplace(st.id):
 		case want.isSet():
@@ -645,6 +672,7 @@ type holder struct {
 	name      string // of the pod, or the token if that is unknown
 	held      time.Duration
 	unstarted bool // no sidecar has confirmed the token; false if the pod is unknown
+	tokens    int  // that it has
 }
 
 // heldUnknown marks a holder that has not reported how long it has held its token.
@@ -656,7 +684,7 @@ func parseHolders(list []any) (holders []holder, err error) {
 	for len(list) > 0 {
 		var held int
 		var h holder
-		if list, err = redis.Scan(list, &held, &h.name, &h.unstarted); err != nil {
+		if list, err = redis.Scan(list, &held, &h.name, &h.unstarted, &h.tokens); err != nil {
 			return nil, err
 		}
 		h.held, h.name = time.Duration(held)*time.Second, displayName(h.name)
@@ -676,9 +704,12 @@ func displayName(name string) string {
 }
 
 func (h holder) String() string {
-	name, started := h.name, ""
+	name, started, several := h.name, "", ""
+	if h.tokens > 1 {
+		several = fmt.Sprintf(", %d tokens", h.tokens)
+	}
 	if h.held == heldUnknown {
-		return name
+		return name + several
 	}
 	if strings.HasSuffix(name, "-") { // the API server makes the name
 		name += "..."
@@ -686,7 +717,20 @@ func (h holder) String() string {
 	if h.unstarted {
 		started = ", " + notStarted
 	}
-	return fmt.Sprintf("%s (%s%s)", name, roughly(h.held), started)
+	return fmt.Sprintf("%s (%s%s%s)", name, roughly(h.held), several, started)
+}
+
+// podsOf returns how many pods have the tokens in use, if some have several and all pods
+// are known; or else 0.
+func podsOf(holders []holder, inUse int) int {
+	sum := 0
+	for _, h := range holders {
+		sum += h.tokens
+	}
+	if sum == inUse && len(holders) < sum {
+		return len(holders)
+	}
+	return 0
 }
 
 // notStarted says of a holder that no sidecar has confirmed its token so far.
@@ -697,7 +741,7 @@ const notStarted = "not started yet"
 func byHolders(holders []holder, inUse int) string {
 	const most = 500
 	var text string
-	named := 0
+	named := 0 // tokens of the holders in text
 	for _, h := range holders {
 		if len(text)+len(h.String()) > most {
 			break
@@ -706,7 +750,7 @@ func byHolders(holders []holder, inUse int) string {
 			text += ", "
 		}
 		text += h.String()
-		named++
+		named += max(1, h.tokens)
 	}
 	switch {
 	case named == 0:

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -38,6 +39,7 @@ const (
 type acquireRequest struct {
 	token   string // the name of the new token; it is used once only, so that a retry is safe
 	length  int
+	tokens  int    // that it needs, all or none; zero is one
 	arrival string // empty: does not wait; joinLine: joins the line; else the arrival of the last reply
 	ahead   int64  // microseconds that its place is before its arrival: first its head start, then as in the last reply
 	pod     podName
@@ -85,6 +87,26 @@ type place struct {
 	reachable bool          // Redis delivered a message to its subscription
 }
 
+// wish is what a pod asks for, as the scripts take it: LENGTH, or LENGTH*TOKENS.
+func wish(length, tokens int) string {
+	if tokens > 1 {
+		return fmt.Sprintf("%d*%d", length, tokens)
+	}
+	return strconv.Itoa(length)
+}
+
+// parseWish parses what the scripts keep of a waiter: its wish, with a sign. The length is
+// 0 if it is no wish.
+func parseWish(text string) (length, tokens int) {
+	asks, needs, several := strings.Cut(strings.TrimLeft(text, "+-"), "*")
+	length, _ = parseDigits(asks)
+	tokens, _ = parseDigits(needs)
+	if !several || tokens < 1 || tokens > maxTokens {
+		tokens = 1
+	}
+	return length, tokens
+}
+
 // runAcquire runs the acquire script once.
 func (s *semaphores) runAcquire(ctx context.Context, id semaphoreID, q acquireRequest) (acquireReply, error) {
 	unstarted := ""
@@ -95,7 +117,7 @@ func (s *semaphores) runAcquire(ctx context.Context, id semaphoreID, q acquireRe
 	if q.wait.after > 0 {
 		wait, then = strconv.Itoa(seconds(q.wait.after)), q.wait.then
 	}
-	status, rest, err := s.run(ctx, acquireScript, id, q.length, q.token, q.arrival, q.pod, q.takenAs, unstarted,
+	status, rest, err := s.run(ctx, acquireScript, id, wish(q.length, q.tokens), q.token, q.arrival, q.pod, q.takenAs, unstarted,
 		q.limit, q.ahead, wait, then)
 	if err != nil {
 		return acquireReply{}, fmt.Errorf("acquire %s: %w", id, err)

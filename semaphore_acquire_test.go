@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/gomodule/redigo/redis"
 	"github.com/google/uuid"
 	"github.com/kaidotio/at-least-semaphore-pod-hook/test/rig"
 )
@@ -349,7 +350,7 @@ func TestHolderComesBackLate(t *testing.T) {
 				l.holding = append(l.holding, p)
 			}
 			for _, p := range late {
-				rejoined, err := s.heartbeat(context.Background(), id, p.token, "", "", 0)
+				rejoined, err := s.heartbeat(context.Background(), id, p.token, "", "", 0, 1)
 				rig.Must(t, err)
 				if !rejoined {
 					t.Fatal("the late holder's token was not reclaimed")
@@ -745,7 +746,7 @@ func TestUnstartedTokens(t *testing.T) {
 	r.WantInflight(t, id, second)
 
 	uid := uuid.NewString()
-	rig.Must(t, errOf(w.semaphores.heartbeat(t.Context(), id, uid, second, "web-0 node-1", 0)))
+	rig.Must(t, errOf(w.semaphores.heartbeat(t.Context(), id, uid, second, "web-0 node-1", 0, 1)))
 	age(uid, 100)
 	a = w.admit(t, rig.Review(t, id, 1))
 	if want := " has 1 of 1 tokens in use, by web-0 ("; a.Allowed || !strings.Contains(a.Message, want) ||
@@ -754,4 +755,143 @@ func TestUnstartedTokens(t *testing.T) {
 	}
 	age(uid, 21)
 	w.wantAdmitted(t, id, 1)
+}
+
+// heavyWaiter is a waiter of a pod that needs several tokens, in line.
+func heavyWaiter(t *testing.T, s *semaphores, id semaphoreID, length, tokens int) (w *waiter, ask func() acquireReply) {
+	t.Helper()
+	w = newWaiter(s, id, length)
+	w.tokens = tokens
+	arrival := joinLine
+	return w, func() acquireReply {
+		t.Helper()
+		_, a, err := w.acquireOnce(t.Context(), arrival)
+		rig.Must(t, err)
+		if a.status == acquireFull {
+			arrival = a.place.arrival
+		}
+		return a
+	}
+}
+
+// A pod that needs several tokens gets all or none. While it is first in line and does not
+// fit, it keeps what is free from lighter pods. Its heartbeat restores all, and its release
+// gives all back.
+func TestSeveralTokens(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	one, two := acquire(t, s, id, 4), acquire(t, s, id, 4)
+	heavy, ask := heavyWaiter(t, s, id, 4, 3)
+	heavy.pod = newPodName("web-1", "")
+	if a := ask(); a.status != acquireFull || a.inUse != 2 {
+		t.Fatalf("3 of 4 tokens with 2 in use: got %+v", a)
+	}
+	light, askLight := heavyWaiter(t, s, id, 4, 1)
+	if a := askLight(); a.status != acquireFull || a.place.position != 2 || a.place.freeIn < pollMost {
+		t.Fatalf("behind a pod that keeps what is free: got %+v", a)
+	}
+	wantFullError(t, s, id, 4, 2)
+	giveBack(t, s, id, one)
+	a := ask()
+	if a.status != acquireTaken {
+		t.Fatalf("3 of 4 tokens with 1 in use: got %+v", a)
+	}
+	names := []string{heavy.token, heavy.token + "/2", heavy.token + "/3"}
+	if got := r.Inflight(t, id); !slices.Equal(slices.Sorted(slices.Values(got)), slices.Sorted(slices.Values(append(names, two)))) {
+		t.Errorf("in flight are %q", got)
+	}
+	if a := ask(); a.status != acquireTaken {
+		t.Errorf("asked again: got %+v", a)
+	}
+	r.WantCounts(t, id, 0, 4)
+	a = askLight()
+	if text := waitingText(id, 4, 1, waitEnd{}, a); !strings.Contains(text, "4 of 4 tokens in use by 2 pods, 1st in line") ||
+		!strings.Contains(text, "web-1 (0 s, 3 tokens, not started yet)") {
+		t.Errorf("the lighter pod reads %q", text)
+	}
+
+	r.Do(t, "ZREM", append([]any{id.inflightKey()}, anySlice(names)...)...)
+	if rejoined, err := s.heartbeat(t.Context(), id, heavy.token, "", "web-1 node", time.Minute, 3); err != nil || !rejoined {
+		t.Errorf("rejoined: %t, %v", rejoined, err)
+	}
+	r.WantCounts(t, id, 0, 4)
+	if lost, err := s.refreshTokens(t.Context(), id, []heldTokens{{heavy.token, 3}, {light.token, 1}}); err != nil ||
+		!slices.Equal(lost, []string{light.token}) {
+		t.Errorf("lost: %q, %v", lost, err)
+	}
+	giveBack(t, s, id, heavy.token)
+	r.WantCounts(t, id, 3, 1)
+	if a := askLight(); a.status != acquireTaken {
+		t.Errorf("after the heavy pod: got %+v", a)
+	}
+}
+
+// A gate of an older version takes one token for a pod that needs several. Its sidecar gives
+// that back, and takes all of them at one time.
+func TestHalfAPodDoesNotRun(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	holder := acquire(t, s, id, 3)
+	heavy, ask := heavyWaiter(t, s, id, 3, 3)
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{token: heavy.token, length: 3, pod: newPodName("web-1", "")})
+	if err != nil || a.status != acquireTaken {
+		t.Fatalf("got %+v, %v", a, err)
+	}
+	if a := ask(); a.status != acquireFull {
+		t.Fatalf("with one of three tokens: got %+v", a)
+	}
+	r.WantInflight(t, id, holder)
+	giveBack(t, s, id, holder)
+	if a := ask(); a.status != acquireTaken {
+		t.Errorf("got %+v", a)
+	}
+	r.WantCounts(t, id, 0, 3)
+}
+
+// A pod that needs more than the length in force lets others pass, and its text says so.
+func TestMoreTokensThanTheLength(t *testing.T) {
+	t.Parallel()
+	_, s, id := newSemaphore(t)
+	rig.Must(t, s.setLimit(t.Context(), id, limit{known: true, length: 2}, time.Hour, false))
+	holder := acquire(t, s, id, 2)
+	_, ask := heavyWaiter(t, s, id, 5, 3)
+	a := ask()
+	if text := waitingText(id, 5, 3, waitEnd{}, a); a.status != acquireFull ||
+		!strings.HasPrefix(text, "waiting for 3 tokens of "+id.String()+", more than the length 2, so that others pass: 1 of 2 in use, 1st in line") {
+		t.Fatalf("got %s, %+v", text, a)
+	}
+	_, askLight := heavyWaiter(t, s, id, 5, 1)
+	if a := askLight(); a.status != acquireTaken {
+		t.Errorf("the pod behind it: got %+v", a)
+	}
+	giveBack(t, s, id, holder)
+	rig.Must(t, s.setLimit(t.Context(), id, limit{known: true, length: 4}, time.Hour, false))
+	if a := ask(); a.status != acquireTaken {
+		t.Errorf("with a length of 4: got %+v", a)
+	}
+}
+
+// With an overtake, lighter pods pass the first that does not fit, for that time.
+func TestOvertake(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	rig.Must(t, s.setLimit(t.Context(), id, limit{known: true, length: 3, overtake: 300}, time.Hour, false))
+	acquire(t, s, id, 3)
+	heavy, ask := heavyWaiter(t, s, id, 3, 3)
+	if a := ask(); a.status != acquireFull {
+		t.Fatalf("got %+v", a)
+	}
+	if _, askLight := heavyWaiter(t, s, id, 3, 1); askLight().status != acquireTaken {
+		t.Error("no lighter pod passes")
+	}
+	now, err := redis.Int64s(r.Control.Do("TIME"))
+	rig.Must(t, err)
+	r.Do(t, "HSET", id.namesKey(), heavy.token+"/first", now[0]-301)
+	if _, askLight := heavyWaiter(t, s, id, 3, 1); askLight().status != acquireFull {
+		t.Error("a lighter pod passes one that has been first for the overtake")
+	}
+	giveBack(t, s, id, heavy.token)
+	if first, err := redis.Strings(r.Control.Do("HKEYS", id.namesKey())); err != nil || slices.Contains(first, heavy.token+"/first") {
+		t.Errorf("after it left the line, Redis knows %q, %v", first, err)
+	}
 }

@@ -66,6 +66,7 @@ type waiter struct {
 	takenAs    string // the name under which the webhook took the token, or empty; see acquireOnce
 	pod        podName
 	length     int
+	tokens     int // that the pod needs
 	headStart  time.Duration
 	ahead      int64 // see acquireRequest
 	expiration time.Duration
@@ -95,7 +96,7 @@ const gaveUpPrefix = "gave up after "
 
 func (w *waiter) gaveUp(a acquireReply) *gaveUpError {
 	text := fmt.Sprintf(gaveUpPrefix+"%s in line of %s: %s",
-		roughly(a.place.waited), w.id, a.setting.inUse(a.inUse, w.length))
+		roughly(a.place.waited), w.id, a.setting.inUse(a.inUse, w.length, podsOf(a.holders, a.inUse)))
 	if by := byHolders(a.holders, a.inUse); by != "" {
 		text += " " + by
 	}
@@ -174,7 +175,7 @@ func (w *waiter) newBackoff() *backoff { return newBackoff(250*time.Millisecond,
 func (w *waiter) acquireOnce(ctx context.Context, arrival string) (asked time.Time, a acquireReply, err error) {
 	ctx, cancel := context.WithTimeout(ctx, acquireTimeout)
 	defer cancel()
-	q := acquireRequest{token: w.token, length: w.length, arrival: arrival, ahead: w.ahead, pod: w.pod,
+	q := acquireRequest{token: w.token, length: w.length, tokens: w.tokens, arrival: arrival, ahead: w.ahead, pod: w.pod,
 		takenAs: w.takenAs, limit: w.setting.limit, wait: w.ends}
 	for repaired := false; ; repaired = true {
 		asked = time.Now()
@@ -226,7 +227,7 @@ func untilPoll(a acquireReply) time.Duration {
 // reportPlace reports the waiter's place. It logs a new place, or another length that is
 // set, every logMoved, and the same every logEvery.
 func (w *waiter) reportPlace(a acquireReply) {
-	text := waitingText(w.id, w.length, w.ends, a)
+	text := waitingText(w.id, w.length, w.tokens, w.ends, a)
 	w.report(text)
 	since, set := time.Since(w.logged), a.setting.text()
 	isNew := a.place.position != w.loggedPosition || set != w.loggedSetting
@@ -237,9 +238,9 @@ func (w *waiter) reportPlace(a acquireReply) {
 }
 
 // waitingText describes what a waiter waits for.
-func waitingText(id semaphoreID, length int, ends waitEnd, a acquireReply) string {
-	text := fmt.Sprintf("waiting for a token of %s: %s, %s in line, %s",
-		id, a.setting.inUse(a.inUse, length), ordinal(a.place.position), roughly(a.place.waited))
+func waitingText(id semaphoreID, length, tokens int, ends waitEnd, a acquireReply) string {
+	text := fmt.Sprintf("%s: %s, %s in line, %s", waitsFor(id, tokens, a.setting.lengthFor(length)),
+		a.setting.inUse(a.inUse, length, podsOf(a.holders, a.inUse)), ordinal(a.place.position), roughly(a.place.waited))
 	if ends.after > 0 {
 		text += " of " + roughly(ends.after)
 	}
@@ -247,6 +248,17 @@ func waitingText(id semaphoreID, length int, ends waitEnd, a acquireReply) strin
 		text += "; in use " + by
 	}
 	return text + doubtText(a.doubt)
+}
+
+// waitsFor begins the text that says what a waiter waits for.
+func waitsFor(id semaphoreID, tokens, length int) string {
+	switch {
+	case tokens <= 1:
+		return fmt.Sprintf("waiting for a token of %s", id)
+	case tokens > length:
+		return fmt.Sprintf("waiting for %d tokens of %s, more than the length %d, so that others pass", tokens, id, length)
+	}
+	return fmt.Sprintf("waiting for %d tokens of %s", tokens, id)
 }
 
 // doubtText says why Redis hands out no free tokens.

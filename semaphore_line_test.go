@@ -28,7 +28,7 @@ func TestPauseOfAnIdleSemaphore(t *testing.T) {
 	rig.Must(t, err)
 	w := newWaiter(s, id, 2)
 	_, a, err := w.acquireOnce(t.Context(), joinLine)
-	if text := waitingText(id, 2, waitEnd{}, a); err != nil || a.status != acquireFull || !strings.Contains(text, "paused until ") ||
+	if text := waitingText(id, 2, 1, waitEnd{}, a); err != nil || a.status != acquireFull || !strings.Contains(text, "paused until ") ||
 		!strings.Contains(text, ": upgrade; 0 in use, 1st in line") {
 		t.Fatalf("got %s, %v", text, err)
 	}
@@ -115,7 +115,7 @@ func TestPodThatGaveUpCallsTheNext(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	holder := acquire(t, s, id, 1)
 	gaveUp := acquireRequest{token: "gave-up", length: 1, arrival: joinLine, wait: waitEnd{time.Minute, whenWaitedFail}}
-	place := []placeRequest{{gaveUp.token, 1, 0, 1, "", gaveUp.wait}}
+	place := []placeRequest{{gaveUp.token, 1, 0, 1, 1, "", gaveUp.wait}}
 	keep := func() {
 		t.Helper()
 		_, err := s.refreshPlaces(t.Context(), id, 0, nil, place)
@@ -159,7 +159,7 @@ func TestNotesOfPodsThatGaveUpAreBounded(t *testing.T) {
 	acquire(t, s, id, 1)
 	r.Do(t, "HSET", id.stateKey(), "gaveUp", 999)
 	r.Do(t, "HSET", id.namesKey(), "gaveUp/0", "old", "old/gaveUp", "60 gaveUp/0")
-	place := []placeRequest{{"new", 1, 0, 1, "", waitEnd{time.Minute, whenWaitedFail}}}
+	place := []placeRequest{{"new", 1, 0, 1, 1, "", waitEnd{time.Minute, whenWaitedFail}}}
 	_, err := s.refreshPlaces(t.Context(), id, 0, nil, place)
 	rig.Must(t, err)
 	a, err := s.runAcquire(t.Context(), id, acquireRequest{token: "new", length: 1, arrival: joinLine, wait: place[0].ends})
@@ -485,7 +485,7 @@ func TestWaitingText(t *testing.T) {
 			"Redis has just started, was away or has lost data: in 20 s it knows which holders are gone": {1,
 			acquireReply{doubt: 20 * time.Second, place: place{position: 1, waited: 5 * time.Second}}},
 	} {
-		if got := waitingText(testID, c.length, waitEnd{}, c.a); got != want {
+		if got := waitingText(testID, c.length, 1, waitEnd{}, c.a); got != want {
 			t.Errorf("got %q, want %q", got, want)
 		}
 	}
@@ -504,7 +504,7 @@ func quickRecoveryLine(t *testing.T) *lineUp {
 // rejoin, and leave the line.
 func (l *lineUp) beat(t *testing.T, token string) {
 	t.Helper()
-	rejoined, err := l.s.heartbeat(context.Background(), l.id, token, "", "", 0)
+	rejoined, err := l.s.heartbeat(context.Background(), l.id, token, "", "", 0, 1)
 	rig.Must(t, err)
 	if !rejoined {
 		t.Fatalf("%s was in flight before the heartbeat", token)
@@ -755,7 +755,7 @@ func TestNobodyOvertakesWhilePodsArePaused(t *testing.T) {
 			if err := sleep(ctx, pollMost+time.Second); err != nil {
 				return err
 			}
-			rejoined, err := s.heartbeat(ctx, id, w.token, "", "", 0)
+			rejoined, err := s.heartbeat(ctx, id, w.token, "", "", 0, 1)
 			if err != nil {
 				return err
 			}
@@ -871,7 +871,7 @@ func TestCostOfALongLine(t *testing.T) {
 			{"the last leaves", func(t *testing.T, a measuredLine) { giveBack(t, s, a.id, a.at(t, -1)) }},
 			{"a repair", func(t *testing.T, a measuredLine) { maintain(t, s, a.id, maxLength) }},
 			{"a holder comes back late", func(t *testing.T, a measuredLine) {
-				_, err := s.heartbeat(context.Background(), a.id, uuid.NewString(), "", "", 0)
+				_, err := s.heartbeat(context.Background(), a.id, uuid.NewString(), "", "", 0, 1)
 				rig.Must(t, err)
 			}},
 		} {

@@ -281,7 +281,7 @@ func TestDeadHoldersAndRareAdmissions(t *testing.T) {
 			r.Shift(t, id, -1000*time.Second)
 			start := time.Now()
 			w.wantFull(t, id, 3, 3)
-			if _, err := w.semaphores.heartbeat(context.Background(), id, live, "", "", 0); err != nil {
+			if _, err := w.semaphores.heartbeat(context.Background(), id, live, "", "", 0, 1); err != nil {
 				t.Error(err)
 			}
 			rig.Eventually(t, interval+6*time.Second-time.Since(start), func() error {
@@ -367,7 +367,7 @@ func TestRepairIsWhole(t *testing.T) {
 		{"the stale one comes back", 1, func(
 			t *testing.T, _ *rig.Redis, s *semaphores, id semaphoreID, tokens []string,
 		) {
-			_, err := s.heartbeat(ctx, id, tokens[0], "", "", 0)
+			_, err := s.heartbeat(ctx, id, tokens[0], "", "", 0, 1)
 			rig.Must(t, err)
 		}, 0, 4},
 		{"the stale one is given back, and another goes stale", 1, func(
@@ -712,7 +712,7 @@ func TestEmptiedRedisWithALine(t *testing.T) {
 	r.Do(t, "DEL", id.queueKey(), id.inflightKey(), id.waitersKey(), id.seenKey(), id.namesKey(), id.stateKey())
 	r.WantLine(t, id, first, second, third)
 	r.WantCounts(t, id, 0, 0)
-	if rejoined, err := s.heartbeat(context.Background(), id, holder, "", "", 0); err != nil || !rejoined {
+	if rejoined, err := s.heartbeat(context.Background(), id, holder, "", "", 0, 1); err != nil || !rejoined {
 		t.Fatalf("rejoined %t, %v", rejoined, err)
 	}
 	giveBack(t, s, id, holder)
@@ -751,7 +751,7 @@ func TestHolderReportsLoss(t *testing.T) {
 				acquire(t, s, id, 4)
 			}
 			for i, holder := range holders {
-				if rejoined, err := s.heartbeat(t.Context(), id, holder, "", "", time.Minute); err != nil || !rejoined {
+				if rejoined, err := s.heartbeat(t.Context(), id, holder, "", "", time.Minute, 1); err != nil || !rejoined {
 					t.Fatalf("rejoined %t, %v", rejoined, err)
 				}
 				r.WantCounts(t, id, 0, newcomers+i+1)
@@ -773,7 +773,7 @@ func TestLateStartReportsNoLoss(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 2)
 	r.Do(t, "DEL", id.keys()...)
-	if rejoined, err := s.heartbeat(t.Context(), id, token, "", "", 0); err != nil || !rejoined {
+	if rejoined, err := s.heartbeat(t.Context(), id, token, "", "", 0, 1); err != nil || !rejoined {
 		t.Fatalf("rejoined %t, %v", rejoined, err)
 	}
 	acquire(t, s, id, 2)

@@ -84,7 +84,7 @@ func TestClockOfRedisIsLearnedAnew(t *testing.T) {
 	clock := &serverOf(t, s, id).clock
 	for _, ahead := range []time.Duration{10 * time.Minute, -10 * time.Minute, -30 * time.Second} {
 		clock.observe(clock.at(time.Now()) + ahead.Microseconds())
-		if _, err := s.heartbeat(context.Background(), id, token, "", "", 0); err != nil {
+		if _, err := s.heartbeat(context.Background(), id, token, "", "", 0, 1); err != nil {
 			t.Errorf("with an estimate %s ahead: %v", ahead, err)
 		}
 		off := time.Duration(clock.at(time.Now())-int64(r.Now(t))*1e6) * time.Microsecond
@@ -350,7 +350,7 @@ func TestUnusedSemaphoresExpire(t *testing.T) {
 	wantTTL("held", true)
 	giveBack(t, s, id, token)
 	wantTTL("given back", false)
-	_, err := s.heartbeat(ctx, id, token, "", "", 0)
+	_, err := s.heartbeat(ctx, id, token, "", "", 0, 1)
 	rig.Must(t, err)
 	wantTTL("rejoined late", true)
 	giveBack(t, s, id, token)
@@ -729,14 +729,14 @@ func guardsAgainstNewPods(t *testing.T, interval time.Duration) bool {
 		if b.status != acquireFull {
 			t.Fatalf("a waiter got %+v with %d of %d holders back", b, back, length)
 		}
-		places, err := s.refreshPlaces(t.Context(), id, 0, nil, []placeRequest{{"gated", 1, 0, length, "gated ", waitEnd{}}})
+		places, err := s.refreshPlaces(t.Context(), id, 0, nil, []placeRequest{{"gated", 1, 0, length, 1, "gated ", waitEnd{}}})
 		rig.Must(t, err)
 		if len(places.served) > 0 {
 			t.Fatalf("a gate is told of a free token with %d of %d holders back", back, length)
 		}
 		maintain(t, s, id, length)
 		for name, text := range map[string]string{"a pod that does not wait": a.Message,
-			"a waiter": waitingText(id, length, waitEnd{}, b), "a gated pod": doubtText(places.doubt)} {
+			"a waiter": waitingText(id, length, 1, waitEnd{}, b), "a gated pod": doubtText(places.doubt)} {
 			if back < length && !strings.Contains(text, "; Redis has just started, was away or has lost data: in ") {
 				t.Fatalf("with %d of %d holders back, %s was told %q", back, length, name, text)
 			}
@@ -751,7 +751,7 @@ func guardsAgainstNewPods(t *testing.T, interval time.Duration) bool {
 			newcomer()
 			time.Sleep(100 * time.Millisecond)
 		}
-		_, err := s.heartbeat(t.Context(), id, holders[0], "", "", time.Since(began))
+		_, err := s.heartbeat(t.Context(), id, holders[0], "", "", time.Since(began), 1)
 		rig.Must(t, err)
 		holders = holders[1:]
 	}

@@ -284,7 +284,7 @@ const scriptOverrideMost = mostOverride + 24*time.Hour
 
 // stateFields are the fields of the state that readState reads.
 var stateFields = []string{"length", "reclaimed", "rejoined", "interval", "threshold", "touched",
-	"limit", "override", "ends", "note", "by", "kept", "created", "gaveUp", "ranBeyond"}
+	"limit", "override", "ends", "note", "by", "kept", "created", "gaveUp", "ranBeyond", "overtake"}
 
 // readState parses the state of a semaphore.
 func (s *semaphores) readState(id semaphoreID, now float64, reply any) (semaphoreState, error) {
@@ -312,6 +312,7 @@ func (s *semaphores) readState(id semaphoreID, now float64, reply any) (semaphor
 		max(own.threshold, time.Duration(number("threshold"))*time.Second)}
 	if limit, err := redis.Bytes(fields[slices.Index(stateFields, "limit")], nil); err == nil {
 		st.setting.limit = readLimit(limit)
+		st.setting.limit.overtake = number("overtake")
 	}
 	length, hasLength := parseDigits(text("override"))
 	ends := number("ends")
@@ -426,9 +427,10 @@ func (s *semaphores) noteReadError(server *queueServer, id semaphoreID, err erro
 	}
 }
 
-// tokenState is the state of a token in use, or of a waiter.
+// tokenState is the state of a pod with tokens, or of a waiter.
 type tokenState struct {
 	token     string
+	tokens    int           // that it has, or needs
 	pod, node string        // empty if unknown
 	held      time.Duration // or waited; heldUnknown if unknown
 	idle      time.Duration // since its last heartbeat, or since its last request
@@ -510,10 +512,17 @@ func (s *semaphores) readTokens(ctx context.Context, conn redis.Conn, d *semapho
 	if d.abandoned {
 		return nil
 	}
-	for token, at := range beats {
-		idle := since(now, at)
-		d.holders = append(d.holders, tokenState{token: token, held: heldUnknown, idle: idle,
-			stale: idle > d.staleAfter()})
+	tokens := map[string]int{} // that each pod has: its others begin with the name of the first
+	for name, at := range beats {
+		token, _, isMore := strings.Cut(name, "/")
+		if tokens[token]++; !isMore {
+			idle := since(now, at)
+			d.holders = append(d.holders, tokenState{token: token, held: heldUnknown, idle: idle,
+				stale: idle > d.staleAfter()})
+		}
+	}
+	for i := range d.holders {
+		d.holders[i].tokens = tokens[d.holders[i].token]
 	}
 	for token, at := range arrivals {
 		d.line = append(d.line, tokenState{token: token, place: at})
@@ -561,7 +570,7 @@ func readLine(ctx context.Context, conn redis.Conn, id semaphoreID, now float64,
 	for i := range line {
 		w := &line[i]
 		w.pod, w.node, _, w.ends = parseName(texts[i])
-		w.length, _ = strconv.Atoi(strings.TrimLeft(lengths[i], "+-")) // empty if it has left meanwhile
+		w.length, w.tokens = parseWish(lengths[i]) // empty if it has left meanwhile
 		ahead := readAhead(aheads[i])
 		w.ahead, w.held = time.Duration(ahead)*time.Microsecond, since(now, (w.place+ahead)/1e6)
 		err = errors.Join(err, conn.Send("ZSCORE", id.seenKey(), w.token))

@@ -49,7 +49,7 @@ func TestHeartbeatScoresByServerClock(t *testing.T) {
 	r, s, id := newSemaphore(t)
 	token := acquire(t, s, id, 1)
 	r.MakeStale(t, id, token)
-	rejoined, err := s.heartbeat(context.Background(), id, token, "", "", 0)
+	rejoined, err := s.heartbeat(context.Background(), id, token, "", "", 0, 1)
 	rig.Must(t, err)
 	if rejoined {
 		t.Error("the heartbeat of a token in flight reported a rejoin")
@@ -74,7 +74,7 @@ func TestLateHeartbeatAndRelease(t *testing.T) {
 	if first == second {
 		t.Fatalf("token %s was handed out twice", first)
 	}
-	rejoined, err := s.heartbeat(ctx, id, first, "", "", 0)
+	rejoined, err := s.heartbeat(ctx, id, first, "", "", 0, 1)
 	rig.Must(t, err)
 	if !rejoined {
 		t.Error("the late heartbeat did not rejoin")
@@ -107,7 +107,7 @@ func TestHeartbeatTakesFreeToken(t *testing.T) {
 	r.Do(t, "DEL", id.queueKey(), id.inflightKey())
 	maintain(t, s, id, 3)
 	r.WantCounts(t, id, 3, 0)
-	if _, err := s.heartbeat(context.Background(), id, token, "", "", 0); err != nil {
+	if _, err := s.heartbeat(context.Background(), id, token, "", "", 0, 1); err != nil {
 		t.Fatal(err)
 	}
 	r.WantCounts(t, id, 2, 1)
@@ -225,7 +225,7 @@ func TestKeysExpire(t *testing.T) {
 	acquire(t, s, id, 4)
 	token = acquire(t, s, id, 4)
 	wantRenewed("acquire", 86400)
-	_, err := s.heartbeat(ctx, id, token, "", "", 0)
+	_, err := s.heartbeat(ctx, id, token, "", "", 0, 1)
 	rig.Must(t, err)
 	wantRenewed("heartbeat", 86400)
 	_, err = s.release(ctx, id, token, "")
@@ -326,7 +326,7 @@ func TestOneRepairPerProcess(t *testing.T) {
 func places(n int, arrival int64, length int) (all []placeRequest) {
 	for i := range n {
 		name := newPodName(fmt.Sprintf("pod-%d", i), "")
-		all = append(all, placeRequest{uuid.NewString(), arrival + int64(i), 0, length, name, waitEnd{}})
+		all = append(all, placeRequest{uuid.NewString(), arrival + int64(i), 0, length, 1, name, waitEnd{}})
 	}
 	return all
 }
@@ -429,7 +429,7 @@ func TestRefreshTokens(t *testing.T) {
 	r, s, id := newSemaphoreOn(t, rig.StartRedis(t))
 	token, gone := acquire(t, s, id, 2), uuid.NewString()
 	r.MakeStale(t, id, token)
-	lost, err := s.refreshTokens(t.Context(), id, []string{token, gone})
+	lost, err := s.refreshTokens(t.Context(), id, []heldTokens{{token, 1}, {gone, 1}})
 	if err != nil || !slices.Equal(lost, []string{gone}) {
 		t.Errorf("lost: %v, %v", lost, err)
 	}
@@ -563,10 +563,10 @@ func TestByHolders(t *testing.T) {
 	}{
 		{nil, 0, ""},
 		{nil, 3, ""},
-		{[]holder{{"a", 4 * time.Hour, false}}, 1, "by a (4 h)"},
-		{[]holder{{"a", 4 * time.Hour, false}, {"b-", 2 * time.Minute, true}, {"c", heldUnknown, false}}, 10,
+		{[]holder{{"a", 4 * time.Hour, false, 1}}, 1, "by a (4 h)"},
+		{[]holder{{"a", 4 * time.Hour, false, 1}, {"b-", 2 * time.Minute, true, 1}, {"c", heldUnknown, false, 1}}, 10,
 			"by a (4 h), b-... (2 min, not started yet), c, and 7 more"},
-		{[]holder{long, {"b", time.Second, false}, long, {"c", time.Second, false}}, 4,
+		{[]holder{long, {"b", time.Second, false, 1}, long, {"c", time.Second, false, 1}}, 4,
 			"by " + long.String() + ", b (1 s), and 2 more"},
 	} {
 		if got := byHolders(c.holders, c.inUse); got != c.want {
@@ -576,13 +576,13 @@ func TestByHolders(t *testing.T) {
 }
 
 func TestParseHolders(t *testing.T) {
-	got, err := parseHolders([]any{int64(-1), []byte("token"), int64(0), int64(5), []byte("a"), int64(1),
-		int64(9), []byte("b"), int64(0)})
-	if want := "[b (9 s) a (5 s, not started yet) token]"; err != nil || fmt.Sprint(got) != want {
+	got, err := parseHolders([]any{int64(-1), []byte("token"), int64(0), int64(1), int64(5), []byte("a"), int64(1),
+		int64(4), int64(9), []byte("b"), int64(0), int64(1)})
+	if want := "[b (9 s) a (5 s, 4 tokens, not started yet) token]"; err != nil || fmt.Sprint(got) != want {
 		t.Errorf("got %v, %v; want %s", got, err, want)
 	}
 	escape := []byte("\x1b[2J" + strings.Repeat("x", 1000))
-	got, err = parseHolders([]any{int64(5), escape, int64(0)})
+	got, err = parseHolders([]any{int64(5), escape, int64(0), int64(1)})
 	if err != nil || strings.Contains(got[0].name, "\x1b") || len(got[0].name) > 60 {
 		t.Errorf("an unprintable or long name is not cleaned: %q, %v", got, err)
 	}
@@ -704,7 +704,7 @@ func TestLossOfInflight(t *testing.T) {
 	}
 	beat := func(i int) {
 		t.Helper()
-		rejoined, err := s.heartbeat(ctx, id, tokens[i], "", newPodName(fmt.Sprintf("web-%d", i), "node"), 0)
+		rejoined, err := s.heartbeat(ctx, id, tokens[i], "", newPodName(fmt.Sprintf("web-%d", i), "node"), 0, 1)
 		if err != nil || !rejoined {
 			t.Fatalf("got %t, %v, want the token to be counted again", rejoined, err)
 		}

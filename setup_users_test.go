@@ -695,7 +695,7 @@ func (l *limitsTest) wantLimits(want map[semaphoreID]int) {
 	rig.Eventually(l.T, 20*time.Second, func() error {
 		for id, length := range want {
 			d, err := l.reader.inspect(l.Context(), id)
-			if err != nil || d.setting.limit != (limit{true, length}) {
+			if err != nil || d.setting.limit != (limit{known: true, length: length}) {
 				return fmt.Errorf("%s has %+v, %v; want %d", id, d.setting.limit, err, length)
 			}
 		}
@@ -800,7 +800,7 @@ func TestLimitsAreUnknownAtTheStart(t *testing.T) {
 			r := startUsersRedis(t, samplePasswords())
 			rig.Must(t, r.LoadScripts())
 			l := startLimits(t, r.Redis, r.Address, func(l *limitsTest) {
-				rig.Must(t, l.reader.setLimit(t.Context(), web, limit{true, 3}, time.Hour, false))
+				rig.Must(t, l.reader.setLimit(t.Context(), web, limit{known: true, length: 3}, time.Hour, false))
 				begin(l)
 			})
 			l.wantFailing(1)
@@ -831,7 +831,7 @@ func TestLimitsOfAnOldView(t *testing.T) {
 	var cut atomic.Bool
 	cut.Store(true)
 	l.refuseMaps(cut.Load)
-	rig.Must(t, l.reader.setLimit(t.Context(), web, limit{true, 0}, time.Hour, false))
+	rig.Must(t, l.reader.setLimit(t.Context(), web, limit{known: true, length: 0}, time.Hour, false))
 	r.Do(t, "DEL", mail.stateKey())
 	l.wantLimits(map[semaphoreID]int{mail: 2})
 	if text := l.wantFailing(1); !strings.Contains(text, "said on purpose") {

@@ -17,11 +17,12 @@ const (
 	awaitMissed = time.Minute
 )
 
-// sidecar keeps one token alive.
+// sidecar keeps the tokens of its pod alive: one, or several.
 type sidecar struct {
 	semaphores *semaphores
 	id         semaphoreID
 	token      string // the pod's UID, if it has one
+	tokens     int    // how many it keeps alive, under names that begin with token
 	takenAs    string // the name under which the webhook took it; empty if it took none, or none for this pod
 	pod        podName
 	held       time.Time // since when it holds the token
@@ -44,6 +45,7 @@ func runSidecar(ctx context.Context, c sidecarConfig, log *slog.Logger) {
 		semaphores:  semaphores,
 		id:          c.semaphore,
 		token:       c.token,
+		tokens:      c.tokens,
 		takenAs:     c.takenAs,
 		pod:         c.pod,
 		held:        time.Now(),
@@ -139,7 +141,7 @@ func (s *sidecar) holdBack(ctx context.Context, c sidecarConfig, server *awaitSe
 	s.semaphores.locks = newLocker(c.settings, 0)
 	defer s.closeLocks()
 	w := &waiter{semaphores: s.semaphores, id: s.id, token: s.token, takenAs: s.takenAs, pod: s.pod, length: c.length,
-		headStart: c.headStart, expiration: c.expiration, ends: c.wait, report: server.setStatus, log: s.log}
+		tokens: c.tokens, headStart: c.headStart, expiration: c.expiration, ends: c.wait, report: server.setStatus, log: s.log}
 	fresh := min(c.heartbeatInterval, c.staleThreshold/4)
 	for first := true; ; first = false {
 		asked, inLine, err := w.wait(ctx)
@@ -212,7 +214,7 @@ func (s *sidecar) newBackoff() *backoff {
 func (s *sidecar) beat(ctx context.Context) error {
 	attempt, cancel := context.WithTimeout(context.WithoutCancel(ctx), min(beatTimeout, s.interval))
 	defer cancel()
-	rejoined, err := s.semaphores.heartbeat(attempt, s.id, s.token, s.takenAs, s.pod, time.Since(s.held))
+	rejoined, err := s.semaphores.heartbeat(attempt, s.id, s.token, s.takenAs, s.pod, time.Since(s.held), s.tokens)
 	switch {
 	case err != nil:
 		if _, ok := s.limit.allow(); ok {

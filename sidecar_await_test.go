@@ -788,7 +788,7 @@ func TestAgeOfAReply(t *testing.T) {
 	giveBack(t, s, id, acquire(t, s, id, 1))
 	waiting := semaphoresOf(t, testConfig(p.Address))
 	// sets the estimate of Redis's clock
-	rig.Must(t, errOf(waiting.heartbeat(context.Background(), freshID(), "x", "", "", 0)))
+	rig.Must(t, errOf(waiting.heartbeat(context.Background(), freshID(), "x", "", "", 0, 1)))
 	w := newWaiter(waiting, id, 1)
 	p.Answers.Lock()
 	done := make(chan time.Time, 1)

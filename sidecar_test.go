@@ -202,7 +202,7 @@ func TestReadOnlyServerIsDropped(t *testing.T) {
 	r.Do(t, "REPLICAOF", "127.0.0.1", rig.Port(rig.FreeAddress(t)))
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
-	_, err := s.heartbeat(ctx, id, token, "", "", 0)
+	_, err := s.heartbeat(ctx, id, token, "", "", 0, 1)
 	if err == nil || !strings.Contains(err.Error(), "READONLY") && !strings.Contains(err.Error(), "is not a primary") {
 		t.Errorf("got %v, want READONLY", err)
 	}
@@ -214,7 +214,7 @@ func TestReadOnlyServerIsDropped(t *testing.T) {
 		return err
 	})
 	r.Do(t, "REPLICAOF", "NO", "ONE")
-	_, err = s.heartbeat(context.Background(), id, token, "", "", 0)
+	_, err = s.heartbeat(context.Background(), id, token, "", "", 0, 1)
 	rig.Must(t, err)
 }
 
@@ -450,7 +450,7 @@ func TestFirstPodOwnsTheToken(t *testing.T) {
 			return err
 		},
 		"heartbeat": func(id semaphoreID, uid, taken string) error {
-			rejoined, err := s.heartbeat(ctx, id, uid, taken, pod, 0)
+			rejoined, err := s.heartbeat(ctx, id, uid, taken, pod, 0, 1)
 			if err == nil && rejoined {
 				err = errors.New("the heartbeat reported a rejoin")
 			}

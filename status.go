@@ -163,14 +163,18 @@ func printDetail(w io.Writer, d semaphoreDetail) {
 	if d.setting.isSet() {
 		of = fmt.Sprint(d.setting.lengthFor(d.length))
 	}
-	fmt.Fprintf(w, "%s: %d of %s tokens in use (%d stale), %d free, %d waiting in line\n",
-		d.id, d.inUse, of, d.stale, d.free, d.waiting)
+	fmt.Fprintf(w, "%s: %d of %s tokens in use%s (%d stale), %d free, %d waiting in line\n",
+		d.id, d.inUse, of, d.byPods(), d.stale, d.free, d.waiting)
 	if d.setting.isSet() {
 		fmt.Fprintf(w, "length: %s%s\n", d.lengthText(), d.setText())
 	}
 	if len(d.holders) > 0 {
 		t := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
-		fmt.Fprintln(t, "\nHOLDER\tNODE\tHELD\tHEARTBEAT\t\tTOKEN")
+		tokens, more := "", d.inUse
+		if slices.ContainsFunc(d.holders, tokenState.hasSeveral) {
+			tokens = "TOKENS\t"
+		}
+		fmt.Fprintln(t, "\nHOLDER\tNODE\tHELD\t"+tokens+"HEARTBEAT\t\tTOKEN")
 		for _, h := range d.holders {
 			held, heartbeat, stale := "?", roughly(h.idle)+" ago", ""
 			if h.held != heldUnknown {
@@ -182,11 +186,14 @@ func printDetail(w io.Writer, d semaphoreDetail) {
 			if h.stale {
 				stale = "stale"
 			}
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n",
-				podText(h.pod), cmp.Or(h.node, "?"), held, heartbeat, stale, printable(h.token))
+			if more -= h.tokens; tokens != "" {
+				tokens = fmt.Sprintf("%d\t", h.tokens)
+			}
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s%s\t%s\t%s\n",
+				podText(h.pod), cmp.Or(h.node, "?"), held, tokens, heartbeat, stale, printable(h.token))
 		}
 		t.Flush()
-		printMore(w, d.inUse-len(d.holders))
+		printMore(w, more)
 	}
 	if len(d.line) > 0 {
 		t := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
@@ -194,18 +201,44 @@ func printDetail(w io.Writer, d semaphoreDetail) {
 		if slices.ContainsFunc(d.line, func(l tokenState) bool { return l.ends.after > 0 }) {
 			leaves = "LEAVES\t"
 		}
-		fmt.Fprintln(t, "\nLINE\tWAITER\tNODE\tWAITS\t"+leaves+"ASKED\tLENGTH\tTOKEN")
+		tokens := ""
+		if slices.ContainsFunc(d.line, tokenState.hasSeveral) {
+			tokens = "TOKENS\t"
+		}
+		fmt.Fprintln(t, "\nLINE\tWAITER\tNODE\tWAITS\t"+leaves+"ASKED\t"+tokens+"LENGTH\tTOKEN")
 		for i, l := range d.line {
 			if leaves != "" {
 				leaves = l.leavesText() + "\t"
 			}
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s%s ago\t%s\t%s\n",
-				ordinal(i+1), podText(l.pod), cmp.Or(l.node, "?"), l.waits(), leaves, roughly(l.idle),
+			if tokens != "" {
+				tokens = d.tokensText(l) + "\t"
+			}
+			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s%s ago\t%s%s\t%s\n",
+				ordinal(i+1), podText(l.pod), cmp.Or(l.node, "?"), l.waits(), leaves, roughly(l.idle), tokens,
 				lengthText(l.length), printable(l.token))
 		}
 		t.Flush()
 		printMore(w, d.waiting-len(d.line))
 	}
+}
+
+// byPods says how many pods have the tokens in use, if some have several.
+func (d semaphoreDetail) byPods() string {
+	if !slices.ContainsFunc(d.holders, tokenState.hasSeveral) || d.inUse > detailMost {
+		return ""
+	}
+	return byPods(len(d.holders))
+}
+
+// hasSeveral reports whether a pod has several tokens, or needs them.
+func (t tokenState) hasSeveral() bool { return t.tokens > 1 }
+
+// tokensText says how many tokens a waiter needs.
+func (d semaphoreDetail) tokensText(l tokenState) string {
+	if of := d.setting.lengthFor(max(d.length, l.length)); l.tokens > of {
+		return fmt.Sprintf("needs %d of %d", l.tokens, of)
+	}
+	return fmt.Sprint(l.tokens)
 }
 
 // waits says how long a waiter waits, and by how many seconds it stands ahead.
@@ -283,6 +316,7 @@ type (
 		Token     string   `json:"token"`
 		Pod       string   `json:"pod"`
 		Node      string   `json:"node"`
+		Tokens    int      `json:"tokens"`      // that the pod has
 		Held      *float64 `json:"heldSeconds"` // null: not known
 		Heartbeat float64  `json:"heartbeatSeconds"`
 		Stale     bool     `json:"stale"`
@@ -297,6 +331,7 @@ type (
 		Ahead  float64 `json:"aheadSeconds"` // its place is so much before its arrival: a head start, or moved by hand
 		Asked  float64 `json:"askedSeconds"`
 		Length int     `json:"length"`
+		Tokens int     `json:"tokens"` // that the pod needs
 
 		Leaves     *float64 `json:"leavesSeconds"` // until it stops waiting; null: when it has a token
 		WhenWaited string   `json:"whenWaited"`    // what it does then: fail or run; empty if it does not stop
@@ -343,7 +378,7 @@ func rfc3339(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 func (d semaphoreDetail) report() semaphoreReport {
 	r := d.semaphoreState.report()
 	for _, h := range d.holders {
-		one := holderReport{Token: h.token, Pod: h.pod, Node: h.node, Heartbeat: inMillis(h.idle), Stale: h.stale,
+		one := holderReport{Token: h.token, Pod: h.pod, Node: h.node, Tokens: h.tokens, Heartbeat: inMillis(h.idle), Stale: h.stale,
 			Started: h.started()}
 		if h.held != heldUnknown {
 			one.Held = new(inMillis(h.held))
@@ -352,7 +387,8 @@ func (d semaphoreDetail) report() semaphoreReport {
 	}
 	for i, l := range d.line {
 		one := waiterReport{Place: i + 1, Token: l.token, Pod: l.pod, Node: l.node,
-			Waited: inMillis(l.held), Ahead: inMillis(l.ahead), Asked: inMillis(l.idle), Length: l.length}
+			Waited: inMillis(l.held), Ahead: inMillis(l.ahead), Asked: inMillis(l.idle), Length: l.length,
+			Tokens: l.tokens}
 		if left, ok := l.left(); ok {
 			one.Leaves, one.WhenWaited = new(inMillis(left)), whenWaitedFail
 		}

@@ -117,10 +117,46 @@ func TestStatusDetail(t *testing.T) {
 		`shop/nothing: 0 of \? tokens in use \(0 stale\), 0 free, 0 waiting in line`)
 }
 
+// A pod with several tokens is one line. One that needs more than the length says so.
+func TestStatusOfSeveralTokens(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	rig.Must(t, s.setLimit(t.Context(), id, limit{known: true, length: 5}, time.Hour, false))
+	holder, ask := heavyWaiter(t, s, id, 5, 4)
+	holder.pod = "web-a node-1"
+	if a := ask(); a.status != acquireTaken {
+		t.Fatalf("got %+v", a)
+	}
+	acquire(t, s, id, 5)
+	for tokens, pod := range map[int]podName{8: "web-c node-2", 2: "web-b node-2"} {
+		w, ask := heavyWaiter(t, s, id, 8, tokens)
+		w.pod = pod
+		ask()
+	}
+	wantStatus(t, r, []string{id.String()},
+		id.String()+`: 5 of 5 tokens in use by 2 pods \(0 stale\), 0 free, 2 waiting in line`,
+		`HOLDER +NODE +HELD +TOKENS +HEARTBEAT +TOKEN`,
+		`web-a +node-1 +\d s +4 +\d s ago +`+holder.token,
+		`\? +\? +\? +1 +\d s ago +.*`,
+		`LINE +WAITER +NODE +WAITS +ASKED +TOKENS +LENGTH +TOKEN`)
+	wantStatus(t, r, []string{id.String()}, `... +web-b +node-2 +\d s +\d s ago +2 +8 +.*`)
+	wantStatus(t, r, []string{id.String()}, `... +web-c +node-2 +\d s +\d s ago +needs 8 of 5 +8 +.*`)
+	d, err := s.inspect(t.Context(), id)
+	rig.Must(t, err)
+	report := d.report()
+	if report.Holders[0].Tokens != 4 || report.Line[0].Tokens+report.Line[1].Tokens != 10 {
+		t.Errorf("the report has the holders %+v and the line %+v", report.Holders, report.Line)
+	}
+	if out, err := statusOf(t, r, "", "release", id.String(), "web-a", "--yes"); err != nil || !strings.Contains(out, "token released") {
+		t.Errorf("got %v, %s", err, out)
+	}
+	r.WantCounts(t, id, 4, 1)
+}
+
 func TestStatusJSON(t *testing.T) {
 	namespace := "status-" + uuid.NewString()[:8]
 	r, s, id, tokens := shownSemaphore(t, namespace)
-	rig.Must(t, errOf(s.heartbeat(t.Context(), id, uuid.NewString(), "", "web-d node-3", time.Minute)))
+	rig.Must(t, errOf(s.heartbeat(t.Context(), id, uuid.NewString(), "", "web-d node-3", time.Minute, 1)))
 	decode := func(v any, args ...string) {
 		t.Helper()
 		out, err := statusOf(t, r, "", append(args, "-o", "json")...)

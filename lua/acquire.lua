@@ -1,11 +1,13 @@
 -- acquire takes a free token, under a name that the caller chooses: to ask again with the
--- same name is safe. In the steady state an admission runs this script and no other.
+-- same name is safe. In the steady state an admission runs this script and no other. A pod
+-- that needs several gets all of them at once, or none.
 --
 -- A waiter joins the line, and keeps its place by asking again. A caller that does not
 -- wait gets only the tokens that the line leaves.
 --
 -- KEYS, ARGV[1..4], and what every script returns: see semaphore.lua
--- ARGV[5] length   number of tokens of the semaphore
+-- ARGV[5] length   number of tokens of the semaphore; or LENGTH*TOKENS for a pod that needs
+--                  several, which has no takenAs
 -- ARGV[6] token    the name; no other caller ever uses it
 -- ARGV[7] arrival  empty: does not wait; "0": joins the line; else as the script returned
 --                  it before
@@ -32,14 +34,15 @@
 --         {0, time, tokens in use, waiters, doubt, holders, setting, position, arrival,
 --          seconds waited, milliseconds until a token may come free, reachable, ahead}
 --                            full. doubt: 0, or the seconds until Redis knows if some
---                            holders or waiters are gone. holders: three items for some
---                            tokens in use: the seconds that the pod has had the token,
---                            the pod, and 1 if its sidecar has not started; or -1, the
---                            token, and 0. setting: see semaphore.lua. position and all after
---                            it: for a waiter
+--                            holders or waiters are gone. holders: four items for some
+--                            pods with tokens: the seconds that the pod has had them, the
+--                            pod, and 1 if its sidecar has not started; or -1, the token,
+--                            and 0; and how many tokens it has. setting: see semaphore.lua.
+--                            position and all after it: for a waiter
 --         {3, ... as with 0} gave up: the waiter is out of the line. It gets the same answer
 --                            again until it releases its token
-local asksFor = tonumber(ARGV[5])
+local wish = ARGV[5]
+local asksFor, needs = wishOf(wish)
 local token = ARGV[6]
 local arrival = ARGV[7]
 local pod = ARGV[8]
@@ -48,6 +51,12 @@ local unstarted = math.min(tonumber(ARGV[10] or '') or threshold, threshold)
 local waits = arrival ~= ''
 local wait, runs = tonumber(ARGV[13] or ''), ARGV[14] == 'run'
 local held = heldAs(token, takenAs)
+if held and needs > 1 and not redis.call('ZSCORE', KEYS[2], token .. '/' .. needs) then
+  -- A gate that does not know of several has taken one. Half a pod must not run.
+  held = nil
+  redis.call('ZREM', KEYS[2], token)
+  redis.call('HDEL', KEYS[5], token .. '/pod')
+end
 local agreed = not set and asks > 0 and now - asked <= lengthMemory and asks or 0
 noteLength(asksFor)
 if not limit and (ARGV[11] or '') ~= '' then
@@ -74,7 +83,7 @@ local inflight = redis.call('ZCARD', KEYS[2])
 
 local function take(beyond)
   grown = grown or inflight == 0
-  redis.call('ZADD', KEYS[2], now - threshold + unstarted, token)
+  use(token, needs, now - threshold + unstarted)
   if lineLength > 0 then
     leaveLine(token)
   end
@@ -90,19 +99,31 @@ if held then
   return take()
 end
 
--- holders returns the holders of the five tokens with the oldest heartbeats.
+-- holders returns the five pods with the oldest heartbeats, and how many tokens each has.
 local function holders()
-  local list, fields = {}, {}
-  local tokens = redis.call('ZRANGE', KEYS[2], 0, 4)
-  for i, used in ipairs(tokens) do
-    fields[i] = used .. '/pod'
+  local tokens, counts, fields, place = {}, {}, {}, {}
+  local members = redis.call('ZRANGE', KEYS[2], 0, 4)
+  if string.find(table.concat(members, ' '), '/', 1, true) then
+    members = redis.call('ZRANGE', KEYS[2], 0, 5 * tokensMost - 1)
   end
-  local pods = #fields > 0 and redis.call('HMGET', KEYS[5], unpack(fields))
+  for _, member in ipairs(members) do
+    local used = string.match(member, '^[^/]*')
+    local i = place[used]
+    if not i and #tokens < 5 then
+      i = #tokens + 1
+      place[used], tokens[i], counts[i], fields[i] = i, used, 0, used .. '/pod'
+    end
+    if i then
+      counts[i] = counts[i] + 1
+    end
+  end
+  local list, pods = {}, #fields > 0 and redis.call('HMGET', KEYS[5], unpack(fields))
   for i, used in ipairs(tokens) do
     local since, name, node = string.match(pods[i] or '', '^(%d+) (%S+) ?(%S*)')
-    list[3 * i - 2] = since and math.max(0, now - since) or -1
-    list[3 * i - 1] = string.sub(name or used, 1, nameMost)
-    list[3 * i] = node == '' and 1 or 0 -- only a sidecar knows its node
+    list[4 * i - 3] = since and math.max(0, now - since) or -1
+    list[4 * i - 2] = string.sub(name or used, 1, nameMost)
+    list[4 * i - 1] = node == '' and 1 or 0 -- only a sidecar knows its node
+    list[4 * i] = counts[i]
   end
   return list
 end
@@ -139,7 +160,7 @@ if waits then
     end
     grown = true
     redis.call('ZADD', KEYS[3], string.format('%.0f', joined - ahead), token)
-    redis.call('HSET', KEYS[5], token, asksFor)
+    redis.call('HSET', KEYS[5], token, wish)
     if ahead > 0 then
       redis.call('HSET', KEYS[5], token .. '/ahead', ahead)
       redis.call('HSET', KEYS[6], 'joined', string.format('%.0f', math.max(joined, lineLength > 0 and line.joined or 0)))
@@ -162,27 +183,29 @@ if waits then
   end
 end
 
--- isMine reports whether the waiters ahead leave a free token to the caller. If not, it
--- calls them again.
+-- isMine reports whether the waiters ahead leave enough free tokens to the caller. If not,
+-- it calls them again. kept: they do not fit, and keep what is free until they do.
 local function isMine()
   if lineLength == 0 then
     return true
   end
-  local free, used, here = line.eachServed(line.call, token, waits and 0 or length)
-  return free > 0 and used < here
+  local free, used, here, kept = line.eachServed(line.call, token, waits and 0 or length)
+  return free >= needs and used + needs <= here, kept
 end
 
-local reserved = false -- a token is free, and kept for the waiters ahead
-if inflight < most and redis.call('LLEN', KEYS[1]) > 0 then
-  local mine = isMine()
+local reserved = false -- enough is free, and the waiters ahead are about to take it
+if inflight + needs <= most and redis.call('LLEN', KEYS[1]) >= needs then
+  local mine, kept = isMine()
   if lineLength > 0 and not waits then
     line.lend(asksFor)
   end
   if mine then
-    redis.call('LPOP', KEYS[1])
+    takeFree(needs)
     return take()
   end
-  reserved = true
+  reserved = not kept
+elseif waits and rank == 0 and needs > 1 then
+  line.letsPass(token) -- its time as the first begins
 end
 
 -- Holders that are about to come back may hold the missing tokens. A newcomer cannot tell
@@ -193,11 +216,12 @@ local newcomer = not waits or arrival == '0' or tonumber(arrival) >= resumed * 1
 -- A caller that does not wait is refused now: then it is not enough that a token is free
 -- for those in line.
 local free = redis.call('LLEN', KEYS[1])
-local missing = inflight < most and (free == 0 or not waits and free < math.min(portion, most - inflight))
-local reclaimable = old > 0 and inflight - old < most
+local missing = inflight + needs <= most
+  and (free < needs or not waits and free < math.min(portion, most - inflight))
+local reclaimable = old > 0 and inflight - old + needs <= most
 if missing and mayRefill(newcomer) or reclaimable and settled() then
   if waits then
-    redis.call('HSET', KEYS[5], token, asksFor) -- whether it is reachable, only a full answer tells
+    redis.call('HSET', KEYS[5], token, wish) -- whether it is reachable, only a full answer tells
   end
   return finish({2, micros, old, newcomer and 1 or 0})
 end
@@ -222,7 +246,7 @@ local function untilFree()
     return pollMost
   end
   -- So many have to go first, for the length.
-  local over = math.max(0, inflight - most)
+  local over = math.max(0, inflight + needs - 1 - most)
   local oldest = tonumber(redis.call('ZRANGE', KEYS[2], over, over, 'WITHSCORES')[2]) or now
   return math.max(0, oldest + threshold + 1 - now, untilSettled())
 end
@@ -234,7 +258,7 @@ local givesUp = wait and at and at / 1000000 + wait
 -- While holders may come back, Redis does not know how many tokens are in use.
 if givesUp and givesUp <= micros / 1000000 and settled() then
   if runs then
-    redis.call('LPOP', KEYS[1]) -- a pod that runs counts
+    takeFree(needs) -- a pod that runs counts
     count('ranBeyond', 1)
     return take(1)
   end
@@ -259,7 +283,7 @@ if waits then
   local hears = publish(token, 'can you hear me')
   full[12] = hears and 1 or 0
   full[13] = string.format('%.0f', ahead)
-  local text = (hears and '+' or '') .. asksFor
+  local text = (hears and '+' or '') .. wish
   if known[1] ~= text then
     redis.call('HSET', KEYS[5], token, text)
     if not hears then

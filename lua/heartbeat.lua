@@ -1,6 +1,6 @@
--- heartbeat keeps a token in use. If the token is not in use, its pod was paused and the
--- token reclaimed, or Redis has lost its data. Then heartbeat puts the token back, and
--- takes a free one out for it: a pod that runs counts.
+-- heartbeat keeps the tokens of a pod in use. If they are not in use, the pod was paused
+-- and they were reclaimed, or Redis has lost its data. Then heartbeat puts them back, and
+-- takes free ones out for them: a pod that runs counts.
 --
 -- KEYS, ARGV[1..4], and what every script returns: see semaphore.lua
 -- ARGV[5] token
@@ -9,6 +9,8 @@
 -- ARGV[8] takenAs  the name under which the webhook took the token for this pod; empty:
 --                  it took none. If no pod has confirmed that token, it gets the name in
 --                  ARGV[5]
+-- ARGV[9] tokens   number of tokens that the pod has; missing: 1. A pod with several has no
+--                  takenAs
 --
 -- Returns {0, time}  rejoined: the token was not in use, and is now
 --         {1, time}  renewed
@@ -35,13 +37,13 @@ redis.call('EXPIRE', KEYS[2], life(ARGV[4]))
 if held == takenAs then
   rename(token, takenAs)
 end
-local rejoined = redis.call('ZADD', KEYS[2], now, token)
-if rejoined == 1 then
+local rejoined = use(token, tonumber(ARGV[9]) or 1, now)
+if rejoined > 0 then
   grown = true
-  redis.call('LPOP', KEYS[1])
-  count('rejoined', 1)
+  takeFree(rejoined)
+  count('rejoined', rejoined)
   -- If Redis has lost the last commands, it may have the token in line again.
   leaveLine(token)
 end
 notePod(token, ARGV[6], since)
-return finish({1 - rejoined, micros})
+return finish({rejoined > 0 and 0 or 1, micros})

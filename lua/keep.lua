@@ -8,8 +8,8 @@
 --                 time
 -- ARGV[6] gone    number of pods that leave
 -- ARGV[7...]      their tokens. Then five for each pod in line: token, arrival (Unix
---                 microseconds), length, "NAME NODE" or the part that is known, and its head
---                 start in microseconds
+--                 microseconds), length or LENGTH*TOKENS, "NAME NODE" or the part that is
+--                 known, and its head start in microseconds
 --
 -- Returns {1, time, created, tokens in use, waiters, served, held, joined, doubt, setting}
 --   served  list of the tokens in line, also of other processes, that may take a free one
@@ -26,7 +26,7 @@ end
 local tokens, texts, most = {}, {}, 0
 for i = first, #ARGV, 5 do
   tokens[#tokens + 1] = ARGV[i]
-  most = math.max(most, tonumber(ARGV[i + 2]))
+  most = math.max(most, (wishOf(ARGV[i + 2])))
 end
 if most > 0 then
   if lineLength == 0 then

@@ -1,5 +1,5 @@
--- release gives a token back, or leaves the line. In the end it calls the waiters that
--- may take a free token. To retry it is safe.
+-- release gives the tokens of a pod back, or leaves the line. In the end it calls the
+-- waiters that may take a free token. To retry it is safe.
 --
 -- KEYS, ARGV[1..4], and what every script returns: see semaphore.lua
 -- ARGV[5] token
@@ -27,6 +27,10 @@ if gaveUp then
 end
 if released == 1 then
   grown = redis.call('RPUSH', KEYS[1], 'free') == 1
+  while released < tokensMost and redis.call('ZREM', KEYS[2], token .. '/' .. released + 1) == 1 do
+    redis.call('RPUSH', KEYS[1], 'free')
+    released = released + 1
+  end
   trim()
   status = 1
 end

@@ -5,14 +5,16 @@
 -- KEYS[2] inflight  Sorted Set, token in use -> its last heartbeat (Unix seconds). A token
 --                   has the name that the webhook gave it, until the first pod that
 --                   confirms it gives it its UID; see heldAs. Until then, its score may
---                   be earlier, so that it is stale sooner
+--                   be earlier, so that it is stale sooner. A pod that needs several has
+--                   TOKEN, TOKEN/2, TOKEN/3 and so on, with one score
 -- KEYS[3] waiters   Sorted Set, token of a waiter -> its place: its arrival (Unix
 --                   microseconds), less its head start
 -- KEYS[4] seen      Sorted Set, token of a waiter -> its last request (Unix seconds, with
 --                   fractions)
--- KEYS[5] names     Hash, token of a waiter -> the length that it asks for, with a sign:
---                   "+" if it received a message at its last request, "-" if it then
---                   missed a call; and TOKEN/pod of each token in use or waited for ->
+-- KEYS[5] names     Hash, token of a waiter -> the length that it asks for, or
+--                   LENGTH*TOKENS if it needs several tokens, with a sign: "+" if it
+--                   received a message at its last request, "-" if it then missed a
+--                   call; and TOKEN/pod of each pod with tokens or in line ->
 --                   "SINCE NAME NODE": when its pod took it (Unix seconds; 0 of a
 --                   waiter), the pod's name, and its node if that is known. Of a waiter
 --                   that waits for a time, "0 NAME NODE SECONDS" or "... SECONDS run".
@@ -20,6 +22,8 @@
 --                   it releases its token; and gaveUp/N -> TOKEN: so there are gaveUpMost
 --                   of these at most
 --                   TOKEN/ahead of a waiter with a head start -> microseconds
+--                   TOKEN/first -> since when a waiter that needs several is the first that
+--                   does not fit (Unix seconds), if there is an overtake
 -- KEYS[6] state     Hash, times in Unix seconds:
 --                     created    when Redis began to know the semaphore; while it was young,
 --                                when it started
@@ -41,6 +45,8 @@
 --                     ends       when the override ends
 --                     note, by   why and by whom it was set, for people
 --                     kept       the keys live until then at least, for the limit
+--                     overtake   seconds for which lighter waiters may pass the first that
+--                                does not fit; with the limit
 --                     lent       the length that a caller outside of the line asked for
 --                     lentAt     when it asked
 --                     lentTo     the arrival of the last waiter that may use it
@@ -99,6 +105,7 @@ local aheadMost = 2 ^ 50 -- microseconds; a client may have written more than a 
 local noteMost = 200 -- bytes of a note; a client may have written a longer one
 local nameMost = 510 -- bytes of the name of a pod, likewise
 local gaveUpMost = 1000 -- waiters that gave up and have not released their tokens
+local tokensMost = 100 -- tokens that one pod needs; a client may have written more
 
 local state = redis.call('HMGET', KEYS[6], 'created', 'touched', 'resumed', 'lost', 'length', 'asked',
   'interval', 'threshold', 'sent', 'limit', 'override', 'ends', 'kept')
@@ -243,8 +250,38 @@ end
 -- leaveLine takes a token out of the line, and forgets its pod.
 local function leaveLine(token)
   redis.call('ZREM', KEYS[4], token)
-  redis.call('HDEL', KEYS[5], token, token .. '/pod', token .. '/ahead')
+  redis.call('HDEL', KEYS[5], token, token .. '/pod', token .. '/ahead', token .. '/first')
   return redis.call('ZREM', KEYS[3], token)
+end
+
+-- wishOf returns the length that a waiter asks for, or nil, and the number of tokens that
+-- it needs. text is what names has about it.
+local function wishOf(text)
+  local length = tonumber(text)
+  if length then
+    return math.abs(length), 1
+  end
+  local asks, needs = string.match(text or '', '^[+-]?(%d+)%*(%d+)$')
+  return tonumber(asks), math.max(1, math.min(tonumber(needs) or 1, tokensMost))
+end
+
+-- use puts the tokens of a pod in flight, or renews them: all or none. It returns how many
+-- were not in flight before.
+local function use(token, needs, score)
+  local members = {score, token}
+  for i = 2, needs do
+    members[2 * i - 1], members[2 * i] = score, token .. '/' .. i
+  end
+  return redis.call('ZADD', KEYS[2], unpack(members))
+end
+
+-- takeFree takes free tokens out of the queue, as far as there are any.
+local function takeFree(n)
+  if n == 1 then
+    redis.call('LPOP', KEYS[1])
+  elseif n > 1 then
+    redis.call('LTRIM', KEYS[1], n, -1)
+  end
 end
 
 -- life returns a time to live of the keys, in seconds: at least as long as something is
@@ -313,7 +350,7 @@ end
 -- openLine makes the functions for a semaphore with a line. Most have none.
 local function openLine()
   local known = redis.call('HMGET', KEYS[6], 'heard', 'paused', 'lent', 'lentAt', 'lentTo', 'reign', 'reigned',
-    'joined')
+    'joined', 'overtake')
   local heard, paused = tonumber(known[1]) or 0, tonumber(known[2]) or 0
   if heard > micros or paused > micros or micros - heard > stall * 1000000 then
     paused = micros
@@ -329,7 +366,7 @@ local function openLine()
   -- lengthOf returns the length that counts for a waiter alone. text is what names has
   -- about it.
   local function lengthOf(text)
-    return set or math.abs(tonumber(text) or greatest)
+    return set or (wishOf(text)) or greatest
   end
 
   -- limitsOf returns the length that counts for each of some consecutive waiters, the
@@ -428,14 +465,32 @@ local function openLine()
     return true
   end
 
-  -- eachServed goes along the line and gives each waiter its free token, up to the
+  -- letsPass reports whether a waiter that needs several tokens, and is the first that does
+  -- not fit, lets lighter ones pass: for a time that the owner set. After that, what comes
+  -- free is kept for it.
+  local overtake = whole(known[9]) or 0
+  local function letsPass(token)
+    if overtake == 0 then
+      return false
+    end
+    local since = tonumber(redis.call('HMGET', KEYS[5], token .. '/first')[1]) or now + 1
+    if since > now then
+      since = now
+      redis.pcall('HSET', KEYS[5], token .. '/first', now) -- a full Redis does without
+    end
+    return now - since < overtake
+  end
+
+  -- eachServed goes along the line and gives each waiter its free tokens, up to the
   -- caller's place. It looks at a hundred waiters at once, and at the next hundred only
-  -- if all of these are passed. visit receives each waiter that gets a token; it returns
-  -- false if the waiter is passed. asking is the caller's token; floor is the length of a
-  -- caller outside of the line, or 0.
+  -- if all of these are passed. visit receives each waiter that gets its tokens; it
+  -- returns false if the waiter is passed. asking is the caller's token; floor is the
+  -- length of a caller outside of the line, or 0. A waiter that needs more tokens than the
+  -- length is passed.
   --
   -- eachServed returns the number of free tokens left, the number that is in use then,
-  -- and the length that counts for the caller: 0 if others come first.
+  -- and the length that counts for the caller: 0 if others come first. kept is true if
+  -- one of them does not fit, and keeps what is free until it does.
   local function eachServed(visit, asking, floor)
     local free, used = redis.call('LLEN', KEYS[1]), redis.call('ZCARD', KEYS[2])
     for from = 0, 400, 100 do
@@ -447,24 +502,34 @@ local function openLine()
         return free, used, floor
       end
       local texts = redis.call('HMGET', KEYS[5], unpack(tokens))
-      local limits, served = nil, 0
+      local limits, served, passes = nil, 0, nil
       for i, token in ipairs(tokens) do
         if free == 0 then
           return free, used, 0
         end
         local mine = token == asking
         if mine or not isPassed(token, texts[i]) then
-          local limit = lengthOf(texts[i])
-          if used >= limit then -- its own length is used up
+          local asks, needs = wishOf(texts[i])
+          local limit = set or asks or greatest
+          if used + needs > limit then -- its own length is used up
             limits = limits or limitsOf(texts, from, floor)
             limit = limits[i]
           end
           if mine then
             return free, used, limit
-          elseif used >= limit then
+          elseif needs == 1 and used >= limit then
             return free, used, 0
+          elseif used + needs > limit or free < needs then
+            if needs <= limit then
+              if passes == nil then
+                passes = letsPass(token)
+              end
+              if not passes then
+                return free, used, 0, true
+              end
+            end
           elseif visit(token, texts[i]) then
-            free, used, served = free - 1, used + 1, served + 1
+            free, used, served = free - needs, used + needs, served + 1
           end
         end
       end
@@ -481,6 +546,7 @@ local function openLine()
     seconds = string.format('%d.%03d', time[1], math.floor(time[2] / 1000)), -- Unix seconds, with milliseconds
     paused = paused, joined = tonumber(known[8]) or 0, lentTo = lentTo, lend = lend, call = call,
     eachServed = eachServed, comesAfterLoan = comesAfterLoan, limitsOf = limitsOf, sameReign = sameReign,
+    letsPass = letsPass,
   }
 end
 if lineLength > 0 then

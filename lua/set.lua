@@ -10,6 +10,8 @@
 --                  least
 -- ARGV[8] note     why, for people
 -- ARGV[9] by       who set it, for people
+-- ARGV[10] overtake  with a limit: seconds for which lighter waiters may pass the first that
+--                  does not fit
 --
 -- Returns {1, time, tokens in use, waiters}  done
 --         {0, time, tokens in use, waiters}  the waiter is not in line
@@ -37,7 +39,7 @@ touch()
 clampFuture(KEYS[2])
 clampFuture(KEYS[4])
 if what == 'limit' then
-  redis.call('HSET', KEYS[6], 'limit', limit, 'kept', kept)
+  redis.call('HSET', KEYS[6], 'limit', limit, 'kept', kept, 'overtake', ARGV[10] or 0)
 elseif what == 'override' and override then
   redis.call('HSET', KEYS[6], 'override', override, 'ends', ends, 'note', ARGV[8], 'by', ARGV[9])
 elseif what == 'override' then

@@ -53,7 +53,7 @@ var programs = []broken{
 	}, {
 		name: "a heartbeat does not put back a lost token",
 		edits: []rig.Edit{{File: "lua/heartbeat.lua",
-			From: "redis.call('ZADD', KEYS[2], now, token)",
+			From: "use(token, tonumber(ARGV[9]) or 1, now)",
 			To:   "redis.call('ZADD', KEYS[2], 'XX', now, token)"}},
 		blow: dataLoss, every: 20 * time.Second,
 		rules: []string{ruleCount, ruleLetIn},

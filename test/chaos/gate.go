@@ -74,6 +74,9 @@ func (p *pod) passGate(rng *rand.Rand) bool {
 	made.Namespace = p.namespace()
 	args := &made.Spec.InitContainers[0].Args
 	*args = slices.Insert(*args, 1, fmt.Sprintf("--head-start-seconds=%.0f", p.life.headStart.Seconds()))
+	if p.life.tokens > 1 {
+		*args = slices.Insert(*args, 1, fmt.Sprintf("--tokens=%d", p.life.tokens))
+	}
 	if p.life.wait > 0 {
 		rig.StopWaiting(made, int(p.life.wait.Seconds()), p.life.whenWaited())
 	}

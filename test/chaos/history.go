@@ -41,6 +41,7 @@ type podLife struct {
 	limit     int  // the greatest length that may have counted when it got its token
 	waits     bool // if no token is free: true: it waits in line; false: the webhook refuses it
 	gated     bool // it waits unscheduled
+	tokens    int  // that it needs
 	headStart time.Duration
 	wait      time.Duration // in line; then it gives up, or runs; zero: for ever
 	runs      bool          // it may then take a token beyond the length
@@ -85,6 +86,9 @@ func (p *podLife) manner() string {
 		text = "waits gated"
 	case p.waits:
 		text = "waits"
+	}
+	if p.tokens > 1 {
+		text += fmt.Sprintf(" for %d tokens", p.tokens)
 	}
 	switch {
 	case p.wait == 0:

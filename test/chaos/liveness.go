@@ -100,14 +100,14 @@ func (c *checker) checkUnused(pods []*podLife) {
 	}
 	var since, death time.Duration
 	for at := time.Duration(0); at < c.end; at += step {
-		used := 0
+		used, heaviest := 0, 1
 		var waiter *podLife
 		for _, p := range pods {
 			if p.asked == notYet || p.asked > at {
 				continue
 			}
 			if in(occupied[p], at) {
-				used++
+				used += tokensOf(p)
 			}
 			if p.died != notYet && p.took.to == 0 && at-step < p.died && p.died <= at {
 				since, death = at, at
@@ -119,8 +119,12 @@ func (c *checker) checkUnused(pods []*podLife) {
 			if waits && (waiter == nil || p.length > waiter.length) {
 				waiter = p
 			}
+			if waits {
+				heaviest = max(heaviest, tokensOf(p))
+			}
 		}
-		if in(disturbed, at) || waiter == nil || used >= c.leastOf(waiter, span{at - step, at}) {
+		// What is free may be kept for one that needs several.
+		if in(disturbed, at) || waiter == nil || used+heaviest > c.leastOf(waiter, span{at - step, at}) {
 			since = at
 			continue
 		}
@@ -160,7 +164,7 @@ func (c *checker) checkRefused(pods []*podLife) {
 			waits := q.waits && asks.overlaps(span{q.asked, c.ended(q) + taken}) &&
 				(q.took.to == 0 || q.took.to >= asks.from)
 			if occupies || waits {
-				used++
+				used += tokensOf(q)
 			}
 		}
 		if used < c.leastOf(p, asks) {

@@ -74,7 +74,7 @@ func (p *pod) readLog(line string) {
 	held := strings.Contains(line, `"msg":"`+rig.HeldText+`"`)
 	switch l := &p.life; {
 	case l.started != notYet && l.took.to != 0: // the line of its token may come after its start
-	case strings.Contains(line, `"msg":"waiting for a token of `):
+	case strings.Contains(line, `"msg":"waiting for `):
 		p.lost, p.holds = true, false
 		if l.inLine == notYet {
 			l.inLine = now
@@ -366,6 +366,9 @@ func (p *pod) review(whenFull string) []byte {
 			rig.AnnotationWhenFull: whenFull, rig.AnnotationExpiration: "2"})
 		if p.life.headStart > 0 {
 			rig.AnnotationsOf(request)[rig.AnnotationHeadStart] = fmt.Sprintf("%.0f", p.life.headStart.Seconds())
+		}
+		if p.life.tokens > 1 {
+			rig.AnnotationsOf(request)[rig.AnnotationTokens] = fmt.Sprint(p.life.tokens)
 		}
 		if p.life.wait > 0 {
 			maps.Copy(rig.AnnotationsOf(request), map[string]any{

@@ -249,21 +249,34 @@ func (c *checker) askedFor(pods []*podLife, p *podLife, s span) int {
 	return limit
 }
 
-// fits reports whether pods with these lengths could all get a token, one after another.
-func fits(lengths []int) bool {
-	slices.Sort(lengths)
-	for i, length := range lengths {
-		if length <= i {
+// fits reports whether pods could all get their tokens, one after another, if for each at
+// most its limit counts.
+func fits(pods []*podLife) bool {
+	used := 0
+	for _, p := range slices.SortedFunc(slices.Values(pods), func(a, b *podLife) int { return cmp.Compare(a.limit, b.limit) }) {
+		if used += max(1, p.tokens); used > p.limit {
 			return false
 		}
 	}
 	return true
 }
 
+// tokensOf returns the number of tokens that pods have, or need.
+func tokensOf(pods ...*podLife) (n int) {
+	for _, p := range pods {
+		n += max(1, p.tokens)
+	}
+	return n
+}
+
 func names(pods []*podLife) string {
 	var all []string
 	for _, p := range pods {
-		all = append(all, fmt.Sprintf("%s (length %d)", p.name, p.length))
+		text := fmt.Sprintf("%s (length %d)", p.name, p.length)
+		if p.tokens > 1 {
+			text = fmt.Sprintf("%s (length %d, %d tokens)", p.name, p.length, p.tokens)
+		}
+		all = append(all, text)
 	}
 	return strings.Join(all, ", ")
 }
@@ -283,14 +296,13 @@ func (c *checker) checkCount(pods []*podLife) {
 		if i+1 < len(moments) {
 			next = moments[i+1]
 		}
-		var lengths, certain []int
-		var sure []*podLife
+		var working, sure []*podLife
 		var because []excuse
 		for _, p := range pods {
 			if !p.works(at) {
 				continue
 			}
-			lengths = append(lengths, p.limit)
+			working = append(working, p)
 			if p.runs {
 				because = append(because, excuse{span{at, at}, p.name, "it may run beyond the length"})
 				continue
@@ -299,18 +311,18 @@ func (c *checker) checkCount(pods []*podLife) {
 				because = append(because, e)
 				continue
 			}
-			certain, sure = append(certain, p.limit), append(sure, p)
+			sure = append(sure, p)
 		}
-		if len(lengths) > 0 {
+		if len(working) > 0 {
 			c.total += next - at
 		}
-		if !fits(lengths) {
+		if !fits(working) {
 			c.over += next - at
 			for _, e := range because {
 				c.named[fmt.Sprintf("%s: %s", e.pod, e.text)] = true
 			}
 		}
-		if !fits(certain) {
+		if !fits(sure) {
 			c.fail(ruleCount, pods[0].semaphore, at,
 				"%d are at work, and neither loss nor silence explains it: %s", len(sure), names(sure))
 			return // later moments give the same result
@@ -339,7 +351,7 @@ func (c *checker) checkLetIn(pods []*podLife) {
 		if p.took.to == 0 || p.runs {
 			continue
 		}
-		if others := c.certain(pods, p.took, p); len(others) >= p.limit {
+		if others := c.certain(pods, p.took, p); tokensOf(others...)+tokensOf(p) > p.limit {
 			c.fail(ruleLetIn, p.semaphore, p.took.to,
 				"%s of length %d, for which at most %d counts, took a token within %s, when %d had one: %s",
 				p.name, p.length, p.limit, p.took, len(others), names(others))
@@ -353,7 +365,7 @@ func (c *checker) checkLifted(pods []*podLife) {
 		if p.lifted.to == 0 || p.runs {
 			continue
 		}
-		if others := c.certain(pods, p.lifted, p); len(others) >= c.limitOf(pods, p, p.lifted) {
+		if others := c.certain(pods, p.lifted, p); tokensOf(others...)+tokensOf(p) > c.limitOf(pods, p, p.lifted) {
 			c.fail(ruleLifted, p.semaphore, p.lifted.to,
 				"the gate of %s of length %d was lifted for a token taken within %s, when %d had one: %s",
 				p.name, p.length, p.lifted, len(others), names(others))
@@ -373,12 +385,15 @@ func (c *checker) checkOrder(pods []*podLife) {
 				p.took.to != 0 && p.took.from <= q.took.to {
 				continue
 			}
+			if tokensOf(p) > 1 && tokensOf(p) > c.leastOf(p, q.took) { // it needs more than the length
+				continue
+			}
 			if c.leaves(p) <= q.took.to || c.displaced(p, q.took.to) || c.mayPass(q, p) ||
 				q.waits && c.reordered(p, q.took.to) {
 				continue
 			}
 			others := c.certain(pods, q.took, p, q)
-			if len(others)+2 > c.limitOf(pods, p, q.took) {
+			if tokensOf(others...)+tokensOf(p, q) > c.limitOf(pods, p, q.took) {
 				c.fail(ruleOrder, q.semaphore, q.took.to, "%s, which asked at %.2f s, took the last token "+
 					"within %s, and %s was in line since %.2f s; %d had one: %s",
 					q.name, q.asked.Seconds(), q.took, p.name, p.inLine.Seconds(), len(others), names(others))

@@ -273,6 +273,9 @@ func (w *world) populate(seed uint64, many int) {
 				if waits && rng.IntN(3) == 0 {
 					p.life.wait, p.life.runs = time.Duration(2+rng.IntN(8))*time.Second, rng.IntN(2) == 0
 				}
+				if longest := p.life.length; waits && longest > 1 && rng.IntN(4) == 0 {
+					p.life.tokens = 2 + rng.IntN(longest-1)
+				}
 				w.mu.Lock()
 				w.pods = append(w.pods, p)
 				w.mu.Unlock()

@@ -173,7 +173,7 @@ func (s *deployedServers) wantIsolated(t *testing.T, password string) {
 		{"heartbeat", "heartbeat", []any{uuid.NewString(), "", 0}},
 		{"release", "release", []any{token}},
 		{"maintain", "maintain", []any{2, "1"}},
-		{"hold", "hold", []any{token}},
+		{"hold", "hold", []any{token, 1}},
 		{"keep", "keep", []any{0, 0, uuid.NewString(), 1, 2, ""}},
 	} {
 		_, err := rig.RunScript(ofTokens, rig.Script(script.name), id, deadline, rig.DefaultTiming, script.args...)

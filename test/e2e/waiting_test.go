@@ -127,6 +127,35 @@ func TestHeadStart(t *testing.T) {
 	n.wantWaiters("urgent", ordinary)
 }
 
+// A pod that needs several tokens gets all at one time, and gives all back. Behind it, no
+// pod takes what it waits for.
+func TestSeveralTokens(t *testing.T) {
+	t.Parallel()
+	n := newNamespace(t)
+	create := func(name, tokens string) {
+		o := waiting(pod(name, "heavy", 3))
+		o["metadata"].(object)["annotations"].(object)[annotationPrefix+"tokens"] = tokens
+		n.create(o)
+	}
+	create("one", "1")
+	n.wantRunning("one")
+	create("two", "1")
+	n.wantRunning("two")
+	create("heavy", "3")
+	heavy := n.wantWaiting("heavy")
+	create("light", "1")
+	light := n.wantWaiting("light")
+	n.wantWaiters("heavy", heavy, light)
+	n.wantSidecarLog("heavy", fmt.Sprintf("waiting for 3 tokens of %s/heavy: 2 of 3 in use, 1st in line", n.name))
+	n.delete("one")
+	n.delete("two")
+	n.wantRunning("heavy")
+	wantStatus(t, n.name+"/heavy", n.name+`/heavy: 3 of 3 tokens in use by 1 pod .*`, `heavy .* 3 .*`, `1st +light .*`)
+	n.delete("heavy")
+	n.wantRunning("light")
+	n.wantHolders("heavy", light)
+}
+
 // A pod in deny mode is refused while others wait.
 func TestWaitersGoFirst(t *testing.T) {
 	t.Parallel()

@@ -15,6 +15,7 @@ type actor struct {
 	takenAs   string // the name under which the webhook took the token, unless Redis has denied that
 	name      string // of the pod
 	length    int
+	tokens    int // that it needs, all or none
 	settings  settings
 	isWaiter  bool  // it joins the line; else it is an admission
 	waiting   bool  // it believes that it is in line
@@ -99,6 +100,21 @@ func (p *actor) nextAhead() int {
 	return p.ahead
 }
 
+// wish returns what p asks for, as the scripts take it.
+func (p *actor) wish() string {
+	if p.tokens > 1 {
+		return fmt.Sprintf("%d*%d", p.length, p.tokens)
+	}
+	return strconv.Itoa(p.length)
+}
+
+// drawTokens draws how many tokens p, which waits, needs: sometimes more than there are.
+func (w *world) drawTokens(p *actor) {
+	if rapid.IntRange(0, 3).Draw(w.t, "several tokens") == 3 {
+		p.tokens = rapid.IntRange(2, 4).Draw(w.t, "its tokens")
+	}
+}
+
 // drawLength draws the length that a pod asks for.
 func (w *world) drawLength() int {
 	if rapid.IntRange(0, 2).Draw(w.t, "another length") == 2 {
@@ -115,7 +131,7 @@ func (w *world) drawSettings() settings {
 // newPod adds a pod that has not asked yet.
 func (w *world) newPod() *actor {
 	name := "p" + strconv.Itoa(len(w.order)+1)
-	p := &actor{token: name, name: name, length: w.drawLength(), settings: w.drawSettings()}
+	p := &actor{token: name, name: name, length: w.drawLength(), tokens: 1, settings: w.drawSettings()}
 	if rapid.IntRange(0, 3).Draw(w.t, "a head start") == 3 {
 		p.headStart = rapid.SampledFrom([]int{1, 10, 600}).Draw(w.t, "seconds of head start")
 	}

@@ -15,7 +15,7 @@ func (w *world) playHold() {
 	var tokens []any
 	var want []string
 	for _, p := range w.order {
-		tokens = append(tokens, p.token)
+		tokens = append(tokens, p.token, p.tokens)
 	}
 	w.arrive(w.settings[0])
 	_, rest, d := w.command(w.scripts.hold, tokens...)
@@ -42,7 +42,7 @@ func (w *world) playHold() {
 	}
 	w.check(d, false)
 	w.last = d
-	w.logf("all tokens are held: %d in flight", len(d.inflight))
+	w.logf("all tokens are held: %d in flight", d.used)
 }
 
 // playKeep refreshes the places of all pods in line, and of all that have got a token
@@ -69,6 +69,7 @@ func (w *world) playKeep() {
 		p := w.newPod()
 		p.isWaiter, p.kept, p.waiting, p.pace, p.due = true, true, true, pollMost, w.now+pollMost
 		w.drawWait(p)
+		w.drawTokens(p)
 		age := rapid.SampledFrom([]int{0, 10, 1000}).Draw(w.t, "seconds old")
 		p.arrival = (int(w.second)-age)*1e6 + len(w.order)
 		p.ahead = p.headStart * 1e6
@@ -86,7 +87,7 @@ func (w *world) keep(gone, stay []*actor, places map[string]int) {
 	}
 	for _, p := range stay {
 		ahead := p.headStart * 1e6
-		args = append(args, p.token, places[p.token]+ahead, p.length, p.waitingPod(), ahead)
+		args = append(args, p.token, places[p.token]+ahead, p.wish(), p.waitingPod(), ahead)
 	}
 	k := w.expected
 	if len(stay) > 0 {
@@ -129,7 +130,7 @@ func (w *world) keep(gone, stay []*actor, places map[string]int) {
 		w.fail("keep changed the holders of tokens")
 	}
 	w.last = d
-	w.logf("places were kept: %d in flight, %d free, line %v", len(d.inflight), d.free, k.inLine())
+	w.logf("places were kept: %d in flight, %d free, line %v", d.used, d.free, k.inLine())
 }
 
 // checkKept compares the reply of keep with the state.
@@ -139,10 +140,10 @@ func (w *world) checkKept(rest []any, d dump, wantHeld []string) {
 	var joined, set []any
 	_, err := redis.Scan(rest, &created, &inUse, &waiters, &served, &held, &joined, &doubt, &set)
 	rig.Must(w.test, err)
-	if inUse != len(d.inflight) || waiters != len(d.waiters) || !slices.Equal(held, wantHeld) ||
+	if inUse != d.used || waiters != len(d.waiters) || !slices.Equal(held, wantHeld) ||
 		created != d.state["created"] {
 		w.fail("keep answered created %d, %d in use, %d waiters, held %v; want %d, %d, %d, %v",
-			created, inUse, waiters, held, d.state["created"], len(d.inflight), len(d.waiters), wantHeld)
+			created, inUse, waiters, held, d.state["created"], d.used, len(d.waiters), wantHeld)
 	}
 	unsettled := int(w.second)-max(d.state["resumed"], d.state["lost"]) <= w.quiet
 	if want := w.setting(); !slices.Equal(numbers(set), want) {

@@ -35,7 +35,8 @@ func (w *world) playSet() {
 	default:
 		k.override = override{n, int(w.second) + seconds}
 	}
-	_, _, d := w.command(w.scripts.set, what, length, seconds, "a note", "somebody")
+	overtake := rapid.SampledFrom([]int{0, 10, 600}).Draw(w.t, "overtake")
+	_, _, d := w.command(w.scripts.set, what, length, seconds, "a note", "somebody", overtake)
 	if what == "override" && n >= 0 { // a new second may have begun
 		k.override = override{n, int(w.second) + seconds}
 	}
@@ -43,12 +44,12 @@ func (w *world) playSet() {
 	w.checkRoom(d)
 	w.checkCalled(d)
 	set, ok := k.set(int(w.second))
-	if total := d.free + len(d.inflight); ok && len(k.line) > 0 && w.settled() && total < min(set, portion) {
+	if total := d.free + d.used; ok && len(k.line) > 0 && w.settled() && total < min(set, portion) {
 		w.fail("%d were set, and %d tokens are there for the line", set, total)
 	}
 	w.last = d
 	w.logf("%s is set to %q for %d s: %d in flight, %d free, line %v", what, length, seconds,
-		len(d.inflight), d.free, k.inLine())
+		d.used, d.free, k.inLine())
 }
 
 // playFirst moves a waiter to the front of the line.
@@ -69,7 +70,7 @@ func (w *world) playFirst() {
 	w.checkRoom(d)
 	w.checkCalled(d)
 	w.last = d
-	w.logf("%s is to be first: %d in flight, %d free, line %v", p.token, len(d.inflight), d.free, k.inLine())
+	w.logf("%s is to be first: %d in flight, %d free, line %v", p.token, d.used, d.free, k.inLine())
 }
 
 // setting returns what the scripts must say of what is set.

@@ -45,6 +45,9 @@ for base = 0, 6, 6 do
   end
   local names = redis.call('HGETALL', KEYS[base + 5])
   for i = 1, #names, 2 do
+    if string.find(names[i], '/first$') then
+      redis.call('HINCRBY', KEYS[base + 5], names[i], by)
+    end
     local since, pod = string.match(names[i + 1], '^(%d+) (.*)$')
     if since and since ~= '0' then
       redis.call('HSET', KEYS[base + 5], names[i], string.format('%.0f %s', since + by, pod))
@@ -84,10 +87,13 @@ return {
 // dump is everything that the keys of a semaphore hold.
 type dump struct {
 	free     int
+	used     int            // tokens in flight
+	parts    map[string]int // token -> how many its pod has
 	inflight map[string]int
 	waiters  map[string]int
 	seen     map[string]int // microseconds
-	lengths  map[string]int
+	wishes   map[string]string
+	firsts   map[string]int    // token of a waiter -> since when it is the first that does not fit
 	hears    map[string]bool   // waiters that received a message at their last request
 	passed   map[string]bool   // waiters that missed a call since then
 	aheads   map[string]int    // token of a waiter -> microseconds that it stands ahead
@@ -106,7 +112,8 @@ func (d dump) equal(other dump) bool {
 func (d dump) equalButExpiry(other dump) bool {
 	return d.free == other.free && maps.Equal(d.inflight, other.inflight) &&
 		maps.Equal(d.waiters, other.waiters) && maps.Equal(d.seen, other.seen) &&
-		maps.Equal(d.lengths, other.lengths) && maps.Equal(d.aheads, other.aheads) && maps.Equal(d.since, other.since) &&
+		maps.Equal(d.parts, other.parts) && maps.Equal(d.wishes, other.wishes) && maps.Equal(d.firsts, other.firsts) &&
+		maps.Equal(d.aheads, other.aheads) && maps.Equal(d.since, other.since) &&
 		maps.Equal(d.hears, other.hears) && maps.Equal(d.passed, other.passed) &&
 		maps.Equal(d.pods, other.pods) && maps.Equal(d.gaveUp, other.gaveUp) && maps.Equal(d.state, other.state) && d.limit == other.limit
 }
@@ -308,6 +315,16 @@ func (s *store) dump() (d dump) {
 		*m, err = redis.IntMap(values[i], nil)
 		rig.Must(s.test, err)
 	}
+	d.used, d.parts = len(d.inflight), map[string]int{}
+	for name, at := range d.inflight {
+		token, _, isMore := strings.Cut(name, "/")
+		if d.parts[token]++; isMore {
+			delete(d.inflight, name)
+		}
+		if first, ok := d.inflight[token]; ok && first != at {
+			d.parts[token] = -1 // no pod has tokens of two ages
+		}
+	}
 	state, err := redis.StringMap(values[5], nil)
 	rig.Must(s.test, err)
 	d.state, d.limit = map[string]int{}, state["limit"]
@@ -325,12 +342,14 @@ func (s *store) dump() (d dump) {
 	}
 	names, err := redis.StringMap(values[4], nil)
 	rig.Must(s.test, err)
-	d.lengths, d.aheads, d.since, d.pods = map[string]int{}, map[string]int{}, map[string]int{}, map[string]string{}
-	d.gaveUp = map[string]string{}
+	d.wishes, d.aheads, d.since, d.pods = map[string]string{}, map[string]int{}, map[string]int{}, map[string]string{}
+	d.gaveUp, d.firsts = map[string]string{}, map[string]int{}
 	for field, text := range names {
 		var err error
 		if token, ok := strings.CutSuffix(field, "/ahead"); ok {
 			d.aheads[token], err = strconv.Atoi(text)
+		} else if token, ok := strings.CutSuffix(field, "/first"); ok {
+			d.firsts[token], err = strconv.Atoi(text)
 		} else if token, ok := strings.CutSuffix(field, "/pod"); ok {
 			since, pod, _ := strings.Cut(text, " ")
 			d.pods[token] = pod
@@ -338,7 +357,7 @@ func (s *store) dump() (d dump) {
 		} else if strings.HasSuffix(field, "/gaveUp") || strings.HasPrefix(field, "gaveUp/") {
 			d.gaveUp[field] = text
 		} else {
-			d.lengths[field], _ = strconv.Atoi(strings.TrimLeft(text, "+-")) // 0 if a broken script wrote it
+			d.wishes[field] = strings.TrimLeft(text, "+-")
 			if strings.HasPrefix(text, "+") {
 				d.hears[field] = true
 			} else if strings.HasPrefix(text, "-") {

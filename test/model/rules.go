@@ -104,20 +104,21 @@ func (w *world) checkGuard(p *actor, limit int) {
 	if g == nil || w.now > g.until {
 		return
 	}
-	used := 0
+	used, before := 0, 0
 	for holder := range g.holders {
+		before += holder.tokens
 		if _, back := w.expected.holders[holder.token]; back || holder.alive() && holder.holding {
-			used++
+			used += holder.tokens
 		}
 	}
 	for other := range g.taken {
 		if _, holds := w.expected.holders[other.token]; holds {
-			used++
+			used += other.tokens
 		}
 	}
-	if used >= max(limit, len(g.holders)) {
+	if used+p.tokens > max(limit, before) {
 		w.fail("%s was admitted by a server that is %d s old, and %d of %d may be back", p.token,
-			int(w.second)-w.started, used, len(g.holders))
+			int(w.second)-w.started, used, before)
 	}
 	g.taken[p] = true
 }
@@ -335,40 +336,90 @@ func (w *world) checkMissed(d dump) {
 	}
 }
 
+// used returns the number of tokens in use.
+func (w *world) used() (n int) {
+	for token := range w.expected.holders {
+		n += w.pods[token].tokens
+	}
+	return n
+}
+
+// letsPass reports whether lighter waiters may pass one that is the first that does not fit.
+func (w *world) letsPass(token string) bool {
+	overtake, since := w.last.state["overtake"], w.last.firsts[token]
+	now := w.micros() / 1e6
+	return overtake > 0 && (since == 0 || since > now || now-since < overtake)
+}
+
+// serve gives each waiter of a line its tokens, in order, while they fit. It leaves out
+// those that skip names, and those that need more than the length that counts for them. One
+// that fits and misses its call gets nothing. serve returns the waiters that are served,
+// and their tokens; fits is false if one does not fit, and keeps what is free from those
+// behind it.
+func (w *world) serve(line []string, limits map[string]int, used, free int,
+	skip, misses func(token string) bool) (served []string, tokens int, fits bool) {
+	var passes, isFirst = false, true
+	for _, token := range line {
+		needs := w.pods[token].tokens
+		switch limit := limits[token]; {
+		case skip(token) || needs > limit:
+		case needs <= free-tokens && used+tokens+needs <= limit:
+			if !misses(token) {
+				served, tokens = append(served, token), tokens+needs
+			}
+		default:
+			if isFirst {
+				passes, isFirst = needs > 1 && w.letsPass(token), false
+			}
+			if !passes {
+				return served, tokens, false
+			}
+		}
+	}
+	return served, tokens, true
+}
+
+func none(string) bool { return false }
+
 // mustGet reports whether p's request had to get a token at once, or after one repair. It
 // follows the request, before the rest of what Redis knows is brought up to date.
 func (w *world) mustGet(p *actor, arrival string) bool {
-	used, free := len(w.expected.holders), w.last.free
+	used, free := w.used(), w.last.free
 	ahead, limit := w.ahead(p, arrival), w.lengthFor(p.length)
+	line := w.expected.inLine()
+	limits := w.limits(line, limit)
 	if arrival != "" {
-		line := w.expected.inLine()
 		if !slices.Contains(line, p.token) {
 			line = slices.Insert(line, len(ahead), p.token)
 		}
+		limits = w.limits(line, 0) // the request may have dropped some: they let no more pass
 		// The request may have dropped waiters: their lengths count no more.
 		line = slices.DeleteFunc(line, func(token string) bool { return token != p.token && w.mayBeGone(token) })
 		limit = w.limits(line, 0)[p.token]
 	}
-	first := 0
-	for _, token := range ahead {
-		if !w.gone(token) && !w.isPassed(token, w.last) && !(free > 0 && used < limit && w.mustMiss(token, w.last)) {
-			first++
-		}
+	serve := func(used, free int) (first int, fits bool) {
+		_, first, fits = w.serve(ahead, limits, used, free,
+			func(token string) bool { return w.gone(token) || w.isPassed(token, w.last) },
+			func(token string) bool { return w.mustMiss(token, w.last) })
+		return first, fits
 	}
-	if free > first && used+first < limit {
+	if first, fits := serve(used, free); fits && free >= first+p.tokens && used+first+p.tokens <= limit {
 		return true
 	}
+	const enough = 1 << 30 // a repair makes what is missing
 	newcomer := arrival == "" || arrival == joinLine
-	if (free == 0 && first == 0 && newcomer || arrival == "") && used+first < min(limit, portion) &&
+	if first, fits := serve(used, enough); fits && (free < p.tokens && first == 0 && newcomer || arrival == "") &&
+		used+first+p.tokens <= min(limit, portion) &&
 		w.now-w.expected.lossReported > w.quiet {
 		return true // a newcomer cannot know that holders may come back
 	}
 	for token := range w.expected.holders {
 		if w.stale(token) {
-			used--
+			used -= w.pods[token].tokens
 		}
 	}
-	return w.settled() && used < limit && first == 0
+	first, fits := serve(used, enough)
+	return w.settled() && fits && used+p.tokens <= limit && first == 0
 }
 
 // isOver reports whether p's time in line is over, by Redis's clock. It follows the request,
@@ -409,33 +460,38 @@ func (w *world) runsBeyond(p *actor, arrival string) bool {
 
 // checkTake checks that p may have the token that it has just taken.
 func (w *world) checkTake(p *actor, arrival string, d dump) {
-	used, limit := len(w.expected.holders), w.lengthFor(p.length)
+	used, limit := w.used(), w.lengthFor(p.length)
 	ahead := w.ahead(p, arrival)
+	limits := w.limits(w.expected.inLine(), limit)
 	if arrival != "" {
 		line := w.expected.inLine()
 		if !slices.Contains(line, p.token) {
 			line = slices.Insert(line, len(ahead), p.token)
 		}
-		limit = w.limits(line, 0)[p.token]
+		limits = w.limits(line, 0)
+		limit = limits[p.token]
 	}
 	if w.runsBeyond(p, arrival) {
 		return
 	}
-	if used >= limit {
-		w.fail("%s was admitted with %d in flight, and the length that counts for it is %d", p.token, used, limit)
+	if used+p.tokens > limit {
+		w.fail("%s was admitted with %d in flight, needs %d, and the length that counts for it is %d",
+			p.token, used, p.tokens, limit)
 	}
-	if w.last.free == 0 {
-		w.fail("%s took a token, and none was free", p.token)
+	if w.last.free < p.tokens {
+		w.fail("%s took %d tokens, and %d were free", p.token, p.tokens, w.last.free)
 	}
 	w.checkGuard(p, limit)
-	first := 0
-	for _, token := range ahead {
-		if w.keepsPlace(token) && !w.isPassed(token, d) {
-			first++
-		}
+	mayPass := func(skip func(token string) bool) bool {
+		_, first, fits := w.serve(ahead, limits, used, w.last.free, skip, none)
+		return fits && w.last.free >= first+p.tokens && used+first+p.tokens <= limit
 	}
-	if w.last.free <= first || used+first >= limit {
-		w.fail("%s overtook %d live waiters", p.token, first)
+	isPassed := func(token string) bool { return w.isPassed(token, d) }
+	// With an overtake, it may pass one that does not fit, as Redis keeps a token for a
+	// waiter that is dead.
+	if !mayPass(func(token string) bool { return !w.keepsPlace(token) || isPassed(token) }) &&
+		!(w.last.state["overtake"] > 0 && mayPass(isPassed)) {
+		w.fail("%s overtook live waiters", p.token)
 	}
 }
 
@@ -462,12 +518,8 @@ func (w *world) checkDropped(token string) {
 // served returns the waiters for whom a token is free.
 func (w *world) served(d dump) (tokens []string) {
 	line := w.expected.inLine()
-	limits := w.limits(line, 0)
-	for _, token := range line {
-		if len(tokens) < d.free && len(d.inflight)+len(tokens) < limits[token] && !w.isPassed(token, d) {
-			tokens = append(tokens, token)
-		}
-	}
+	tokens, _, _ = w.serve(line, w.limits(line, 0), d.used, d.free,
+		func(token string) bool { return w.isPassed(token, d) }, none)
 	return tokens
 }
 
@@ -492,8 +544,8 @@ func (w *world) checkRoom(d dump) {
 	if ok {
 		greatest = set
 	}
-	if (ok || greatest > 0) && d.free > max(0, greatest-len(d.inflight)) {
-		w.fail("%d free and %d in flight, and callers asked for at most %d", d.free, len(d.inflight), greatest)
+	if (ok || greatest > 0) && d.free > max(0, greatest-d.used) {
+		w.fail("%d free and %d in flight, and callers asked for at most %d", d.free, d.used, greatest)
 	}
 }
 
@@ -503,11 +555,11 @@ func (w *world) checkReclaims(p *actor) {
 	dead := 0
 	for token := range w.expected.holders {
 		if w.stale(token) {
-			dead++
+			dead += w.pods[token].tokens
 		}
 	}
-	if dead > 0 && len(w.expected.holders)-dead < w.lengthFor(p.length) {
-		w.fail("%s asked, and %d dead holders were not reclaimed", p.token, dead)
+	if dead > 0 && w.used()-dead+p.tokens <= w.lengthFor(p.length) {
+		w.fail("%s asked, and %d tokens of dead holders were not reclaimed", p.token, dead)
 	}
 }
 
@@ -524,6 +576,11 @@ func (w *world) check(d dump, reclaims bool) {
 		}
 		w.checkReclaimed(token)
 		delete(w.expected.holders, token)
+	}
+	for token, n := range d.parts {
+		if n != w.pods[token].tokens {
+			w.fail("%d tokens of %s are in flight, or not of one age, and it has %d", n, token, w.pods[token].tokens)
+		}
 	}
 	for _, token := range slices.Sorted(maps.Keys(d.inflight)) {
 		if _, ok := w.expected.holders[token]; !ok {
@@ -544,8 +601,8 @@ func (w *world) check(d dump, reclaims bool) {
 	}
 	for _, token := range w.expected.inLine() {
 		_, seen := d.seen[token]
-		if !seen || d.lengths[token] != w.pods[token].length {
-			w.fail("%s is in line, and Redis does not know its last request or its length", token)
+		if !seen || d.wishes[token] != w.pods[token].wish() {
+			w.fail("%s is in line, and Redis does not know its last request or what it asks for", token)
 		}
 	}
 	for token := range d.aheads {
@@ -553,7 +610,15 @@ func (w *world) check(d dump, reclaims bool) {
 			w.fail("Redis knows how far %s stands ahead, and it is not in line", token)
 		}
 	}
-	if len(d.seen) != len(d.waiters) || len(d.lengths) != len(d.waiters) {
+	for token, since := range d.firsts {
+		before, known := w.last.firsts[token]
+		again := w.micros()-w.last.seen[token] > linePatience*1e6 // it left the line, and came back
+		if _, ok := d.waiters[token]; !ok || w.pods[token].tokens == 1 ||
+			known && !again && since > before && before <= int(w.second) {
+			w.fail("Redis knows that %s is the first that does not fit since %d, before since %d", token, since, before)
+		}
+	}
+	if len(d.seen) != len(d.waiters) || len(d.wishes) != len(d.waiters) {
 		w.fail("Redis knows more waiters than are in line")
 	}
 	for token, since := range d.since {

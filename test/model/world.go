@@ -211,12 +211,12 @@ func (w *world) lend(length int) {
 func (w *world) ask(p *actor, arrival string) (a rig.Acquired, must bool) {
 	w.note(p.length)
 	held := w.confirm(p)
-	used, free := len(w.expected.holders), w.last.free
+	used, free := w.used(), w.last.free
 	gaveUp := w.expected.gaveUp[p.token] && p.wait > 0 && !held
 	if k := w.expected; p.limit.isSet && !k.limit.known {
 		k.limit = p.limit
 	}
-	args := []any{p.length, p.token, arrival, p.pod(), p.takenAs, p.stalesAfter(), p.limit.text(), p.nextAhead()}
+	args := []any{p.wish(), p.token, arrival, p.pod(), p.takenAs, p.stalesAfter(), p.limit.text(), p.nextAhead()}
 	status, rest, d := w.command(w.scripts.acquire, append(args, p.ending()...)...)
 	must = !gaveUp && w.mustGet(p, arrival)
 	a, err := rig.ReadAcquired(rig.Reply{Status: status, Rest: rest})
@@ -229,11 +229,9 @@ func (w *world) ask(p *actor, arrival string) (a rig.Acquired, must bool) {
 	case a.Status == rig.AcquireTaken:
 		if !held {
 			w.checkTake(p, arrival, d)
-			if _, ok := k.line[p.token]; !ok && arrival == joinLine {
-				w.noteHeadStart(p, arrival, w.nextPlace(p))
-			}
-			if d.free != w.last.free-1 && !(w.last.free == 0 && w.runsBeyond(p, arrival)) {
-				w.fail("%s took a token, and then %d of %d are free", p.token, d.free, w.last.free)
+			w.noteComing(p, arrival)
+			if d.free != w.last.free-p.tokens && !(d.free == 0 && w.runsBeyond(p, arrival)) {
+				w.fail("%s took its tokens, and then %d of %d are free", p.token, d.free, w.last.free)
 			}
 		} else if d.free != w.last.free {
 			w.fail("%s took a token twice", p.token)
@@ -247,6 +245,7 @@ func (w *world) ask(p *actor, arrival string) (a rig.Acquired, must bool) {
 		w.fail("holder %s asked and was answered %d", p.token, a.Status)
 	case a.Status == rig.AcquireGaveUp:
 		if _, ok := k.line[p.token]; !ok && !gaveUp { // it came back
+			w.noteComing(p, arrival)
 			w.noteReign()
 		}
 		k.leave(p.token)
@@ -269,7 +268,7 @@ func (w *world) ask(p *actor, arrival string) (a rig.Acquired, must bool) {
 	}
 	w.check(d, false)
 	w.checkSetting(p, a)
-	if arrival == "" && !held && !gaveUp && free > 0 && used < w.lengthFor(p.length) {
+	if arrival == "" && !held && !gaveUp && free >= p.tokens && used+p.tokens <= w.lengthFor(p.length) {
 		w.lend(p.length)
 	}
 	if a.Status == rig.AcquireTaken || a.Status == rig.AcquireGaveUp {
@@ -304,6 +303,17 @@ func (w *world) join(p *actor, arrival string, d dump) {
 	}
 	w.noteHeadStart(p, arrival, at)
 	k.line[p.token] = at
+}
+
+// noteComing notes that p joins the line, or comes back, and leaves it by the same command.
+func (w *world) noteComing(p *actor, arrival string) {
+	switch _, ok := w.expected.line[p.token]; {
+	case ok || arrival == "":
+	case arrival == joinLine:
+		w.noteHeadStart(p, arrival, w.nextPlace(p))
+	default:
+		w.noteHeadStart(p, arrival, p.place())
+	}
 }
 
 // noteHeadStart notes that p joins the line at a place.
@@ -364,10 +374,10 @@ func (w *world) try(p *actor) rig.Acquired {
 	if a.Status != rig.AcquireTaken && !(gaveUp && a.Status == rig.AcquireGaveUp) {
 		w.checkReclaims(p)
 	}
-	w.logf("%s of length %d asks with arrival %s: %s; %d in flight, %d free, line %v", p.token, p.length,
+	w.logf("%s of length %s asks with arrival %s: %s; %d in flight, %d free, line %v", p.token, p.wish(),
 		map[bool]string{true: "that it was answered", false: strconv.Quote(arrival)}[len(arrival) > 1],
 		map[int]string{rig.AcquireTaken: "taken", rig.AcquireFull: "full", rig.AcquireGaveUp: "gave up"}[a.Status],
-		len(w.last.inflight), w.last.free, w.expected.inLine())
+		w.last.used, w.last.free, w.expected.inLine())
 	return a
 }
 
@@ -383,7 +393,7 @@ func (w *world) maintain(length int, newcomer bool, by settings) {
 	w.check(d, true)
 	w.checkRoom(d)
 	w.checkCalled(d)
-	total, before := d.free+len(d.inflight), w.last.free+len(w.last.inflight)
+	total, before := d.free+d.used, w.last.free+w.last.used
 	if w.settled() && total < min(w.lengthFor(length), portion) {
 		w.fail("a repair left %d tokens of %d", total, length)
 	}
@@ -391,7 +401,7 @@ func (w *world) maintain(length int, newcomer bool, by settings) {
 		w.fail("a repair replaced tokens, and their holders may come back")
 	}
 	w.last = d
-	w.logf("repaired: %d in flight, %d free", len(d.inflight), d.free)
+	w.logf("repaired: %d in flight, %d free", d.used, d.free)
 }
 
 // beat sends a heartbeat of p.
@@ -400,7 +410,7 @@ func (w *world) beat(p *actor) {
 	k := w.expected
 	held := w.confirm(p)
 	seconds := w.now - p.since
-	status, _, d := w.command(w.scripts.heartbeat, p.token, p.pod(), seconds, p.takenAs)
+	status, _, d := w.command(w.scripts.heartbeat, p.token, p.pod(), seconds, p.takenAs, p.tokens)
 	if !held && int(w.second)-seconds < k.born { // p is older than the data in Redis
 		w.noteLoss()
 	}
@@ -409,7 +419,7 @@ func (w *world) beat(p *actor) {
 	}
 	free := w.last.free
 	if !held {
-		free = max(0, free-1) // a running pod counts
+		free = max(0, free-p.tokens) // a running pod counts
 		p.takenAs = ""
 	}
 	if d.free != free {
@@ -422,7 +432,7 @@ func (w *world) beat(p *actor) {
 	k.leave(p.token)
 	w.check(d, false)
 	w.last = d
-	w.logf("%s beats: %d in flight, %d free", p.token, len(d.inflight), d.free)
+	w.logf("%s beats: %d in flight, %d free", p.token, d.used, d.free)
 }
 
 // giveBack releases p's token or its place in line.
@@ -440,7 +450,7 @@ func (w *world) giveBack(p *actor) {
 			last = k.greatest[n-1].length
 		}
 		last = w.lengthFor(last)
-		free = min(free+1, max(0, last-len(k.holders)+1))
+		free = min(free+p.tokens, max(0, last-w.used()+p.tokens))
 	} else if _, ok := k.line[p.token]; ok {
 		want = rig.ReleaseLeft
 	} else if k.gaveUp[p.token] {
@@ -453,7 +463,7 @@ func (w *world) giveBack(p *actor) {
 	if status != want {
 		w.fail("a release of %s was answered %d, not %d", p.token, status, want)
 	}
-	if d.free < free || d.free > w.last.free+1 || want != rig.ReleaseDone && d.free != free {
+	if d.free < free || d.free > w.last.free+p.tokens || want != rig.ReleaseDone && d.free != free {
 		w.fail("a release of %s made %d free tokens %d", p.token, w.last.free, d.free)
 	}
 	w.check(d, false)
@@ -462,7 +472,7 @@ func (w *world) giveBack(p *actor) {
 	}
 	w.checkCalled(d)
 	w.last = d
-	w.logf("%s released: %d in flight, %d free, line %v", p.token, len(d.inflight), d.free, k.inLine())
+	w.logf("%s released: %d in flight, %d free, line %v", p.token, d.used, d.free, k.inLine())
 }
 
 func newWorld(t *rapid.T, s store, broken func(rule string)) *world {

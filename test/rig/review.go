@@ -22,6 +22,7 @@ const (
 	AnnotationLength     = AnnotationPrefix + "length"
 	AnnotationExpiration = AnnotationPrefix + "expiration"
 	AnnotationWhenFull   = AnnotationPrefix + "when-full"
+	AnnotationTokens     = AnnotationPrefix + "tokens"
 	AnnotationHeadStart  = AnnotationPrefix + "head-start"
 	AnnotationWait       = AnnotationPrefix + "wait-seconds"
 	AnnotationWhenWaited = AnnotationPrefix + "when-waited"

@@ -20,7 +20,7 @@ func TestScripts(t *testing.T) {
 	a, err := r.TryAcquire(id, DefaultTiming, 2, waiter, "0", "web-2 ")
 	Must(t, err)
 	if a.Status != AcquireFull || a.InUse != 2 || a.Waiters != 1 || a.Position != 1 || a.Arrival == "" ||
-		len(a.Holders) != 6 {
+		len(a.Holders) != 8 {
 		t.Errorf("a waiter was answered %+v", a)
 	}
 	r.WantLine(t, id, waiter)
