@@ -255,7 +255,7 @@ func waitsFor(id semaphoreID, tokens, length int) string {
 	switch {
 	case tokens <= 1:
 		return fmt.Sprintf("waiting for a token of %s", id)
-	case tokens > length:
+	case tokens > length && length > 0:
 		return fmt.Sprintf("waiting for %d tokens of %s, more than the length %d, so that others pass", tokens, id, length)
 	}
 	return fmt.Sprintf("waiting for %d tokens of %s", tokens, id)

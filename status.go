@@ -235,7 +235,7 @@ func (t tokenState) hasSeveral() bool { return t.tokens > 1 }
 
 // tokensText says how many tokens a waiter needs.
 func (d semaphoreDetail) tokensText(l tokenState) string {
-	if of := d.setting.lengthFor(max(d.length, l.length)); l.tokens > of {
+	if of := d.setting.lengthFor(max(d.length, l.length)); l.tokens > of && of > 0 {
 		return fmt.Sprintf("needs %d of %d", l.tokens, of)
 	}
 	return fmt.Sprint(l.tokens)

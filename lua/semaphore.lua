@@ -268,6 +268,9 @@ end
 -- use puts the tokens of a pod in flight, or renews them: all or none. It returns how many
 -- were not in flight before.
 local function use(token, needs, score)
+  if needs == 1 then
+    return redis.call('ZADD', KEYS[2], score, token)
+  end
   local members = {score, token}
   for i = 2, needs do
     members[2 * i - 1], members[2 * i] = score, token .. '/' .. i

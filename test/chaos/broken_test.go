@@ -78,6 +78,18 @@ var programs = []broken{
 			To:   "set = nil"}},
 		owned: true,
 		rules: []string{ruleCount, ruleLetIn, ruleLifted},
+	}, {
+		name: "a heartbeat keeps one of several tokens",
+		edits: []rig.Edit{{File: "lua/heartbeat.lua",
+			From: "use(token, tonumber(ARGV[9]) or 1, now)",
+			To:   "use(token, 1, now)"}},
+		rules: []string{ruleCount, ruleLetIn},
+	}, {
+		name: "lighter pods pass one that needs several",
+		edits: []rig.Edit{{File: "lua/semaphore.lua",
+			From: "              if not passes then\n",
+			To:   "              if false then\n"}},
+		rules: []string{ruleOrder},
 	},
 }
 

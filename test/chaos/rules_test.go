@@ -91,6 +91,11 @@ func (p *podLife) ahead(seconds int) *podLife {
 	return p
 }
 
+func (p *podLife) needs(tokens int) *podLife {
+	p.tokens = tokens
+	return p
+}
+
 // The checker accepts histories that keep the rules, and names the broken rule of the
 // others.
 func TestChaosChecker(t *testing.T) {
@@ -182,6 +187,17 @@ func TestChaosChecker(t *testing.T) {
 			[]*podLife{worker("a", 1, 1, 10), gatedSince("b", 1, 2, 20, 30), gatedSince("c", 1, 4, 10, 20).ahead(4)},
 			nil, "",
 		},
+		"several tokens": {[]*podLife{worker("a", 3, 1, 9).needs(2), worker("b", 3, 6, 9)}, nil, ""},
+		"several tokens, and one too many": {[]*podLife{worker("a", 3, 1, 9).needs(2), worker("b", 3, 6, 9).needs(2)},
+			nil, ruleCount},
+		"passed by a lighter pod": {[]*podLife{worker("a", 3, 1, 10).needs(2), inLineSince("b", 3, 2, 11, 20).needs(2),
+			inLineSince("c", 3, 4, 8, 9)}, nil, ruleOrder},
+		"passed, as it needs more than the length": {[]*podLife{worker("a", 3, 1, 10).needs(2),
+			inLineSince("b", 3, 2, 0, 0).needs(4), inLineSince("c", 3, 4, 8, 9)}, nil, ""},
+		"a token is kept for a pod that needs several": {[]*podLife{worker("a", 3, 1, 30).needs(2),
+			inLineSince("b", 3, 2, 31, 40).needs(2), inLineSince("c", 3, 4, 31, 40)}, nil, ""},
+		"tokens for a pod that needs several stay unused": {[]*podLife{worker("a", 3, 1, 30),
+			inLineSince("b", 3, 2, 31, 40).needs(2)}, nil, ruleUnused},
 		"overtaken by a pod that does not wait": {
 			[]*podLife{worker("a", 1, 1, 10), inLineSince("b", 1, 2, 20, 30), worker("c", 1, 10, 20)},
 			nil, ruleOrder,
