@@ -169,7 +169,8 @@ func (a *admitter) decide(ctx context.Context, r *admissionRequest) (decision, e
 		if spec.isSet && spec.set == 0 && !r.DryRun {
 			// Redis must know the pause before the sidecar asks, which may be hours
 			// later.
-			if err := a.semaphores.setLimit(ctx, d.semaphore, limit{known: true}, limitLife, true); err != nil {
+			owners, _ := a.owners.settings()
+			if err := a.semaphores.setLimit(ctx, d.semaphore, limitOf(owners, d.semaphore), limitLife, true); err != nil {
 				d.verdict = verdictFailed
 				return d, err
 			}

@@ -787,8 +787,17 @@ func TestSeveralTokens(t *testing.T) {
 		t.Fatalf("3 of 4 tokens with 2 in use: got %+v", a)
 	}
 	light, askLight := heavyWaiter(t, s, id, 4, 1)
-	if a := askLight(); a.status != acquireFull || a.place.position != 2 || a.place.freeIn < pollMost {
-		t.Fatalf("behind a pod that keeps what is free: got %+v", a)
+	if a := askLight(); a.status != acquireFull || a.place.position != 2 || a.place.freeIn >= stall {
+		t.Fatalf("behind a pod that keeps what is free: got %+v; it must notice if that one dies", a)
+	}
+	var last acquireReply
+	for range 2 {
+		w, ask := heavyWaiter(t, s, id, 4, 1)
+		last = ask()
+		defer giveBack(t, s, id, w.token)
+	}
+	if last.status != acquireFull || last.place.position != 4 || last.place.freeIn < pollMost {
+		t.Fatalf("far behind it: got %+v; it need not ask so often", last)
 	}
 	wantFullError(t, s, id, 4, 2)
 	giveBack(t, s, id, one)
@@ -846,6 +855,25 @@ func TestHalfAPodDoesNotRun(t *testing.T) {
 		t.Errorf("got %+v", a)
 	}
 	r.WantCounts(t, id, 0, 3)
+}
+
+// A text names the fifth pod with all its tokens, too.
+func TestHoldersOfSeveralTokens(t *testing.T) {
+	t.Parallel()
+	_, s, id := newSemaphore(t)
+	rig.Must(t, s.setLimit(t.Context(), id, limit{known: true, length: 7}, time.Hour, false))
+	for range 4 {
+		acquire(t, s, id, 7)
+	}
+	heavy, ask := heavyWaiter(t, s, id, 7, 3)
+	heavy.token = "ffffffff-ffff-4fff-8fff-ffffffffffff" // the last of one second
+	if a := ask(); a.status != acquireTaken {
+		t.Fatalf("got %+v", a)
+	}
+	_, ask = heavyWaiter(t, s, id, 7, 1)
+	if text := waitingText(id, 7, 1, waitEnd{}, ask()); !strings.Contains(text, "7 of 7 tokens in use by 5 pods") {
+		t.Errorf("got %s", text)
+	}
 }
 
 // A pod that needs more than the length in force lets others pass, and its text says so.

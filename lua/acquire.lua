@@ -102,7 +102,7 @@ end
 -- holders returns the five pods with the oldest heartbeats, and how many tokens each has.
 local function holders()
   local tokens, counts, fields, place = {}, {}, {}, {}
-  local members = redis.call('ZRANGE', KEYS[2], 0, 4)
+  local members = redis.call('ZRANGE', KEYS[2], 0, 5) -- one more, which may be the fifth's
   if string.find(table.concat(members, ' '), '/', 1, true) then
     members = redis.call('ZRANGE', KEYS[2], 0, 5 * tokensMost - 1)
   end
@@ -203,8 +203,8 @@ if inflight + needs <= most and redis.call('LLEN', KEYS[1]) >= needs then
     takeFree(needs)
     return take()
   end
-  reserved = not kept
-elseif waits and rank == 0 and needs > 1 then
+  reserved = not kept or rank < 3 -- the next in line notice if they are dead
+elseif waits and rank == 0 and needs > 1 and needs <= most then
   line.letsPass(token) -- its time as the first begins
 end
 
