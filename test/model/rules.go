@@ -400,7 +400,7 @@ func (w *world) mustGet(p *actor, arrival string) bool {
 	serve := func(used, free int) (first int, fits bool) {
 		_, first, fits = w.serve(ahead, limits, used, free,
 			func(token string) bool { return w.gone(token) || w.isPassed(token, w.last) },
-			func(token string) bool { return w.mustMiss(token, w.last) })
+			func(token string) bool { return w.last.free >= w.pods[token].tokens && w.mustMiss(token, w.last) })
 		return first, fits
 	}
 	if first, fits := serve(used, free); fits && free >= first+p.tokens && used+first+p.tokens <= limit {
