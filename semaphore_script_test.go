@@ -526,9 +526,8 @@ func TestLateHeartbeat(t *testing.T) {
 			})
 			h := p.HoldFirst(t, heartbeatScript.made().Hash(), hangUp)
 			<-h.Held
-			made := p.Made.Load()
 			rig.Eventually(t, 10*time.Second, func() error {
-				if p.Made.Load() == made {
+				if p.Made.Load() == h.Made {
 					return errors.New("the sidecar has not retried over another connection")
 				}
 				return nil

@@ -37,6 +37,7 @@ func (c *proxied) close() {
 // HeldCommand is the first command that contains a text. The proxy holds it back.
 type HeldCommand struct {
 	Held    chan struct{} // closed when the proxy has the command
+	Made    int32         // the proxy's connections up to then
 	Deliver func()        // sends the command to the server
 	Sent    chan struct{} // closed when the command is sent
 
@@ -134,6 +135,7 @@ func (p *Proxy) toServer(c *proxied, b []byte) error {
 	}
 	p.mu.Unlock()
 	if h != nil {
+		h.Made = p.Made.Load()
 		close(h.Held)
 		if h.hangUp {
 			c.client.Close()
