@@ -590,10 +590,7 @@ func TestHeadStart(t *testing.T) {
 // The number of tokens that a pod needs goes to its sidecar, if it can ever have so many.
 func TestTokensOfAPod(t *testing.T) {
 	t.Parallel()
-	c := testConfig(rig.FreeAddress(t))
-	c.semaphoresFile = filepath.Join(t.TempDir(), "semaphores")
-	rig.Must(t, os.WriteFile(c.semaphoresFile, []byte("shop/set length=5 overtake=60\nshop/paused length=0\n"), 0o600))
-	w := startWebhook(t, c)
+	w, _ := ownersWebhook(t, rig.FreeAddress(t), "shop/set length=5 overtake=60\nshop/paused length=0\n")
 	admit := func(key, tokens, whenFull string) rig.Admission {
 		return w.admit(t, rig.Review(t, semaphoreID{"shop", key}, 8, func(request map[string]any) {
 			a := rig.AnnotationsOf(request)

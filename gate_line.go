@@ -796,8 +796,11 @@ func (l *gateLine) acquireServed(ctx context.Context, waiting []*podSnapshot,
 }
 
 // sharesServer reports whether the server of the line is that of the gate's subscription. In
-// a Cluster, only the node of a semaphore knows who receives its messages there.
+// a Cluster, a node knows only those of its own clients that receive its messages.
+// sharesServer does not wait for a server that is away: this line may need another.
 func (l *gateLine) sharesServer(ctx context.Context) bool {
+	ctx, cancel := context.WithCancel(ctx)
+	cancel()
 	server, err := l.gate.semaphores.queue.find(ctx, l.id)
 	other, err2 := l.gate.semaphores.queue.find(ctx, auxiliaryID)
 	return err == nil && err2 == nil && server == other

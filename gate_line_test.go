@@ -732,9 +732,9 @@ func TestGateSeveralTokens(t *testing.T) {
 	g.wantHolders(two, b)
 }
 
-// In a Cluster, no message of another node proves that the gate's subscription is alive, nor
-// the lack of one that it is not. The gate opens no other connection then: in between, it
-// could miss a call, and others would pass its pods.
+// A node of a Cluster cannot tell whether the gate receives its messages at another node. The
+// gate opens no other connection for that: in between, it could miss a call, and others
+// would pass its pods.
 func TestGateKeepsItsSubscription(t *testing.T) {
 	t.Parallel()
 	c := rig.StartCluster(t)

@@ -51,12 +51,6 @@ local unstarted = math.min(tonumber(ARGV[10] or '') or threshold, threshold)
 local waits = arrival ~= ''
 local wait, runs = tonumber(ARGV[13] or ''), ARGV[14] == 'run'
 local held = heldAs(token, takenAs)
-if held and needs > 1 and not redis.call('ZSCORE', KEYS[2], token .. '/' .. needs) then
-  -- A gate that does not know of several has taken one. Half a pod must not run.
-  held = nil
-  redis.call('ZREM', KEYS[2], token)
-  redis.call('HDEL', KEYS[5], token .. '/pod')
-end
 local agreed = not set and asks > 0 and now - asked <= lengthMemory and asks or 0
 noteLength(asksFor)
 if not limit and (ARGV[11] or '') ~= '' then
@@ -184,7 +178,8 @@ if waits then
 end
 
 -- isMine reports whether the waiters ahead leave enough free tokens to the caller. If not,
--- it calls them again. kept: they do not fit, and keep what is free until they do.
+-- it calls them again. kept is true if one of them needs more than is free: Redis keeps the
+-- free tokens for it.
 local function isMine()
   if lineLength == 0 then
     return true

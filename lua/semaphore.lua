@@ -493,7 +493,7 @@ local function openLine()
   --
   -- eachServed returns the number of free tokens left, the number that is in use then,
   -- and the length that counts for the caller: 0 if others come first. kept is true if
-  -- one of them does not fit, and keeps what is free until it does.
+  -- one of these needs more than is free: Redis keeps the free tokens for that waiter.
   local function eachServed(visit, asking, floor)
     local free, used = redis.call('LLEN', KEYS[1]), redis.call('ZCARD', KEYS[2])
     for from = 0, 400, 100 do

@@ -123,7 +123,7 @@ func (c *checker) checkUnused(pods []*podLife) {
 				heaviest = max(heaviest, tokensOf(p))
 			}
 		}
-		// What is free may be kept for one that needs several.
+		// Redis may keep the free tokens for a pod that needs several.
 		if in(disturbed, at) || waiter == nil || used+heaviest > c.leastOf(waiter, span{at - step, at}) {
 			since = at
 			continue

@@ -15,9 +15,7 @@ func TestModelFindsBrokenScripts(t *testing.T) {
 	if os.Getenv("SUITE") != "1" {
 		t.Skip("this takes minutes; run it with: make chaos")
 	}
-	t.Parallel()
 	const most = 2000 // sequences for each broken script
-	s := newStore(t, scripts{})
 	for _, c := range []struct{ name, from, to string }{
 		{"the length is one more",
 			"local length = set or asksFor",
@@ -351,8 +349,8 @@ func TestModelFindsBrokenScripts(t *testing.T) {
 			"if false then"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			broken := s
-			broken.scripts = breakScripts(t, c.from, c.to)
+			t.Parallel()
+			broken := newStore(t, breakScripts(t, c.from, c.to))
 			for seed := range most {
 				if rule := findBroken(broken, seed); rule != "" {
 					t.Logf("found by sequence %d: %s", seed+1, rule)

@@ -354,8 +354,7 @@ func (w *world) letsPass(token string) bool {
 // serve gives each waiter of a line its tokens, in order, while they fit. It leaves out
 // those that skip names, and those that need more than the length that counts for them. One
 // that fits and misses its call gets nothing. serve returns the waiters that are served,
-// and their tokens; fits is false if one does not fit, and keeps what is free from those
-// behind it.
+// and their tokens; fits is false if Redis keeps the free tokens for one that does not fit.
 func (w *world) serve(line []string, limits map[string]int, used, free int,
 	skip, misses func(token string) bool) (served []string, tokens int, fits bool) {
 	var passes, isFirst = false, true
