@@ -82,6 +82,7 @@ func TestGate(t *testing.T) {
 		"Unschedulable": testGateUnschedulable,
 		"Refused":       testGateRefused,
 		"EndsWaits":     testGateEndsWaits,
+		"SeveralTokens": testGateSeveralTokens,
 		"LeavesRoom":    func(t *testing.T) { roomBesideGated(t, "250m", "260m") },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -89,6 +90,21 @@ func TestGate(t *testing.T) {
 			test(t)
 		})
 	}
+}
+
+// A gated pod that needs several tokens gets all at one time, and its sidecar keeps them.
+func testGateSeveralTokens(t *testing.T) {
+	n := newNamespace(t)
+	n.create(waiting(pod("holder", "heavy", 3)))
+	n.wantRunning("holder")
+	heavy := gated(pod("heavy", "heavy", 3))
+	heavy["metadata"].(object)["annotations"].(object)[annotationPrefix+"tokens"] = "3"
+	n.create(heavy)
+	n.wantEvent("heavy", "WaitingForToken", "waiting for 3 tokens of "+n.name+"/heavy: 1 of 3 in use, 1st in line")
+	n.wantGated("heavy")
+	n.delete("holder")
+	n.wantRunning("heavy")
+	wantStatus(t, n.name+"/heavy", n.name+`/heavy: 3 of 3 tokens in use by 1 pod .*`, `heavy +[^ ]+ .* 3 .*`)
 }
 
 // Gated pods take no room on a node until they have a token. Then they run one after the
