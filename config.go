@@ -429,7 +429,7 @@ func (c *sidecarConfig) validate(f *flags) {
 
 func (c *tokenConfig) declareFlags(f *flags, _ func(string) string) {
 	declare(f, &c.length, readNumber(1, maxLength), "length", "",
-		"`NUMBER` of tokens of the semaphore: the sidecar waits for one, and await ends when the sidecar has it; "+
+		"`NUMBER` of tokens of the semaphore: the sidecar waits in line, and await ends when it has what the pod needs; "+
 			"without it, the webhook has already taken the token")
 	declare(f, &c.tokens, readNumber(1, maxTokens), "tokens", "1",
 		"`NUMBER` of tokens that the pod needs, all or none")
