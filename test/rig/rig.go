@@ -79,6 +79,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -257,12 +258,20 @@ func freeAddress() string {
 			continue
 		}
 		takenPorts.Store(port, mark)
-		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
-		if err == nil {
-			defer l.Close()
-			return l.Addr().String()
+		address := fmt.Sprintf("127.0.0.1:%d", port)
+		if isFree(address) {
+			return address
 		}
 	}
+}
+
+// isFree reports whether a server can listen at an address. No process is made meanwhile: it
+// would have the listener of isFree for a moment, too.
+func isFree(address string) bool {
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	l, err := net.Listen("tcp", address)
+	return err == nil && l.Close() == nil
 }
 
 // takenPorts keeps the abstract sockets that mark our ports for other test processes.
