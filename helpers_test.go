@@ -97,6 +97,9 @@ type testWebhook struct {
 	log    *rig.Log
 }
 
+// surveyPatience is the surveyTimeout of tests: on a loaded machine, a survey takes longer.
+const surveyPatience = time.Minute
+
 func startWebhook(t testing.TB, c webhookConfig) *testWebhook {
 	t.Helper()
 	var b rig.Log
@@ -108,7 +111,7 @@ func startWebhook(t testing.TB, c webhookConfig) *testWebhook {
 	w := &webhook{admitter: a, callers: who, bounds: newBounds(), limit: logLimiter{most: badRequestsLogged}, log: log}
 	w.semaphores.metrics = newMetrics(c.redis.counts)
 	w.semaphores.metrics.countVerdicts()
-	w.semaphores.metrics.watchSemaphores(w.semaphores, surveyTimeout)
+	w.semaphores.metrics.watchSemaphores(w.semaphores, surveyPatience)
 	w.semaphores.metrics.watchGate(w.semaphores.queue)
 	server := httptest.NewUnstartedServer(w.routes())
 	w.bounds.apply(server.Config)
@@ -152,7 +155,12 @@ func (w *testWebhook) admit(t *testing.T, body []byte) rig.Admission {
 }
 
 func (w *testWebhook) tryAdmit(body []byte) (rig.Admission, error) {
-	status, text, err := w.post(context.Background(), body, "10s")
+	return w.tryAdmitWithin(body, "10s")
+}
+
+// tryAdmitWithin is tryAdmit with the timeout of an API server's call.
+func (w *testWebhook) tryAdmitWithin(body []byte, timeout string) (rig.Admission, error) {
+	status, text, err := w.post(context.Background(), body, timeout)
 	if err != nil {
 		return rig.Admission{}, err
 	}

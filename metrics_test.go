@@ -339,11 +339,7 @@ func TestMetricsOfManySemaphores(t *testing.T) {
 		}
 	}
 	rig.WantWithin(t, fastest, surveyTimeout, fmt.Sprintf("a scrape of %d semaphores", semaphores))
-	const patience = time.Minute // on a loaded machine, a survey may take longer than surveyTimeout
-	w := startWebhook(t, testConfig(r.Address))
-	w.semaphores.metrics = newMetrics(new(redisCounts))
-	w.semaphores.metrics.watchSemaphores(s, patience)
-	all := w.scrape(t)
+	all := startWebhook(t, testConfig(r.Address)).scrape(t)
 	all.want(t, map[string]float64{"survey_success": 1, "semaphores": semaphores, "semaphores_left_out": semaphores - mostMeasured})
 	measured := 0
 	for name := range all {
@@ -355,7 +351,7 @@ func TestMetricsOfManySemaphores(t *testing.T) {
 		t.Errorf("%d semaphores have metrics, want %d", measured, mostMeasured)
 	}
 	var v surveyResult
-	rig.Must(t, newSurveyor(s, patience).read(&v))
+	rig.Must(t, newSurveyor(s, surveyPatience).read(&v))
 	if len(v.shown) != mostMeasured || cap(v.shown) >= v.seen {
 		t.Errorf("%d of %d states are kept, with room for %d", len(v.shown), v.seen, cap(v.shown))
 	}
@@ -372,6 +368,9 @@ func TestMetricsOfAHangingRedis(t *testing.T) {
 	acquire(t, s, id, 1)
 	w := startWebhook(t, testConfig(r.Address))
 	w.scrape(t).want(t, map[string]float64{"semaphores": 1, "survey_success": 1})
+	w.semaphores.metrics = newMetrics(new(redisCounts))
+	w.semaphores.metrics.countVerdicts()
+	w.semaphores.metrics.watchSemaphores(w.semaphores, surveyTimeout)
 	r.Pause(t)
 	defer r.Resume(t)
 	rig.Eventually(t, 10*time.Second, func() error { // the cache may still have the last result
@@ -424,7 +423,7 @@ func TestShorterSettingsMakeNoHolderStale(t *testing.T) {
 		rig.Must(t, short.maintain(ctx, id, 1, false))
 		r.WantInflight(t, id, holder)
 	}
-	d, err := short.inspect(ctx, id)
+	d, err := short.inspect(ctx, id, detailMost)
 	if err != nil || d.stale != 0 || d.holders[0].stale {
 		t.Errorf("status shows %+v, %v", d, err)
 	}
@@ -499,7 +498,7 @@ func TestAbandonedSemaphore(t *testing.T) {
 		}
 		return nil
 	})
-	if d, err := s.inspect(t.Context(), id); err != nil || len(d.holders) != 2 || len(d.line) != 0 {
+	if d, err := s.inspect(t.Context(), id, detailMost); err != nil || len(d.holders) != 2 || len(d.line) != 0 {
 		t.Errorf("status shows %+v, %v", d, err)
 	}
 }
