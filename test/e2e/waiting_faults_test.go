@@ -53,6 +53,7 @@ func killSidecars(t *testing.T) bool {
 	if p := n.wantRunning("holder"); p.Status.ContainerStatuses[0].RestartCount != 0 {
 		t.Errorf("the app was restarted: %+v", p.Status.ContainerStatuses[0])
 	}
+	n.wantSidecarLog("first", "waiting for a token") // until then, others pass it
 	n.delete("holder")
 	n.wantRunning("first")
 	n.wantHolders("killed", waiters[0])
