@@ -44,6 +44,9 @@ var verdicts = []string{verdictAdmitted, verdictWait, verdictGate, verdictFull, 
 const deniedWindows = "this is a Windows pod (by spec.os.name, or its nodeSelector " + corev1.LabelOSStable + "): " +
 	"the sidecar of a semaphore runs on Linux only"
 
+// lookTimeout bounds a read of Redis that only a warning needs.
+const lookTimeout = time.Second
+
 // mostWarning bounds a warning. Kubernetes asks for 120 characters, if possible, and may
 // cut warnings of more than 256.
 const mostWarning = 256
@@ -77,6 +80,8 @@ const (
 		"their sidecar is a classic container, which runs until they are deleted"
 	warningStuck = "updates of this Deployment will not end: with %d replicas on %d tokens%s, maxUnavailable must be " +
 		"at least %d, not %d; or choose the strategy Recreate"
+	warningDeadline = "this %s may fail in line: its activeDeadlineSeconds is %d, and a pod that comes now " +
+		"waits for about %s"
 	warningMisplaced = annotationPrefix + "* does nothing on a %s: move it to %s.metadata"
 	warningRefused   = "the pods of this %s will be refused: %s"
 )
@@ -280,6 +285,9 @@ func refusal(e *fullError) string {
 	if e.waiters > 0 {
 		text += fmt.Sprintf("; %d waiting in line", e.waiters)
 	}
+	if wait, ok := e.startsIn(e.waiters + 1); ok {
+		text += "; the next free one is expected in about " + roughly(wait)
+	}
 	return text + doubtText(e.doubt)
 }
 
@@ -350,6 +358,7 @@ func (a *admitter) warnWorkload(ctx context.Context, d *decision, r *admissionRe
 	if unavailable, enough, ok := w.canRoll(spec.length / spec.tokens); !ok && kind == "Deployment" {
 		d.warn(warningStuck, *w.Spec.Replicas, spec.length, each, enough, unavailable)
 	}
+	a.warnOfDeadline(ctx, d, w.deadline(), kind, newSemaphoreID(r.Namespace, spec.key), spec)
 	switch {
 	case kind != "Job" && kind != "CronJob":
 	case !a.config.enableSidecarContainers:
@@ -359,6 +368,23 @@ func (a *admitter) warnWorkload(ctx context.Context, d *decision, r *admissionRe
 	}
 	d.warnOfPod(a.config, p)
 	return nil
+}
+
+// warnOfDeadline warns of a Job that fails before the line has come to it.
+func (a *admitter) warnOfDeadline(ctx context.Context, d *decision, deadline int64, kind string, id semaphoreID,
+	spec semaphoreSpec) {
+	if deadline == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
+	now, err := a.semaphores.inspect(ctx, id, 5)
+	if err != nil { // a warning is worth no error
+		return
+	}
+	if wait, ok := now.forecast().freeIn(spec.length, now.waiting+spec.tokens); ok && int64(seconds(wait)) > deadline {
+		d.warn(warningDeadline, kind, deadline, roughly(wait))
+	}
 }
 
 // warnOfSettings warns a user whose length, head start or when-waited does not count.

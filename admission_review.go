@@ -71,11 +71,13 @@ type workload struct {
 				MaxSurge       intstr.IntOrString `json:"maxSurge"`
 			} `json:"rollingUpdate"`
 		} `json:"strategy"` // of a Deployment
-		Template    pod `json:"template"`
+		Deadline    int64 `json:"activeDeadlineSeconds"` // of a Job; 0: none
+		Template    pod   `json:"template"`
 		JobTemplate struct {
 			metadata
 			Spec struct {
-				Template pod `json:"template"`
+				Deadline int64 `json:"activeDeadlineSeconds"`
+				Template pod   `json:"template"`
 			} `json:"spec"`
 		} `json:"jobTemplate"` // of a CronJob
 	} `json:"spec"`
@@ -110,6 +112,9 @@ func (w *workload) pod() *pod {
 	}
 	return &w.Spec.Template
 }
+
+// deadline returns the seconds after which a Job fails, with those in line; 0: there is none.
+func (w *workload) deadline() int64 { return max(w.Spec.Deadline, w.Spec.JobTemplate.Spec.Deadline) }
 
 // canRoll reports whether an update of a Deployment ends, if no other pods use the
 // tokens. The controller ends an old pod only while fewer pods than unavailable, its

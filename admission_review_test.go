@@ -165,6 +165,38 @@ func TestWarningOfStuckUpdates(t *testing.T) {
 	}
 }
 
+// The creator of a Job that may fail before the line has come to it gets a warning.
+func TestWarningOfDeadlines(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	w := startWebhook(t, testConfig(r.Address))
+	warned := func(kind string, deadline int) bool {
+		t.Helper()
+		a := w.admit(t, rig.Review(t, id, 1, asWorkload("CREATE", "batch", kind, nil), func(request map[string]any) {
+			spec := request["object"].(map[string]any)["spec"].(map[string]any)
+			if kind == "CronJob" {
+				spec = spec["jobTemplate"].(map[string]any)["spec"].(map[string]any)
+			}
+			spec["activeDeadlineSeconds"] = deadline
+		}))
+		want := fmt.Sprintf("this %s may fail in line: its activeDeadlineSeconds is %d, and a pod that comes now waits for about 6 min",
+			kind, deadline)
+		if !a.Allowed || len(a.Warnings) > 1 || len(a.Warnings) == 1 && a.Warnings[0] != want {
+			t.Errorf("got %+v, warnings %q", a, a.Warnings)
+		}
+		return len(a.Warnings) > 0
+	}
+	if warned("Job", 1) {
+		t.Error("a semaphore that Redis does not know")
+	}
+	seedHolds(t, r, id, acquire(t, s, id, 1))
+	for _, kind := range []string{"Job", "CronJob"} {
+		if !warned(kind, 300) || warned(kind, 500) || warned(kind, 0) {
+			t.Errorf("%s: a deadline of 300 s is too short, and one of 500 s, or none, is not", kind)
+		}
+	}
+}
+
 // wantWarned checks that an object is allowed unpatched, with these warnings, and without
 // Redis.
 func wantWarned(t *testing.T, w *testWebhook, what string, body []byte, want ...string) {

@@ -148,7 +148,7 @@ func TestOwnersLength(t *testing.T) {
 	if !a.Allowed || !strings.Contains(string(a.Patch), "POD_NAMESPACE") || !strings.Contains(string(a.Patch), "\"@"+shares+"\"") {
 		t.Errorf("got %+v", a)
 	}
-	d, err := w.semaphores.inspect(t.Context(), semaphoreID{shared, shares})
+	d, err := w.semaphores.inspect(t.Context(), semaphoreID{shared, shares}, detailMost)
 	if err != nil || len(d.holders) != 1 || !strings.HasPrefix(d.holders[0].pod, id.namespace+"/web-") {
 		t.Errorf("the shared semaphore has the holders %+v, %v", d.holders, err)
 	}
@@ -187,7 +187,7 @@ func TestWebhookKeepsLimits(t *testing.T) {
 	want := func(length int, known bool) {
 		t.Helper()
 		rig.Eventually(t, 20*time.Second, func() error {
-			d, err := w.semaphores.inspect(t.Context(), id)
+			d, err := w.semaphores.inspect(t.Context(), id, detailMost)
 			if got := d.setting.limit; err != nil || got.isSet() != known || known && got.length != length {
 				return fmt.Errorf("the limit is %+v, %v; want %d, %t", got, err, length, known)
 			}

@@ -788,7 +788,7 @@ func (l *gateLine) acquireServed(ctx context.Context, waiting []*podSnapshot,
 			l.gate.subscription.redial(l.id, p.uid)
 		}
 		if position := a.place.position; position > 0 {
-			l.announceAt(p, position, ordinal(position), a.setting, a.inUse, a.doubt)
+			l.announceAt(p, position, ordinal(position), a.occupancy)
 		}
 		pause = min(pause, untilPoll(a))
 	}
@@ -866,7 +866,7 @@ func (l *gateLine) announceJoined(pods map[string]*podSnapshot, all placesReply)
 		}
 		l.mu.Unlock()
 		if isFirst {
-			l.announce(p, "1", ordinal(position), all.setting, all.inUse, all.doubt)
+			l.announce(p, "1", position, ordinal(position), all.occupancy)
 		}
 	}
 }
@@ -886,7 +886,7 @@ func (l *gateLine) announceMoved(waiting []*podSnapshot, all placesReply) {
 		if others > 0 {
 			text = "at most " + text
 		}
-		l.announceAt(p, position, text, all.setting, all.inUse, all.doubt)
+		l.announceAt(p, position, text, all.occupancy)
 	}
 }
 
@@ -894,7 +894,7 @@ func (l *gateLine) announceMoved(waiting []*podSnapshot, all placesReply) {
 // event said last, or further. While others wait to be sent, it leaves that to the next
 // refresh: no event says an old position, or displaces another event. A gate that has just
 // started does not know what events have said, and begins with what it finds.
-func (l *gateLine) announceAt(p *podSnapshot, position int, text string, s setting, inUse int, doubt time.Duration) {
+func (l *gateLine) announceAt(p *podSnapshot, position int, text string, o occupancy) {
 	l.mu.Lock()
 	said := p.live.announced
 	hasMoved := 2*position <= said && l.gate.kubernetes.hasRoomForEvents()
@@ -903,14 +903,14 @@ func (l *gateLine) announceAt(p *podSnapshot, position int, text string, s setti
 	}
 	l.mu.Unlock()
 	if hasMoved { // two gates that find about the same position create one event
-		l.announce(p, fmt.Sprintf("moved %d", bits.Len(uint(position))), text, s, inUse, doubt)
+		l.announce(p, fmt.Sprintf("moved %d", bits.Len(uint(position))), position, text, o)
 	}
 }
 
 // announce creates an event that says where a pod stands in line.
-func (l *gateLine) announce(p *podSnapshot, id, position string, s setting, inUse int, doubt time.Duration) {
-	text := fmt.Sprintf("%s: %s, %s in line%s", waitsFor(l.id, p.spec.tokens, s.lengthFor(p.spec.length)),
-		s.inUse(inUse, p.spec.length, 0), position, doubtText(doubt))
+func (l *gateLine) announce(p *podSnapshot, id string, position int, place string, o occupancy) {
+	text := fmt.Sprintf("%s: %s, %s in line%s%s", waitsFor(l.id, p.spec.tokens, o.setting.lengthFor(p.spec.length)),
+		o.setting.inUse(o.inUse, p.spec.length, 0), place, o.toGo(position, p.spec.tokens), doubtText(o.doubt))
 	l.gate.event(p.watchedPod, false, reasonWaiting, "Waiting", id, text)
 }
 

@@ -690,7 +690,7 @@ func TestGateHeadStart(t *testing.T) {
 	g.redis.WantLine(t, g.id, b, a)
 	c := g.create("c")
 	g.redis.WantLine(t, g.id, b, a, c)
-	d, err := g.owner.inspect(t.Context(), g.id)
+	d, err := g.owner.inspect(t.Context(), g.id, detailMost)
 	if err != nil || d.line[0].ahead != 600*time.Second || d.line[0].held > time.Minute {
 		t.Errorf("the first in line is %+v, %v", d.line[0], err)
 	}
@@ -708,12 +708,13 @@ func TestGateSeveralTokens(t *testing.T) {
 	t.Parallel()
 	g := newGateTest(t, 3)
 	one, two := acquire(t, g.owner, g.id, 3), acquire(t, g.owner, g.id, 3)
+	seedHolds(t, g.redis, g.id, one)
 	g.start(func(c *gateConfig) { c.heartbeatInterval = time.Second })
 	heavy := g.admitted("a")
 	args := &heavy.Spec.InitContainers[0].Args
 	*args = slices.Insert(*args, 1, "--tokens=2")
 	a := g.createAs(heavy)
-	g.wantEvent("a", reasonWaiting, "waiting for 2 tokens of "+g.id.String()+": 2 of 3 in use, 1st in line")
+	g.wantEvent("a", reasonWaiting, "waiting for 2 tokens of "+g.id.String()+": 2 of 3 in use, 1st in line, about 6 min to go")
 	b := g.create("b")
 	g.redis.WantLine(t, g.id, a, b)
 	g.wantLifted(nil, "a", "b")

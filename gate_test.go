@@ -489,7 +489,7 @@ func TestGateOfSharedSemaphore(t *testing.T) {
 	wantInLine := func(n int) {
 		t.Helper()
 		rig.Eventually(t, 20*time.Second, func() error {
-			d, err := gate.semaphores.inspect(t.Context(), shares)
+			d, err := gate.semaphores.inspect(t.Context(), shares, detailMost)
 			if err != nil || len(d.holders) != 1 || d.holders[0].pod != g.id.namespace+"/a" || len(d.line) != n {
 				return fmt.Errorf("holders %+v, line %+v, %v", d.holders, d.line, err)
 			}

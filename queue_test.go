@@ -316,7 +316,7 @@ func TestSentinelLook(t *testing.T) {
 	look := func() error {
 		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 		defer cancel()
-		d, err := s.inspect(ctx, id)
+		d, err := s.inspect(ctx, id, detailMost)
 		if err == nil && d.inUse != 1 {
 			err = fmt.Errorf("%d in use, want 1", d.inUse)
 		}
@@ -492,7 +492,7 @@ func FuzzAnswers(f *testing.F) {
 			if rest, err := redis.Scan(values, &status, &micros); err == nil {
 				if a, err := parseReply(status, rest); err == nil {
 					_ = waitingText(testID, 3, 1, waitEnd{}, a)
-					_ = refusal(&fullError{testID, a.inUse, 3, a.waiters, a.holders, a.doubt, a.setting})
+					_ = refusal(&fullError{testID, 3, a.occupancy})
 				}
 			}
 		}
@@ -500,7 +500,7 @@ func FuzzAnswers(f *testing.F) {
 		states, _ := s.readStates(ctx, dial(), []semaphoreID{testID})
 		var d semaphoreDetail
 		d.id = testID
-		_ = s.readTokens(ctx, dial(), &d)
+		_ = s.readTokens(ctx, dial(), &d, detailMost)
 		var page strings.Builder
 		printTable(&page, states, "")
 		printDetail(&page, d)

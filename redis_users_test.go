@@ -262,7 +262,7 @@ func TestUsersThatSetALength(t *testing.T) {
 		rig.Must(t, s.setLimit(ctx, id, limit{known: true, length: 3}, time.Hour, false))
 		_, _, err := s.setOverride(ctx, id, override{length: 1, note: "db upgrade"}, time.Hour)
 		rig.Must(t, err)
-		d, err := of(namespace).inspect(ctx, id) // a sidecar may look
+		d, err := of(namespace).inspect(ctx, id, detailMost) // a sidecar may look
 		if err != nil || d.setting.override.length != 1 || d.setting.limit.length != 3 {
 			t.Errorf("%s: got %+v, %v", user, d.setting, err)
 		}

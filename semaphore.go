@@ -306,13 +306,11 @@ type placeRequest struct {
 
 // placesReply is the state of a line after its places were refreshed.
 type placesReply struct {
-	created        int64 // Unix seconds at which Redis first knew the semaphore; goes into the next request
-	inUse, waiters int
-	served         []string       // waiters, also of other processes, that a token is free for
-	held           []string       // tokens that are in flight already
-	joined         map[string]int // tokens that were not in line, and their new positions
-	doubt          time.Duration  // see acquireReply
-	setting        setting
+	created int64          // Unix seconds at which Redis first knew the semaphore; goes into the next request
+	served  []string       // waiters, also of other processes, that a token is free for
+	held    []string       // tokens that are in flight already
+	joined  map[string]int // tokens that were not in line, and their new positions
+	occupancy
 }
 
 // refreshPlaces keeps the places of pods in a semaphore's line, and adds those that are
@@ -334,13 +332,11 @@ func (s *semaphores) refreshPlaces(ctx context.Context, id semaphoreID, known in
 			return all, fmt.Errorf("keep the line of %s: %w", id, err)
 		}
 		var served, held []string
-		var joined, set []any
-		var doubt int
-		_, err = redis.Scan(rest, &all.created, &all.inUse, &all.waiters, &served, &held, &joined, &doubt, &set)
+		var joined []any
+		rest, err = redis.Scan(rest, &all.created, &served, &held, &joined)
 		if err == nil {
-			all.setting, err = parseSetting(set)
+			all.occupancy, _, err = parseOccupancy(rest)
 		}
-		all.doubt = time.Duration(doubt) * time.Second
 		for ; err == nil && len(joined) >= 2; joined = joined[2:] {
 			var token string
 			var position int

@@ -5,7 +5,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
+	"slices"
+	"sort"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -66,15 +69,171 @@ type acquireReply struct {
 	newcomer bool // see maintain
 
 	// With acquireFull or acquireGaveUp:
-	inUse   int
-	waiters int
-	holders []holder // some of them
-	setting setting
-	place   place // of a waiter
+	occupancy
+	place place // of a waiter
+}
+
+// occupancy is how a semaphore is used, as the scripts tell it to those that have to wait.
+type occupancy struct {
+	inUse, waiters int
+	length         int      // that counts for the caller
+	holders        []holder // some of them
+	setting        setting
+	holds          holds
 
 	// doubt is not zero after a start, an outage or a data loss of Redis: only after this
 	// time does Redis know which holders or waiters are gone.
 	doubt time.Duration
+}
+
+// parseOccupancy parses what occupancy in semaphore.lua returns. rest is what follows it.
+func parseOccupancy(list []any) (o occupancy, rest []any, err error) {
+	var doubt int
+	var holders, set []any
+	var holds string
+	rest, err = redis.Scan(list, &o.inUse, &o.waiters, &o.length, &doubt, &holders, &set, &holds)
+	if err == nil {
+		o.holders, err = parseHolders(holders)
+	}
+	if err == nil {
+		o.setting, err = parseSetting(set)
+	}
+	o.doubt, o.holds = time.Duration(doubt)*time.Second, parseHolds(holds)
+	return o, rest, err
+}
+
+// startsIn estimates when a pod starts that needs the last of the next tokens that come free.
+// It is not ok where too little is known.
+func (o occupancy) startsIn(tokens int) (wait time.Duration, ok bool) {
+	if o.doubt > 0 {
+		return 0, false
+	}
+	var ages []time.Duration
+	for _, h := range o.holders {
+		ages = appendAge(ages, h.held, h.tokens)
+	}
+	return o.holds.forecast(ages, o.inUse).freeIn(o.length, tokens)
+}
+
+// holds are how long the last pods of a semaphore had their tokens, in order of length.
+type holds []time.Duration
+
+// holdsLeast is the number of holds from which the program draws conclusions.
+const holdsLeast = 5
+
+// The codes of holds; see addHold in semaphore.lua.
+const (
+	holdFirst, holdLast = 33, 126
+	holdStep            = 0.16
+)
+
+// parseHolds parses what the scripts keep of the last holds, to about 8 %. It leaves out
+// what another client may have written.
+func parseHolds(text string) (h holds) {
+	for _, code := range []byte(text) {
+		if holdFirst <= code && code <= holdLast {
+			h = append(h, time.Duration(math.Exp(float64(code-holdFirst)*holdStep)*float64(time.Second)))
+		}
+	}
+	slices.Sort(h)
+	return h
+}
+
+// mean returns the mean of the holds.
+func (h holds) mean() time.Duration {
+	var sum time.Duration
+	for _, d := range h {
+		sum += d
+	}
+	return sum / time.Duration(max(1, len(h)))
+}
+
+// ninth returns the time that nine of ten holds do not exceed; there must be some.
+func (h holds) ninth() time.Duration { return h[(9*len(h)+9)/10-1] }
+
+// appendAge appends the age of a pod's hold for each of its tokens, if that is known.
+func appendAge(ages []time.Duration, held time.Duration, tokens int) []time.Duration {
+	if held == heldUnknown {
+		return ages
+	}
+	return append(ages, slices.Repeat([]time.Duration{held}, tokens)...)
+}
+
+// forecast says when tokens come free.
+type forecast struct {
+	left []time.Duration // in order: how long some tokens in use may still be held, all as likely; empty: not known
+	used int             // all tokens in use
+	mean time.Duration   // for which a pod has its tokens
+	lag  float64         // of the pods that take a token one after the other: 1/2 if all have it for one time; 0 if by chance
+}
+
+// agesMost bounds the work of a forecast.
+const agesMost = 20
+
+// forecast makes a forecast from the ages of some of the tokens in use. What is left of each
+// is taken from the holds that are longer than its age. If there is none, it is half of that.
+func (h holds) forecast(ages []time.Duration, used int) (f forecast) {
+	if len(h) < holdsLeast {
+		return f
+	}
+	slices.Sort(ages)
+	for n := min(agesMost, len(ages)); len(f.left) < n*len(h); {
+		age := ages[len(f.left)/len(h)*len(ages)/n]
+		longer := h[sort.Search(len(h), func(i int) bool { return h[i] > age }):]
+		for i := range h { // as many for each age
+			left := age / 2
+			if len(longer) > 0 {
+				left = longer[i*len(longer)/len(h)] - age
+			}
+			f.left = append(f.left, left)
+		}
+	}
+	slices.Sort(f.left)
+	f.used, f.mean = used, h.mean()
+	spread := 0.0
+	for _, d := range h {
+		spread += math.Pow(float64(d-f.mean)/float64(f.mean), 2) / float64(len(h))
+	}
+	f.lag = max(0, 1-spread) / 2
+	return f
+}
+
+// freed estimates how many tokens have come free after a time, if a pod takes each of them,
+// and not more than length are in use.
+func (f forecast) freed(after time.Duration, length int) (n float64) {
+	again := min(1, float64(length)/float64(f.used))
+	for _, left := range f.left {
+		if left > after {
+			break
+		}
+		n += 1 + again*max(0, float64(after-left)/float64(f.mean)-f.lag)
+	}
+	return n * float64(f.used) / float64(len(f.left))
+}
+
+// freeIn estimates when the last of the next tokens comes free, if the pods in line take
+// those before it. It is not ok where too little is known, or if so many are free.
+func (f forecast) freeIn(length, tokens int) (wait time.Duration, ok bool) {
+	most := f.used - length + tokens
+	if len(f.left) == 0 || length <= 0 || most <= 0 {
+		return 0, false
+	}
+	least, wait := time.Duration(0), f.mean
+	for range 40 { // each halves the error, once it is bounded
+		switch {
+		case f.freed(wait, length) < float64(most)-0.5:
+			least, wait = wait, 2*wait
+		case wait-least < time.Second/10:
+			return wait, true
+		default:
+			if middle := (least + wait) / 2; f.freed(middle, length) < float64(most)-0.5 {
+				least = middle
+			} else {
+				wait = middle
+			}
+		}
+	}
+	return wait, true
 }
 
 // place is where a waiter stands.
@@ -137,19 +296,11 @@ func parseReply(status int, rest []any) (a acquireReply, err error) {
 	case acquireRepair:
 		_, err = redis.Scan(rest, &a.stale, &a.newcomer)
 	case acquireFull, acquireGaveUp:
-		var doubt, waited, freeIn, reachable int
-		var holders, set []any
-		rest, err = redis.Scan(rest, &a.inUse, &a.waiters, &doubt, &holders, &set)
-		if err == nil {
-			a.holders, err = parseHolders(holders)
-		}
-		if err == nil {
-			a.setting, err = parseSetting(set)
-		}
+		var waited, freeIn, reachable int
+		a.occupancy, rest, err = parseOccupancy(rest)
 		if err == nil && len(rest) > 0 {
 			_, err = redis.Scan(rest, &a.place.position, &a.place.arrival, &waited, &freeIn, &reachable, &a.place.ahead)
 		}
-		a.doubt = time.Duration(doubt) * time.Second
 		a.place.waited = time.Duration(waited) * time.Second
 		a.place.freeIn = time.Duration(freeIn) * time.Millisecond
 		a.place.reachable = reachable == 1
@@ -161,11 +312,9 @@ func parseReply(status int, rest []any) (a acquireReply, err error) {
 
 // fullError says that all tokens are in use or reserved for the line.
 type fullError struct {
-	id                     semaphoreID
-	inUse, length, waiters int
-	holders                []holder
-	doubt                  time.Duration
-	setting                setting
+	id     semaphoreID
+	length int
+	occupancy
 }
 
 func (e *fullError) Error() string {
@@ -207,7 +356,7 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, l
 			if a.doubt > 0 {
 				s.repairAfterDoubt(id, length, expiration, a.doubt)
 			}
-			return "", 0, &fullError{id, a.inUse, length, a.waiters, a.holders, a.doubt, a.setting}
+			return "", 0, &fullError{id, length, a.occupancy}
 		}
 		start := time.Now()
 		err = s.repair(ctx, id, length, expiration, a.newcomer)

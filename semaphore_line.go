@@ -244,10 +244,19 @@ func waitingText(id semaphoreID, length, tokens int, ends waitEnd, a acquireRepl
 	if ends.after > 0 {
 		text += " of " + roughly(ends.after)
 	}
+	text += a.toGo(a.place.position, tokens)
 	if by := byHolders(a.holders, a.inUse); by != "" {
 		text += "; in use " + by
 	}
 	return text + doubtText(a.doubt)
+}
+
+// toGo says when a pod at a position in line starts, if that is known.
+func (o occupancy) toGo(position, tokens int) string {
+	if wait, ok := o.startsIn(position - 1 + max(1, tokens)); ok && tokens <= o.length {
+		return ", about " + roughly(wait) + " to go"
+	}
+	return ""
 }
 
 // waitsFor begins the text that says what a waiter waits for.

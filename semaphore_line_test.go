@@ -467,23 +467,24 @@ func TestWaitingText(t *testing.T) {
 		a      acquireReply
 	}{
 		"waiting for a token of shop/web: 3 of 3 in use, 2nd in line, 41 s": {3,
-			acquireReply{inUse: 3, place: place{position: 2, waited: 41 * time.Second}}},
+			acquireReply{occupancy: occupancy{inUse: 3}, place: place{position: 2, waited: 41 * time.Second}}},
 		"waiting for a token of shop/web: 0 of 1 in use, 1st in line, 0 s": {1,
-			acquireReply{inUse: 0, place: place{position: 1}}},
+			acquireReply{occupancy: occupancy{inUse: 0}, place: place{position: 1}}},
 		"waiting for a token of shop/web: 4 of 3 in use, 13th in line, 119 s": {3,
-			acquireReply{inUse: 4, place: place{position: 13, waited: 119 * time.Second}}},
+			acquireReply{occupancy: occupancy{inUse: 4}, place: place{position: 13, waited: 119 * time.Second}}},
 		"waiting for a token of shop/web: 1 of 1 in use, 23rd in line, 2 min": {1,
-			acquireReply{inUse: 1, place: place{position: 23, waited: 2 * time.Minute}}},
+			acquireReply{occupancy: occupancy{inUse: 1}, place: place{position: 23, waited: 2 * time.Minute}}},
 		"waiting for a token of shop/web: 1 of 1 in use, 101st in line, 26 h": {1,
-			acquireReply{inUse: 1, place: place{position: 101, waited: 26*time.Hour + time.Minute}}},
+			acquireReply{occupancy: occupancy{inUse: 1}, place: place{position: 101, waited: 26*time.Hour + time.Minute}}},
 		"waiting for a token of shop/web: 1 of 1 in use, 111th in line, 90 min": {1,
-			acquireReply{inUse: 1, place: place{position: 111, waited: 90 * time.Minute}}},
+			acquireReply{occupancy: occupancy{inUse: 1}, place: place{position: 111, waited: 90 * time.Minute}}},
 		"waiting for a token of shop/web: 2 of 2 in use, 1st in line, 5 s; in use by web-b (4 h), web-a (11 s)": {2,
-			acquireReply{inUse: 2, holders: []holder{{name: "web-b", held: 4 * time.Hour}, {name: "web-a", held: 11 * time.Second}},
+			acquireReply{occupancy: occupancy{inUse: 2,
+				holders: []holder{{name: "web-b", held: 4 * time.Hour}, {name: "web-a", held: 11 * time.Second}}},
 				place: place{position: 1, waited: 5 * time.Second}}},
 		"waiting for a token of shop/web: 0 of 1 in use, 1st in line, 5 s; " +
 			"Redis has just started, was away or has lost data: in 20 s it knows which holders are gone": {1,
-			acquireReply{doubt: 20 * time.Second, place: place{position: 1, waited: 5 * time.Second}}},
+			acquireReply{occupancy: occupancy{doubt: 20 * time.Second}, place: place{position: 1, waited: 5 * time.Second}}},
 	} {
 		if got := waitingText(testID, c.length, 1, waitEnd{}, c.a); got != want {
 			t.Errorf("got %q, want %q", got, want)

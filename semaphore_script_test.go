@@ -645,6 +645,11 @@ func TestScriptsAndProgramAgree(t *testing.T) {
 		rig.Must(t, err)
 		return text
 	}
+	for name, want := range map[string]any{"holdFirst": holdFirst, "holdLast": holdLast, "holdStep": holdStep} {
+		if got := value(name); got != fmt.Sprint(want) {
+			t.Errorf("%s is %s in the scripts, and %v in the program", name, got, want)
+		}
+	}
 	wantSeconds := func(name string, want time.Duration) {
 		t.Helper()
 		if got := value(name); got != fmt.Sprint(want.Seconds()) {

@@ -38,6 +38,7 @@ type semaphoreState struct {
 	rejoined        int           // tokens that their holders put back
 	gaveUp          int           // waiters whose time was over, and that left the line
 	ranBeyond       int           // and those that took a token beyond the length
+	holds           holds         // how long the last pods had their tokens
 	setting         setting       // what the owner has set; an override only while it is in force
 	kept            time.Duration // that the keys live at least, for what the owner has set
 	created         time.Time     // when Redis began to know the semaphore
@@ -284,7 +285,7 @@ const scriptOverrideMost = mostOverride + 24*time.Hour
 
 // stateFields are the fields of the state that readState reads.
 var stateFields = []string{"length", "reclaimed", "rejoined", "interval", "threshold", "touched",
-	"limit", "override", "ends", "note", "by", "kept", "created", "gaveUp", "ranBeyond", "overtake"}
+	"limit", "override", "ends", "note", "by", "kept", "created", "gaveUp", "ranBeyond", "overtake", "holds"}
 
 // readState parses the state of a semaphore.
 func (s *semaphores) readState(id semaphoreID, now float64, reply any) (semaphoreState, error) {
@@ -305,7 +306,7 @@ func (s *semaphores) readState(id semaphoreID, now float64, reply any) (semaphor
 		return n
 	}
 	st.length, st.reclaimed, st.rejoined = number("length"), number("reclaimed"), number("rejoined")
-	st.gaveUp, st.ranBeyond = number("gaveUp"), number("ranBeyond")
+	st.gaveUp, st.ranBeyond, st.holds = number("gaveUp"), number("ranBeyond"), parseHolds(text("holds"))
 	st.touched, st.created = float64(number("touched")), time.Unix(int64(number("created")), 0)
 	own := s.timing()
 	st.timing = timing{max(own.interval, time.Duration(number("interval"))*time.Second),
@@ -438,6 +439,7 @@ type tokenState struct {
 	place     float64       // of a waiter: what orders the line, in Unix microseconds
 	ahead     time.Duration // of a waiter: its place is so much before its arrival
 	ends      waitEnd       // of a waiter
+	startsIn  time.Duration // of a waiter: an estimate; startUnknown if too little is known
 	stale     bool          // of a token in use
 }
 
@@ -455,12 +457,12 @@ func (t tokenState) started() bool { return t.pod == "" || t.node != "" }
 // semaphoreDetail is a semaphore with its holders, the longest first, and its line.
 type semaphoreDetail struct {
 	semaphoreState
-	holders, line []tokenState // detailMost of each, at most
+	holders, line []tokenState // at most as many of each as were asked for
 }
 
-// inspect reads a semaphore. Redis forgets a semaphore that no pod has used for minutes:
-// then all is zero.
-func (s *semaphores) inspect(ctx context.Context, id semaphoreID) (d semaphoreDetail, err error) {
+// inspect reads a semaphore, and the most of its holders and waiters that are given. Redis
+// forgets a semaphore that no pod has used for minutes: then all is zero.
+func (s *semaphores) inspect(ctx context.Context, id semaphoreID, most int) (d semaphoreDetail, err error) {
 	server, err := s.queue.find(ctx, id)
 	if err != nil {
 		return d, err
@@ -477,7 +479,7 @@ func (s *semaphores) inspect(ctx context.Context, id semaphoreID) (d semaphoreDe
 	}
 	if err == nil {
 		d.semaphoreState = states[0]
-		err = s.readTokens(ctx, conn, &d)
+		err = s.readTokens(ctx, conn, &d, most)
 	}
 	if err != nil {
 		return d, fmt.Errorf("%s: %w", server, err)
@@ -486,13 +488,13 @@ func (s *semaphores) inspect(ctx context.Context, id semaphoreID) (d semaphoreDe
 }
 
 // readTokens reads the holders and the line.
-func (s *semaphores) readTokens(ctx context.Context, conn redis.Conn, d *semaphoreDetail) error {
+func (s *semaphores) readTokens(ctx context.Context, conn redis.Conn, d *semaphoreDetail, most int) error {
 	now, err := redisTime(ctx, conn)
 	if err != nil {
 		return err
 	}
 	for _, key := range []string{d.id.inflightKey(), d.id.waitersKey()} {
-		err = errors.Join(err, conn.Send("ZRANGE", key, 0, detailMost-1, "WITHSCORES"))
+		err = errors.Join(err, conn.Send("ZRANGE", key, 0, most-1, "WITHSCORES"))
 	}
 	if err != nil {
 		return err
@@ -534,7 +536,37 @@ func (s *semaphores) readTokens(ctx context.Context, conn redis.Conn, d *semapho
 	slices.SortFunc(d.line, func(a, b tokenState) int {
 		return cmp.Or(cmp.Compare(a.place, b.place), cmp.Compare(a.token, b.token))
 	})
+	d.estimate()
 	return err
+}
+
+// startUnknown marks a waiter whose start nobody can estimate.
+const startUnknown = -time.Second
+
+// forecast says when the tokens come free.
+func (d *semaphoreDetail) forecast() forecast {
+	var ages []time.Duration
+	for _, h := range d.holders {
+		ages = appendAge(ages, h.held, h.tokens)
+	}
+	return d.holds.forecast(ages, d.inUse)
+}
+
+// estimate estimates when each waiter starts.
+func (d *semaphoreDetail) estimate() {
+	f, before := d.forecast(), 0
+	for i := range d.line {
+		w := &d.line[i]
+		w.startsIn = startUnknown
+		length := d.setting.lengthFor(max(d.length, w.length))
+		if w.tokens > length { // others pass it
+			continue
+		}
+		before += w.tokens
+		if wait, ok := f.freeIn(length, before); ok {
+			w.startsIn = wait
+		}
+	}
 }
 
 // readHolders adds the pod of each token, and since when the pod holds it.

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -741,4 +743,186 @@ func TestLossOfInflight(t *testing.T) {
 	}
 	r.WantInflight(t, id, tokens...)
 	wantFullError(t, s, id, length, length)
+}
+
+// Redis learns for how long pods have their tokens, from releases and reclaims: of the last
+// 64 pods whose sidecars had started.
+func TestHolds(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	end := func(held int, pod podName, how func(token string)) holds {
+		t.Helper()
+		token, _, err := s.acquire(t.Context(), id, pod, 70, limit{}, time.Second)
+		rig.Must(t, err)
+		r.Do(t, "HSET", id.namesKey(), token+"/pod", fmt.Sprintf("%d %s", r.Now(t)-held, pod))
+		how(token)
+		d, err := s.inspect(t.Context(), id, detailMost)
+		rig.Must(t, err)
+		return d.holds
+	}
+	release := func(token string) { giveBack(t, s, id, token) }
+	twice := func(token string) { release(token); release(token) }
+	reclaim := func(token string) {
+		r.MakeStale(t, id, token)
+		rig.Must(t, s.maintain(t.Context(), id, 70, false))
+	}
+	end(40, "web-0 ", release) // its sidecar has not started
+	end(60, "web-1 node", twice)
+	end(0, "web-2 node", release)
+	end(3600, "web-3 node", reclaim)
+	got := end(1e9, "web-4 node", release)
+	for i, want := range []int{1, 60, 3600, 32 * 86400} {
+		if len(got) != 4 || math.Abs(math.Log(got[i].Seconds()/float64(want))) > 0.09 {
+			t.Fatalf("got %v, want about 1 s, 60 s, 1 h and 32 days", got)
+		}
+	}
+	var all []string
+	for range 70 {
+		all = append(all, acquire(t, s, id, 70))
+	}
+	for _, token := range all {
+		r.Do(t, "HSET", id.namesKey(), token+"/pod", fmt.Sprintf("%d web node", r.Now(t)-100))
+		r.MakeStale(t, id, token)
+	}
+	if got := end(100, "web-5 node", reclaim); len(got) != 64 || got[0] < 90*time.Second || got[63] > 110*time.Second {
+		t.Errorf("after 71 pods that held for 100 s: got %d: %v", len(got), got)
+	}
+	r.Do(t, "HSET", id.stateKey(), "holds", strings.Repeat("\x01 ", 100))
+	if got := end(10, "web-6 node", release); len(got) != 1 {
+		t.Errorf("another client has written something else: got %v", got)
+	}
+}
+
+// seedHolds makes Redis know holds of ten minutes, and a holder that has had its token for
+// more than three. So another pod starts in 6 min, for 50 s to come.
+func seedHolds(t *testing.T, r *rig.Redis, id semaphoreID, token string) {
+	t.Helper()
+	r.Do(t, "HSET", id.stateKey(), "holds", "IIIII")
+	r.Do(t, "HSET", id.namesKey(), token+"/pod", fmt.Sprintf("%d web-1 node", r.Now(t)-190))
+}
+
+// Those that have to wait are told when they start, as far as that is known.
+func TestForecastIsTold(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	holder := acquire(t, s, id, 1)
+	seedHolds(t, r, id, holder)
+	refused := func() string {
+		t.Helper()
+		_, _, err := s.acquire(t.Context(), id, "", 1, limit{}, time.Second)
+		var full *fullError
+		if !errors.As(err, &full) {
+			t.Fatal(err)
+		}
+		return refusal(full)
+	}
+	if got := refused(); !strings.HasSuffix(got, "web-1 (3 min); the next free one is expected in about 6 min") {
+		t.Errorf("a refusal: %q", got)
+	}
+	for i, want := range []string{", about 6 min to go; in use by web-1 (3 min)", ", about 16 min to go; "} {
+		w := newWaiter(s, id, 1)
+		_, a, err := w.acquireOnce(t.Context(), joinLine)
+		rig.Must(t, err)
+		if got := waitingText(id, 1, 1, waitEnd{}, a); !strings.Contains(got, want) {
+			t.Errorf("waiter %d: %q, want %q in it", i, got, want)
+		}
+	}
+	if got := refused(); !strings.HasSuffix(got, "; 2 waiting in line; the next free one is expected in about 26 min") {
+		t.Errorf("a refusal behind a line: %q", got)
+	}
+	wantStatus(t, r, []string{id.String()}, "a pod holds its tokens for 10 min on average; nine of ten for at most 10 min",
+		`LINE +WAITER +NODE +WAITS +STARTS +ASKED +LENGTH +TOKEN`, `1st .* in about 6 min .*`, `2nd .* in about 16 min .*`)
+	d, err := s.inspect(t.Context(), id, detailMost)
+	rig.Must(t, err)
+	if report := d.report(); len(report.Line) != 2 || *report.Line[1].Starts < 900 || *report.Line[1].Starts > 1020 ||
+		*report.HeldMean != 601.845 || *report.HeldNinth != 601.845 {
+		t.Errorf("the report is %+v, and its line %+v", report, report.Line)
+	}
+	r.Do(t, "HSET", id.stateKey(), "holds", "IIII")
+	if got := refused(); strings.Contains(got, "about") {
+		t.Errorf("with four holds: %q", got)
+	}
+	if report, err := s.inspect(t.Context(), id, detailMost); err != nil || report.report().Line[0].Starts != nil {
+		t.Errorf("with four holds: %+v, %v", report.line, err)
+	}
+}
+
+// A forecast is right where all pods hold for the same time, and good where they do not: also
+// where most of them are short.
+func TestForecast(t *testing.T) {
+	t.Parallel()
+	minutes := func(all ...float64) (d []time.Duration) {
+		for _, m := range all {
+			d = append(d, time.Duration(m*float64(time.Minute)))
+		}
+		return d
+	}
+	same := holds(minutes(10, 10, 10, 10, 10))
+	for name, c := range map[string]struct {
+		holds                holds
+		ages                 []time.Duration
+		used, length, tokens int
+		want                 float64 // minutes; -1: not known
+	}{
+		"next":                       {same, minutes(4), 1, 1, 1, 6},
+		"third":                      {same, minutes(4), 1, 1, 3, 26},
+		"of two":                     {same, minutes(4, 9), 2, 2, 1, 1},
+		"of two, second":             {same, minutes(4, 9), 2, 2, 2, 6},
+		"of two, fifth":              {same, minutes(4, 9), 2, 2, 5, 21},
+		"two of four are known":      {same, minutes(4, 9), 4, 4, 3, 6},
+		"more in use than may be":    {same, minutes(4, 9), 2, 1, 1, 6},
+		"then one after the other":   {same, minutes(4, 9), 2, 1, 2, 14},
+		"one is free":                {same, minutes(4), 1, 2, 1, -1},
+		"one is free, two are asked": {same, minutes(4), 1, 2, 2, 6},
+		"holds longer than all":      {same, minutes(30), 1, 1, 1, 15},
+		"some are longer":            {minutes(1, 1, 1, 20, 40), minutes(10), 1, 1, 1, 10},
+		"paused":                     {same, minutes(4), 1, 0, 1, -1},
+		"few holds":                  {same[:4], minutes(4), 1, 1, 1, -1},
+		"no age":                     {same, nil, 1, 1, 1, -1},
+	} {
+		got, ok := c.holds.forecast(c.ages, c.used).freeIn(c.length, c.tokens)
+		if ok != (c.want >= 0) || ok && math.Abs(got.Minutes()-c.want) > c.want/20 {
+			t.Errorf("%s: got %s, %t, want %.0f min", name, got, ok, c.want)
+		}
+	}
+	if got := holds(minutes(1, 2, 3, 4, 5, 6, 7, 8, 9, 60)).ninth(); got != 9*time.Minute {
+		t.Errorf("nine of ten hold for %s at most, want 9 min", got)
+	}
+
+	// Lines with holds of all kinds, by a fixed seed: half of the forecasts are within 3/2.
+	random := rand.New(rand.NewPCG(1, 2))
+	var errs []float64
+	for range 200 {
+		length, waiting, spread := 1+random.IntN(8), 1+random.IntN(20), 2*random.Float64()
+		draw := func() time.Duration {
+			return time.Duration(math.Exp(spread*random.NormFloat64()) * float64(time.Minute))
+		}
+		var past holds
+		var ages, ends []time.Duration
+		for range 64 {
+			past = append(past, draw())
+		}
+		slices.Sort(past)
+		for range length {
+			hold := draw()
+			age := time.Duration(random.Float64() * float64(hold))
+			ages, ends = append(ages, age), append(ends, hold-age)
+		}
+		var starts time.Duration
+		for range waiting { // each takes the token that comes free first
+			slices.Sort(ends)
+			starts = ends[0]
+			ends[0] += draw()
+		}
+		got, ok := past.forecast(ages, length).freeIn(length, waiting)
+		if !ok {
+			t.Fatalf("no forecast from %d ages and %d holds", len(ages), len(past))
+		}
+		errs = append(errs, math.Abs(math.Log(got.Seconds()/starts.Seconds())))
+	}
+	slices.Sort(errs)
+	t.Logf("median error: a factor of %.2f; nine of ten: %.2f", math.Exp(errs[100]), math.Exp(errs[180]))
+	if math.Exp(errs[100]) > 1.5 {
+		t.Error("the median is too great")
+	}
 }

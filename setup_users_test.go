@@ -694,7 +694,7 @@ func (l *limitsTest) wantLimits(want map[semaphoreID]int) {
 	l.Helper()
 	rig.Eventually(l.T, 20*time.Second, func() error {
 		for id, length := range want {
-			d, err := l.reader.inspect(l.Context(), id)
+			d, err := l.reader.inspect(l.Context(), id, detailMost)
 			if err != nil || d.setting.limit != (limit{known: true, length: length}) {
 				return fmt.Errorf("%s has %+v, %v; want %d", id, d.setting.limit, err, length)
 			}
@@ -737,7 +737,7 @@ func TestLimitsOfTheConfigMap(t *testing.T) {
 	l := startLimits(t, r.Redis, r.Address)
 	l.use(web)
 	l.wantFailing(0)
-	if d, err := l.reader.inspect(t.Context(), web); err != nil || d.setting.limit.known {
+	if d, err := l.reader.inspect(t.Context(), web, detailMost); err != nil || d.setting.limit.known {
 		t.Errorf("without a ConfigMap, Redis knows of %+v, %v", d.setting.limit, err)
 	}
 

@@ -63,7 +63,7 @@ func printStatus(ctx context.Context, s *semaphores, c statusConfig, w io.Writer
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
 	if c.semaphore != (semaphoreID{}) {
-		d, err := s.inspect(ctx, c.semaphore)
+		d, err := s.inspect(ctx, c.semaphore, detailMost)
 		if err != nil {
 			return err
 		}
@@ -89,15 +89,54 @@ func printStatus(ctx context.Context, s *semaphores, c statusConfig, w io.Writer
 
 func printTable(w io.Writer, states []semaphoreState, namespace string) {
 	if len(states) == 0 {
-		where := ""
-		if namespace != "" {
-			where = " in namespace " + printable(namespace)
-		}
-		fmt.Fprintf(w, "no semaphore was used%s in the last minutes\n", where)
+		fmt.Fprintln(w, noneUsed(namespace))
 		return
 	}
-	t := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
-	fmt.Fprintln(t, "NAMESPACE\tKEY\tLENGTH\tFREE\tIN USE\tSTALE\tWAITING\tLONGEST WAIT\tOLDEST HEARTBEAT")
+	tableOf(states).print(w)
+}
+
+// noneUsed says that there are no semaphores in a namespace, or in any.
+func noneUsed(namespace string) string {
+	if namespace == "" {
+		return "no semaphore was used in the last minutes"
+	}
+	return "no semaphore was used in namespace " + printable(namespace) + " in the last minutes"
+}
+
+// table is what the terminal and the page show.
+type table struct {
+	Columns []string   `json:"columns"`
+	Rows    [][]string `json:"rows"`
+	More    int        `json:"more"` // rows that are left out
+}
+
+func (t table) print(w io.Writer) {
+	all := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
+	for _, row := range append([][]string{t.Columns}, t.Rows...) {
+		fmt.Fprintln(all, strings.Join(row, "\t"))
+	}
+	all.Flush()
+	if t.More > 0 {
+		fmt.Fprintf(w, "and %d more\n", t.More)
+	}
+}
+
+// dropUnless removes a column in which no row says something of note.
+func (t *table) dropUnless(isOfNote bool, column string) {
+	if isOfNote {
+		return
+	}
+	i := slices.Index(t.Columns, column)
+	t.Columns = slices.Delete(t.Columns, i, i+1)
+	for n, row := range t.Rows {
+		t.Rows[n] = slices.Delete(row, i, i+1)
+	}
+}
+
+// tableOf has a row for each semaphore.
+func tableOf(states []semaphoreState) table {
+	t := table{Columns: []string{"NAMESPACE", "KEY", "LENGTH", "FREE", "IN USE", "STALE", "WAITING", "LONGEST WAIT",
+		"OLDEST HEARTBEAT"}}
 	for _, st := range states {
 		wait, heartbeat := "", ""
 		if st.waiting > 0 {
@@ -106,11 +145,10 @@ func printTable(w io.Writer, states []semaphoreState, namespace string) {
 		if st.inUse > 0 {
 			heartbeat = roughly(st.oldestHeartbeat) + " ago"
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%d\t%d\t%d\t%s\t%s\n",
-			printable(st.id.namespace), printable(st.id.key), st.lengthText(),
-			st.free, st.inUse, st.stale, st.waiting, wait, heartbeat)
+		t.Rows = append(t.Rows, []string{printable(st.id.namespace), printable(st.id.key), st.lengthText(),
+			fmt.Sprint(st.free), fmt.Sprint(st.inUse), fmt.Sprint(st.stale), fmt.Sprint(st.waiting), wait, heartbeat})
 	}
-	t.Flush()
+	return t
 }
 
 // lengthText formats a length; zero is unknown.
@@ -159,67 +197,71 @@ func (st semaphoreState) setText() (text string) {
 }
 
 func printDetail(w io.Writer, d semaphoreDetail) {
+	for _, line := range d.summary() {
+		fmt.Fprintln(w, line)
+	}
+	for _, t := range []table{d.holderTable(), d.lineTable()} {
+		if len(t.Rows) > 0 {
+			fmt.Fprintln(w)
+			t.print(w)
+		}
+	}
+}
+
+// summary says how a semaphore is used.
+func (d semaphoreDetail) summary() (lines []string) {
 	of := lengthText(d.length)
 	if d.setting.isSet() {
 		of = fmt.Sprint(d.setting.lengthFor(d.length))
 	}
-	fmt.Fprintf(w, "%s: %d of %s tokens in use%s (%d stale), %d free, %d waiting in line\n",
-		d.id, d.inUse, of, d.byPods(), d.stale, d.free, d.waiting)
+	lines = append(lines, fmt.Sprintf("%s: %d of %s tokens in use%s (%d stale), %d free, %d waiting in line",
+		d.id, d.inUse, of, d.byPods(), d.stale, d.free, d.waiting))
 	if d.setting.isSet() {
-		fmt.Fprintf(w, "length: %s%s\n", d.lengthText(), d.setText())
+		lines = append(lines, fmt.Sprintf("length: %s%s", d.lengthText(), d.setText()))
 	}
-	if len(d.holders) > 0 {
-		t := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
-		tokens, more := "", d.inUse
-		if slices.ContainsFunc(d.holders, tokenState.hasSeveral) {
-			tokens = "TOKENS\t"
-		}
-		fmt.Fprintln(t, "\nHOLDER\tNODE\tHELD\t"+tokens+"HEARTBEAT\t\tTOKEN")
-		for _, h := range d.holders {
-			held, heartbeat, stale := "?", roughly(h.idle)+" ago", ""
-			if h.held != heldUnknown {
-				held = roughly(h.held)
-			}
-			if !h.started() {
-				heartbeat = notStarted
-			}
-			if h.stale {
-				stale = "stale"
-			}
-			if more -= h.tokens; tokens != "" {
-				tokens = fmt.Sprintf("%d\t", h.tokens)
-			}
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s%s\t%s\t%s\n",
-				podText(h.pod), cmp.Or(h.node, "?"), held, tokens, heartbeat, stale, printable(h.token))
-		}
-		t.Flush()
-		printMore(w, more)
+	if len(d.holds) >= holdsLeast {
+		lines = append(lines, fmt.Sprintf("a pod holds its tokens for %s on average; nine of ten for at most %s",
+			roughly(d.holds.mean()), roughly(d.holds.ninth())))
 	}
-	if len(d.line) > 0 {
-		t := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
-		leaves := ""
-		if slices.ContainsFunc(d.line, func(l tokenState) bool { return l.ends.after > 0 }) {
-			leaves = "LEAVES\t"
+	return lines
+}
+
+// holderTable has a row for each pod with tokens.
+func (d semaphoreDetail) holderTable() table {
+	t := table{Columns: []string{"HOLDER", "NODE", "HELD", "TOKENS", "HEARTBEAT", "", "TOKEN"}, More: d.inUse}
+	for _, h := range d.holders {
+		held, heartbeat, stale := "?", roughly(h.idle)+" ago", ""
+		if h.held != heldUnknown {
+			held = roughly(h.held)
 		}
-		tokens := ""
-		if slices.ContainsFunc(d.line, tokenState.hasSeveral) {
-			tokens = "TOKENS\t"
+		if !h.started() {
+			heartbeat = notStarted
 		}
-		fmt.Fprintln(t, "\nLINE\tWAITER\tNODE\tWAITS\t"+leaves+"ASKED\t"+tokens+"LENGTH\tTOKEN")
-		for i, l := range d.line {
-			if leaves != "" {
-				leaves = l.leavesText() + "\t"
-			}
-			if tokens != "" {
-				tokens = d.tokensText(l) + "\t"
-			}
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s%s ago\t%s%s\t%s\n",
-				ordinal(i+1), podText(l.pod), cmp.Or(l.node, "?"), l.waits(), leaves, roughly(l.idle), tokens,
-				lengthText(l.length), printable(l.token))
+		if h.stale {
+			stale = "stale"
 		}
-		t.Flush()
-		printMore(w, d.waiting-len(d.line))
+		t.More -= h.tokens
+		t.Rows = append(t.Rows, []string{podText(h.pod), cmp.Or(h.node, "?"), held, fmt.Sprint(h.tokens), heartbeat, stale,
+			printable(h.token)})
 	}
+	t.dropUnless(slices.ContainsFunc(d.holders, tokenState.hasSeveral), "TOKENS")
+	return t
+}
+
+// lineTable has a row for each pod in line.
+func (d semaphoreDetail) lineTable() table {
+	t := table{Columns: []string{"LINE", "WAITER", "NODE", "WAITS", "STARTS", "LEAVES", "ASKED", "TOKENS", "LENGTH", "TOKEN"},
+		More: d.waiting - len(d.line)}
+	starts, leaves := false, false
+	for i, l := range d.line {
+		starts, leaves = starts || l.startsIn != startUnknown, leaves || l.ends.after > 0
+		t.Rows = append(t.Rows, []string{ordinal(i + 1), podText(l.pod), cmp.Or(l.node, "?"), l.waits(), l.startsText(),
+			l.leavesText(), roughly(l.idle) + " ago", d.tokensText(l), lengthText(l.length), printable(l.token)})
+	}
+	t.dropUnless(starts, "STARTS")
+	t.dropUnless(leaves, "LEAVES")
+	t.dropUnless(slices.ContainsFunc(d.line, tokenState.hasSeveral), "TOKENS")
+	return t
 }
 
 // byPods says how many pods have the tokens in use, if some have several.
@@ -249,6 +291,14 @@ func (t tokenState) waits() string {
 	return fmt.Sprintf("%s (+%.0f)", roughly(t.held), t.ahead.Seconds())
 }
 
+// startsText says when a pod in line starts, if that is known.
+func (t tokenState) startsText() string {
+	if t.startsIn == startUnknown {
+		return "?"
+	}
+	return "in about " + roughly(t.startsIn)
+}
+
 // leavesText says when a pod in line stops waiting, and if it runs then.
 func (t tokenState) leavesText() string {
 	left, ok := t.left()
@@ -259,12 +309,6 @@ func (t tokenState) leavesText() string {
 		return "in " + roughly(left) + ", runs"
 	}
 	return "in " + roughly(left)
-}
-
-func printMore(w io.Writer, n int) {
-	if n > 0 {
-		fmt.Fprintf(w, "and %d more\n", n)
-	}
 }
 
 // podText formats a pod's name, as far as it is known.
@@ -302,6 +346,10 @@ type (
 		Limit    *int            `json:"limit"`    // the length that the owner has set; 0: paused; null: none
 		Override *overrideReport `json:"override"` // precedes the limit; null: none
 
+		// How long the last pods had their tokens; null: too few to tell.
+		HeldMean  *float64 `json:"heldMeanSeconds"`
+		HeldNinth *float64 `json:"heldNinthSeconds"` // nine of ten had them for at most this long
+
 		// Only of "status NAMESPACE/KEY", and at most a thousand of each.
 		Holders []holderReport `json:"holders,omitempty"`
 		Line    []waiterReport `json:"line,omitempty"`
@@ -333,6 +381,7 @@ type (
 		Length int     `json:"length"`
 		Tokens int     `json:"tokens"` // that the pod needs
 
+		Starts     *float64 `json:"startsSeconds"` // until it starts, an estimate; null: not known
 		Leaves     *float64 `json:"leavesSeconds"` // until it stops waiting; null: when it has a token
 		WhenWaited string   `json:"whenWaited"`    // what it does then: fail or run; empty if it does not stop
 	}
@@ -364,6 +413,9 @@ func (st semaphoreState) report() semaphoreReport {
 		Reclaimed:       st.reclaimed,
 		Rejoined:        st.rejoined,
 	}
+	if len(st.holds) >= holdsLeast {
+		r.HeldMean, r.HeldNinth = new(inMillis(st.holds.mean())), new(inMillis(st.holds.ninth()))
+	}
 	if l := st.setting.limit; l.isSet() {
 		r.Limit = new(l.length)
 	}
@@ -389,6 +441,9 @@ func (d semaphoreDetail) report() semaphoreReport {
 		one := waiterReport{Place: i + 1, Token: l.token, Pod: l.pod, Node: l.node,
 			Waited: inMillis(l.held), Ahead: inMillis(l.ahead), Asked: inMillis(l.idle), Length: l.length,
 			Tokens: l.tokens}
+		if l.startsIn != startUnknown {
+			one.Starts = new(inMillis(l.startsIn))
+		}
 		if left, ok := l.left(); ok {
 			one.Leaves, one.WhenWaited = new(inMillis(left)), whenWaitedFail
 		}
@@ -409,7 +464,7 @@ func printJSON(w io.Writer, v any) error { return json.NewEncoder(w).Encode(v) }
 func (c statusConfig) look(ctx context.Context, s *semaphores) (semaphoreDetail, error) {
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
-	return s.inspect(ctx, c.semaphore)
+	return s.inspect(ctx, c.semaphore, detailMost)
 }
 
 // releaseByHand releases a token, or takes a waiter out of its line, after a
@@ -577,7 +632,7 @@ func setByHand(ctx context.Context, s *semaphores, c statusConfig, stdin io.Read
 		return mayNotSet(err, "set a length")
 	}
 	// Redis ends the override by its own clock.
-	if now, err := s.inspect(ctx, d.id); err == nil {
+	if now, err := s.inspect(ctx, d.id, detailMost); err == nil {
 		after = now.semaphoreState
 	}
 	what, o := "override set", c.override

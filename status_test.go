@@ -141,7 +141,7 @@ func TestStatusOfSeveralTokens(t *testing.T) {
 		`LINE +WAITER +NODE +WAITS +ASKED +TOKENS +LENGTH +TOKEN`)
 	wantStatus(t, r, []string{id.String()}, `... +web-b +node-2 +\d s +\d s ago +2 +8 +.*`)
 	wantStatus(t, r, []string{id.String()}, `... +web-c +node-2 +\d s +\d s ago +needs 8 of 5 +8 +.*`)
-	d, err := s.inspect(t.Context(), id)
+	d, err := s.inspect(t.Context(), id, detailMost)
 	rig.Must(t, err)
 	report := d.report()
 	if report.Holders[0].Tokens != 4 || report.Line[0].Tokens+report.Line[1].Tokens != 10 {
@@ -761,7 +761,7 @@ func TestStatusUser(t *testing.T) {
 		id := freshID()
 		acquire(t, admin, id, 1)
 		standInLine(t, r, admin, id, false)
-		return errors.Join(errOf(s.survey(t.Context(), "")), errOf(s.inspect(t.Context(), id)))
+		return errors.Join(errOf(s.survey(t.Context(), "")), errOf(s.inspect(t.Context(), id, detailMost)))
 	}
 	release := func() error {
 		id := freshID()

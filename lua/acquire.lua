@@ -31,14 +31,9 @@
 --         {2, time, stale, newcomer}   the caller has to repair first: this number of
 --                            tokens is stale; if 0, tokens are missing. newcomer: see
 --                            maintain.lua
---         {0, time, tokens in use, waiters, doubt, holders, setting, position, arrival,
---          seconds waited, milliseconds until a token may come free, reachable, ahead}
---                            full. doubt: 0, or the seconds until Redis knows if some
---                            holders or waiters are gone. holders: four items for some
---                            pods with tokens: the seconds that the pod has had them, the
---                            pod, and 1 if its sidecar has not started; or -1, the token,
---                            and 0; and how many tokens it has. setting: see semaphore.lua.
---                            position and all after it: for a waiter
+--         {0, time, occupancy (seven items, see semaphore.lua), position, arrival, seconds waited,
+--          milliseconds until a token may come free, reachable, ahead}
+--                            full. position and all after it: for a waiter
 --         {3, ... as with 0} gave up: the waiter is out of the line. It gets the same answer
 --                            again until it releases its token
 local wish = ARGV[5]
@@ -93,40 +88,15 @@ if held then
   return take()
 end
 
--- holders returns the five pods with the oldest heartbeats, and how many tokens each has.
-local function holders()
-  local tokens, counts, fields, place = {}, {}, {}, {}
-  local members = redis.call('ZRANGE', KEYS[2], 0, 5) -- one more, which may be the fifth's
-  if string.find(table.concat(members, ' '), '/', 1, true) then
-    members = redis.call('ZRANGE', KEYS[2], 0, 5 * tokensMost - 1)
-  end
-  for _, member in ipairs(members) do
-    local used = string.match(member, '^[^/]*')
-    local i = place[used]
-    if not i and #tokens < 5 then
-      i = #tokens + 1
-      place[used], tokens[i], counts[i], fields[i] = i, used, 0, used .. '/pod'
-    end
-    if i then
-      counts[i] = counts[i] + 1
-    end
-  end
-  local list, pods = {}, #fields > 0 and redis.call('HMGET', KEYS[5], unpack(fields))
-  for i, used in ipairs(tokens) do
-    local since, name, node = string.match(pods[i] or '', '^(%d+) (%S+) ?(%S*)')
-    list[4 * i - 3] = since and math.max(0, now - since) or -1
-    list[4 * i - 2] = string.sub(name or used, 1, nameMost)
-    list[4 * i - 1] = node == '' and 1 or 0 -- only a sidecar knows its node
-    list[4 * i] = counts[i]
-  end
-  return list
-end
-
 -- giveUp takes the waiter out of the line. waited is how long it has waited, in seconds.
 local function giveUp(waited)
   leaveLine(token)
   callServed()
-  return finish({3, micros, inflight, redis.call('ZCARD', KEYS[3]), 0, holders(), setting(), 0, arrival, waited, 0, 0, 0})
+  local gone = {3, micros, occupancy(length, 0)}
+  for i, item in ipairs({0, arrival, waited, 0, 0, 0}) do
+    gone[9 + i] = item
+  end
+  return finish(gone)
 end
 
 if wait then
@@ -262,11 +232,11 @@ if givesUp and givesUp <= micros / 1000000 and settled() then
   return giveUp(waited)
 end
 
-local full = {0, micros, inflight, redis.call('ZCARD', KEYS[3]), doubt, holders(), setting()}
+local full = {0, micros, occupancy(most, doubt)}
 if waits then
-  full[8] = rank + 1
-  full[9] = string.format('%.0f', at)
-  full[10] = math.max(0, now - math.floor(at / 1000000))
+  full[10] = rank + 1
+  full[11] = string.format('%.0f', at)
+  full[12] = math.max(0, now - math.floor(at / 1000000))
   local pause = untilFree()
   if rank < 3 and ends > now then -- the first may be dead
     pause = math.min(pause, ends - micros / 1000000) -- then another length counts
@@ -274,10 +244,10 @@ if waits then
   if givesUp then
     pause = math.min(pause, math.max(givesUp - micros / 1000000, settled() and 0 or untilSettled()))
   end
-  full[11] = math.ceil(pause * 1000)
+  full[13] = math.ceil(pause * 1000)
   local hears = publish(token, 'can you hear me')
-  full[12] = hears and 1 or 0
-  full[13] = string.format('%.0f', ahead)
+  full[14] = hears and 1 or 0
+  full[15] = string.format('%.0f', ahead)
   local text = (hears and '+' or '') .. wish
   if known[1] ~= text then
     redis.call('HSET', KEYS[5], token, text)

@@ -11,13 +11,11 @@
 --                 microseconds), length or LENGTH*TOKENS, "NAME NODE" or the part that is
 --                 known, and its head start in microseconds
 --
--- Returns {1, time, created, tokens in use, waiters, served, held, joined, doubt, setting}
+-- Returns {1, time, created, served, held, joined, occupancy (seven items, see semaphore.lua)}
 --   served  list of the tokens in line, also of other processes, that may take a free one
 --   held    list of the given tokens that are in use already
 --   joined  list of the given tokens that were not in line, each followed by its position
---   doubt   0, or the seconds until Redis knows which holders are gone: it makes no token
---           before that
---   setting see semaphore.lua
+--   doubt   of occupancy; before it is over, Redis makes no token
 local known = tonumber(ARGV[5])
 local first = 7 + tonumber(ARGV[6])
 if known > 0 and (not state[1] or created > known) then
@@ -88,4 +86,4 @@ if lineLength > 0 then
 end
 local inflight = redis.call('ZCARD', KEYS[2])
 local doubt = inflight < greatest and redis.call('LLEN', KEYS[1]) == 0 and not settled() and untilSettled() or 0
-return finish({1, micros, created, inflight, redis.call('ZCARD', KEYS[3]), served, held, joined, doubt, setting()})
+return finish({1, micros, created, served, held, joined, occupancy(greatest, doubt)})

@@ -29,6 +29,12 @@ if settled() then
     for i, token in ipairs(stale) do
       pods[i] = token .. '/pod'
     end
+    for _, pod in ipairs(redis.call('HMGET', KEYS[5], unpack(pods))) do
+      addHold(pod)
+    end
+    if holds then
+      redis.pcall('HSET', KEYS[6], 'holds', holds) -- a full Redis does without
+    end
     redis.call('HDEL', KEYS[5], unpack(pods))
     count('reclaimed', reclaimed)
   end

@@ -10,10 +10,12 @@
 -- Returns {0, time}  the token was neither in use nor in line
 --         {1, time}  released
 --         {2, time}  left the line, or forgotten that it had given up
-touch(redis.pcall)
--- This comes first: a full Redis continues a script whose first write needs no memory.
 local token = ARGV[5]
 local takenAs = ARGV[6] or ''
+local pods = redis.call('HMGET', KEYS[5], token .. '/pod', takenAs .. '/pod')
+addHold(pods[1] or pods[2])
+touch(redis.pcall)
+-- This comes first: a full Redis continues a script whose first write needs no memory.
 local status = 2 * leaveLine(token)
 local released = redis.call('ZREM', KEYS[2], token)
 if released + status == 0 and takenAs ~= '' then

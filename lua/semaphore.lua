@@ -40,6 +40,8 @@
 --                     rejoined   number of tokens put back by holders so far, for people
 --                     gaveUp     number of waiters that gave up so far
 --                     ranBeyond  number of tokens taken beyond the length so far, for people
+--                     holds      how long the last pods had their tokens, one character for
+--                                each; see addHold
 --                     limit      the length that the owner of the resource set; empty: none
 --                     override   another length for a time, which precedes the limit
 --                     ends       when the override ends
@@ -106,6 +108,10 @@ local noteMost = 200 -- bytes of a note; a client may have written a longer one
 local nameMost = 510 -- bytes of the name of a pod, likewise
 local gaveUpMost = 1000 -- waiters that gave up and have not released their tokens
 local tokensMost = 100 -- tokens that one pod needs; a client may have written more
+local holdsMost = 64 -- characters of holds; with a longer value, state takes four times the memory
+local holdFirst = 33 -- the code of the first of these; see addHold
+local holdLast = 126
+local holdStep = 0.16
 
 local state = redis.call('HMGET', KEYS[6], 'created', 'touched', 'resumed', 'lost', 'length', 'asked',
   'interval', 'threshold', 'sent', 'limit', 'override', 'ends', 'kept')
@@ -170,6 +176,19 @@ end
 local lineLength = redis.call('ZCARD', KEYS[3])
 local line -- the functions and times that matter while there is a line; see openLine
 
+-- addHold adds to holds, which touch writes, for how long a pod has had its tokens. pod is
+-- what names has about it; a pod whose sidecar has not started does not count. "!" is one
+-- second, and each next character is 17 % (e^0.16) longer.
+local holds
+local function addHold(pod)
+  local since = tonumber(string.match(pod or '', '^(%d+) %S+ %S') or 0)
+  if since > 0 then
+    local steps = math.floor(math.log(math.max(1, now - since)) / holdStep + 0.5)
+    holds = holds or redis.call('HMGET', KEYS[6], 'holds')[1] or ''
+    holds = string.sub(holds .. string.char(math.min(holdFirst + steps, holdLast)), -holdsMost)
+  end
+end
+
 -- touch notes a command. After a silence that live holders or waiters would have ended,
 -- Redis was away, or its clock was set. Then no holder is stale, and no waiter gone,
 -- before it had the time to come back.
@@ -190,8 +209,13 @@ local function touch(write)
     override, ends = nil, 0
   end
   write = write or redis.call
-  write('HSET', KEYS[6], 'created', created, 'touched', now, 'resumed', resumed, 'lost', lost,
-    'length', asks, 'asked', asked)
+  if holds then
+    write('HSET', KEYS[6], 'created', created, 'touched', now, 'resumed', resumed, 'lost', lost,
+      'length', asks, 'asked', asked, 'holds', holds)
+  else
+    write('HSET', KEYS[6], 'created', created, 'touched', now, 'resumed', resumed, 'lost', lost,
+      'length', asks, 'asked', asked)
+  end
   if newSettings then
     write('HSET', KEYS[6], 'interval', interval, 'threshold', patience, 'sent', now)
   end
@@ -620,6 +644,37 @@ local function noteGaveUp(token, waited)
   redis.call('HSET', KEYS[5], place, token, token .. '/gaveUp', string.format('%.0f %s', waited, place))
 end
 
+-- holders returns four items for each of the five pods with the oldest heartbeats: the
+-- seconds that the pod has had its tokens, the pod, and 1 if its sidecar has not started;
+-- or -1, the token, and 0; and how many tokens it has.
+local function holders()
+  local tokens, counts, fields, place = {}, {}, {}, {}
+  local members = redis.call('ZRANGE', KEYS[2], 0, 5) -- one more, which may be the fifth's
+  if string.find(table.concat(members, ' '), '/', 1, true) then
+    members = redis.call('ZRANGE', KEYS[2], 0, 5 * tokensMost - 1)
+  end
+  for _, member in ipairs(members) do
+    local used = string.match(member, '^[^/]*')
+    local i = place[used]
+    if not i and #tokens < 5 then
+      i = #tokens + 1
+      place[used], tokens[i], counts[i], fields[i] = i, used, 0, used .. '/pod'
+    end
+    if i then
+      counts[i] = counts[i] + 1
+    end
+  end
+  local list, pods = {}, #fields > 0 and redis.call('HMGET', KEYS[5], unpack(fields))
+  for i, used in ipairs(tokens) do
+    local since, name, node = string.match(pods[i] or '', '^(%d+) (%S+) ?(%S*)')
+    list[4 * i - 3] = since and math.max(0, now - since) or -1
+    list[4 * i - 2] = string.sub(name or used, 1, nameMost)
+    list[4 * i - 1] = node == '' and 1 or 0 -- only a sidecar knows its node
+    list[4 * i] = counts[i]
+  end
+  return list
+end
+
 -- setting returns what the owner set: {}, {limit}, or {limit, override, when it ends,
 -- note}. A limit of -1 is none. If Redis knows nothing of one, it is -2, or missing.
 local function setting()
@@ -628,6 +683,14 @@ local function setting()
     return {known, override, ends, string.sub(redis.call('HMGET', KEYS[6], 'note')[1] or '', 1, noteMost)}
   end
   return known > -2 and {known} or {}
+end
+
+-- occupancy returns what a reply says to those that have to wait: the number of tokens in use,
+-- and of waiters; length, which counts for the caller; doubt; holders, setting and holds.
+-- doubt is 0, or the seconds until Redis knows whether some holders or waiters are gone.
+local function occupancy(length, doubt)
+  local past = string.sub(redis.call('HMGET', KEYS[6], 'holds')[1] or '', -holdsMost)
+  return redis.call('ZCARD', KEYS[2]), redis.call('ZCARD', KEYS[3]), length, doubt, holders(), setting(), past
 end
 
 -- finish sets the time to live of the keys: minutes if there are neither holders nor

@@ -12,9 +12,12 @@ import (
 	"flag"
 	"fmt"
 	"maps"
+	"math"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -64,6 +67,7 @@ func TestChaos(t *testing.T) {
 				w.wantNothingLeft()
 			}
 			w.wantTenantRefused()
+			w.wantForecasts()
 			worked, gated, gaveUp := 0, 0, 0
 			for _, p := range c.pods {
 				if p.gaveUp != notYet {
@@ -104,6 +108,42 @@ func (w *world) verdict(seed uint64) *checker {
 		w.t.Errorf("%d rules broken; the whole history is in %s", len(c.found), file)
 	}
 	return c
+}
+
+// toGo is a line of a pod's log that says when the pod starts.
+var toGo = regexp.MustCompile(`(?m)^ *([0-9.]+) .*"msg":"waiting for .* about (\d+) s to go`)
+
+// wantForecasts checks what pods were told first of their time in line. Here, faults stop
+// servers and pods, pods leave the line, and lengths change: half of the forecasts are right
+// within a factor of about two, and no run may have worse ones than four.
+func (w *world) wantForecasts() {
+	var factors []float64
+	for _, p := range w.pods {
+		p.mu.Lock()
+		said, took := toGo.FindStringSubmatch(p.log.String()), p.life.took.to.Seconds()
+		p.mu.Unlock()
+		if said == nil || took == 0 {
+			continue
+		}
+		at, err := strconv.ParseFloat(said[1], 64)
+		rig.Must(w.t, err)
+		told, err := strconv.ParseFloat(said[2], 64)
+		rig.Must(w.t, err)
+		if took > at {
+			factors = append(factors, math.Abs(math.Log((told+0.5)/(took-at+0.5)))) // told is in whole seconds
+		}
+	}
+	if len(factors) < 20 {
+		w.t.Errorf("only %d pods were told when they start", len(factors))
+		return
+	}
+	slices.Sort(factors)
+	half, most := math.Exp(factors[len(factors)/2]), math.Exp(factors[len(factors)*9/10])
+	w.t.Logf("%d pods were told when they start: half were right within a factor of %.2f, nine of ten of %.2f",
+		len(factors), half, most)
+	if half > 4 {
+		w.t.Errorf("half of the forecasts must be right within a factor of 4")
+	}
 }
 
 // keep writes the history and all logs to a file in the project's bin/.

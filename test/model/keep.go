@@ -135,10 +135,10 @@ func (w *world) keep(gone, stay []*actor, places map[string]int) {
 
 // checkKept compares the reply of keep with the state.
 func (w *world) checkKept(rest []any, d dump, wantHeld []string) {
-	var created, inUse, waiters, doubt int
+	var created, inUse, waiters, length, doubt int
 	var served, held []string
-	var joined, set []any
-	_, err := redis.Scan(rest, &created, &inUse, &waiters, &served, &held, &joined, &doubt, &set)
+	var joined, holders, set []any
+	_, err := redis.Scan(rest, &created, &served, &held, &joined, &inUse, &waiters, &length, &doubt, &holders, &set)
 	rig.Must(w.test, err)
 	if inUse != d.used || waiters != len(d.waiters) || !slices.Equal(held, wantHeld) ||
 		created != d.state["created"] {

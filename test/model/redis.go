@@ -102,6 +102,7 @@ type dump struct {
 	gaveUp   map[string]string // token that gave up -> how long it waited; and the places of these notes
 	state    map[string]int    // without the texts
 	limit    string            // in state; empty: there is none, or it is not known
+	holds    string            // in state: how long the last pods had their tokens
 	expiry   []int             // Unix milliseconds; -1: never; -2: no such key
 }
 
@@ -115,7 +116,8 @@ func (d dump) equalButExpiry(other dump) bool {
 		maps.Equal(d.parts, other.parts) && maps.Equal(d.wishes, other.wishes) && maps.Equal(d.firsts, other.firsts) &&
 		maps.Equal(d.aheads, other.aheads) && maps.Equal(d.since, other.since) &&
 		maps.Equal(d.hears, other.hears) && maps.Equal(d.passed, other.passed) &&
-		maps.Equal(d.pods, other.pods) && maps.Equal(d.gaveUp, other.gaveUp) && maps.Equal(d.state, other.state) && d.limit == other.limit
+		maps.Equal(d.pods, other.pods) && maps.Equal(d.gaveUp, other.gaveUp) && maps.Equal(d.state, other.state) &&
+		d.limit == other.limit && d.holds == other.holds
 }
 
 // inSeconds returns d without the fractions of seconds: a repeated command changes these.
@@ -327,9 +329,9 @@ func (s *store) dump() (d dump) {
 	}
 	state, err := redis.StringMap(values[5], nil)
 	rig.Must(s.test, err)
-	d.state, d.limit = map[string]int{}, state["limit"]
+	d.state, d.limit, d.holds = map[string]int{}, state["limit"], state["holds"]
 	for field, text := range state {
-		if !slices.Contains([]string{"limit", "note", "by"}, field) {
+		if !slices.Contains([]string{"limit", "note", "by", "holds"}, field) {
 			d.state[field], err = strconv.Atoi(text)
 			rig.Must(s.test, err)
 		}

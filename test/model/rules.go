@@ -3,6 +3,7 @@ package model
 import (
 	"cmp"
 	"maps"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -351,6 +352,29 @@ func (w *world) letsPass(token string) bool {
 	return overtake > 0 && (since == 0 || since > now || now-since < overtake)
 }
 
+// checkHolds checks that Redis notes once for how long a pod had its tokens: "!" is a second,
+// and each next character 17 % longer. It knows the last 64.
+func (w *world) checkHolds(d dump) {
+	var noted []byte
+	renamed := ""
+	if _, ok := d.inflight[w.confirmed.token]; ok {
+		renamed = w.pods[w.confirmed.token].takenAs
+	}
+	for token := range w.last.inflight {
+		if _, held := d.inflight[token]; !held && token != renamed {
+			second := max(1, int(w.second)-w.last.since[token])
+			noted = append(noted, byte(33+int(math.Round(math.Log(float64(second))/0.16))))
+		}
+	}
+	slices.Sort(noted)
+	before := w.last.holds[max(0, min(len(w.last.holds), len(w.last.holds)+len(noted)-64)):]
+	after := []byte(d.holds[min(len(before), len(d.holds)):])
+	slices.Sort(after)
+	if want := noted[:min(len(noted), 64)]; !strings.HasPrefix(d.holds, before) || len(noted) <= 64 && !slices.Equal(after, want) {
+		w.fail("Redis notes the holds %q, and before %q; pods have ended that held for %q", d.holds, w.last.holds, noted)
+	}
+}
+
 // serve gives each waiter of a line its tokens, in order, while they fit. It leaves out
 // those that skip names, and those that need more than the length that counts for them. One
 // that fits and misses its call gets nothing. serve returns the waiters that are served,
@@ -633,6 +657,7 @@ func (w *world) check(d dump, reclaims bool) {
 	if since, ok := d.since[w.confirmed.token]; ok && since != w.confirmed.since {
 		w.fail("%s was confirmed, and its pod has it since %d, not %d", w.confirmed.token, since, w.confirmed.since)
 	}
+	w.checkHolds(d)
 	w.confirmed = confirmed{}
 	if len(d.since) != len(d.inflight)+len(d.waiters) {
 		w.fail("Redis knows %d pods, and %d tokens are in use or waited for",

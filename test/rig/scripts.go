@@ -160,9 +160,11 @@ type Acquired struct {
 	// With AcquireFull or AcquireGaveUp:
 	InUse   int
 	Waiters int
+	Length  int           // that counts for the caller
 	Doubt   time.Duration // if not 0, Redis knows only after this time which holders and waiters are gone
 	Holders []any         // for some tokens in use: seconds that it is held, or -1; the pod or the token; 1: not started
 	Setting []any         // what the owner has set; see setting in lua/semaphore.lua
+	Holds   string        // how long the last pods had their tokens; see addHold there
 
 	// With AcquireFull or AcquireGaveUp, for a waiter:
 	Position  int
@@ -184,7 +186,7 @@ func ReadAcquired(reply Reply) (a Acquired, err error) {
 	case AcquireFull, AcquireGaveUp:
 		var doubt, waited, freeIn, reachable int
 		var rest []any
-		rest, err = redis.Scan(reply.Rest, &a.InUse, &a.Waiters, &doubt, &a.Holders, &a.Setting)
+		rest, err = redis.Scan(reply.Rest, &a.InUse, &a.Waiters, &a.Length, &doubt, &a.Holders, &a.Setting, &a.Holds)
 		if err == nil && len(rest) > 0 {
 			_, err = redis.Scan(rest, &a.Position, &a.Arrival, &waited, &freeIn, &reachable, &a.Ahead)
 		}
