@@ -55,6 +55,15 @@ test-queues: test-needs ## fail over Sentinel groups, Clusters, addresses and ga
 test-abuse: test-needs ## misuse a webhook in many ways; check its memory and the admissions beside it; about 5 minutes
 	SUITE=1 go test -count=1 -timeout 15m -v ./test/abuse
 
+.PHONY: test-page
+test-page: test-needs ## show the page of status to a real Chromium; installs chromium if missing
+	@command -v chromium >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium >/dev/null; }
+	SUITE=1 go test -count=1 -v ./test/page $(PAGE_FLAGS)
+
+.PHONY: page-picture
+page-picture: ## draw docs/status-page.png
+	$(MAKE) test-page PAGE_FLAGS="-run TestPage -picture=$(CURDIR)/docs/status-page.png"
+
 .PHONY: test-upgrade
 test-upgrade: test-needs ## upgrade from the last release under load, and back; about 2 minutes; needs the git history
 	SUITE=1 go test -count=1 -timeout 15m -v ./test/upgrade
@@ -76,7 +85,7 @@ fuzz: ## fuzz decoder, annotations, patch, flags and Redis's replies; FUZZ_TIME=
 		go test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZ_TIME) -fuzzminimizetime 1s . || exit 1; done
 
 .PHONY: test-all
-test-all: lint test test-upgrade test-queues test-abuse chaos fuzz demo test-demo test-dist bench test-timing ## run all suites but the cluster tests, and all unit tests and the model on a Sentinel and a Cluster; needs an idle machine
+test-all: lint test test-page test-upgrade test-queues test-abuse chaos fuzz demo test-demo test-dist bench test-timing ## run all suites but the cluster tests, and all unit tests and the model on a Sentinel and a Cluster; needs an idle machine
 	for queue in sentinel cluster; do TEST_QUEUE=$$queue go test -race -count=1 -parallel 8 -run '^Test' . ./test/model || exit 1; done
 
 .PHONY: test-needs
@@ -155,7 +164,7 @@ DIST ?= dist
 RELEASE_IMAGE ?= ghcr.io/kaidotio/at-least-semaphore-pod-hook:$(VERSION)
 
 # Manifests of a release: NAME:FOLDER, for those folders that there are.
-dist-manifests = $(foreach m,install:deploy gate:deploy/gate etcd:deploy/etcd sentinel:deploy/sentinel,\
+dist-manifests = $(foreach m,install:deploy gate:deploy/gate status:deploy/status etcd:deploy/etcd sentinel:deploy/sentinel,\
 	$(if $(wildcard $(lastword $(subst :, ,$(m)))),$(m)))
 # As in the image, the binaries contain no commit: see the Dockerfile.
 dist-platforms = linux-amd64 linux-arm64 darwin-amd64 darwin-arm64

@@ -98,6 +98,8 @@ const (
 	statusSet     = "set"
 	statusPause   = "pause"
 	statusFirst   = "first"
+
+	statusServe = "serve" // changes nothing
 )
 
 // statusOperands are what follows the operand that names the change.
@@ -113,6 +115,8 @@ type statusConfig struct {
 	settings
 	output    string
 	watch     bool
+	serve     bool // a page
+	port      int  // of the page
 	yes       bool
 	own       semaphoreID   // of the container; zero: of none
 	namespace string        // empty for all
@@ -180,7 +184,8 @@ func parseStatusConfig(args []string, getenv func(string) string) (c statusConfi
 		"       at-least-semaphore-pod-hook status [flags] set NAMESPACE/KEY length=NUMBER --for DURATION\n" +
 		"       at-least-semaphore-pod-hook status [flags] set NAMESPACE/KEY --clear\n" +
 		"       at-least-semaphore-pod-hook status [flags] pause NAMESPACE/KEY --for DURATION\n" +
-		"       at-least-semaphore-pod-hook status [flags] first NAMESPACE/KEY TOKEN|POD"
+		"       at-least-semaphore-pod-hook status [flags] first NAMESPACE/KEY TOKEN|POD\n" +
+		"       at-least-semaphore-pod-hook status [flags] serve"
 	err = parseFlags(&c, "status", arguments, args, getenv)
 	return c, err
 }
@@ -591,6 +596,8 @@ func (c *statusConfig) declareFlags(f *flags, getenv func(string) string) {
 	}
 	declare(f, &c.output, readChoice(outputTable, outputJSON), "o", outputTable, "output format: `table|json`")
 	declare(f, &c.watch, readBool, "watch", "false", "`true|false`: repeat the output every two seconds")
+	declare(f, &c.port, readNumber(0, 65535), "port", "8082",
+		"`PORT` on 127.0.0.1 of the page that serve shows to browsers; 0: a free one")
 	declare(f, &c.yes, readBool, "yes", "false", "`true|false`: release, set, pause or move without confirmation")
 	declare(f, &c.lasts, readOverrideTime, "for", "",
 		"`DURATION` of set or pause, from 1m to 7d, such as 30m, 2h or 2d: then it ends by itself")
@@ -643,6 +650,9 @@ func changedBy(user, host string) string {
 func (c *statusConfig) validate(f *flags) {
 	c.settings.validate(f)
 	operands, wanted := f.operands, ""
+	if len(operands) == 1 && operands[0] == statusServe {
+		c.serve, operands = true, nil
+	}
 	if len(operands) > 0 {
 		if wanted = statusOperands[operands[0]]; wanted != "" {
 			c.change, operands = operands[0], operands[1:]
@@ -666,8 +676,8 @@ func (c *statusConfig) validate(f *flags) {
 	} else if len(operands) == 0 {
 		c.semaphore = c.own
 	}
-	if c.watch && c.change != "" {
-		f.problem("--watch and %s do not go together", c.change)
+	if what := cmp.Or(c.change, map[bool]string{true: statusServe}[c.serve]); c.watch && what != "" {
+		f.problem("--watch and %s do not go together", what)
 	}
 	c.validateChange(f)
 }

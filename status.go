@@ -30,6 +30,9 @@ const (
 func runStatus(ctx context.Context, c statusConfig, stdin io.Reader, stdout io.Writer, log *slog.Logger) error {
 	s := newSemaphores(c.settings, nil, 1, log)
 	defer s.queue.close()
+	if c.serve {
+		return serveStatus(ctx, s, c, log)
+	}
 	switch c.change {
 	case statusRelease:
 		return releaseByHand(ctx, s, c, stdin, stdout)

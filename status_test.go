@@ -7,6 +7,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
 	"reflect"
 	"regexp"
 	"slices"
@@ -528,6 +531,8 @@ func TestStatusUsage(t *testing.T) {
 		"shop web":              "2 arguments: there may be one, NAMESPACE or NAMESPACE/KEY",
 		"-o yaml":               `-o: "yaml"`,
 		"release a/b c --watch": "--watch and release do not go together",
+		"serve --watch":         "--watch and serve do not go together",
+		"serve --port=x":        `--port: "x" is not a whole number from 0 to 65535`,
 
 		"set":                                      "set: 0 arguments; they are NAMESPACE/KEY length=NUMBER",
 		"set shop/web --for 1h":                    "set: 1 arguments; they are NAMESPACE/KEY length=NUMBER",
@@ -595,7 +600,7 @@ func TestStatusSetFlags(t *testing.T) {
 	} {
 		got, err := parseStatusConfig(strings.Fields(args), func(name string) string { return env[name] })
 		rig.Must(t, err)
-		want.settings, want.output = got.settings, outputTable
+		want.settings, want.output, want.port = got.settings, outputTable, 8082
 		want.namespace, want.semaphore = "shop", semaphoreID{"shop", "web"}
 		if !reflect.DeepEqual(got, want) {
 			t.Errorf("%s: got %+v, want %+v", args, got, want)
@@ -836,4 +841,91 @@ func TestStatusUser(t *testing.T) {
 		t.Errorf("acquire: got %v, want NOPERM", err)
 	}
 	r.WantCounts(t, id, 1, 0)
+}
+
+// startPage serves the page of a queue. read returns what it shows, for a path and headers.
+func startPage(t *testing.T, address string) (v *statusServer, read func(method, path, host, site string) (int, string)) {
+	t.Helper()
+	v = newStatusServer(testSemaphores(t, address))
+	handler := v.handler()
+	return v, func(method, path, host, site string) (int, string) {
+		r := httptest.NewRequestWithContext(t.Context(), method, path, nil)
+		r.Host = host
+		if site != "" {
+			r.Header.Set("Sec-Fetch-Site", site)
+		}
+		rec := httptest.NewRecorder()
+		handler.ServeHTTP(rec, r)
+		return rec.Code, rec.Body.String()
+	}
+}
+
+// The page shows what the terminal does, to a browser on this machine only.
+func TestPage(t *testing.T) {
+	t.Parallel()
+	r, _, id, _ := shownSemaphore(t, "page-"+uuid.NewString()[:8])
+	_, read := startPage(t, r.Address)
+	for want, requests := range map[int][][4]string{
+		http.StatusOK: {{"GET", "/", "localhost:8082", ""}, {"GET", "/data", "127.0.0.1", "same-origin"}, {"GET", "/", "[::1]:8082", "none"},
+			{"GET", "/data?semaphore=" + url.QueryEscape(id.String()), "localhost", ""}},
+		http.StatusMisdirectedRequest: {{"GET", "/data", "example.org", ""}, {"GET", "/", "localhost.example.org:8082", ""}, {"GET", "/", "", ""}},
+		http.StatusForbidden:          {{"GET", "/data", "localhost", "cross-site"}, {"GET", "/data", "localhost", "same-site"}},
+		http.StatusMethodNotAllowed:   {{"POST", "/data", "localhost", ""}},
+		http.StatusNotFound:           {{"GET", "/page.html", "localhost", ""}},
+		http.StatusBadRequest:         {{"GET", "/data?semaphore=shop", "localhost", ""}},
+	} {
+		for _, q := range requests {
+			if got, text := read(q[0], q[1], q[2], q[3]); got != want {
+				t.Errorf("%q: got %d %s, want %d", q, got, text, want)
+			}
+		}
+	}
+	_, text := read("GET", "/data?semaphore="+url.QueryEscape(id.String()), "localhost", "")
+	var d pageData
+	rig.Must(t, json.Unmarshal([]byte(text), &d))
+	terminal, err := statusOf(t, r, "", id.String())
+	rig.Must(t, err)
+	for _, cell := range slices.Concat(d.Summary, d.Tables[0].Columns, d.Tables[0].Rows[0][:3], d.Tables[1].Columns, d.Tables[1].Rows[1][:3]) {
+		if !strings.Contains(terminal, cell) {
+			t.Errorf("the page shows %q, and the terminal does not:\n%s", cell, terminal)
+		}
+	}
+	_, read = startPage(t, rig.FreeAddress(t))
+	if got, text := read("GET", "/data", "localhost", ""); got != http.StatusOK || !strings.Contains(text, "connection refused") {
+		t.Errorf("without Redis: got %d %s", got, text)
+	}
+}
+
+// A chart has the samples of an hour. Those that are not known are none of no use.
+func TestCharts(t *testing.T) {
+	t.Parallel()
+	v := newStatusServer(nil)
+	used := func(inUse, waiting int) []semaphoreState {
+		return []semaphoreState{{id: testID, inUse: inUse, waiting: waiting}}
+	}
+	v.take(nil, true)
+	v.take(used(3, 1), true)
+	v.take(nil, false)
+	v.take(nil, true)
+	v.take(used(2, 0), true)
+	unknown := sample{InUse: -1}
+	if got, want := v.chart(testID)[samplesKept-5:], []sample{unknown, {3, 1}, unknown, {}, {2, 0}}; !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+	if got := v.chart(semaphoreID{"shop", "other"}); len(got) != 0 {
+		t.Errorf("a semaphore that was never used has the chart %v", got)
+	}
+	for range samplesKept {
+		v.take(used(0, 0), true)
+	}
+	if len(v.charts) != 0 {
+		t.Error("a semaphore without a use for an hour has a chart")
+	}
+	var many []semaphoreState
+	for i := range chartsMost + 10 {
+		many = append(many, semaphoreState{id: semaphoreID{"shop", fmt.Sprint(i)}, inUse: 1})
+	}
+	if v.take(many, true); len(v.charts) != chartsMost {
+		t.Errorf("%d charts, want at most %d", len(v.charts), chartsMost)
+	}
 }

@@ -53,6 +53,7 @@ func TestDist(t *testing.T) {
 	kinds := map[string][]string{ // of the objects in a manifest, some of them
 		"install.yaml":                 {"Namespace", "Deployment", "MutatingWebhookConfiguration", "ConfigMap"},
 		"gate.yaml":                    {"Deployment", "ServiceAccount", "ClusterRole"},
+		"status.yaml":                  {"Deployment", "ServiceAccount", "NetworkPolicy"},
 		"etcd.yaml":                    {"Namespace", "Deployment", "MutatingWebhookConfiguration", "StatefulSet"},
 		"monitoring.yaml":              {"PodMonitor", "PrometheusRule"},
 		"cert-manager.yaml":            {"Certificate", "Issuer"},
@@ -71,7 +72,7 @@ func TestDist(t *testing.T) {
 			}
 		}
 	}
-	images := map[string]int{"install.yaml": 2, "etcd.yaml": 2, "sentinel.yaml": 2, "gate.yaml": 1}
+	images := map[string]int{"install.yaml": 2, "etcd.yaml": 2, "sentinel.yaml": 2, "gate.yaml": 1, "status.yaml": 1}
 	for name, least := range images {
 		text := string(files[name])
 		if kinds[name] != nil && strings.Count(text, distImage+"\n") < least {

@@ -18,11 +18,11 @@ import (
 	"time"
 )
 
-// forwarded returns an address of a webhook. "kubectl port-forward" serves it, until the
-// webhook closes a connection.
-func forwarded(t *testing.T) (address string) {
+// forwarded returns an address of a port of a Deployment. "kubectl port-forward" serves it,
+// until the pod closes a connection.
+func forwarded(t *testing.T, deployment, port string) (address string) {
 	t.Helper()
-	cmd := exec.Command("kubectl", "-n", hookNamespace, "port-forward", "deployment/webhook", ":9443")
+	cmd := exec.Command("kubectl", "-n", hookNamespace, "port-forward", "deployment/"+deployment, ":"+port)
 	out, err := cmd.StdoutPipe()
 	must(t, err)
 	must(t, cmd.Start())
@@ -46,7 +46,7 @@ func forwarded(t *testing.T) (address string) {
 // call posts a review of an annotated pod to a webhook.
 func call(t *testing.T, path, namespace string) (status int, err error) {
 	t.Helper()
-	address := forwarded(t)
+	address := forwarded(t, "webhook", "9443")
 	body, err := os.ReadFile(filepath.Join(root, "test/testdata/admission-reviews/deployment-pod.json"))
 	must(t, err)
 	body = bytes.ReplaceAll(body, []byte(`"namespace": "shop"`), []byte(fmt.Sprintf(`"namespace": %q`, namespace)))

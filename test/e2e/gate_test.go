@@ -14,15 +14,20 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
+// manifestsOf returns the manifests of a folder, with the image under test.
+func manifestsOf(t *testing.T, folder string) string {
+	t.Helper()
+	text, err := kubectl("", "kustomize", filepath.Join(root, folder))
+	must(t, err)
+	return strings.ReplaceAll(text, releasedImage, os.Getenv("IMAGE"))
+}
+
 // installGate installs deploy/gate, as operators do, until the test ends.
 func installGate(t *testing.T) {
 	t.Helper()
-	text, err := kubectl("", "kustomize", filepath.Join(root, "deploy/gate"))
-	must(t, err)
-	text = strings.ReplaceAll(text, releasedImage, os.Getenv("IMAGE"))
+	text := manifestsOf(t, "deploy/gate")
 	text = strings.ReplaceAll(text, "--unschedulable-seconds=300", "--unschedulable-seconds=15")
-	_, err = kubectl(text, "apply", "-f", "-")
-	must(t, err)
+	must(t, errOf(kubectl(text, "apply", "-f", "-")))
 	t.Cleanup(func() {
 		log, err := hook("logs", "-l", "app.kubernetes.io/component=gate", "--tail=-1")
 		if err != nil || strings.Contains(log, "NOPERM") {

@@ -5,6 +5,8 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
+	"io"
+	"net/http"
 	"regexp"
 	"strings"
 	"testing"
@@ -68,4 +70,29 @@ func TestStatus(t *testing.T) {
 	if out, err := status(n.name, "--queue-redis-address=redis-9:6379"); err == nil {
 		t.Errorf("without a Redis: %s", out)
 	}
+}
+
+// The page shows the pods with tokens to whoever may forward a port of its pod.
+func TestStatusPage(t *testing.T) {
+	t.Parallel()
+	text := manifestsOf(t, "deploy/status")
+	must(t, errOf(kubectl(text, "apply", "-f", "-")))
+	t.Cleanup(func() { must(t, errOf(kubectl(text, "delete", "-f", "-"))) })
+	n := newNamespace(t)
+	n.create(pod("holder", "page", 1))
+	n.wantRunning("holder")
+	must(t, rolledOut("deployment/status"))
+	address := forwarded(t, "status", "8082")
+	eventually(t, patience, func() error {
+		response, err := http.Get("http://" + address + "/data?semaphore=" + n.name + "/page")
+		if err != nil {
+			return err
+		}
+		defer response.Body.Close()
+		body, err := io.ReadAll(response.Body)
+		if text := string(body); err == nil && (!strings.Contains(text, "1 of 1 tokens in use") || !strings.Contains(text, `"holder"`)) {
+			err = fmt.Errorf("the page has %s", text)
+		}
+		return err
+	})
 }
