@@ -222,7 +222,7 @@ func (d semaphoreDetail) summary() (lines []string) {
 	if d.setting.isSet() {
 		lines = append(lines, fmt.Sprintf("length: %s%s", d.lengthText(), d.setText()))
 	}
-	if len(d.holds) >= holdsLeast {
+	if len(d.holds) >= holdsLeast && d.waiting > 0 { // what STARTS is estimated from
 		lines = append(lines, fmt.Sprintf("a pod holds its tokens for %s on average; nine of ten for at most %s",
 			roughly(d.holds.mean()), roughly(d.holds.ninth())))
 	}
