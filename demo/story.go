@@ -206,6 +206,17 @@ func stay(ctx context.Context, s *setup) error {
 		return err
 	}
 	queue := "--queue-redis-address=" + s.queue.address()
+	page, err := freeAddress()
+	if err != nil {
+		return err
+	}
+	server, err := s.start(nil, s.options.program, "status", queue, "--port="+page[strings.LastIndex(page, ":")+1:], "serve")
+	if err != nil {
+		return err
+	}
+	if err := waitFor(ctx, server, "http://"+page); err != nil {
+		return fmt.Errorf("start the page: %w", err)
+	}
 	fmt.Printf(`The webhook is up, with Redis at %s. Try these in other terminals. Here, the tokens show when they change.
 
 Create a pod of shop/web (length 3): ask for a token, as the API server does.
@@ -220,7 +231,7 @@ Or wait in line for a token, like the sidecar of a pod with when-full: wait. Run
 
   %[5]s sidecar %[6]s %[7]s --length=3 shop/web $(cat /proc/sys/kernel/random/uuid)
 
-See who holds the tokens, and who waits:
+See who holds the tokens, and who waits; or in a browser, at http://%[8]s/#shop/web
 
   %[5]s status %[6]s shop/web
 
@@ -230,7 +241,7 @@ Let no more pods in for five minutes:
 
 Ctrl-C here stops everything.
 
-`, s.queue.address(), s.caFile, reviewFile, s.webhookURL, s.options.program, queue, strings.Join(s.lock, " "))
+`, s.queue.address(), s.caFile, reviewFile, s.webhookURL, s.options.program, queue, strings.Join(s.lock, " "), page)
 	last := ""
 	for {
 		if t, err := s.tokens(); err == nil && "=> "+t.String() != last {

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -263,6 +264,13 @@ func TestDemoRunLines(t *testing.T) {
 		if out, err := status.CombinedOutput(); err != nil || !bytes.Contains(out, []byte(want)) {
 			t.Errorf("%s: %v, no %q in %s", pattern, err, want, out)
 		}
+	}
+	page := regexp.MustCompile(`http://[0-9.:]+/`).FindString(p.out.String())
+	shown, err := http.Get(page + "data?semaphore=shop/web")
+	rig.Must(t, err)
+	defer shown.Body.Close()
+	if text, err := io.ReadAll(shown.Body); err != nil || !bytes.Contains(text, []byte("2 of 0 tokens in use")) {
+		t.Errorf("the page has %s, %v", text, err)
 	}
 	rig.Must(t, sidecar.Process.Signal(syscall.SIGINT))
 	rig.Must(t, sidecar.Wait())
