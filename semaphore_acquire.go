@@ -121,8 +121,9 @@ type holds []time.Duration
 // holdsLeast is the number of holds from which the program draws conclusions.
 const holdsLeast = 5
 
-// The codes of holds; see addHold in semaphore.lua.
+// The number of holds that the scripts keep, and their codes; see addHold in semaphore.lua.
 const (
+	holdsMost           = 64
 	holdFirst, holdLast = 33, 126
 	holdStep            = 0.16
 )
@@ -130,7 +131,7 @@ const (
 // parseHolds parses what the scripts keep of the last holds, to about 8 %. It leaves out
 // what another client may have written.
 func parseHolds(text string) (h holds) {
-	for _, code := range []byte(text) {
+	for _, code := range []byte(text[max(0, len(text)-holdsMost):]) {
 		if holdFirst <= code && code <= holdLast {
 			h = append(h, time.Duration(math.Exp(float64(code-holdFirst)*holdStep)*float64(time.Second)))
 		}
@@ -151,12 +152,13 @@ func (h holds) mean() time.Duration {
 // ninth returns the time that nine of ten holds do not exceed; there must be some.
 func (h holds) ninth() time.Duration { return h[(9*len(h)+9)/10-1] }
 
-// appendAge appends the age of a pod's hold for each of its tokens, if that is known.
+// appendAge appends the age of a pod's hold for each of its tokens, if that is known. Another
+// client may have written any number of tokens.
 func appendAge(ages []time.Duration, held time.Duration, tokens int) []time.Duration {
 	if held == heldUnknown {
 		return ages
 	}
-	return append(ages, slices.Repeat([]time.Duration{held}, tokens)...)
+	return append(ages, slices.Repeat([]time.Duration{held}, max(1, min(tokens, maxTokens)))...)
 }
 
 // forecast says when tokens come free.
@@ -167,8 +169,11 @@ type forecast struct {
 	lag  float64         // of the pods that take a token one after the other: 1/2 if all have it for one time; 0 if by chance
 }
 
-// agesMost bounds the work of a forecast.
-const agesMost = 20
+// agesMost bounds the work of a forecast, and forecastMost what it may say.
+const (
+	agesMost     = 20
+	forecastMost = 365 * 24 * time.Hour
+)
 
 // forecast makes a forecast from the ages of some of the tokens in use. What is left of each
 // is taken from the holds that are longer than its age. If there is none, it is half of that.
@@ -219,8 +224,10 @@ func (f forecast) freeIn(length, tokens int) (wait time.Duration, ok bool) {
 		return 0, false
 	}
 	least, wait := time.Duration(0), f.mean
-	for range 40 { // each halves the error, once it is bounded
+	for range 60 { // each halves the error, once it is bounded
 		switch {
+		case wait > forecastMost:
+			return 0, false
 		case f.freed(wait, length) < float64(most)-0.5:
 			least, wait = wait, 2*wait
 		case wait-least < time.Second/10:
