@@ -891,7 +891,7 @@ func TestPage(t *testing.T) {
 		}
 	}
 	_, read = startPage(t, rig.FreeAddress(t))
-	if got, text := read("GET", "/data", "localhost", ""); got != http.StatusOK || !strings.Contains(text, "connection refused") {
+	if got, text := read("GET", "/data", "localhost", ""); got != http.StatusOK || !strings.Contains(text, `"error":"queue Redis `) {
 		t.Errorf("without Redis: got %d %s", got, text)
 	}
 }
