@@ -99,7 +99,9 @@ const (
 	statusPause   = "pause"
 	statusFirst   = "first"
 
-	statusServe = "serve" // changes nothing
+	// These change nothing.
+	statusServe   = "serve"
+	statusHistory = "history"
 )
 
 // statusOperands are what follows the operand that names the change.
@@ -116,6 +118,7 @@ type statusConfig struct {
 	output    string
 	watch     bool
 	serve     bool // a page
+	history   bool // show how the time of the last pods ended
 	port      int  // of the page
 	yes       bool
 	own       semaphoreID   // of the container; zero: of none
@@ -180,6 +183,7 @@ func parseSetupConfig(args []string, getenv func(string) string) (c setupConfig,
 // or a *helpRequest.
 func parseStatusConfig(args []string, getenv func(string) string) (c statusConfig, err error) {
 	const arguments = "[flags] [NAMESPACE | NAMESPACE/KEY | @KEY]\n" +
+		"       at-least-semaphore-pod-hook status [flags] history NAMESPACE/KEY\n" +
 		"       at-least-semaphore-pod-hook status [flags] release NAMESPACE/KEY TOKEN|POD\n" +
 		"       at-least-semaphore-pod-hook status [flags] set NAMESPACE/KEY length=NUMBER --for DURATION\n" +
 		"       at-least-semaphore-pod-hook status [flags] set NAMESPACE/KEY --clear\n" +
@@ -653,7 +657,9 @@ func (c *statusConfig) validate(f *flags) {
 	if len(operands) == 1 && operands[0] == statusServe {
 		c.serve, operands = true, nil
 	}
-	if len(operands) > 0 {
+	if len(operands) > 0 && operands[0] == statusHistory {
+		c.history, operands = true, operands[1:]
+	} else if len(operands) > 0 {
 		if wanted = statusOperands[operands[0]]; wanted != "" {
 			c.change, operands = operands[0], operands[1:]
 		}
@@ -675,6 +681,9 @@ func (c *statusConfig) validate(f *flags) {
 		c.readSemaphore(f, operands[0])
 	} else if len(operands) == 0 {
 		c.semaphore = c.own
+	}
+	if c.history && c.semaphore == (semaphoreID{}) && len(operands) < 2 {
+		f.problem("history: of which semaphore? The argument is NAMESPACE/KEY")
 	}
 	if what := cmp.Or(c.change, map[bool]string{true: statusServe}[c.serve]); c.watch && what != "" {
 		f.problem("--watch and %s do not go together", what)

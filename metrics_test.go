@@ -464,7 +464,7 @@ func TestAbandonedSemaphore(t *testing.T) {
 		}
 	}
 	timeToLive := func() (most int64) {
-		for _, key := range id.keys() {
+		for _, key := range id.keys()[:scriptKeys-1] { // the history lives longer
 			most = max(most, r.Do(t, "TTL", key).(int64))
 		}
 		return most
@@ -480,7 +480,7 @@ func TestAbandonedSemaphore(t *testing.T) {
 		if left := timeToLive(); left < 200 || left > 300 {
 			t.Errorf("the keys expire in %d s, want at most 300", left)
 		}
-		for _, key := range id.keys() {
+		for _, key := range id.keys()[:scriptKeys-1] { // the history lives longer
 			r.Do(t, "EXPIRE", key, 250)
 		}
 	}
@@ -518,7 +518,7 @@ func TestAbandonedSemaphoreWithASetLength(t *testing.T) {
 		if got, ok := all.of("paused", id); !ok || got != paused || inUse != 0 {
 			t.Errorf("paused is %v (exported: %t), want %v; %v in use", got, ok, paused, inUse)
 		}
-		for _, key := range id.keys() {
+		for _, key := range id.keys()[:scriptKeys-1] { // the history lives longer
 			least, most := least, most
 			if key != id.stateKey() {
 				least, most = 200, 300

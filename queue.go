@@ -56,6 +56,7 @@ func (id semaphoreID) waitersKey() string  { return "waiters/{" + id.tag() + "}"
 func (id semaphoreID) seenKey() string     { return "seen/{" + id.tag() + "}" }
 func (id semaphoreID) namesKey() string    { return "names/{" + id.tag() + "}" }
 func (id semaphoreID) stateKey() string    { return "state/{" + id.tag() + "}" }
+func (id semaphoreID) historyKey() string  { return "history/{" + id.tag() + "}" }
 func (id semaphoreID) lockKey() string     { return "lock/{" + id.tag() + "}" }
 
 // channel is the Pub/Sub channel of a waiter. Redis publishes to it when a token is free
@@ -64,7 +65,7 @@ func (id semaphoreID) channel(token string) string { return id.waitersKey() + "/
 
 // keys returns the KEYS of the scripts, in their order.
 func (id semaphoreID) keys() []any {
-	return []any{id.queueKey(), id.inflightKey(), id.waitersKey(), id.seenKey(), id.namesKey(), id.stateKey()}
+	return []any{id.queueKey(), id.inflightKey(), id.waitersKey(), id.seenKey(), id.namesKey(), id.stateKey(), id.historyKey()}
 }
 
 // queueKind says how the queue's Redis fails over.

@@ -39,7 +39,7 @@ const (
 func namespaceUser(namespace string) string { return sidecarUsers + namespace }
 
 const (
-	tokenKeys = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/*"
+	tokenKeys = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~history/*"
 	lockKeys  = "~lock/*"
 
 	// scriptRules are those of the scripts that webhook, gate and sidecars run.
@@ -51,6 +51,9 @@ const (
 	setRules = "+persist"
 
 	sidecarRules = scriptRules + " +zrank +subscribe"
+
+	// historyRules let status show the history.
+	historyRules = "+lrange"
 
 	// groupRules find the server of a semaphore in a Sentinel group or a Cluster.
 	groupRules = "+role +cluster|slots +asking"
@@ -81,7 +84,7 @@ var redisUsers = []redisUser{
 	{"webhook", scriptRules + " " + setRules + " +eval +scan " + groupRules + " +acl|users +info|memory",
 		lockRules + " +eval"},
 	{"gate", sidecarRules + " +unsubscribe " + groupRules, lockRules},
-	{"status", tokenKeys + " &waiters/* +time +scan +llen +zcard +zcount +zrange +zscore +hmget " +
+	{"status", tokenKeys + " &waiters/* +time +scan +llen +zcard +zcount +zrange +zscore +hmget " + historyRules + " " +
 		"+evalsha +exists +hset +hdel +zrem +zrangebyscore +rpush +ltrim +del +ttl +expire +publish " +
 		setRules + " +zadd +info|server +info|replication " + groupRules, ""},
 	{userOfReplicas, "+ping +psync +replconf", ""},
@@ -121,7 +124,7 @@ func parseSharedKeys(file string) sharedKeys {
 // there.
 func (d redisDuty) rules(user string, sharing sharedKeys) string {
 	namespace, isSidecar := strings.CutPrefix(user, sidecarUsers)
-	u := redisUser{user, sidecarRules + " " + groupRules, lockRules}
+	u := redisUser{user, sidecarRules + " " + historyRules + " " + groupRules, lockRules}
 	if !isSidecar {
 		i := slices.IndexFunc(redisUsers, func(u redisUser) bool { return u.name == user })
 		if i < 0 {

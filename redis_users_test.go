@@ -47,7 +47,7 @@ func TestUserRulesAreDocumented(t *testing.T) {
 	}
 	own, both := holdsTokens.rules(namespaceUser("shop"), nil), sharedKeys{namespaceUser("shop"): {"a", "b"}}
 	for _, key := range []string{"a", "b"} {
-		for _, part := range []string{"queue", "inflight", "waiters", "seen", "names", "state"} {
+		for _, part := range []string{"queue", "inflight", "waiters", "seen", "names", "state", "history"} {
 			own += " ~" + part + "/{@/" + key + "}"
 		}
 		own += " &waiters/{@/" + key + "}/*"

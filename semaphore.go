@@ -72,7 +72,7 @@ var holdSource string
 var setSource string
 
 // scriptKeys is the number of keys that each script takes: all keys of a semaphore.
-const scriptKeys = 6
+const scriptKeys = 7
 
 var (
 	acquireScript   = newScript("acquire", 1, commonSource, acquireSource)
@@ -148,10 +148,12 @@ type semaphores struct {
 	staleThreshold    time.Duration
 	unstarted         time.Duration // see acquire
 	loadsScripts      bool          // see redisSettings
+	byHand            bool          // a person releases
 	log               *slog.Logger
 	metrics           *metrics // nil for a sidecar
 
 	repairs flights[semaphoreID, *repairStage] // by this process
+	drops   flights[*queueServer, *int]        // of histories, to make room; with their number
 
 	mu         sync.Mutex
 	afterDoubt map[semaphoreID]struct{} // semaphores that repairAfterDoubt works on
@@ -228,7 +230,11 @@ func (s *semaphores) heartbeat(ctx context.Context, id semaphoreID, token, taken
 // release gives a token back, or leaves the line. status is releaseDone, releaseLeft, or
 // zero if there was nothing to release. For takenAs, see release.lua.
 func (s *semaphores) release(ctx context.Context, id semaphoreID, token, takenAs string) (status int, err error) {
-	status, _, err = s.run(ctx, releaseScript, id, token, takenAs)
+	args := []any{token, takenAs}
+	if s.byHand {
+		args = append(args, endedByHand)
+	}
+	status, _, err = s.run(ctx, releaseScript, id, args...)
 	if err != nil {
 		return 0, fmt.Errorf("release %s: %w", id, err)
 	}

@@ -53,6 +53,9 @@ func (s *semaphores) run(ctx context.Context, script *script, id semaphoreID,
 			free()
 		}
 		sent = sent || errors.Is(err, errUnanswered)
+		if s.loadsScripts && isFull(err) && s.makeRoom(ctx, server) {
+			continue
+		}
 		again := err != nil && canRetry(err)
 		switch {
 		case again:
@@ -93,6 +96,43 @@ func (s *semaphores) run(ctx context.Context, script *script, id semaphoreID,
 // here or on another server.
 func canRetry(err error) bool {
 	return errors.Is(err, errUnanswered) || errors.Is(err, errUnreached) || isTransient(err)
+}
+
+// isFull reports whether Redis refuses a command as its memory is used up.
+func isFull(err error) bool {
+	var answered redis.Error
+	return errors.As(err, &answered) && errorCode(answered) == "OOM"
+}
+
+// makeRoom deletes the histories of a full server: tokens are worth more. It reports whether
+// there were any.
+func (s *semaphores) makeRoom(ctx context.Context, server *queueServer) bool {
+	drop := s.drops.join(server, new(int), func(dropped *int) error {
+		conn, err := server.pool.GetContext(s.closing)
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		return eachKey(s.closing, conn, "history/{*}", func(keys []string) error {
+			for _, key := range keys { // in a Cluster, a command may have keys of one slot only
+				if err := conn.Send("DEL", key); err != nil {
+					return err
+				}
+			}
+			*dropped += len(keys)
+			_, err := redis.DoContext(conn, s.closing, "")
+			return err
+		})
+	})
+	select {
+	case <-drop.done:
+	case <-ctx.Done():
+		return false
+	}
+	if *drop.state > 0 {
+		s.log.Warn("Redis is full: the histories of semaphores were deleted", "server", server.String(), "histories", *drop.state)
+	}
+	return *drop.state > 0
 }
 
 // noteStray notes a stray command: its connection broke, and it may put the token in

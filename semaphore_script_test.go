@@ -268,7 +268,7 @@ func TestHangingRedisIsNotHammered(t *testing.T) {
 	n := len(all)
 	connections, commands := int(p.Made.Load()-made), r.CommandCalls(t)["evalsha"]
 	t.Logf("%d admissions, a waiter and a holder: %d connections, %d commands", n, connections, commands)
-	if connections > 2*n+20 || commands > 2*n+30 {
+	if connections > 4*n+20 || commands > 4*n+30 { // the attempts of one take 1, 2 and 4 s, and the rest of its time
 		t.Errorf("%d admissions, a waiter and a holder made %d connections and %d commands", n, connections, commands)
 	}
 	rig.Eventually(t, 10*time.Second, func() error {
@@ -331,7 +331,7 @@ func TestUnusedSemaphoresExpire(t *testing.T) {
 	wantTTL := func(what string, busy bool) {
 		t.Helper()
 		keys := 0
-		for _, key := range id.keys() {
+		for _, key := range id.keys()[:scriptKeys-1] { // the history lives longer
 			ttl, err := redis.Int(r.Do(t, "TTL", key), nil)
 			rig.Must(t, err)
 			if ttl == -2 {
@@ -438,10 +438,11 @@ func TestAdmissionCostsTheSameForAnyLength(t *testing.T) {
 		for what, c := range map[string]struct {
 			values map[string][]int
 			factor int // the most that a great length may cost, as a multiple of a small one
-		}{"commands": {commands, 1}, "µs": {micros, 2}} {
+			counts bool
+		}{"commands": {commands, 1, true}, "µs": {micros, 2, rig.Timed}} {
 			few, lots := median(c.values[name(i, small)]), median(c.values[name(i, maxLength)])
 			t.Logf("admission %d: %d %s with length %d, %d with length %d", i+1, few, what, small, lots, maxLength)
-			if lots > c.factor*few {
+			if c.counts && lots > c.factor*few {
 				t.Errorf("a great length costs more than %d times as many %s", c.factor, what)
 			}
 		}

@@ -151,15 +151,7 @@ func (s *semaphores) surveyServer(ctx context.Context, server *queueServer,
 	defer conn.Close()
 	seen := map[semaphoreID]bool{} // SCAN may return a key twice
 	var spoilt spoiltErrors
-	for cursor := "0"; ; {
-		reply, err := redis.Values(redis.DoContext(conn, ctx, "SCAN", cursor, "MATCH", pattern, "COUNT", scanCount))
-		var keys []string
-		if err == nil {
-			_, err = redis.Scan(reply, &cursor, &keys)
-		}
-		if err != nil {
-			return states, err
-		}
+	err = eachKey(ctx, conn, pattern, func(keys []string) error {
 		var ids []semaphoreID
 		for _, key := range keys {
 			if id, ok := idOfStateKey(key); ok && !seen[id] {
@@ -171,11 +163,27 @@ func (s *semaphores) surveyServer(ctx context.Context, server *queueServer,
 			some, err := s.readStates(ctx, conn, batch)
 			states = append(states, some...)
 			if err := spoilt.add(err); err != nil {
-				return states, err
+				return err
 			}
 		}
-		if cursor == "0" {
-			return states, spoilt.orNil()
+		return nil
+	})
+	return states, cmp.Or(err, spoilt.orNil())
+}
+
+// eachKey finds the keys that match a pattern, some at a time.
+func eachKey(ctx context.Context, conn redis.Conn, pattern string, visit func(keys []string) error) error {
+	for cursor := "0"; ; {
+		reply, err := redis.Values(redis.DoContext(conn, ctx, "SCAN", cursor, "MATCH", pattern, "COUNT", scanCount))
+		var keys []string
+		if err == nil {
+			_, err = redis.Scan(reply, &cursor, &keys)
+		}
+		if err == nil {
+			err = visit(keys)
+		}
+		if err != nil || cursor == "0" {
+			return err
 		}
 	}
 }
@@ -368,10 +376,9 @@ func (s *semaphores) expireAbandoned(ctx context.Context, states []semaphoreStat
 		if !st.abandoned {
 			continue
 		}
-		keys := st.id.keys()
-		if st.kept > 0 { // what the owner has set stays
-			keys = slices.DeleteFunc(keys, func(key any) bool { return key == st.id.stateKey() })
-		}
+		keys := slices.DeleteFunc(st.id.keys(), func(key any) bool { // what the owner has set stays, and the history
+			return key == st.id.historyKey() || key == st.id.stateKey() && st.kept > 0
+		})
 		server, err := s.queue.find(ctx, st.id)
 		if err != nil {
 			return err
@@ -463,28 +470,108 @@ type semaphoreDetail struct {
 // inspect reads a semaphore, and the most of its holders and waiters that are given. Redis
 // forgets a semaphore that no pod has used for minutes: then all is zero.
 func (s *semaphores) inspect(ctx context.Context, id semaphoreID, most int) (d semaphoreDetail, err error) {
+	return d, s.read(ctx, id, func(conn redis.Conn) error {
+		states, err := s.readStates(ctx, conn, []semaphoreID{id})
+		if err == nil && len(states) == 0 {
+			err = errors.New("it is moving to another node of the Cluster: try again")
+		}
+		if err == nil {
+			d.semaphoreState = states[0]
+			err = s.readTokens(ctx, conn, &d, most)
+		}
+		return err
+	})
+}
+
+// read reads something of a semaphore from its server.
+func (s *semaphores) read(ctx context.Context, id semaphoreID, read func(redis.Conn) error) error {
 	server, err := s.queue.find(ctx, id)
 	if err != nil {
-		return d, err
+		return err
 	}
-	defer func() { s.noteReadError(server, id, err) }()
 	conn, err := server.pool.GetContext(ctx)
-	if err != nil {
-		return d, fmt.Errorf("connect to %s: %w", server, err)
-	}
-	defer conn.Close()
-	states, err := s.readStates(ctx, conn, []semaphoreID{id})
-	if err == nil && len(states) == 0 {
-		err = errors.New("it is moving to another node of the Cluster: try again")
-	}
 	if err == nil {
-		d.semaphoreState = states[0]
-		err = s.readTokens(ctx, conn, &d, most)
+		defer conn.Close()
+		err = read(conn)
+	} else {
+		err = fmt.Errorf("connect: %w", err)
 	}
+	s.noteReadError(server, id, err)
 	if err != nil {
-		return d, fmt.Errorf("%s: %w", server, err)
+		return fmt.Errorf("%s: %w", server, err)
 	}
-	return d, nil
+	return nil
+}
+
+// endedByHand is what the scripts call an end by "status release"; see endings.
+const endedByHand = "byHand"
+
+// endings are the ways in which the time of a pod ends, with tokens or in line, as the scripts
+// name them; and in words.
+var endings = map[string]string{
+	"released":  "released",
+	"reclaimed": "reclaimed", // it was stale
+	endedByHand: "by hand",
+	"left":      "left the line",
+	"lost":      "lost", // in line, it asked no more
+	"gaveUp":    "gave up",
+}
+
+// ending is how the time of a pod ended.
+type ending struct {
+	at           time.Time     // by Redis's clock
+	ago          time.Duration // since then
+	how          string        // one of endings
+	waited, held time.Duration // held is heldUnknown if it had no tokens, or if that is not known
+	tokens       int           // that it had, or needed
+	pod, node    string        // empty if unknown
+}
+
+// historyMost is how many endings Redis keeps of a semaphore at least; see semaphore.lua.
+const historyMost = 100
+
+// history reads how the time of the last pods of a semaphore ended, the last one first.
+func (s *semaphores) history(ctx context.Context, id semaphoreID) (all []ending, err error) {
+	return all, s.read(ctx, id, func(conn redis.Conn) error {
+		now, err := redisTime(ctx, conn)
+		if err != nil {
+			return err
+		}
+		texts, err := redis.Strings(redis.DoContext(conn, ctx, "LRANGE", id.historyKey(), -historyMost, -1))
+		for _, text := range slices.Backward(texts) {
+			if e, ok := parseEnding(text, now); ok {
+				all = append(all, e)
+			}
+		}
+		return err
+	})
+}
+
+// parseEnding parses an entry of the history; see noteEnd in semaphore.lua. ok is false if it
+// is none: the namespace's user may have written anything.
+func parseEnding(text string, now float64) (e ending, ok bool) {
+	words := append(strings.Split(text, " "), "")
+	if len(words) < 7 || endings[words[1]] == "" {
+		return e, false
+	}
+	var n [4]int
+	for i, word := range []string{words[0], words[2], words[4], strings.TrimPrefix(words[3], "-")} {
+		if n[i], ok = parseDigits(word); !ok {
+			return e, false
+		}
+	}
+	e = ending{at: time.Unix(int64(n[0]), 0), ago: since(now, float64(n[0])), how: words[1], waited: time.Duration(n[1]) * time.Second, tokens: n[2],
+		held: time.Duration(n[3]) * time.Second}
+	if strings.HasPrefix(words[3], "-") {
+		e.held = heldUnknown
+	}
+	if isPodName(words[5]) {
+		e.pod = words[5]
+	}
+	if isObjectName(words[6]) {
+		e.node = words[6]
+	}
+	return e, true
 }
 
 // readTokens reads the holders and the line.
@@ -649,6 +736,7 @@ func parseName(text string) (pod, node string, since float64, ends waitEnd) {
 	pod, name, _ = strings.Cut(name, " ")
 	node, name, _ = strings.Cut(name, " ")
 	wait, then, _ := strings.Cut(name, " ")
+	at, _, _ = strings.Cut(at, "+") // how long it had waited
 	since, err := strconv.ParseFloat(at, 64)
 	if err != nil || newPodName(pod, node) == "" {
 		return "", "", 0, waitEnd{}

@@ -30,6 +30,7 @@ const (
 func runStatus(ctx context.Context, c statusConfig, stdin io.Reader, stdout io.Writer, log *slog.Logger) error {
 	s := newSemaphores(c.settings, nil, 1, log)
 	defer s.queue.close()
+	s.byHand = true
 	if c.serve {
 		return serveStatus(ctx, s, c, log)
 	}
@@ -65,6 +66,17 @@ func runStatus(ctx context.Context, c statusConfig, stdin io.Reader, stdout io.W
 func printStatus(ctx context.Context, s *semaphores, c statusConfig, w io.Writer) error {
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
+	if c.history {
+		all, err := s.history(ctx, c.semaphore)
+		if err != nil {
+			return err
+		}
+		if c.output == outputJSON {
+			return printJSON(w, historyReportOf(c.semaphore, all))
+		}
+		printHistory(w, c.semaphore, all)
+		return nil
+	}
 	if c.semaphore != (semaphoreID{}) {
 		d, err := s.inspect(ctx, c.semaphore, detailMost)
 		if err != nil {
@@ -267,6 +279,31 @@ func (d semaphoreDetail) lineTable() table {
 	return t
 }
 
+func printHistory(w io.Writer, id semaphoreID, all []ending) {
+	if len(all) == 0 {
+		fmt.Fprintf(w, "%s: no pod's time has ended in the last days\n", id)
+		return
+	}
+	historyTable(all).print(w)
+}
+
+// historyTable has a row for each pod whose time ended, with tokens or in line.
+func historyTable(all []ending) table {
+	t := table{Columns: []string{"ENDED", "POD", "NODE", "WAITED", "HELD", "TOKENS", "HOW"}}
+	several := false
+	for _, e := range all {
+		held := "-"
+		if e.held != heldUnknown {
+			held = roughly(e.held)
+		}
+		several = several || e.tokens > 1
+		t.Rows = append(t.Rows, []string{roughly(e.ago) + " ago", podText(e.pod), cmp.Or(e.node, "?"), roughly(e.waited), held,
+			fmt.Sprint(e.tokens), endings[e.how]})
+	}
+	t.dropUnless(several, "TOKENS")
+	return t
+}
+
 // byPods says how many pods have the tokens in use, if some have several.
 func (d semaphoreDetail) byPods() string {
 	if !slices.ContainsFunc(d.holders, tokenState.hasSeveral) || d.inUse > detailMost {
@@ -388,6 +425,22 @@ type (
 		Leaves     *float64 `json:"leavesSeconds"` // until it stops waiting; null: when it has a token
 		WhenWaited string   `json:"whenWaited"`    // what it does then: fail or run; empty if it does not stop
 	}
+
+	// Of "status history".
+	historyReport struct {
+		Namespace string         `json:"namespace"`
+		Key       string         `json:"key"`
+		History   []endingReport `json:"history"` // the last one first
+	}
+	endingReport struct {
+		Ended  string   `json:"ended"` // RFC 3339, in UTC
+		Pod    string   `json:"pod"`
+		Node   string   `json:"node"`
+		Waited float64  `json:"waitedSeconds"`
+		Held   *float64 `json:"heldSeconds"` // null: it had no token, or not known
+		Tokens int      `json:"tokens"`      // that it had, or needed
+		How    string   `json:"how"`         // released, reclaimed, byHand; of a waiter left, lost or gaveUp
+	}
 )
 
 func reportOf(states []semaphoreState, err error) statusReport {
@@ -454,6 +507,19 @@ func (d semaphoreDetail) report() semaphoreReport {
 			one.WhenWaited = whenWaitedRun
 		}
 		r.Line = append(r.Line, one)
+	}
+	return r
+}
+
+func historyReportOf(id semaphoreID, all []ending) historyReport {
+	r := historyReport{id.namespace, id.key, []endingReport{}}
+	for _, e := range all {
+		one := endingReport{Ended: rfc3339(e.at), Pod: e.pod, Node: e.node, Waited: inMillis(e.waited),
+			Tokens: e.tokens, How: e.how}
+		if e.held != heldUnknown {
+			one.Held = new(inMillis(e.held))
+		}
+		r.History = append(r.History, one)
 	}
 	return r
 }

@@ -173,10 +173,11 @@ func (v *statusServer) readOne(ctx context.Context, d *pageData, id semaphoreID)
 	if err != nil {
 		return err
 	}
+	past, err := v.semaphores.history(ctx, id)
 	d.Summary, d.Names = one.summary(), []string{id.String()}
-	d.Tables = []table{one.holderTable(), one.lineTable()}
+	d.Tables = []table{one.holderTable(), one.lineTable(), historyTable(past)}
 	d.Chart = v.chart(id)
-	return nil
+	return err
 }
 
 // chart returns the samples of a semaphore; those before its first are not known.

@@ -613,6 +613,146 @@ func TestStatusSetFlags(t *testing.T) {
 	}
 }
 
+// The history has each pod whose time ended, with tokens or in line, and how it ended.
+func TestHistory(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	wantStatus(t, r, []string{"history", id.String()}, id.String()+": no pod's time has ended in the last days")
+	backdate := func(token string, seconds int) { // when the pod took its tokens
+		text := r.Pods(t, id)[token]
+		since, rest, _ := strings.Cut(text, " ")
+		_, waited, _ := strings.Cut(since, "+")
+		r.Do(t, "HSET", id.namesKey(), token+"/pod", fmt.Sprintf("%d+%s %s", r.Now(t)-seconds, cmp.Or(waited, "0"), rest))
+	}
+	ask := func(token string, wait waitEnd) acquireRequest {
+		return acquireRequest{token: token, length: 1, arrival: joinLine, pod: newPodName(token, "node-1"), wait: wait}
+	}
+	wantAsked := func(w acquireRequest, status int) {
+		t.Helper()
+		if a, err := s.runAcquire(t.Context(), id, w); err != nil || a.status != status {
+			t.Fatalf("%s: got %+v, %v, want status %d", w.token, a, err, status)
+		}
+	}
+	arrived := func(token string, seconds int) { // so long ago
+		r.Do(t, "ZADD", id.waitersKey(), "XX", (r.Now(t)-seconds)*1e6, token)
+	}
+
+	maintain(t, s, id, 1)
+	wantAsked(ask("first", waitEnd{}), acquireTaken)
+	wantAsked(ask("second", waitEnd{}), acquireFull)
+	wantAsked(ask("impatient", waitEnd{time.Minute, whenWaitedFail}), acquireFull)
+	wantAsked(ask("deleted", waitEnd{}), acquireFull)
+	wantAsked(ask("silent", waitEnd{}), acquireFull)
+	for i, token := range []string{"second", "impatient", "deleted", "silent"} {
+		arrived(token, 4000-i)
+	}
+	wantAsked(ask("impatient", waitEnd{time.Minute, whenWaitedFail}), acquireGaveUp)
+	wantAsked(ask("impatient", waitEnd{time.Minute, whenWaitedFail}), acquireGaveUp) // noted once
+	giveBack(t, s, id, "impatient")
+	giveBack(t, s, id, "deleted")
+	r.Do(t, "ZADD", id.seenKey(), "XX", r.Now(t)-100, "silent")
+	rig.Must(t, errOf(s.heartbeat(t.Context(), id, "first", "", newPodName("first", "node-1"), 0, 1)))
+	maintain(t, s, id, 1)
+	backdate("first", 9000)
+	giveBack(t, s, id, "first")
+	giveBack(t, s, id, "first") // a repeated release
+	wantAsked(ask("second", waitEnd{}), acquireTaken)
+	backdate("second", 30)
+	_, err := statusOf(t, r, "", "release", "--yes", id.String(), "second")
+	rig.Must(t, err)
+	maintain(t, s, id, 4)
+	several := acquireRequest{token: "several", length: 4, tokens: 3, pod: newPodName("several", "node-2")}
+	wantAsked(several, acquireTaken)
+	for i, name := range r.Inflight(t, id) {
+		r.Do(t, "ZADD", id.inflightKey(), "XX", r.Now(t)-7200-i, name)
+	}
+	backdate("several", 9000)
+	maintain(t, s, id, 4)
+
+	args := []string{"history", id.String()}
+	wantStatus(t, r, args, `ENDED +POD +NODE +WAITED +HELD +TOKENS +HOW`,
+		`\d s ago +several +node-2 +0 s +2 h +3 +reclaimed`,
+		`\d s ago +second +node-1 +66 min +3\d s +1 +by hand`,
+		`\d s ago +first +node-1 +0 s +2 h +1 +released`,
+		`\d s ago +silent +node-1 +66 min +- +1 +lost`,
+		`\d s ago +deleted +node-1 +66 min +- +1 +left the line`,
+		`\d s ago +impatient +node-1 +66 min +- +1 +gave up`)
+	out, err := statusOf(t, r, "", append(args, "-o", "json")...)
+	rig.Must(t, err)
+	var report historyReport
+	rig.Must(t, json.Unmarshal([]byte(out), &report))
+	if h := report.History; report.Namespace != id.namespace || report.Key != id.key || len(h) != 6 ||
+		h[1].How != "byHand" || h[1].Waited < 3990 || h[1].Waited > 4100 || *h[1].Held < 30 || h[5].Held != nil || h[0].Tokens != 3 {
+		t.Errorf("got %s", out)
+	}
+	// Redis drops the semaphore within minutes, and its history within days.
+	for key, most := range map[string]int64{id.stateKey(): 300, id.historyKey(): 3 * 86400} {
+		if left := r.Do(t, "TTL", key).(int64); left < most-60 || left > most {
+			t.Errorf("%s lives for %d s, want %d", key, left, most)
+		}
+	}
+}
+
+// The history has the last hundred pods, and at most 20 KB, whatever their names are. What
+// another client wrote there is left out.
+func TestHistoryIsBounded(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	r.Do(t, "RPUSH", id.historyKey(), "", "\x1b[2J", "1 released 1 1 1", "x released 1 1 1 pod node", "1 stolen 1 1 1 pod node",
+		"1 released 1 1 1 \x1b[2J \x1b[2J")
+	wantStatus(t, r, []string{"history", id.String()}, `\d+ h ago +\? +\? +1 s +1 s +released`)
+	maintain(t, s, id, 1)
+	long := strings.Repeat("n", 253)
+	for i := range 250 {
+		token := fmt.Sprint("pod-", i)
+		a, err := s.runAcquire(t.Context(), id, acquireRequest{token: token, length: 1, pod: newPodName(long, long)})
+		if err != nil || a.status != acquireTaken {
+			t.Fatalf("got %+v, %v", a, err)
+		}
+		giveBack(t, s, id, token)
+		if size := r.Do(t, "MEMORY", "USAGE", id.historyKey(), "SAMPLES", 0).(int64); size > 20<<10 {
+			t.Fatalf("after %d pods, the history takes %d bytes", i+1, size)
+		}
+	}
+	all, err := s.history(t.Context(), id)
+	if err != nil || len(all) != historyMost || !strings.HasPrefix(long, all[0].pod) {
+		t.Errorf("%d entries, the last is %+v, %v", len(all), all[0], err)
+	}
+}
+
+// A full Redis first loses the histories: an admission works, and says so.
+func TestFullRedisDropsHistories(t *testing.T) {
+	t.Parallel()
+	r := rig.StartRedis(t)
+	w := startWebhook(t, testConfig(r.Address))
+	s, id := w.semaphores, freshID()
+	holder := acquire(t, s, id, 5)
+	for i := range 2000 {
+		r.Do(t, "RPUSH", semaphoreID{"shop", fmt.Sprint(i)}.historyKey(), strings.Repeat("x", 5000))
+	}
+	r.Do(t, "CONFIG", "SET", "maxmemory", 1)
+	if _, _, err := s.acquire(t.Context(), id, "", 5, limit{}, 10*time.Second); !isFull(err) {
+		t.Errorf("got %v, want OOM: no memory is free without the histories either", err)
+	}
+	r.Do(t, "CONFIG", "SET", "maxmemory", 0)
+	for i := range 2000 {
+		r.Do(t, "RPUSH", semaphoreID{"shop", fmt.Sprint(i)}.historyKey(), strings.Repeat("x", 5000))
+	}
+	info := string(r.Do(t, "INFO", "memory").([]byte))
+	used, ok := parseDigits(infoField(info, "used_memory"))
+	if !ok {
+		t.Fatal(info)
+	}
+	r.Do(t, "CONFIG", "SET", "maxmemory", used-1<<20)
+	r.WantInflight(t, id, holder, acquire(t, s, id, 5))
+	if keys := r.Do(t, "KEYS", "history/*").([]any); len(keys) > 0 {
+		t.Errorf("%d histories are left, such as %s", len(keys), keys[0])
+	}
+	if log := w.log.String(); !strings.Contains(log, "Redis is full: the histories of semaphores were deleted") {
+		t.Error(log)
+	}
+}
+
 // In the container of a sidecar, status needs no flags.
 func TestStatusInASidecar(t *testing.T) {
 	r, _, id, tokens := shownSemaphore(t, "shop")

@@ -73,14 +73,16 @@ local inflight = redis.call('ZCARD', KEYS[2])
 local function take(beyond)
   grown = grown or inflight == 0
   use(token, needs, now - threshold + unstarted)
+  local waited
   if lineLength > 0 then
+    waited = waitedFor(token, redis.call('HMGET', KEYS[5], token .. '/ahead')[1])
     leaveLine(token)
   end
   if held == takenAs then
     rename(token, takenAs)
   end
   callServed()
-  notePod(token, pod, now)
+  notePod(token, pod, now, waited)
   return finish({1, micros, agreed, beyond or 0}, 'busy')
 end
 
@@ -90,7 +92,7 @@ end
 
 -- giveUp takes the waiter out of the line. waited is how long it has waited, in seconds.
 local function giveUp(waited)
-  leaveLine(token)
+  leaveLine(token, 'gaveUp')
   callServed()
   local gone = {3, micros, occupancy(length, 0)}
   for i, item in ipairs({0, arrival, waited, 0, 0, 0}) do
@@ -106,7 +108,7 @@ if wait then
   end
 end
 
-dropGone()
+dropGone(token)
 if waits then
   if lineLength == 0 then
     openLine()

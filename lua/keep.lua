@@ -39,7 +39,7 @@ clampFuture(KEYS[4])
 local held, new = {}, {}
 for i = 7, first - 1 do
   if redis.call('ZSCORE', KEYS[3], ARGV[i]) then -- a token in use keeps the name of its pod
-    leaveLine(ARGV[i])
+    leaveLine(ARGV[i], 'left')
   end
 end
 for n, token in ipairs(tokens) do

@@ -25,12 +25,16 @@ if settled() then
   local stale = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', before, 'LIMIT', 0, most)
   reclaimed = #stale
   if reclaimed > 0 then
-    local pods = {}
-    for i, token in ipairs(stale) do
-      pods[i] = token .. '/pod'
+    local pods, tokens = {}, {}
+    for i, name in ipairs(stale) do
+      local token = string.match(name, '^[^/]*')
+      pods[i], tokens[token] = name .. '/pod', (tokens[token] or 0) + 1
     end
-    for _, pod in ipairs(redis.call('HMGET', KEYS[5], unpack(pods))) do
+    for i, pod in ipairs(redis.call('HMGET', KEYS[5], unpack(pods))) do
       addHold(pod)
+      if tokens[stale[i]] then -- the first of its tokens
+        noteEnd('reclaimed', stale[i], pod, tokens[stale[i]])
+      end
     end
     if holds then
       redis.pcall('HSET', KEYS[6], 'holds', holds) -- a full Redis does without

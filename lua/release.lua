@@ -6,17 +6,19 @@
 -- ARGV[6] takenAs  the name under which the webhook took the token for this pod; empty:
 --                  it took none. It is given back if the pod has nothing under the name
 --                  in ARGV[5], and if no pod has confirmed it
+-- ARGV[7] byHand   "byHand": a person does it; for the history
 --
 -- Returns {0, time}  the token was neither in use nor in line
 --         {1, time}  released
 --         {2, time}  left the line, or forgotten that it had given up
 local token = ARGV[5]
 local takenAs = ARGV[6] or ''
+local byHand = ARGV[7] == 'byHand' and 'byHand'
 local pods = redis.call('HMGET', KEYS[5], token .. '/pod', takenAs .. '/pod')
 addHold(pods[1] or pods[2])
 touch(redis.pcall)
 -- This comes first: a full Redis continues a script whose first write needs no memory.
-local status = 2 * leaveLine(token)
+local status = 2 * leaveLine(token, byHand or 'left')
 local released = redis.call('ZREM', KEYS[2], token)
 if released + status == 0 and takenAs ~= '' then
   redis.call('HDEL', KEYS[5], takenAs .. '/pod')
@@ -33,6 +35,7 @@ if released == 1 then
     redis.call('RPUSH', KEYS[1], 'free')
     released = released + 1
   end
+  noteEnd(byHand or 'released', token, pods[1] or pods[2], released)
   trim()
   status = 1
 end

@@ -16,7 +16,8 @@
 --                   received a message at its last request, "-" if it then missed a
 --                   call; and TOKEN/pod of each pod with tokens or in line ->
 --                   "SINCE NAME NODE": when its pod took it (Unix seconds; 0 of a
---                   waiter), the pod's name, and its node if that is known. Of a waiter
+--                   waiter), the pod's name, and its node if that is known. Of a pod that
+--                   waited for W seconds, "SINCE+W NAME NODE". Of a waiter
 --                   that waits for a time, "0 NAME NODE SECONDS" or "... SECONDS run".
 --                   TOKEN/gaveUp -> "WAITED gaveUp/N", how many seconds it waited, until
 --                   it releases its token; and gaveUp/N -> TOKEN: so there are gaveUpMost
@@ -58,6 +59,8 @@
 --                     reign      a part of the server's replication ID
 --                     reigned    when Redis noted that
 --                     joined     the arrival of the last waiter with a head start
+-- KEYS[7] history   List, for people: how the time of the last pods with tokens or in line
+--                   ended, the newest at the end. See noteEnd. It outlives the other keys
 -- ARGV[1] deadline      Unix microseconds; the script refuses a command that comes later
 -- ARGV[2] interval      seconds between two heartbeats of a holder
 -- ARGV[3] threshold     seconds without a heartbeat after which a token is stale
@@ -112,6 +115,10 @@ local holdsMost = 64 -- characters of holds; with a longer value, state takes fo
 local holdFirst = 33 -- the code of the first of these; see addHold
 local holdLast = 126
 local holdStep = 0.16
+local historyMost = 100 -- entries of the history; readers skip what precedes them
+local historyTrim = 104 -- entries, at which the oldest are dropped: not at each command
+local entryMost = 160 -- bytes of an entry: so the history takes 20 KB at most
+local historyLife = 3 * 86400 -- seconds; the time to live of the history after the last use
 
 local state = redis.call('HMGET', KEYS[6], 'created', 'touched', 'resumed', 'lost', 'length', 'asked',
   'interval', 'threshold', 'sent', 'limit', 'override', 'ends', 'kept')
@@ -181,11 +188,30 @@ local line -- the functions and times that matter while there is a line; see ope
 -- second, and each next character is 17 % (e^0.16) longer.
 local holds
 local function addHold(pod)
-  local since = tonumber(string.match(pod or '', '^(%d+) %S+ %S') or 0)
+  local since = tonumber(string.match(pod or '', '^(%d+)%+?%d* %S+ %S') or 0)
   if since > 0 then
     local steps = math.floor(math.log(math.max(1, now - since)) / holdStep + 0.5)
     holds = holds or redis.call('HMGET', KEYS[6], 'holds')[1] or ''
     holds = string.sub(holds .. string.char(math.min(holdFirst + steps, holdLast)), -holdsMost)
+  end
+end
+
+local grown = false -- this command may have created a key; see finish
+
+-- noteEnd adds an entry to the history: "ENDED HOW WAITED HELD TOKENS NAME NODE". ENDED is
+-- in Unix seconds. HOW is released, reclaimed, byHand; or of a waiter left, lost (it asked no
+-- more) or gaveUp. HELD is -1 if the pod had no tokens, or if Redis does not know since when.
+-- pod is what names has about it, and waited the seconds that a waiter has waited.
+local function noteEnd(how, token, pod, tokens, waited)
+  local since, before, name = string.match(pod or '', '^(%d+)%+?(%d*) (%S+ ?%S*)')
+  since = tonumber(since) or 0
+  local text = string.format('%.0f %s %.0f %.0f %d %s', now, how, waited or tonumber(before) or 0,
+    since > 0 and math.max(0, now - since) or -1, tokens, name or token)
+  local entries = redis.pcall('RPUSH', KEYS[7], string.sub(text, 1, entryMost)) -- a full Redis does without
+  if entries == 1 then
+    grown = true
+  elseif type(entries) == 'number' and entries >= historyTrim then
+    redis.call('LTRIM', KEYS[7], -historyMost, -1)
   end
 end
 
@@ -271,13 +297,6 @@ local function clampFuture(key)
   end
 end
 
--- leaveLine takes a token out of the line, and forgets its pod.
-local function leaveLine(token)
-  redis.call('ZREM', KEYS[4], token)
-  redis.call('HDEL', KEYS[5], token, token .. '/pod', token .. '/ahead', token .. '/first')
-  return redis.call('ZREM', KEYS[3], token)
-end
-
 -- wishOf returns the length that a waiter asks for, or nil, and the number of tokens that
 -- it needs. text is what names has about it.
 local function wishOf(text)
@@ -287,6 +306,35 @@ local function wishOf(text)
   end
   local asks, needs = string.match(text or '', '^[+-]?(%d+)%*(%d+)$')
   return tonumber(asks), math.max(1, math.min(tonumber(needs) or 1, tokensMost))
+end
+
+-- waitedFor returns for how many seconds a waiter has waited, or nil if it is not in line.
+-- ahead is what names has about its head start.
+local function waitedFor(token, ahead)
+  local place = tonumber(redis.call('ZSCORE', KEYS[3], token) or '')
+  return place and math.max(0, now - math.floor((place + math.min(whole(ahead) or 0, aheadMost)) / 1000000))
+end
+
+-- leaveLine takes a token out of the line, and forgets its pod. how is for the history; nil:
+-- the pod has got its tokens. It returns 1 if the token was in line.
+local function leaveLine(token, how)
+  local waited, known
+  if how and lineLength > 0 then
+    known = redis.call('HMGET', KEYS[5], token, token .. '/pod', token .. '/ahead')
+    waited = waitedFor(token, known[3])
+  end
+  redis.call('HDEL', KEYS[5], token, token .. '/pod', token .. '/ahead', token .. '/first')
+  if lineLength == 0 then
+    return 0
+  end
+  redis.call('ZREM', KEYS[4], token)
+  local left = redis.call('ZREM', KEYS[3], token)
+  lineLength = lineLength - left
+  if waited then
+    local _, needs = wishOf(known[1])
+    noteEnd(how, token, known[2], needs, waited)
+  end
+  return left
 end
 
 -- use puts the tokens of a pod in flight, or renews them: all or none. It returns how many
@@ -317,17 +365,15 @@ local function life(seconds)
   return math.max(tonumber(seconds), kept - now, ends - now)
 end
 
-local grown = false -- this command may have created a key; see finish
-
--- notePod notes the pod of a token, "NAME NODE", and since when the pod has the token,
--- unless Redis knows that. Without a pod it notes nothing.
-local function notePod(token, pod, since)
+-- notePod notes the pod of a token, "NAME NODE", since when the pod has the token, and how
+-- long it waited, unless Redis knows that. Without a pod it notes nothing.
+local function notePod(token, pod, since, waited)
   if pod == '' then
     return
   end
   local known = redis.call('HMGET', KEYS[5], token .. '/pod')[1]
-  local at = known and tonumber(string.match(known, '^%d+')) or 0
-  local text = string.format('%.0f %s', at > 0 and at or since, pod)
+  local at = string.match(known or '', '^[1-9]%d*%+?%d*')
+  local text = (at or string.format(waited and '%.0f+%.0f' or '%.0f', since, waited)) .. ' ' .. pod
   if text ~= known then
     grown = grown or redis.call('EXISTS', KEYS[5]) == 0
     redis.pcall('HSET', KEYS[5], token .. '/pod', text) -- a full Redis does without
@@ -357,12 +403,12 @@ local function rename(token, takenAs)
 end
 
 -- dropGone takes waiters that are gone out of the line, at most 100: they must block no
--- other.
-local function dropGone()
+-- other. asking is the caller's token: it is about to join again.
+local function dropGone(asking)
   if lineLength > 0 and now - resumed > linePatience then
     local before = '(' .. (now - linePatience)
     for _, token in ipairs(redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', before, 'LIMIT', 0, 100)) do
-      leaveLine(token)
+      leaveLine(token, token ~= asking and 'lost')
     end
   end
 end
@@ -666,7 +712,7 @@ local function holders()
   end
   local list, pods = {}, #fields > 0 and redis.call('HMGET', KEYS[5], unpack(fields))
   for i, used in ipairs(tokens) do
-    local since, name, node = string.match(pods[i] or '', '^(%d+) (%S+) ?(%S*)')
+    local since, name, node = string.match(pods[i] or '', '^(%d+)%+?%d* (%S+) ?(%S*)')
     list[4 * i - 3] = since and math.max(0, now - since) or -1
     list[4 * i - 2] = string.sub(name or used, 1, nameMost)
     list[4 * i - 1] = node == '' and 1 or 0 -- only a sidecar knows its node
@@ -698,13 +744,12 @@ end
 -- unless this command may have created one (grown). busy says that there are holders or
 -- waiters.
 local function finish(answer, busy)
-  -- One key at a time: in a Cluster, a script may name only one key of a slot that moves.
-  busy = busy or redis.call('EXISTS', KEYS[2]) + redis.call('EXISTS', KEYS[3]) > 0
+  busy = busy or lineLength > 0 or redis.call('EXISTS', KEYS[2]) == 1
   local seconds = life(busy and ARGV[4] or idleLife)
   local left = redis.call('TTL', KEYS[6])
   if grown or left < seconds / 2 or left > seconds + 1 then
-    for _, key in ipairs(KEYS) do
-      redis.call('EXPIRE', key, seconds)
+    for i, key in ipairs(KEYS) do
+      redis.call('EXPIRE', key, i == 7 and historyLife or seconds)
     end
   end
   return answer

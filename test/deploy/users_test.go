@@ -34,7 +34,7 @@ func TestACLsAreDocumented(t *testing.T) {
 // The documented rules of a namespace's user are those of a sidecar, with the namespace
 // in each key.
 func TestNamespaceACLIsDocumented(t *testing.T) {
-	want := "SETUSER sidecar/shop on >PASSWORD " + rig.NamespaceRules(rig.SidecarACL, "shop") + "\n"
+	want := "SETUSER sidecar/shop on >PASSWORD " + rig.NamespaceRules(rig.SidecarACL+" "+rig.HistoryACL, "shop") + "\n"
 	if !strings.Contains(rig.ReadFile(t, securityPage), want) {
 		t.Errorf("not in %s: %s", securityPage, want)
 	}

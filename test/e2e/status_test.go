@@ -44,7 +44,8 @@ func TestStatus(t *testing.T) {
 		`holder +`+node+` +\d+ s +\d+ s ago +[-0-9a-f]{36}`,
 		`1st +waiter +`+node+` +\d+ s +\d s ago +1 +[-0-9a-f]{36}`)
 	n.wantSidecarLog("waiter", "; in use by holder (")
-	own, err := n.try("exec", "waiter", "-c", sidecarName, "--", "/at-least-semaphore-pod-hook", "status")
+	inSidecar := []string{"exec", "waiter", "-c", sidecarName, "--", "/at-least-semaphore-pod-hook", "status"}
+	own, err := n.try(inSidecar...)
 	if err != nil || !strings.Contains(own, n.name+"/seen: 1 of 1 tokens in use") || !strings.Contains(own, "1st    waiter") {
 		t.Errorf("in a sidecar: %s, %v", own, err)
 	}
@@ -58,6 +59,10 @@ func TestStatus(t *testing.T) {
 		t.Errorf("%s, %v", out, err)
 	}
 	wantStatus(t, n.name+"/seen", `1st +waiter +.*`)
+	own, err = n.try(append(inSidecar, "history")...)
+	if err != nil || !regexp.MustCompile(`(?m)^\d+ s ago +waiter +`+node+` +\d+ s +- +by hand$`).MatchString(own) {
+		t.Errorf("in a sidecar: %s, %v", own, err)
+	}
 	out, err = status(n.name, "-o", "json")
 	must(t, err)
 	var all struct {

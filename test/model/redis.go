@@ -32,7 +32,7 @@ local function shiftScores(key, by)
     redis.call('ZADD', key, string.format('%.6f', all[i + 1] + by), all[i])
   end
 end
-for base = 0, 6, 6 do
+for base = 0, 7, 7 do
   shiftScores(KEYS[base + 2], by)
   shiftScores(KEYS[base + 3], by * 1000000)
   shiftScores(KEYS[base + 4], by)
@@ -48,16 +48,16 @@ for base = 0, 6, 6 do
     if string.find(names[i], '/first$') then
       redis.call('HINCRBY', KEYS[base + 5], names[i], by)
     end
-    local since, pod = string.match(names[i + 1], '^(%d+) (.*)$')
+    local since, pod = string.match(names[i + 1], '^(%d+)(%+?%d* .*)$')
     if since and since ~= '0' then
-      redis.call('HSET', KEYS[base + 5], names[i], string.format('%.0f %s', since + by, pod))
+      redis.call('HSET', KEYS[base + 5], names[i], string.format('%.0f%s', since + by, pod))
     end
   end
   local started = KEYS[base + 6] .. '/started'
   if redis.call('EXISTS', started) == 1 then
     redis.call('INCRBY', started, by)
   end
-  for i = 1, 6 do
+  for i = 1, 7 do
     local left = redis.call('PTTL', KEYS[base + i])
     if left >= 0 then
       redis.call('PEXPIRE', KEYS[base + i], left + by * 1000) -- deletes an expired key
@@ -66,7 +66,7 @@ for base = 0, 6, 6 do
 end`)
 
 // keyCount is the number of keys of a semaphore.
-const keyCount = 6
+const keyCount = 7
 
 // modelDump returns everything that the keys of a semaphore hold.
 var modelDump = redis.NewScript(keyCount, `
@@ -82,6 +82,7 @@ return {
   redis.call('HGETALL', KEYS[5]),
   redis.call('HGETALL', KEYS[6]),
   expiry,
+  redis.call('LRANGE', KEYS[7], 0, -1),
 }`)
 
 // dump is everything that the keys of a semaphore hold.
@@ -103,7 +104,9 @@ type dump struct {
 	state    map[string]int    // without the texts
 	limit    string            // in state; empty: there is none, or it is not known
 	holds    string            // in state: how long the last pods had their tokens
-	expiry   []int             // Unix milliseconds; -1: never; -2: no such key
+	waited   map[string]string // token in use -> how long its pod had waited; missing: it did not
+	history  []string
+	expiry   []int // Unix milliseconds; -1: never; -2: no such key
 }
 
 func (d dump) equal(other dump) bool {
@@ -117,7 +120,8 @@ func (d dump) equalButExpiry(other dump) bool {
 		maps.Equal(d.aheads, other.aheads) && maps.Equal(d.since, other.since) &&
 		maps.Equal(d.hears, other.hears) && maps.Equal(d.passed, other.passed) &&
 		maps.Equal(d.pods, other.pods) && maps.Equal(d.gaveUp, other.gaveUp) && maps.Equal(d.state, other.state) &&
-		d.limit == other.limit && d.holds == other.holds
+		d.limit == other.limit && d.holds == other.holds && maps.Equal(d.waited, other.waited) &&
+		slices.Equal(d.history, other.history)
 }
 
 // inSeconds returns d without the fractions of seconds: a repeated command changes these.
@@ -345,7 +349,7 @@ func (s *store) dump() (d dump) {
 	names, err := redis.StringMap(values[4], nil)
 	rig.Must(s.test, err)
 	d.wishes, d.aheads, d.since, d.pods = map[string]string{}, map[string]int{}, map[string]int{}, map[string]string{}
-	d.gaveUp, d.firsts = map[string]string{}, map[string]int{}
+	d.gaveUp, d.firsts, d.waited = map[string]string{}, map[string]int{}, map[string]string{}
 	for field, text := range names {
 		var err error
 		if token, ok := strings.CutSuffix(field, "/ahead"); ok {
@@ -355,6 +359,9 @@ func (s *store) dump() (d dump) {
 		} else if token, ok := strings.CutSuffix(field, "/pod"); ok {
 			since, pod, _ := strings.Cut(text, " ")
 			d.pods[token] = pod
+			if before, waited, ok := strings.Cut(since, "+"); ok {
+				since, d.waited[token] = before, waited
+			}
 			d.since[token], err = strconv.Atoi(since)
 		} else if strings.HasSuffix(field, "/gaveUp") || strings.HasPrefix(field, "gaveUp/") {
 			d.gaveUp[field] = text
@@ -368,6 +375,8 @@ func (s *store) dump() (d dump) {
 		}
 		rig.Must(s.test, err)
 	}
+	d.history, err = redis.Strings(values[7], nil)
+	rig.Must(s.test, err)
 	d.expiry, err = redis.Ints(values[6], nil)
 	rig.Must(s.test, err)
 	return d

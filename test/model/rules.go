@@ -2,9 +2,11 @@ package model
 
 import (
 	"cmp"
+	"fmt"
 	"maps"
 	"math"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -352,14 +354,19 @@ func (w *world) letsPass(token string) bool {
 	return overtake > 0 && (since == 0 || since > now || now-since < overtake)
 }
 
+// renamed returns the former name of the token that a pod has just confirmed, if it had one.
+func (w *world) renamed(d dump) string {
+	if _, ok := d.inflight[w.confirmed.token]; ok {
+		return w.pods[w.confirmed.token].takenAs
+	}
+	return ""
+}
+
 // checkHolds checks that Redis notes once for how long a pod had its tokens: "!" is a second,
 // and each next character 17 % longer. It knows the last 64.
 func (w *world) checkHolds(d dump) {
 	var noted []byte
-	renamed := ""
-	if _, ok := d.inflight[w.confirmed.token]; ok {
-		renamed = w.pods[w.confirmed.token].takenAs
-	}
+	renamed := w.renamed(d)
 	for token := range w.last.inflight {
 		if _, held := d.inflight[token]; !held && token != renamed {
 			second := max(1, int(w.second)-w.last.since[token])
@@ -372,6 +379,59 @@ func (w *world) checkHolds(d dump) {
 	slices.Sort(after)
 	if want := noted[:min(len(noted), 64)]; !strings.HasPrefix(d.holds, before) || len(noted) <= 64 && !slices.Equal(after, want) {
 		w.fail("Redis notes the holds %q, and before %q; pods have ended that held for %q", d.holds, w.last.holds, noted)
+	}
+}
+
+// checkHistory checks that the history gets one entry for each pod whose time ends: with
+// tokens, or in line. Redis keeps how long a pod waited while the pod has its tokens.
+func (w *world) checkHistory(d dump) {
+	renamed := w.renamed(d)
+	var want []string
+	entry := func(waited string, held, tokens int, pod string) {
+		want = append(want, fmt.Sprintf("%d %s %d %d %s", w.second, waited, held, tokens, pod))
+	}
+	waited := func(token string) string {
+		return strconv.Itoa(max(0, int(w.second)-(w.last.waiters[token]+w.last.aheads[token])/1e6))
+	}
+	for token := range w.last.inflight {
+		if _, held := d.inflight[token]; !held && token != renamed {
+			entry(cmp.Or(w.last.waited[token], "0"), max(0, int(w.second)-w.last.since[token]), w.last.parts[token],
+				w.last.pods[token])
+		}
+	}
+	for token := range w.last.waiters {
+		_, waits := d.waiters[token]
+		_, held := d.inflight[token]
+		if !waits && !held {
+			entry(waited(token), -1, w.pods[token].tokens, w.pods[token].pod())
+		}
+		rejoined := d.state["rejoined"] > w.last.state["rejoined"] // Redis had it in line, as it has lost its last commands
+		if _, before := w.last.inflight[token]; held && !before && !rejoined && d.waited[token] != waited(token) {
+			w.fail("%s has waited for %s s, and Redis notes %q", token, waited(token), d.waited[token])
+		}
+	}
+	for field, text := range d.gaveUp { // at its first request after Redis has lost its place
+		token, ok := strings.CutSuffix(field, "/gaveUp")
+		if _, waits := w.last.waiters[token]; ok && !waits && w.last.gaveUp[field] == "" {
+			waited, _, _ := strings.Cut(text, " ")
+			entry(waited, -1, w.pods[token].tokens, w.pods[token].pod())
+		}
+	}
+	new := max(0, len(d.history)-len(want))
+	var got []string
+	for _, text := range d.history[new:] {
+		ended, rest, _ := strings.Cut(text, " ")
+		how, rest, _ := strings.Cut(rest, " ")
+		if waits := strings.Contains(rest, " -1 "); waits == slices.Contains([]string{"released", "reclaimed"}, how) {
+			w.fail("wrong history: %q", text)
+		}
+		got = append(got, ended+" "+rest)
+	}
+	slices.Sort(got)
+	slices.Sort(want)
+	before := w.last.history[max(0, len(w.last.history)-new):]
+	if len(want) < 100 && (!slices.Equal(got, want) || !slices.Equal(d.history[:new], before) || len(before) < min(len(w.last.history), 100-len(want))) {
+		w.fail("the history has %q; before %q; these pods have ended: %q", d.history, w.last.history, want)
 	}
 }
 
@@ -658,6 +718,7 @@ func (w *world) check(d dump, reclaims bool) {
 		w.fail("%s was confirmed, and its pod has it since %d, not %d", w.confirmed.token, since, w.confirmed.since)
 	}
 	w.checkHolds(d)
+	w.checkHistory(d)
 	w.confirmed = confirmed{}
 	if len(d.since) != len(d.inflight)+len(d.waiters) {
 		w.fail("Redis knows %d pods, and %d tokens are in use or waited for",
@@ -675,7 +736,7 @@ func (w *world) check(d dump, reclaims bool) {
 		if at == -1 {
 			w.fail("key %d does not expire", i+1)
 		}
-		if last := max(w.expected.override.ends, d.state["kept"]); at >= 0 && at/1000 < last {
+		if last := max(w.expected.override.ends, d.state["kept"]); i < 6 && at >= 0 && at/1000 < last { // the history may go
 			w.fail("key %d expires %d s before what was set ends", i+1, last-at/1000)
 		}
 	}

@@ -35,6 +35,9 @@ func fill(t *testing.T, r *rig.Redis, name string, length, holders, waiters int)
 		names = append(names, token, length, token+"/pod", fmt.Sprintf("0 web-9c8f-%05d node-%d", i, i%9))
 	}
 	r.Do(t, "HSET", key("state"), "created", now-9000, "touched", now, "length", length, "holds", "FGHIJIHG")
+	for i, how := range []string{"reclaimed 0 5400", "gaveUp 300 -1", "released 41 900"} {
+		r.Do(t, "RPUSH", key("history"), fmt.Sprintf("%d %s 1 web-5f6d-%05d node-%d", now-3600+1700*i, how, i, i))
+	}
 	for command, all := range map[string][][]any{"ZADD": {inflight, waiting, seen}, "HSET": {names}} {
 		for _, args := range all {
 			if len(args) > 1 {
@@ -93,11 +96,12 @@ func TestPage(t *testing.T) {
 	b.want(focused, "web")
 	b.press("Enter", enter)
 	b.want(title, "shop/web")
-	for _, text := range []string{"3 of 3 tokens in use (0 stale), 0 free, 5 waiting in line", "HOLDER", "web-7d4b-00002", "2nd", "in about ",
+	for _, text := range []string{"3 of 3 tokens in use (0 stale), 0 free, 5 waiting in line", "HOLDER", "web-7d4b-00002", "2nd", "in about ", "gave up",
 		"tokens in use (solid), at most 3; pods waiting (dashed), at most 5"} {
 		b.want(body, text)
 	}
 	if *pictureFlag != "" {
+		b.resize(1000, 900)
 		b.eval(`last.chart = Array.from({length: 120}, (_, i) => ({
 			inUse: i < 30 ? -1 : i < 45 ? 1 : i < 50 ? 2 : 3, waiting: i < 50 ? 0 : Math.round(3 + 2 * Math.sin(i / 8))})); draw()`)
 		rig.Must(t, os.WriteFile(*pictureFlag, b.picture(), 0o644))

@@ -5,14 +5,14 @@ import "strings"
 // The permissions of the Redis users, as docs/security.md documents them. Each constant
 // has all rules of a user, or additional rules.
 const (
-	WebhookACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* " +
+	WebhookACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~history/* ~lock/* &waiters/* " +
 		"+eval +evalsha +time +scan +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount " +
 		"+zrange +zrangebyscore +zscore +zremrangebyscore +ttl +expire +persist +publish +info|replication +info|server +set +get"
-	SidecarACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~lock/* &waiters/* " +
+	SidecarACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~history/* ~lock/* &waiters/* " +
 		"+evalsha +time +exists +hmget +hset +hdel +llen +lpop +rpush +ltrim +del +zadd +zrem +zcard +zcount " +
 		"+zrange +zrangebyscore +zrank +zscore +zremrangebyscore +ttl +expire +publish +subscribe +info|replication +info|server +set +get"
-	StatusACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* " +
-		"+time +scan +llen +zcard +zcount +zrange +zscore +hmget"
+	StatusACL = "~queue/* ~inflight/* ~waiters/* ~seen/* ~names/* ~state/* ~history/* " +
+		"+time +scan +llen +lrange +zcard +zcount +zrange +zscore +hmget"
 
 	// "status release" needs these in addition to StatusACL.
 	ReleaseACL = "&waiters/* " +
@@ -21,6 +21,7 @@ const (
 	// "status set" needs these in addition to both.
 	SetACL = "+persist +zadd +info|server +info|replication"
 
+	HistoryACL   = "+lrange"      // of a sidecar, for "status history", in addition to SidecarACL
 	GateACL      = "+unsubscribe" // of the gate, in addition to SidecarACL
 	ForgottenACL = "+acl|users"   // of the webhook, to warn about namespaces without a user
 	EvictionACL  = "+info|memory" // of the webhook, to warn about a Redis that may evict tokens

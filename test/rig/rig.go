@@ -191,10 +191,10 @@ func Build(root, binary string, flags ...string) error {
 }
 
 // Eventually polls until check returns nil. It waits for patience, or for within if the
-// suite is timed. Then it fails the test with check's last error.
+// suite is Timed. Then it fails the test with check's last error.
 func Eventually(t testing.TB, within time.Duration, check func() error) {
 	t.Helper()
-	if !timed {
+	if !Timed {
 		within = max(within, patience)
 	}
 	if err := poll(within, check); err != nil {

@@ -18,7 +18,7 @@ import (
 )
 
 // scriptKeys is the number of keys of each script.
-const scriptKeys = 6
+const scriptKeys = 7
 
 // The statuses that the scripts return; see their headers in lua/.
 const (

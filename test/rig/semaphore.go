@@ -40,6 +40,7 @@ func (id ID) QueueKey() string    { return "queue/{" + id.String() + "}" }
 func (id ID) InflightKey() string { return "inflight/{" + id.String() + "}" }
 func (id ID) WaitersKey() string  { return "waiters/{" + id.String() + "}" }
 func (id ID) SeenKey() string     { return "seen/{" + id.String() + "}" }
+func (id ID) HistoryKey() string  { return "history/{" + id.String() + "}" }
 func (id ID) NamesKey() string    { return "names/{" + id.String() + "}" }
 func (id ID) StateKey() string    { return "state/{" + id.String() + "}" }
 func (id ID) LockKey() string     { return "lock/{" + id.String() + "}" }
@@ -49,7 +50,7 @@ func (id ID) Channel(token string) string { return id.WaitersKey() + "/" + token
 
 // Keys returns the keys of the scripts, in their order.
 func (id ID) Keys() []any {
-	return []any{id.QueueKey(), id.InflightKey(), id.WaitersKey(), id.SeenKey(), id.NamesKey(), id.StateKey()}
+	return []any{id.QueueKey(), id.InflightKey(), id.WaitersKey(), id.SeenKey(), id.NamesKey(), id.StateKey(), id.HistoryKey()}
 }
 
 // Counts returns the numbers of free tokens and of tokens in use.

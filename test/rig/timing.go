@@ -6,19 +6,19 @@ import (
 	"time"
 )
 
-// timed reports whether time limits fail a test. Only "make test-timing" sets it, on an
+// Timed reports whether time limits fail a test. Only "make test-timing" sets it, on an
 // idle machine. Otherwise only order, counts and state fail a test.
-var timed = os.Getenv("TIMING") == "1"
+var Timed = os.Getenv("TIMING") == "1"
 
 // patience limits the wait of a test that is not timed. No slow machine exceeds it.
 const patience = 90 * time.Second
 
-// WantWithin logs how long something took. If timed is set, it fails the test above the
+// WantWithin logs how long something took. If Timed is set, it fails the test above the
 // bound.
 func WantWithin(t testing.TB, took, bound time.Duration, what string) {
 	t.Helper()
 	t.Logf("%s took %s; the bound of make test-timing is %s", what, took.Round(time.Millisecond), bound)
-	if timed && took > bound {
+	if Timed && took > bound {
 		t.Errorf("%s took %s, want at most %s", what, took, bound)
 	}
 }
