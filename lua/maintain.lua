@@ -36,7 +36,7 @@ if settled() then
         noteEnd('reclaimed', stale[i], pod, tokens[stale[i]])
       end
     end
-    if holds then
+    if newHold then
       redis.pcall('HSET', KEYS[6], 'holds', holds) -- a full Redis does without
     end
     redis.call('HDEL', KEYS[5], unpack(pods))

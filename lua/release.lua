@@ -29,15 +29,18 @@ if gaveUp then
   redis.call('HDEL', KEYS[5], token .. '/gaveUp', string.match(gaveUp, '%S*$'))
   status = 2
 end
+local used = 0 -- tokens
 if released == 1 then
-  grown = redis.call('RPUSH', KEYS[1], 'free') == 1
+  local free = redis.call('RPUSH', KEYS[1], 'free')
+  grown = free == 1
   while released < tokensMost and redis.call('ZREM', KEYS[2], token .. '/' .. released + 1) == 1 do
-    redis.call('RPUSH', KEYS[1], 'free')
+    free = redis.call('RPUSH', KEYS[1], 'free')
     released = released + 1
   end
   noteEnd(byHand or 'released', token, pods[1] or pods[2], released)
-  trim()
+  used = redis.call('ZCARD', KEYS[2])
+  trim(free, used)
   status = 1
 end
 callServed()
-return finish({status, micros})
+return finish({status, micros}, used > 0)

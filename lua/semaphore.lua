@@ -121,7 +121,7 @@ local entryMost = 160 -- bytes of an entry: so the history takes 20 KB at most
 local historyLife = 3 * 86400 -- seconds; the time to live of the history after the last use
 
 local state = redis.call('HMGET', KEYS[6], 'created', 'touched', 'resumed', 'lost', 'length', 'asked',
-  'interval', 'threshold', 'sent', 'limit', 'override', 'ends', 'kept')
+  'interval', 'threshold', 'sent', 'limit', 'override', 'ends', 'kept', 'holds')
 -- A time in the future is from before the clock was set back.
 local created, touched = math.min(tonumber(state[1]) or now, now), tonumber(state[2])
 local resumed, lost = math.min(tonumber(state[3]) or 0, now), math.min(tonumber(state[4]) or 0, now)
@@ -186,17 +186,16 @@ local line -- the functions and times that matter while there is a line; see ope
 -- addHold adds to holds, which touch writes, for how long a pod has had its tokens. pod is
 -- what names has about it; a pod whose sidecar has not started does not count. "!" is one
 -- second, and each next character is 17 % (e^0.16) longer.
-local holds
+local holds = string.sub(state[14] or '', -holdsMost)
+local newHold = false
 local function addHold(pod)
   local since = tonumber(string.match(pod or '', '^(%d+)%+?%d* %S+ %S') or 0)
   if since > 0 then
     local steps = math.floor(math.log(math.max(1, now - since)) / holdStep + 0.5)
-    holds = holds or redis.call('HMGET', KEYS[6], 'holds')[1] or ''
+    newHold = true
     holds = string.sub(holds .. string.char(math.min(holdFirst + steps, holdLast)), -holdsMost)
   end
 end
-
-local grown = false -- this command may have created a key; see finish
 
 -- noteEnd adds an entry to the history: "ENDED HOW WAITED HELD TOKENS NAME NODE". ENDED is
 -- in Unix seconds. HOW is released, reclaimed, byHand; or of a waiter left, lost (it asked no
@@ -209,7 +208,7 @@ local function noteEnd(how, token, pod, tokens, waited)
     since > 0 and math.max(0, now - since) or -1, tokens, name or token)
   local entries = redis.pcall('RPUSH', KEYS[7], string.sub(text, 1, entryMost)) -- a full Redis does without
   if entries == 1 then
-    grown = true
+    redis.call('EXPIRE', KEYS[7], historyLife)
   elseif type(entries) == 'number' and entries >= historyTrim then
     redis.call('LTRIM', KEYS[7], -historyMost, -1)
   end
@@ -235,7 +234,7 @@ local function touch(write)
     override, ends = nil, 0
   end
   write = write or redis.call
-  if holds then
+  if newHold then
     write('HSET', KEYS[6], 'created', created, 'touched', now, 'resumed', resumed, 'lost', lost,
       'length', asks, 'asked', asked, 'holds', holds)
   else
@@ -364,6 +363,8 @@ end
 local function life(seconds)
   return math.max(tonumber(seconds), kept - now, ends - now)
 end
+
+local grown = false -- this command may have created a key; see finish
 
 -- notePod notes the pod of a token, "NAME NODE", since when the pod has the token, and how
 -- long it waited, unless Redis knows that. Without a pod it notes nothing.
@@ -654,12 +655,12 @@ local function refill(newcomer)
   return #free
 end
 
--- trim takes free tokens beyond the greatest length out of the queue. After a loss of
--- data Redis does not know that length: then trim takes all, and the next request makes
--- new ones.
-local function trim()
-  local room = math.max(0, greatest - redis.call('ZCARD', KEYS[2]))
-  local surplus = redis.call('LLEN', KEYS[1]) - room
+-- trim takes free tokens beyond the greatest length out of the queue. The caller may know
+-- how many are free, and in use. After a loss of data Redis does not know that length: then
+-- trim takes all, and the next request makes new ones.
+local function trim(free, used)
+  local room = math.max(0, greatest - (used or redis.call('ZCARD', KEYS[2])))
+  local surplus = (free or redis.call('LLEN', KEYS[1])) - room
   if surplus <= 0 then
     return 0
   end
@@ -735,8 +736,7 @@ end
 -- and of waiters; length, which counts for the caller; doubt; holders, setting and holds.
 -- doubt is 0, or the seconds until Redis knows whether some holders or waiters are gone.
 local function occupancy(length, doubt)
-  local past = string.sub(redis.call('HMGET', KEYS[6], 'holds')[1] or '', -holdsMost)
-  return redis.call('ZCARD', KEYS[2]), redis.call('ZCARD', KEYS[3]), length, doubt, holders(), setting(), past
+  return redis.call('ZCARD', KEYS[2]), redis.call('ZCARD', KEYS[3]), length, doubt, holders(), setting(), holds
 end
 
 -- finish sets the time to live of the keys: minutes if there are neither holders nor
@@ -748,8 +748,11 @@ local function finish(answer, busy)
   local seconds = life(busy and ARGV[4] or idleLife)
   local left = redis.call('TTL', KEYS[6])
   if grown or left < seconds / 2 or left > seconds + 1 then
-    for i, key in ipairs(KEYS) do
-      redis.call('EXPIRE', key, i == 7 and historyLife or seconds)
+    for i = 1, 6 do
+      redis.call('EXPIRE', KEYS[i], seconds)
+    end
+    if busy then -- the history outlives the last use
+      redis.call('EXPIRE', KEYS[7], historyLife)
     end
   end
   return answer
