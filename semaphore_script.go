@@ -39,7 +39,7 @@ func (s *semaphores) attemptTimeout() time.Duration {
 // slot first; if ctx is done before, the error is errTooMany.
 func (s *semaphores) run(ctx context.Context, script *script, id semaphoreID,
 	args ...any) (status int, rest []any, err error) {
-	late, sent := 0, false
+	late, sent, roomMade := 0, false, false
 	var refused error // the last error that Redis returned
 	part := s.queue.part(id)
 	pause := newBackoff(10*time.Millisecond, 500*time.Millisecond)
@@ -53,7 +53,8 @@ func (s *semaphores) run(ctx context.Context, script *script, id semaphoreID,
 			free()
 		}
 		sent = sent || errors.Is(err, errUnanswered)
-		if s.loadsScripts && isFull(err) && s.makeRoom(ctx, server) {
+		if s.loadsScripts && isFull(err) && !roomMade && s.makeRoom(ctx, server) {
+			roomMade = true
 			continue
 		}
 		again := err != nil && canRetry(err)
@@ -107,32 +108,46 @@ func isFull(err error) bool {
 // makeRoom deletes the histories of a full server: tokens are worth more. It reports whether
 // there were any.
 func (s *semaphores) makeRoom(ctx context.Context, server *queueServer) bool {
-	drop := s.drops.join(server, new(int), func(dropped *int) error {
-		conn, err := server.pool.GetContext(s.closing)
-		if err != nil {
-			return err
+	drop := s.drops.join(server, new(int), func(dropped *int) (err error) {
+		ctx, cancel := context.WithTimeout(s.closing, surveyTimeout)
+		defer cancel()
+		*dropped, err = dropHistories(ctx, server)
+		if *dropped > 0 {
+			s.log.Warn("Redis is full: the histories of semaphores were deleted", "server", server.String(), "histories", *dropped)
 		}
-		defer conn.Close()
-		return eachKey(s.closing, conn, "history/{*}", func(keys []string) error {
-			for _, key := range keys { // in a Cluster, a command may have keys of one slot only
-				if err := conn.Send("DEL", key); err != nil {
-					return err
-				}
-			}
-			*dropped += len(keys)
-			_, err := redis.DoContext(conn, s.closing, "")
-			return err
-		})
+		return err
 	})
 	select {
 	case <-drop.done:
+		return *drop.state > 0
 	case <-ctx.Done():
 		return false
 	}
-	if *drop.state > 0 {
-		s.log.Warn("Redis is full: the histories of semaphores were deleted", "server", server.String(), "histories", *drop.state)
+}
+
+// dropHistories deletes all histories of a server, and returns their number.
+func dropHistories(ctx context.Context, server *queueServer) (dropped int, err error) {
+	conn, err := server.pool.GetContext(ctx)
+	if err != nil {
+		return 0, err
 	}
-	return *drop.state > 0
+	defer conn.Close()
+	err = eachKey(ctx, conn, "history/{*}", func(keys []string) (err error) {
+		for _, key := range keys { // in a Cluster, a command may have keys of one slot only
+			err = errors.Join(err, conn.Send("DEL", key))
+		}
+		if err != nil || len(keys) == 0 {
+			return err
+		}
+		replies, err := redis.Values(redis.DoContext(conn, ctx, ""))
+		for _, reply := range replies {
+			if reply == int64(1) { // others are errors, for which this is no reason to end
+				dropped++
+			}
+		}
+		return err
+	})
+	return dropped, err
 }
 
 // noteStray notes a stray command: its connection broke, and it may put the token in

@@ -470,7 +470,7 @@ type semaphoreDetail struct {
 // inspect reads a semaphore, and the most of its holders and waiters that are given. Redis
 // forgets a semaphore that no pod has used for minutes: then all is zero.
 func (s *semaphores) inspect(ctx context.Context, id semaphoreID, most int) (d semaphoreDetail, err error) {
-	return d, s.read(ctx, id, func(conn redis.Conn) error {
+	err = s.read(ctx, id, func(conn redis.Conn) error {
 		states, err := s.readStates(ctx, conn, []semaphoreID{id})
 		if err == nil && len(states) == 0 {
 			err = errors.New("it is moving to another node of the Cluster: try again")
@@ -481,6 +481,7 @@ func (s *semaphores) inspect(ctx context.Context, id semaphoreID, most int) (d s
 		}
 		return err
 	})
+	return d, err
 }
 
 // read reads something of a semaphore from its server.
@@ -532,7 +533,7 @@ const historyMost = 100
 
 // history reads how the time of the last pods of a semaphore ended, the last one first.
 func (s *semaphores) history(ctx context.Context, id semaphoreID) (all []ending, err error) {
-	return all, s.read(ctx, id, func(conn redis.Conn) error {
+	err = s.read(ctx, id, func(conn redis.Conn) error {
 		now, err := redisTime(ctx, conn)
 		if err != nil {
 			return err
@@ -545,6 +546,7 @@ func (s *semaphores) history(ctx context.Context, id semaphoreID) (all []ending,
 		}
 		return err
 	})
+	return all, err
 }
 
 // parseEnding parses an entry of the history; see noteEnd in semaphore.lua. ok is false if it

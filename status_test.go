@@ -704,8 +704,11 @@ func TestHistoryIsBounded(t *testing.T) {
 	maintain(t, s, id, 1)
 	long := strings.Repeat("n", 253)
 	for i := range 250 {
-		token := fmt.Sprint("pod-", i)
-		a, err := s.runAcquire(t.Context(), id, acquireRequest{token: token, length: 1, pod: newPodName(long, long)})
+		token, pod := fmt.Sprint("pod-", i), newPodName(long, long)
+		if i == 249 {
+			pod = ""
+		}
+		a, err := s.runAcquire(t.Context(), id, acquireRequest{token: token, length: 1, pod: pod})
 		if err != nil || a.status != acquireTaken {
 			t.Fatalf("got %+v, %v", a, err)
 		}
@@ -715,8 +718,20 @@ func TestHistoryIsBounded(t *testing.T) {
 		}
 	}
 	all, err := s.history(t.Context(), id)
-	if err != nil || len(all) != historyMost || !strings.HasPrefix(long, all[0].pod) {
-		t.Errorf("%d entries, the last is %+v, %v", len(all), all[0], err)
+	name, isCut := strings.CutSuffix(all[1].pod, "-")
+	if err != nil || len(all) != historyMost || all[0].pod != "" || !isCut || !strings.HasPrefix(long, name) || all[1].node != "" {
+		t.Errorf("%d entries, the last are %+v, %v", len(all), all[:2], err)
+	}
+	r.Do(t, "DEL", id.historyKey())
+	r.Do(t, "RPUSH", id.historyKey(), "of another client")
+	r.Do(t, "EXPIRE", id.stateKey(), 8*86400) // as in a long pause
+	a, err := s.runAcquire(t.Context(), id, acquireRequest{token: "late", length: 1})
+	if err != nil || a.status != acquireTaken {
+		t.Fatalf("got %+v, %v", a, err)
+	}
+	giveBack(t, s, id, "late")
+	if left := r.Do(t, "TTL", id.historyKey()).(int64); left < 3*86400-60 || left > 3*86400 {
+		t.Errorf("the history lives for %d s", left)
 	}
 }
 
@@ -744,6 +759,15 @@ func TestFullRedisDropsHistories(t *testing.T) {
 		t.Fatal(info)
 	}
 	r.Do(t, "CONFIG", "SET", "maxmemory", used-1<<20)
+	r.Do(t, "CONFIG", "RESETSTAT")
+	r.Do(t, "ACL", "SETUSER", "default", "-del")
+	if _, _, err := s.acquire(t.Context(), id, "", 5, limit{}, 10*time.Second); !isFull(err) {
+		t.Errorf("a user that may not delete them: got %v, want OOM", err)
+	}
+	if calls := r.CommandCalls(t); calls["evalsha"] > 2 || calls["scan"] > 10 {
+		t.Errorf("a user that may not delete them sent %v", calls)
+	}
+	r.Do(t, "ACL", "SETUSER", "default", "+del")
 	r.WantInflight(t, id, holder, acquire(t, s, id, 5))
 	if keys := r.Do(t, "KEYS", "history/*").([]any); len(keys) > 0 {
 		t.Errorf("%d histories are left, such as %s", len(keys), keys[0])

@@ -76,7 +76,9 @@ local function take(beyond)
   local waited
   if lineLength > 0 then
     waited = waitedFor(token, redis.call('HMGET', KEYS[5], token .. '/ahead')[1])
-    leaveLine(token)
+    if waited then
+      leaveLine(token)
+    end
   end
   if held == takenAs then
     rename(token, takenAs)
@@ -108,7 +110,7 @@ if wait then
   end
 end
 
-dropGone(token)
+dropGone(waits and token)
 if waits then
   if lineLength == 0 then
     openLine()

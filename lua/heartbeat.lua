@@ -43,7 +43,9 @@ if rejoined > 0 then
   takeFree(rejoined)
   count('rejoined', rejoined)
   -- If Redis has lost the last commands, it may have the token in line again.
-  leaveLine(token)
+  if redis.call('ZSCORE', KEYS[3], token) then
+    leaveLine(token)
+  end
 end
 notePod(token, ARGV[6], since)
 return finish({rejoined > 0 and 0 or 1, micros})

@@ -33,7 +33,7 @@ if settled() then
     for i, pod in ipairs(redis.call('HMGET', KEYS[5], unpack(pods))) do
       addHold(pod)
       if tokens[stale[i]] then -- the first of its tokens
-        noteEnd('reclaimed', stale[i], pod, tokens[stale[i]])
+        noteEnd('reclaimed', pod, tokens[stale[i]])
       end
     end
     if newHold then

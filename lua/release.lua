@@ -37,7 +37,7 @@ if released == 1 then
     free = redis.call('RPUSH', KEYS[1], 'free')
     released = released + 1
   end
-  noteEnd(byHand or 'released', token, pods[1] or pods[2], released)
+  noteEnd(byHand or 'released', pods[1] or pods[2], released)
   used = redis.call('ZCARD', KEYS[2])
   trim(free, used)
   status = 1

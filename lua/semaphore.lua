@@ -118,7 +118,7 @@ local holdStep = 0.16
 local historyMost = 100 -- entries of the history; readers skip what precedes them
 local historyTrim = 104 -- entries, at which the oldest are dropped: not at each command
 local entryMost = 160 -- bytes of an entry: so the history takes 20 KB at most
-local historyLife = 3 * 86400 -- seconds; the time to live of the history after the last use
+local historyLife = 3 * 86400 -- seconds; the time to live of the history after its last entry
 
 local state = redis.call('HMGET', KEYS[6], 'created', 'touched', 'resumed', 'lost', 'length', 'asked',
   'interval', 'threshold', 'sent', 'limit', 'override', 'ends', 'kept', 'holds')
@@ -200,17 +200,24 @@ end
 -- noteEnd adds an entry to the history: "ENDED HOW WAITED HELD TOKENS NAME NODE". ENDED is
 -- in Unix seconds. HOW is released, reclaimed, byHand; or of a waiter left, lost (it asked no
 -- more) or gaveUp. HELD is -1 if the pod had no tokens, or if Redis does not know since when.
+-- NAME is "?" if it is not known, and ends in "-" if it is cut.
 -- pod is what names has about it, and waited the seconds that a waiter has waited.
-local function noteEnd(how, token, pod, tokens, waited)
-  local since, before, name = string.match(pod or '', '^(%d+)%+?(%d*) (%S+ ?%S*)')
+local function noteEnd(how, pod, tokens, waited)
+  local since, before, name, node = string.match(pod or '', '^(%d+)%+?(%d*) (%S+)( ?%S*)')
   since = tonumber(since) or 0
   local text = string.format('%.0f %s %.0f %.0f %d %s', now, how, waited or tonumber(before) or 0,
-    since > 0 and math.max(0, now - since) or -1, tokens, name or token)
-  local entries = redis.pcall('RPUSH', KEYS[7], string.sub(text, 1, entryMost)) -- a full Redis does without
-  if entries == 1 then
+    since > 0 and math.max(0, now - since) or -1, tokens, name or '?')
+  if #text > entryMost then
+    text = string.sub(text, 1, entryMost - 1) .. '-'
+  elseif node and #text + #node <= entryMost then
+    text = text .. node
+  end
+  local entries = redis.pcall('RPUSH', KEYS[7], text) -- a full Redis may do without
+  if type(entries) == 'number' then
     redis.call('EXPIRE', KEYS[7], historyLife)
-  elseif type(entries) == 'number' and entries >= historyTrim then
-    redis.call('LTRIM', KEYS[7], -historyMost, -1)
+    if entries >= historyTrim then
+      redis.call('LTRIM', KEYS[7], -historyMost, -1)
+    end
   end
 end
 
@@ -331,7 +338,7 @@ local function leaveLine(token, how)
   lineLength = lineLength - left
   if waited then
     local _, needs = wishOf(known[1])
-    noteEnd(how, token, known[2], needs, waited)
+    noteEnd(how, known[2], needs, waited)
   end
   return left
 end
@@ -748,11 +755,8 @@ local function finish(answer, busy)
   local seconds = life(busy and ARGV[4] or idleLife)
   local left = redis.call('TTL', KEYS[6])
   if grown or left < seconds / 2 or left > seconds + 1 then
-    for i = 1, 6 do
+    for i = 1, 6 do -- not of the history; see noteEnd
       redis.call('EXPIRE', KEYS[i], seconds)
-    end
-    if busy then -- the history outlives the last use
-      redis.call('EXPIRE', KEYS[7], historyLife)
     end
   end
   return answer

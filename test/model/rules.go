@@ -713,6 +713,10 @@ func (w *world) check(d dump, reclaims bool) {
 		if _, waits := d.waiters[token]; held == waits || held != (since > 0) || d.pods[token] != pod {
 			w.fail("%s has pod %q since %d", token, d.pods[token], since)
 		}
+		if _, before := w.last.inflight[token]; before && held && (since != w.last.since[token] || d.waited[token] != w.last.waited[token]) {
+			w.fail("%s has its token since %d, having waited %q; before, since %d and %q", token, since, d.waited[token],
+				w.last.since[token], w.last.waited[token])
+		}
 	}
 	if since, ok := d.since[w.confirmed.token]; ok && since != w.confirmed.since {
 		w.fail("%s was confirmed, and its pod has it since %d, not %d", w.confirmed.token, since, w.confirmed.since)
