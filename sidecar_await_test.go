@@ -154,7 +154,8 @@ func TestPodRunsBeyondTheLength(t *testing.T) {
 	wantStatus(t, r, []string{id.String()}, `.*: 2 of 1 tokens in use .*`)
 	giveBack(t, s, id, holder)
 	wantFullError(t, s, id, 1, 1)
-	giveBack(t, s, id, token)
+	p.Signal(t, syscall.SIGTERM)
+	p.WantExit(t, 0)
 	acquire(t, s, id, 1)
 }
 
