@@ -184,6 +184,7 @@ func newSemaphores(c settings, locks locker, maxIdle int, log *slog.Logger) *sem
 		strays:            map[string]time.Time{},
 	}
 	s.repairs.group = &s.background
+	s.drops.keep = time.Second // a full Redis is not scanned all the time
 	return s
 }
 

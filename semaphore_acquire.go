@@ -490,7 +490,8 @@ func (s *semaphores) repairLocked(ctx context.Context, stage *repairStage, id se
 // repairAfterDoubt repairs a semaphore when the doubt is over and live holders are back.
 // Until then it repairs often enough that Redis sees no further silence. Otherwise, where
 // pods are created seldom, each admission would find a new silence, and no token of a
-// dead holder would ever be reclaimed.
+// dead holder would ever be reclaimed. If Redis or this process hangs meanwhile, the doubt
+// begins anew.
 func (s *semaphores) repairAfterDoubt(id semaphoreID, length int, expiration, doubt time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -504,7 +505,8 @@ func (s *semaphores) repairAfterDoubt(id semaphoreID, length int, expiration, do
 			defer s.mu.Unlock()
 			delete(s.afterDoubt, id)
 		}()
-		over := time.Now().Add(doubt)
+		last := time.Now() // of a reply
+		over := last.Add(doubt)
 		every := min(doubtEvery, s.heartbeatInterval/2) // Redis takes a longer pause for another silence
 		for now := time.Now(); now.Before(over.Add(every)); now = time.Now() {
 			pause := every
@@ -528,6 +530,10 @@ func (s *semaphores) repairAfterDoubt(id semaphoreID, length int, expiration, do
 					"namespace", id.namespace, "key", id.key, "error", err.Error())
 				return
 			}
+			if time.Since(last) > lineQuiet {
+				over = time.Now().Add(max(doubt, s.timing().lateAfter()+time.Second))
+			}
+			last = time.Now()
 		}
 	})
 }

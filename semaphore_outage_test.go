@@ -297,6 +297,30 @@ func TestDeadHoldersAndRareAdmissions(t *testing.T) {
 	}
 }
 
+// While a webhook waits for the end of the doubt, Redis hangs: another silence. The webhook
+// still frees the tokens of dead holders, though no other pod comes.
+func TestDeadHoldersAfterTwoSilences(t *testing.T) {
+	t.Parallel()
+	r, _, id := newSemaphoreOn(t, rig.StartRedis(t))
+	c := configWithInterval(r.Address, time.Second)
+	c.redisAddresses = []string{rig.CommonRedis(t).Address} // the lock's server does not hang
+	w := startWebhook(t, c)
+	acquire(t, w.semaphores, id, 1)
+	r.Shift(t, id, -1000*time.Second)
+	w.wantFull(t, id, 1, 1)
+	r.Pause(t)
+	time.AfterFunc(lineQuiet+2*time.Second, func() { _ = r.Cmd.Process.Signal(syscall.SIGCONT) })
+	rig.Eventually(t, 20*time.Second, func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		d, err := w.semaphores.inspect(ctx, id, detailMost)
+		if err == nil && d.inUse > 0 {
+			err = fmt.Errorf("the dead holder is still in flight; log of the webhook:\n%s", w.log)
+		}
+		return err
+	})
+}
+
 // The same near the end of the default interval.
 func TestWatchOfALongInterval(t *testing.T) {
 	t.Parallel()

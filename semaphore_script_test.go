@@ -646,7 +646,8 @@ func TestScriptsAndProgramAgree(t *testing.T) {
 		rig.Must(t, err)
 		return text
 	}
-	for name, want := range map[string]any{"holdsMost": holdsMost, "holdFirst": holdFirst, "holdLast": holdLast, "holdStep": holdStep} {
+	for name, want := range map[string]any{"holdsMost": holdsMost, "holdFirst": holdFirst, "holdLast": holdLast, "holdStep": holdStep,
+		"historyMost": historyMost} {
 		if got := value(name); got != fmt.Sprint(want) {
 			t.Errorf("%s is %s in the scripts, and %v in the program", name, got, want)
 		}

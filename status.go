@@ -281,7 +281,7 @@ func (d semaphoreDetail) lineTable() table {
 
 func printHistory(w io.Writer, id semaphoreID, all []ending) {
 	if len(all) == 0 {
-		fmt.Fprintf(w, "%s: no pod's time has ended in the last days\n", id)
+		fmt.Fprintf(w, "%s: no history: no pod has ended in three days, or Redis has lost it\n", id)
 		return
 	}
 	historyTable(all).print(w)

@@ -188,6 +188,7 @@ local line -- the functions and times that matter while there is a line; see ope
 -- second, and each next character is 17 % (e^0.16) longer.
 local holds = string.sub(state[14] or '', -holdsMost)
 local newHold = false
+local refused = false -- Redis has refused what touch noted
 local function addHold(pod)
   local since = tonumber(string.match(pod or '', '^(%d+)%+?%d* %S+ %S') or 0)
   if since > 0 then
@@ -203,6 +204,9 @@ end
 -- NAME is "?" if it is not known, and ends in "-" if it is cut.
 -- pod is what names has about it, and waited the seconds that a waiter has waited.
 local function noteEnd(how, pod, tokens, waited)
+  if refused then
+    return
+  end
   local since, before, name, node = string.match(pod or '', '^(%d+)%+?(%d*) (%S+)( ?%S*)')
   since = tonumber(since) or 0
   local text = string.format('%.0f %s %.0f %.0f %d %s', now, how, waited or tonumber(before) or 0,
@@ -212,7 +216,7 @@ local function noteEnd(how, pod, tokens, waited)
   elseif node and #text + #node <= entryMost then
     text = text .. node
   end
-  local entries = redis.pcall('RPUSH', KEYS[7], text) -- a full Redis may do without
+  local entries = redis.pcall('RPUSH', KEYS[7], text) -- another client may have replaced it
   if type(entries) == 'number' then
     redis.call('EXPIRE', KEYS[7], historyLife)
     if entries >= historyTrim then
@@ -241,13 +245,15 @@ local function touch(write)
     override, ends = nil, 0
   end
   write = write or redis.call
+  local noted
   if newHold then
-    write('HSET', KEYS[6], 'created', created, 'touched', now, 'resumed', resumed, 'lost', lost,
+    noted = write('HSET', KEYS[6], 'created', created, 'touched', now, 'resumed', resumed, 'lost', lost,
       'length', asks, 'asked', asked, 'holds', holds)
   else
-    write('HSET', KEYS[6], 'created', created, 'touched', now, 'resumed', resumed, 'lost', lost,
+    noted = write('HSET', KEYS[6], 'created', created, 'touched', now, 'resumed', resumed, 'lost', lost,
       'length', asks, 'asked', asked)
   end
+  refused = type(noted) ~= 'number'
   if newSettings then
     write('HSET', KEYS[6], 'interval', interval, 'threshold', patience, 'sent', now)
   end
