@@ -285,7 +285,7 @@ func refusal(e *fullError) string {
 	if e.waiters > 0 {
 		text += fmt.Sprintf("; %d waiting in line", e.waiters)
 	}
-	if wait, ok := e.startsIn(e.waiters + 1); ok {
+	if wait, ok := e.startsIn(e.waiters+1, 1); ok {
 		text += "; the next free one is expected in about " + roughly(wait)
 	}
 	return text + doubtText(e.doubt)

@@ -102,17 +102,24 @@ func parseOccupancy(list []any) (o occupancy, rest []any, err error) {
 	return o, rest, err
 }
 
-// startsIn estimates when a pod starts that needs the last of the next tokens that come free.
-// It is not ok where too little is known.
-func (o occupancy) startsIn(tokens int) (wait time.Duration, ok bool) {
+// startsIn estimates when the pod at a position in line starts. Of those before it, Redis says
+// how many they are: each is taken to need as many tokens as a holder has. It is not ok where
+// too little is known.
+func (o occupancy) startsIn(position, tokens int) (wait time.Duration, ok bool) {
 	if o.doubt > 0 {
 		return 0, false
 	}
 	var ages []time.Duration
+	held := 0
 	for _, h := range o.holders {
 		ages = appendAge(ages, h.held, h.tokens)
+		held += max(1, min(h.tokens, o.length))
 	}
-	return o.holds.forecast(ages, o.inUse).freeIn(o.length, tokens)
+	before := position - 1
+	if len(o.holders) > 0 {
+		before = (before*held + len(o.holders)/2) / len(o.holders)
+	}
+	return o.holds.forecast(ages, o.inUse).freeIn(o.length, before+max(1, tokens))
 }
 
 // holds are how long the last pods of a semaphore had their tokens, in order of length.

@@ -253,7 +253,7 @@ func waitingText(id semaphoreID, length, tokens int, ends waitEnd, a acquireRepl
 
 // toGo says when a pod at a position in line starts, if that is known.
 func (o occupancy) toGo(position, tokens int) string {
-	if wait, ok := o.startsIn(position - 1 + max(1, tokens)); ok && tokens <= o.length {
+	if wait, ok := o.startsIn(position, tokens); ok && tokens <= o.length {
 		return ", about " + roughly(wait) + " to go"
 	}
 	return ""
