@@ -130,3 +130,10 @@ func TestChaosFindsBrokenScripts(t *testing.T) {
 		})
 	}
 }
+
+// What TestChaosFindsBrokenScripts breaks is in the program of today.
+func TestChaosCheckerHasBrokenScripts(t *testing.T) {
+	for _, c := range programs {
+		rig.EditedFiles(t, c.edits)
+	}
+}

@@ -11,22 +11,32 @@ import (
 // path from the root.
 type Edit struct{ File, From, To string }
 
-// BuildBroken builds the program with edits. The source files stay unchanged.
-func BuildBroken(t testing.TB, edits []Edit) (program string) {
+// EditedFiles returns the texts of the edited files, by their paths from the root. It fails
+// the test if an edit does not apply.
+func EditedFiles(t testing.TB, edits []Edit) map[string]string {
 	t.Helper()
-	dir := t.TempDir()
-	replace := map[string]string{}
+	texts := map[string]string{}
 	for _, e := range edits {
 		source := ReadFile(t, e.File)
 		if n := strings.Count(source, e.From); n != 1 {
 			t.Fatalf("%q is %d times in %s", e.From, n, e.File)
 		}
-		if replace[Path(e.File)] != "" {
+		if texts[e.File] != "" {
 			t.Fatalf("%s is edited twice", e.File)
 		}
-		edited := filepath.Join(dir, filepath.Base(e.File))
-		replace[Path(e.File)] = edited
-		Must(t, os.WriteFile(edited, []byte(strings.Replace(source, e.From, e.To, 1)), 0o600))
+		texts[e.File] = strings.Replace(source, e.From, e.To, 1)
+	}
+	return texts
+}
+
+// BuildBroken builds the program with edits. The source files stay unchanged.
+func BuildBroken(t testing.TB, edits []Edit) (program string) {
+	t.Helper()
+	dir := t.TempDir()
+	replace := map[string]string{}
+	for file, text := range EditedFiles(t, edits) {
+		replace[Path(file)] = filepath.Join(dir, filepath.Base(file))
+		Must(t, os.WriteFile(replace[Path(file)], []byte(text), 0o600))
 	}
 	overlay := filepath.Join(dir, "overlay.json")
 	program = filepath.Join(dir, "program")
