@@ -26,6 +26,7 @@ import (
 )
 
 func TestLock(t *testing.T) {
+	t.Parallel()
 	forEachLock(t, 3, func(t *testing.T, s lockServers) {
 		ctx := context.Background()
 		l, another := s.newLocker(), s.newLocker()
@@ -658,6 +659,7 @@ func TestPausedMaintainer(t *testing.T) {
 // Sixty-four webhooks get the first admissions of one key at once. As many pods as fit
 // are admitted, and few webhooks take the lock.
 func TestManyWebhooks(t *testing.T) {
+	t.Parallel()
 	forEachLock(t, 1, func(t *testing.T, s lockServers) {
 		const webhooks, length = 64, 48
 		queue := rig.StartRedis(t)

@@ -155,6 +155,7 @@ func connectAll(t *testing.T, w *testWebhook, n int) {
 // allowed within three seconds, whether it needs a repair or not, and at whatever moment
 // it comes.
 func TestSilentConnections(t *testing.T) {
+	t.Parallel()
 	r := rig.StartRedis(t)
 	p := rig.StartProxy(t, r.Address)
 	w := startWebhook(t, testConfig(p.Address))
@@ -257,8 +258,13 @@ func TestHangingRedisIsNotHammered(t *testing.T) {
 	time.AfterFunc(5*time.Second, func() { _ = r.Cmd.Process.Signal(syscall.SIGCONT) })
 	body := func() []byte { return rig.Review(t, id, 500) }
 	all := admitFor(w, body, body, 20, 7*time.Second)
+	late := 0 // admissions that a starved machine keeps until their deadline; they may have a token
 	for _, a := range all {
-		if a.err != nil || !a.Allowed {
+		switch {
+		case a.err == nil && a.Allowed:
+		case a.took > 10*time.Second && !rig.Timed:
+			late++
+		default:
 			t.Error(a)
 		}
 		if a.start > 5500*time.Millisecond {
@@ -272,8 +278,8 @@ func TestHangingRedisIsNotHammered(t *testing.T) {
 		t.Errorf("%d admissions, a waiter and a holder made %d connections and %d commands", n, connections, commands)
 	}
 	rig.Eventually(t, 10*time.Second, func() error {
-		if _, inflight, err := r.Counts(id); err != nil || inflight != n+2 {
-			return fmt.Errorf("%d in flight, want %d, %v", inflight, n+2, err)
+		if _, inflight, err := r.Counts(id); err != nil || inflight < n+2-late || inflight > n+2 {
+			return fmt.Errorf("%d in flight, want %d, but for %d that were late; %v", inflight, n+2, late, err)
 		}
 		return nil
 	})

@@ -760,8 +760,8 @@ func lateReply(t *testing.T) bool {
 	})
 	sent := time.Now()
 	r.MakeStale(t, id, token)
-	other := acquire(t, s, id, 1)
-	if time.Since(started) > time.Second {
+	other, _, err := s.acquire(t.Context(), id, "", 1, limit{}, 10*time.Second)
+	if err != nil || time.Since(started) > time.Second {
 		deliver()
 		return false
 	}
