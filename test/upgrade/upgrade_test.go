@@ -263,9 +263,9 @@ func (u *installation) wantNothingLeft(t *testing.T, now programBuild) {
 	}
 }
 
-// TestUpgradeFindsIncompatibility checks that the suite detects two programs that do not
+// TestUpgradeFindsBrokenScripts checks that the suite detects two programs that do not
 // work together.
-func TestUpgradeFindsIncompatibility(t *testing.T) {
+func TestUpgradeFindsBrokenScripts(t *testing.T) {
 	before, _, _ := programBefore(t)
 	for _, c := range []struct {
 		name    string
