@@ -18,7 +18,7 @@ import (
 const (
 	growthRounds = 41
 	growthSlice  = 25  // commands of each slice
-	growthMost   = 1.3 // limit for the ratio of the medians, to the smallest size
+	growthMost   = 1.5 // limit for the ratio of the medians, to the smallest size
 	growthLength = 20000
 
 	repairRounds = 15
@@ -159,8 +159,8 @@ func growthCases(r *rig.Redis) []growthCase {
 				c.keepAlive(t, r)
 				for range growthSlice {
 					token := uuid.NewString()
-					added = append(added, token)
 					r.Do(t, "ZADD", c.id.WaitersKey(), c.arrival+int64(len(added)), token)
+					added = append(added, token)
 					r.Do(t, "ZADD", c.id.SeenKey(), time.Now().Unix(), token)
 					r.Do(t, "HSET", c.id.NamesKey(), token, 10+growthSlice)
 				}
