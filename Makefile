@@ -50,7 +50,7 @@ test-timing: test-needs ## run the unit tests with their time limits; needs an i
 
 .PHONY: test-queues
 test-queues: test-needs ## fail over Sentinel groups, Clusters, addresses and gates under load; run the unit tests on a Sentinel and a Cluster
-	SUITE=1 go test -race -count=1 -parallel 3 -timeout 20m -v ./test/failover
+	SUITE=1 go test -race -count=1 -parallel 5 -timeout 20m -v ./test/failover
 	TEST_QUEUE=sentinel go test -race -count=1 -vet=off -parallel 16 -shuffle=on .
 	TEST_QUEUE=cluster go test -race -count=1 -vet=off -parallel 16 -shuffle=on .
 

@@ -256,13 +256,14 @@ func TestDemoRunLines(t *testing.T) {
 		}
 		return nil
 	})
-	for pattern, want := range map[string]string{
-		".* status .* shop/web":                      "shop/web: 2 of 3 tokens in use",
-		".* status .* pause shop/web --for=5m --yes": "length in force: paused until "} {
-		status := exec.Command("sh", "-c", find(pattern))
+	for _, c := range []struct{ pattern, want string }{
+		{".* status .* shop/web", "shop/web: 2 of 3 tokens in use"},
+		{".* status .* pause shop/web --for=5m --yes", "length in force: paused until "},
+	} {
+		status := exec.Command("sh", "-c", find(c.pattern))
 		status.Dir = rig.Root()
-		if out, err := status.CombinedOutput(); err != nil || !bytes.Contains(out, []byte(want)) {
-			t.Errorf("%s: %v, no %q in %s", pattern, err, want, out)
+		if out, err := status.CombinedOutput(); err != nil || !bytes.Contains(out, []byte(c.want)) {
+			t.Errorf("%s: %v, no %q in %s", c.pattern, err, c.want, out)
 		}
 	}
 	page := regexp.MustCompile(`http://[0-9.:]+/`).FindString(p.out.String())
