@@ -95,6 +95,7 @@ func testClassicSidecar(t *testing.T) {
 	if len(inits) != 0 || len(all) != 2 || all[1].Name != sidecarName {
 		t.Errorf("init containers %v, containers %v", inits, all)
 	}
+	n.wantSidecarLog("p", "holding the token") // a process that is just starting gives nothing back
 	n.wantCounts("classic", 0, 1)
 	n.delete("p")
 	n.wantCounts("classic", 1, 0)
