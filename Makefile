@@ -112,7 +112,7 @@ e2e-test = PROGRAM=$(CURDIR)/$(PROGRAM) IMAGE=at-least-semaphore-pod-hook:e2e-$$
 .PHONY: e2e
 e2e: build ## test deploy/ on the cluster of KUBECONFIG: installs and removes it; settings: test/e2e/setup_test.go
 	$(if $(E2E_FLAGS),,go test -count=1 -tags e2e -timeout 10m -parallel 5 -run '^TestKubernetes' .)
-	$(e2e-test) -tags e2e -timeout 55m -parallel 6 -v $(E2E_FLAGS) ./test/e2e
+	$(e2e-test) -tags e2e -timeout 55m -parallel 5 -v $(E2E_FLAGS) ./test/e2e
 
 .PHONY: e2e-sentinel
 e2e-sentinel: build ## the same for deploy/sentinel: lose its primary in all ways, under load
