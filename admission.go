@@ -382,7 +382,7 @@ func (a *admitter) warnOfDeadline(ctx context.Context, d *decision, deadline int
 	if err != nil { // a warning is worth no error
 		return
 	}
-	if wait, ok := now.forecast().freeIn(spec.length, now.waiting+spec.tokens); ok && int64(seconds(wait)) > deadline {
+	if wait, ok := now.forecast().startsIn(spec.length, now.waiting, spec.tokens); ok && int64(seconds(wait)) > deadline {
 		d.warn(warningDeadline, kind, deadline, roughly(wait))
 	}
 }

@@ -201,6 +201,27 @@ func TestWarningOfDeadlines(t *testing.T) {
 			t.Errorf("%s: a deadline of 300 s is too short, and one of 500 s, or none, is not", kind)
 		}
 	}
+
+	// With pods of two tokens: the one in line takes both of the holder's.
+	two := freshID()
+	maintain(t, s, two, 2)
+	holder, err := s.runAcquire(t.Context(), two, acquireRequest{token: "holder", length: 2, tokens: 2})
+	rig.Must(t, err)
+	line, err := s.runAcquire(t.Context(), two, acquireRequest{token: "waiter", length: 2, tokens: 2, arrival: joinLine})
+	rig.Must(t, err)
+	if holder.status != acquireTaken || line.status != acquireFull {
+		t.Fatalf("got %+v and %+v", holder, line)
+	}
+	seedHolds(t, r, two, "holder")
+	rig.Eventually(t, 10*time.Second, func() error {
+		a := w.admit(t, rig.Review(t, two, 2, asWorkload("CREATE", "batch", "Job", nil), func(request map[string]any) {
+			request["object"].(map[string]any)["spec"].(map[string]any)["activeDeadlineSeconds"] = 500
+		}))
+		if len(a.Warnings) != 1 || !strings.Contains(a.Warnings[0], "is 500, and a pod that comes now waits for about 1") {
+			return fmt.Errorf("behind a pod of two tokens: %q", a.Warnings)
+		}
+		return nil
+	})
 }
 
 // wantWarned checks that an object is allowed unpatched, with these warnings, and without

@@ -102,24 +102,17 @@ func parseOccupancy(list []any) (o occupancy, rest []any, err error) {
 	return o, rest, err
 }
 
-// startsIn estimates when the pod at a position in line starts. Of those before it, Redis says
-// how many they are: each is taken to need as many tokens as a holder has. It is not ok where
-// too little is known.
+// startsIn estimates when the pod at a position in line starts. It is not ok where too little
+// is known.
 func (o occupancy) startsIn(position, tokens int) (wait time.Duration, ok bool) {
 	if o.doubt > 0 {
 		return 0, false
 	}
-	var ages []time.Duration
-	held := 0
+	var known usedTokens
 	for _, h := range o.holders {
-		ages = appendAge(ages, h.held, h.tokens)
-		held += max(1, min(h.tokens, o.length))
+		known.add(h.held, h.tokens)
 	}
-	before := position - 1
-	if len(o.holders) > 0 {
-		before = (before*held + len(o.holders)/2) / len(o.holders)
-	}
-	return o.holds.forecast(ages, o.inUse).freeIn(o.length, before+max(1, tokens))
+	return o.holds.forecast(known, o.inUse).startsIn(o.length, position-1, tokens)
 }
 
 // holds are how long the last pods of a semaphore had their tokens, in order of length.
@@ -159,19 +152,26 @@ func (h holds) mean() time.Duration {
 // ninth returns the time that nine of ten holds do not exceed; there must be some.
 func (h holds) ninth() time.Duration { return h[(9*len(h)+9)/10-1] }
 
-// appendAge appends the age of a pod's hold for each of its tokens, if that is known. Another
-// client may have written any number of tokens.
-func appendAge(ages []time.Duration, held time.Duration, tokens int) []time.Duration {
-	if held == heldUnknown {
-		return ages
+// usedTokens are some of the tokens in use.
+type usedTokens struct {
+	pods, tokens int
+	ages         []time.Duration // for each token of a pod of which it is known, how long the pod has had it
+}
+
+// add adds the tokens of a pod. Another client may have written any number of tokens.
+func (u *usedTokens) add(held time.Duration, tokens int) {
+	tokens = max(1, min(tokens, maxTokens))
+	u.pods, u.tokens = u.pods+1, u.tokens+tokens
+	if held != heldUnknown {
+		u.ages = append(u.ages, slices.Repeat([]time.Duration{held}, tokens)...)
 	}
-	return append(ages, slices.Repeat([]time.Duration{held}, max(1, min(tokens, maxTokens)))...)
 }
 
 // forecast says when tokens come free.
 type forecast struct {
 	left []time.Duration // in order: how long some tokens in use may still be held, all as likely; empty: not known
 	used int             // all tokens in use
+	each float64         // tokens that a holder has, in the mean
 	mean time.Duration   // for which a pod has its tokens
 	lag  float64         // of the pods that take a token one after the other: 1/2 if all have it for one time; 0 if by chance
 }
@@ -182,12 +182,13 @@ const (
 	forecastMost = 365 * 24 * time.Hour
 )
 
-// forecast makes a forecast from the ages of some of the tokens in use. What is left of each
-// is taken from the holds that are longer than its age. If there is none, it is half of that.
-func (h holds) forecast(ages []time.Duration, used int) (f forecast) {
+// forecast makes a forecast from what is known of the tokens in use. What is left of each is
+// taken from the holds that are longer than its age. If there is none, it is half of that.
+func (h holds) forecast(known usedTokens, used int) (f forecast) {
 	if len(h) < holdsLeast {
 		return f
 	}
+	ages := known.ages
 	slices.Sort(ages)
 	for n := min(agesMost, len(ages)); len(f.left) < n*len(h); {
 		age := ages[len(f.left)/len(h)*len(ages)/n]
@@ -201,7 +202,7 @@ func (h holds) forecast(ages []time.Duration, used int) (f forecast) {
 		}
 	}
 	slices.Sort(f.left)
-	f.used, f.mean = used, h.mean()
+	f.used, f.mean, f.each = used, h.mean(), float64(known.tokens)/float64(max(1, known.pods))
 	spread := 0.0
 	for _, d := range h {
 		spread += math.Pow(float64(d-f.mean)/float64(f.mean), 2) / float64(len(h))
@@ -221,6 +222,13 @@ func (f forecast) freed(after time.Duration, length int) (n float64) {
 		n += 1 + again*max(0, float64(after-left)/float64(f.mean)-f.lag)
 	}
 	return n * float64(f.used) / float64(len(f.left))
+}
+
+// startsIn estimates when a pod starts that has some pods before it in line. Each of them is
+// taken to need as many tokens as a holder has. It is ok as freeIn.
+func (f forecast) startsIn(length, before, tokens int) (wait time.Duration, ok bool) {
+	each := max(1, min(f.each, float64(length)))
+	return f.freeIn(length, int(math.Round(float64(before)*each))+max(1, tokens))
 }
 
 // freeIn estimates when the last of the next tokens comes free, if the pods in line take

@@ -634,11 +634,11 @@ const startUnknown = -time.Second
 
 // forecast says when the tokens come free.
 func (d *semaphoreDetail) forecast() forecast {
-	var ages []time.Duration
+	var known usedTokens
 	for _, h := range d.holders {
-		ages = appendAge(ages, h.held, h.tokens)
+		known.add(h.held, h.tokens)
 	}
-	return d.holds.forecast(ages, d.inUse)
+	return d.holds.forecast(known, d.inUse)
 }
 
 // estimate estimates when each waiter starts.

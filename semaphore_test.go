@@ -880,7 +880,7 @@ func TestForecast(t *testing.T) {
 		"few holds":                  {same[:4], minutes(4), 1, 1, 1, -1},
 		"no age":                     {same, nil, 1, 1, 1, -1},
 	} {
-		got, ok := c.holds.forecast(c.ages, c.used).freeIn(c.length, c.tokens)
+		got, ok := c.holds.forecast(usedTokens{ages: c.ages}, c.used).freeIn(c.length, c.tokens)
 		if ok != (c.want >= 0) || ok && math.Abs(got.Minutes()-c.want) > c.want/20 {
 			t.Errorf("%s: got %s, %t, want %.0f min", name, got, ok, c.want)
 		}
@@ -922,7 +922,7 @@ func TestForecast(t *testing.T) {
 		for range waiting {
 			startNext()
 		}
-		got, ok := holds(last).forecast(ages, length).freeIn(length, waiting)
+		got, ok := holds(last).forecast(usedTokens{ages: ages}, length).freeIn(length, waiting)
 		if !ok {
 			t.Fatalf("no forecast from %d ages and %d holds", len(ages), len(last))
 		}

@@ -116,11 +116,10 @@ func (w *world) verdict(seed uint64) *checker {
 var toGo = regexp.MustCompile(`(?ms)^ *([0-9.]+) [^\n]*"msg":"waiting for [^\n]* about (\d+) s to go.*?^ *([0-9.]+) [^\n]*"msg":"` +
 	regexp.QuoteMeta(rig.HeldText) + `"`)
 
-// wantForecasts checks what pods were told first of their time in line. Half of it is right
-// within a factor of about two, but for the second to which it is told and seen; no run may be
-// worse than three. It leaves out who waited at a turn, when the test itself changes how long
-// all pods wait, and who was told more than its user has patience: only luck lets such a pod
-// start.
+// wantForecasts checks the first forecast of each pod. Half of them are right within a factor of
+// about two, but for the second to which the pod tells them; no run may be worse than three.
+// At a turn, the test itself changes how long all pods wait: it leaves out the pods that waited
+// then. It also leaves out forecasts beyond the patience of users, who delete most of these pods.
 func (w *world) wantForecasts(turns ...time.Duration) {
 	var factors []float64
 	for _, p := range w.pods {
