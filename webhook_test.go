@@ -68,6 +68,12 @@ func TestSteadyStateCost(t *testing.T) {
 	w := startWebhook(t, testConfig(r.Address))
 	id := freshID()
 	w.wantAdmitted(t, id, 30)
+	rig.Eventually(t, 10*time.Second, func() error { // the first repair may still free its lock
+		if r.Do(t, "EXISTS", id.lockKey()) != int64(0) {
+			return errors.New("the lock is still taken")
+		}
+		return nil
+	})
 
 	r.Do(t, "CONFIG", "RESETSTAT")
 	for range 29 {
