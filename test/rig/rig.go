@@ -280,6 +280,8 @@ var takenPorts sync.Map
 // lastPort counts up, so that each port is used once. The range is below the ports that
 // the system uses for outgoing connections.
 var lastPort = func() *atomic.Int64 {
+	// Go's first use of a process forks once without ForkLock, to learn what the kernel can.
+	_, _ = os.FindProcess(os.Getpid())
 	n := new(atomic.Int64)
 	n.Store(int64(os.Getpid()) * 1009)
 	return n
