@@ -37,12 +37,18 @@ build: ## build the static binary into bin/, without gRPC's tracing (a fifth of 
 bin/demo:
 	@go build -C demo -o ../bin/demo .
 
-# The suites in folders of their own that have tests for "make test".
-quick-suites = $(addprefix ./test/,chaos deploy layers model monitoring rig)
-
 .PHONY: test
-test: test-needs ## run all tests with the race detector; installs redis-server, gcc, curl, promtool and openssl if missing
-	go test -race -count=1 -vet=off -parallel 16 -shuffle=on . $(quick-suites)
+test: test-needs ## run all tests, those of the root with the race detector; installs redis-server, gcc, curl, promtool and openssl if missing
+	@$(MAKE) --no-print-directory -j2 test-root test-folders
+
+.PHONY: test-root
+test-root:
+	go test -race -count=1 -vet=off -parallel 16 -shuffle=on .
+
+# The suites in folders of their own that have tests for "make test".
+.PHONY: test-folders
+test-folders:
+	go test -count=1 -vet=off -parallel 8 -shuffle=on $(addprefix ./test/,chaos deploy layers model monitoring rig)
 
 .PHONY: test-timing
 test-timing: test-needs ## run the unit tests with their time limits; needs an idle machine

@@ -29,17 +29,28 @@ type samples map[string]float64
 // scrape scrapes the webhook, and checks the metrics with promtool.
 func (w *testWebhook) scrape(t *testing.T) samples {
 	t.Helper()
-	rec := httptest.NewRecorder()
-	w.healthRoutes().ServeHTTP(rec, httptest.NewRequest(http.MethodGet, "/metrics", nil))
-	if rec.Code != http.StatusOK {
-		t.Fatalf("scrape: got %d %s", rec.Code, rec.Body)
-	}
-	text := rec.Body.String()
+	text := w.metrics(t)
 	check := exec.Command("promtool", "check", "metrics")
 	check.Stdin = strings.NewReader(text)
 	if out, err := check.CombinedOutput(); err != nil || len(out) > 0 {
 		t.Errorf("promtool check metrics: %v: %s", err, out)
 	}
+	return samplesOf(t, text)
+}
+
+// metrics returns the response of /metrics.
+func (w *testWebhook) metrics(t *testing.T) string {
+	t.Helper()
+	rec := httptest.NewRecorder()
+	w.healthRoutes().ServeHTTP(rec, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	if rec.Code != http.StatusOK {
+		t.Fatalf("scrape: got %d %s", rec.Code, rec.Body)
+	}
+	return rec.Body.String()
+}
+
+func samplesOf(t *testing.T, text string) samples {
+	t.Helper()
 	all := samples{}
 	for lines := bufio.NewScanner(strings.NewReader(text)); lines.Scan(); {
 		line := lines.Text()
@@ -100,7 +111,7 @@ func TestMetrics(t *testing.T) {
 		t.Errorf("got %d %s, %v", status, text, err)
 	}
 	rig.Eventually(t, 5*time.Second, func() error { // the webhook frees the lock in the background
-		if n := w.scrape(t)[metricsPrefix+"lock_held_seconds_count"]; n != 1 {
+		if n := samplesOf(t, w.metrics(t))[metricsPrefix+"lock_held_seconds_count"]; n != 1 {
 			return fmt.Errorf("%v locks were freed, want 1", n)
 		}
 		return nil

@@ -265,6 +265,7 @@ func (i *installation) load() {
 					return
 				}
 				i.served.Add(1)
+				_ = sleep(ctx, 10*time.Millisecond)
 			}
 		})
 	}

@@ -138,7 +138,7 @@ func TestBenchSidecar(t *testing.T) {
 	const each = 5
 	program := filepath.Join(t.TempDir(), "at-least-semaphore-pod-hook")
 	t.Setenv("CGO_ENABLED", "0")
-	rig.Must(t, rig.Build(rig.Root(), program, "-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w"))
+	rig.Must(t, rig.Build(rig.Root(), program, "-trimpath", "-tags", "grpcnotrace"))
 	r, over := startBothRedis(t), benchTime(t)
 	fmt.Printf("%d processors, %s, %d sidecars of each kind for %s\n\n%s\n%s\n",
 		runtime.NumCPU(), runtime.Version(), each, over,

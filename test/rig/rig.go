@@ -183,7 +183,7 @@ func Program(t testing.TB) string {
 // Build builds the program of the source folder root. Paths in an overlay start at that
 // folder.
 func Build(root, binary string, flags ...string) error {
-	args := slices.Concat([]string{"build", "-C", root}, flags, []string{"-o", binary, "."})
+	args := slices.Concat([]string{"build", "-C", root, "-ldflags=-s -w"}, flags, []string{"-o", binary, "."})
 	if out, err := exec.Command("go", args...).CombinedOutput(); err != nil {
 		return fmt.Errorf("build the program: %w: %s", err, out)
 	}
@@ -202,15 +202,16 @@ func Eventually(t testing.TB, within time.Duration, check func() error) {
 	}
 }
 
-// poll polls until check returns nil, and returns its last error.
+// poll polls until check returns nil, and returns its last error. What takes longer is
+// polled less often, so that a test that waits leaves the processor to the others.
 func poll(within time.Duration, check func() error) error {
-	deadline := time.Now().Add(within)
-	for {
+	for start := time.Now(); ; {
 		err := check()
-		if err == nil || time.Now().After(deadline) {
+		waited := time.Since(start)
+		if err == nil || waited > within {
 			return err
 		}
-		time.Sleep(10 * time.Millisecond)
+		time.Sleep(min(max(waited/20, 5*time.Millisecond), 100*time.Millisecond))
 	}
 }
 
