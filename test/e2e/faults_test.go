@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"fmt"
+	"net/http"
 	"strings"
 	"testing"
 	"time"
@@ -42,7 +43,7 @@ func TestSidecarKilled(t *testing.T) {
 type secretChange struct {
 	*testing.T
 	text   string
-	logged map[string]int // how often each webhook had logged the text before
+	logged map[string]int // pods/NAME of each webhook -> how often it had logged the text before
 }
 
 func newSecretChange(t *testing.T, text string) *secretChange {
@@ -50,7 +51,7 @@ func newSecretChange(t *testing.T, text string) *secretChange {
 	c := &secretChange{t, text, map[string]int{}}
 	pods, err := hook("get", "pods", "-l", "app.kubernetes.io/component=webhook", "-o", "name")
 	must(t, err)
-	for _, pod := range strings.Fields(pods) {
+	for pod := range strings.FieldsSeq(strings.ReplaceAll(pods, "pod/", "pods/")) {
 		c.logged[pod], err = c.count(pod)
 		must(t, err)
 	}
@@ -58,8 +59,8 @@ func newSecretChange(t *testing.T, text string) *secretChange {
 }
 
 func (c *secretChange) count(pod string) (int, error) {
-	log, err := hook("logs", pod)
-	return strings.Count(log, c.text), err
+	log, err := api.do(http.MethodGet, "/api/v1/namespaces/"+hookNamespace+"/"+pod+"/log", "", nil)
+	return strings.Count(string(log), c.text), err
 }
 
 // reach waits until one webhook after the other has read the change. The kubelet hands on
@@ -71,7 +72,9 @@ func (c *secretChange) reach(between func()) {
 		tries := 0
 		eventually(c.T, patience, func() error {
 			tries++
-			if _, err := hook("annotate", pod, fmt.Sprintf("e2e/sync=%d-%d", before, tries), "--overwrite"); err != nil {
+			sync := object{"metadata": object{"annotations": object{"e2e/sync": fmt.Sprint(before, tries)}}}
+			_, err := api.do(http.MethodPatch, "/api/v1/namespaces/"+hookNamespace+"/"+pod, "application/merge-patch+json", sync)
+			if err != nil {
 				return err
 			}
 			now, err := c.count(pod)

@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -101,27 +100,35 @@ func (n *namespace) wantLimit(key, want string) {
 	})
 }
 
-// wantHeard waits until Redis hears of a pod at a time that is that much later than now.
-// The pod must stay in the Sorted Set: inflight of holders, seen of waiters.
-func (n *namespace) wantHeard(set, key string, p corev1.Pod, later time.Duration) {
+// heard returns Redis's time, and the time at which it heard of a pod; 0: the pod is not in
+// the Sorted Set, which is inflight of holders, seen of waiters.
+func (n *namespace) heard(set, key string, p corev1.Pod) (now, heard float64) {
 	n.Helper()
-	since := 0.0
 	eventually(n.T, patience, func() error {
 		words, err := n.redis(key, "TIME", "ZSCORE '"+set+"/{KEY}' "+string(p.UID))
 		if err != nil {
 			return err
 		}
-		if len(words) != 3 {
-			n.Fatalf("%s is not in %s of %s/%s: %v", p.Name, set, n.name, key, words)
+		var micros float64
+		_, err = fmt.Sscan(strings.Join(append(words, "0"), " "), &now, &micros, &heard)
+		now += micros / 1e6
+		return err
+	})
+	return now, heard
+}
+
+// wantHeard waits until Redis hears of a pod at a time that is that much later than now.
+// The pod must stay in the Sorted Set.
+func (n *namespace) wantHeard(set, key string, p corev1.Pod, later time.Duration) {
+	n.Helper()
+	since, _ := n.heard(set, key, p)
+	eventually(n.T, patience, func() error {
+		_, heard := n.heard(set, key, p)
+		if heard == 0 {
+			n.Fatalf("%s is not in %s of %s/%s", p.Name, set, n.name, key)
 		}
-		now, err := strconv.ParseFloat(words[0], 64)
-		heard, wrong := strconv.ParseFloat(words[2], 64)
-		if err = cmp.Or(err, wrong); err != nil {
-			return err
-		}
-		since = cmp.Or(since, now+1)
 		if heard < since+later.Seconds() {
-			return fmt.Errorf("%s was heard %.1f s after %.0f, want %s", p.Name, heard-since, since, later)
+			return fmt.Errorf("%s was heard %.1f s after %.1f, want %s", p.Name, heard-since, since, later)
 		}
 		return nil
 	})

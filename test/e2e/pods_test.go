@@ -14,7 +14,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 )
@@ -50,8 +49,11 @@ const labelSidecars = annotationPrefix + "sidecars"
 // enable labels the namespace, and waits until its sidecars have a user in Redis.
 func (n *namespace) enable() {
 	n.Helper()
-	must(n.T, errOf(kubectl("", "label", "namespace", n.name, labelSidecars+"=true")))
-	eventually(n.T, patience, func() error { return errOf(n.try("get", "secret", "at-least-semaphore-pod-redis")) })
+	must(n.T, errOf(api.do(http.MethodPatch, "/api/v1/namespaces/"+n.name, "application/merge-patch+json",
+		object{"metadata": object{"labels": object{labelSidecars: "true"}}})))
+	eventually(n.T, patience, func() error {
+		return errOf(api.do(http.MethodGet, "/api/v1/namespaces/"+n.name+"/secrets/at-least-semaphore-pod-redis", "", nil))
+	})
 }
 
 // forgottenNamespace makes a namespace whose sidecars have no user in Redis.
@@ -72,7 +74,7 @@ func forgottenNamespace(t *testing.T, labels ...string) *namespace {
 			events, _ := n.try("get", "events")
 			t.Logf("%s:\n%s\n%s", n.name, pods, events)
 		}
-		_, _ = kubectl("", "delete", "namespace", n.name, "--wait=false")
+		_, _ = api.do(http.MethodDelete, "/api/v1/namespaces/"+n.name, "", nil)
 	})
 	eventually(t, patience, func() error {
 		return errOf(api.do(http.MethodGet, "/api/v1/namespaces/"+n.name+"/serviceaccounts/default", "", nil))
@@ -251,9 +253,8 @@ func (n *namespace) wantWaiting(name string) corev1.Pod {
 	return p
 }
 
-// wantStartedAgain waits until a killed init container of a pod runs again. It returns
-// how long the container did not run.
-func (n *namespace) wantStartedAgain(name, container string) (pause time.Duration) {
+// wantStartedAgain waits until a killed init container of a pod runs again.
+func (n *namespace) wantStartedAgain(name, container string) {
 	n.Helper()
 	eventually(n.T, patience, func() error {
 		p, err := n.get(name)
@@ -262,13 +263,11 @@ func (n *namespace) wantStartedAgain(name, container string) (pause time.Duratio
 		}
 		for _, c := range p.Status.InitContainerStatuses {
 			if c.Name == container && c.RestartCount == 1 && c.State.Running != nil {
-				pause = c.State.Running.StartedAt.Sub(c.LastTerminationState.Terminated.FinishedAt.Time)
 				return nil
 			}
 		}
 		return fmt.Errorf("%s is %s: %s", name, p.Status.Phase, encode(object{"init": p.Status.InitContainerStatuses}))
 	})
-	return pause
 }
 
 // wantGone waits until a pod is gone.

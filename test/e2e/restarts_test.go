@@ -18,9 +18,9 @@ func TestRestarts(t *testing.T) {
 	const handOvers = 3
 	var l *line
 	var usual time.Duration
-	for _, c := range []struct{ component, signal string }{
-		{"kubelet", "TERM"}, {"kubelet", "KILL"}, {"containerd", "TERM"}, {"containerd", "KILL"},
-		{"apiserver", "KILL"}, {"controller-manager", "KILL"}, {"scheduler", "KILL"},
+	for _, c := range []struct{ component, moving, atRest string }{ // signals
+		{"kubelet", "TERM", "KILL"}, {"containerd", "KILL", "TERM"},
+		{"apiserver", "KILL", "KILL"}, {"controller-manager", "KILL", "KILL"}, {"scheduler", "KILL", "KILL"},
 	} {
 		if l == nil {
 			l = newLine(newNamespace(t), handOvers)
@@ -29,9 +29,9 @@ func TestRestarts(t *testing.T) {
 			}
 			usual = l.lastGaps(handOvers).most
 		}
-		if !t.Run(c.component+" "+c.signal, func(t *testing.T) {
+		if !t.Run(c.component, func(t *testing.T) {
 			l.T = t
-			l.testRestart(c.component, c.signal, handOvers)
+			l.testRestart(c.component, c.moving, c.atRest, handOvers)
 			gaps := l.lastGaps(handOvers)
 			t.Logf("end of an app to start of the next: %s; before all restarts %s at most", gaps, inSeconds(usual))
 			if gaps.median > 3*usual {
@@ -52,16 +52,16 @@ func (l *line) lastGaps(number int) figures {
 	return figuresOf(gaps[len(gaps)-number:])
 }
 
-// testRestart restarts a component twice while pods hold tokens and wait for them, and
-// then hands tokens over.
-func (l *line) testRestart(component, signal string, handOvers int) {
+// testRestart restarts a component by two signals while pods hold tokens and wait for
+// them, and then hands tokens over.
+func (l *line) testRestart(component, moving, atRest string, handOvers int) {
 	l.Helper()
 	l.fill(handOvers + 1)
 
 	// During the first restart, a holder ends and the first waiter starts. After it, a
 	// pod is created.
 	l.end(l.holders[0].Name)
-	restartOnNode(l.T, component, signal)
+	restartOnNode(l.T, component, moving)
 	last := l.createNext()
 	l.wantMoved()
 	l.waiters = append(l.waiters, l.wantWaiting(last))
@@ -69,7 +69,7 @@ func (l *line) testRestart(component, signal string, handOvers int) {
 	l.wantNeverMoreThan(2)
 
 	// During the second restart, no pod starts or ends.
-	restartOnNode(l.T, component, signal)
+	restartOnNode(l.T, component, atRest)
 	l.wantWaiters("line", l.waiters...)
 	l.wantHolders("line", l.wantRunning(l.holders[0].Name), l.wantRunning(l.holders[1].Name))
 

@@ -3,7 +3,6 @@
 package e2e
 
 import (
-	"encoding/json"
 	"fmt"
 	"strings"
 	"testing"
@@ -78,16 +77,14 @@ func TestManyNamespaces(t *testing.T) {
 	must(t, err)
 	labelled := time.Since(start)
 	eventually(t, patience, func() error {
-		out, err := kubectl("", "get", "secrets", "-A", "--field-selector=metadata.name=at-least-semaphore-pod-redis", "-o", "json")
-		if err != nil {
-			return err
-		}
 		var secrets struct {
 			Items []struct {
 				Metadata struct{ Namespace string }
 			}
 		}
-		must(t, json.Unmarshal([]byte(out), &secrets))
+		if err := api.get("/api/v1/secrets?fieldSelector=metadata.name%3Dat-least-semaphore-pod-redis", &secrets); err != nil {
+			return err
+		}
 		ready := 0
 		for _, s := range secrets.Items {
 			if strings.HasPrefix(s.Metadata.Namespace, prefix+"-") {

@@ -5,6 +5,7 @@ package e2e
 import (
 	"fmt"
 	"maps"
+	"net/http"
 	"strings"
 	"testing"
 	"time"
@@ -22,8 +23,8 @@ func (n *namespace) wantSidecarLog(pod, text string) {
 func (n *namespace) wantLog(pod, container, text string) {
 	n.Helper()
 	eventually(n.T, patience, func() error {
-		log, err := n.try("logs", pod, "-c", container)
-		if err == nil && !strings.Contains(log, text) {
+		log, err := api.do(http.MethodGet, n.path()+"/"+pod+"/log?container="+container, "", nil)
+		if err == nil && !strings.Contains(string(log), text) {
 			err = fmt.Errorf("no %q in\n%s", text, log)
 		}
 		return err
