@@ -484,7 +484,7 @@ func TestTwoLockServersDown(t *testing.T) {
 					wantNamed(t, strings.TrimSpace(text), s.addresses()[:2]...)
 				}
 				var wg sync.WaitGroup
-				for range 20 {
+				for range 8 {
 					wg.Go(func() { wantFailure("10s", 6*time.Second) })
 				}
 				wg.Wait()
