@@ -185,7 +185,7 @@ func (s *setup) storyOfFailover(ctx context.Context, q *sentinelQueue) error {
 	}
 	killed := time.Now()
 	_, err = s.refuse("web-9", allInUse)
-	for errors.Is(err, errUndecided) && time.Since(killed) < failoverTimeout { // the Sentinels vote again
+	for errors.Is(err, errUndecided) && time.Since(killed) < stepTimeout { // the Sentinels vote again
 		_, err = s.refuse("web-9", allInUse)
 	}
 	if err != nil {

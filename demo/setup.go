@@ -24,11 +24,10 @@ import (
 )
 
 const (
-	reviewFile  = "test/testdata/admission-reviews/deployment-pod.json"
-	stepTimeout = 10 * time.Second
-	// failoverTimeout is long enough for two votes of the Sentinels, which are twice
-	// their failover-timeout of six seconds apart.
-	failoverTimeout = 30 * time.Second
+	reviewFile = "test/testdata/admission-reviews/deployment-pod.json"
+	// stepTimeout is long enough for two votes of the Sentinels, which are twice their
+	// failover-timeout of six seconds apart.
+	stepTimeout = 30 * time.Second
 )
 
 type setupOptions struct {
