@@ -447,12 +447,13 @@ func TestAdmissionCostsTheSameForAnyLength(t *testing.T) {
 		for what, c := range map[string]struct {
 			values map[string][]int
 			factor int // the most that a great length may cost, as a multiple of a small one
+			more   int // and this: an unlock, which may come late
 			counts bool
-		}{"commands": {commands, 1, true}, "µs": {micros, 2, rig.Timed}} {
+		}{"commands": {commands, 1, 5, true}, "µs": {micros, 2, 0, rig.Timed}} {
 			few, lots := median(c.values[name(i, small)]), median(c.values[name(i, maxLength)])
 			t.Logf("admission %d: %d %s with length %d, %d with length %d", i+1, few, what, small, lots, maxLength)
-			if c.counts && lots > c.factor*few {
-				t.Errorf("a great length costs more than %d times as many %s", c.factor, what)
+			if c.counts && lots > c.factor*few+c.more {
+				t.Errorf("a great length costs more than %d times as many %s and %d", c.factor, what, c.more)
 			}
 		}
 	}
