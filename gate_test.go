@@ -616,7 +616,7 @@ func TestNoGateRuns(t *testing.T) {
 	want := func(value float64) {
 		t.Helper()
 		rig.Eventually(t, 10*time.Second, func() error { // not a number while Redis is slow
-			if got := samplesOf(t, w.metrics(t))[metricsPrefix+"gate_at_work"]; got != value {
+			if got := w.samples(t)[metricsPrefix+"gate_at_work"]; got != value {
 				return fmt.Errorf("the metric is %v, want %v", got, value)
 			}
 			return nil

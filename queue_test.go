@@ -396,7 +396,7 @@ func TestRedisServesNobodyForAMoment(t *testing.T) {
 			}()
 			name := fmt.Sprintf("%sredis_errors_total{kind=%q}", metricsPrefix, kind)
 			rig.Eventually(t, 10*time.Second, func() error {
-				if n := samplesOf(t, w.metrics(t))[name]; n < 2 {
+				if n := w.samples(t)[name]; n < 2 {
 					return fmt.Errorf("%v errors are counted", n)
 				}
 				return nil

@@ -610,7 +610,7 @@ func TestRefusedForTheLine(t *testing.T) {
 // releasesSoFar counts the releases that Redis has run for the webhook.
 func (w *testWebhook) releasesSoFar(t *testing.T) int {
 	t.Helper()
-	return int(samplesOf(t, w.metrics(t))[metricsPrefix+`script_duration_seconds_count{script="release"}`])
+	return int(w.samples(t)[metricsPrefix+`script_duration_seconds_count{script="release"}`])
 }
 
 // An acquire whose own commands were all answered has nothing to give back, whatever
