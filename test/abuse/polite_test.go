@@ -173,12 +173,12 @@ func (a *abused) misuse(t *testing.T, lasts time.Duration, many int, abuse func(
 	a.wantBounded(t)
 }
 
-// overrun starts the misusing clients. They share two cores, so each pauses between two
-// attempts.
+// overrun starts the misusing clients, about 500 a second: more TLS handshakes at once would
+// delay every admission. The clients share two cores, so each pauses between two attempts.
 func (a *abused) overrun(ctx context.Context, wg *sync.WaitGroup, many int, abuse func(ctx context.Context, i int)) {
 	for i := range many {
 		wg.Go(func() {
-			_ = sleep(ctx, rand.N(200*time.Millisecond))
+			_ = sleep(ctx, rand.N(time.Duration(many)*2*time.Millisecond))
 			for ctx.Err() == nil {
 				abuse(ctx, i)
 				_ = sleep(ctx, 100*time.Millisecond)
