@@ -115,6 +115,7 @@ type fault struct {
 	name       string
 	semaphores []string // the affected semaphores; nil: all
 	loses      loss     // the lost data of these semaphores
+	emptied    bool     // an empty server served them, until a replica took over
 	away       bool     // their Redis does not answer
 	recovering bool     // afterwards, their Redis needs a command from each pod first
 	silent     bool     // Redis may run commands whose replies do not arrive

@@ -219,7 +219,7 @@ var serverBlows = []blow{
 			return err
 		})
 		if !n.queue.Serves(n.t, s, id) {
-			f.loses = losesRecent // a replica was quicker
+			f.loses, f.emptied = losesRecent, true // a replica was quicker
 			n.queue.rejoin(n.t, s)
 		} else if time.Since(began) > heartbeatInterval/2 {
 			f.loses = losesAll // it was young for too long before it took a heartbeat

@@ -428,13 +428,19 @@ func (c *checker) overrideEnded(semaphore string, s span, until time.Duration) b
 }
 
 // checkSettings checks what owners saw: no setting was lost without a loss of data, and
-// no pod lost its place.
+// no pod lost its place. An owner may have seen an empty server.
 func (c *checker) checkSettings(pods []*podLife) {
 	semaphore := pods[0].semaphore
 	for _, kind := range []string{kindLimit, kindOverride} {
 		settings := c.settingsOf(semaphore, kind)
 		for i, r := range settings {
-			if may := c.mayBeSet(settings[:i], r.span); r.look && !slices.Contains(may, r.length) {
+			emptied := slices.ContainsFunc(c.faults, func(f fault) bool {
+				return f.emptied && f.hits(semaphore) && f.overlaps(r.span)
+			})
+			if !r.look || emptied {
+				continue
+			}
+			if may := c.mayBeSet(settings[:i], r.span); !slices.Contains(may, r.length) {
 				c.fail(ruleStays, semaphore, r.to, "Redis has %s; the lengths that may be set are %v", r, may)
 				break
 			}

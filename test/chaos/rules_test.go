@@ -356,6 +356,8 @@ func TestChaosCheckerOfSettings(t *testing.T) {
 	}
 	lost := fault{span: at(5), loses: losesAll}
 	failover := fault{span: span{6 * time.Second, 7 * time.Second}, loses: losesRecent, away: true}
+	emptied := failover
+	emptied.emptied = true
 	clock := fault{span: at(5), recovering: true}
 	two := func(length, from int) []*podLife {
 		return []*podLife{worker("a", length, 1, 49), worker("b", length, from, 49)}
@@ -446,7 +448,13 @@ func TestChaosCheckerOfSettings(t *testing.T) {
 		"a limit stays":              {nil, []setting{limitAt(5, 1), limitAt(6, 1).seen()}, nil, ""},
 		"a limit vanishes":           {nil, []setting{limitAt(5, 1), limitAt(6, unset).seen()}, nil, ruleStays},
 		"a limit vanishes in a loss": {nil, []setting{limitAt(2, 1), limitAt(6, unset).seen()}, []fault{lost}, ""},
-		"an override ends":           {nil, []setting{overrideAt(5, 1, 10), overrideAt(16, unset, 0).seen()}, nil, ""},
+		"a limit vanishes from an empty server": {
+			nil, []setting{limitAt(2, 1), limitAt(6, unset).seen()}, []fault{emptied}, "",
+		},
+		"a limit vanishes after an empty server": {
+			nil, []setting{limitAt(2, 1), limitAt(8, unset).seen()}, []fault{emptied}, ruleStays,
+		},
+		"an override ends": {nil, []setting{overrideAt(5, 1, 10), overrideAt(16, unset, 0).seen()}, nil, ""},
 		"an override ends too early": {
 			nil, []setting{overrideAt(5, 1, 10), overrideAt(14, unset, 0).seen()}, nil, ruleStays,
 		},
