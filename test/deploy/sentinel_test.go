@@ -46,11 +46,15 @@ func TestSentinelScriptsAreDeployed(t *testing.T) {
 }
 
 // Both servers of a pod evict nothing, and close idle connections, also of clients that
-// never log in.
+// never log in. A replica soon leaves a dead connection to its primary.
 func TestSentinelSettings(t *testing.T) {
-	for _, file := range []string{"redis.conf", "lock.conf"} {
+	both := []string{"timeout 300", "maxmemory-policy noeviction"}
+	for file, lines := range map[string][]string{
+		"redis.conf": append([]string{"repl-timeout 5", "repl-ping-replica-period 1"}, both...),
+		"lock.conf":  both,
+	} {
 		text := rig.ReadFile(t, sentinelFolder+"/"+file)
-		for _, line := range []string{"timeout 300", "maxmemory-policy noeviction"} {
+		for _, line := range lines {
 			if !strings.Contains(text, "\n"+line+"\n") {
 				t.Errorf("%s lacks %s", file, line)
 			}
