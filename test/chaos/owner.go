@@ -428,7 +428,7 @@ func (c *checker) overrideEnded(semaphore string, s span, until time.Duration) b
 }
 
 // checkSettings checks what owners saw: no setting was lost without a loss of data, and
-// no pod lost its place. An owner may have seen an empty server.
+// no pod lost its place. An owner may have seen an empty server, where nothing is set.
 func (c *checker) checkSettings(pods []*podLife) {
 	semaphore := pods[0].semaphore
 	for _, kind := range []string{kindLimit, kindOverride} {
@@ -437,7 +437,7 @@ func (c *checker) checkSettings(pods []*podLife) {
 			emptied := slices.ContainsFunc(c.faults, func(f fault) bool {
 				return f.emptied && f.hits(semaphore) && f.overlaps(r.span)
 			})
-			if !r.look || emptied {
+			if !r.look || emptied && r.length == unset {
 				continue
 			}
 			if may := c.mayBeSet(settings[:i], r.span); !slices.Contains(may, r.length) {

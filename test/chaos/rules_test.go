@@ -451,6 +451,9 @@ func TestChaosCheckerOfSettings(t *testing.T) {
 		"a limit vanishes from an empty server": {
 			nil, []setting{limitAt(2, 1), limitAt(6, unset).seen()}, []fault{emptied}, "",
 		},
+		"an empty server with a limit": {
+			nil, []setting{limitAt(2, 1), limitAt(6, 3).seen()}, []fault{emptied}, ruleStays,
+		},
 		"a limit vanishes after an empty server": {
 			nil, []setting{limitAt(2, 1), limitAt(8, unset).seen()}, []fault{emptied}, ruleStays,
 		},
