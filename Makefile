@@ -51,8 +51,9 @@ test-folders:
 	go test -count=1 -vet=off -parallel 8 -shuffle=on $(addprefix ./test/,chaos deploy layers model monitoring rig)
 
 .PHONY: test-timing
-test-timing: test-needs ## run the unit tests with their time limits; needs an idle machine
+test-timing: test-needs ## run the unit tests and the failovers with their time limits; needs an idle machine
 	TIMING=1 go test -count=1 -parallel 4 .
+	TIMING=1 SUITE=1 go test -count=1 -parallel 1 -timeout 20m -v -run 'Failover|SlotsMove|NewPrimary' ./test/failover
 
 .PHONY: test-queues
 test-queues: test-needs ## fail over Sentinel groups, Clusters, addresses and gates under load; run the unit tests on a Sentinel and a Cluster

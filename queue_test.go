@@ -55,6 +55,7 @@ var sameOnAllQueues = map[string][]string{
 		"TestWaitingForALockIsCheap",
 	},
 	"groups and Clusters of their own": {
+		"TestClusterMasterSilent",
 		"TestClusterSlotHalfMoved",
 		"TestClusterSlotMoving",
 		"TestProviderMovesItsName",
@@ -195,6 +196,40 @@ func TestSlots(t *testing.T) {
 	}
 	if len(thirds) != 3 {
 		t.Errorf("thirds %v", thirds)
+	}
+}
+
+// While a master of a Cluster and its replica are silent, the semaphores of other masters
+// go on.
+func TestClusterMasterSilent(t *testing.T) {
+	t.Parallel()
+	c := rig.StartCluster(t)
+	s := semaphoresOf(t, groupConfig(t, c.Address()))
+	silent := freshID()
+	old, other := c.Holder(t, silent), newSemaphoreID("shop", c.OtherID(t, silent).Key)
+	acquire(t, s, other, 2) // its repair needs the lock; later tokens do not
+	c.ReplicaOf(t, old).Pause(t)
+	old.Pause(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() {
+		_, _, err := s.acquire(ctx, silent, "", 1, limit{}, 0)
+		done <- err
+	}()
+	q := s.queue.(*clusterQueue)
+	rig.Eventually(t, 20*time.Second, func() error {
+		if len(q.doubtedMasters([]slotRange{{address: old.Address}})) == 0 {
+			return fmt.Errorf("no command has failed at %s", old.Address)
+		}
+		return nil
+	})
+	if _, _, err := s.acquire(ctx, other, "", 2, limit{}, 0); err != nil {
+		t.Error(err)
+	}
+	cancel()
+	if err := <-done; err == nil {
+		t.Error("a silent master gave a token")
 	}
 }
 

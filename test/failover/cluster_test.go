@@ -62,8 +62,8 @@ func TestClusterSlotsMove(t *testing.T) {
 		t.Logf("%d slots moved in %s", slots, time.Since(f.fault))
 	})
 	for _, a := range f.since(0) {
-		if a.err != nil || a.took > time.Second+f.slack {
-			t.Errorf("%s after the start: took %s, %v", a.start, a.took, a.err)
+		if a.err != nil && a.took < shortTimeout/2 {
+			t.Errorf("%s after the start, an admission failed after %s: %v", a.start, a.took, a.err)
 		}
 	}
 	if c.Holder(t, id) != to {
