@@ -94,6 +94,10 @@ type fault struct {
 	lost   func() bool // whether the data may be lost; if nil, it may not
 }
 
+// maxOutage is the longest time without an admission after a fault. A Sentinel in TILT mode
+// waits for half a minute; a replica must not wait for a minute (repl-timeout).
+const maxOutage = 50 * time.Second
+
 // failover causes a fault while pods are created, hold tokens and wait for them. It
 // returns whether Redis still has all data.
 func (l *line) failover(f fault) (whole bool) {
@@ -120,7 +124,9 @@ func (l *line) failover(f fault) (whole bool) {
 	}
 	wantSettled(l.T)
 	s.wantAdmittedSince(time.Now())
-	s.wantAdmitted(at, agreedAt)
+	if outage := s.wantAdmitted(at, agreedAt); outage > maxOutage {
+		l.Errorf("no pod was admitted for %s, want at most %s", inSeconds(outage), maxOutage)
+	}
 	l.Logf("the primary was %s, and is %s", before, primaryPod(l.T))
 	if f.lost != nil && f.lost() {
 		return false

@@ -104,16 +104,22 @@ func (s *stream) wantAdmittedSince(after time.Time) {
 }
 
 // wantAdmitted ends the stream and checks that no creation failed before the fault, and
-// none that started when all was whole again.
-func (s *stream) wantAdmitted(fault, whole time.Time) {
+// none that started when all was whole again. It returns the longest time without a pod
+// that was admitted.
+func (s *stream) wantAdmitted(fault, whole time.Time) (outage time.Duration) {
 	s.Helper()
 	s.end()
 	var failed, wrong int
 	var until, slowest time.Duration
 	var last error
-	for _, a := range s.all {
+	var admitted time.Time
+	for _, a := range s.all { // in the order of their ends
 		slowest = max(slowest, a.end.Sub(a.start))
 		if a.err == nil {
+			if !admitted.IsZero() {
+				outage = max(outage, a.end.Sub(admitted))
+			}
+			admitted = a.end
 			continue
 		}
 		failed++
@@ -122,11 +128,12 @@ func (s *stream) wantAdmitted(fault, whole time.Time) {
 			wrong, last = wrong+1, a.err
 		}
 	}
-	s.Logf("%d of %d admissions failed, the last of them started %s after the fault; the slowest took %s",
-		failed, len(s.all), inSeconds(until), inSeconds(slowest))
+	s.Logf("%d of %d admissions failed, the last of them started %s after the fault; the slowest took %s; "+
+		"none succeeded for %s", failed, len(s.all), inSeconds(until), inSeconds(slowest), inSeconds(outage))
 	if wrong > 0 || len(s.all) < 10 {
 		s.Errorf("%d of %d failed at a time when none may: %v", wrong, len(s.all), last)
 	}
+	return outage
 }
 
 // wantAllAdmitted ends the stream and checks that all pods were admitted.
