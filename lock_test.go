@@ -540,16 +540,25 @@ func TestWaitingForALockIsCheap(t *testing.T) {
 	unlock, err := w.semaphores.locks.tryLock(context.Background(), id.lockKey(), time.Minute)
 	rig.Must(t, err)
 	var wg sync.WaitGroup
+	var held atomic.Int32
 	for range 50 {
 		wg.Go(func() {
 			status, text, err := w.post(context.Background(), rig.Review(t, id, 50), "2s")
-			if err != nil || status != http.StatusInternalServerError ||
-				!strings.Contains(text, id.lockKey()+" is held by another") {
+			saysHeld := strings.Contains(text, id.lockKey()+" is held by another")
+			if saysHeld {
+				held.Add(1)
+			}
+			// On a starved machine, the lock server may not have answered in time.
+			isLate := strings.Contains(text, lock.Address+": no answer yet")
+			if err != nil || status != http.StatusInternalServerError || !saysHeld && !isLate {
 				t.Errorf("got %d %s, %v", status, text, err)
 			}
 		})
 	}
 	wg.Wait()
+	if held.Load() == 0 {
+		t.Error("no admission says that the lock is held")
+	}
 	// If each polled alone, it would poll for 1.5 s, at most every 5 ms.
 	if tried := lock.CommandCalls(t)["set"]; tried > 50*300 {
 		t.Errorf("%d attempts to take the lock, want at most 15000", tried)
