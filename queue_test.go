@@ -49,6 +49,7 @@ var sameOnAllQueues = map[string][]string{
 		"TestManyWebhooks",
 		"TestOneLockServerDown",
 		"TestPausedMaintainer",
+		"TestSlowLockServerIsAskedAgain",
 		"TestStallingLockServer",
 		"TestTwoLockServersDown",
 		"TestWaiterAndADeadLockHolder",

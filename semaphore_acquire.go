@@ -25,7 +25,8 @@ const (
 	// repairTimeout bounds a repair (lock and script), and before it the wait for a slot.
 	repairTimeout = 10 * time.Second
 
-	// lockPatience is how long an acquire retries lock servers that do not answer.
+	// lockPatience is how long an acquire retries after lock servers have failed. An attempt
+	// may take longer than that, on a starved node or during an election of etcd.
 	lockPatience = 4 * time.Second
 
 	// lockRetryLeast and lockRetryMost bound the pause while another process repairs.
@@ -358,8 +359,8 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, l
 			s.giveBackLater(id, q.token)
 		}
 	}()
-	var lockFailing time.Time // since when the lock servers fail
-	var last error            // why the repair is not done yet
+	var lockFailed time.Time // when the lock servers failed first, after they answered last
+	var last error           // why the repair is not done yet
 	retry := newBackoff(50*time.Millisecond, 500*time.Millisecond)
 	for {
 		a, err := s.runAcquire(ctx, id, q)
@@ -380,7 +381,6 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, l
 			}
 			return "", 0, &fullError{id, length, a.occupancy}
 		}
-		start := time.Now()
 		err = s.repair(ctx, id, length, expiration, a.newcomer)
 		var wait time.Duration
 		var unlocked *lockError
@@ -394,11 +394,12 @@ func (s *semaphores) acquire(ctx context.Context, id semaphoreID, pod podName, l
 			return "", 0, fmt.Errorf("%w (%w)", last, context.Cause(ctx))
 		case errors.Is(err, errLockTaken) || errors.Is(err, errTooMany): // another repair runs, here or elsewhere
 			last, wait = err, lockRetryLeast+rand.N(lockRetryMost-lockRetryLeast)
+			lockFailed = time.Time{}
 		case errors.As(err, &unlocked): // the lock servers may be back in a moment
-			if lockFailing.IsZero() {
-				lockFailing = start
+			if lockFailed.IsZero() {
+				lockFailed = time.Now()
 			}
-			if time.Since(lockFailing) > lockPatience {
+			if time.Since(lockFailed) > lockPatience {
 				return "", 0, err
 			}
 			last, wait = err, retry.next()

@@ -585,6 +585,15 @@ func (l *hangingLocker) tryLock(ctx context.Context, name string, expiration tim
 	}
 }
 
+// The first attempt at the lock takes longer than an acquire retries: a second one follows.
+func TestSlowLockServerIsAskedAgain(t *testing.T) {
+	t.Parallel()
+	r, s, id := newSemaphore(t)
+	s.locks = &unlucky{locker: s.locks, event: func() { time.Sleep(lockPatience + time.Millisecond) }}
+	acquire(t, s, id, 1)
+	r.WantCounts(t, id, 0, 1)
+}
+
 // While the lock servers hang, no token is reclaimed; soon after they are back, it is. A
 // lone waiter keeps polling as often as ever, as Redis would take its silence for an
 // outage of its own.

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -654,13 +655,17 @@ func TestStrayCommandsDelayNoOtherRelease(t *testing.T) {
 	}
 }
 
-// unlucky is a locker during whose first lock something happens.
+// unlucky is a locker that fails once, after something has happened.
 type unlucky struct {
 	locker
 	event func()
+	once  atomic.Bool
 }
 
-func (l unlucky) tryLock(context.Context, string, time.Duration) (unlockFunc, error) {
+func (l *unlucky) tryLock(ctx context.Context, name string, expiration time.Duration) (unlockFunc, error) {
+	if l.once.Swap(true) {
+		return l.locker.tryLock(ctx, name, expiration)
+	}
 	l.event()
 	return nil, errors.New("no answer")
 }
@@ -677,7 +682,7 @@ func TestStrayAcquireDuringARepair(t *testing.T) {
 	ctx, giveUp := context.WithCancel(t.Context())
 	h := p.HoldFirst(t, acquireScript.made().Hash(), true)
 	rig.Must(t, s.locks.close())
-	s.locks = unlucky{other.locks, func() {
+	s.locks = &unlucky{locker: other.locks, event: func() {
 		maintain(t, other, id, 1)
 		deliverHeld(t, r, h)
 		r.WantCounts(t, id, 0, 1)
