@@ -37,13 +37,15 @@ build: ## build the static binary into bin/, without gRPC's tracing (a fifth of 
 bin/demo:
 	@go build -C demo -o ../bin/demo .
 
+RACE ?=
+
 .PHONY: test
-test: test-needs ## run all tests, those of the root with the race detector; installs redis-server, gcc, curl, promtool and openssl if missing
+test: test-needs ## run all tests; installs redis-server, gcc, curl, promtool and openssl if missing; RACE=-race: the root's with the race detector, as in CI
 	@$(MAKE) --no-print-directory -j2 test-root test-folders
 
 .PHONY: test-root
 test-root:
-	go test -race -count=1 -vet=off -parallel 16 -shuffle=on .
+	go test $(RACE) -count=1 -vet=off -parallel $(if $(RACE),16,24) -shuffle=on .
 
 # The suites in folders of their own that have tests for "make test".
 .PHONY: test-folders
