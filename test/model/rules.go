@@ -480,6 +480,11 @@ func (w *world) mustGet(p *actor, arrival string) bool {
 		line = slices.DeleteFunc(line, func(token string) bool { return token != p.token && w.mayBeGone(token) })
 		limit = w.limits(line, 0)[p.token]
 	}
+	for _, token := range ahead {
+		if q := w.pods[token]; limits[token] < q.tokens && q.tokens <= w.lengthFor(q.length) {
+			return false // Redis has forgotten that it asked for so many, and may keep them until it asks again
+		}
+	}
 	serve := func(used, free int) (first int, fits bool) {
 		_, first, fits = w.serve(ahead, limits, used, free,
 			func(token string) bool { return w.gone(token) || w.isPassed(token, w.last) },
