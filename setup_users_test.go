@@ -493,8 +493,8 @@ func TestTwoUserKeepers(t *testing.T) {
 	t.Parallel()
 	u := newUsersTest(t)
 	r := u.redis()
-	u.start()
-	u.start()
+	one, _, _ := u.start()
+	two, _, _ := u.start()
 	var names []string
 	for i := range 20 {
 		names = append(names, fmt.Sprintf("shop-%d", i))
@@ -502,6 +502,9 @@ func TestTwoUserKeepers(t *testing.T) {
 	}
 	for _, name := range names {
 		r.wantLogin(t, "sidecar/"+name, u.password(name), true)
+	}
+	for _, keeper := range []*userKeeper{one, two} { // until it sees a password handed out, it hands it out again
+		wantCounts(t, keeper, userCounts{ready: len(names), answering: 1})
 	}
 	for _, name := range names {
 		old := u.password(name)

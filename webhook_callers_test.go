@@ -77,6 +77,7 @@ func TestPathSecret(t *testing.T) {
 	}
 
 	// setup asks so whether the webhook knows a path. That is no admission, and is not logged.
+	w.log.WantLines(t, "admission", 1) // it follows the answer
 	before := len(w.log.String())
 	for path, want := range map[string]int{"/mutate/" + secretA: http.StatusNoContent, "/mutate/" + secretB: http.StatusNotFound} {
 		request, err := http.NewRequest(http.MethodOptions, w.server.URL+path, nil)

@@ -90,8 +90,11 @@ func (s *APIServer) Start(t testing.TB) {
 	t.Helper()
 	pair, err := tls.LoadX509KeyPair(filepath.Join(s.Dir, "tls.crt"), filepath.Join(s.Dir, "tls.key"))
 	Must(t, err)
-	l, err := net.Listen("tcp", s.Address)
-	Must(t, err)
+	var l net.Listener
+	Eventually(t, 10*time.Second, func() error { // a process that is just being started has the socket of before, too
+		l, err = net.Listen("tcp", s.Address)
+		return err
+	})
 	server := &http.Server{Handler: s, TLSConfig: &tls.Config{Certificates: []tls.Certificate{pair}},
 		ErrorLog: log.New(io.Discard, "", 0)}
 	s.mu.Lock()
