@@ -97,7 +97,7 @@ type userKeeper struct {
 
 	// Only look uses these.
 	written map[string]writtenSecret        // by NAMESPACE/NAME
-	made    map[string]string               // passwords that are not handed out yet, by user
+	made    map[string]string               // passwords that are not in a Secret yet, by user
 	wanted  map[redisDuty]map[string]string // the users that usersSecret has; nil: not known yet
 	saved   string                          // the text of their passwords
 	login   string                          // the newest password of setup that all servers accept
@@ -709,6 +709,9 @@ func (l *userLook) handOutOwn(ctx context.Context) {
 		return
 	}
 	l.own = now
+	for _, p := range l.config.ownPasswords() {
+		delete(l.made, p.users[0])
+	}
 	l.tell(false, reasonPasswords, "MakePasswords", "made "+strings.Join(keys, ", "), now.ResourceVersion)
 }
 
@@ -748,6 +751,7 @@ func (l *userLook) give(ctx context.Context, namespace, password string) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	delete(l.pending, namespace)
+	delete(l.made, user) // who deletes it from the Secret wants another, even before the next look
 	if value(s, "password") == "" {
 		l.tell(false, reasonOpened, "Open",
 			"made the user "+user+" and the Secret "+namespace+"/"+now.Name, now.ResourceVersion)
