@@ -100,6 +100,7 @@ fuzz: ## fuzz decoder, annotations, patch, flags and Redis's replies; FUZZ_TIME=
 		go test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZ_TIME) -fuzzminimizetime 1s . || exit 1; done
 
 .PHONY: test-all
+test-all: export RACE = -race
 test-all: lint test test-page test-upgrade test-queues test-abuse chaos test-broken fuzz demo test-demo test-dist bench test-timing ## run all suites but the cluster tests, and all unit tests and the model on a Sentinel and a Cluster; needs an idle machine
 	for queue in sentinel cluster; do TEST_QUEUE=$$queue go test -race -count=1 -parallel 8 -run '^Test' . ./test/model || exit 1; done
 
