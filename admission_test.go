@@ -913,18 +913,17 @@ func TestNamespaceWithoutRedisUser(t *testing.T) {
 	setUser(userOfSetup)
 	for _, whenFull := range whenFullChoices {
 		c.whenFull = whenFull
-		var w *testWebhook
-		rig.Eventually(t, 10*time.Second, func() (err error) {
-			var got string
-			if w, got = warned(c); !strings.HasPrefix(got, want) {
-				err = fmt.Errorf("%s: got warnings %q", whenFull, got)
+		rig.Eventually(t, 10*time.Second, func() error {
+			w, got := warned(c)
+			if !strings.HasPrefix(got, want) {
+				return fmt.Errorf("%s: got warnings %q", whenFull, got)
 			}
-			return err
+			a := w.admit(t, rig.Review(t, semaphoreID{"shop", "job"}, 1, asWorkload("CREATE", "batch", "Job", nil)))
+			if len(a.Warnings) == 0 || a.Warnings[0] != want {
+				return fmt.Errorf("a Job got warnings %q, want %q first", a.Warnings, want)
+			}
+			return nil
 		})
-		if a := w.admit(t, rig.Review(t, semaphoreID{"shop", "job"}, 1, asWorkload("CREATE", "batch", "Job", nil))); len(a.Warnings) == 0 ||
-			a.Warnings[0] != want {
-			t.Errorf("a Job got warnings %q, want %q first", a.Warnings, want)
-		}
 	}
 
 	// A running webhook notices a new user, and rarely lists the users of Redis.
