@@ -37,6 +37,10 @@ const (
 	// unless half an interval is shorter. Redis would take lineQuiet for another silence. See
 	// repairAfterDoubt.
 	doubtEvery = lineQuiet - time.Second
+
+	// doubtPatience is how long these repairs are retried while they fail: a failover of Redis
+	// or of the lock servers ends sooner.
+	doubtPatience = 2 * time.Minute
 )
 
 // acquireRequest has the arguments of the acquire script.
@@ -537,19 +541,22 @@ func (s *semaphores) repairAfterDoubt(id semaphoreID, length int, expiration, do
 			ctx, cancel := context.WithTimeout(context.Background(), repairTimeout)
 			err := s.repair(ctx, id, length, expiration, false)
 			cancel()
-			if errors.Is(err, errTooMany) { // repair once more, at least
-				if now := time.Now(); now.After(over) {
+			now := time.Now()
+			if err != nil && !errors.Is(err, errLockTaken) {
+				if now.Sub(last) > doubtPatience {
+					s.log.Warn("tokens of dead holders may stay in use until the next admission",
+						"namespace", id.namespace, "key", id.key, "error", err.Error())
+					return
+				}
+				if now.After(over) { // repair once more, at least
 					over = now
 				}
-			} else if err != nil && !errors.Is(err, errLockTaken) {
-				s.log.Warn("tokens of dead holders may stay in use until the next admission",
-					"namespace", id.namespace, "key", id.key, "error", err.Error())
-				return
+				continue
 			}
-			if time.Since(last) > lineQuiet {
-				over = time.Now().Add(max(doubt, s.timing().lateAfter()+time.Second))
+			if now.Sub(last) > lineQuiet {
+				over = now.Add(max(doubt, s.timing().lateAfter()+time.Second))
 			}
-			last = time.Now()
+			last = now
 		}
 	})
 }

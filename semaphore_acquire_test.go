@@ -644,38 +644,43 @@ func TestRepairWithoutASlot(t *testing.T) {
 	acquire(t, s, id, 1)
 }
 
-// countedError is errTooMany, and counts the calls of Is.
-type countedError struct{ asked atomic.Int32 }
-
-func (e *countedError) Error() string { return errTooMany.Error() }
-func (e *countedError) Is(target error) bool {
-	e.asked.Add(1)
-	return target == errTooMany
+// countedError is another error, and counts how often the caller asks which one.
+type countedError struct {
+	error
+	asked atomic.Int32
 }
 
-// repairAfterDoubt retries a repair that got no slot.
-func TestRepairAfterDoubtWithoutASlot(t *testing.T) {
+func (e *countedError) Unwrap() error { return e.error }
+func (e *countedError) Is(error) bool {
+	e.asked.Add(1)
+	return false
+}
+
+// repairAfterDoubt retries a repair that has failed.
+func TestRepairAfterDoubtIsRetried(t *testing.T) {
 	t.Parallel()
 	r := rig.CommonRedis(t)
-	s, id := semaphoresOf(t, configWithInterval(r.Address, 200*time.Millisecond)), freshID()
-	counted := &countingLocker{locker: s.locks}
-	s.locks = counted
-	failure := new(countedError)
-	s.failRepairs(id, failure)
-	s.repairAfterDoubt(id, 1, 10*time.Second, 0)
-	rig.Eventually(t, 10*time.Second, func() error {
-		if n := failure.asked.Load(); n < 10 {
-			return fmt.Errorf("the repair has failed %d times, want 10", n)
-		}
-		return nil
-	})
-	s.failRepairs(id, nil)
-	rig.Eventually(t, 10*time.Second, func() error {
-		if counted.locked.Load() == 0 {
-			return errors.New("not repaired")
-		}
-		return nil
-	})
+	for _, cause := range []error{errTooMany, &lockError{err: errors.New("no answer")}} {
+		s, id := semaphoresOf(t, configWithInterval(r.Address, 200*time.Millisecond)), freshID()
+		counted := &countingLocker{locker: s.locks}
+		s.locks = counted
+		failure := &countedError{error: cause}
+		s.failRepairs(id, failure)
+		s.repairAfterDoubt(id, 1, 10*time.Second, 0)
+		rig.Eventually(t, 10*time.Second, func() error {
+			if n := failure.asked.Load(); n < 10 {
+				return fmt.Errorf("%v: the repair has failed %d times, want 10", cause, n)
+			}
+			return nil
+		})
+		s.failRepairs(id, nil)
+		rig.Eventually(t, 10*time.Second, func() error {
+			if counted.locked.Load() == 0 {
+				return fmt.Errorf("%v: not repaired", cause)
+			}
+			return nil
+		})
+	}
 }
 
 func (s *semaphores) runningRepairs() int {
