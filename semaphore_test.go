@@ -266,12 +266,15 @@ func TestLockOnlyForRepair(t *testing.T) {
 // While another process has the lock, an admission waits; it is not refused.
 func TestAdmissionWaitsForTheLock(t *testing.T) {
 	r, s, id := newSemaphore(t)
-	unlock, err := s.locks.tryLock(context.Background(), id.lockKey(), 10*time.Second)
-	rig.Must(t, err)
+	var unlock unlockFunc
+	rig.Eventually(t, 10*time.Second, func() (err error) { // a slow Redis does not lend it at once
+		unlock, err = s.locks.tryLock(context.Background(), id.lockKey(), 10*time.Second)
+		return err
+	})
 
 	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 	defer cancel()
-	_, _, err = s.acquire(ctx, id, "", 1, limit{}, 10*time.Second)
+	_, _, err := s.acquire(ctx, id, "", 1, limit{}, 10*time.Second)
 	if !errors.Is(err, context.DeadlineExceeded) {
 		t.Fatalf("got %v, want the deadline exceeded", err)
 	}
