@@ -525,7 +525,7 @@ func (s *semaphores) repairAfterDoubt(id semaphoreID, length int, expiration, do
 			defer s.mu.Unlock()
 			delete(s.afterDoubt, id)
 		}()
-		last := time.Now() // of a reply
+		last := time.Now() // Redis had a command since
 		over := last.Add(doubt)
 		every := min(doubtEvery, s.heartbeatInterval/2) // Redis takes a longer pause for another silence
 		for now := time.Now(); now.Before(over.Add(every)); now = time.Now() {
@@ -539,10 +539,11 @@ func (s *semaphores) repairAfterDoubt(id semaphoreID, length int, expiration, do
 				return
 			}
 			ctx, cancel := context.WithTimeout(context.Background(), repairTimeout)
+			began := time.Now()
 			err := s.repair(ctx, id, length, expiration, false)
 			cancel()
-			now := time.Now()
-			if err != nil && !errors.Is(err, errLockTaken) {
+			now = time.Now()
+			if err != nil { // if the lock is taken, too: it may be one that was left to expire
 				if now.Sub(last) > doubtPatience {
 					s.log.Warn("tokens of dead holders may stay in use until the next admission",
 						"namespace", id.namespace, "key", id.key, "error", err.Error())
@@ -553,10 +554,10 @@ func (s *semaphores) repairAfterDoubt(id semaphoreID, length int, expiration, do
 				}
 				continue
 			}
-			if now.Sub(last) > lineQuiet {
+			if now.Sub(last) > min(lineQuiet, s.timing().lateAfter()) { // Redis may have seen a silence
 				over = now.Add(max(doubt, s.timing().lateAfter()+time.Second))
 			}
-			last = now
+			last = began
 		}
 	})
 }

@@ -301,24 +301,29 @@ func TestDeadHoldersAndRareAdmissions(t *testing.T) {
 // still frees the tokens of dead holders, though no other pod comes.
 func TestDeadHoldersAfterTwoSilences(t *testing.T) {
 	t.Parallel()
-	r, _, id := newSemaphoreOn(t, rig.StartRedis(t))
-	c := configWithInterval(r.Address, time.Second)
-	c.redisAddresses = []string{rig.CommonRedis(t).Address} // the lock's server does not hang
-	w := startWebhook(t, c)
-	acquire(t, w.semaphores, id, 1)
-	r.Shift(t, id, -1000*time.Second)
-	w.wantFull(t, id, 1, 1)
-	r.Pause(t)
-	time.AfterFunc(lineQuiet+2*time.Second, func() { _ = r.Cmd.Process.Signal(syscall.SIGCONT) })
-	rig.Eventually(t, 20*time.Second, func() error {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-		defer cancel()
-		d, err := w.semaphores.inspect(ctx, id, detailMost)
-		if err == nil && d.inUse > 0 {
-			err = fmt.Errorf("the dead holder is still in flight; log of the webhook:\n%s", w.log)
-		}
-		return err
-	})
+	for _, pause := range []time.Duration{3 * time.Second, lineQuiet + 2*time.Second} { // 2 s are a silence
+		t.Run(pause.String(), func(t *testing.T) {
+			t.Parallel()
+			r, _, id := newSemaphoreOn(t, rig.StartRedis(t))
+			c := configWithInterval(r.Address, time.Second)
+			c.redisAddresses = []string{rig.CommonRedis(t).Address} // the lock's server does not hang
+			w := startWebhook(t, c)
+			acquire(t, w.semaphores, id, 1)
+			r.Shift(t, id, -1000*time.Second)
+			w.wantFull(t, id, 1, 1)
+			r.Pause(t)
+			time.AfterFunc(pause, func() { _ = r.Cmd.Process.Signal(syscall.SIGCONT) })
+			rig.Eventually(t, 20*time.Second, func() error {
+				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				defer cancel()
+				d, err := w.semaphores.inspect(ctx, id, detailMost)
+				if err == nil && d.inUse > 0 {
+					err = fmt.Errorf("the dead holder is still in flight; log of the webhook:\n%s", w.log)
+				}
+				return err
+			})
+		})
+	}
 }
 
 // The same near the end of the default interval.
@@ -672,7 +677,7 @@ func TestFullRedis(t *testing.T) {
 	wantBeats(tokens[2:]...)
 	for _, p := range holders {
 		for _, line := range p.Log.Lines(t, "heartbeat failed, to be retried") {
-			if text := fmt.Sprint(line["error"]); strings.Contains(text, "OOM") { // others are of a slow machine
+			if text := fmt.Sprint(line["error"]); !strings.Contains(text, "no answer") { // a slow machine's
 				t.Error("a failed heartbeat: ", text)
 			}
 		}
