@@ -305,13 +305,13 @@ func (l *gateLine) snapshot() []*podSnapshot {
 }
 
 // change runs do for a pod in the background, unless another change of the pod is under
-// way. Then it wakes the loop. do runs without the lock, and returns the pause before the
-// next change.
+// way, or was when the reconcile began: seen does not show what it did. Then it wakes the
+// loop. do runs without the lock, and returns the pause before the next change.
 func (l *gateLine) change(seen *podSnapshot, do func() (again time.Duration)) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	p := seen.live
-	if p.busy || time.Now().Before(p.wake) {
+	if seen.busy || p.busy || time.Now().Before(p.wake) {
 		return
 	}
 	p.busy = true
@@ -417,23 +417,22 @@ func (l *gateLine) refreshTokens(ctx context.Context, pods []*podSnapshot) (paus
 // removes pods that no longer need the gate.
 func (l *gateLine) finish(ctx context.Context, pods []*podSnapshot) {
 	for _, p := range pods {
-		state, gone := l.stateOf(p)
 		switch {
-		case gone && p.released:
+		case p.gone && p.released:
 			l.forget(p.uid)
-		case gone && !p.neverRuns():
+		case p.gone && !p.neverRuns():
 			l.change(p, func() time.Duration { return l.resolveMissing(ctx, p) })
-		case state == podEnded && p.released && p.deleted: // the watch will report its end
-		case state == podEnded || gone:
+		case p.state == podEnded && p.released && p.deleted: // the watch will report its end
+		case p.state == podEnded || p.gone:
 			l.change(p, func() time.Duration {
 				if !p.released {
 					return l.giveBack(ctx, p)
 				}
 				return l.gate.removeLabel(ctx, p.watchedPod)
 			})
-		case state == podDone:
+		case p.state == podDone:
 			l.change(p, func() time.Duration { return l.gate.removeLabel(ctx, p.watchedPod) })
-		case state == podHolds && p.isGated() && l.isLate(p):
+		case p.state == podHolds && p.isGated() && l.isLate(p):
 			l.change(p, func() time.Duration { return l.standAgain(ctx, p) })
 		case !p.isGated() && l.isLate(p):
 			l.log.Warn("the pod has not started in time: its token goes stale", "pod", p.name, "token", p.uid,
@@ -441,7 +440,7 @@ func (l *gateLine) finish(ctx context.Context, pods []*podSnapshot) {
 			l.gate.event(p.watchedPod, true, reasonLate, "LettingGo", p.labels[labelGated], fmt.Sprintf(
 				"not started %s after its gate was lifted: its token of %s goes to another pod; "+
 					"should it start after all, it waits in Init:1/2", roughly(l.gate.unschedulable), l.id))
-			l.setState(p, state, podDone)
+			l.setState(p, p.state, podDone)
 			l.wake()
 		}
 	}
